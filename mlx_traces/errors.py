@@ -1,0 +1,26 @@
+"""The one exception that means "the input is wrong"; anything else is a bug and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input is wrong. The message is one line: where, what, and the way out."""
+
+
+def choices(names: Iterable[str]) -> str:
+    """List valid names for an error message: ``a, b or c``."""
+    *head, last = list(names)
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean 'close'?`` for a likely slip of the keyboard, else an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
+    """Build the error for a name that is not among the known ones."""
+    names = list(names)
+    return UserError(f"unknown {what} {name!r}: choose {choices(names)}{did_you_mean(name, names)}")

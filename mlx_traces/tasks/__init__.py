@@ -1,0 +1,49 @@
+"""Tasks: where problems come from, how they are asked, and the one grader that judges the answers. No MLX."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_traces.errors import unknown
+from mlx_traces.records import Problem, Score
+from mlx_traces.tasks.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as plain data and functions.
+
+    ``columns`` are the required columns of a row. ``parse(row, where)`` makes a Problem of one row (UserError, starting
+    with ``where``, if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub
+    data set or ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor;
+    the first in ``extractors`` is the headline. ``prompts`` has the built-in styles, ``few_shot`` builds one with worked
+    examples where the task has them.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    extractors: tuple[str, ...]
+    prompts: dict[str, Prompt]
+    default_prompt: str
+    parse: Callable[[dict[str, Any], str], Problem]
+    load: Callable[[str, str | None, int | None, int], list[Problem]]
+    grade: Callable[[Problem, str], dict[str, Score]]
+    splits: tuple[str, ...] = ("train", "test")
+    few_shot: dict[str, Callable[[int, int, str | None], Prompt]] = field(default_factory=dict)
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """Names of all prompt styles."""
+        return (*self.prompts, *self.few_shot)
+
+
+TASKS = ("gsm8k", "countdown", "qa")
+
+
+def get_task(name: str) -> Task:
+    """Return a task by name; raise UserError with the choices if there is none."""
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    from importlib import import_module
+
+    return import_module(f"mlx_traces.tasks.{name}").TASK

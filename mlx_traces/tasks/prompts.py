@@ -1,0 +1,81 @@
+"""Prompt styles: how a problem is put to a model. No MLX."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem
+
+Message = dict[str, str]
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    r"""One way to ask: templates over the problem's columns.
+
+    ``{column}`` in ``user`` is replaced by that column's text; ``{}`` (as in ``\boxed{}``) stays, ``{{`` and ``}}`` are
+    literal braces. ``shots`` are earlier (user, assistant) turns, already filled in. ``prefill`` opens the assistant's
+    turn; it is part of the response that is graded. With ``chat`` false the turns are joined as plain text, without the
+    model's chat template. Generation ends at any of the ``stop`` strings.
+    """
+
+    name: str
+    user: str
+    system: str | None = None
+    prefill: str = ""
+    shots: tuple[tuple[str, str], ...] = ()
+    chat: bool = True
+    stop: tuple[str, ...] = ()
+
+    def messages(self, problem: Problem) -> list[Message]:
+        """Return the chat turns that ask ``problem``, the last one the user's."""
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        for user, assistant in self.shots:
+            turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        return [*turns, {"role": "user", "content": fill(self.user, problem.columns, self.name)}]
+
+
+def fill(template: str, columns: Mapping[str, Any], name: str) -> str:
+    """Put a problem's columns into a template; raise UserError for a placeholder that is no column."""
+
+    def value(match: re.Match) -> str:
+        if match[1] is None:
+            return match[0][0]
+        if match[1] not in columns:
+            raise UserError(
+                f"prompt {name}: {{{match[1]}}} is not a column; the problems have {', '.join(columns)} "
+                f"(write {{{{{match[1]}}}}} for literal braces)"
+            )
+        return str(columns[match[1]])
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def load_prompt(path: Path) -> Prompt:
+    """Read a user's own prompt: a YAML mapping with ``user`` and optionally ``system``, ``prefill``, ``stop``, ``chat``.
+
+    Raises:
+        UserError: if the file is missing, is not such a mapping, or has other fields.
+    """
+    import yaml
+
+    fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prompt file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(content, dict) or "user" not in content:
+        raise UserError(f"{path}: a prompt needs a 'user' template, and may have system, prefill, stop and chat")
+    for key, value in content.items():
+        if key not in fields:
+            raise UserError(f"{path}: unknown field {key!r}; a prompt has {', '.join(fields)}")
+        if not isinstance(value, fields[key]):
+            raise UserError(f"{path}: {key!r} must be a {fields[key].__name__}, not {value!r}")
+    stop = tuple(str(text) for text in content.pop("stop", ()))
+    return replace(Prompt(name=path.stem, user=""), stop=stop, **content)
