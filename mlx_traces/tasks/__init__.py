@@ -13,8 +13,8 @@ from mlx_traces.tasks.prompts import Prompt
 class Task:
     """A task as plain data and functions.
 
-    ``columns`` are the required columns of a row. ``parse(row, where)`` makes a Problem of one row (UserError, starting
-    with ``where``, if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub
+    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded. ``parse(row,
+    where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``, if malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub
     data set or ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor;
     the first in ``extractors`` is the headline. ``prompts`` has the built-in styles, ``few_shot`` builds one with worked
     examples where the task has them.
@@ -22,6 +22,7 @@ class Task:
 
     name: str
     columns: tuple[str, ...]
+    graded_columns: tuple[str, ...]
     extractors: tuple[str, ...]
     prompts: dict[str, Prompt]
     default_prompt: str

@@ -1,0 +1,99 @@
+"""Rows of problems from files and from the hub. No MLX."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+    """Yield (``file:line``, row) of a JSON-lines file; blank lines are passed over.
+
+    Raises:
+        UserError: at a line that is not a JSON object or lacks one of ``columns``, naming file, line and the row's own
+            columns.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield (where := f"{path}:{number}"), parse_row(line, where, columns)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
+def parse_row(line: str, where: str, columns: Sequence[str]) -> Row:
+    """Parse one JSON object and check its columns."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({str(error)[:80]})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(columns)}, found {type(row).__name__}")
+    for column in columns:
+        if column not in row:
+            raise UserError(f"{where}: {column!r} is missing; this row has {', '.join(row) or 'no columns'}")
+    return row
+
+
+def hub_rows(dataset: str, config: str | None, split: str, instead: str) -> Iterator[tuple[str, Row]]:
+    """Yield (``dataset[index]``, row) of a hub data set.
+
+    Raises:
+        UserError: if it cannot be had; the message ends with ``instead``, what to pass in its place.
+    """
+    import datasets
+
+    name, _, revision = dataset.partition("@")
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        if isinstance(error, ValueError) and "split" in str(error):
+            raise UserError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+        offline = isinstance(error, ConnectionError | OSError) or "offline" in str(error).lower()
+        reason = "no network" if offline else " ".join(str(error).split())[:120]
+        raise UserError(f"{name} could not be downloaded ({reason}); {instead}") from None
+    for index, row in enumerate(rows):
+        yield f"{name}[{index}]", row
+
+
+def load_rows(
+    rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Problem], limit: int | None, seed: int, source: str
+) -> list[Problem]:
+    """Parse rows into problems and take a seeded sample of ``limit`` of them, in the source's order.
+
+    A problem that occurs twice keeps both occurrences, the later with ``#2`` at its id. The sample depends on the
+    number of rows and the seed alone, so every model gets the same one.
+
+    Raises:
+        UserError: if there are no problems, or ``limit`` is above their number.
+    """
+    problems, seen = [], {}
+    for where, row in rows:
+        problem = parse(row, where)
+        seen[problem.id] = count = seen.get(problem.id, 0) + 1
+        if count > 1:
+            problem = Problem(f"{problem.id}#{count}", problem.columns, problem.gold, problem.stratum)
+        problems.append(problem)
+    if not problems:
+        raise UserError(f"{source} has no problems")
+    if limit is None:
+        return problems
+    if limit > len(problems):
+        raise UserError(f"--limit {limit} is more than {source} has: {len(problems)} problems")
+    chosen = sorted(random.Random(seed).sample(range(len(problems)), limit))
+    return [problems[i] for i in chosen]
+
+
+def content_id(prefix: str, *parts: str) -> str:
+    """Return an id that depends on the content alone: ``prefix-`` and 10 hexadecimal digits."""
+    return f"{prefix}-{hashlib.sha256(chr(0).join(parts).encode(errors='replace')).hexdigest()[:10]}"
