@@ -1,0 +1,33 @@
+"""Teach small language models to reason, and measure whether they did.
+
+Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes with the first use.
+"""
+
+from mlx_traces import blas as blas
+
+# Named after what they do, in modules named otherwise: a submodule `evaluate` would take the function's place here.
+_LAZY = {"evaluate": "mlx_traces.evaluation", "compare": "mlx_traces.comparison"}
+__all__ = ["__version__", "compare", "evaluate"]
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlx-traces")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

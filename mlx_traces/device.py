@@ -1,0 +1,139 @@
+"""Which MLX backend this is and what it is good at: weights, dtype, memory."""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_traces.errors import UserError, choices
+
+DEVICES = ("gpu", "cpu")
+WEIGHTS = ("quantized", "dense")
+DTYPES = ("float32", "bfloat16", "float16")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a model runs here.
+
+    ``name`` is ``"metal"``, ``"cuda"`` or ``"cpu"``. ``weights`` ``"dense"`` means that quantized weights are
+    dequantized at load, ``"quantized"`` that they stay as the model folder has them. ``dtype`` is that of the dense
+    weights, scales and activations; ``None`` keeps the folder's. ``memory_gb`` is the device's memory in 1e9 bytes.
+    """
+
+    name: str
+    weights: str
+    dtype: str | None
+    memory_gb: float
+    description: str
+
+
+def import_mlx() -> Any:
+    """Import and return ``mlx.core``.
+
+    Raises:
+        UserError: on Linux without one of MLX's backends; the message is the install command.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
+        if not isinstance(error, ModuleNotFoundError) and "libmlx" not in str(error):
+            raise UserError(f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help") from None
+        raise UserError(
+            "MLX has no backend on this machine: pip install 'mlx-traces[cpu]', or 'mlx-traces[cuda]' for an NVIDIA GPU "
+            "(from a clone: pip install -e '.[cpu]')"
+        ) from None
+    return mx
+
+
+def select(device: str | None = None) -> str:
+    """Make ``device`` (``"gpu"`` or ``"cpu"``) MLX's default one and return the backend's name.
+
+    ``None`` keeps MLX's own choice, the GPU where there is one.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    mx = import_mlx()
+    if device not in (None, *DEVICES):
+        raise UserError(f"unknown device {device!r}: choose {choices(DEVICES)}")
+    gpu = "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
+    if device == "gpu" and gpu is None:
+        raise UserError("no GPU that MLX can use on this machine; leave --device out, or pass --device cpu")
+    if device:
+        mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+    return gpu if gpu and mx.default_device() == mx.Device(mx.gpu) else "cpu"
+
+
+def choose(
+    device: str | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+    parameters: int | None = None,
+) -> Backend:
+    """Decide how a model runs here: what was asked for, else what this backend is good at.
+
+    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when that fills
+    less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one thread there; a model
+    that would fill more than 80 % of the memory so stays quantized, and slow.
+
+    Args:
+        device: ``"gpu"`` or ``"cpu"``, set as MLX's default; ``None`` for MLX's own choice.
+        weights: ``"quantized"`` or ``"dense"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        parameters: of the model; ``None`` is taken as small.
+
+    Raises:
+        UserError: for a value that is none of these, a device that is not there, or no MLX.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise UserError(f"unknown weights {weights!r}: choose {choices(WEIGHTS)}")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"unknown dtype {dtype!r}: choose {choices(DTYPES)}")
+    name = select(device)
+    memory = memory_bytes()
+    best, share = {"metal": (None, 0.0), "cuda": ("bfloat16", 0.5), "cpu": ("float32", 0.8)}[name]
+    if weights is None:
+        size = (parameters or 0) * _BYTES[dtype or best or "float32"]
+        weights = "dense" if best and size < share * memory else "quantized"
+    if dtype is None and (weights == "dense" or name == "cpu"):
+        dtype = best
+    title = f"{_device_name()} ({'CPU' if name == 'cpu' else name.upper() if name == 'cuda' else 'Metal'})"
+    kept = "weights as in the folder" if weights == "quantized" else "dense weights"
+    description = f"{title}, {memory / _GB:.0f} GB, {kept}{f', {dtype}' if dtype else ''}"
+    return Backend(name, weights, dtype, round(memory / _GB, 1), description)
+
+
+def memory_bytes() -> int:
+    """Return the memory of MLX's default device; the machine's for a CPU and for Metal's unified memory."""
+    mx = import_mlx()
+    if mx.default_device() == mx.Device(mx.gpu):
+        info = mx.device_info()
+        for key in ("memory_size", "total_memory"):
+            if info.get(key):
+                return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory used, in 1e9 bytes: MLX's since the last reset, on a CPU the process's since its start."""
+    mx = import_mlx()
+    peak = mx.get_peak_memory()
+    if mx.default_device() == mx.Device(mx.cpu):
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return peak / _GB
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory_gb` afresh, where the backend can."""
+    import_mlx().reset_peak_memory()
+
+
+def _device_name() -> str:
+    info = import_mlx().device_info()
+    return str(info.get("device_name") or info.get("architecture") or "unknown device")
