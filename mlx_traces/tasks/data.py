@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def load_rows(
         raise UserError(f"--limit {limit} is more than {source} has: {len(problems)} problems")
     chosen = sorted(random.Random(seed).sample(range(len(problems)), limit))
     return [problems[i] for i in chosen]
+
+
+def split_slice(split: str) -> tuple[str, slice]:
+    """Take ``test[:64]`` apart into the split's name and a slice of its rows.
+
+    Raises:
+        UserError: for another form, such as a step or a percentage.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    if match is None:
+        raise UserError(f"unknown split {split!r}: give a name, or a part of it as in 'test[:64]' or 'test[64:128]'")
+    return match[1], slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
 
 
 def content_id(prefix: str, *parts: str) -> str:

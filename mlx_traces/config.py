@@ -1,0 +1,153 @@
+"""Every setting, once: a model per recipe. The command line, YAML files and Python calls are all read into these."""
+
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlx_traces.errors import UserError, did_you_mean
+
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Base of the recipes' settings: unknown fields are refused, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class LoadConfig(Config):
+    """How a model is put on the device."""
+
+    weights: Literal["quantized", "dense"] | None = Field(None, description="Keep 4-bit weights or expand them.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
+    device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
+
+
+class ProblemConfig(Config):
+    """Which problems, asked how, judged by what."""
+
+    task: str = Field("countdown", description="Task: gsm8k, countdown or qa.")
+    prompt: str | None = Field(None, description="Prompt style of the task, or FILE.yaml with your own.")
+    system: str | None = Field(None, description="System message in place of the prompt's.")
+    prefill: str | None = Field(None, description="Text that opens the assistant's turn.")
+    shots: Annotated[int, Field(ge=0)] = Field(5, description="Worked examples of a few-shot prompt.")
+    shots_data: str | None = Field(None, description="File or hub data set of the worked examples.")
+    extractor: str | None = Field(None, description="How the answer is found; default: the task's headline one.")
+    data: str | None = Field(None, description="File or hub data set; default: the task's own source.")
+    split: str = Field("test", description="Split of the data; a slice as in 'test[:64]' takes a part.")
+    limit: Positive | None = Field(None, description="Take a seeded sample of so many problems.")
+    seed: int = Field(0, description="Seed of problems, worked examples and sampling.")
+
+
+class EvalConfig(LoadConfig, ProblemConfig):
+    """Settings of ``mlx-traces eval``."""
+
+    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
+    adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
+    samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Keep the k likeliest tokens; 0 keeps all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
+    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
+    rows: Positive = Field(32, description="Completions decoded at once.")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+
+
+class CompareConfig(Config):
+    """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
+
+    runs: list[str] = Field(default_factory=list, description="Run folders.")
+    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
+    runs_dir: str = Field("runs", description="Where run folders are kept.")
+    baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
+    out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
+
+
+class NanoConfig(Config):
+    """Settings of ``mlx-traces nano build``, the embedded model."""
+
+    hidden_size: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 2
+    kv_heads: Positive = 1
+    intermediate_size: Positive = 384
+    problems: Positive = Field(24_000, description="Training problems, each seen once.")
+    operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
+    direct_share: Fraction01 = Field(0.2, description="Share of problems asked with the direct prompt.")
+    batch_size: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    bits: Literal[2, 3, 4, 6, 8] = 4
+    quant_group_size: Literal[32, 64, 128] = 64
+    seed: int = 0
+    out: str = Field("runs/nano", description="Folder of the finished model.")
+
+
+def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:
+    """Read a YAML file into a recipe's settings; ``overrides`` (already typed, or strings) win.
+
+    Raises:
+        UserError: naming the file, the field and what is wrong with it.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = read_yaml(Path(path))
+    return build(kind, {**content, **overrides}, str(path) if path else "")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; UserError if it is not one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
+    return content
+
+
+def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
+    """Validate settings; the UserError names ``where``, the field, what is wrong, and a likely spelling."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = f"{where}: " if where else ""
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            names = _fields_at(kind, first["loc"][:-1])
+            hint = did_you_mean(str(first["loc"][-1]), names) or f"; there are {', '.join(names)}"
+            raise UserError(f"{place}unknown field {field!r}{hint}") from None
+        raise UserError(f"{place}{field}: {first['msg'].lower()}, not {str(first['input'])[:60]!r}") from None
+
+
+def _fields_at(kind: type[Config], location: tuple[str | int, ...]) -> list[str]:
+    """List the fields of the settings that ``location`` leads to."""
+    for part in location:
+        if isinstance(part, str):
+            kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) in (list, tuple, Union, types.UnionType):
+        return [kind for inner in get_args(annotation) for kind in _models_in(inner)]
+    return []
+
+
+def dump_yaml(config: Config) -> str:
+    """Return settings as YAML that ``read_config`` reads back."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
