@@ -1,11 +1,11 @@
 """Teach small language models to reason, and measure whether they did.
 
-Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes with the first use.
+Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes with first use.
 """
 
 from mlx_traces import blas as blas
 
-# Named after what they do, in modules named otherwise: a submodule `evaluate` would take the function's place here.
+# The modules are named otherwise: a submodule `evaluate`, once imported, would take the function's place here.
 _LAZY = {"evaluate": "mlx_traces.evaluation", "compare": "mlx_traces.comparison"}
 __all__ = ["__version__", "compare", "evaluate"]
 

@@ -1,7 +1,7 @@
 """A fast BLAS under MLX on Linux: load an OpenBLAS before MLX asks for one. Standard library only.
 
-MLX's Linux CPU wheel links reference BLAS, about a hundredth of what a machine can do. It looks the plain ``cblas_*``
-symbols up in the process's global scope, so a library put there first is the one that it uses.
+MLX's Linux CPU wheel links reference BLAS, about a hundredth of what a machine can do. It looks the plain
+``cblas_*`` symbols up in the process's global scope, so a library put there first is the one that it uses.
 """
 
 import ctypes
@@ -56,9 +56,9 @@ def _open(path: str) -> ctypes.CDLL | OSError:
 
 
 def _load_fortran(folders: list[Path]) -> bool:
-    """Load a wheel's own libgfortran under its usual name, which the OpenBLAS wheels ask for; return whether it worked.
+    """Load a wheel's libgfortran under its usual name, which OpenBLAS wheels ask for; return whether it worked.
 
-    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that calls itself libgfortran-<hash>.so.5.0.0.
+    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that calls itself libgfortran-HASH.so.5.
     The loader goes by the name inside the file, so a copy in memory with the usual name satisfies it.
     """
     for folder in folders:
@@ -67,7 +67,9 @@ def _load_fortran(folders: list[Path]) -> bool:
                 name, content = path.name.encode() + b"\0", path.read_bytes()
                 if content.count(name) != 1:
                     continue
-                for quadmath in path.parent.glob("libquadmath-*"):  # what it needs itself, found by name only there
+                for quadmath in path.parent.glob(
+                    "libquadmath-*"
+                ):  # what it needs itself, found by name only there
                     _open(str(quadmath))
                 try:
                     copy = os.memfd_create(FORTRAN)

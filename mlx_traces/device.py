@@ -20,8 +20,8 @@ class Backend:
     """How a model runs here.
 
     ``name`` is ``"metal"``, ``"cuda"`` or ``"cpu"``. ``weights`` ``"dense"`` means that quantized weights are
-    dequantized at load, ``"quantized"`` that they stay as the model folder has them. ``dtype`` is that of the dense
-    weights, scales and activations; ``None`` keeps the folder's. ``memory_gb`` is the device's memory in 1e9 bytes.
+    dequantized at load, ``"quantized"`` that they stay as the model folder has them. ``dtype`` is that of dense
+    weights, scales and activations; ``None`` keeps the folder's. ``memory_gb`` is the device's, in 1e9 bytes.
     """
 
     name: str
@@ -42,9 +42,11 @@ def import_mlx() -> Any:
     except ImportError as error:
         # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
         if not isinstance(error, ModuleNotFoundError) and "libmlx" not in str(error):
-            raise UserError(f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help") from None
+            raise UserError(
+                f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help"
+            ) from None
         raise UserError(
-            "MLX has no backend on this machine: pip install 'mlx-traces[cpu]', or 'mlx-traces[cuda]' for an NVIDIA GPU "
+            "MLX has no backend here: pip install 'mlx-traces[cpu]', or 'mlx-traces[cuda]' for an NVIDIA GPU "
             "(from a clone: pip install -e '.[cpu]')"
         ) from None
     return mx
@@ -77,9 +79,9 @@ def choose(
 ) -> Backend:
     """Decide how a model runs here: what was asked for, else what this backend is good at.
 
-    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when that fills
-    less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one thread there; a model
-    that would fill more than 80 % of the memory so stays quantized, and slow.
+    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when that
+    fills less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one thread there;
+    a model that would fill more than 80 % of the memory so stays quantized, and slow.
 
     Args:
         device: ``"gpu"`` or ``"cpu"``, set as MLX's default; ``None`` for MLX's own choice.
@@ -120,7 +122,7 @@ def memory_bytes() -> int:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory used, in 1e9 bytes: MLX's since the last reset, on a CPU the process's since its start."""
+    """Return the most memory used, in 1e9 bytes: MLX's since the last reset, on a CPU the process's since start."""
     mx = import_mlx()
     peak = mx.get_peak_memory()
     if mx.default_device() == mx.Device(mx.cpu):

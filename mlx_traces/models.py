@@ -1,0 +1,389 @@
+"""A model by name: found or downloaded, loaded as the device likes it, asked through its own chat template."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import device as devices
+from mlx_traces.device import Backend
+from mlx_traces.errors import UserError, choices, did_you_mean
+from mlx_traces.records import Problem
+from mlx_traces.tasks.prompts import Message, Prompt
+
+NANO = "nano"
+WELL_KNOWN = (
+    "mlx-community/Qwen2.5-0.5B-Instruct-4bit",
+    "mlx-community/Qwen2.5-1.5B-Instruct-4bit",
+    "mlx-community/Qwen2.5-3B-Instruct-4bit",
+    "mlx-community/Qwen2.5-7B-Instruct-4bit",
+    "mlx-community/Qwen2.5-Coder-0.5B-Instruct-4bit",
+)
+WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
+# What a base model's chat template ends a turn with, where its configuration names only the end of a text.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+THINK_OPENERS = ("<think>", "<thinking>", "<|begin_of_thought|>")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A problem as the model reads it.
+
+    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds before
+    the first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` +
+    completion.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    opened: str
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate.
+
+    ``name`` and ``adapter`` are as given, ``revision`` is the hub commit, ``None`` for a folder. ``stop_ids`` end
+    a completion; ``stop_strings`` do too, for a model without a chat template, which knows no other end of a turn.
+    ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes`` are lines the user should see,
+    each once.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    adapter: str | None
+    path: Path
+    revision: str | None
+    config: dict[str, Any]
+    backend: Backend
+    stop_ids: frozenset[int]
+    context: int | None
+    stop_strings: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
+        """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.
+
+        ``thinking`` sets the template's switch; ``None`` leaves it at the template's own default.
+        """
+        messages = prompt.messages(problem)
+        if not prompt.chat:
+            text = _as_text(messages) + prompt.prefill
+            return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
+        if not self.tokenizer.has_chat_template:
+            self._note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
+            text = _as_plain_chat(messages) + (f" {prompt.prefill}" if prompt.prefill else "")
+            return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
+        if thinking is not None and "enable_thinking" not in str(self.tokenizer.chat_template):
+            self._note(f"{self.name}: its chat template has no thinking switch")
+        messages, text = self._with_system(messages, thinking)
+        opened = self._opened(messages, text, thinking)
+        if _opens_thought(opened) and any(opener in prompt.prefill for opener in THINK_OPENERS):
+            text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
+        text, opened = text + prompt.prefill, opened + prompt.prefill
+        # The template writes the special tokens itself, the first one of the text included.
+        return Rendered(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text, opened)
+
+    def _with_system(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
+        """Render; a system message that the template refuses or drops is put before the first question."""
+        from jinja2 import TemplateError
+
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        refusal = None
+        try:
+            text = self._apply(messages, True, thinking)
+            if system is None or system.strip() in text:
+                return messages, text
+        except TemplateError as error:
+            refusal = error
+        if system is not None:
+            user = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
+            messages = [user, *messages[2:]]
+            try:
+                text = self._apply(messages, True, thinking)
+                self._note(f"{self.name} takes no system message; it is put before the first question")
+                return messages, text
+            except TemplateError as error:
+                refusal = error
+        raise UserError(f"{self.name}: its chat template refuses this conversation ({refusal})")
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool, thinking: bool | None) -> str:
+        arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        if thinking is not None:
+            return self.tokenizer.apply_chat_template(messages, enable_thinking=thinking, **arguments)
+        if self.tokenizer._chat_template is not None:  # a template written in Python, known to mlx_lm only
+            return self.tokenizer.apply_chat_template(messages, **arguments)
+        # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
+        return self.tokenizer._tokenizer.apply_chat_template(messages, **arguments)
+
+    def _opened(self, messages: list[Message], text: str, thinking: bool | None) -> str:
+        """Return what the template writes into the assistant's turn itself: ``<think>`` and what follows it."""
+        before = self._apply(messages, False, thinking)
+        if text.startswith(before) and len(before) < len(text):
+            turn = text[len(before) :]
+        else:  # a template that always opens the assistant's turn
+            turn = text.rpartition(messages[-1]["content"].strip())[2]
+        own = self.tokenizer.think_start
+        starts = [turn.find(opener) for opener in (*THINK_OPENERS, *([own] if own else []))]
+        return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+def split_adapter(spec: str) -> tuple[str, str | None]:
+    """Split ``MODEL+ADAPTER``; a folder whose own name has a ``+`` is that folder."""
+    if "+" not in spec or Path(spec).expanduser().is_dir():
+        return spec, None
+    parts = spec.split("+")
+    splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
+    known = [split for split in splits if Path(split[1]).expanduser().is_dir()]
+    return next((split for split in known if Path(split[0]).expanduser().is_dir()), (known or splits)[0])
+
+
+def load(
+    name: str,
+    adapter: str | None = None,
+    *,
+    device: str | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model with its tokenizer, and an adapter on top, unfused.
+
+    Dense weights are the quantized ones' exact values in float32, rounded once for another ``dtype``.
+
+    Args:
+        name: ``nano``, a folder, or a hub id, the hub id with ``@revision`` if wanted; ``MODEL+ADAPTER`` too.
+        adapter: folder of an mlx_lm adapter.
+        device: ``"gpu"`` or ``"cpu"``; ``None`` for the GPU where there is one.
+        weights: ``"quantized"`` or ``"dense"``; ``None`` for what is fastest here (`device.choose`).
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` likewise.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
+    """
+    devices.choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
+    from mlx_lm.utils import get_total_parameters, load_model
+
+    spec, inner = split_adapter(name)
+    if inner and adapter:
+        raise UserError(f"two adapters, {inner} and {adapter}: give one")
+    adapter = adapter or inner
+    if adapter is not None and not Path(adapter).expanduser().is_dir():
+        raise UserError(f"{adapter}: no such adapter folder")
+    path, revision = resolve(spec)
+    try:
+        model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        raise UserError(f"{spec}: cannot be loaded ({_first_line(error)})") from None
+    tokenizer = _load_tokenizer(path, spec, config, trust_remote_code)
+    backend = devices.choose(device, weights, dtype, get_total_parameters(model))
+    notes = place(model, backend)
+    if adapter is not None:
+        from mlx_traces.adapters import attach
+
+        attach(model, Path(adapter).expanduser())
+    stop_ids = _stop_ids(tokenizer)
+    if not stop_ids:
+        notes.append(f"{spec} names no token that ends a text; completions run to the token limit")
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=spec,
+        adapter=adapter,
+        path=path,
+        revision=revision,
+        config=config,
+        backend=backend,
+        stop_ids=stop_ids,
+        context=_context(config),
+        stop_strings=() if tokenizer.has_chat_template else ("\n\nUser:",),
+        notes=notes,
+    )
+
+
+def place(model: Any, backend: Backend) -> list[str]:
+    """Give the model the backend's weights and dtype, in place, and evaluate them; return notes."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import dequantize_model
+
+    notes = []
+    if backend.weights == "dense":
+        quantized = [module for _, module in model.named_modules() if "scales" in module]
+        if any(module.get("global_scale") is not None for module in quantized):
+            notes.append("nvfp4 experts with a global scale stay quantized")
+        elif quantized:
+            # Scales are float16 or bfloat16: widen them first, and nothing is rounded on the way to dense.
+            model.set_dtype(mx.float32)
+            dequantize_model(model)
+            left = sum("scales" in module for _, module in model.named_modules())
+            if left:
+                notes.append(f"{left} quantized layers of a special kind stay quantized")
+    if backend.dtype is not None:
+        model.set_dtype(getattr(mx, backend.dtype))
+    model.eval()
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+    return notes
+
+
+def resolve(spec: str) -> tuple[Path, str | None]:
+    """Find a model's folder, or download it; return it and the hub commit, ``None`` for a folder.
+
+    Raises:
+        UserError: if it is not there, is not a model, or cannot be downloaded; it says what to pass instead.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return _checked(folder, spec), None
+    if folder.is_file():
+        raise UserError(
+            f"{spec}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer"
+        )
+    name, _, revision = spec.partition("@")
+    if name == NANO:
+        if revision:
+            raise UserError(f"{spec}: {NANO} comes with this package and has no revisions")
+        folder = Path(str(resources.files("mlx_traces") / "assets" / NANO))
+        if not folder.is_dir():
+            raise UserError(f"{NANO} is not in this installation; build it with: mlx-traces nano build")
+        return _checked(folder, NANO), None
+    if revision and Path(name).expanduser().is_dir():
+        raise UserError(f"{spec}: a folder has no revisions; give {name}")
+    if spec.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{spec}: no such folder; {WHAT_A_NAME_IS}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"unknown model {spec!r}: {WHAT_A_NAME_IS}{_close(name)}")
+    folder = _download(name, revision or None)
+    return _checked(folder, spec), folder.name
+
+
+def cached_models() -> list[str]:
+    """List the hub ids of downloaded models."""
+    from huggingface_hub import constants
+
+    found = Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots")
+    return sorted(folder.parent.name.removeprefix("models--").replace("--", "/", 1) for folder in found)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+    except (errors.GatedRepoError, errors.DisabledRepoError):
+        raise UserError(
+            f"{name} asks for an agreement first: accept it on the model's page, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"unknown model {name!r}: not on the hub, or private (then run `hf auth login`); "
+            f"{WHAT_A_NAME_IS}{_close(name)}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r}; give a branch, tag or commit of it") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"unknown model {name!r}: {_first_line(error)}; {WHAT_A_NAME_IS}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        offline = isinstance(error.__cause__ or error, errors.OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set" if offline else "no network or hub not reachable"
+        instead = choices([NANO, "a folder", *(f"{found} (downloaded)" for found in cached_models()[:2])])
+        raise UserError(f"{name} could not be downloaded ({why}); pass {instead}{_close(name)}") from None
+
+
+def _close(name: str) -> str:
+    known = [NANO, *cached_models(), *WELL_KNOWN]
+    return "" if name in known else did_you_mean(name, known)
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """Return the folder if it looks like a model, else say which file is missing."""
+    tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    for what, there in (
+        ("config.json", (folder / "config.json").exists()),
+        ("model*.safetensors", any(folder.glob("model*.safetensors"))),
+        ("a tokenizer (tokenizer.json)", tokenizer),
+    ):
+        if not there:
+            hint = (
+                "; it is an adapter, pass it with --adapter"
+                if (folder / "adapter_config.json").exists()
+                else ""
+            )
+            raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{name}: config.json is not JSON ({_first_line(error)})") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(
+            f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load"
+        )
+    return folder
+
+
+def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        return load_tokenizer(
+            path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def _stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a completion: the configured ones, and the chat templates' ends of a turn."""
+    vocabulary = tokenizer.get_vocab()
+    # In the harmony format <|end|> closes one message of a turn, not the turn.
+    ends = [
+        end
+        for end in TURN_ENDS
+        if end in vocabulary and not (end == "<|end|>" and "<|channel|>" in vocabulary)
+    ]
+    return frozenset({*tokenizer.eos_token_ids, *(vocabulary[end] for end in ends)})
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    for settings in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(settings.get(key), int):
+                return settings[key]
+    return None
+
+
+def _as_text(messages: list[Message]) -> str:
+    """Join turns as one text, as lm-eval does: a blank line between turns' pairs, a space before an answer."""
+    text = ""
+    for message in messages:
+        if message["role"] == "assistant":
+            text += ("" if text[-1:].isspace() else " ") + message["content"]
+        else:
+            text += ("\n\n" if text else "") + message["content"]
+    return text
+
+
+def _as_plain_chat(messages: list[Message]) -> str:
+    """Write turns for a model without a chat template."""
+    labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+    return "\n\n".join([*(labels[m["role"]] + m["content"] for m in messages), "Assistant:"])
+
+
+def _opens_thought(opened: str) -> bool:
+    return opened.strip() in THINK_OPENERS
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
