@@ -49,3 +49,43 @@ class Score:
     def correct(self) -> bool:
         """Whether the answer counts."""
         return self.verdict == "correct"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A finished evaluation, as in ``result.json``.
+
+    Shares are fractions from 0 to 1; ``accuracy`` is the mean over problems and samples with its 95 % interval;
+    ``correct_count`` of ``total_questions`` counts completions. ``mean_tokens`` is per completion, its stop token
+    included. ``tokens_per_second`` counts completion tokens over ``wall_seconds`` of generation (loading excluded).
+    ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for the other extractors.
+    """
+
+    run: str
+    model: str
+    adapter: str | None
+    task: str
+    prompt: str
+    extractor: str
+    split: str
+    accuracy: float
+    correct_count: int
+    total_questions: int
+    ci_low: float
+    ci_high: float
+    samples_per_problem: int
+    temperature: float
+    max_tokens: int
+    seed: int
+    truncated: float
+    mean_tokens: float
+    tokens_per_second: float
+    wall_seconds: float
+    peak_memory_gb: float
+    timestamp: str
+    verdicts: dict[str, int]
+    by_stratum: dict[str, dict[str, Any]]
+    extractors: dict[str, dict[str, Any]]
+    pass_at_k: dict[str, float]
+    maj_at_k: dict[str, float]
+    notes: list[str]

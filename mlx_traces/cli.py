@@ -1,0 +1,286 @@
+"""The command line: parse, call, print. Heavy imports wait until a command runs, so ``--help`` is instant."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from mlx_traces.config import CompareConfig, Config, EvalConfig, NanoConfig, build, read_config
+from mlx_traces.errors import UserError
+
+FORMATS = ("table", "markdown", "csv", "json")
+
+
+class Commands(click.Group):
+    """A group in whose commands a UserError prints as one line and Ctrl-C says how to go on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from None
+        except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(128 + signal.SIGPIPE)
+
+
+def settings_options(kind: type[Config], *leave_out: str) -> Callable:
+    """Add an option for every field of a recipe's settings; the function gets those given, as ``settings``."""
+
+    def decorate(function: Callable) -> Callable:
+        names = [name for name in kind.model_fields if name not in leave_out]
+
+        def call(**arguments: Any) -> Any:
+            given = {name: value for name in names if (value := arguments.pop(name)) is not None}
+            return function(settings=given, **arguments)
+
+        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__click_params__ = list(getattr(function, "__click_params__", []))
+        for name in reversed(names):
+            call = _option(name, kind)(call)
+        return call
+
+    return decorate
+
+
+def _option(name: str, kind: type[Config]) -> Callable:
+    """Make the click option of one field; validation is the settings' own."""
+    field = kind.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    shown = field.get_default()
+    text = (field.description or "") + (f"  [default: {shown}]" if shown is not None else "")
+    types = [part for part in (get_args(field.annotation) or (field.annotation,)) if part is not type(None)]
+    if types == [bool]:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    literal = next((part for part in (field.annotation, *types) if get_origin(part) is Literal), None)
+    if literal is not None:
+        choices = [str(value) for value in get_args(literal)]
+        return click.option(flag, name, type=click.Choice(choices), default=None, help=text)
+    if get_origin(field.annotation) is tuple:
+        return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)
+    simple = next((part for part in (int, float) if part in types), str)
+    return click.option(flag, name, type=simple, default=None, help=text)
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mlx-traces")
+def main() -> None:
+    """Teach small language models to reason, on a MacBook; measure whether they do.
+
+    Start with `mlx-traces compare`: the embedded model, direct answers against thinking, in under a minute.
+    """
+
+
+@main.command("eval")
+@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--out", type=click.Path(), help="Run folder.  [default: runs/, named by the settings]")
+@click.option("--resume", is_flag=True, help="Continue a run that was cut off; finished samples are kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a summary.")
+@settings_options(EvalConfig)
+def eval_command(config_file: str | None, out: str | None, resume: bool, as_json: bool, settings: dict) -> None:
+    """Evaluate one model on one task; write a run folder with every sample and the result."""
+    from mlx_traces.evaluation import evaluate
+
+    config = read_config(EvalConfig, config_file, settings)
+    result = evaluate(config=config, out=out, resume=resume, progress=True)
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps(asdict(result), indent=1))
+        return
+    from mlx_traces.tables import result_lines
+
+    click.echo("\n".join(result_lines(result)))
+
+
+@main.command("compare")
+@click.argument("runs", nargs=-1, type=click.Path())
+@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt style to try with each model; repeat for more.")
+@click.option("--config", "config_file", type=click.Path(), help="YAML file: runs, evals, baseline, out.")
+@click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
+@click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
+@click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
+@click.option("--format", "format_", type=click.Choice(FORMATS), default="table", help="What to print.")
+@click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
+@settings_options(EvalConfig, "model", "prompt", "adapter")
+def compare_command(
+    runs: tuple[str, ...],
+    models: tuple[str, ...],
+    prompts: tuple[str, ...],
+    config_file: str | None,
+    baseline: str | None,
+    out: str | None,
+    runs_dir: str | None,
+    format_: str,
+    extractors: bool,
+    settings: dict,
+) -> None:
+    """Evaluate what is missing, then print one table with intervals and paired p-values.
+
+    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against thinking.
+    """
+    from mlx_traces import comparison, tables
+
+    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    config = read_config(CompareConfig, config_file, overrides)
+    if (prompts or settings) and not models:
+        models = ("nano",)
+    evals = [*config.evals, *(comparison.crossed(models, prompts, settings) if models else ())]
+    everything = [*config.runs, *runs]
+    if not everything and not evals:
+        evals = comparison.default_evals()
+    config = config.model_copy(update={"runs": everything, "evals": evals})
+    collected = comparison.collect(config, progress=True)
+    frame = tables.compare_runs(collected, config.baseline or 0)
+    if config.out:
+        tables.write_all(collected, frame, Path(config.out))
+    for line in tables.differences(collected):
+        click.echo(f"note: {line}", err=True)
+    _print(frame, collected, format_, extractors)
+    if config.out:
+        click.echo(f"written to {config.out}", err=True)
+
+
+def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
+    """Print a comparison in one of FORMATS."""
+    from mlx_traces import tables
+
+    if format_ == "json":
+        click.echo(json.dumps(tables.to_json(frame), indent=1))
+    elif format_ == "csv":
+        click.echo(tables.to_csv(frame), nl=False)
+    elif format_ == "markdown":
+        click.echo(tables.to_markdown(frame))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        console.print(tables.to_terminal(frame))
+        for part in (tables.strata_table(collected), tables.extractors_table(collected) if extractors else None):
+            if part is not None:
+                console.print(part)
+
+
+@main.command("grade")
+@click.argument("file", type=click.Path())
+@click.option("--task", required=True, help="Task whose grader judges: gsm8k, countdown or qa.")
+@click.option("--extractor", help="How the answer is found; default: the task's headline one.")
+@click.option("--out", type=click.Path(), help="Write the rows here instead of to stdout.")
+def grade_command(file: str, task: str, extractor: str | None, out: str | None) -> None:
+    """Grade completions made anywhere: JSON lines with `completion` and the task's columns.
+
+    Each row comes back with `correct`, `verdict` and `extracted`; a summary goes to stderr.
+    """
+    from mlx_traces.errors import unknown
+    from mlx_traces.evaluation import regrade
+    from mlx_traces.runs import write_atomic
+    from mlx_traces.stats import wilson
+    from mlx_traces.tasks import get_task
+    from mlx_traces.tasks.data import read_jsonl
+
+    grader = get_task(task)
+    name = extractor or grader.extractors[0]
+    if name not in grader.extractors:
+        raise unknown(f"extractor of {task}", name, grader.extractors)
+    lines, correct = [], 0
+    for where, row in read_jsonl(Path(file), ("completion", *grader.graded_columns)):
+        score = regrade(grader, row, where)[name]
+        graded = {**row, "correct": score.correct, "verdict": score.verdict, "extracted": score.extracted}
+        lines.append(json.dumps(graded, ensure_ascii=False) + "\n")
+        correct += score.correct
+    if not lines:
+        raise UserError(f"{file} has no rows")
+    if out:
+        write_atomic(Path(out), "".join(lines))
+    else:
+        click.echo("".join(lines), nl=False)
+    low, high = wilson(correct, len(lines))
+    share = f"{100 * correct / len(lines):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    click.echo(f"{correct} of {len(lines)} correct by {name}: {share}", err=True)
+
+
+@main.group("data")
+def data_group() -> None:
+    """Make and bring in data sets."""
+
+
+@data_group.command("countdown")
+@click.option("--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems.")
+@click.option("--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems.")
+@click.option("--operands", nargs=2, type=int, default=(3, 4), metavar="LOW HIGH", help="Numbers per problem.  [default: 3 4]")
+@click.option("--numbers", nargs=2, type=int, default=(1, 50), metavar="LOW HIGH", help="Range of the numbers.  [default: 1 50]")
+@click.option("--target", nargs=2, type=int, default=(10, 100), metavar="LOW HIGH", help="Range of the target.  [default: 10 100]")
+@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write.")
+def data_countdown(
+    count: int,
+    split: str,
+    seed: int,
+    operands: tuple[int, int],
+    numbers: tuple[int, int],
+    target: tuple[int, int],
+    out: str,
+) -> None:
+    """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
+    from mlx_traces.runs import write_atomic
+    from mlx_traces.tasks.countdown import generate
+    from mlx_traces.tasks.solver import solutions
+
+    path = Path(out)
+    if path.exists():
+        raise UserError(f"{path} exists; remove it, or choose another --out")
+    rows = [
+        {"nums": nums, "target": value, "solutions": solutions(nums, value)}
+        for nums, value in generate(split, count, seed, operands, numbers, target)
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    click.echo(f"{len(rows)} problems written to {path}", err=True)
+
+
+@main.group("nano")
+def nano_group() -> None:
+    """The embedded model."""
+
+
+@nano_group.command("build")
+@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@settings_options(NanoConfig)
+def nano_build(config_file: str | None, settings: dict) -> None:
+    """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
+    from mlx_traces.device import import_mlx
+
+    config = read_config(NanoConfig, config_file, settings)
+    import_mlx()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mlx_traces import nano
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("training nano", total=None)
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=steps, description=f"training nano, loss {loss:.3f}")
+
+        out = nano.build(config, show)
+    click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown")
+
+
+@main.command("doctor")
+def doctor_command() -> None:
+    """Say what this machine runs on, how fast, and what to do about what is wrong."""
+    from mlx_traces import doctor
+
+    doctor.show()

@@ -1,0 +1,355 @@
+"""The evaluator: problems in, a run folder and an EvalResult out."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from mlx_traces import stats
+from mlx_traces.config import EvalConfig, build
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.records import EvalResult, Problem, Rollout, Score
+from mlx_traces.runs import RunFolder, fingerprint, now, provenance
+from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks.answers import parse_number
+from mlx_traces.tasks.prompts import Prompt, load_prompt
+
+SPEED_ONLY = {"rows", "device"}  # settings that do not decide what is sampled, up to floating-point ties
+
+Sample = dict[str, Any]
+Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began."""
+
+    prompt: str
+    opened: str
+    rollout: Rollout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An evaluation whose settings are complete and checked; no model is loaded yet."""
+
+    config: EvalConfig
+    task: Task
+    prompt: Prompt
+    extractor: str
+
+    @property
+    def label(self) -> str:
+        """A folder name: task, model, adapter and prompt, and 8 digits that stand for all settings."""
+        digest = hashlib.sha256(repr(sorted(self.identity().items())).encode()).hexdigest()[:8]
+        parts = (
+            self.task.name,
+            Path(self.config.model).name,
+            Path(self.config.adapter or "").name,
+            self.prompt.name,
+        )
+        name = "-".join(part for part in parts if part)
+        return (
+            "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides which completions are sampled and how they are judged."""
+        from mlx_traces.models import NANO, resolve
+
+        local = self.config.model == NANO or Path(self.config.model).is_dir()
+        return {
+            **self.config.model_dump(mode="json", exclude=SPEED_ONLY),
+            "prompt": asdict(self.prompt)
+            | {"shots": [list(shot) for shot in self.prompt.shots], "stop": list(self.prompt.stop)},
+            "extractor": self.extractor,
+            "model_files": fingerprint(resolve(self.config.model)[0]) if local else None,
+            "adapter_files": fingerprint(Path(self.config.adapter)) if self.config.adapter else None,
+        }
+
+
+def plan(config: EvalConfig) -> Plan:
+    """Fill in what the settings leave to the task, and check names before anything is loaded.
+
+    Raises:
+        UserError: for an unknown task, prompt or extractor, with the choices.
+    """
+    from mlx_traces.models import split_adapter
+
+    model, adapter = split_adapter(config.model)
+    if adapter and config.adapter:
+        raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
+    config = config.model_copy(update={"model": model, "adapter": adapter or config.adapter})
+    task = get_task(config.task)
+    extractor = config.extractor or task.extractors[0]
+    if extractor not in task.extractors:
+        raise unknown(f"extractor of {task.name}", extractor, task.extractors)
+    return Plan(config, task, _prompt(task, config), extractor)
+
+
+def _prompt(task: Task, config: EvalConfig) -> Prompt:
+    """Find the prompt by name or file, and apply ``system`` and ``prefill``."""
+    name = config.prompt or task.default_prompt
+    if name in task.prompts:
+        prompt = task.prompts[name]
+    elif name in task.few_shot:
+        prompt = task.few_shot[name](config.shots, config.seed, config.shots_data)
+    elif name.endswith((".yaml", ".yml")):
+        prompt = load_prompt(Path(name))
+    else:
+        raise unknown(f"prompt of {task.name}", name, (*task.styles, "FILE.yaml"))
+    changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
+    return replace(prompt, **changes)
+
+
+def evaluate(
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    runs_dir: str | Path = "runs",
+    config: EvalConfig | None = None,
+    **settings: Any,
+) -> EvalResult:
+    """Evaluate a model on a task; ``mlx-traces eval`` from Python.
+
+    Args:
+        out: the run folder; default: a name made of the settings, under ``runs_dir``.
+        resume: continue a run that was cut off; finished samples are kept.
+        progress: show a progress bar on stderr.
+        runs_dir: where run folders are kept.
+        config: complete settings, in place of ``settings``.
+        **settings: the fields of ``EvalConfig``: ``model``, ``task``, ``prompt``, ``limit``, ...
+
+    Returns:
+        The result; the run folder holds it as ``result.json``, beside every sample.
+
+    Raises:
+        UserError: if the input is wrong.
+    """
+    planned = plan(config or build(EvalConfig, settings))
+    return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
+
+
+def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
+    """Carry out a plan in the run folder ``path``."""
+    from mlx_traces import device
+    from mlx_traces.models import load
+
+    config, folder = planned.config, RunFolder(path)
+    problems = planned.task.load(config.split, config.data, config.limit, config.seed)
+    if folder.path.exists() and not resume:
+        folder.start({}, {}, resume=False)  # refuses before a model is loaded
+    wanted = [(problem, sample) for problem in problems for sample in range(config.samples)]
+    loaded = load(
+        config.model, config.adapter, device=config.device, weights=config.weights, dtype=config.dtype
+    )
+    details = {**provenance(), "backend": asdict(loaded.backend), "rows": config.rows, "notes": loaded.notes}
+    identity = {**planned.identity(), "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
+    samples = folder.start(identity, details, resume)
+    done = {(row["id"], row["sample"]) for row in samples}
+    todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+    before = max((row["elapsed"] for row in samples), default=0.0)
+    device.reset_peak_memory()
+    start = perf_counter()
+    with _bar(progress, len(wanted), samples) as advance:
+        for index, completion in _model_generate(loaded, planned)(todo):
+            problem, sample = todo[index]
+            row = grade_sample(planned, problem, sample, completion)
+            row["elapsed"] = round(before + perf_counter() - start, 3)
+            folder.append([row])
+            samples.append(row)
+            advance(row)
+    order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
+    samples = sorted(
+        (row for row in samples if (row["id"], row["sample"]) in order),
+        key=lambda r: order[r["id"], r["sample"]],
+    )
+    result = summarize(planned, samples, path.name, device.peak_memory_gb(), loaded.notes)
+    folder.finish(samples, asdict(result))
+    return result
+
+
+def _model_generate(loaded, planned: Plan) -> Generate:
+    """Make the plain function from (problem, sample) pairs to completions, as they finish."""
+    from mlx_traces.sampling import Request, SamplingParams, generate
+
+    config = planned.config
+    params = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop=planned.prompt.stop,
+    )
+
+    def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
+        rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
+        seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
+        requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
+        for index, rollout in generate(loaded, requests, params, config.rows):
+            yield index, Completion(rendered[index].text, rendered[index].opened, rollout)
+
+    return completions
+
+
+@contextmanager
+def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sample], None]]:
+    """Yield a function to call with each finished sample; it drives a progress bar on stderr."""
+    if not show:
+        yield lambda row: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    correct, tokens, start = sum(row["correct"] for row in samples), 0, perf_counter()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("eval", total=total, completed=len(samples), figures="")
+        done = len(samples)
+
+        def advance(row: Sample) -> None:
+            nonlocal correct, tokens, done
+            correct, tokens, done = correct + row["correct"], tokens + row["tokens"], done + 1
+            speed = tokens / (perf_counter() - start)
+            progress.update(
+                bar, completed=done, figures=f"{100 * correct / done:.1f} % correct  {speed:.0f} tokens/s"
+            )
+
+        yield advance
+
+
+def sample_seed(seed: int, problem_id: str, sample: int) -> int:
+    """Return the 64-bit seed of one completion's random stream; it depends on nothing else in the run."""
+    digest = hashlib.sha256(f"{seed} {problem_id} {sample}".encode()).digest()
+    return int.from_bytes(digest[:8])
+
+
+def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion) -> Sample:
+    """Judge one completion and make its line of ``samples.jsonl``."""
+    rollout = completion.rollout
+    scores = planned.task.grade(problem, completion.opened + rollout.text)
+    headline = scores[planned.extractor]
+    return {
+        "id": problem.id,
+        "sample": sample,
+        "question": question_of(planned.task, problem),
+        "prompt": completion.prompt,
+        "completion": rollout.text,
+        "tokens": len(rollout.completion_ids),
+        "finish_reason": rollout.finish_reason,
+        "extracted": headline.extracted,
+        "extractions": {name: score.extracted for name, score in scores.items()},
+        "verdicts": {name: score.verdict for name, score in scores.items()},
+        "gold": problem.gold,
+        "correct": headline.correct,
+        "verdict": headline.verdict,
+        "stratum": problem.stratum,
+    }
+
+
+def question_of(task: Task, problem: Problem) -> str:
+    """Return the question as one text, for tables."""
+    if "question" in problem.columns:
+        return str(problem.columns["question"])
+    return ", ".join(f"{column} {problem.columns[column]}" for column in task.columns)
+
+
+def summarize(
+    planned: Plan, samples: list[Sample], run_name: str, memory_gb: float, notes: list[str]
+) -> EvalResult:
+    """Compute a result from graded samples, in any order."""
+    config = planned.config
+    tokens = sum(row["tokens"] for row in samples)
+    seconds = max(row["elapsed"] for row in samples)
+    overall = accuracy_of(samples, lambda row: row["correct"])
+    strata = sorted({row["stratum"] for row in samples} - {""})
+    return EvalResult(
+        run=run_name,
+        model=config.model,
+        adapter=config.adapter,
+        task=planned.task.name,
+        prompt=planned.prompt.name,
+        extractor=planned.extractor,
+        split=config.split,
+        **overall,
+        samples_per_problem=config.samples,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        truncated=sum(row["finish_reason"] == "length" for row in samples) / len(samples),
+        mean_tokens=tokens / len(samples),
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        wall_seconds=seconds,
+        peak_memory_gb=memory_gb,
+        timestamp=now(),
+        verdicts=dict(Counter(row["verdict"] for row in samples).most_common()),
+        by_stratum={
+            name: accuracy_of([row for row in samples if row["stratum"] == name], lambda row: row["correct"])
+            for name in strata
+        },
+        extractors={
+            name: accuracy_of(samples, lambda row, name=name: row["verdicts"][name] == "correct")
+            for name in planned.task.extractors
+        },
+        **_at_k(samples, config.samples),
+        notes=notes,
+    )
+
+
+def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) -> dict[str, Any]:
+    """Return accuracy, counts and the 95 % interval; completions of one problem count as a cluster."""
+    by_problem: dict[str, list[bool]] = defaultdict(list)
+    for row in samples:
+        by_problem[row["id"]].append(correct(row))
+    counts = [len(verdicts) for verdicts in by_problem.values()]
+    means = [sum(verdicts) / len(verdicts) for verdicts in by_problem.values()]
+    low, high = stats.wilson_clustered(means, max(counts))
+    correct_count = sum(map(sum, by_problem.values()))
+    return {
+        "accuracy": correct_count / sum(counts),
+        "correct_count": correct_count,
+        "total_questions": sum(counts),
+        "ci_low": low,
+        "ci_high": high,
+    }
+
+
+def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
+    """Return unbiased pass@k and maj@k (the first k completions vote) for k = 1, 2, 4, ... and n."""
+    if n == 1:
+        return {"pass_at_k": {}, "maj_at_k": {}}
+    groups: dict[str, list[Sample]] = defaultdict(list)
+    for row in samples:
+        groups[row["id"]].append(row)
+    ks = sorted({1 << i for i in range(n.bit_length())} & set(range(1, n + 1)) | {n})
+    passes = {str(k): 0.0 for k in ks}
+    votes = {str(k): 0.0 for k in ks}
+    for rows in groups.values():
+        count = sum(row["correct"] for row in rows)
+        for k in ks:
+            passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
+            winner = stats.majority([vote_of(row["extracted"]) for row in rows[:k]])
+            votes[str(k)] += any(
+                row["correct"] for row in rows[:k] if vote_of(row["extracted"]) == winner
+            ) / len(groups)
+    return {"pass_at_k": passes, "maj_at_k": votes}
+
+
+def vote_of(extracted: str | None) -> str | None:
+    """Return what an answer counts as in a vote: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
+    number = parse_number(extracted) if extracted is not None else None
+    return str(number) if number is not None else extracted and " ".join(extracted.split())
+
+
+def regrade(task: Task, row: dict[str, Any], where: str) -> dict[str, Score]:
+    """Judge a completion made anywhere: a row with ``completion`` and the task's graded columns."""
+    completion = row["completion"]
+    if not isinstance(completion, str):
+        raise UserError(f"{where}: 'completion' must be a text, not {type(completion).__name__}")
+    return task.grade(task.parse(row, where), completion)

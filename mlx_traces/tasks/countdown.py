@@ -1,0 +1,301 @@
+"""Countdown: reach a target with + - * / and every given number exactly once. Generator, solver and checker. No MLX."""
+
+import ast
+import hashlib
+import operator
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.records import Problem, Score
+from mlx_traces.tasks import Task
+from mlx_traces.tasks.answers import answer_part, last_answer_tag, last_boxed
+from mlx_traces.tasks.data import hub_rows, load_rows, read_jsonl, split_slice
+from mlx_traces.tasks.prompts import Prompt
+
+MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
+MAX_RESPONSE = 100_000  # characters searched for an answer, from the end
+SPLITS = {
+    "train": range(0, 80),
+    "valid": range(80, 90),
+    "test": range(90, 100),
+}  # percent of all sets of numbers
+DEFAULT_COUNT = 500
+INSTEAD = 'pass --data FILE with one {"nums", "target"} object per line, or no --data for generated problems'
+
+TINYZERO_ROWS = 327_680  # of the hub sets' one split: these are train, the next 1,024 are test
+HUB_SPLITS = {"train": f"train[:{TINYZERO_ROWS}]", "test": f"train[{TINYZERO_ROWS}:{TINYZERO_ROWS + 1024}]"}
+
+
+# ---------------------------------------------------------------------------------------------- checker
+
+_SPELLINGS = str.maketrans(
+    {"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/"} | dict.fromkeys("−–—", "-")
+)
+_LATEX = re.compile(r"\\(times|cdot|ast|div|left|right|quad|displaystyle)(?![a-zA-Z])|\\[()\[\],;:! ]|[$`]")
+_LATEX_MEANING = {"times": "*", "cdot": "*", "ast": "*", "div": "/"}
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_STATED = re.compile(r" ?-?[0-9]{1,40} ?")
+_OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def check(expression: str, nums: list[int], target: int) -> str:
+    r"""Judge an expression; nothing is executed and the work is bounded by ``MAX_EXPRESSION``.
+
+    Understood: + - * / parentheses and integers, their signs, ``×``, ``÷``, ``−``, ``\times``, ``\div``, LaTeX
+    fractions, and ``= value`` at the end where it is true. Arithmetic is exact.
+
+    Returns:
+        ``"correct"``, ``"not_an_expression"``, ``"wrong_numbers"`` (not every number exactly once) or
+        ``"wrong_value"`` (also for a division by zero and for a false ``= value``).
+    """
+    if len(expression) > MAX_EXPRESSION:
+        return "not_an_expression"
+    parts = _plain(expression).split("=")
+    if len(parts) > 2 or not all(map(_EXPRESSION.fullmatch, parts)):
+        return "not_an_expression"
+    if len(parts) == 2 and not _STATED.fullmatch(parts[1]):
+        return "not_an_expression"
+    used: list[int] = []
+    try:
+        value = _value(ast.parse(parts[0].strip(), mode="eval").body, used)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "not_an_expression"
+    except ZeroDivisionError:
+        value = None
+    if Counter(used) != Counter(nums):
+        return "wrong_numbers"
+    if value != target or (len(parts) == 2 and int(parts[1]) != value):
+        return "wrong_value"
+    return "correct"
+
+
+def _plain(text: str) -> str:
+    """Rewrite typographic and LaTeX spellings as the ASCII expression they mean."""
+    text = " ".join(text.translate(_SPELLINGS).split())
+    text = _LATEX.sub(lambda match: _LATEX_MEANING.get(match[1], " "), text)
+    rewrites = 1
+    while rewrites:  # innermost fractions first; each pass removes at least one
+        text, rewrites = _FRACTION.subn(r"((\1)/(\2))", text)
+    return text.strip().removesuffix(".")
+
+
+def _value(node: ast.expr, used: list[int]) -> Fraction:
+    """Compute a parsed expression exactly, noting the numbers it uses; ValueError for any other syntax."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        left, right = _value(node.left, used), _value(node.right, used)
+        return _OPERATIONS[type(node.op)](left, right)
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _SIGNS:
+        return _SIGNS[type(node.op)](_value(node.operand, used))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    raise ValueError("not arithmetic")
+
+
+_LOOSE = re.compile(r"[0-9(][0-9+\-*/() ×÷−·]*[0-9)](?: ?= ?-?[0-9]+)?")
+_HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/×÷−·]")
+
+
+def _loose(response: str) -> str | None:
+    r"""Find an answer without its tags: last <answer>, else last \boxed{}, else the last written-out expression."""
+    if (tagged := last_answer_tag(response)) is not None:
+        return tagged
+    part = answer_part(response)
+    if (boxed := last_boxed(part)) is not None:
+        return boxed
+    found = [run for run in _LOOSE.findall(part[-2000:]) if _HAS_OPERATION.search(run)]
+    return found[-1] if found else None
+
+
+def _tagged(response: str) -> str | None:
+    """Find the last closed <answer>; inside a finished thought it is a draft, not an answer."""
+    return last_answer_tag(response.rpartition("</think>")[2])
+
+
+EXTRACTORS = {"answer": _tagged, "tolerant": _loose}
+
+
+def grade(problem: Problem, response: str) -> dict[str, Score]:
+    """Judge a response by every extractor; verdicts are ``check``'s, and ``"no_answer"``."""
+    nums, target = problem.columns["nums"], problem.columns["target"]
+    scores = {}
+    for name, extract in EXTRACTORS.items():
+        found = extract(response[-MAX_RESPONSE:])
+        verdict = "no_answer" if found is None or not found.strip() else check(found, nums, target)
+        scores[name] = Score(verdict, found and found.strip()[:MAX_EXPRESSION])
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------- problems
+
+
+def split_of(nums: list[int]) -> str:
+    """Return the split that a set of numbers belongs to.
+
+    It follows from a hash of the sorted numbers alone, so no problem, and not even a set of numbers, is ever in two
+    splits, whatever the seed.
+    """
+    digest = hashlib.sha256(" ".join(map(str, sorted(nums))).encode()).digest()
+    bucket = int.from_bytes(digest[:4]) % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def generate(
+    split: str,
+    count: int,
+    seed: int,
+    operands: tuple[int, int] = (3, 4),
+    numbers: tuple[int, int] = (1, 50),
+    target: tuple[int, int] = (10, 100),
+) -> Iterator[tuple[list[int], int]]:
+    """Yield ``count`` different solvable problems (nums, target) of a split.
+
+    Numbers are uniform; the target is the value of a random expression over them, every intermediate result a
+    non-negative integer. The i-th problem has ``operands[0] + i mod (operands[1] - operands[0] + 1)`` numbers, so
+    every operand count has its equal share.
+
+    Args:
+        split: ``train``, ``valid`` or ``test``.
+        count: how many problems.
+        seed: the same seed gives the same problems.
+        operands: fewest and most numbers of a problem.
+        numbers: smallest and largest number.
+        target: smallest and largest target.
+
+    Raises:
+        UserError: for an unknown split, an empty range, or when no further problem turns up in 20,000 draws.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    for name, (low, high), least in (
+        ("operands", operands, 2),
+        ("numbers", numbers, 1),
+        ("target", target, 1),
+    ):
+        if not least <= low <= high:
+            raise UserError(f"countdown: {name} {low}-{high} is not a range from at least {least} upward")
+    if operands[1] > 6:
+        raise UserError(
+            f"countdown: operands {operands[0]}-{operands[1]}: at most 6 numbers can be solved exhaustively"
+        )
+    draw, seen = random.Random(f"{seed} {split}"), set()
+    for index in range(count):
+        size = operands[0] + index % (operands[1] - operands[0] + 1)
+        for _ in range(20_000):
+            nums = [draw.randint(*numbers) for _ in range(size)]
+            value = _random_value(nums, draw)
+            key = (*sorted(nums), value)
+            if target[0] <= value <= target[1] and key not in seen and split_of(nums) == split:
+                seen.add(key)
+                yield nums, value
+                break
+        else:
+            raise UserError(
+                f"countdown: only {index} different problems of split {split} found with these ranges, not {count}; "
+                "ask for fewer or widen the numbers or the target"
+            )
+
+
+def _random_value(nums: list[int], draw: random.Random) -> int:
+    """Combine the numbers in random order by random operations that stay within the non-negative integers."""
+    pool = list(nums)
+    while len(pool) > 1:
+        a, b = (pool.pop(draw.randrange(len(pool))) for _ in range(2))
+        results = [a + b, a * b, abs(a - b)]
+        if min(a, b) > 0 and max(a, b) % min(a, b) == 0:
+            results.append(max(a, b) // min(a, b))
+        pool.append(draw.choice(results))
+    return pool[0]
+
+
+def parse(row: dict[str, Any], where: str) -> Problem:
+    """Make a Problem of a row with ``nums`` and ``target``; its stratum is the operand count."""
+    nums, target = row.get("nums"), row.get("target")
+    if isinstance(target, float) and target.is_integer():
+        target = int(target)
+    if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
+        raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {str(nums)[:60]}")
+    if not _is_small_int(target):
+        raise UserError(f"{where}: 'target' must be an integer, not {str(target)[:60]}")
+    columns = {**row, "nums": list(nums), "target": target}
+    identity = f"countdown-{'-'.join(map(str, sorted(nums)))}-to-{target}"
+    return Problem(identity, columns, str(target), f"{len(nums)} operands")
+
+
+def _is_small_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 10**9
+
+
+def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
+    """Return problems: generated ones, a file's, or a hub set's (``Jiayi-Pan/Countdown-Tasks-3to4``, ``-Unique``).
+
+    Generated: ``limit`` (500 if it is None) problems of the split by ``generate``'s defaults and ``seed``. The hub sets
+    have one split; as in TinyZero its first 327,680 rows are train and the next 1,024 test.
+    """
+    if data is None:
+        rows = (
+            {"nums": nums, "target": target} for nums, target in generate(split, limit or DEFAULT_COUNT, seed)
+        )
+        return [parse(row, "generated") for row in rows]
+    if Path(data).exists() or data.endswith((".jsonl", ".json")):
+        name, span = split_slice(split)
+        rows = list(read_jsonl(Path(data), TASK.columns))[span]
+    elif data.partition("@")[0].endswith("/Countdown-Tasks-3to4"):
+        if split not in HUB_SPLITS:
+            raise unknown("split", split, HUB_SPLITS)
+        rows = hub_rows(data, None, HUB_SPLITS[split], INSTEAD)
+    else:
+        rows = hub_rows(data, None, split, INSTEAD)
+    return load_rows(rows, parse, limit, seed, data)
+
+
+RULES = "Use each number exactly once, with + - * / and parentheses."
+PROMPTS = {
+    prompt.name: prompt
+    for prompt in (
+        Prompt(
+            name="direct",
+            user=f"Make {{target}} from the numbers {{nums}}. {RULES} Answer at once: <answer>expression</answer>.",
+        ),
+        Prompt(
+            name="thinking",
+            user=f"Make {{target}} from the numbers {{nums}}. {RULES} Think first: <think>trials</think>, "
+            "then <answer>expression</answer>.",
+        ),
+        Prompt(
+            name="tinyzero",
+            system="You are a helpful assistant. You first thinks about the reasoning process in the mind and then "
+            "provides the user with the answer.",
+            user="Using the numbers {nums}, create an equation that equals {target}. You can use basic arithmetic "
+            "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. "
+            "And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>.",
+            prefill="Let me solve this step by step.\n<think>",
+        ),
+    )
+}
+
+TASK = Task(
+    name="countdown",
+    columns=("nums", "target"),
+    graded_columns=("nums", "target"),
+    extractors=tuple(EXTRACTORS),
+    prompts=PROMPTS,
+    default_prompt="thinking",
+    parse=parse,
+    load=load,
+    grade=grade,
+    splits=tuple(SPLITS),
+)
