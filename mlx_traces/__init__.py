@@ -1,11 +1,11 @@
 """Teach small language models to reason, and measure whether they did.
 
-Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes with first use.
+Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes later.
 """
 
 from mlx_traces import blas as blas
 
-# The modules are named otherwise: a submodule `evaluate`, once imported, would take the function's place here.
+# The modules are named otherwise: a submodule `evaluate`, once imported, would hide the function.
 _LAZY = {"evaluate": "mlx_traces.evaluation", "compare": "mlx_traces.comparison"}
 __all__ = ["__version__", "compare", "evaluate"]
 

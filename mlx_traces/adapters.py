@@ -16,11 +16,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter of ``folder`` on ``model``, dense or quantized, and return it.
 
-    The base weights stay as they are: fusing into a 4-bit base rounds a small adapter away. An adapter of type
-    ``full`` replaces the weights that it names.
+    The base weights stay as they are: fusing into a 4-bit base rounds a small adapter away. An adapter of
+    type ``full`` replaces the weights that it names.
 
     Raises:
-        UserError: if the folder has no mlx_lm adapter, or one that was made for another model: a tensor that the
+        UserError: if the folder has no mlx_lm adapter, or one that was made for another model: a tensor that
+        the
             model has no place for, one of another shape, or one that its layers need and the file lacks.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers

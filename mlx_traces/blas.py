@@ -56,10 +56,11 @@ def _open(path: str) -> ctypes.CDLL | OSError:
 
 
 def _load_fortran(folders: list[Path]) -> bool:
-    """Load a wheel's libgfortran under its usual name, which OpenBLAS wheels ask for; return whether it worked.
+    """Load a wheel's libgfortran under the usual name, which OpenBLAS wheels ask for; return success.
 
-    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that calls itself libgfortran-HASH.so.5.
-    The loader goes by the name inside the file, so a copy in memory with the usual name satisfies it.
+    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that calls itself
+    libgfortran-HASH.so.5. The loader goes by the name inside the file, so a copy in memory with the usual
+    name satisfies it.
     """
     for folder in folders:
         for wheel in FORTRAN_WHEELS:

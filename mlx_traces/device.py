@@ -20,8 +20,9 @@ class Backend:
     """How a model runs here.
 
     ``name`` is ``"metal"``, ``"cuda"`` or ``"cpu"``. ``weights`` ``"dense"`` means that quantized weights are
-    dequantized at load, ``"quantized"`` that they stay as the model folder has them. ``dtype`` is that of dense
-    weights, scales and activations; ``None`` keeps the folder's. ``memory_gb`` is the device's, in 1e9 bytes.
+    dequantized at load, ``"quantized"`` that they stay as the model folder has them. ``dtype`` is that of
+    dense weights, scales and activations; ``None`` keeps the folder's. ``memory_gb`` is the device's, in 1e9
+    bytes.
     """
 
     name: str
@@ -79,9 +80,9 @@ def choose(
 ) -> Backend:
     """Decide how a model runs here: what was asked for, else what this backend is good at.
 
-    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when that
-    fills less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one thread there;
-    a model that would fill more than 80 % of the memory so stays quantized, and slow.
+    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when
+    that fills less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one
+    thread there; a model that would fill more than 80 % of the memory so stays quantized, and slow.
 
     Args:
         device: ``"gpu"`` or ``"cpu"``, set as MLX's default; ``None`` for MLX's own choice.
@@ -122,7 +123,7 @@ def memory_bytes() -> int:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory used, in 1e9 bytes: MLX's since the last reset, on a CPU the process's since start."""
+    """Return the most memory used, in 1e9 bytes: MLX's since the reset; on a CPU, the process's so far."""
     mx = import_mlx()
     peak = mx.get_peak_memory()
     if mx.default_device() == mx.Device(mx.cpu):

@@ -1,4 +1,4 @@
-"""A model by name: found or downloaded, loaded as the device likes it, asked through its own chat template."""
+"""A model by name: found or downloaded, loaded as the device likes it, asked by its chat template."""
 
 import json
 import re
@@ -33,9 +33,9 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length"
 class Rendered:
     """A problem as the model reads it.
 
-    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds before
-    the first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` +
-    completion.
+    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds
+    before the first sampled token: a thought that the template opens, the prompt's prefill. Graders get
+    ``opened`` + completion.
     """
 
     ids: tuple[int, ...]
@@ -47,10 +47,10 @@ class Rendered:
 class LoadedModel:
     """A model ready to generate.
 
-    ``name`` and ``adapter`` are as given, ``revision`` is the hub commit, ``None`` for a folder. ``stop_ids`` end
-    a completion; ``stop_strings`` do too, for a model without a chat template, which knows no other end of a turn.
-    ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes`` are lines the user should see,
-    each once.
+    ``name`` and ``adapter`` are as given, ``revision`` is the hub commit, ``None`` for a folder. ``stop_ids``
+    end a completion; ``stop_strings`` do too, for a model without a chat template, which knows no other end
+    of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes`` are lines the
+    user should see, each once.
     """
 
     model: Any
@@ -122,7 +122,7 @@ class LoadedModel:
         return self.tokenizer._tokenizer.apply_chat_template(messages, **arguments)
 
     def _opened(self, messages: list[Message], text: str, thinking: bool | None) -> str:
-        """Return what the template writes into the assistant's turn itself: ``<think>`` and what follows it."""
+        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
         before = self._apply(messages, False, thinking)
         if text.startswith(before) and len(before) < len(text):
             turn = text[len(before) :]
@@ -365,7 +365,7 @@ def _context(config: dict[str, Any]) -> int | None:
 
 
 def _as_text(messages: list[Message]) -> str:
-    """Join turns as one text, as lm-eval does: a blank line between turns' pairs, a space before an answer."""
+    """Join turns as one text, as lm-eval does: a blank line between pairs, a space before an answer."""
     text = ""
     for message in messages:
         if message["role"] == "assistant":

@@ -17,10 +17,10 @@ _PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
 class SamplingParams:
     """How tokens are drawn and when a completion ends.
 
-    ``temperature`` 0 is greedy and ignores the filters. Otherwise, as in mlx_lm: ``top_p``, then ``min_p``, then
-    ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at ``temperature``.
-    ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop token. ``stop`` are strings
-    that end a completion.
+    ``temperature`` 0 is greedy and ignores the filters. Otherwise, as in mlx_lm: ``top_p``, then ``min_p``,
+    then ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at
+    ``temperature``. ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop
+    token. ``stop`` are strings that end a completion.
     """
 
     max_tokens: int = 512
@@ -59,14 +59,14 @@ def generate(
 ) -> Iterator[tuple[int, Rollout]]:
     """Complete prompts, ``rows`` at once; yield (index into ``requests``, rollout) as each finishes.
 
-    Rows are admitted longest prompt first, which pads least; a row that ends makes room for the next. A row's random
-    stream depends on its seed and on how many tokens it has drawn, not on its neighbours, its place or ``rows``: the
-    same seed draws the same completion again, up to rounding, which differs with the batch's shape and can turn a
-    near tie. The model's ``stop_strings`` count beside ``params.stop``.
+    Rows are admitted longest prompt first, which pads least; a row that ends makes room for the next. A row's
+    random stream depends on its seed and on how many tokens it has drawn, not on its neighbours, its place or
+    ``rows``: the same seed draws the same completion again, up to rounding, which differs with the batch's
+    shape and can turn a near tie. The model's ``stop_strings`` count beside ``params.stop``.
 
     Raises:
-        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1, or a
-            prompt that leaves no room for ``max_tokens`` in the model's context.
+        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
+            or a prompt that leaves no room for ``max_tokens`` in the model's context.
     """
     requests = list(requests)
     params.check()
@@ -78,8 +78,8 @@ def generate(
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
         if loaded.context is not None and length + params.max_tokens > loaded.context:
             raise UserError(
-                f"prompt {index + 1} of {len(requests)} has {length} tokens, {params.max_tokens} more would pass the "
-                f"model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
+                f"prompt {index + 1} of {len(requests)} has {length} tokens; {params.max_tokens} more would pass "
+                f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
             )
     return _run(loaded, requests, params, rows)
 
@@ -139,8 +139,9 @@ class _Row:
     def find_stop(self) -> int | None:
         """Return where in the text the first stop string starts, if the newest token completed one.
 
-        Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
-        ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+        Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few
+        special ones. What they show is looked for again in the whole text, which a tokenizer may write
+        otherwise.
         """
         if not self.stops:
             return None
