@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Config(BaseModel):
     """Base of the recipes' settings: unknown fields are refused, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=())
 
 
 class LoadConfig(Config):

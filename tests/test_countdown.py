@@ -1,0 +1,240 @@
+"""Countdown: the checker against every expression there is, the generator, the solver and the traces."""
+
+import itertools
+import json
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_traces.errors import UserError
+from mlx_traces.tasks.countdown import MAX_EXPRESSION, TASK, check, generate, load, parse, split_of
+from mlx_traces.tasks.solver import TRACE_LIMIT, search_trace, solutions
+
+
+def every_expression(numbers):
+    """Yield (fully parenthesised text, exact value or None) of every tree over ``numbers`` in this order."""
+    if len(numbers) == 1:
+        yield str(numbers[0]), Fraction(numbers[0])
+        return
+    for cut in range(1, len(numbers)):
+        for left, a in every_expression(numbers[:cut]):
+            for right, b in every_expression(numbers[cut:]):
+                for sign in "+-*/":
+                    if a is None or b is None or (sign == "/" and b == 0):
+                        value = None
+                    else:
+                        value = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a / b
+                    yield f"({left} {sign} {right})", value
+
+
+def brute_force_reaches(nums, target):
+    return any(
+        value == target
+        for order in set(itertools.permutations(nums))
+        for _, value in every_expression(list(order))
+    )
+
+
+@pytest.mark.parametrize("nums", [(2, 3, 4), (4, 4, 8), (1, 2, 4, 6), (6, 6, 3, 1)])
+def test_the_checker_agrees_with_exhaustive_enumeration(nums):
+    verdicts = {"correct": 0, "wrong_value": 0}
+    for order in set(itertools.permutations(nums)):
+        for text, value in every_expression(list(order)):
+            expected = "correct" if value == 24 else "wrong_value"
+            assert check(text, list(nums), 24) == expected, text
+            verdicts[expected] += 1
+    assert all(verdicts.values())  # both verdicts were reached
+
+
+def test_the_checker_counts_every_number_exactly_once():
+    for used in itertools.product((3, 4, 6), repeat=3):
+        text = f"{used[0]} + {used[1]} * {used[2]}"
+        assert (check(text, [3, 4, 6], 27) == "wrong_numbers") == (sorted(used) != [3, 4, 6]), text
+    assert check("3 + 4", [3, 4, 6], 7) == "wrong_numbers"
+    assert check("3 + 4 + 6 + 6", [3, 4, 6], 19) == "wrong_numbers"
+    assert check("34 + 6", [3, 4, 6], 40) == "wrong_numbers"
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("3 * (4 + 6)", "correct"),
+        ("3 × (4 + 6)", "correct"),
+        (r"3 \times (4 + 6)", "correct"),
+        (r"$3 \cdot \left(4 + 6\right)$", "correct"),
+        ("(4+6)*3=30", "correct"),
+        ("(4 + 6) * 3 = 30.", "correct"),
+        ("(4 + 6) * 3 = 31", "wrong_value"),
+        ("(4 + 6) * 3 = 15 * 2", "not_an_expression"),
+        ("30 = (4 + 6) * 3", "not_an_expression"),
+        ("(4 + 6) * 3 = 30 = 30", "not_an_expression"),
+        ("4 + 6 + 3 = 30", "wrong_value"),
+        ("3 * -(-4 - 6)", "correct"),
+        ("3 +* 4", "not_an_expression"),
+        ("3 ** 4 + 6", "not_an_expression"),
+        ("6 // 4 + 3", "not_an_expression"),
+        ("3 (4 + 6)", "not_an_expression"),
+        ("3,4,6", "not_an_expression"),
+        ("3.0 * (4 + 6)", "not_an_expression"),
+        ("0x3 * (4 + 6)", "not_an_expression"),
+        ("3 * (4 + 6) if 1 else 2", "not_an_expression"),
+        ("[3 * (4 + 6)][0]", "not_an_expression"),
+        ("3_0", "not_an_expression"),
+        ("3 / (4 - 4) + 6", "wrong_numbers"),
+        ("4 / 0", "wrong_numbers"),
+        ("", "not_an_expression"),
+        ("=", "not_an_expression"),
+    ],
+)
+def test_what_is_and_is_not_an_expression(text, verdict):
+    assert check(text, [3, 4, 6], 30) == verdict
+
+
+def test_fractions_division_and_its_spellings():
+    assert check("8 / (3 - 8 / 3)", [8, 3, 8, 3], 24) == "correct"
+    assert check(r"\frac{8}{3 - \frac{8}{3}}", [8, 3, 8, 3], 24) == "correct"
+    assert check(r"\dfrac{8}{3 - 8 \div 3} = 24", [8, 3, 8, 3], 24) == "correct"
+    assert check("8 ÷ (3 − 8 ÷ 3)", [8, 3, 8, 3], 24) == "correct"
+    assert check("6 / (3 - 3)", [6, 3, 3], 24) == "wrong_value"  # division by zero
+
+
+HOSTILE = [
+    "9**9**9**9",
+    "(" * 5000 + "1" + ")" * 5000,
+    "(" * 120 + "1" + ")" * 120,
+    "-" * 250 + "1",
+    "9" * 256,
+    "*".join(["9" * 40] * 6),
+    r"\frac{" * 10_000,
+    r"\frac{1}{2}" * 10_000,
+    "1+" * 100_000,
+    "=" * 100_000,
+    "__import__('os').system('true')",
+    "٣ + ٤",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_expressions_are_refused_at_once(text):
+    start = time.perf_counter()
+    assert check(text, [3, 4, 6], 30) in {"not_an_expression", "wrong_numbers"}
+    for wrapped in (text, f"<answer>{text}</answer>"):
+        TASK.grade(parse({"nums": [3, 4, 6], "target": 30}, "here"), wrapped)
+    assert time.perf_counter() - start < 0.1  # 2 ms each; the rest is room for a busy machine
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("0123456789+-*/()= .\\frac{}<answer>/\nx"), max_size=400))
+def test_any_text_gets_a_verdict(text):
+    problem = parse({"nums": [3, 4, 6], "target": 30}, "here")
+    for score in TASK.grade(problem, f"<answer>{text}</answer>").values():
+        assert score.verdict in {"correct", "no_answer", "not_an_expression", "wrong_numbers", "wrong_value"}
+        assert score.extracted is None or len(score.extracted) <= MAX_EXPRESSION
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "tolerant"),
+    [
+        ("<think>3+4</think>\n<answer>3 * (4 + 6)</answer>", "correct", "correct"),
+        ("<answer>3</answer> or rather <answer>3 * (4 + 6)</answer>", "correct", "correct"),
+        ("<answer>3 * (4 + 6)</answer> or rather <answer>3</answer>", "wrong_numbers", "wrong_numbers"),
+        ("<answer>3 * (4 + 6)", "no_answer", "correct"),
+        ("so \\boxed{3 \\times (4 + 6)}", "no_answer", "correct"),
+        ("We get 3 * (4 + 6) = 30.", "no_answer", "correct"),
+        ("<answer></answer>", "no_answer", "no_answer"),
+        ("<think><answer>3 * (4 + 6)</answer></think> 30", "no_answer", "no_answer"),
+        ("no idea", "no_answer", "no_answer"),
+        ("", "no_answer", "no_answer"),
+    ],
+)
+def test_where_the_answer_is_looked_for(response, answer, tolerant):
+    scores = TASK.grade(parse({"nums": [3, 4, 6], "target": 30}, "here"), response)
+    assert (scores["answer"].verdict, scores["tolerant"].verdict) == (answer, tolerant)
+
+
+def test_generated_problems_are_solvable_different_and_in_one_split_only():
+    seen = {}
+    for split in ("train", "valid", "test"):
+        for seed in (0, 1):
+            problems = list(generate(split, 60, seed))
+            keys = [(*sorted(nums), target) for nums, target in problems]
+            assert len(set(keys)) == len(keys)
+            assert {len(nums) for nums, _ in problems} == {3, 4}
+            for nums, target in problems:
+                assert 10 <= target <= 100 and all(1 <= n <= 50 for n in nums)
+                assert seen.setdefault(tuple(sorted(nums)), split) == split == split_of(nums[::-1])
+                if len(nums) == 3:
+                    assert brute_force_reaches(nums, target)
+                assert solutions(nums, target) > 0
+    assert list(generate("test", 20, 3)) == list(generate("test", 20, 3)) != list(generate("test", 20, 4))
+
+
+def test_the_solver_agrees_with_brute_force():
+    reached = 0
+    for nums, target in [((3, 4, 6), t) for t in range(1, 60)] + [((8, 3, 8, 3), 24), ((1, 1, 1, 1), 24)]:
+        assert (solutions(nums, target) > 0) == brute_force_reaches(nums, target), (nums, target)
+        reached += solutions(nums, target) > 0
+    assert 5 < reached < 59
+    assert solutions([2, 3], 6) == 1 and solutions([2, 3], 5) == 1 and solutions([4, 4], 0) == 2
+
+
+def test_traces_are_true_and_end_in_a_correct_answer():
+    told = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+    found = 0
+    for nums, target in generate("train", 200, 5):
+        trace = search_trace(nums, target)
+        if trace is None:
+            continue
+        found += 1
+        thought, expression = trace
+        assert check(expression, nums, target) == "correct"
+        for a, sign, b, value in told.findall(thought):
+            a, b, value = int(a), int(b), int(value)
+            assert (a == value * b) if sign == "/" else {"+": a + b, "-": a - b, "*": a * b}[sign] == value
+            assert value <= TRACE_LIMIT
+        assert thought.endswith("yes") and thought.count("yes") == 1
+    assert found > 180
+    assert search_trace([1, 1, 1], 100) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"nums": "3 4", "target": 7}, "'nums' must be a list"),
+        ({"nums": [], "target": 7}, "'nums' must be a list"),
+        ({"nums": [3, True], "target": 7}, "'nums' must be a list"),
+        ({"nums": [3, 10**30], "target": 7}, "'nums' must be a list"),
+        ({"nums": [3, 4], "target": "7"}, "'target' must be an integer"),
+        ({"nums": [3, 4], "target": 7.5}, "'target' must be an integer"),
+    ],
+)
+def test_malformed_rows_say_where_and_what(row, message):
+    with pytest.raises(UserError, match=r"^file:3: ") as raised:
+        parse(row, "file:3")
+    assert message in str(raised.value)
+
+
+def test_loading_from_a_file_takes_a_seeded_sample_and_a_slice(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps({"nums": n, "target": t}) + "\n" for n, t in generate("train", 30, 0)))
+    everything = load("test", str(file), None, 0)
+    assert len(everything) == 30 and everything[0].stratum == "3 operands"
+    sample = load("test", str(file), 10, 1)
+    assert sample == load("test", str(file), 10, 1) != load("test", str(file), 10, 2)
+    assert load("test[5:8]", str(file), None, 0) == everything[5:8]
+    with pytest.raises(UserError, match="--limit 31 is more than .* has: 30 problems"):
+        load("test", str(file), 31, 0)
+
+
+def test_bad_requests_for_problems():
+    with pytest.raises(UserError, match="unknown split 'tset'.*did you mean 'test'"):
+        load("tset", None, 5, 0)
+    with pytest.raises(UserError, match="operands 4-3 is not a range"):
+        list(generate("test", 5, 0, operands=(4, 3)))
+    with pytest.raises(UserError, match="different problems"):
+        list(generate("test", 5000, 0, operands=(3, 3), numbers=(1, 5)))
