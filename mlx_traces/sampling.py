@@ -78,7 +78,7 @@ def generate(
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
         if loaded.context is not None and length + params.max_tokens > loaded.context:
             raise UserError(
-                f"prompt {index + 1} of {len(requests)} has {length} tokens; {params.max_tokens} more would pass "
+                f"prompt {index + 1} of {len(requests)} has {length} tokens; {params.max_tokens} more pass "
                 f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
             )
     return _run(loaded, requests, params, rows)
