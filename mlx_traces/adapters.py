@@ -21,8 +21,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         UserError: if the folder has no mlx_lm adapter, or one that was made for another model: a tensor that
-        the
-            model has no place for, one of another shape, or one that its layers need and the file lacks.
+            the model has no place for, one of another shape, or one that its layers need and the file lacks.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 

@@ -41,7 +41,7 @@ def report() -> list[Line]:
 
 
 def matmul_gflops(size: int = 1024, tries: int = 2) -> float:
-    """Return the speed of a float32 product of ``size`` x ``size`` matrices, 2 size³ operations, best of tries."""
+    """Return the speed of a float32 ``size`` x ``size`` matrix product, 2 size³ operations, best of tries."""
     mx = device.import_mlx()
     left = mx.random.normal((size, size), key=mx.random.key(0))
     mx.eval(left, left @ left)

@@ -1,0 +1,240 @@
+"""Sampling against mlx_lm's single-sequence generation and against closed-form distributions."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from scipy.stats import chisquare
+
+from mlx_traces.errors import UserError
+from mlx_traces.sampling import Request, SamplingParams, _row_sampler, generate
+
+LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
+
+
+def prompts() -> list[tuple[int, ...]]:
+    """Return prompts of uneven length, longer and shorter ones mixed."""
+    draw = np.random.default_rng(3)
+    return [tuple(int(i) for i in draw.integers(0, 98, length)) for length in LENGTHS]
+
+
+def run(loaded, requests, params, rows=32):
+    """Return the rollouts in the order of the requests, each exactly once."""
+    pairs = list(generate(loaded, requests, params, rows))
+    assert sorted(index for index, _ in pairs) == list(range(len(requests)))
+    return [rollout for _, rollout in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def one_by_one(loaded, prompt, max_tokens):
+    """Return the greedy completion by mlx_lm's own single-sequence loop, its stop token included."""
+    ids = []
+    for token, _ in generate_step(mx.array(prompt), loaded.model, max_tokens=max_tokens):
+        ids.append(token)
+        if token in loaded.stop_ids:
+            break
+    return tuple(ids)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32])
+def test_greedy_batch_equals_one_by_one(tiny, rows):
+    expected = [one_by_one(tiny, prompt, 40) for prompt in prompts()]
+    rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows)
+    assert [r.completion_ids for r in rollouts] == expected
+    assert [r.prompt_ids for r in rollouts] == prompts()
+    # The fixture reaches what it should: both ends, rows that leave early, text that is not one token repeated.
+    reasons = Counter(r.finish_reason for r in rollouts)
+    assert reasons["stop"] >= 2 and reasons["length"] >= 2
+    assert all(len(set(r.completion_ids)) > 10 for r in rollouts if r.finish_reason == "length")
+
+
+def test_stop_token_is_kept_in_ids_and_left_out_of_text(tiny):
+    rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
+    for rollout in rollouts:
+        stops = [token in tiny.stop_ids for token in rollout.completion_ids]
+        assert not any(stops[:-1])
+        if rollout.finish_reason == "stop":
+            assert stops[-1]
+            assert rollout.text == tiny.tokenizer.decode(list(rollout.completion_ids[:-1]))
+        else:
+            assert not stops[-1] and len(rollout.completion_ids) == 40
+            assert rollout.text == tiny.tokenizer.decode(list(rollout.completion_ids))
+
+
+def test_special_tokens_and_spaces_stay_in_the_text(tiny):
+    text = "<think>a , b .</think> c"
+    ids = tiny.tokenizer.encode(text, add_special_tokens=False)
+    # A prompt's own ids, put through the decoder that rollouts use.
+    from mlx_traces.sampling import _Row
+
+    assert _Row(0, (), tiny, ()).decode(ids) == text
+
+
+def test_stop_string_across_token_borders(tiny):
+    plain = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
+    at, rollout = next((i, r) for i, r in enumerate(plain) if r.finish_reason == "length")
+    pieces = [tiny.tokenizer.decode([token]) for token in rollout.completion_ids]
+    # Three tokens' text from the middle: it exists in no single token.
+    stop = "".join(pieces[20:23])
+    cut = rollout.text.find(stop)
+    assert 0 < cut and all(stop not in piece for piece in pieces)
+    stopped = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40, stop=("~~~~", stop)))
+    ended = stopped[at]
+    assert ended.finish_reason == "stop"
+    assert ended.text == rollout.text[:cut]
+    assert ended.completion_ids == rollout.completion_ids[: len(ended.completion_ids)]
+    assert len(ended.completion_ids) <= 23  # the row ended at once
+    for index, (before, after) in enumerate(zip(plain, stopped, strict=True)):
+        if index != at and stop not in before.text:
+            assert before == after  # a row taken out leaves its neighbours as they were
+
+
+def test_stop_string_on_the_last_token_allowed(tiny):
+    plain = run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=40))[0]
+    text = tiny.tokenizer.decode([plain.completion_ids[4]])
+    first = next(i for i, token in enumerate(plain.completion_ids) if text in tiny.tokenizer.decode([token]))
+    params = SamplingParams(max_tokens=first + 1, stop=(text,))
+    rollout = run(tiny, [Request(prompts()[0])], params)[0]
+    assert rollout.finish_reason == "stop" and text not in rollout.text
+
+
+def test_model_stop_strings_count(tiny):
+    plain = run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=40))[0]
+    loaded = replace(tiny, stop_strings=(plain.text[10:13],))
+    rollout = run(loaded, [Request(prompts()[0])], SamplingParams(max_tokens=40))[0]
+    assert rollout.text == plain.text[: plain.text.find(plain.text[10:13])]
+
+
+def test_a_rows_stream_depends_on_its_seed_alone(tiny):
+    params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95)
+    requests = [Request(p, seed=i % 7) for i, p in enumerate(prompts() * 2)]
+    alone = [r.completion_ids for r in run(tiny, requests, params, rows=1)]
+    together = [r.completion_ids for r in run(tiny, requests, params, rows=8)]
+    assert together == alone
+    backwards = run(tiny, requests[::-1], params, rows=8)[::-1]
+    assert [r.completion_ids for r in backwards] == alone
+    resumed = run(tiny, requests[5:], params, rows=8)
+    assert [r.completion_ids for r in resumed] == alone[5:]
+    # The same prompt with two seeds differs, with one seed it does not.
+    same = run(tiny, [Request(prompts()[0], seed) for seed in (1, 2, 1)], params)
+    assert same[0] == same[2] and same[0].completion_ids != same[1].completion_ids
+
+
+def filtered(logprobs: np.ndarray, params: SamplingParams, temperature: float) -> np.ndarray:
+    """Return the distribution that is to be sampled, token by token in float64."""
+    order = np.argsort(-logprobs)
+    keep, mass = set(), 0.0
+    top = math.exp(logprobs[order[0]])
+    for rank, token in enumerate(order):
+        probability = math.exp(logprobs[token])
+        inside = mass < params.top_p and probability >= params.min_p * top
+        if inside and (params.top_k == 0 or rank < params.top_k):
+            keep.add(int(token))
+        mass += probability
+    weights = np.array(
+        [math.exp(value / temperature) if i in keep else 0.0 for i, value in enumerate(logprobs)]
+    )
+    return weights / weights.sum()
+
+
+def p_value(counts: Counter, expected: np.ndarray, draws: int) -> float:
+    """Return the chi-square p of counts against probabilities, rare tokens pooled."""
+    assert all(expected[token] > 0 for token in counts), "a token that the filters drop was drawn"
+    common = [token for token in range(len(expected)) if expected[token] * draws >= 5]
+    observed = [counts[token] for token in common]
+    wanted = [expected[token] * draws for token in common]
+    if draws - sum(wanted) > 1e-6 * draws:
+        observed.append(draws - sum(observed))
+        wanted.append(draws - sum(wanted))
+    assert len(wanted) >= 3
+    return chisquare(observed, wanted, sum_check=False).pvalue
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=1, temperature=1.0),
+        SamplingParams(max_tokens=1, temperature=0.7, top_p=0.8),
+        SamplingParams(max_tokens=1, temperature=1.3, min_p=0.05, top_k=7),
+    ],
+    ids=["plain", "top_p", "min_p+top_k"],
+)
+def test_frequencies_are_those_of_the_filtered_distribution(tiny, params):
+    draws = 2000
+    prompt = prompts()[2]
+    logits = np.array(tiny.model(mx.array([prompt]))[0, -1], dtype=np.float64)
+    logprobs = logits - np.logaddexp.reduce(logits)
+    rollouts = run(tiny, [Request(prompt, seed) for seed in range(draws)], params, rows=256)
+    counts = Counter(r.completion_ids[0] for r in rollouts)
+    assert p_value(counts, filtered(logprobs, params, params.temperature), draws) > 1e-3
+    # A fault in the temperature does not pass.
+    assert p_value(counts, filtered(logprobs, params, params.temperature * 1.4), draws) < 1e-6
+
+
+def test_draws_of_one_row_are_independent():
+    sampler = _row_sampler(SamplingParams(temperature=1.0), seed=5)
+    tokens = [sampler(mx.zeros((1, 4))).item() for _ in range(1600)]
+    pairs = Counter(zip(tokens, tokens[1:], strict=False))
+    assert chisquare([pairs[a, b] for a in range(4) for b in range(4)]).pvalue > 1e-3
+
+
+def test_filters_larger_than_the_vocabulary_drop_nothing():
+    free = _row_sampler(SamplingParams(temperature=1.0), seed=1)
+    wide = _row_sampler(SamplingParams(temperature=1.0, top_k=50), seed=1)
+    logprobs = mx.log(mx.array([[0.4, 0.3, 0.2, 0.1]]))
+    assert [free(logprobs).item() for _ in range(20)] == [wide(logprobs).item() for _ in range(20)]
+
+
+def test_rollouts_arrive_as_they_finish_and_stopping_early_is_clean(tiny):
+    requests = [Request(p) for p in prompts()]
+    stream = generate(tiny, requests, SamplingParams(max_tokens=40), rows=4)
+    index, rollout = next(stream)
+    stream.close()
+    assert rollout == run(tiny, requests, SamplingParams(max_tokens=40))[index]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"temperature": -0.1}, "temperature must be"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"temperature": math.inf}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"top_p": 1.01}, "top_p must be"),
+        ({"top_p": math.nan}, "top_p must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"min_p": 1.5}, "min_p must be"),
+        ({"stop": ("a", "")}, "stop string is empty"),
+    ],
+)
+def test_bad_settings(tiny, changes, message):
+    with pytest.raises(UserError, match=message):
+        generate(tiny, [Request((1, 2))], SamplingParams(**changes))
+
+
+def test_bad_requests_are_refused_before_anything_runs(tiny):
+    with pytest.raises(UserError, match="rows must be at least 1, not 0"):
+        generate(tiny, [Request((1,))], SamplingParams(), rows=0)
+    with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
+        generate(tiny, [Request((1,)), Request(())], SamplingParams(max_tokens=9))
+    with pytest.raises(UserError, match="has 500 tokens; 13 more pass the model's context of 512"):
+        generate(tiny, [Request((1,) * 500)], SamplingParams(max_tokens=13))
+    assert list(generate(tiny, [], SamplingParams())) == []
+
+
+@pytest.mark.real_model
+def test_real_model_answers(real_model):
+    from mlx_traces.models import load
+    from mlx_traces.records import Problem
+    from mlx_traces.tasks.prompts import Prompt
+
+    loaded = load(str(real_model))
+    prompt = Prompt("plain", "{question}")
+    asked = [loaded.render(prompt, Problem(str(n), {"question": f"What is {n} + {n}?"}, "")) for n in (2, 30)]
+    rollouts = run(loaded, [Request(r.ids) for r in asked], SamplingParams(max_tokens=60))
+    assert "4" in rollouts[0].text and "60" in rollouts[1].text
+    assert all(r.finish_reason == "stop" and "<|im_end|>" not in r.text for r in rollouts)
