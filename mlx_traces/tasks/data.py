@@ -95,6 +95,22 @@ def load_rows(
     return [problems[i] for i in chosen]
 
 
+def text_column(row: Row, column: str, where: str, default: str | None = None) -> str:
+    """Return a column as text, numbers included; ``default``, if given, where the row lacks it.
+
+    Raises:
+        UserError: if it is missing, empty, or neither text nor a number.
+    """
+    if column not in row and default is not None:
+        return default
+    if column not in row:
+        raise UserError(f"{where}: {column!r} is missing; this row has {', '.join(row) or 'no columns'}")
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise UserError(f"{where}: {column!r} must be text or a number, not {str(value)[:60]!r}")
+    return str(value)
+
+
 def split_slice(split: str) -> tuple[str, slice]:
     """Take ``test[:64]`` apart into the split's name and a slice of its rows.
 

@@ -1,0 +1,154 @@
+"""GSM8K: grade-school word problems with a number as the answer (arXiv 2110.14168). No MLX."""
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.records import Problem, Score
+from mlx_traces.tasks import Task
+from mlx_traces.tasks.answers import (
+    flexible,
+    judge_lm_eval,
+    judge_number,
+    last_number,
+    parse_number,
+    strict,
+    tolerant,
+)
+from mlx_traces.tasks.data import content_id, hub_rows, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.prompts import Prompt
+
+HUB, CONFIG, SPLITS = "openai/gsm8k", "main", ("train", "test")
+INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line'
+
+BY_VALUE = {"tolerant": tolerant, "last_number": last_number}
+BY_LM_EVAL = {"strict": strict, "flexible": flexible}
+
+
+def grade(problem: Problem, response: str) -> dict[str, Score]:
+    """Judge a response: by exact value, and by lm-eval's two filters with lm-eval's comparison of texts."""
+    gold = parse_number(problem.gold)
+    scores = {name: judge_number(find(response), gold) for name, find in BY_VALUE.items()}
+    lm_eval = {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
+    return {name: (scores | lm_eval)[name] for name in TASK.extractors}
+
+
+def parse(row: dict[str, Any], where: str) -> Problem:
+    """Make a Problem of a row; ``answer`` is a number or a worked solution that ends in ``#### number``.
+
+    A row without a ``question`` can be graded, not asked.
+    """
+    question, answer = text_column(row, "question", where, default=""), text_column(row, "answer", where)
+    gold = answer.rpartition("####")[2].strip().replace(",", "")
+    if parse_number(gold) is None:
+        raise UserError(f"{where}: 'answer' has no number, alone or after ####: {answer[-60:]!r}")
+    return Problem(content_id("gsm8k", question or answer), dict(row), gold)
+
+
+def _parse_asked(row: dict[str, Any], where: str) -> Problem:
+    text_column(row, "question", where)
+    return parse(row, where)
+
+
+def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
+    """Return problems of the hub's GSM8K, of a JSON-lines file, or of another hub set with the same columns.
+
+    Args:
+        split: ``train`` or ``test``, or a part such as ``test[:64]``; of a file only the part counts.
+        data: a file, a hub data set ``owner/name``, or None for ``openai/gsm8k``.
+        limit: size of a seeded sample of those rows, or None for all.
+        seed: of the sample.
+    """
+    name, span = split_slice(split)
+    source = data or HUB
+    if data and is_file(data):
+        rows = read_jsonl(Path(data), TASK.columns)
+    elif source.partition("@")[0] == HUB:
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        rows = hub_rows(source, CONFIG, name, INSTEAD)
+    else:
+        rows = hub_rows(source, None, name, INSTEAD)
+    return load_rows(islice(rows, span.start or 0, span.stop), _parse_asked, limit, seed, source)
+
+
+def is_file(data: str) -> bool:
+    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
+    return (
+        Path(data).exists()
+        or data.count("/") != 1
+        or Path(data).suffix in (".jsonl", ".json", ".csv", ".txt")
+    )
+
+
+# ---------------------------------------------------------------------------------- prompt styles
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's
+PROMPTS = {
+    prompt.name: prompt
+    for prompt in (
+        Prompt(name="plain", user="{question}"),
+        Prompt(name="boxed", system=BOXED, user="{question}"),
+        Prompt(
+            name="hash",
+            user="{question}\n\nSolve this step by step. "
+            "Then end with one line: #### followed by the answer as a number.",
+        ),
+        Prompt(
+            name="thinking",
+            user="{question}\n\nThink first, between <think> and </think>. "
+            "Then give the answer alone, as a number: <answer>number</answer>.",
+        ),
+    )
+}
+
+STOP = ("Question:", "</s>", "<|im_end|>")  # lm-eval's
+
+
+def _examples(shots: int, seed: int, data: str | None) -> list[tuple[str, str]]:
+    """Draw training problems as (question, worked solution), both word for word."""
+    problems = load("train", data, None, seed)
+    if not 0 <= shots <= len(problems):
+        raise UserError(f"{shots} examples asked for; {data or HUB} has {len(problems)} to choose from")
+    chosen = random.Random(seed).sample(problems, shots)
+    return [(problem.columns["question"], str(problem.columns["answer"])) for problem in chosen]
+
+
+def fewshot(shots: int, seed: int, data: str | None) -> Prompt:
+    """Ask in lm-eval's layout, examples and question as one text without a chat template.
+
+    Args:
+        shots: number of examples.
+        seed: of their choice.
+        data: a file or hub data set of training problems, or None for ``openai/gsm8k``.
+    """
+    examples = (
+        f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in _examples(shots, seed, data)
+    )
+    text = "".join(examples).replace("{", "{{").replace("}", "}}")
+    return Prompt(name="fewshot", user=f"{text}Question: {{question}}\nAnswer:", chat=False, stop=STOP)
+
+
+def fewshot_chat(shots: int, seed: int, data: str | None) -> Prompt:
+    """Ask in lm-eval's layout, each example two turns of the chat; arguments as for ``fewshot``."""
+    turns = tuple(
+        (f"Question: {question}\nAnswer:", answer) for question, answer in _examples(shots, seed, data)
+    )
+    return Prompt(name="fewshot-chat", user="Question: {question}\nAnswer:", shots=turns, stop=STOP)
+
+
+TASK = Task(
+    name="gsm8k",
+    columns=("question", "answer"),
+    graded_columns=("answer",),
+    extractors=("tolerant", "strict", "flexible", "last_number"),
+    prompts=PROMPTS,
+    default_prompt="plain",
+    parse=parse,
+    load=load,
+    grade=grade,
+    splits=SPLITS,
+    few_shot={"fewshot": fewshot, "fewshot-chat": fewshot_chat},
+)

@@ -1,0 +1,164 @@
+"""A user's own questions with short answers, graded as numbers or as exact text. No MLX."""
+
+import csv
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem, Score
+from mlx_traces.tasks import Task
+from mlx_traces.tasks.answers import (
+    MAX_ANSWER,
+    answer_part,
+    judge_number,
+    last_number,
+    marked,
+    parse_number,
+    tolerant,
+)
+from mlx_traces.tasks.data import Row, content_id, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.gsm8k import BOXED
+from mlx_traces.tasks.prompts import Prompt
+
+INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
+
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?"
+)
+_AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
+
+
+def same_text(text: str) -> str:
+    r"""Return what is compared of a text answer.
+
+    Case, kinds and amount of white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####``
+    and "The answer is" do not matter; everything else does.
+    """
+    text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
+    text = " ".join(text.casefold().split()).lstrip("# ")
+    for _ in range(2):  # quotes may stand around the lead, and around the answer in it
+        text = text.strip(_AROUND) or text
+        text = text[match.end() :] if (match := _LEAD.match(text)) else text
+    return text
+
+
+def find_text(response: str) -> str | None:
+    r"""Find a text answer after the thought: last \boxed{}, else <answer>, else the last line with text.
+
+    That line may start with ``####``. In a thought that never ends, only a closed <answer> counts.
+    """
+    part = answer_part(response)
+    if not part.strip():
+        return tolerant(response)
+    return marked(part) or part.rstrip().rpartition("\n")[2].strip()
+
+
+def grade(problem: Problem, response: str) -> dict[str, Score]:
+    """Judge a response: by value where the gold answer is a number, and as exact text.
+
+    ``tolerant`` is by value for a number and ``exact`` otherwise; ``last_number`` suits numbers only.
+    """
+    exact = _judge_text(find_text(response), problem.gold)
+    gold = gold_number(problem.gold)
+    if gold is None:
+        return {
+            "tolerant": exact,
+            "exact": exact,
+            "last_number": _judge_text(last_number(response), problem.gold),
+        }
+    return {
+        "tolerant": judge_number(tolerant(response), gold),
+        "exact": exact,
+        "last_number": judge_number(last_number(response), gold),
+    }
+
+
+def gold_number(gold: str) -> Fraction | None:
+    """Return the value of a gold answer that is a number and no words; ``Apollo 11`` is a text."""
+    return parse_number(gold, words=False)
+
+
+def _judge_text(extracted: str | None, gold: str) -> Score:
+    if extracted is None:
+        return Score("no_answer", None)
+    return Score(
+        "correct" if same_text(extracted) == same_text(gold) else "wrong_value", extracted[:MAX_ANSWER]
+    )
+
+
+def parse(row: dict[str, Any], where: str) -> Problem:
+    """Make a Problem of a row; a row without a ``question`` can be graded, not asked."""
+    question, answer = (
+        text_column(row, "question", where, default=""),
+        text_column(row, "answer", where).strip(),
+    )
+    return Problem(content_id("qa", question or answer), dict(row), answer)
+
+
+def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
+    """Return the problems of a JSON-lines or .csv file; of ``split`` only a part as in ``test[:64]`` counts.
+
+    Raises:
+        UserError: without a file, for a malformed row, or as ``load_rows`` does.
+    """
+    if data is None:
+        raise UserError(f"task qa has no questions of its own; {INSTEAD}")
+    _, span = split_slice(split)
+    path = Path(data)
+    rows = read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path, TASK.columns)
+    return load_rows(islice(rows, span.start or 0, span.stop), parse, limit, seed, data)
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (``file:line``, row) of a .csv with a header line that has the task's columns.
+
+    Raises:
+        UserError: if it cannot be read, or a column is missing from the header or a row.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for column in TASK.columns:
+                if column not in (reader.fieldnames or ()):
+                    header = ", ".join(reader.fieldnames or ()) or "no columns"
+                    raise UserError(f"{path}:1: {column!r} is missing; the header has {header}")
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{where}: the header has {len(reader.fieldnames)} columns, this row has not"
+                    )
+                yield where, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 .csv"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
+PROMPTS = {
+    prompt.name: prompt
+    for prompt in (
+        Prompt(name="plain", user="{question}"),
+        Prompt(name="boxed", system=BOXED, user="{question}"),
+        Prompt(
+            name="thinking",
+            user="{question}\n\nThink first, between <think> and </think>. "
+            "Then give the answer alone: <answer>answer</answer>.",
+        ),
+    )
+}
+
+TASK = Task(
+    name="qa",
+    columns=("question", "answer"),
+    graded_columns=("answer",),
+    extractors=("tolerant", "exact", "last_number"),
+    prompts=PROMPTS,
+    default_prompt="plain",
+    parse=parse,
+    load=load,
+    grade=grade,
+)
