@@ -244,7 +244,7 @@ def resolve(spec: str) -> tuple[Path, str | None]:
         UserError: if it is not there, is not a model, or cannot be downloaded; it says what to pass instead.
     """
     folder = Path(spec).expanduser()
-    if folder.is_dir():
+    if spec and folder.is_dir():
         return _checked(folder, spec), None
     if folder.is_file():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random model with its own tokenizer, and the real model's folder where there is one."""
+"""Shared fixtures: a tiny random model with its own tokenizer, and the real model's folder."""
 
 import os
 
@@ -30,7 +30,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer of the printable ASCII characters, two pairs of letters and the special tokens."""
+    """Make a byte-level tokenizer of printable ASCII, two pairs of letters and the special tokens."""
     characters = [*(chr(code) for code in range(33, 127)), "Ġ", "Ċ"]  # as GPT-2 writes space and line feed
     merges = [("S", "T"), ("O", "P")]
     vocabulary = [*characters, *("".join(pair) for pair in merges)]

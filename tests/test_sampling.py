@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -45,7 +46,7 @@ def test_greedy_batch_equals_one_by_one(tiny, rows):
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows)
     assert [r.completion_ids for r in rollouts] == expected
     assert [r.prompt_ids for r in rollouts] == prompts()
-    # The fixture reaches what it should: both ends, rows that leave early, text that is not one token repeated.
+    # The fixture reaches what it should: both ends, and text that is not one token repeated.
     reasons = Counter(r.finish_reason for r in rollouts)
     assert reasons["stop"] >= 2 and reasons["length"] >= 2
     assert all(len(set(r.completion_ids)) > 10 for r in rollouts if r.finish_reason == "length")
@@ -80,7 +81,7 @@ def test_stop_string_across_token_borders(tiny):
     # Three tokens' text from the middle: it exists in no single token.
     stop = "".join(pieces[20:23])
     cut = rollout.text.find(stop)
-    assert 0 < cut and all(stop not in piece for piece in pieces)
+    assert cut > 0 and all(stop not in piece for piece in pieces)
     stopped = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40, stop=("~~~~", stop)))
     ended = stopped[at]
     assert ended.finish_reason == "stop"
@@ -177,7 +178,7 @@ def test_frequencies_are_those_of_the_filtered_distribution(tiny, params):
 def test_draws_of_one_row_are_independent():
     sampler = _row_sampler(SamplingParams(temperature=1.0), seed=5)
     tokens = [sampler(mx.zeros((1, 4))).item() for _ in range(1600)]
-    pairs = Counter(zip(tokens, tokens[1:], strict=False))
+    pairs = Counter(pairwise(tokens))
     assert chisquare([pairs[a, b] for a in range(4) for b in range(4)]).pvalue > 1e-3
 
 

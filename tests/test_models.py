@@ -1,0 +1,480 @@
+"""Models: weights exactly the folder's, prompts exactly the template's, names that explain themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from conftest import CHATML, make_model, make_tokenizer, wrap
+from mlx.utils import tree_flatten
+
+from mlx_traces.adapters import attach
+from mlx_traces.errors import UserError
+from mlx_traces.models import load, resolve, split_adapter
+from mlx_traces.records import Problem
+from mlx_traces.tasks.prompts import Prompt
+
+PROBLEM = Problem("1", {"question": "2 + 2?"}, "4")
+PLAIN = Prompt("plain", "{question}")
+SYSTEM = Prompt("system", "{question}", system="Be brief.")
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+R1 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}"
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}"
+    "{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+R1_ALWAYS = R1.replace(
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}", "{{ '<|Assistant|><think>\n' }}"
+)
+QWEN3 = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}",
+)
+GEMMA = (
+    "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}<start_of_turn>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def render(template, prompt=PLAIN, thinking=None):
+    loaded = wrap(make_tokenizer(template))
+    rendered = loaded.render(prompt, PROBLEM, thinking)
+    assert list(rendered.ids) == loaded.tokenizer.encode(rendered.text, add_special_tokens=False)
+    assert rendered.text.endswith(rendered.opened)
+    return rendered, loaded.notes
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "opened"),
+    [
+        (
+            CHATML,
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "",
+        ),
+        (
+            LLAMA3,
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "",
+        ),
+        (R1, "Be brief.<|User|>2 + 2?<|Assistant|><think>\n", "<think>\n"),
+        (R1_ALWAYS, "Be brief.<|User|>2 + 2?<|Assistant|><think>\n", "<think>\n"),
+    ],
+    ids=["chatml", "llama3", "r1", "r1 that always opens"],
+)
+def test_templates(template, text, opened):
+    rendered, notes = render(template, SYSTEM)
+    assert (rendered.text, rendered.opened) == (text, opened)
+    assert notes == []
+
+
+def test_thinking_switch():
+    assert render(QWEN3)[0].opened == ""  # the template's own default, not one of ours
+    assert render(QWEN3, thinking=True)[0].opened == ""
+    off, notes = render(QWEN3, thinking=False)
+    assert off.opened == "<think>\n\n</think>\n\n" and notes == []
+    assert off.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    _, notes = render(LLAMA3, thinking=False)
+    assert notes == ["tiny: its chat template has no thinking switch"]
+
+
+def test_no_switch_is_set_unasked():
+    seen = (
+        "{% if enable_thinking is defined %}set to {{ enable_thinking }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    assert render(seen)[0].text == "2 + 2?"
+    assert render(seen, thinking=True)[0].text == "set to True2 + 2?"
+
+
+@pytest.mark.parametrize("template", [GEMMA, DROPS_SYSTEM], ids=["refused", "dropped"])
+def test_system_message_without_a_place(template):
+    rendered, notes = render(template, SYSTEM)
+    assert "Be brief.\n\n2 + 2?" in rendered.text and len(notes) == 1 and "no system message" in notes[0]
+    rendered, notes = render(template)
+    assert "2 + 2?" in rendered.text and notes == []
+
+
+def test_a_note_is_made_once():
+    loaded = wrap(make_tokenizer(GEMMA))
+    for _ in range(3):
+        loaded.render(SYSTEM, PROBLEM)
+    assert len(loaded.notes) == 1
+
+
+def test_a_conversation_that_the_template_refuses():
+    refuses = "{{ raise_exception('Nothing pleases me') }}"
+    with pytest.raises(
+        UserError, match=r"tiny: its chat template refuses this conversation .*Nothing pleases me"
+    ):
+        render(refuses)
+
+
+def test_shots_and_prefill():
+    prompt = Prompt("p", "{question}", shots=(("1 + 1?", "2"),), prefill="Let me see.\n<think>")
+    rendered, _ = render(CHATML, prompt)
+    assert rendered.text == (
+        "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nLet me see.\n<think>"
+    )
+    assert rendered.opened == "Let me see.\n<think>"
+    # One thought is opened, not two, where the template opens one as well.
+    rendered, _ = render(R1, prompt)
+    assert rendered.text.endswith("<|Assistant|>Let me see.\n<think>") and rendered.text.count("<think>") == 1
+    assert rendered.opened == "Let me see.\n<think>"
+    rendered, _ = render(R1, Prompt("p", "{question}", prefill="Hm."))
+    assert rendered.opened == "<think>\nHm."
+
+
+def test_a_think_tag_in_the_question_is_not_the_templates():
+    problem = Problem("1", {"question": "Use <think> tags."}, "")
+    rendered = wrap(make_tokenizer(CHATML)).render(PLAIN, problem)
+    assert rendered.opened == ""
+
+
+def test_without_chat_template():
+    rendered, notes = render(None, Prompt("p", "{question}", system="Be brief.", prefill="It is"))
+    assert rendered.text == "Be brief.\n\nUser: 2 + 2?\n\nAssistant: It is" and rendered.opened == "It is"
+    assert len(notes) == 1 and "no chat template" in notes[0]
+
+
+def test_prompt_as_text():
+    shots = (("Question: 1 + 1?\nAnswer:", "#### 2"),)
+    prompt = Prompt("p", "Question: {question}\nAnswer:", shots=shots, chat=False)
+    rendered, notes = render(CHATML, prompt)
+    assert rendered.text == "Question: 1 + 1?\nAnswer: #### 2\n\nQuestion: 2 + 2?\nAnswer:"
+    assert rendered.opened == "" and notes == []
+
+
+def test_dense_weights_are_exactly_the_quantized_ones(tiny_folder):
+    weights = mx.load(str(tiny_folder / "model.safetensors"))
+    assert weights["model.layers.0.mlp.up_proj.scales"].dtype == mx.float16
+    dense = load(str(tiny_folder), device="cpu", weights="dense", dtype="float32")
+    parameters = dict(tree_flatten(dense.model.parameters()))
+    assert not any(name.endswith("scales") for name in parameters)
+    quantized = [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]
+    assert len(quantized) == 15  # seven linears in each of two layers, and the embedding
+    for name in quantized:
+        scales, biases = (weights[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+        expected = mx.dequantize(weights[f"{name}.weight"], scales, biases, group_size=32, bits=4)
+        assert parameters[f"{name}.weight"].dtype == mx.float32
+        assert mx.array_equal(parameters[f"{name}.weight"], expected), name
+        rounded = mx.dequantize(
+            *(weights[f"{name}.{p}"] for p in ("weight", "scales", "biases")), group_size=32, bits=4
+        )
+        assert not mx.array_equal(parameters[f"{name}.weight"], rounded)  # the fixture would show a rounding
+    kept = load(str(tiny_folder), device="cpu", weights="quantized")
+    assert kept.backend.dtype == "float32" and "scales" in kept.model.model.embed_tokens
+    ids = mx.array([[5, 6, 7, 8, 9, 10]])
+    assert mx.allclose(dense.model(ids), kept.model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_one_rounding_of_the_exact_weights(tiny_folder):
+    exact = load(str(tiny_folder), device="cpu", weights="dense", dtype="float32").model
+    rounded = load(str(tiny_folder), device="cpu", weights="dense", dtype="bfloat16").model
+    for (name, a), (_, b) in zip(
+        tree_flatten(exact.parameters()), tree_flatten(rounded.parameters()), strict=True
+    ):
+        assert b.dtype == mx.bfloat16 and mx.array_equal(a.astype(mx.bfloat16), b), name
+
+
+def test_load(tiny_folder):
+    loaded = load(str(tiny_folder))
+    vocabulary = make_tokenizer().get_vocab()
+    assert loaded.stop_ids == {vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}
+    assert (loaded.context, loaded.revision, loaded.adapter, loaded.notes) == (512, None, None, [])
+    assert loaded.name == str(tiny_folder) and loaded.path == tiny_folder
+    text = "<|im_start|>user\nSTOP 12 + 3\n<think> it</think>"
+    assert loaded.tokenizer.encode(text) == make_tokenizer().encode(text)
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
+
+
+def test_model_without_chat_template_ends_at_the_next_turn(tiny_folder, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    assert load(str(folder)).stop_strings == ("\n\nUser:",)
+    assert load(str(tiny_folder)).stop_strings == ()
+
+
+def adapter(folder: Path, kind: str = "lora", seed: int = 0, hidden: int = 64) -> Path:
+    """Write an adapter, all of whose tensors are random, for the tiny model."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = make_model(seed=1, hidden_size=hidden)
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
+    draw = mx.random.split(mx.random.key(seed), 100)
+    tensors = {
+        name: mx.random.normal(array.shape, scale=0.3, key=draw[at])
+        for at, (name, array) in enumerate(tree_flatten(model.parameters()))
+        if name.endswith((".lora_a", ".lora_b", ".m"))
+    }
+    folder.mkdir(exist_ok=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["dense", "quantized"])
+def test_adapter_is_applied_unfused(tiny_folder, tmp_path, weights):
+    folder = adapter(tmp_path / "a")
+    tensors = mx.load(str(folder / "adapters.safetensors"))
+    plain = load(str(tiny_folder), weights=weights).model
+    adapted = load(str(tiny_folder), str(folder), weights=weights)
+    assert adapted.adapter == str(folder)
+    base = dict(tree_flatten(plain.parameters()))
+    kept = {name.replace(".linear.", "."): array for name, array in tree_flatten(adapted.model.parameters())}
+    assert all(mx.array_equal(array, kept[name]) for name, array in base.items())
+    # One projection against the formula.
+    layer, x = adapted.model.model.layers[1].self_attn.q_proj, mx.random.normal((3, 64), key=mx.random.key(1))
+    name = "model.layers.1.self_attn.q_proj"
+    expected = plain.model.layers[1].self_attn.q_proj(x) + 2.0 * (
+        x @ tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]
+    )
+    assert mx.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    ids = mx.array([[5, 6, 7]])
+    assert not mx.allclose(plain(ids), adapted.model(ids), atol=0.1)
+    assert yaml.safe_load("a: 1e-5") == {"a": "1e-5"}  # what importing mlx_lm.lora would have changed
+
+
+def test_dora_and_spec(tiny_folder, tmp_path):
+    folder = adapter(tmp_path / "a", kind="dora")
+    loaded = load(f"{tiny_folder}+{folder}")
+    assert (loaded.name, loaded.adapter) == (str(tiny_folder), str(folder))
+    tensors = mx.load(str(folder / "adapters.safetensors"))
+    assert mx.array_equal(
+        loaded.model.model.layers[0].mlp.down_proj.m, tensors["model.layers.0.mlp.down_proj.m"]
+    )
+
+
+def change(folder: Path, edit) -> None:
+    """Edit an adapter's tensors in place."""
+    tensors = dict(mx.load(str(folder / "adapters.safetensors")))
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), edit(tensors))
+
+
+def test_adapter_that_does_not_fit(tmp_path):
+    folder = adapter(tmp_path / "narrow", hidden=32)
+    with pytest.raises(
+        UserError, match=r"narrow: .*6 tensors of another shape, e\.g\. model\..*\(4, 32\) for \(4, 64\)"
+    ):
+        attach(make_model(), folder)
+    folder = adapter(tmp_path / "missing")
+    change(folder, lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp" not in n})
+    with pytest.raises(
+        UserError, match=r"missing: .*2 tensors missing from the file, e\.g\. model\.layers\.1\.mlp"
+    ):
+        attach(make_model(), folder)
+    folder = adapter(tmp_path / "extra")
+    change(folder, lambda tensors: {**tensors, "model.layers.9.q_proj.lora_a": mx.zeros((2, 2))})
+    with pytest.raises(UserError, match=r"extra: .*1 tensors not in the model, e\.g\. model\.layers\.9"):
+        attach(make_model(), folder)
+    folder = adapter(tmp_path / "other")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["lora_parameters"]["keys"] = ["attention.wqkv"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no layer of this model takes the adapter"):
+        attach(make_model(), folder)
+
+
+def test_full_adapter(tmp_path):
+    folder = adapter(tmp_path / "full")
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    change(folder, lambda _: {"model.norm.weight": mx.full((64,), 2.0)})
+    assert mx.array_equal(attach(make_model(), folder).model.norm.weight, mx.full((64,), 2.0))
+    change(folder, lambda _: {"model.nrom.weight": mx.zeros((64,))})
+    with pytest.raises(UserError, match=r"1 tensors not in the model, e\.g\. model\.nrom"):
+        attach(make_model(), folder)
+
+
+def test_adapter_folders_that_are_none(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such adapter folder"):
+        load(str(tiny_folder), str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"not an adapter folder, adapter_config\.json is missing"):
+        load(str(tiny_folder), str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match="a PEFT adapter"):
+        load(str(tiny_folder), str(tmp_path))
+    with pytest.raises(UserError, match="two adapters"):
+        load(f"{tiny_folder}+{tmp_path}", str(tmp_path))
+
+
+def test_split_adapter(tmp_path):
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "c").mkdir()
+    assert split_adapter("nano") == ("nano", None)
+    assert split_adapter("org/model@main+runs/x") == ("org/model@main", "runs/x")
+    assert split_adapter(str(tmp_path / "a+b")) == (str(tmp_path / "a+b"), None)
+    assert split_adapter(f"{tmp_path}/a+b+{tmp_path}/c") == (f"{tmp_path}/a+b", f"{tmp_path}/c")
+    assert split_adapter(f"nano+{tmp_path}/a+b") == ("nano", f"{tmp_path}/a+b")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nanno",
+            r"unknown model 'nanno': give nano, a folder, or a hub id such as .*; did you mean 'nano'\?",
+        ),
+        ("Qwen2.5-0.5B-Instruct-4bit", r"did you mean 'mlx-community/Qwen2.5-0.5B-Instruct-4bit'\?"),
+        (
+            "mlx-community/Qwen2.5-7B-Instruct-4bt",
+            r"could not be downloaded \(HF_HUB_OFFLINE is set\); pass nano",
+        ),
+        ("mlx-community/Qwen2.5-7B-Instruct-4bt", r"did you mean 'mlx-community/Qwen2.5-7B-Instruct-4bit'\?"),
+        ("org/model@v1", r"org/model could not be downloaded"),
+        ("./nothing", r"\./nothing: no such folder; give nano"),
+        ("a/b/c", r"a/b/c: no such folder"),
+        ("nano@main", "has no revisions"),
+        ("", "unknown model ''"),
+    ],
+)
+def test_names_that_are_no_model(name, message, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(name)
+    assert "\n" not in str(caught.value)
+
+
+def hub_error(kind: str) -> Exception:
+    """Make the error that the hub client raises."""
+    from unittest.mock import Mock
+
+    from huggingface_hub import errors
+
+    if kind == "ConnectError":
+        error = errors.LocalEntryNotFoundError("not cached")
+        error.__cause__ = OSError("name not known")
+        return error
+    return getattr(errors, kind)("many\nlines", response=Mock(headers={}, status_code=404))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "unknown model 'org/model': not on the hub, or private"),
+        ("GatedRepoError", "org/model asks for an agreement first"),
+        ("RevisionNotFoundError", "org/model has no revision 'v1'"),
+        (
+            "ConnectError",
+            r"org/model could not be downloaded \(no network .*pass nano, a folder or org/there",
+        ),
+    ],
+)
+def test_hub_errors_are_one_line(kind, message, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise hub_error(kind)
+
+    (tmp_path / "models--org--there" / "snapshots").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve("org/model@v1")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_model_at_a_revision(monkeypatch, tiny_folder, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    shutil.copytree(tiny_folder, snapshot)
+
+    def download(name, revision, **_):
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("org/model@v1") == (snapshot, "0123abc")
+    assert resolve("org/model") == (snapshot, "0123abc")
+    assert asked == [("org/model", "v1"), ("org/model", None)]
+    assert load("org/model@v1").name == "org/model@v1"
+
+
+def test_folders_that_are_no_model(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    for name, message in (
+        ("config.json", r"model: not a model folder, config\.json is missing"),
+        ("model.safetensors", r"model\*\.safetensors is missing"),
+        ("tokenizer.json", r"a tokenizer \(tokenizer\.json\) is missing"),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tiny_folder, folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=message):
+            load(str(folder))
+    with pytest.raises(UserError, match="it is an adapter, pass it with --adapter"):
+        load(str(adapter(tmp_path / "adapter")))
+    with pytest.raises(UserError, match="a file; a model is a folder"):
+        load(str(tiny_folder / "config.json"))
+    with pytest.raises(UserError, match="a folder has no revisions"):
+        load(f"{tiny_folder}@main")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", r"config\.json is not JSON"),
+        ("config.json", "{}", "no 'model_type'"),
+        ("config.json", '{"model_type": "nosuch"}', "cannot be loaded .*nosuch not supported"),
+        ("model.safetensors", "garbage", "cannot be loaded"),
+        ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
+    ],
+)
+def test_broken_model_folders(tiny_folder, tmp_path, file, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_values_are_refused_before_the_model_is_read():
+    for arguments in ({"weights": "4bit"}, {"dtype": "int8"}, {"device": "tpu"}):
+        with pytest.raises(UserError, match="unknown"):
+            load("nowhere/at-all", **arguments)
+
+
+@pytest.mark.real_model
+def test_real_model_dense_equals_quantized(real_model):
+    prompt = Prompt("plain", "{question}", system="Be brief.")
+    dense = load(str(real_model), device="cpu", weights="dense", dtype="float32")
+    rendered = dense.render(prompt, PROBLEM)
+    assert rendered.text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    kept = load(str(real_model), device="cpu", weights="quantized", dtype="float32")
+    ids = mx.array([rendered.ids])
+    ours, theirs = (np.array(m.model(ids)[0, -1]) for m in (dense, kept))
+    assert np.abs(ours - theirs).max() < 1e-3 and ours.std() > 1
+    assert dense.stop_ids == kept.stop_ids and dense.tokenizer.eos_token_id in dense.stop_ids
