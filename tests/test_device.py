@@ -1,0 +1,229 @@
+"""The device's decisions, the BLAS under it, and the doctor's report."""
+
+import builtins
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_traces import blas, device, doctor
+from mlx_traces.errors import UserError
+
+BILLION = 10**9
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to be another machine: ``machine(name, memory_gb)``."""
+
+    def pretend(name: str, memory_gb: float) -> None:
+        monkeypatch.setattr(device, "select", lambda wanted=None: "cpu" if wanted == "cpu" else name)
+        monkeypatch.setattr(device, "memory_bytes", lambda: int(memory_gb * BILLION))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "parameters", "expected"),
+    [
+        ("metal", 16, BILLION // 2, ("quantized", None)),
+        ("metal", 128, None, ("quantized", None)),
+        ("cpu", 16, BILLION // 2, ("dense", "float32")),
+        ("cpu", 16, 3 * BILLION, ("dense", "float32")),  # 12 of 12.8 GB
+        ("cpu", 16, 4 * BILLION, ("quantized", "float32")),  # 16 GB
+        ("cpu", 16, None, ("dense", "float32")),
+        ("cuda", 24, 5 * BILLION, ("dense", "bfloat16")),  # 10 of 12 GB
+        ("cuda", 24, 7 * BILLION, ("quantized", None)),  # 14 GB
+    ],
+)
+def test_choice(machine, name, memory, parameters, expected):
+    machine(name, memory)
+    backend = device.choose(parameters=parameters)
+    assert (backend.name, backend.weights, backend.dtype) == (name, *expected)
+    assert backend.memory_gb == memory and f"{memory} GB" in backend.description
+
+
+def test_overrides(machine):
+    machine("metal", 16)
+    assert device.choose(weights="dense").dtype is None
+    backend = device.choose(weights="dense", dtype="float16")
+    assert (backend.weights, backend.dtype) == ("dense", "float16")
+    assert device.choose("cpu").name == "cpu"
+    machine("cuda", 24)
+    assert device.choose(weights="quantized", parameters=1).weights == "quantized"
+    assert device.choose(dtype="float32", parameters=4 * BILLION).weights == "quantized"  # 16 of 12 GB
+    assert device.choose(dtype="float32", parameters=2 * BILLION).dtype == "float32"
+
+
+def test_bad_values():
+    with pytest.raises(UserError, match="unknown weights '4bit': choose quantized or dense"):
+        device.choose(weights="4bit")
+    with pytest.raises(UserError, match="unknown dtype 'int8': choose float32, bfloat16 or float16"):
+        device.choose(dtype="int8")
+    with pytest.raises(UserError, match="unknown device 'tpu': choose gpu or cpu"):
+        device.choose("tpu")
+
+
+@pytest.mark.skipif(mx.metal.is_available() or mx.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    with pytest.raises(UserError, match="no GPU that MLX can use"):
+        device.choose("gpu")
+
+
+def test_peak_memory_sees_an_array():
+    device.reset_peak_memory()
+    before = device.peak_memory_gb()
+    held = [mx.ones((64, 1024, 1024)) + n for n in range(4)]  # 1.07 GB
+    mx.eval(held)
+    assert device.peak_memory_gb() > 1.0
+    assert before < device.peak_memory_gb() < before + 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ModuleNotFoundError("No module named 'mlx'"), ImportError("libmlx.so: cannot open shared object file")],
+    ids=["neither extra", "mlx without a backend"],
+)
+def test_no_mlx_is_one_line_with_the_command(monkeypatch, error):
+    plain = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name == "mlx.core":
+            raise error
+        return plain(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError) as caught:
+        device.choose()
+    assert "pip install 'mlx-traces[cpu]'" in str(caught.value) and "pip install -e '.[cpu]'" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+    lines = {line.what: line for line in doctor.report()}
+    assert lines["device"].fix == str(caught.value)
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_neither_mlx_nor_numpy():
+    found = python(
+        "import sys, mlx_traces; print([m for m in ('mlx.core', 'numpy', 'mlx_lm') if m in sys.modules])"
+    )
+    assert found == "[]"
+
+
+def test_recipes_are_functions_of_the_package():
+    import mlx_traces
+
+    for name in ("evaluate", "compare"):
+        assert importlib.util.find_spec(f"mlx_traces.{name}") is None  # a module would hide the function
+        assert callable(getattr(mlx_traces, name)) and name in dir(mlx_traces)
+    with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
+        _ = mlx_traces.evalute
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+wheel = pytest.mark.skipif(
+    not any(Path(folder, blas.WHEELS[0]).exists() for folder in sys.path),
+    reason="no OpenBLAS wheel installed",
+)
+
+
+@linux
+@wheel
+def test_openblas_is_loaded_and_fast():
+    assert blas.loaded.path is not None, blas.loaded.reason
+    assert blas.loaded.path.endswith(blas.WHEELS[0])
+    speed = max(doctor.matmul_gflops(512, tries=5) for _ in range(3))
+    assert speed > 12  # reference BLAS: 2 to 6
+
+
+@linux
+def test_too_late_is_said():
+    out = python("import mlx.core, mlx_traces.blas as b; print(b.loaded.path, b.loaded.reason)")
+    assert out == "None mlx was imported before mlx_traces"
+
+
+@linux
+def test_none_found_is_said(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(blas, "SYSTEM", "libnosuch.so.0")
+    assert blas.load() == blas.Blas(None, "no OpenBLAS found")
+
+
+@linux
+def test_a_library_that_is_no_blas_is_refused(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(blas, "SYSTEM", "libc.so.6")
+    assert blas.load() == blas.Blas(None, "libc.so.6 has no plain cblas symbols")
+
+
+def test_doctor_names_a_slow_blas(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(doctor, "matmul_gflops", lambda: 4.0)
+    for loaded, fix in (
+        (blas.Blas(None, "mlx was imported before mlx_traces"), "import mlx_traces before mlx"),
+        (blas.Blas(None, "no OpenBLAS found"), r"pip install 'mlx-traces[cpu]'"),
+        (blas.Blas("/x/libopenblas.so.0"), "busy"),
+    ):
+        monkeypatch.setattr(blas, "loaded", loaded)
+        line = doctor._blas("cpu")
+        assert fix in line.fix and "4 GFLOP/s" in line.value
+    monkeypatch.setattr(doctor, "matmul_gflops", lambda: 40.0)
+    assert doctor._blas("cpu").fix is None
+
+
+def test_doctor_without_network(monkeypatch):
+    from huggingface_hub import constants
+
+    start = time.perf_counter()
+    lines = {line.what: line for line in doctor.report()}
+    assert time.perf_counter() - start < 10
+    assert {"python", "mlx", "mlx-lm", "device", "memory", "matrix product", "nano", "hub"} <= set(lines)
+    assert "HF_HUB_OFFLINE" in lines["hub"].fix and "--data FILE" in lines["hub"].value
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    line = doctor._hub()
+    assert "not reachable" in line.value and "nano, model folders" in line.value and line.fix
+    monkeypatch.setattr(doctor, "_HUB_TIMEOUT", 0.1)
+    monkeypatch.setattr(doctor, "_ask", lambda _: time.sleep(2) or "")
+    assert "no answer in 0.1 seconds" in doctor._hub().value
+
+
+def test_doctor_reaches_a_hub(monkeypatch):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from huggingface_hub import constants
+
+    class Answers(BaseHTTPRequestHandler):
+        status = 200
+
+        def do_HEAD(self):
+            self.send_response(self.status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert doctor._hub() == doctor.Line("hub", "reachable")
+        Answers.status = 503
+        assert "status 503" in doctor._hub().value
+    finally:
+        server.shutdown()
