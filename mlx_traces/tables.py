@@ -1,0 +1,545 @@
+"""The model-comparison table: runs over the same problems in, one row a run out, in every form it is read in.
+
+Accuracies, intervals and differences are fractions in the frames, CSV and JSON, and percent in the terminal,
+Markdown and the chart. Differences and p-values pair the runs problem by problem. No MLX.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_traces import stats
+from mlx_traces.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+JSON_KEYS = (
+    "model",
+    "adapter",
+    "prompt",
+    "accuracy",
+    "correct_count",
+    "total_questions",
+    "ci_low",
+    "ci_high",
+    "diff",
+    "diff_low",
+    "diff_high",
+    "p_value",
+    "p_holm",
+    "tokens_per_answer",
+    "tokens_per_second",
+)
+PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
+
+_GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
+_FORMULA_START = tuple("=+-@\t\r")
+_NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
+_MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>|~])")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished evaluation as its run folder holds it.
+
+    ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem.
+    """
+
+    name: str
+    result: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
+    """Compare runs over the same problems with a baseline among them.
+
+    The interval of an accuracy is Wilson's, with several samples a problem at their effective number
+    (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
+    p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
+    on the differences of correct counts, which is McNemar's where there is one. Holm's adjustment is over the
+    runs compared with the baseline.
+
+    Args:
+        runs: at least one run; rows keep their order.
+        baseline: index, run name or label of the run that the others are compared with.
+
+    Returns:
+        One row a run: ``JSON_KEYS``, then ``run``, ``label``, ``truncated`` (share of answers cut off), the
+        protocol (task to samples_per_problem) and, where runs have them, ``pass@k`` and ``maj@k``.
+        ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
+        no difference and no p-value.
+
+    Raises:
+        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
+    """
+    import pandas as pd
+
+    names = labels(runs)
+    first = _baseline_index(runs, names, baseline)
+    outcomes = [_outcomes(run) for run in runs]
+    for run, own in zip(runs, outcomes, strict=True):
+        _require_same_problems(runs[first], run, outcomes[first], own)
+    counts = [np.array([sum(own[id]) for id in outcomes[first]]) for own in outcomes]
+    samples = [len(next(iter(own.values()))) for own in outcomes]
+
+    rows: list[dict[str, Any]] = []
+    for i, run in enumerate(runs):
+        overall = stats.accuracy(list(outcomes[i].values()))
+        comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
+        if i != first:
+            interval = stats.paired_bootstrap(counts[i] / samples[i], counts[first] / samples[first])
+            comparison["diff"], comparison["diff_low"], comparison["diff_high"] = interval
+            comparison["p_value"] = _paired_p_value(counts[i], samples[i], counts[first], samples[first])
+        rows.append(
+            {
+                "model": run.result["model"],
+                "adapter": run.result.get("adapter") or None,
+                "prompt": run.result["prompt"],
+                **overall,
+                **comparison,
+                "tokens_per_answer": sum(row["tokens"] for row in run.samples) / len(run.samples),
+                "tokens_per_second": run.result.get("tokens_per_second"),
+                "run": run.name,
+                "label": names[i],
+                "truncated": sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples),
+                **{key: run.result.get(key) for key in PROTOCOL},
+                "samples_per_problem": samples[i],
+                **{f"pass@{k}": share for k, share in (run.result.get("pass_at_k") or {}).items()},
+                **{f"maj@{k}": share for k, share in (run.result.get("maj_at_k") or {}).items()},
+            }
+        )
+    others = [row for i, row in enumerate(rows) if i != first]
+    for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
+        row["p_holm"] = adjusted
+    return pd.DataFrame(rows)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Return a line for each setting, prompts apart, in which the runs differ and so are hard to compare."""
+    lines = []
+    for key in PROTOCOL:
+        groups: dict[str, list[str]] = {}
+        for run in runs:
+            groups.setdefault(str(run.result.get(key)), []).append(run.name)
+        if len(groups) > 1:
+            shown = "; ".join(f"{value} in {', '.join(names)}" for value, names in groups.items())
+            lines.append(clean(f"{key} differs: {shown}"))
+    return lines
+
+
+def label(run: Run) -> str:
+    """Name a run briefly: ``model+adapter_prompt``, folders by their last part."""
+    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(run.result['prompt'])}"
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Name each run briefly and uniquely: ``label``, with the run's name where two would be alike."""
+    names = [label(run) for run in runs]
+    seen = Counter(names)
+    names = [f"{name}_{clean(runs[i].name)}" if seen[name] > 1 else name for i, name in enumerate(names)]
+    seen = Counter(names)
+    return [f"{name}_{i}" if seen[name] > 1 else name for i, name in enumerate(names, start=1)]
+
+
+def model_name(model: str, adapter: str | None) -> str:
+    """Shorten ``org/model`` and the folder of an adapter to ``model+adapter``."""
+    short = clean(model).rstrip("/").rsplit("/", 1)[-1]
+    if not isinstance(adapter, str) or not adapter:  # a frame holds nan for none
+        return short
+    parts = clean(adapter).rstrip("/").split("/")
+    return f"{short}+{'/'.join(parts[-2:] if parts[-1] in _GENERIC_FOLDERS else parts[-1:])}"
+
+
+def clean(text: Any) -> str:
+    """Put text on one line, without the control and direction characters that could forge a table."""
+    spaced = " ".join(str(text).split())
+    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+
+
+def protocol_line(frame: pd.DataFrame) -> str:
+    """State what the numbers depend on: ``gsm8k test · tolerant extractor · at most 400 tokens · greedy``."""
+
+    def values(key: str) -> str:
+        return " / ".join(dict.fromkeys(clean(value) for value in frame[key]))
+
+    greedy = all(value == 0 for value in frame["temperature"])
+    parts = [
+        f"{values('task')} {values('split')}",
+        f"{values('extractor')} extractor",
+        f"at most {values('max_tokens')} tokens",
+        "greedy" if greedy else f"temperature {values('temperature')}",
+    ]
+    if frame["samples_per_problem"].max() > 1:
+        parts.append(f"{values('samples_per_problem')} samples a problem")
+    return " · ".join(parts)
+
+
+def percent(share: float, signed: bool = False) -> str:
+    """Format a fraction in percent with one decimal and without its sign ``%``; zero has no sign."""
+    text = f"{100 * share:{'+' if signed else ''}.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def interval(low: float, high: float) -> str:
+    """Format an interval of fractions in percent: ``[28.6, 33.7]``."""
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def p_text(p: float) -> str:
+    """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash if there is none."""
+    if math.isnan(p):
+        return "–"
+    if p < 1e-4:
+        return "<1e-4"
+    return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
+
+
+def n_text(row: dict[str, Any]) -> str:
+    """State the size of a row: ``1,319``, or problems and samples of each: ``200 × 8``."""
+    problems, samples = row["total_questions"] // row["samples_per_problem"], row["samples_per_problem"]
+    return f"{problems:,}" if samples == 1 else f"{problems:,} × {samples}"
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Break a long name into lines, after its dashes and spaces and before an adapter."""
+    lines = [""]
+    for part in re.findall(r"[+]?[^-_/ +]*[-_/ ]*", text):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def to_terminal(frame: pd.DataFrame) -> Table:
+    """Lay the comparison out for a terminal, 100 columns or wider; intervals stand below their values."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(protocol_line(frame), style="bold"),
+        caption=Text(_caption(frame)),
+        caption_justify="left",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_lines=True,
+    )
+    table.add_column("model", overflow="fold")
+    table.add_column("prompt", max_width=8, overflow="fold")
+    for heading in ("accuracy %", "correct", "difference", "p\nHolm", "tokens\nspeed", "cut\noff"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in frame.to_dict("records"):
+        name = model_name(row["model"], row["adapter"])
+        if row["label"] != f"{name}_{clean(row['prompt'])}":
+            name += f" ({clean(row['run'])})"
+        accuracy = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}"
+        for kind in ("pass", "maj"):
+            if (share := row.get(f"{kind}@{row['samples_per_problem']}", math.nan)) == share:
+                accuracy += f"\n{kind}@{row['samples_per_problem']} {percent(share)} %"
+        difference, p = "baseline", "–"
+        if not math.isnan(row["diff"]):
+            difference = f"{percent(row['diff'], signed=True)}\n{interval(row['diff_low'], row['diff_high'])}"
+            p = f"{p_text(row['p_value'])}\n{p_text(row['p_holm'])}"
+        cells = (
+            "\n".join(fold(name, 23)),
+            "\n".join(fold(clean(row["prompt"]), 8)),
+            accuracy,
+            f"{row['correct_count']:,}\nof {n_text(row)}",
+            difference,
+            p,
+            f"{row['tokens_per_answer']:,.0f}\n{_speed(row['tokens_per_second'])}/s",
+            f"{percent(row['truncated'])} %",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """Return the comparison as a Markdown table with its protocol above it."""
+    headings = [
+        "model",
+        "prompt",
+        "accuracy",
+        "95 % interval",
+        "correct",
+        "n",
+        "difference",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+        "tokens/answer",
+        "tokens/s",
+        "cut off",
+    ]
+    extra = [name for name in frame.columns if name.startswith(("pass@", "maj@"))]
+    lines = []
+    for row in frame.to_dict("records"):
+        none = math.isnan(row["diff"])
+        cells = [
+            model_name(row["model"], row["adapter"]),
+            clean(row["prompt"]),
+            f"{percent(row['accuracy'])} %",
+            interval(row["ci_low"], row["ci_high"]),
+            f"{row['correct_count']:,}",
+            n_text(row),
+            "baseline" if none else percent(row["diff"], signed=True),
+            "–" if none else interval(row["diff_low"], row["diff_high"]),
+            p_text(row["p_value"]),
+            p_text(row["p_holm"]),
+            f"{row['tokens_per_answer']:,.0f}",
+            _speed(row["tokens_per_second"]),
+            f"{percent(row['truncated'])} %",
+            *("–" if math.isnan(row[name]) else f"{percent(row[name])} %" for name in extra),
+        ]
+        lines.append(cells)
+    table = _markdown([*headings, *extra], lines, left=2)
+    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Return any frame as CSV; text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    safe = frame.map(_csv_cell).rename(columns=_csv_cell)
+    return safe.to_csv(index=False, lineterminator="\n")
+
+
+def to_json(frame: pd.DataFrame) -> str:
+    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; what is missing is null."""
+    rows = [
+        {key: None if row[key] != row[key] else row[key] for key in JSON_KEYS}
+        for row in frame.to_dict("records")
+    ]
+    return json.dumps({"rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def per_question(runs: Sequence[Run]) -> pd.DataFrame:
+    """Lay the runs side by side, one row a problem.
+
+    Returns:
+        ``question_id``, ``question``, ``correct_answer``, and for each run ``<label>_prediction`` and
+        ``<label>_correct`` (True or False). With several samples a problem the prediction is the majority's
+        and ``correct`` the share of correct samples.
+
+    Raises:
+        UserError: if the problems of the runs differ.
+    """
+    import pandas as pd
+
+    outcomes = [_outcomes(run) for run in runs]
+    for run, own in zip(runs, outcomes, strict=True):
+        _require_same_problems(runs[0], run, outcomes[0], own)
+    first = {row["id"]: row for row in reversed(runs[0].samples)}
+    columns: dict[str, list[Any]] = {
+        "question_id": list(outcomes[0]),
+        "question": [first[id]["question"] for id in outcomes[0]],
+        "correct_answer": [first[id]["gold"] for id in outcomes[0]],
+    }
+    for run, name, own in zip(runs, labels(runs), outcomes, strict=True):
+        answers: dict[str, list[str | None]] = {id: [] for id in own}
+        for row in run.samples:
+            answers[row["id"]].append(row["extracted"])
+        columns[f"{name}_prediction"] = [stats.majority(answers[id]) for id in outcomes[0]]
+        columns[f"{name}_correct"] = [
+            bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
+        ]
+    return pd.DataFrame(columns, dtype=object)
+
+
+def source_results(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return ``{"models": [{model_type, accuracy, correct, total, timestamp}], "timestamp"}``.
+
+    Accuracy is a fraction. The outer timestamp is that of the newest run: the same runs give the same file.
+    """
+    models = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        overall = stats.accuracy(list(_outcomes(run).values()))
+        models.append(
+            {
+                "model_type": name,
+                "accuracy": overall["accuracy"],
+                "correct": overall["correct_count"],
+                "total": overall["total_questions"],
+                "timestamp": run.result.get("timestamp"),
+            }
+        )
+    return {"models": models, "timestamp": max((m["timestamp"] or "" for m in models), default="") or None}
+
+
+def strata_table(runs: Sequence[Run]) -> pd.DataFrame | None:
+    """Split the accuracy of each run by stratum.
+
+    Returns:
+        One row a stratum and run: ``stratum``, ``label``, ``accuracy``, ``correct_count``,
+        ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
+    """
+    import pandas as pd
+
+    rows = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        groups: dict[str, dict[str, list[bool]]] = {}
+        for row in run.samples:
+            groups.setdefault(row.get("stratum") or "", {}).setdefault(row["id"], []).append(row["correct"])
+        rows += [
+            {"stratum": stratum, "label": name, **stats.accuracy(list(groups[stratum].values()))}
+            for stratum in groups
+        ]
+    strata = {row["stratum"] for row in rows}
+    return pd.DataFrame(sorted(rows, key=lambda row: row["stratum"])) if len(strata) > 1 else None
+
+
+def strata_to_terminal(strata: pd.DataFrame) -> Table:
+    """Lay accuracies by stratum out for a terminal: one row a run, one column a stratum."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    headings, rows = _strata_cells(strata)
+    table = Table(
+        title="accuracy % by stratum",
+        title_style="bold",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+    for name, *cells in rows:
+        table.add_row(Text("\n".join(fold(name, 40))), *(Text(cell) for cell in cells))
+    return table
+
+
+def strata_to_markdown(strata: pd.DataFrame) -> str:
+    """Return accuracies by stratum as a Markdown table: one row a run, one column a stratum."""
+    headings, rows = _strata_cells(strata)
+    return _markdown(headings, [[cell.replace("\n", ", ") for cell in row] for row in rows], left=1)
+
+
+def _strata_cells(strata: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Pivot strata to (headings, rows); a cell is ``31.1 % [28.6, 33.7]`` and, below it, ``n = 64``."""
+    names = list(dict.fromkeys(strata["stratum"]))
+    rows: dict[str, dict[str, str]] = {}
+    for row in strata.to_dict("records"):
+        share = f"{percent(row['accuracy'])} % {interval(row['ci_low'], row['ci_high'])}"
+        rows.setdefault(row["label"], {})[row["stratum"]] = f"{share}\nn = {row['total_questions']:,}"
+    cells = [[name, *(row.get(stratum, "–") for stratum in names)] for name, row in rows.items()]
+    return ["model", *(clean(name) or "(none)" for name in names)], cells
+
+
+def _outcomes(run: Run) -> dict[str, list[bool]]:
+    """Return whether each sample of each problem is correct, by problem id in the run's order.
+
+    Raises:
+        UserError: if there are none, a sample is there twice, or problems have different numbers of samples.
+    """
+    outcomes: dict[str, list[bool]] = {}
+    seen = set()
+    for row in run.samples:
+        if (key := (row["id"], row.get("sample", 0))) in seen:
+            raise UserError(
+                f"run {run.name}: sample {key[1]} of problem {key[0]} is there twice; repeat the run"
+            )
+        seen.add(key)
+        outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
+    if not outcomes:
+        raise UserError(f"run {run.name} has no samples; evaluate it first")
+    sizes = Counter(map(len, outcomes.values()))
+    if len(sizes) > 1:
+        few = min(outcomes, key=lambda id: len(outcomes[id]))
+        raise UserError(
+            f"run {run.name}: problem {few} has {len(outcomes[few])} samples where others have {max(sizes)}; "
+            "finish the run with --resume"
+        )
+    return outcomes
+
+
+def _require_same_problems(one: Run, two: Run, ids_one: Iterable[str], ids_two: Iterable[str]) -> None:
+    """Refuse runs over different problems; say how many ids each has alone, and the first few."""
+    only_one = [id for id in ids_one if id not in ids_two]
+    only_two = [id for id in ids_two if id not in ids_one]
+    if only_one or only_two:
+        parts = []
+        for run, only in ((one, only_one), (two, only_two)):
+            few = (
+                f" ({', '.join(clean(id) for id in only[:3])}{', ...' if len(only) > 3 else ''})"
+                if only
+                else ""
+            )
+            parts.append(f"{len(only)} only in {clean(run.name)}{few}")
+        raise UserError(
+            f"runs {clean(one.name)} and {clean(two.name)} are over different problems: {', '.join(parts)}; "
+            "evaluate both with the same --task, --data, --split, --limit and --seed"
+        )
+
+
+def _baseline_index(runs: Sequence[Run], names: Sequence[str], baseline: int | str) -> int:
+    """Find the baseline by index, run name or label."""
+    if not runs:
+        raise UserError("there are no runs to compare; name at least one run folder")
+    if isinstance(baseline, int):
+        if not -len(runs) <= baseline < len(runs):
+            raise UserError(f"baseline {baseline}: there are {len(runs)} runs, counted from 0")
+        return baseline % len(runs)
+    for known in ([run.name for run in runs], names):
+        if baseline in known:
+            return list(known).index(baseline)
+    raise unknown("baseline", baseline, [run.name for run in runs])
+
+
+def _paired_p_value(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> float:
+    """Test two models on the same problems, from (P,) correct counts: exact McNemar, or exact sign flips."""
+    if samples_a == samples_b == 1:
+        return stats.mcnemar(int((a > b).sum()), int((a < b).sum()))
+    common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
+    return stats.sign_flip(a * (common // samples_a) - b * (common // samples_b))
+
+
+def _caption(frame: pd.DataFrame) -> str:
+    """Say how to read the table."""
+    text = "95 % intervals: Wilson for an accuracy"
+    several = frame["samples_per_problem"].max() > 1
+    if several:
+        text += " (samples of a problem clustered)"
+    if frame["diff"].isna().all():
+        return text + "."
+    base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
+    test = "sign-flip permutation" if several else "McNemar"
+    return (
+        f"{text}, paired bootstrap for the difference in points to {base}; "
+        f"p: exact {test} test, then Holm-adjusted."
+    )
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    if tokens_per_second is None or math.isnan(tokens_per_second):
+        return "–"
+    return f"{tokens_per_second:,.0f}"
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """Lay out a Markdown table whose first ``left`` columns are text and whose other columns are numbers."""
+    lines = [headings, [":--" if i < left else "--:" for i in range(len(headings))]]
+    lines += [[*(_escape_markdown(cell) for cell in row[:left]), *row[left:]] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _escape_markdown(text: str) -> str:
+    return _MARKDOWN_SYNTAX.sub(r"\\\1", text)
+
+
+def _csv_cell(value: Any) -> Any:
+    """Make text safe for spreadsheets: no formula, nothing that UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "replace").decode()
+    return f"'{text}" if text.startswith(_FORMULA_START) and not _NUMBER.fullmatch(text) else text
