@@ -320,7 +320,7 @@ def to_json(frame: pd.DataFrame) -> str:
         {key: None if row[key] != row[key] else row[key] for key in JSON_KEYS}
         for row in frame.to_dict("records")
     ]
-    return json.dumps({"rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n"
 
 
 def per_question(runs: Sequence[Run]) -> pd.DataFrame:
