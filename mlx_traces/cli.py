@@ -79,24 +79,53 @@ def main() -> None:
 
 @main.command("eval")
 @click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
-@click.option("--out", type=click.Path(), help="Run folder.  [default: runs/, named by the settings]")
+@click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
+@click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off; finished samples are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a summary.")
 @settings_options(EvalConfig)
-def eval_command(config_file: str | None, out: str | None, resume: bool, as_json: bool, settings: dict) -> None:
+def eval_command(
+    config_file: str | None, out: str | None, runs_dir: str, resume: bool, as_json: bool, settings: dict
+) -> None:
     """Evaluate one model on one task; write a run folder with every sample and the result."""
     from mlx_traces.evaluation import evaluate
 
     config = read_config(EvalConfig, config_file, settings)
-    result = evaluate(config=config, out=out, resume=resume, progress=True)
+    result = evaluate(config=config, out=out, runs_dir=runs_dir, resume=resume, progress=True)
     if as_json:
         from dataclasses import asdict
 
         click.echo(json.dumps(asdict(result), indent=1))
         return
-    from mlx_traces.tables import result_lines
+    for line in _summary(result):
+        click.echo(line)
 
-    click.echo("\n".join(result_lines(result)))
+
+def _summary(result: Any) -> list[str]:
+    """Say what came out of an evaluation, in a few lines."""
+
+    def share(figures: dict) -> str:
+        accuracy, low, high = (100 * figures[key] for key in ("accuracy", "ci_low", "ci_high"))
+        return f"{accuracy:.1f} % [{low:.1f}, {high:.1f}], {figures['correct_count']} of {figures['total_questions']}"
+
+    name = f"{result.model}+{result.adapter}" if result.adapter else result.model
+    lines = [
+        f"{name} on {result.task} {result.split}, prompt {result.prompt}, extractor {result.extractor}:",
+        f"  correct      {share(vars(result))}",
+        *(f"  {stratum:<12} {share(figures)}" for stratum, figures in result.by_stratum.items()),
+        *(
+            f"  by {extractor:<9} {share(figures)}"
+            for extractor, figures in result.extractors.items()
+            if extractor != result.extractor
+        ),
+        *(f"  pass@{k:<7} {100 * value:.1f} %" for k, value in result.pass_at_k.items()),
+        *(f"  maj@{k:<8} {100 * value:.1f} %" for k, value in result.maj_at_k.items()),
+        f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
+        f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",
+        f"  speed        {result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer, "
+        f"{result.wall_seconds:.1f} s, {result.peak_memory_gb:.2f} GB",
+    ]
+    return [*lines, *(f"  note         {note}" for note in result.notes)]
 
 
 @main.command("compare")
@@ -281,6 +310,13 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 @main.command("doctor")
 def doctor_command() -> None:
     """Say what this machine runs on, how fast, and what to do about what is wrong."""
+    from rich.console import Console
+    from rich.text import Text
+
     from mlx_traces import doctor
 
-    doctor.show()
+    console = Console()
+    for line in doctor.report():
+        console.print(Text(f"{line.what:<15}{line.value}"))
+        if line.fix:
+            console.print(Text(f"{'':<13}> {line.fix}", style="bold yellow"))

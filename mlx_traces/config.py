@@ -89,9 +89,9 @@ class NanoConfig(Config):
     heads: Positive = 2
     kv_heads: Positive = 1
     intermediate_size: Positive = 384
-    problems: Positive = Field(24_000, description="Training problems, each seen once.")
+    problems: Positive = Field(26_000, description="Training problems, each seen once.")
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
-    direct_share: Fraction01 = Field(0.2, description="Share of problems asked with the direct prompt.")
+    direct_share: Fraction01 = Field(0.12, description="Share of problems asked with the direct prompt.")
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-3, description="Peak of warm-up and cosine decay."

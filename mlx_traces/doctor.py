@@ -3,16 +3,14 @@
 import importlib.metadata
 import platform
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_traces import blas, device
+from mlx_traces import blas, device, hub
 from mlx_traces.errors import UserError
 
 SLOW_GFLOPS = 20  # below it, a CPU's BLAS is not one
-_HUB_TIMEOUT = 3  # seconds
 _PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers")
 
 
@@ -38,6 +36,14 @@ def report() -> list[Line]:
         lines.append(Line("memory", f"{backend.memory_gb:.1f} GB"))
         lines.append(_blas(backend.name))
     return [*lines, _nano(), _hub()]
+
+
+def show() -> None:
+    """Print the report."""
+    for line in report():
+        print(f"{line.what:<15} {line.value}")
+        if line.fix:
+            print(f"{'':<15} -> {line.fix}")
 
 
 def matmul_gflops(size: int = 1024, tries: int = 2) -> float:
@@ -90,32 +96,11 @@ def _nano() -> Line:
 
 def _hub() -> Line:
     """Ask the hub for its headers; without it, say what works all the same."""
-    from huggingface_hub import constants
-
     offline = "works without it: nano, model folders, downloaded models, --data FILE"
-    if constants.HF_HUB_OFFLINE:
+    if hub.switched_off():
         return Line("hub", f"switched off (HF_HUB_OFFLINE); {offline}", "unset HF_HUB_OFFLINE to download")
-    answers: list[str] = []
-    # In a thread, as looking a name up can take longer than any timeout given to the request.
-    worker = threading.Thread(target=lambda: answers.append(_ask(constants.ENDPOINT)), daemon=True)
-    worker.start()
-    worker.join(_HUB_TIMEOUT)
-    fault = answers[0] if answers else f"no answer in {_HUB_TIMEOUT} seconds"
-    if not fault:
-        return Line("hub", "reachable")
-    return Line("hub", f"not reachable ({fault}); {offline}", "check the network, its proxy, and HF_ENDPOINT")
-
-
-def _ask(address: str) -> str:
-    """Return what is wrong with a web address, an empty string if it answers."""
-    import urllib.error
-    import urllib.request
-
-    try:
-        request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT):
-            return ""
-    except urllib.error.HTTPError as error:
-        return f"status {error.code}" if error.code >= 500 else ""
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+    if fault := hub.fault():
+        return Line(
+            "hub", f"not reachable ({fault}); {offline}", "check the network, its proxy, and HF_ENDPOINT"
+        )
+    return Line("hub", "reachable")

@@ -1,6 +1,7 @@
 """The evaluator: problems in, a run folder and an EvalResult out."""
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Plan:
     @property
     def label(self) -> str:
         """A folder name: task, model, adapter and prompt, and 8 digits that stand for all settings."""
-        digest = hashlib.sha256(repr(sorted(self.identity().items())).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         parts = (
             self.task.name,
             Path(self.config.model).name,
@@ -307,17 +308,7 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
     by_problem: dict[str, list[bool]] = defaultdict(list)
     for row in samples:
         by_problem[row["id"]].append(correct(row))
-    counts = [len(verdicts) for verdicts in by_problem.values()]
-    means = [sum(verdicts) / len(verdicts) for verdicts in by_problem.values()]
-    low, high = stats.wilson_clustered(means, max(counts))
-    correct_count = sum(map(sum, by_problem.values()))
-    return {
-        "accuracy": correct_count / sum(counts),
-        "correct_count": correct_count,
-        "total_questions": sum(counts),
-        "ci_low": low,
-        "ci_high": high,
-    }
+    return stats.accuracy(list(by_problem.values()))
 
 
 def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:

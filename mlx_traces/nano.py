@@ -28,6 +28,7 @@ from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.solver import TRACE_LIMIT, search_trace
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONTEXT = 2048  # tokens
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -57,7 +58,11 @@ def build_tokenizer():
     core.add_tokens([plain(str(n), single_word=True) for n in range(TRACE_LIMIT + 1)])
     core.add_tokens([plain(text) for text in dict.fromkeys((*FRAGMENTS, *_prompt_fragments()))])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=STOP, pad_token=END, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        eos_token=STOP,
+        pad_token=END,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -83,7 +88,7 @@ def build_model(config: NanoConfig, tokenizer) -> tuple[nn.Module, dict[str, Any
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
         vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
+        max_position_embeddings=CONTEXT,
         rope_theta=10_000.0,
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
@@ -163,7 +168,7 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     Raises:
         UserError: if the folder exists.
     """
-    from mlx_lm.utils import quantize_model, save_model
+    from mlx_lm.utils import save_model
 
     out = Path(config.out)
     if out.exists():
@@ -188,7 +193,8 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
         progress(step, steps, loss.item())
     model.eval()
     model.set_dtype(mx.float16)
-    model, settings = quantize_model(model, settings, config.quant_group_size, config.bits)
+    nn.quantize(model, config.quant_group_size, config.bits)
+    settings["quantization"] = {"group_size": config.quant_group_size, "bits": config.bits, "mode": "affine"}
     out.mkdir(parents=True)
     save_model(out, model)
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_traces import blas, device, doctor
+from mlx_traces import blas, device, doctor, hub
 from mlx_traces.errors import UserError
 
 BILLION = 10**9
@@ -143,8 +143,9 @@ wheel = pytest.mark.skipif(
 def test_openblas_is_loaded_and_fast():
     assert blas.loaded.path is not None, blas.loaded.reason
     assert blas.loaded.path.endswith(blas.WHEELS[0])
-    speed = max(doctor.matmul_gflops(512, tries=5) for _ in range(3))
-    assert speed > 12  # reference BLAS: 2 to 6
+    # One thread, best of many: a busy machine must not fail this. Reference BLAS makes 2 to 6.
+    code = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; from mlx_traces.doctor import matmul_gflops as f"
+    assert float(python(f"{code}; print(f(512, tries=40))")) > 10
 
 
 @linux
@@ -194,10 +195,12 @@ def test_doctor_without_network(monkeypatch):
     assert "HF_HUB_OFFLINE" in lines["hub"].fix and "--data FILE" in lines["hub"].value
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    hub.fault.cache_clear()
     line = doctor._hub()
     assert "not reachable" in line.value and "nano, model folders" in line.value and line.fix
-    monkeypatch.setattr(doctor, "_HUB_TIMEOUT", 0.1)
-    monkeypatch.setattr(doctor, "_ask", lambda _: time.sleep(2) or "")
+    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
+    monkeypatch.setattr(hub, "_ask", lambda _: time.sleep(2) or "")
+    hub.fault.cache_clear()
     assert "no answer in 0.1 seconds" in doctor._hub().value
 
 
@@ -222,8 +225,11 @@ def test_doctor_reaches_a_hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     try:
+        hub.fault.cache_clear()
         assert doctor._hub() == doctor.Line("hub", "reachable")
         Answers.status = 503
+        hub.fault.cache_clear()
         assert "status 503" in doctor._hub().value
     finally:
         server.shutdown()
+        hub.fault.cache_clear()

@@ -5,9 +5,11 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from mlx_traces import hub
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 
@@ -55,16 +57,29 @@ def hub_rows(dataset: str, config: str | None, split: str, instead: str) -> Iter
 
     name, _, revision = dataset.partition("@")
     datasets.disable_progress_bars()
+    offline = hub.switched_off() or hub.fault()
     try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        if isinstance(error, ValueError) and "split" in str(error):
-            raise UserError(f"{name}: {' '.join(str(error).split())[:200]}") from None
-        offline = isinstance(error, ConnectionError | OSError) or "offline" in str(error).lower()
-        reason = "no network" if offline else " ".join(str(error).split())[:120]
+        with _offline() if offline else nullcontext():  # then only what was downloaded before is looked for
+            rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = "no network" if offline else " ".join(str(error).split())[:160]
         raise UserError(f"{name} could not be downloaded ({reason}); {instead}") from None
     for index, row in enumerate(rows):
         yield f"{name}[{index}]", row
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the data sets' client off the network for a while."""
+    import datasets
+    import huggingface_hub.constants as constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def load_rows(

@@ -1,0 +1,217 @@
+"""The evaluator end to end, on nano: run folders, resume, agreement of batched and single runs, comparison."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mlx_traces
+from mlx_traces.comparison import read_run
+from mlx_traces.config import EvalConfig
+from mlx_traces.errors import UserError
+from mlx_traces.evaluation import plan, sample_seed, vote_of
+
+SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
+
+
+def samples_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{key: value for key, value in row.items() if key != "elapsed"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "batched"
+    return folder, mlx_traces.evaluate(out=folder, rows=16, **SMALL)
+
+
+def test_batched_and_one_by_one_agree(batched, tmp_path):
+    folder, result = batched
+    single = mlx_traces.evaluate(out=tmp_path / "single", rows=1, **SMALL)
+    assert without_clock(samples_of(folder)) == without_clock(samples_of(tmp_path / "single"))
+    assert (single.accuracy, single.verdicts) == (result.accuracy, result.verdicts)
+    assert result.total_questions == 24 and len({row["completion"] for row in samples_of(folder)}) > 12
+
+
+def test_the_run_folder_says_everything(batched):
+    folder, result = batched
+    stored = json.loads((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps(vars(result)))
+    rows = samples_of(folder)
+    assert stored["correct_count"] == sum(row["correct"] for row in rows)
+    assert stored["mean_tokens"] == pytest.approx(sum(row["tokens"] for row in rows) / 24)
+    assert stored["ci_low"] < stored["accuracy"] < stored["ci_high"]
+    assert set(stored["by_stratum"]) == {"3 operands", "4 operands"}
+    assert set(rows[0]["extractions"]) == {"answer", "tolerant"}
+    assert rows[0]["prompt"].startswith("<|im_start|>user\nMake ") and rows[0]["question"].startswith("nums [")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["identity"]["max_tokens"] == 128 and run["identity"]["prompt"]["name"] == "thinking"
+    assert {"versions", "git_revision", "backend", "rows", "started", "command"} <= set(run)
+
+
+def test_an_existing_run_is_not_overwritten(batched):
+    folder, result = batched
+    before = (folder / "samples.jsonl").read_bytes()
+    with pytest.raises(UserError, match="exists; pass --resume to continue it, or choose another --out"):
+        mlx_traces.evaluate(out=folder, **SMALL)
+    with pytest.raises(UserError, match=r"started with other settings \(max_tokens was 128, now 64\)"):
+        mlx_traces.evaluate(out=folder, resume=True, **SMALL | {"max_tokens": 64})
+    assert (folder / "samples.jsonl").read_bytes() == before
+    again = mlx_traces.evaluate(out=folder, resume=True, rows=4, **SMALL)
+    assert again.accuracy == result.accuracy and without_clock(samples_of(folder))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
+def test_kill_and_resume_equals_an_uninterrupted_run(settings, tmp_path):
+    settings = {**SMALL, "limit": 40, "rows": 4, **settings}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", "from mlx_traces.cli import main; main()", "eval", *flags, "--out", folder]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.time() + 120
+    while not (folder / "samples.jsonl").exists() or len(samples_of_partial(folder)) < 4:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = samples_of_partial(folder)
+    assert 4 <= len(kept) < 40 and not (folder / "result.json").exists()
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"id": "cut off while being wri')
+    resumed = mlx_traces.evaluate(out=folder, resume=True, **settings)
+    whole = mlx_traces.evaluate(out=tmp_path / "whole", **settings)
+    assert without_clock(samples_of(folder)) == without_clock(samples_of(tmp_path / "whole"))
+    assert resumed.accuracy == whole.accuracy
+    finished = {(row["id"], row["sample"]): row for row in samples_of(folder)}
+    assert all(finished[row["id"], row["sample"]] == row for row in kept)
+
+
+def samples_of_partial(folder):
+    lines = (folder / "samples.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def test_several_samples_give_pass_and_majority_at_k(tmp_path):
+    result = mlx_traces.evaluate(
+        out=tmp_path / "run", task="countdown", limit=10, samples=4, temperature=1.0, max_tokens=128
+    )
+    rows = samples_of(tmp_path / "run")
+    solved = {row["id"] for row in rows if row["correct"]}
+    assert result.total_questions == 40 and set(result.pass_at_k) == {"1", "2", "4"}
+    assert result.pass_at_k["1"] == pytest.approx(result.accuracy)
+    assert result.pass_at_k["4"] == pytest.approx(len(solved) / 10)
+    assert result.pass_at_k["1"] <= result.pass_at_k["2"] <= result.pass_at_k["4"]
+    assert result.maj_at_k["1"] == pytest.approx(sum(r["correct"] for r in rows if r["sample"] == 0) / 10)
+    assert len({row["completion"] for row in rows}) > 20
+    assert sample_seed(0, "a", 1) != sample_seed(0, "a", 0) != sample_seed(1, "a", 0)
+
+
+def test_votes_count_equal_numbers_as_one_answer():
+    assert vote_of("$18.00") == vote_of("18") == vote_of(" 18 ") != vote_of("19")
+    assert vote_of("1 +  2") == vote_of("1 + 2") and vote_of(None) is None
+
+
+def test_a_model_that_never_stops_is_a_share_not_an_error(tmp_path):
+    result = mlx_traces.evaluate(out=tmp_path / "run", task="countdown", limit=6, max_tokens=3)
+    assert result.truncated == 1.0 and result.accuracy == 0.0 and result.verdicts == {"no_answer": 6}
+
+
+def test_own_questions_and_an_own_prompt(tmp_path):
+    data, prompt = tmp_path / "own.jsonl", tmp_path / "asked.yaml"
+    data.write_text('{"question": "two and two?", "answer": 4}\n{"question": "sky?", "answer": "blue"}\n')
+    prompt.write_text("system: Be brief.\nuser: 'Say it: {question}'\nprefill: 'I say '\n")
+    mlx_traces.evaluate(
+        out=tmp_path / "run", task="qa", data=str(data), prompt=str(prompt), max_tokens=4, system="Be kind."
+    )
+    first = samples_of(tmp_path / "run")[0]
+    assert first["prompt"].endswith("Say it: two and two?<|im_end|>\n<|im_start|>assistant\nI say ")
+    assert "system\nBe kind.<|im_end|>" in first["prompt"] and first["gold"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "gsm9k"}, "unknown task 'gsm9k': choose gsm8k, countdown or qa; did you mean 'gsm8k'"),
+        ({"prompt": "thinkin"}, "unknown prompt of countdown 'thinkin': choose direct, thinking, tinyzero"),
+        ({"extractor": "strict"}, "unknown extractor of countdown 'strict': choose answer or tolerant"),
+        ({"task": "gsm8k", "data": "nothing.jsonl"}, r"nothing.jsonl: cannot be read \(No such file"),
+        ({"task": "qa"}, "task qa has no questions of its own; pass --data FILE"),
+        ({"limit": 0}, "limit: input should be greater than or equal to 1"),
+        ({"temperature": float("nan")}, "temperature: "),
+        ({"modle": "nano"}, "unknown field 'modle'; did you mean 'model'"),
+        ({"model": "nano+nowhere"}, "nowhere"),
+        ({"adapter": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(settings, message, tmp_path):
+    with pytest.raises(UserError, match=message) as raised:
+        mlx_traces.evaluate(out=tmp_path / "run", **{"model": "nano", "limit": 2, **settings})
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_data_line_is_named_and_no_run_is_left(tmp_path):
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"nums": [3, 4], "target": 7}\n{"numbers": [3, 4], "target": 7}\n')
+    with pytest.raises(UserError, match=r"problems.jsonl:2: 'nums' is missing; this row has numbers, target"):
+        mlx_traces.evaluate(out=tmp_path / "run", task="countdown", data=str(data))
+    data.write_text("\n")
+    with pytest.raises(UserError, match="has no problems"):
+        mlx_traces.evaluate(out=tmp_path / "run", task="countdown", data=str(data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_label_follows_the_settings_that_decide_the_result():
+    def label(**settings):
+        return plan(EvalConfig(**settings)).label
+
+    assert label() == label(rows=7) == label(prompt="thinking")
+    assert len({label(), label(seed=1), label(max_tokens=9), label(prompt="direct"), label(system="x")}) == 5
+    assert label().startswith("countdown-nano-thinking-")
+
+
+def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
+    settings = {"models": ["nano"], "prompts": ["direct", "thinking"], "runs_dir": tmp_path, **SMALL}
+    frame = mlx_traces.compare(out=tmp_path / "table", **settings)
+    assert list(frame["prompt"]) == ["direct", "thinking"] and list(frame["total_questions"]) == [24, 24]
+    direct, thinking = (read_run(tmp_path / name) for name in frame["run"])
+    wins = [b["correct"] - a["correct"] for a, b in zip(direct.samples, thinking.samples, strict=True)]
+    assert frame["diff"][1] == pytest.approx(sum(wins) / 24)
+    written = {path.name for path in (tmp_path / "table").iterdir()}
+    assert {"table.md", "table.csv", "table.json", "per_question.csv", "results.json", "accuracy.png"} <= written
+    times = [(tmp_path / name / "result.json").stat().st_mtime_ns for name in frame["run"]]
+    again = mlx_traces.compare(**settings)
+    assert times == [(tmp_path / name / "result.json").stat().st_mtime_ns for name in again["run"]]
+    reversed_ = mlx_traces.compare(*[tmp_path / name for name in frame["run"]], baseline=frame["run"][1])
+    assert reversed_["diff"][0] == pytest.approx(-frame["diff"][1])
+
+
+def test_compare_refuses_other_problems_and_unfinished_runs(batched, tmp_path):
+    folder, _ = batched
+    mlx_traces.evaluate(out=tmp_path / "other", **SMALL | {"limit": 12})
+    with pytest.raises(UserError, match="different problems.*12 only in"):
+        mlx_traces.compare(folder, tmp_path / "other")
+    (tmp_path / "other" / "result.json").unlink()
+    with pytest.raises(UserError, match="no result.json"):
+        mlx_traces.compare(tmp_path / "other")
+    with pytest.raises(UserError, match="no such run folder"):
+        mlx_traces.compare(tmp_path / "nowhere")
+
+
+@pytest.mark.real_model
+def test_a_real_model_answers_word_problems(real_model, tmp_path):
+    data = tmp_path / "problems.jsonl"
+    questions = [("Tom has 3 apples and buys 4 more. How many apples has he?", 7), ("What is 12 + 30?", 42)]
+    data.write_text("".join(json.dumps({"question": q, "answer": str(a)}) + "\n" for q, a in questions))
+    result = mlx_traces.evaluate(
+        model=str(real_model), task="gsm8k", data=str(data), prompt="plain", max_tokens=200, out=tmp_path / "run"
+    )
+    assert result.accuracy == 1.0 and result.truncated == 0.0, samples_of(tmp_path / "run")

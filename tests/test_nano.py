@@ -1,0 +1,87 @@
+"""nano: its tokenizer, its making, and what it is supposed to be able to do."""
+
+import json
+from itertools import islice
+
+import pytest
+
+from mlx_traces import models, nano
+from mlx_traces.config import NanoConfig
+from mlx_traces.errors import UserError
+from mlx_traces.tasks.countdown import PROMPTS, check, generate, parse
+
+TINY = {"hidden_size": 64, "layers": 1, "heads": 1, "intermediate_size": 64, "operands": (3, 3)}
+TINY |= {"problems": 640, "warmup_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return nano.build_tokenizer()
+
+
+def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer):
+    """transformers puts its own pre-tokenizer in place of some; the ids would differ without an error."""
+    loaded = models.load("nano").tokenizer
+    for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 50):
+        text = tokenizer.decode(ids)
+        assert loaded.encode(text, add_special_tokens=False) == ids
+    odd = "Ünïcode 2001, 33x 0x33\n\n200 201 🙂"
+    assert loaded.encode(odd, add_special_tokens=False) == tokenizer.encode(odd, add_special_tokens=False)
+    assert loaded.decode(loaded.encode(odd, add_special_tokens=False)) == odd
+
+
+def test_prompts_and_traces_need_no_spelling(tokenizer):
+    """Every fixed part is one token: if a prompt's wording changes, nano has to be built anew."""
+    for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
+        messages = prompt.messages(parse({"nums": [3, 19, 42], "target": 64}, "here"))
+        ids = models.load("nano").tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        assert len(ids) == 15
+    lengths = [len(ids) for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 500)]
+    assert sum(lengths) / 500 < 60
+
+
+def test_examples_are_solved_and_from_the_training_split(tokenizer):
+    held_out = {tuple(sorted(nums)) for split in ("valid", "test") for nums, _ in generate(split, 300, 0)}
+    for nums, target in islice(generate("train", 10**9, NanoConfig().seed), 300):
+        assert tuple(sorted(nums)) not in held_out
+        for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
+            if (example := nano.solved(prompt, nums, target)) is not None:
+                answer = example[1].partition("<answer>")[2].removesuffix("</answer>")
+                assert check(answer, nums, target) == "correct"
+                assert ("<think>" in example[1]) == (prompt.name == "thinking")
+
+
+def test_only_completion_tokens_are_trained(tokenizer):
+    config = NanoConfig(problems=32)
+    stop = tokenizer.eos_token_id
+    for ids, mask in nano.batches(config, tokenizer):
+        for row, counted in zip(ids.tolist(), mask.tolist(), strict=True):
+            start = row.index(tokenizer.convert_tokens_to_ids("assistant\n")) + 1
+            end = max(i for i, token in enumerate(row) if token == stop)
+            assert counted == [float(start <= i + 1 <= end) for i in range(len(counted))]
+
+
+def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
+    import mlx.core as mx
+    from mlx_lm import load
+
+    losses = []
+    first = nano.build(NanoConfig(out=str(tmp_path / "a"), **TINY), lambda step, steps, loss: losses.append(loss))
+    nano.build(NanoConfig(out=str(tmp_path / "b"), **TINY))
+    assert len(losses) == 40 and losses[-1] < losses[0] - 1
+    one, two = (mx.load(str(tmp_path / name / "model.safetensors")) for name in "ab")
+    assert all(mx.array_equal(one[key], two[key]) for key in one)
+    model, tokenizer = load(str(first))
+    assert json.loads((first / "config.json").read_text())["quantization"] == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+    }
+    assert model(mx.array([tokenizer.encode("Make 12")])).shape[-1] == len(nano.build_tokenizer())
+    with pytest.raises(UserError, match="exists; remove it, or choose another --out"):
+        nano.build(NanoConfig(out=str(first), **TINY))
+
+
+def test_the_package_stays_small():
+    folder, _ = models.resolve("nano")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
