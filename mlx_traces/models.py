@@ -348,12 +348,8 @@ def _stop_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids that end a completion: the configured ones, and the chat templates' ends of a turn."""
     vocabulary = tokenizer.get_vocab()
     # In the harmony format <|end|> closes one message of a turn, not the turn.
-    ends = [
-        end
-        for end in TURN_ENDS
-        if end in vocabulary and not (end == "<|end|>" and "<|channel|>" in vocabulary)
-    ]
-    return frozenset({*tokenizer.eos_token_ids, *(vocabulary[end] for end in ends)})
+    ends = {*TURN_ENDS} - ({"<|end|>"} if "<|channel|>" in vocabulary else set())
+    return frozenset({*tokenizer.eos_token_ids, *(vocabulary[end] for end in ends if end in vocabulary)})
 
 
 def _context(config: dict[str, Any]) -> int | None:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
+from tokenizers.processors import TemplateProcessing
 
+from mlx_traces import models
 from mlx_traces.adapters import attach
 from mlx_traces.errors import UserError
 from mlx_traces.models import load, resolve, split_adapter
@@ -165,6 +167,33 @@ def test_prompt_as_text():
     rendered, notes = render(CHATML, prompt)
     assert rendered.text == "Question: 1 + 1?\nAnswer: #### 2\n\nQuestion: 2 + 2?\nAnswer:"
     assert rendered.opened == "" and notes == []
+
+
+def test_first_token_of_the_text_once():
+    """A template writes it itself; a text without template gets what the tokenizer adds."""
+    tokenizer = make_tokenizer("<|endoftext|>" + CHATML)
+    first = tokenizer.get_vocab()["<|endoftext|>"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
+    )
+    loaded = wrap(tokenizer)
+    assert tokenizer.encode("a")[0] == first
+    for prompt in (PLAIN, Prompt("p", "{question}", chat=False)):
+        ids = loaded.render(prompt, PROBLEM).ids
+        assert ids[0] == first and ids.count(first) == 1
+
+
+def test_stop_ids():
+    tokenizer = make_tokenizer()
+    known = tokenizer.get_vocab()
+    assert models._stop_ids(wrap(tokenizer).tokenizer) == {known["<|endoftext|>"], known["<|im_end|>"]}
+    tokenizer.add_tokens(["<|end|>", "<end_of_turn>"], special_tokens=True)
+    known = tokenizer.get_vocab()
+    assert {known["<|end|>"], known["<end_of_turn>"]} < models._stop_ids(wrap(tokenizer).tokenizer)
+    tokenizer.add_tokens(
+        ["<|channel|>"], special_tokens=True
+    )  # harmony: <|end|> closes a message, not the turn
+    assert known["<|end|>"] not in models._stop_ids(wrap(tokenizer).tokenizer)
 
 
 def test_dense_weights_are_exactly_the_quantized_ones(tiny_folder):
