@@ -155,7 +155,7 @@ def compare_command(
 
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against thinking.
     """
-    from mlx_traces import comparison, tables
+    from mlx_traces import comparison, report, tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -170,7 +170,7 @@ def compare_command(
     collected = comparison.collect(config, progress=True)
     frame = tables.compare_runs(collected, config.baseline or 0)
     if config.out:
-        tables.write_all(collected, frame, Path(config.out))
+        report.write_all(collected, frame, Path(config.out))
     for line in tables.differences(collected):
         click.echo(f"note: {line}", err=True)
     _print(frame, collected, format_, extractors)
@@ -310,13 +310,6 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 @main.command("doctor")
 def doctor_command() -> None:
     """Say what this machine runs on, how fast, and what to do about what is wrong."""
-    from rich.console import Console
-    from rich.text import Text
-
     from mlx_traces import doctor
 
-    console = Console()
-    for line in doctor.report():
-        console.print(Text(f"{line.what:<15}{line.value}"))
-        if line.fix:
-            console.print(Text(f"{'':<13}> {line.fix}", style="bold yellow"))
+    doctor.show()

@@ -109,7 +109,7 @@ def compare(
     Raises:
         UserError: if the input is wrong, or the runs are of different problems.
     """
-    from mlx_traces import tables
+    from mlx_traces import report, tables
 
     if config is None:
         evals = crossed(models, prompts, settings) if models else []
@@ -120,5 +120,5 @@ def compare(
     collected = collect(config, progress)
     frame = tables.compare_runs(collected, config.baseline or 0)
     if config.out:
-        tables.write_all(collected, frame, Path(config.out))
+        report.write_all(collected, frame, Path(config.out))
     return frame
