@@ -100,14 +100,14 @@ def write_all(runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path) -> lis
         UserError: if the folder cannot be written.
     """
     markdown = tables.to_markdown(frame)
-    if (strata := tables.strata_table(runs)) is not None:
-        markdown += f"\n{tables.strata_to_markdown(strata)}"
+    if (strata := tables.strata(runs)) is not None:
+        markdown += f"\n{tables.parts_to_markdown(strata)}"
     if warnings := tables.differences(runs):
         markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
     texts = {
         "table.md": markdown,
         "table.csv": tables.to_csv(frame),
-        "table.json": tables.to_json(frame),
+        "table.json": to_json(tables.to_json(frame)),
         "per_question.csv": tables.to_csv(tables.per_question(runs)),
         "results.json": to_json(tables.source_results(runs)),
     }

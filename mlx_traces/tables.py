@@ -6,12 +6,11 @@ Markdown and the chart. Differences and p-values pair the runs problem by proble
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ JSON_KEYS = (
 PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
 
 _GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
-_FORMULA_START = tuple("=+-@\t\r")
+_FORMULA_START = tuple("=+-@\t\r\n")
 _NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
 _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>|~])")
 
@@ -98,8 +97,8 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
         overall = stats.accuracy(list(outcomes[i].values()))
         comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
         if i != first:
-            interval = stats.paired_bootstrap(counts[i] / samples[i], counts[first] / samples[first])
-            comparison["diff"], comparison["diff_low"], comparison["diff_high"] = interval
+            change = stats.paired_bootstrap(counts[i] / samples[i], counts[first] / samples[first])
+            comparison["diff"], comparison["diff_low"], comparison["diff_high"] = change
             comparison["p_value"] = _paired_p_value(counts[i], samples[i], counts[first], samples[first])
         rows.append(
             {
@@ -314,13 +313,10 @@ def to_csv(frame: pd.DataFrame) -> str:
     return safe.to_csv(index=False, lineterminator="\n")
 
 
-def to_json(frame: pd.DataFrame) -> str:
-    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; what is missing is null."""
-    rows = [
-        {key: None if row[key] != row[key] else row[key] for key in JSON_KEYS}
-        for row in frame.to_dict("records")
-    ]
-    return json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n"
+def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; what is missing is None."""
+    rows = frame.to_dict("records")
+    return {"rows": [{key: None if row[key] != row[key] else row[key] for key in JSON_KEYS} for row in rows]}
 
 
 def per_question(runs: Sequence[Run]) -> pd.DataFrame:
@@ -376,64 +372,87 @@ def source_results(runs: Sequence[Run]) -> dict[str, Any]:
     return {"models": models, "timestamp": max((m["timestamp"] or "" for m in models), default="") or None}
 
 
-def strata_table(runs: Sequence[Run]) -> pd.DataFrame | None:
+def strata(runs: Sequence[Run]) -> pd.DataFrame | None:
     """Split the accuracy of each run by stratum.
 
     Returns:
-        One row a stratum and run: ``stratum``, ``label``, ``accuracy``, ``correct_count``,
+        One row a stratum and run: ``part`` (the stratum), ``label``, ``accuracy``, ``correct_count``,
         ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
     """
+    frame = _split(runs, lambda row: {row.get("stratum") or "": row["correct"]})
+    return None if frame is None else frame.sort_values("part", kind="stable", ignore_index=True)
+
+
+def extractors(runs: Sequence[Run]) -> pd.DataFrame | None:
+    """Judge each run by every extractor; like ``strata``, with the extractor as ``part``."""
+    return _split(runs, lambda row: {name: verdict == "correct" for name, verdict in row["verdicts"].items()})
+
+
+def strata_table(runs: Sequence[Run]) -> Table | None:
+    """Lay the accuracies by stratum out for a terminal; None if there are fewer than two strata."""
+    frame = strata(runs)
+    return None if frame is None else _parts_table(frame, "accuracy by stratum")
+
+
+def extractors_table(runs: Sequence[Run]) -> Table | None:
+    """Lay the accuracies by extractor out for a terminal; None if there are fewer than two extractors."""
+    frame = extractors(runs)
+    return None if frame is None else _parts_table(frame, "accuracy by extractor")
+
+
+def parts_to_markdown(frame: pd.DataFrame) -> str:
+    """Return ``strata`` or ``extractors`` as a Markdown table: one row a run, one column a part."""
+    headings, rows = _parts_cells(frame)
+    return _markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
+
+
+def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool]]) -> pd.DataFrame | None:
+    """Compute accuracies by part; ``judge`` says whether a sample is correct, for each part it belongs to."""
     import pandas as pd
 
     rows = []
     for run, name in zip(runs, labels(runs), strict=True):
-        groups: dict[str, dict[str, list[bool]]] = {}
-        for row in run.samples:
-            groups.setdefault(row.get("stratum") or "", {}).setdefault(row["id"], []).append(row["correct"])
+        parts: dict[str, dict[str, list[bool]]] = {}
+        for sample in run.samples:
+            for part, correct in judge(sample).items():
+                parts.setdefault(part, {}).setdefault(sample["id"], []).append(correct)
         rows += [
-            {"stratum": stratum, "label": name, **stats.accuracy(list(groups[stratum].values()))}
-            for stratum in groups
+            {"part": part, "label": name, **stats.accuracy(list(problems.values()))}
+            for part, problems in parts.items()
         ]
-    strata = {row["stratum"] for row in rows}
-    return pd.DataFrame(sorted(rows, key=lambda row: row["stratum"])) if len(strata) > 1 else None
+    return pd.DataFrame(rows) if len({row["part"] for row in rows}) > 1 else None
 
 
-def strata_to_terminal(strata: pd.DataFrame) -> Table:
-    """Lay accuracies by stratum out for a terminal: one row a run, one column a stratum."""
+def _parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Pivot parts to (headings, rows); a cell has accuracy, interval and counts on a line each."""
+    names = list(dict.fromkeys(frame["part"]))
+    rows: dict[str, dict[str, str]] = {}
+    for row in frame.to_dict("records"):
+        counts = f"{row['correct_count']:,} of {row['total_questions']:,}"
+        cell = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}\n{counts}"
+        rows.setdefault(row["label"], {})[row["part"]] = cell
+    cells = [[name, *(row.get(part, "–") for part in names)] for name, row in rows.items()]
+    return ["model", *(clean(name) or "(none)" for name in names)], cells
+
+
+def _parts_table(frame: pd.DataFrame, title: str) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    headings, rows = _strata_cells(strata)
+    headings, rows = _parts_cells(frame)
     table = Table(
-        title="accuracy % by stratum",
-        title_style="bold",
+        title=Text(title, style="bold"),
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_lines=True,
     )
     for i, heading in enumerate(headings):
         table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
     for name, *cells in rows:
-        table.add_row(Text("\n".join(fold(name, 40))), *(Text(cell) for cell in cells))
+        table.add_row(Text("\n".join(fold(name, 34))), *(Text(cell) for cell in cells))
     return table
-
-
-def strata_to_markdown(strata: pd.DataFrame) -> str:
-    """Return accuracies by stratum as a Markdown table: one row a run, one column a stratum."""
-    headings, rows = _strata_cells(strata)
-    return _markdown(headings, [[cell.replace("\n", ", ") for cell in row] for row in rows], left=1)
-
-
-def _strata_cells(strata: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Pivot strata to (headings, rows); a cell is ``31.1 % [28.6, 33.7]`` and, below it, ``n = 64``."""
-    names = list(dict.fromkeys(strata["stratum"]))
-    rows: dict[str, dict[str, str]] = {}
-    for row in strata.to_dict("records"):
-        share = f"{percent(row['accuracy'])} % {interval(row['ci_low'], row['ci_high'])}"
-        rows.setdefault(row["label"], {})[row["stratum"]] = f"{share}\nn = {row['total_questions']:,}"
-    cells = [[name, *(row.get(stratum, "–") for stratum in names)] for name, row in rows.items()]
-    return ["model", *(clean(name) or "(none)" for name in names)], cells
 
 
 def _outcomes(run: Run) -> dict[str, list[bool]]:
@@ -463,7 +482,7 @@ def _outcomes(run: Run) -> dict[str, list[bool]]:
     return outcomes
 
 
-def _require_same_problems(one: Run, two: Run, ids_one: Iterable[str], ids_two: Iterable[str]) -> None:
+def _require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two: Collection[str]) -> None:
     """Refuse runs over different problems; say how many ids each has alone, and the first few."""
     only_one = [id for id in ids_one if id not in ids_two]
     only_two = [id for id in ids_two if id not in ids_one]
@@ -538,8 +557,12 @@ def _escape_markdown(text: str) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """Make text safe for spreadsheets: no formula, nothing that UTF-8 cannot hold."""
+    """Make text safe for spreadsheets: no formula, no carriage return, nothing that UTF-8 cannot hold."""
     if not isinstance(value, str):
         return value
     text = value.encode("utf-8", "replace").decode()
-    return f"'{text}" if text.startswith(_FORMULA_START) and not _NUMBER.fullmatch(text) else text
+    if text.startswith(_FORMULA_START) and not _NUMBER.fullmatch(text):
+        text = f"'{text}"
+    return text.replace("\r\n", "\n").replace(
+        "\r", "\n"
+    )  # pandas does not quote a bare \r, readers split at it
