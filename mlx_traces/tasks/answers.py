@@ -56,15 +56,11 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """Write number signs, spaces and LaTeX fractions in ASCII."""
-    text = (
-        text.replace("−", "-").replace("–", "-").replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
-    )
+    text = text.replace("−", "-").replace("–", "-").replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
     text = re.sub(r"\\[,!]|(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"\s", " ", text)
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dt]?frac)", " ", text)
-    return re.sub(
-        r"\\[dt]?frac ?(?:\{ ?(-?[0-9.,]+) ?\} ?\{ ?([0-9]+) ?\}|([0-9])([0-9]))", r"\1\3/\2\4", text
-    )
+    return re.sub(r"\\[dt]?frac ?(?:\{ ?(-?[0-9.,]+) ?\} ?\{ ?([0-9]+) ?\}|([0-9])([0-9]))", r"\1\3/\2\4", text)
 
 
 def _value(match: re.Match) -> Fraction | None:
@@ -146,14 +142,13 @@ def _after_hashes(part: str) -> str | None:
     """Return the line after the last ``####``, or the number that starts it; None for a Markdown heading."""
     before, hashes, rest = part.rpartition("####")
     line = rest.strip().partition("\n")[0].rstrip()
-    if (
-        not hashes
-        or before.endswith("#")
-        or not _STARTS_WITH_NUMBER.match(line)
-        or _NUMBERED_HEADING.match(line)
-    ):
+    is_heading = before.endswith("#") or _NUMBERED_HEADING.match(line)
+    if not hashes or is_heading or not _STARTS_WITH_NUMBER.match(line):
         return None
-    return line if parse_number(line) is not None else _NUMBER.search(_plain(line[:MAX_ANSWER]))[0]
+    if parse_number(line) is not None:
+        return line
+    number = _NUMBER.search(_plain(line[:MAX_ANSWER]))
+    return number and number[0]
 
 
 # ---------------------------------------------------------------------------------- extractors

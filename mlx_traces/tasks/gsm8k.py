@@ -76,11 +76,7 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
 
 def is_file(data: str) -> bool:
     """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
-    return (
-        Path(data).exists()
-        or data.count("/") != 1
-        or Path(data).suffix in (".jsonl", ".json", ".csv", ".txt")
-    )
+    return Path(data).exists() or data.count("/") != 1 or Path(data).suffix in (".jsonl", ".json", ".csv", ".txt")
 
 
 # ---------------------------------------------------------------------------------- prompt styles
@@ -124,18 +120,14 @@ def fewshot(shots: int, seed: int, data: str | None) -> Prompt:
         seed: of their choice.
         data: a file or hub data set of training problems, or None for ``openai/gsm8k``.
     """
-    examples = (
-        f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in _examples(shots, seed, data)
-    )
+    examples = (f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in _examples(shots, seed, data))
     text = "".join(examples).replace("{", "{{").replace("}", "}}")
     return Prompt(name="fewshot", user=f"{text}Question: {{question}}\nAnswer:", chat=False, stop=STOP)
 
 
 def fewshot_chat(shots: int, seed: int, data: str | None) -> Prompt:
     """Ask in lm-eval's layout, each example two turns of the chat; arguments as for ``fewshot``."""
-    turns = tuple(
-        (f"Question: {question}\nAnswer:", answer) for question, answer in _examples(shots, seed, data)
-    )
+    turns = tuple((f"Question: {question}\nAnswer:", answer) for question, answer in _examples(shots, seed, data))
     return Prompt(name="fewshot-chat", user="Question: {question}\nAnswer:", shots=turns, stop=STOP)
 
 

@@ -26,9 +26,7 @@ from mlx_traces.tasks.prompts import Prompt
 
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
 
-_LEAD = re.compile(
-    r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?"
-)
+_LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
 _AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
 
 
@@ -42,7 +40,7 @@ def same_text(text: str) -> str:
     text = " ".join(text.casefold().split()).lstrip("# ")
     for _ in range(2):  # quotes may stand around the lead, and around the answer in it
         text = text.strip(_AROUND) or text
-        text = text[match.end() :] if (match := _LEAD.match(text)) else text
+        text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
     return text
 
 
@@ -85,9 +83,7 @@ def gold_number(gold: str) -> Fraction | None:
 def _judge_text(extracted: str | None, gold: str) -> Score:
     if extracted is None:
         return Score("no_answer", None)
-    return Score(
-        "correct" if same_text(extracted) == same_text(gold) else "wrong_value", extracted[:MAX_ANSWER]
-    )
+    return Score("correct" if same_text(extracted) == same_text(gold) else "wrong_value", extracted[:MAX_ANSWER])
 
 
 def parse(row: dict[str, Any], where: str) -> Problem:
@@ -129,9 +125,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(
-                        f"{where}: the header has {len(reader.fieldnames)} columns, this row has not"
-                    )
+                    raise UserError(f"{where}: the header has {len(reader.fieldnames)} columns, this row has not")
                 yield where, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 .csv"

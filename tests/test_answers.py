@@ -1,0 +1,451 @@
+"""Numbers, extractors and lm-eval's filters, against values derived by hand."""
+
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_traces.tasks import answers
+from mlx_traces.tasks.answers import (
+    answer_part,
+    flexible,
+    judge_lm_eval,
+    judge_number,
+    last_answer_tag,
+    last_boxed,
+    last_number,
+    parse_number,
+    strict,
+    tolerant,
+)
+
+NUMBERS = {
+    "18": 18,
+    "18.": 18,
+    "18.00": 18,
+    "$18": 18,
+    r"\$18": 18,
+    "$18$": 18,
+    "18 dollars": 18,
+    "about 18 apples!": 18,
+    "**18**": 18,
+    "*18*": 18,
+    r"\(18\)": 18,
+    "18 (18)": 18,
+    "007": 7,
+    "1,234": 1234,
+    "1,234,567.5": Fraction(2469135, 2),
+    "1{,}234": 1234,
+    r"1\,234": 1234,
+    r"1,\!234": 1234,
+    "12\u202f345\u00a0678": 12345678,
+    "75%": 75,
+    r"75\%": 75,
+    "-5": -5,
+    "\u22125": -5,
+    "\u20135": -5,
+    "- 5": -5,
+    "+5": 5,
+    "-$5": -5,
+    "$-5$": -5,
+    ".5": Fraction(1, 2),
+    "-.25": Fraction(-1, 4),
+    "3/4": Fraction(3, 4),
+    "3 / 4": Fraction(3, 4),
+    "-3/4": Fraction(-3, 4),
+    "6/8": Fraction(3, 4),
+    r"\frac{3}{4}": Fraction(3, 4),
+    r"\dfrac{ 3 }{ 4 }": Fraction(3, 4),
+    r"-\tfrac{3}{4}": Fraction(-3, 4),
+    r"\frac{-3}{4}": Fraction(-3, 4),
+    r"\frac34": Fraction(3, 4),
+    "1 1/2": Fraction(3, 2),
+    "-1 1/2": Fraction(-3, 2),
+    r"2\frac{1}{2}": Fraction(5, 2),
+    "x = 5": 5,
+    "= 5": 5,
+    "3 + 4 = 7": 7,
+    "x = -5": -5,
+    r"18 \text{ dollars}": 18,
+    r"\text{\$18}": 18,
+    r"18\,\mathrm{kg}": 18,
+    "18\u00a0kg": 18,
+    "25 cm^2": 25,
+    r"25 \text{ cm}^{2}": 25,
+    "18 eggs": 18,
+    "9" * 40: int("9" * 40),
+}
+
+NO_NUMBERS = [
+    *(
+        "",
+        " ",
+        ".",
+        "-",
+        "$",
+        "five",
+        r"\text{five}",
+        "1e5",
+        "2.5e-3",
+        "1E9",
+        "1e999999999",
+        "3/0",
+        r"\frac{3}{0}",
+    ),
+    *(
+        "9" * 41,
+        "1/" + "9" * 41,
+        "5, 6",
+        "5-10",
+        "5 to 10",
+        "10:30",
+        "18 or 19",
+        "1 234",
+        "1/2/3",
+        "1 3/2",
+        "1 1/2/3",
+        "1\u00a02",
+    ),
+    *("10^5", "10^{5}", r"\sqrt{16}", r"2\pi", "x + 5", "2*x", "3 + 4", r"\frac{x}{4}", "1,00,000", "x ="),
+    "18 " + "x" * 1000,
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS.items())
+def test_parse_number(text, value):
+    """Every writing has its exact value."""
+    assert parse_number(text) == value
+    assert parse_number(f"  {text}\n") == value
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS)
+def test_parse_number_refuses(text):
+    """What is not one number is not guessed at."""
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("$1,234", 1234),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        ("75%", 75),
+        ("Apollo 11", None),
+        ("7 samurai", None),
+    ],
+)
+def test_parse_number_without_words(text, value):
+    """Without words, a title with a number in it is none."""
+    assert parse_number(text, words=False) == value
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(1, 10**6), st.sampled_from(["", "$", "= ", "**"]))
+def test_parse_number_is_exact(above, below, around):
+    """Fractions and thousands commas keep their value, however they are written."""
+    value = Fraction(above, below)
+    sign, size = "-" if above < 0 else "", abs(above)
+    close = "**" if around == "**" else ""
+    assert parse_number(f"{around}{sign}{size}/{below}{close}") == value
+    assert parse_number(rf"{around}{sign}\frac{{{size}}}{{{below}}}{close}") == value
+    assert parse_number(f"{around}{above:,}{close}") == above
+    assert parse_number(f"{around}{above:,}.250{close}") == above + (Fraction(-1, 4) if sign else Fraction(1, 4))
+
+
+BOXES = [
+    (r"so \boxed{18}.", "18"),
+    (r"\boxed{1} then \boxed{2}", "2"),
+    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"),
+    (r"\boxed{\text{a {b} c}}", r"\text{a {b} c}"),
+    (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\}5}", r"\}5"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed{}", ""),
+    (r"\boxed{5", None),
+    (r"\boxed{\frac{3}{4}", None),
+    (r"\boxed{4} and \boxed{5", None),
+    (r"\fbox{5}", None),
+    (r"\boxed 5", None),
+    ("boxed{5}", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "content"), BOXES)
+def test_last_boxed(text, content):
+    """Braces are balanced; an unclosed box is none."""
+    assert last_boxed(text) == content
+
+
+def test_last_boxed_is_bounded():
+    """A box is closed within its bound or not at all."""
+    text = "x" * (answers.MAX_BOXED - 1)
+    assert last_boxed(rf"\boxed{{{text}}}") == text
+    assert last_boxed(rf"\boxed{{{text}x}}") is None
+
+
+@pytest.mark.parametrize(
+    ("response", "part"),
+    [
+        ("just 5", "just 5"),
+        ("<think>3</think>5", "5"),
+        ("3</think>5", "5"),
+        ("<think>1</think>2<think>3</think>4", "4"),
+        ("<think>3", ""),
+        ("<think>3</think>5<think>7", ""),
+        ("<think>3</think>", ""),
+        ("<|begin_of_thought|>3<|end_of_thought|>5", "5"),
+        ("<|begin_of_thought|>3", ""),
+        ("<think>a<|end_of_thought|>b</think>c", "c"),
+    ],
+)
+def test_answer_part(response, part):
+    """The answer follows the last closed thought; an open one has none."""
+    assert answer_part(response) == part
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<answer>5</answer>", "5"),
+        ("<answer>4</answer> no, <answer>5</answer>", "5"),
+        ("<ANSWER>5</Answer>", "5"),
+        ("<answer>4<answer>5</answer>", "5"),
+        ("<answer>5</answer></answer>", "5"),
+        ("<answer>5</answer><answer>6", "5"),
+        ("<answer>\n5 x\n</answer>", "\n5 x\n"),
+        ("<answer></answer>", ""),
+        ("<answer>5", None),
+        ("5</answer>", None),
+        ("</answer>5<answer>", None),
+    ],
+)
+def test_last_answer_tag(text, content):
+    """The last closed pair counts, from its innermost opening."""
+    assert last_answer_tag(text) == content
+
+
+TOLERANT = [
+    (r"2 + 2 = 4, so \boxed{4}. Checked in 3 ways. <answer>9</answer> #### 8", "4"),
+    (r"put it in \boxed{}: <answer> 9 </answer> #### 8 or 7", "9"),
+    ("<answer></answer>\n#### 8\nThat took 7 minutes.", "8"),
+    ("#### 1\n#### 8", "8"),
+    ("####8", "8"),
+    ("#### $1,234 ", "$1,234"),
+    ("####\n8", "8"),
+    ("#### -8 degrees", "-8 degrees"),
+    ("#### **8**", "**8**"),
+    ("#### 8 eggs in 2 boxes", "8"),
+    ("#### 2 * 4 = 8", "2 * 4 = 8"),
+    ("#### Step 2\nThat makes 8 eggs.", "8"),
+    ("#### 2. Add them up\nThat makes 8 eggs.", "8"),
+    ("##### 2\nmakes 8", "8"),
+    ("They have 3 and 5, which makes 8 eggs.", "8"),
+    ("It costs $1,234.50.", "$1,234.50"),
+    ("That is 75%.", "75"),
+    ("It fell to \u22128 degrees", "-8"),
+    ("5\u20138", "8"),
+    (r"the share is $\frac{3}{4}$.", "$3/4"),
+    ("It is 3/4 of it", "3/4"),
+    ("no number", None),
+    ("", None),
+    ("<think>3 + 5 = 8", None),
+    (r"<think>maybe \boxed{8} #### 8", None),
+    ("<think>it is <answer>8</answer> or", "8"),
+    ("<think>a draft: <answer>3</answer></think>It is 8.", "8"),
+    ("<think>a draft: <answer>3</answer></think>No idea", None),
+    ("<think>a draft: <answer>3</answer></think><think>again 8", None),
+    ("3 + 5</think>\n\nIt is 8.", "8"),
+    (r"\boxed{\text{eight}} of 9", r"\text{eight}"),
+]
+
+
+@pytest.mark.parametrize(("response", "found"), TOLERANT)
+def test_tolerant(response, found):
+    """Boxed, then tagged, then after ####, then the last number; a truncated thought has no answer."""
+    assert tolerant(response) == found
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [
+        ("<think>3 + 5 = 8", "8"),
+        (r"\boxed{4} in 3 ways", "3"),
+        ("<answer>4</answer>", "4"),
+        ("x" * 500 + " 12,345 " + "y" * 500, "12,345"),
+        ("2 -5", "-5"),
+        ("10-5", "5"),
+        ("1e5", "1e5"),
+        ("none", None),
+    ],
+)
+def test_last_number(response, found):
+    """The last number of all, wherever it stands."""
+    assert last_number(response) == found
+
+
+def test_number_verdicts():
+    """Value decides; a text is told from a missing answer, and is kept at a bounded length."""
+    gold = Fraction(18)
+    assert judge_number("18.00", gold).correct
+    assert judge_number("19", gold).verdict == "wrong_value"
+    assert judge_number("1e1", gold).verdict == "not_a_number"
+    assert judge_number("eighteen", gold).verdict == "not_a_number"
+    assert judge_number("eighteen", gold).extracted == "eighteen"
+    assert judge_number(None, gold).verdict == "no_answer"
+    assert len(judge_number("x" * 10**5, gold).extracted) == answers.MAX_ANSWER
+
+
+# Derived by hand from the patterns that lm-eval documents for gsm8k. strict-match: the first `-?[0-9.,]+`
+# after `#### `. flexible-extract: the last `-?[$0-9.,]{2,}` or `-?[0-9]+`. The two texts are compared after
+# dropping every `,` and `$`, and one final `.`. A + is a correct answer.
+LM_EVAL = [
+    # response, gold, strict, flexible
+    ("#### 18", "18", "18 +", "18 +"),
+    ("#### 18.", "18", "18. +", "18. +"),
+    ("#### 18.00", "18", "18.00", "18.00"),
+    ("#### 1,234", "1234", "1,234 +", "1,234 +"),
+    ("#### 1,234.", "1,234", "1,234. +", "1,234. +"),
+    ("#### $18", "18", None, "$18 +"),
+    ("####18", "18", None, "18 +"),
+    ("####  18", "18", None, "18 +"),
+    ("#### 18 apples", "18", "18 +", "18 +"),
+    ("#### 17\n#### 18", "18", "17", "18 +"),
+    ("#### 18\n\nQuestion 2", "18", "18 +", "2"),
+    ("##### 18", "18", "18 +", "18 +"),
+    ("#### -5", "-5", "-5 +", "-5 +"),
+    ("#### \u22125", "-5", None, "5"),
+    ("The answer is 18.", "18", None, "18. +"),
+    ("The answer is 18..", "18", None, "18.."),
+    ("The answer is 7.", "7", None, "7. +"),
+    ("The answer is 7", "7", None, "7 +"),
+    ("It costs $7", "7", None, "$7 +"),
+    ("It costs -$7", "-7", None, "-$7 +"),
+    ("It costs $-7", "-7", None, "-7 +"),
+    ("10-7", "7", None, "-7"),
+    ("18 dollars and so on...", "18", None, "..."),
+    ("18, or so", "18", None, "18, +"),
+    (r"\boxed{18}", "18", None, "18 +"),
+    (r"\boxed{\$18}", "18", None, "$18 +"),
+    ("<think>#### 17</think> 18", "18", "17", "18 +"),
+    ("18 out of 20", "18", None, "20"),
+    ("3/4", "3/4", None, "4"),
+    ("75%", "75", None, "75 +"),
+    ("#### .5", "0.5", ".5", ".5"),
+    ("#### .", "18", ".", None),
+    ("#### ..", "18", "..", ".."),
+    ("$", "18", None, None),
+    ("eighteen", "18", None, None),
+    ("", "18", None, None),
+]
+
+
+@pytest.mark.parametrize(("response", "gold", "by_strict", "by_flexible"), LM_EVAL)
+def test_lm_eval_filters(response, gold, by_strict, by_flexible):
+    """Both filters find and judge as lm-eval's do."""
+    for find, expected in ((strict, by_strict), (flexible, by_flexible)):
+        extracted, correct = (expected.removesuffix(" +"), expected.endswith(" +")) if expected else (None, False)
+        assert find(response) == extracted
+        assert judge_lm_eval(extracted, gold).correct == correct
+
+
+def test_lm_eval_verdicts():
+    """An ellipsis is what the flexible filter takes for a number; its verdict says so."""
+    assert judge_lm_eval(None, "18").verdict == "no_answer"
+    assert judge_lm_eval("...", "18").verdict == "not_a_number"
+    assert judge_lm_eval("18.0", "18").verdict == "wrong_value"
+
+
+MARKS = "#### - $ . , / % = { } \\ \\boxed{ \\frac{ \\text{ <think> </think> <answer> </answer>"
+PIECES = st.sampled_from(
+    [*MARKS.split(), "#### ", " ", "\n", "5", "18", "1,234", "x", "e", "\u2212", "\u0661", "\u00b2"]
+)
+
+
+@given(st.lists(PIECES, max_size=40).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_flexible_from_the_end(response):
+    """The search from the end finds what all matches from the start end with."""
+    matches = [max(groups, key=len) for groups in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", response)]
+    assert flexible(response) == (matches[-1] if matches else None)
+
+
+@given(st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=60).map("".join)))
+@settings(max_examples=400, deadline=None)
+def test_nothing_raises(response):
+    """Any text has a verdict, and what was found is not empty."""
+    for find in (tolerant, last_number, strict, flexible):
+        found = find(response)
+        assert found is None or found.strip()
+        judge_number(found, Fraction(18))
+        judge_lm_eval(found, "18")
+
+
+@given(st.integers(-(10**9), 10**9), st.text("abc #.\n$<>\\{}", max_size=60))
+@settings(deadline=None)
+def test_marked_answers_are_found(number, noise):
+    """A marked answer at the end is found whatever stands before it."""
+    assert parse_number(tolerant(f"{noise} \\boxed{{{number:,}}}")) == number
+    assert parse_number(tolerant(f"{noise}\n<answer>{number}</answer>")) == number
+    assert parse_number(tolerant(f"{noise}\n#### {number}")) == number
+
+
+SIZE = 100_000
+HOSTILE = (
+    *(
+        "\\boxed{",
+        "{",
+        "<answer>",
+        "</answer>",
+        "<answer>1</answer>",
+        "<think>",
+        "</think>",
+        "1",
+        "1,",
+        ",111",
+        "1/",
+    ),
+    *(
+        "#",
+        "#### ",
+        "#### 1",
+        "$",
+        "-",
+        ".",
+        " ",
+        "\n",
+        "\\",
+        "\\frac{",
+        "\\frac{1",
+        "\\text{",
+        "1e",
+        "(",
+        "*",
+        "\u2212",
+    ),
+)
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("head", ["", "\\boxed{", "#### ", "#### 1.", "5"])
+def test_hostile_length(head, piece):
+    """No repetition makes any search slower than linear: quadratic would take minutes here."""
+    response = head + piece * (SIZE // len(piece))
+    started = time.perf_counter()
+    for find in (tolerant, last_number, strict, flexible, last_boxed, last_answer_tag, parse_number):
+        find(response)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("head", ["", "1", "-", "\\frac{", "\\text{"])
+def test_hostile_number(head, piece):
+    """Nor does any answer just within the length that is read."""
+    text = (head + piece * answers.MAX_ANSWER)[: answers.MAX_ANSWER]
+    started = time.perf_counter()
+    value = parse_number(text)
+    assert time.perf_counter() - started < 0.2
+    assert value is None or abs(value) < 10**40
