@@ -51,6 +51,14 @@ def test_wilson_clustered_counts_alike_samples_once_and_independent_ones_fully()
     assert stats.wilson_clustered([8, 8, 8], 8) == pytest.approx(stats.wilson(3, 3))
 
 
+def test_wilson_clustered_divides_n_by_the_design_effect():
+    counts = np.array([4, 1, 0, 2, 2])
+    share = counts.sum() / 20
+    effective = share * (1 - share) / (np.var(counts / 4, ddof=1) / 5)
+    assert 5 < effective < 20
+    assert stats.wilson_clustered(counts, 4) == pytest.approx(stats.wilson(share * effective, effective))
+
+
 def test_wilson_clustered_covers_and_wilson_on_samples_does_not():
     rng = np.random.default_rng(0)
     covered, naive, runs = 0, 0, 1000

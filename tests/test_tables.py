@@ -153,9 +153,10 @@ def test_several_samples_cluster_by_problem():
 def test_one_sample_against_several():
     greedy = make_run("greedy", [1, 0, 0, 1])
     sampled = make_run("sampled", [[1, 0, 0], [1, 1, 1], [0, 0, 1], [1, 1, 1]], prompt="boxed")
-    row = tables.compare_runs([greedy, sampled]).to_dict("records")[1]
-    assert row["diff"] == pytest.approx((-2 / 3 + 1 + 1 / 3 + 0) / 4)
-    assert row["p_value"] == pytest.approx(stats.sign_flip([-2, 3, 1, 0]))
+    for baseline, sign in ((0, 1), (1, -1)):
+        row = tables.compare_runs([greedy, sampled], baseline).to_dict("records")[1 - baseline]
+        assert row["diff"] == pytest.approx(sign * (-2 / 3 + 1 + 1 / 3 + 0) / 4)
+        assert row["p_value"] == pytest.approx(stats.sign_flip([-2, 3, 1, 0]))
 
 
 def test_different_problems_are_refused_with_the_ids():
@@ -229,6 +230,7 @@ def test_terminal_table_fits_100_columns_and_shows_everything(count):
     text = rendered(tables.to_terminal(tables.compare_runs(runs)))
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
+    assert "Qwen2.5-Coder-0.5B- " in text  # folded at a dash
     assert text.count("of 1,319") == count
     assert "gsm8k test · tolerant extractor · at most 400 tokens · greedy" in text
     if count > 1:
@@ -240,6 +242,12 @@ def test_terminal_table_reads_as_promised():
     text = rendered(tables.to_terminal(tables.compare_runs(three_runs())))
     for piece in ("25.0 %", "[7.1, 59.1]", "+50.0", "0.219", "0.438", "12.5 %", "123/s", "nano+sft-01"):
         assert piece in text
+
+
+def test_a_long_prompt_name_is_folded_and_not_cut():
+    text = rendered(tables.to_terminal(tables.compare_runs([make_run("r", [1, 0], prompt="ß" * 40)])))
+    assert text.count("ß") == 40
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_terminal_and_markdown_show_pass_at_k():
