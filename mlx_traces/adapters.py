@@ -34,17 +34,11 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from None
     if kind != "full":
         try:
-            linear_to_lora_layers(
-                model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora"
-            )
+            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{folder / CONFIG}: does not describe an adapter for this model ({error})"
-            ) from None
+            raise UserError(f"{folder / CONFIG}: does not describe an adapter for this model ({error})") from None
     places = dict(tree_flatten(model.parameters()))
-    needed = (
-        set() if kind == "full" else {name for name in places if name.endswith((".lora_a", ".lora_b", ".m"))}
-    )
+    needed = set() if kind == "full" else {name for name in places if name.endswith((".lora_a", ".lora_b", ".m"))}
     faults = {
         "not in the model": [name for name in weights if name not in (needed or places)],
         "missing from the file": [name for name in sorted(needed) if name not in weights],
@@ -57,9 +51,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     if not needed and kind != "full":
         raise UserError(f"{folder}: no layer of this model takes the adapter; was it made for another one?")
     if any(faults.values()):
-        summary = "; ".join(
-            f"{len(names)} tensors {what}, e.g. {names[0]}" for what, names in faults.items() if names
-        )
+        summary = "; ".join(f"{len(names)} tensors {what}, e.g. {names[0]}" for what, names in faults.items() if names)
         raise UserError(f"{folder}: the adapter does not fit this model ({summary})")
     model.load_weights(list(weights.items()), strict=False)
     model.eval()

@@ -68,9 +68,7 @@ def _load_fortran(folders: list[Path]) -> bool:
                 name, content = path.name.encode() + b"\0", path.read_bytes()
                 if content.count(name) != 1:
                     continue
-                for quadmath in path.parent.glob(
-                    "libquadmath-*"
-                ):  # what it needs itself, found by name only there
+                for quadmath in path.parent.glob("libquadmath-*"):  # what it needs itself, found by name only there
                     _open(str(quadmath))
                 try:
                     copy = os.memfd_create(FORTRAN)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from mlx_traces.config import CompareConfig, Config, EvalConfig, NanoConfig, build, read_config
+from mlx_traces.config import CompareConfig, Config, EvalConfig, NanoConfig, read_config
 from mlx_traces.errors import UserError
 
 FORMATS = ("table", "markdown", "csv", "json")
@@ -153,7 +153,8 @@ def compare_command(
 ) -> None:
     """Evaluate what is missing, then print one table with intervals and paired p-values.
 
-    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against thinking.
+    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
+    thinking.
     """
     from mlx_traces import comparison, report, tables
 
@@ -193,7 +194,10 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
 
         console = Console(width=None if sys.stdout.isatty() else 100)
         console.print(tables.to_terminal(frame))
-        for part in (tables.strata_table(collected), tables.extractors_table(collected) if extractors else None):
+        for part in (
+            tables.strata_table(collected),
+            tables.extractors_table(collected) if extractors else None,
+        ):
             if part is not None:
                 console.print(part)
 
@@ -243,11 +247,34 @@ def data_group() -> None:
 
 @data_group.command("countdown")
 @click.option("--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems.")
-@click.option("--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers.")
+@click.option(
+    "--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers."
+)
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems.")
-@click.option("--operands", nargs=2, type=int, default=(3, 4), metavar="LOW HIGH", help="Numbers per problem.  [default: 3 4]")
-@click.option("--numbers", nargs=2, type=int, default=(1, 50), metavar="LOW HIGH", help="Range of the numbers.  [default: 1 50]")
-@click.option("--target", nargs=2, type=int, default=(10, 100), metavar="LOW HIGH", help="Range of the target.  [default: 10 100]")
+@click.option(
+    "--operands",
+    nargs=2,
+    type=int,
+    default=(3, 4),
+    metavar="LOW HIGH",
+    help="Numbers per problem.  [default: 3 4]",
+)
+@click.option(
+    "--numbers",
+    nargs=2,
+    type=int,
+    default=(1, 50),
+    metavar="LOW HIGH",
+    help="Range of the numbers.  [default: 1 50]",
+)
+@click.option(
+    "--target",
+    nargs=2,
+    type=int,
+    default=(10, 100),
+    metavar="LOW HIGH",
+    help="Range of the target.  [default: 10 100]",
+)
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write.")
 def data_countdown(
     count: int,

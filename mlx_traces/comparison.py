@@ -26,9 +26,7 @@ def read_run(path: str | Path) -> Run:
     if not folder.path.is_dir():
         raise UserError(f"{path}: no such run folder")
     if not folder.finished:
-        raise UserError(
-            f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ..."
-        )
+        raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
     samples = [row for _, row in read_jsonl(folder.samples_path, ("id", "sample", "correct"))]
     return Run(folder.path.name, read_json(folder.path / "result.json"), samples)
 
@@ -36,16 +34,12 @@ def read_run(path: str | Path) -> Run:
 def default_evals() -> list[EvalConfig]:
     """Return the comparison without arguments: nano, direct against thinking, on held-out Countdown problems."""
     return [
-        EvalConfig(
-            model="nano", task="countdown", prompt=prompt, limit=DEFAULT_LIMIT, max_tokens=256, rows=128
-        )
+        EvalConfig(model="nano", task="countdown", prompt=prompt, limit=DEFAULT_LIMIT, max_tokens=256, rows=128)
         for prompt in ("direct", "thinking")
     ]
 
 
-def crossed(
-    models: Sequence[str], prompts: Sequence[str | None], settings: dict[str, Any]
-) -> list[EvalConfig]:
+def crossed(models: Sequence[str], prompts: Sequence[str | None], settings: dict[str, Any]) -> list[EvalConfig]:
     """Return an evaluation for every model with every prompt, other settings alike."""
     return [
         build(EvalConfig, {**settings, "model": model, "prompt": prompt})
@@ -114,9 +108,7 @@ def compare(
     if config is None:
         evals = crossed(models, prompts, settings) if models else []
         values = {"runs": [str(path) for path in runs], "runs_dir": str(runs_dir), "baseline": baseline}
-        config = CompareConfig(
-            evals=evals if models or runs else default_evals(), out=out and str(out), **values
-        )
+        config = CompareConfig(evals=evals if models or runs else default_evals(), out=out and str(out), **values)
     collected = collect(config, progress)
     frame = tables.compare_runs(collected, config.baseline or 0)
     if config.out:

@@ -15,21 +15,17 @@ Positive = Annotated[int, Field(ge=1)]
 class Config(BaseModel):
     """Base of the recipes' settings: unknown fields are refused, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
+    )
 
 
 class LoadConfig(Config):
     """How a model is put on the device."""
 
-    weights: Literal["quantized", "dense"] | None = Field(
-        None, description="Keep 4-bit weights or expand them."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Type of dense weights."
-    )
-    device: Literal["gpu", "cpu"] | None = Field(
-        None, description="Where to run; default: the GPU if there is one."
-    )
+    weights: Literal["quantized", "dense"] | None = Field(None, description="Keep 4-bit weights or expand them.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
+    device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
 
 
 class ProblemConfig(Config):
@@ -41,9 +37,7 @@ class ProblemConfig(Config):
     prefill: str | None = Field(None, description="Text that opens the assistant's turn.")
     shots: Annotated[int, Field(ge=0)] = Field(5, description="Worked examples of a few-shot prompt.")
     shots_data: str | None = Field(None, description="File or hub data set of the worked examples.")
-    extractor: str | None = Field(
-        None, description="How the answer is found; default: the task's headline one."
-    )
+    extractor: str | None = Field(None, description="How the answer is found; default: the task's headline one.")
     data: str | None = Field(None, description="File or hub data set; default: the task's own source.")
     split: str = Field("test", description="Split of the data; a slice as in 'test[:64]' takes a part.")
     limit: Positive | None = Field(None, description="Take a seeded sample of so many problems.")
@@ -53,9 +47,7 @@ class ProblemConfig(Config):
 class EvalConfig(LoadConfig, ProblemConfig):
     """Settings of ``mlx-traces eval``."""
 
-    model: str = Field(
-        "nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work."
-    )
+    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy.")
@@ -71,13 +63,9 @@ class CompareConfig(Config):
     """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
 
     runs: list[str] = Field(default_factory=list, description="Run folders.")
-    evals: list[EvalConfig] = Field(
-        default_factory=list, description="Evaluations to make unless already there."
-    )
+    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
     runs_dir: str = Field("runs", description="Where run folders are kept.")
-    baseline: str | None = Field(
-        None, description="Run that the others are compared with; default: the first."
-    )
+    baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
     out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
 
 
@@ -93,9 +81,7 @@ class NanoConfig(Config):
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
     direct_share: Fraction01 = Field(0.12, description="Share of problems asked with the direct prompt.")
     batch_size: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-3, description="Peak of warm-up and cosine decay."
-    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     bits: Literal[2, 3, 4, 6, 8] = 4

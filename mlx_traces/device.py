@@ -43,9 +43,7 @@ def import_mlx() -> Any:
     except ImportError as error:
         # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
         if not isinstance(error, ModuleNotFoundError) and "libmlx" not in str(error):
-            raise UserError(
-                f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help"
-            ) from None
+            raise UserError(f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help") from None
         raise UserError(
             "MLX has no backend here: pip install 'mlx-traces[cpu]', or 'mlx-traces[cuda]' for an NVIDIA GPU "
             "(from a clone: pip install -e '.[cpu]')"

@@ -100,7 +100,5 @@ def _hub() -> Line:
     if hub.switched_off():
         return Line("hub", f"switched off (HF_HUB_OFFLINE); {offline}", "unset HF_HUB_OFFLINE to download")
     if fault := hub.fault():
-        return Line(
-            "hub", f"not reachable ({fault}); {offline}", "check the network, its proxy, and HF_ENDPOINT"
-        )
+        return Line("hub", f"not reachable ({fault}); {offline}", "check the network, its proxy, and HF_ENDPOINT")
     return Line("hub", "reachable")

@@ -54,9 +54,7 @@ class Plan:
             self.prompt.name,
         )
         name = "-".join(part for part in parts if part)
-        return (
-            "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
-        )
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled and how they are judged."""
@@ -146,9 +144,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     if folder.path.exists() and not resume:
         folder.start({}, {}, resume=False)  # refuses before a model is loaded
     wanted = [(problem, sample) for problem in problems for sample in range(config.samples)]
-    loaded = load(
-        config.model, config.adapter, device=config.device, weights=config.weights, dtype=config.dtype
-    )
+    loaded = load(config.model, config.adapter, device=config.device, weights=config.weights, dtype=config.dtype)
     details = {**provenance(), "backend": asdict(loaded.backend), "rows": config.rows, "notes": loaded.notes}
     identity = {**planned.identity(), "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
     samples = folder.start(identity, details, resume)
@@ -218,9 +214,7 @@ def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sa
             nonlocal correct, tokens, done
             correct, tokens, done = correct + row["correct"], tokens + row["tokens"], done + 1
             speed = tokens / (perf_counter() - start)
-            progress.update(
-                bar, completed=done, figures=f"{100 * correct / done:.1f} % correct  {speed:.0f} tokens/s"
-            )
+            progress.update(bar, completed=done, figures=f"{100 * correct / done:.1f} % correct  {speed:.0f} tokens/s")
 
         yield advance
 
@@ -261,9 +255,7 @@ def question_of(task: Task, problem: Problem) -> str:
     return ", ".join(f"{column} {problem.columns[column]}" for column in task.columns)
 
 
-def summarize(
-    planned: Plan, samples: list[Sample], run_name: str, memory_gb: float, notes: list[str]
-) -> EvalResult:
+def summarize(planned: Plan, samples: list[Sample], run_name: str, memory_gb: float, notes: list[str]) -> EvalResult:
     """Compute a result from graded samples, in any order."""
     config = planned.config
     tokens = sum(row["tokens"] for row in samples)
@@ -326,9 +318,9 @@ def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
         for k in ks:
             passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
             winner = stats.majority([vote_of(row["extracted"]) for row in rows[:k]])
-            votes[str(k)] += any(
-                row["correct"] for row in rows[:k] if vote_of(row["extracted"]) == winner
-            ) / len(groups)
+            votes[str(k)] += any(row["correct"] for row in rows[:k] if vote_of(row["extracted"]) == winner) / len(
+                groups
+            )
     return {"pass_at_k": passes, "maj_at_k": votes}
 
 

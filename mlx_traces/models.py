@@ -247,9 +247,7 @@ def resolve(spec: str) -> tuple[Path, str | None]:
     if spec and folder.is_dir():
         return _checked(folder, spec), None
     if folder.is_file():
-        raise UserError(
-            f"{spec}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer"
-        )
+        raise UserError(f"{spec}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer")
     name, _, revision = spec.partition("@")
     if name == NANO:
         if revision:
@@ -316,20 +314,14 @@ def _checked(folder: Path, name: str) -> Path:
         ("a tokenizer (tokenizer.json)", tokenizer),
     ):
         if not there:
-            hint = (
-                "; it is an adapter, pass it with --adapter"
-                if (folder / "adapter_config.json").exists()
-                else ""
-            )
+            hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
             raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{name}: config.json is not JSON ({_first_line(error)})") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(
-            f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load"
-        )
+        raise UserError(f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load")
     return folder
 
 
@@ -337,9 +329,7 @@ def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_
     from mlx_lm.utils import load_tokenizer
 
     try:
-        return load_tokenizer(
-            path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
-        )
+        return load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id"))
     except (ValueError, OSError) as error:
         raise UserError(f"{name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 

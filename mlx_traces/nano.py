@@ -121,9 +121,7 @@ def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[dict[str,
         return None
     thought, expression = trace
     opening = f"<think>\n{thought}\n</think>\n" if prompt.name == "thinking" else ""
-    return prompt.messages(
-        parse({"nums": nums, "target": target}, "nano")
-    ), f"{opening}<answer>{expression}</answer>"
+    return prompt.messages(parse({"nums": nums, "target": target}, "nano")), f"{opening}<answer>{expression}</answer>"
 
 
 def examples(config: NanoConfig, tokenizer) -> Iterator[tuple[list[int], int]]:

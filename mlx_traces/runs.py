@@ -77,9 +77,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(file, to_json({"identity": identity, **details}))
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another --out"
-            ) from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
         return []
 
     def identity(self) -> dict[str, Any]:
@@ -113,9 +111,7 @@ class RunFolder:
 
     def finish(self, samples: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Write the samples in their final order, then the result."""
-        write_atomic(
-            self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-        )
+        write_atomic(self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
         write_atomic(self.path / "result.json", to_json(result))
 
 

@@ -104,8 +104,7 @@ def _run(
         uids = batch.insert([list(requests[index].prompt_ids) for index in order], samplers=samplers)
         stops = (*params.stop, *loaded.stop_strings)
         alive = {
-            uid: _Row(index, requests[index].prompt_ids, loaded, stops)
-            for uid, index in zip(uids, order, strict=True)
+            uid: _Row(index, requests[index].prompt_ids, loaded, stops) for uid, index in zip(uids, order, strict=True)
         }
         while responses := batch.next_generated():
             finished = []
@@ -154,9 +153,7 @@ class _Row:
 
     def decode(self, ids: list[int]) -> str:
         """Return the ids' exact text, special tokens such as ``<think>`` included."""
-        return self.loaded.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self.loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def rollout(self, finish_reason: str) -> Rollout:
         """Return the finished rollout."""

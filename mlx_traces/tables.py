@@ -417,8 +417,7 @@ def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool
             for part, correct in judge(sample).items():
                 parts.setdefault(part, {}).setdefault(sample["id"], []).append(correct)
         rows += [
-            {"part": part, "label": name, **stats.accuracy(list(problems.values()))}
-            for part, problems in parts.items()
+            {"part": part, "label": name, **stats.accuracy(list(problems.values()))} for part, problems in parts.items()
         ]
     return pd.DataFrame(rows) if len({row["part"] for row in rows}) > 1 else None
 
@@ -465,9 +464,7 @@ def _outcomes(run: Run) -> dict[str, list[bool]]:
     seen = set()
     for row in run.samples:
         if (key := (row["id"], row.get("sample", 0))) in seen:
-            raise UserError(
-                f"run {run.name}: sample {key[1]} of problem {key[0]} is there twice; repeat the run"
-            )
+            raise UserError(f"run {run.name}: sample {key[1]} of problem {key[0]} is there twice; repeat the run")
         seen.add(key)
         outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
     if not outcomes:
@@ -489,11 +486,7 @@ def _require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two
     if only_one or only_two:
         parts = []
         for run, only in ((one, only_one), (two, only_two)):
-            few = (
-                f" ({', '.join(clean(id) for id in only[:3])}{', ...' if len(only) > 3 else ''})"
-                if only
-                else ""
-            )
+            few = f" ({', '.join(clean(id) for id in only[:3])}{', ...' if len(only) > 3 else ''})" if only else ""
             parts.append(f"{len(only)} only in {clean(run.name)}{few}")
         raise UserError(
             f"runs {clean(one.name)} and {clean(two.name)} are over different problems: {', '.join(parts)}; "
@@ -533,10 +526,7 @@ def _caption(frame: pd.DataFrame) -> str:
         return text + "."
     base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
     test = "sign-flip permutation" if several else "McNemar"
-    return (
-        f"{text}, paired bootstrap for the difference in points to {base}; "
-        f"p: exact {test} test, then Holm-adjusted."
-    )
+    return f"{text}, paired bootstrap for the difference in points to {base}; p: exact {test} test, then Holm-adjusted."
 
 
 def _speed(tokens_per_second: float | None) -> str:
@@ -563,6 +553,4 @@ def _csv_cell(value: Any) -> Any:
     text = value.encode("utf-8", "replace").decode()
     if text.startswith(_FORMULA_START) and not _NUMBER.fullmatch(text):
         text = f"'{text}"
-    return text.replace("\r\n", "\n").replace(
-        "\r", "\n"
-    )  # pandas does not quote a bare \r, readers split at it
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # pandas does not quote a bare \r, readers split at it

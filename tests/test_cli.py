@@ -87,7 +87,18 @@ def test_eval_and_compare_from_the_command_line(tmp_path):
     assert one.exit_code == 0, one.output
     result = json.loads(one.stdout)
     assert result["total_questions"] == 12 and result["prompt"] == "thinking"
-    table = call("compare", "--model", "nano", "--prompt", "direct", "--prompt", "thinking", "--format", "json", *common)
+    table = call(
+        "compare",
+        "--model",
+        "nano",
+        "--prompt",
+        "direct",
+        "--prompt",
+        "thinking",
+        "--format",
+        "json",
+        *common,
+    )
     rows = json.loads(table.stdout)["rows"]
     assert [row["prompt"] for row in rows] == ["direct", "thinking"]
     assert rows[1]["correct_count"] == result["correct_count"] and rows[0]["p_value"] is None
@@ -97,7 +108,11 @@ def test_eval_and_compare_from_the_command_line(tmp_path):
     assert shown.exit_code == 0 and max(map(len, shown.stdout.splitlines())) <= 100
     for text in ("baseline", "3 operands", "tolerant", "of 12"):
         assert text in shown.stdout
-    assert set(lines_of_csv(tmp_path / "table" / "per_question.csv")[0][:3]) == {"question_id", "question", "correct_answer"}
+    assert set(lines_of_csv(tmp_path / "table" / "per_question.csv")[0][:3]) == {
+        "question_id",
+        "question",
+        "correct_answer",
+    }
     source = json.loads((tmp_path / "table" / "results.json").read_text())
     assert set(source["models"][0]) == {"model_type", "accuracy", "correct", "total", "timestamp"}
 

@@ -33,9 +33,7 @@ def every_expression(numbers):
 
 def brute_force_reaches(nums, target):
     return any(
-        value == target
-        for order in set(itertools.permutations(nums))
-        for _, value in every_expression(list(order))
+        value == target for order in set(itertools.permutations(nums)) for _, value in every_expression(list(order))
     )
 
 
@@ -148,6 +146,8 @@ def test_any_text_gets_a_verdict(text):
         ("We get 3 * (4 + 6) = 30.", "no_answer", "correct"),
         ("<answer></answer>", "no_answer", "no_answer"),
         ("<think><answer>3 * (4 + 6)</answer></think> 30", "no_answer", "no_answer"),
+        ("<|begin_of_thought|><answer>3 * (4 + 6)</answer><|end_of_thought|>?", "no_answer", "no_answer"),
+        ("<think>so <answer>3 * (4 + 6)</answer>", "correct", "correct"),
         ("no idea", "no_answer", "no_answer"),
         ("", "no_answer", "no_answer"),
     ],

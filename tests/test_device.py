@@ -99,9 +99,7 @@ def test_no_mlx_is_one_line_with_the_command(monkeypatch, error):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError) as caught:
         device.choose()
-    assert "pip install 'mlx-traces[cpu]'" in str(caught.value) and "pip install -e '.[cpu]'" in str(
-        caught.value
-    )
+    assert "pip install 'mlx-traces[cpu]'" in str(caught.value) and "pip install -e '.[cpu]'" in str(caught.value)
     assert "\n" not in str(caught.value)
     lines = {line.what: line for line in doctor.report()}
     assert lines["device"].fix == str(caught.value)
@@ -115,9 +113,7 @@ def python(code: str) -> str:
 
 
 def test_importing_the_package_loads_neither_mlx_nor_numpy():
-    found = python(
-        "import sys, mlx_traces; print([m for m in ('mlx.core', 'numpy', 'mlx_lm') if m in sys.modules])"
-    )
+    found = python("import sys, mlx_traces; print([m for m in ('mlx.core', 'numpy', 'mlx_lm') if m in sys.modules])")
     assert found == "[]"
 
 

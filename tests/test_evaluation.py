@@ -74,8 +74,16 @@ def test_kill_and_resume_equals_an_uninterrupted_run(settings, tmp_path):
     settings = {**SMALL, "limit": 40, "rows": 4, **settings}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     folder = tmp_path / "killed"
-    command = [sys.executable, "-c", "from mlx_traces.cli import main; main()", "eval", *flags, "--out", folder]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    command = [
+        sys.executable,
+        "-c",
+        "from mlx_traces.cli import main; main()",
+        "eval",
+        *flags,
+        "--out",
+        folder,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
     deadline = time.time() + 120
     while not (folder / "samples.jsonl").exists() or len(samples_of_partial(folder)) < 4:
         assert process.poll() is None and time.time() < deadline
@@ -186,7 +194,14 @@ def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
     wins = [b["correct"] - a["correct"] for a, b in zip(direct.samples, thinking.samples, strict=True)]
     assert frame["diff"][1] == pytest.approx(sum(wins) / 24)
     written = {path.name for path in (tmp_path / "table").iterdir()}
-    assert {"table.md", "table.csv", "table.json", "per_question.csv", "results.json", "accuracy.png"} <= written
+    assert {
+        "table.md",
+        "table.csv",
+        "table.json",
+        "per_question.csv",
+        "results.json",
+        "accuracy.png",
+    } <= written
     times = [(tmp_path / name / "result.json").stat().st_mtime_ns for name in frame["run"]]
     again = mlx_traces.compare(**settings)
     assert times == [(tmp_path / name / "result.json").stat().st_mtime_ns for name in again["run"]]
@@ -212,6 +227,11 @@ def test_a_real_model_answers_word_problems(real_model, tmp_path):
     questions = [("Tom has 3 apples and buys 4 more. How many apples has he?", 7), ("What is 12 + 30?", 42)]
     data.write_text("".join(json.dumps({"question": q, "answer": str(a)}) + "\n" for q, a in questions))
     result = mlx_traces.evaluate(
-        model=str(real_model), task="gsm8k", data=str(data), prompt="plain", max_tokens=200, out=tmp_path / "run"
+        model=str(real_model),
+        task="gsm8k",
+        data=str(data),
+        prompt="plain",
+        max_tokens=200,
+        out=tmp_path / "run",
     )
     assert result.accuracy == 1.0 and result.truncated == 0.0, samples_of(tmp_path / "run")

@@ -69,8 +69,7 @@ def render(template, prompt=PLAIN, thinking=None):
     [
         (
             CHATML,
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
-            "<|im_start|>assistant\n",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n",
             "",
         ),
         (
@@ -102,10 +101,7 @@ def test_thinking_switch():
 
 
 def test_no_switch_is_set_unasked():
-    seen = (
-        "{% if enable_thinking is defined %}set to {{ enable_thinking }}{% endif %}"
-        "{{ messages[0]['content'] }}"
-    )
+    seen = "{% if enable_thinking is defined %}set to {{ enable_thinking }}{% endif %}{{ messages[0]['content'] }}"
     assert render(seen)[0].text == "2 + 2?"
     assert render(seen, thinking=True)[0].text == "set to True2 + 2?"
 
@@ -127,9 +123,7 @@ def test_a_note_is_made_once():
 
 def test_a_conversation_that_the_template_refuses():
     refuses = "{{ raise_exception('Nothing pleases me') }}"
-    with pytest.raises(
-        UserError, match=r"tiny: its chat template refuses this conversation .*Nothing pleases me"
-    ):
+    with pytest.raises(UserError, match=r"tiny: its chat template refuses this conversation .*Nothing pleases me"):
         render(refuses)
 
 
@@ -190,9 +184,7 @@ def test_stop_ids():
     tokenizer.add_tokens(["<|end|>", "<end_of_turn>"], special_tokens=True)
     known = tokenizer.get_vocab()
     assert {known["<|end|>"], known["<end_of_turn>"]} < models._stop_ids(wrap(tokenizer).tokenizer)
-    tokenizer.add_tokens(
-        ["<|channel|>"], special_tokens=True
-    )  # harmony: <|end|> closes a message, not the turn
+    tokenizer.add_tokens(["<|channel|>"], special_tokens=True)  # harmony: <|end|> closes a message, not the turn
     assert known["<|end|>"] not in models._stop_ids(wrap(tokenizer).tokenizer)
 
 
@@ -222,9 +214,7 @@ def test_dense_weights_are_exactly_the_quantized_ones(tiny_folder):
 def test_bfloat16_is_one_rounding_of_the_exact_weights(tiny_folder):
     exact = load(str(tiny_folder), device="cpu", weights="dense", dtype="float32").model
     rounded = load(str(tiny_folder), device="cpu", weights="dense", dtype="bfloat16").model
-    for (name, a), (_, b) in zip(
-        tree_flatten(exact.parameters()), tree_flatten(rounded.parameters()), strict=True
-    ):
+    for (name, a), (_, b) in zip(tree_flatten(exact.parameters()), tree_flatten(rounded.parameters()), strict=True):
         assert b.dtype == mx.bfloat16 and mx.array_equal(a.astype(mx.bfloat16), b), name
 
 
@@ -294,9 +284,7 @@ def test_dora_and_spec(tiny_folder, tmp_path):
     loaded = load(f"{tiny_folder}+{folder}")
     assert (loaded.name, loaded.adapter) == (str(tiny_folder), str(folder))
     tensors = mx.load(str(folder / "adapters.safetensors"))
-    assert mx.array_equal(
-        loaded.model.model.layers[0].mlp.down_proj.m, tensors["model.layers.0.mlp.down_proj.m"]
-    )
+    assert mx.array_equal(loaded.model.model.layers[0].mlp.down_proj.m, tensors["model.layers.0.mlp.down_proj.m"])
 
 
 def change(folder: Path, edit) -> None:
@@ -314,9 +302,7 @@ def test_adapter_that_does_not_fit(tmp_path):
         attach(make_model(), folder)
     folder = adapter(tmp_path / "missing")
     change(folder, lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp" not in n})
-    with pytest.raises(
-        UserError, match=r"missing: .*2 tensors missing from the file, e\.g\. model\.layers\.1\.mlp"
-    ):
+    with pytest.raises(UserError, match=r"missing: .*2 tensors missing from the file, e\.g\. model\.layers\.1\.mlp"):
         attach(make_model(), folder)
     folder = adapter(tmp_path / "extra")
     change(folder, lambda tensors: {**tensors, "model.layers.9.q_proj.lora_a": mx.zeros((2, 2))})

@@ -135,9 +135,7 @@ def filtered(logprobs: np.ndarray, params: SamplingParams, temperature: float) -
         if inside and (params.top_k == 0 or rank < params.top_k):
             keep.add(int(token))
         mass += probability
-    weights = np.array(
-        [math.exp(value / temperature) if i in keep else 0.0 for i, value in enumerate(logprobs)]
-    )
+    weights = np.array([math.exp(value / temperature) if i in keep else 0.0 for i, value in enumerate(logprobs)])
     return weights / weights.sum()
 
 

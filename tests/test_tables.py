@@ -19,9 +19,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.tables import Run
 
 
-def make_run(
-    name: str, correct: list, *, strata: tuple[str, ...] = ("",), extracted: str = "1", **result
-) -> Run:
+def make_run(name: str, correct: list, *, strata: tuple[str, ...] = ("",), extracted: str = "1", **result) -> Run:
     """Make a run from the outcomes of problems p0, p1, ...: 0 or 1, or a list of them for several samples."""
     rows = []
     for i, outcome in enumerate(correct):
@@ -117,9 +115,7 @@ def test_baseline_by_index_name_or_label(baseline):
 
 
 def test_unknown_baseline_names_the_runs():
-    with pytest.raises(
-        UserError, match=r"unknown baseline 'bettr'.*base, better or same.*did you mean 'better'"
-    ):
+    with pytest.raises(UserError, match=r"unknown baseline 'bettr'.*base, better or same.*did you mean 'better'"):
         tables.compare_runs(three_runs(), "bettr")
     with pytest.raises(UserError, match="there are 3 runs"):
         tables.compare_runs(three_runs(), 3)
@@ -143,9 +139,7 @@ def test_several_samples_cluster_by_problem():
     assert (base["ci_low"], base["ci_high"]) == stats.wilson_clustered([2, 4, 0, 1, 0], 4)
     assert base["ci_high"] - base["ci_low"] > np.diff(stats.wilson(7, 20))[0] * 1.3
     assert other["diff"] == pytest.approx(5 / 20)
-    assert other["p_value"] == pytest.approx(
-        2 / 8
-    )  # differences 1, 2, 2: only one sign pattern of 8 is as extreme
+    assert other["p_value"] == pytest.approx(2 / 8)  # differences 1, 2, 2: only one sign pattern of 8 is as extreme
     by_problem = stats.paired_bootstrap([0.75, 1, 0.5, 0.75, 0], [0.5, 1, 0, 0.25, 0])
     assert (other["diff"], other["diff_low"], other["diff_high"]) == by_problem
 
@@ -161,9 +155,7 @@ def test_one_sample_against_several():
 
 def test_different_problems_are_refused_with_the_ids():
     one, two = make_run("one", [1] * 8), make_run("two", [1] * 9)
-    two = replace(
-        two, samples=[row for row in two.samples if row["id"] not in ("p0", "p3", "p4", "p5", "p6")]
-    )
+    two = replace(two, samples=[row for row in two.samples if row["id"] not in ("p0", "p3", "p4", "p5", "p6")])
     expected = r"runs one and two .* 5 only in one \(p0, p3, p4, \.\.\.\), 1 only in two \(p8\); .*--limit"
     for compare in (tables.compare_runs, tables.per_question):
         with pytest.raises(UserError, match=expected) as refused:
@@ -252,9 +244,7 @@ def test_a_long_prompt_name_is_folded_and_not_cut():
 
 def test_terminal_and_markdown_show_pass_at_k():
     outcomes = [[1, 0], [0, 0], [1, 1]]
-    run = make_run(
-        "k", outcomes, pass_at_k={"1": 0.5, "2": 2 / 3}, maj_at_k={"1": 2 / 3, "2": 0.6}, temperature=0.7
-    )
+    run = make_run("k", outcomes, pass_at_k={"1": 0.5, "2": 2 / 3}, maj_at_k={"1": 2 / 3, "2": 0.6}, temperature=0.7)
     frame = tables.compare_runs([run, make_run("k2", outcomes, prompt="boxed")])
     text = rendered(tables.to_terminal(frame))
     for piece in (
@@ -308,9 +298,7 @@ def test_markdown_table_is_complete():
 def test_json_has_exactly_the_documented_keys():
     table = tables.to_json(tables.compare_runs(three_runs()))
     rows = json.loads(json.dumps(table, allow_nan=False))["rows"]
-    keys = (
-        "model adapter prompt accuracy correct_count total_questions ci_low ci_high diff diff_low diff_high "
-    )
+    keys = "model adapter prompt accuracy correct_count total_questions ci_low ci_high diff diff_low diff_high "
     keys += "p_value p_holm tokens_per_answer tokens_per_second"
     assert all(list(row) == keys.split() for row in rows)
     assert rows[0]["diff"] is rows[0]["p_holm"] is rows[0]["adapter"] is None

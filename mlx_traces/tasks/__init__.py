@@ -13,11 +13,12 @@ from mlx_traces.tasks.prompts import Prompt
 class Task:
     """A task as plain data and functions.
 
-    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded. ``parse(row,
-    where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``, if malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub
-    data set or ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor;
-    the first in ``extractors`` is the headline. ``prompts`` has the built-in styles, ``few_shot`` builds one with worked
-    examples where the task has them.
+    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded.
+    ``parse(row, where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``,
+    if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
+    ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
+    in ``extractors`` is the headline. ``prompts`` has the built-in styles; ``few_shot`` functions of (shots, seed,
+    data) build those with worked examples.
     """
 
     name: str

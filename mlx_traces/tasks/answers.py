@@ -94,11 +94,11 @@ def answer_part(response: str) -> str:
     Thoughts are ``<think>…</think>`` or ``<|begin_of_thought|>…<|end_of_thought|>``; the opening may be
     missing, as where a chat template wrote it. A response without any is all answer.
     """
-    part, thinking = _after_thought(response)
+    part, thinking = after_thought(response)
     return "" if thinking else part
 
 
-def _after_thought(response: str) -> tuple[str, bool]:
+def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought and whether it opens another."""
     start = max((response.rfind(tag) + len(tag) for tag in _CLOSE if tag in response), default=0)
     part = response[start:]
@@ -160,7 +160,7 @@ def tolerant(response: str) -> str | None:
     Only what follows the thought is searched. In a thought that never ends a closed <answer> counts and
     nothing else, so the numbers of a truncated thought are no answer.
     """
-    part, thinking = _after_thought(response)
+    part, thinking = after_thought(response)
     if thinking:
         return (last_answer_tag(part) or "").strip() or None
     return marked(part) or _after_hashes(part) or last_number(part)

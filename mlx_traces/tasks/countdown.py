@@ -14,7 +14,7 @@ from typing import Any
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
-from mlx_traces.tasks.answers import answer_part, last_answer_tag, last_boxed
+from mlx_traces.tasks.answers import after_thought, answer_part, last_answer_tag, last_boxed
 from mlx_traces.tasks.data import hub_rows, load_rows, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Prompt
 
@@ -122,7 +122,7 @@ def _loose(response: str) -> str | None:
 
 def _tagged(response: str) -> str | None:
     """Find the last closed <answer>; inside a finished thought it is a draft, not an answer."""
-    return last_answer_tag(response.rpartition("</think>")[2])
+    return last_answer_tag(after_thought(response)[0])
 
 
 EXTRACTORS = {"answer": _tagged, "tolerant": _loose}
@@ -246,12 +246,10 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
     have one split; as in TinyZero its first 327,680 rows are train and the next 1,024 test.
     """
     if data is None:
-        rows = (
-            {"nums": nums, "target": target} for nums, target in generate(split, limit or DEFAULT_COUNT, seed)
-        )
+        rows = ({"nums": nums, "target": target} for nums, target in generate(split, limit or DEFAULT_COUNT, seed))
         return [parse(row, "generated") for row in rows]
     if Path(data).exists() or data.endswith((".jsonl", ".json")):
-        name, span = split_slice(split)
+        _, span = split_slice(split)
         rows = list(read_jsonl(Path(data), TASK.columns))[span]
     elif data.partition("@")[0].endswith("/Countdown-Tasks-3to4"):
         if split not in HUB_SPLITS:

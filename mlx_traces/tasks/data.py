@@ -83,7 +83,11 @@ def _offline() -> Iterator[None]:
 
 
 def load_rows(
-    rows: Iterable[tuple[str, Row]], parse: Callable[[Row, str], Problem], limit: int | None, seed: int, source: str
+    rows: Iterable[tuple[str, Row]],
+    parse: Callable[[Row, str], Problem],
+    limit: int | None,
+    seed: int,
+    source: str,
 ) -> list[Problem]:
     """Parse rows into problems and take a seeded sample of ``limit`` of them, in the source's order.
 

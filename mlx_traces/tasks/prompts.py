@@ -56,7 +56,7 @@ def fill(template: str, columns: Mapping[str, Any], name: str) -> str:
 
 
 def load_prompt(path: Path) -> Prompt:
-    """Read a user's own prompt: a YAML mapping with ``user`` and optionally ``system``, ``prefill``, ``stop``, ``chat``.
+    """Read an own prompt: a YAML mapping with ``user`` and, if wanted, ``system``, ``prefill``, ``stop`` and ``chat``.
 
     Raises:
         UserError: if the file is missing, is not such a mapping, or has other fields.
