@@ -25,13 +25,16 @@ class Rollout:
 
     ``completion_ids`` are the exact sampled ids, the stop token included when it was sampled. ``text`` is decoded from
     them, without the stop token and without a stop string and what follows it. ``finish_reason`` is ``"stop"`` or
-    ``"length"``.
+    ``"length"``. On request, per completion token and in nats: ``logprobs`` of the distribution that was sampled,
+    ``model_logprobs`` of the model's own at temperature 1.
     """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     text: str
     finish_reason: str
+    logprobs: tuple[float, ...] | None = None
+    model_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,28 @@
-"""Batched generation: prompts in, rollouts out as they finish. Runs on mlx_lm's BatchGenerator."""
+"""The sampling engine: prompts in, rollouts out as they finish, for evaluation and for reinforcement learning.
 
-import hashlib
+One decode step serves every row at once. Rows that finish make room and new ones join in waves, in place
+(``slots``); a prompt that several completions share, and a beginning that all prompts share, are read once; one
+step is always under way while the last one's tokens are looked at; and no array as wide as the vocabulary leaves
+the step.
+"""
+
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
 
-_PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
+MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
+PREFILL_TOKENS = {"cpu": 2048, "metal": 8192, "cuda": 16_384}  # prompt tokens read at once, padding included
+WAVE = 8  # new rows join when an eighth of the slots is free
+DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
 @dataclass(frozen=True)
@@ -54,139 +66,453 @@ class Request:
     seed: int = 0
 
 
+@dataclass
+class Usage:
+    """What a run of the engine did: seconds and tokens of reading prompts and of decoding, and row-steps.
+
+    ``prompt_tokens`` counts what was read, padding included and shared prompts once. ``first_token_seconds`` is the
+    time from the start to the first tokens. ``occupancy`` is the share of row-steps that made a token of a rollout.
+    """
+
+    first_token_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    completion_tokens: int = 0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    row_steps: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of computed row-steps that were used."""
+        return self.completion_tokens / self.row_steps if self.row_steps else 0.0
+
+
 def generate(
-    loaded: LoadedModel, requests: Sequence[Request], params: SamplingParams, rows: int = 32
+    loaded: LoadedModel,
+    requests: Sequence[Request],
+    params: SamplingParams | Sequence[SamplingParams],
+    rows: int = 32,
+    *,
+    logprobs: bool = False,
+    usage: Usage | None = None,
 ) -> Iterator[tuple[int, Rollout]]:
     """Complete prompts, ``rows`` at once; yield (index into ``requests``, rollout) as each finishes.
 
-    Rows are admitted longest prompt first, which pads least; a row that ends makes room for the next. A row's
-    random stream depends on its seed and on how many tokens it has drawn, not on its neighbours, its place or
-    ``rows``: the same seed draws the same completion again, up to rounding, which differs with the batch's
-    shape and can turn a near tie. The model's ``stop_strings`` count beside ``params.stop``.
+    Requests with the same prompt are a group: the prompt is read once. Rows are admitted longest prompt first.
+
+    Guaranteed: the same requests, settings, ``rows`` and device give the same rollouts. A row's random numbers
+    depend on its seed and on how many tokens it has drawn, not on its neighbours, its place or ``rows``, so another
+    batch draws the same completion again up to rounding, which differs with the shape of a batch and can turn a
+    near tie. Not guaranteed: equality across devices, dtypes or versions.
+
+    Args:
+        loaded: the model. Its ``stop_ids`` end a completion, as do its ``stop_strings`` and ``params.stop``.
+        requests: prompts as token ids.
+        params: how to draw, for all requests or for each.
+        rows: completions decoded at once.
+        logprobs: also return the float32 log-probability of each sampled token, in nats: ``logprobs`` of the
+            distribution that was sampled, filters and temperature included (all 0 where greedy), and
+            ``model_logprobs`` of the model's own, at temperature 1 and unfiltered.
+        usage: is filled in as the engine runs.
 
     Raises:
         UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
             or a prompt that leaves no room for ``max_tokens`` in the model's context.
     """
     requests = list(requests)
-    params.check()
+    each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
+    for settings in {params} if isinstance(params, SamplingParams) else set(each):
+        settings.check()
     if rows < 1:
         raise UserError(f"rows must be at least 1, not {rows}")
-    for index, request in enumerate(requests):
+    for index, (request, settings) in enumerate(zip(requests, each, strict=True)):
         length = len(request.prompt_ids)
         if not length:
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
-        if loaded.context is not None and length + params.max_tokens > loaded.context:
+        if loaded.context is not None and length + settings.max_tokens > loaded.context:
             raise UserError(
-                f"prompt {index + 1} of {len(requests)} has {length} tokens; {params.max_tokens} more pass "
+                f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.max_tokens} more pass "
                 f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
             )
-    return _run(loaded, requests, params, rows)
+    if not requests:
+        return iter(())
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+    if any(type(cache) is not KVCache for cache in make_prompt_cache(loaded.model)):
+        from mlx_traces.fallback import generate_plainly
 
-def _run(
-    loaded: LoadedModel, requests: list[Request], params: SamplingParams, rows: int
-) -> Iterator[tuple[int, Rollout]]:
-    import mlx.core as mx
-    from mlx_lm.generate import BatchGenerator
-
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
-    samplers = [_row_sampler(params, requests[index].seed) for index in order] if params.temperature else None
-    batch = BatchGenerator(
-        loaded.model,
-        max_tokens=params.max_tokens,
-        stop_tokens=[[token] for token in sorted(loaded.stop_ids)],
-        completion_batch_size=rows,
-        prefill_batch_size=min(rows, _PREFILL_ROWS),
-        stream=mx.default_stream(mx.default_device()),  # the library's own was made at its import
-    )
-    try:
-        uids = batch.insert([list(requests[index].prompt_ids) for index in order], samplers=samplers)
-        stops = (*params.stop, *loaded.stop_strings)
-        alive = {
-            uid: _Row(index, requests[index].prompt_ids, loaded, stops) for uid, index in zip(uids, order, strict=True)
-        }
-        while responses := batch.next_generated():
-            finished = []
-            for response in responses:
-                row = alive[response.uid]
-                row.completion_ids.append(response.token)
-                reason = response.finish_reason
-                if reason != "stop" and row.find_stop() is not None:
-                    if reason is None:
-                        batch.remove([response.uid])
-                    reason = "stop"
-                if reason is not None:
-                    finished.append((row.index, row.rollout(reason)))
-                    del alive[response.uid]
-            responses = response = None  # each holds a vocabulary of log-probabilities
-            yield from finished
-    finally:
-        batch.close()
+        return generate_plainly(loaded, requests, each, rows)
+    return _Engine(loaded, requests, each, min(rows, len(requests)), logprobs, usage or Usage()).run()
 
 
 @dataclass
-class _Row:
-    """One completion on its way."""
+class _Step:
+    """A step on its way: its number, and on the device the drawn tokens and, if wanted, their log-probabilities."""
 
-    index: int
-    prompt_ids: tuple[int, ...]
-    loaded: LoadedModel
-    stops: tuple[str, ...]
-    completion_ids: list[int] = field(default_factory=list)
+    number: int
+    tokens: Any
+    logprobs: Any | None
 
-    def find_stop(self) -> int | None:
-        """Return where in the text the first stop string starts, if the newest token completed one.
 
-        Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few
-        special ones. What they show is looked for again in the whole text, which a tokenizer may write
-        otherwise.
+class _Engine:
+    """The state of one run: slots on the device, and what each slot works on."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        requests: list[Request],
+        params: list[SamplingParams],
+        rows: int,
+        logprobs: bool,
+        usage: Usage,
+    ):
+        import mlx.core as mx
+
+        from mlx_traces.slots import SlotCache, Window
+
+        self.loaded, self.requests, self.params, self.usage = loaded, requests, params, usage
+        # Groups stay together, and prompts come longest first: later ones then fit where earlier ones were.
+        self.pending = deque(
+            sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
+        )
+        longest = max(settings.max_tokens for settings in params)
+        self.request_of = np.full(rows, -1)  # what each slot works on; -1 for nothing
+        self.joined = np.zeros(rows, np.int64)  # the first step that was a slot's own
+        self.age = np.zeros(rows, np.int64)  # tokens drawn
+        self.limit = np.zeros(rows, np.int64)  # most tokens to draw
+        self.ids = np.zeros((rows, longest), np.int32)
+        self.logprobs = np.zeros((rows, longest, 2), np.float32) if logprobs else None
+        self.uniforms = np.zeros((rows, longest), np.float32)
+        self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
+        self.stop_ids = np.array(sorted(loaded.stop_ids), np.int32)
+        self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
+        self.steps = 0  # steps begun
+        self.window = Window(rows)
+        self.window.write = len(requests[self.pending[0]].prompt_ids) - 1
+        self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
+        self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
+        self.shared = common_beginning([request.prompt_ids for request in requests])
+        self.shared_caches: list[tuple[Any, Any]] = []
+        self.last_read: tuple[tuple[int, ...], list[tuple[Any, Any]]] = ((), [])
+
+    def run(self) -> Iterator[tuple[int, Rollout]]:
+        """Decode until nothing is left, one step ahead of the tokens that are looked at."""
+        self.began = perf_counter()
+        self._admit()
+        under_way = self._begin_step()
+        while under_way is not None:
+            ahead = self._begin_step() if self._need_more() else None
+            yield from self._take(under_way)
+            if self.pending:
+                free = int((self.request_of < 0).sum())
+                if free * WAVE >= len(self.request_of) or ahead is None:
+                    self._admit()
+            elif ahead is not None:
+                ahead = self._drop_idle(ahead)
+            under_way = ahead or (self._begin_step() if (self.request_of >= 0).any() else None)
+
+    def _need_more(self) -> bool:
+        """Whether some row goes on after the step under way unless it draws a stop token."""
+        return bool(((self.request_of >= 0) & (self.steps - self.joined < self.limit)).any())
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def _begin_step(self) -> _Step:
+        """Send a step for every row on its way; it reads the tokens of the step before, wherever that is."""
+        import mlx.core as mx
+
+        self._make_room()
+        logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        self.window.advance()
+        place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
+        uniforms = self.uniforms[np.arange(len(place)), place]
+        self.tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None)
+        wanted = [self.tokens] if logprobs is None else [self.tokens, logprobs]
+        mx.async_eval(*wanted)
+        self.usage.steps += 1
+        self.usage.row_steps += len(place)
+        self.steps += 1
+        return _Step(self.steps - 1, self.tokens, logprobs)
+
+    def _make_room(self) -> None:
+        """Before the buffers are full, move the window to their beginning, if that frees a quarter of them."""
+        from mlx_traces.slots import STEP
+
+        window, next_prompt = self.window, len(self.requests[self.pending[0]].prompt_ids) if self.pending else 0
+        idle = self.request_of < 0
+        if window.write % STEP or not window.write:
+            return
+        window.start[idle] = window.write  # nobody reads them
+        by = min(int(window.start.min()), window.write - next_prompt)
+        if by >= window.write // 4:
+            for cache in self.caches:
+                cache.shift(by)
+            window.write -= by
+            window.start -= by
+        window.refresh()
+
+    def _take(self, step: _Step) -> Iterator[tuple[int, Rollout]]:
+        """Wait for a step, note its tokens, and yield what it finished."""
+        start = perf_counter()
+        drawn = np.array(step.tokens)
+        now = perf_counter()
+        self.usage.decode_seconds += now - start
+        self.usage.first_token_seconds = self.usage.first_token_seconds or now - self.began
+        rows = np.flatnonzero((self.request_of >= 0) & (self.joined <= step.number))
+        place = self.age[rows]
+        self.ids[rows, place] = drawn[rows]
+        if step.logprobs is not None:
+            self.logprobs[rows, place] = np.array(step.logprobs)[rows]
+        self.age[rows] += 1
+        self.usage.completion_tokens += len(rows)
+        stopped = np.isin(drawn[rows], self.stop_ids)
+        full = self.age[rows] >= self.limit[rows]
+        watched = rows if self.watch_text else rows[stopped | full]
+        for row in watched.tolist():
+            index = int(self.request_of[row])
+            ids = self.ids[row, : self.age[row]].tolist()
+            kept = None if self.logprobs is None else self.logprobs[row, : self.age[row]]
+            rollout = finish(self.loaded, self.requests[index], self.params[index], ids, kept)
+            if rollout is not None:
+                self.request_of[row] = -1
+                yield index, rollout
+
+    def _drop_idle(self, ahead: _Step) -> _Step:
+        """Keep the working rows alone once many have nothing to do and nothing is pending."""
+        import mlx.core as mx
+
+        keep = np.flatnonzero(self.request_of >= 0)
+        if not len(keep) or len(keep) > DROP * len(self.request_of):
+            return ahead
+        rows = mx.array(keep)
+        for cache in self.caches:
+            cache.keep(rows)
+        for name in ("request_of", "joined", "age", "limit", "ids", "uniforms", "settings"):
+            setattr(self, name, getattr(self, name)[keep])
+        if self.logprobs is not None:
+            self.logprobs = self.logprobs[keep]
+        self.window.start = self.window.start[keep]
+        self.window.refresh()
+        self.tokens = self.tokens[rows]
+        return _Step(ahead.number, self.tokens, None if ahead.logprobs is None else ahead.logprobs[rows])
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    def _admit(self) -> None:
+        """Give free slots their next prompts: all but the last token is read here, the last by the next step."""
+        import mlx.core as mx
+
+        start = perf_counter()
+        free = np.flatnonzero(self.request_of < 0).tolist()
+        taken = [(slot, self.pending.popleft()) for slot in free[: len(self.pending)]]
+        if not taken:
+            return
+        members: dict[tuple[int, ...], list[int]] = {}
+        for slot, index in taken:
+            members.setdefault(self.requests[index].prompt_ids, []).append(slot)
+        self._read(members)
+        for slot, index in taken:
+            request, settings = self.requests[index], self.params[index]
+            self.request_of[slot], self.joined[slot], self.age[slot] = index, self.steps, 0
+            self.limit[slot] = settings.max_tokens
+            self.settings[slot] = settings_of(settings)
+            self.window.start[slot] = self.window.write - len(request.prompt_ids) + 1
+            self.uniforms[slot, : settings.max_tokens] = uniforms_of(request, settings)
+        self.window.start[self.request_of < 0] = self.window.write
+        self.window.refresh()
+        last = [self.requests[index].prompt_ids[-1] for _, index in taken]
+        self.tokens[mx.array([slot for slot, _ in taken])] = mx.array(last, mx.int32)
+        mx.eval(self.tokens, [(cache.keys, cache.values) for cache in self.caches if cache.keys is not None])
+        self.usage.prompt_seconds += perf_counter() - start
+
+    def _read(self, members: dict[tuple[int, ...], list[int]]) -> None:
+        """Read prompts, in batches of bounded size, into the slots of their groups."""
+        budget = PREFILL_TOKENS[self.loaded.backend.name]
+        again, layers = self.last_read
+        if again in members:  # the rest of a group whose prompt was read for an earlier wave
+            self._fill([members.pop(again)], layers)
+        prompts = [prompt for prompt in members if len(prompt) > 1]
+        while prompts:
+            width = len(prompts[0]) - 1 - self.shared
+            count = max(1, budget // max(width, 1))
+            batch, prompts = prompts[:count], prompts[count:]
+            layers = self._prefill([prompt[:-1] for prompt in batch], budget)
+            self._fill([members[prompt] for prompt in batch], layers)
+            self.last_read = batch[-1], [(keys[-1:], values[-1:]) for keys, values in layers]
+        if not self.pending or self.requests[self.pending[0]].prompt_ids != self.last_read[0]:
+            self.last_read = (), []
+
+    def _fill(self, slots: list[list[int]], layers: list[tuple[Any, Any]]) -> None:
+        """Copy the keys and values of each prompt into every slot of its group."""
+        import mlx.core as mx
+
+        order = sorted((slot, row) for row, group in enumerate(slots) for slot in group)
+        rows = mx.array([row for _, row in order])
+        alike = [row for _, row in order] == list(range(len(slots)))
+        for cache, (keys, values) in zip(self.caches, layers, strict=True):
+            cache.fill([slot for slot, _ in order], *((keys, values) if alike else (keys[rows], values[rows])))
+
+    def _prefill(self, bodies: list[tuple[int, ...]], budget: int) -> list[tuple[Any, Any]]:
+        """Return each layer's keys and values, (k, heads, longest, size), of token sequences, aligned right."""
+        from mlx_traces.slots import align_right
+
+        if self.shared and not self.shared_caches:
+            self.shared_caches = self._run_prompt(np.array([bodies[0][: self.shared]]), budget)
+        lengths = [len(body) for body in bodies]
+        tokens = np.zeros((len(bodies), max(lengths) - self.shared), np.int32)
+        for row, body in zip(tokens, bodies, strict=True):
+            row[: len(body) - self.shared] = body[self.shared :]
+        layers = self._run_prompt(tokens, budget)
+        return [(align_right(keys, lengths), align_right(values, lengths)) for keys, values in layers]
+
+    def _run_prompt(self, tokens: np.ndarray, budget: int) -> list[tuple[Any, Any]]:
+        """Read (k, L) right-padded tokens after the shared beginning, a piece at a time.
+
+        Padding stands behind every real token, so the causal mask alone keeps it out.
         """
-        if not self.stops:
-            return None
-        span = max(len(stop.encode()) for stop in self.stops) + 8
-        tail = self.decode(self.completion_ids[-span:])
-        if not any(stop in tail for stop in self.stops):
-            return None
-        text = self.decode(self.completion_ids)
-        return min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the ids' exact text, special tokens such as ``<think>`` included."""
-        return self.loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def rollout(self, finish_reason: str) -> Rollout:
-        """Return the finished rollout."""
-        ids = self.completion_ids
-        ended = finish_reason == "stop" and ids[-1] in self.loaded.stop_ids
-        cut = None if ended or finish_reason == "length" else self.find_stop()
-        text = self.decode(ids[:-1] if ended else ids)[:cut]
-        return Rollout(self.prompt_ids, tuple(ids), text, finish_reason)
+        caches = make_prompt_cache(self.loaded.model)
+        for cache, (keys, values) in zip(caches, self.shared_caches, strict=False):
+            cache.keys, cache.values = (mx.repeat(array, len(tokens), axis=0) for array in (keys, values))
+            cache.offset = keys.shape[2]
+        piece = max(1, budget // len(tokens))
+        for at in range(0, tokens.shape[1], piece):
+            self.loaded.model(mx.array(tokens[:, at : at + piece]), cache=caches)
+            mx.eval([cache.state[:2] for cache in caches])  # the logits are never computed
+        self.usage.prompt_tokens += tokens.size
+        return [cache.keys_and_values() for cache in caches]
 
 
-def _row_sampler(params: SamplingParams, seed: int) -> Callable[[Any], Any]:
-    """Return a sampler of one row, (1, V) log-probabilities to (1,) ids, that counts its own draws."""
+def finish(
+    loaded: LoadedModel, request: Request, params: SamplingParams, ids: list[int], logprobs: np.ndarray | None = None
+) -> Rollout | None:
+    """Return the rollout of ``ids`` if its newest token ended it, else None.
+
+    Args:
+        loaded: the model, for its stop tokens, stop strings and tokenizer.
+        request: what was asked.
+        params: with the limit and the stop strings.
+        ids: tokens drawn so far, at least one.
+        logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
+    """
+    at_stop, at_limit = ids[-1] in loaded.stop_ids, len(ids) >= params.max_tokens
+    cut = None if at_stop else find_stop(loaded.tokenizer, ids, (*params.stop, *loaded.stop_strings))
+    if not (at_stop or at_limit) and cut is None:
+        return None
+    text = decode(loaded.tokenizer, ids[:-1] if at_stop else ids)[:cut]
+    reason = "length" if cut is None and not at_stop else "stop"
+    columns = () if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
+    return Rollout(request.prompt_ids, tuple(ids), text, reason, *columns)
+
+
+def uniforms_of(request: Request, params: SamplingParams) -> np.ndarray:
+    """Return (max_tokens,) float32 in [0, 1), the random numbers of one completion: Philox keyed by its seed."""
+    if not params.temperature:
+        return np.zeros(params.max_tokens, np.float32)
+    stream = np.random.Generator(np.random.Philox(key=request.seed))
+    return stream.random(params.max_tokens, np.float32)
+
+
+def settings_of(params: SamplingParams) -> np.ndarray:
+    """Return (4,) float32: temperature, top_p, min_p, top_k."""
+    return np.array([params.temperature, params.top_p, params.min_p, params.top_k], np.float32)
+
+
+def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool) -> tuple[Any, Any | None]:
+    """Draw a token of every row by inverting the distribution at a uniform number.
+
+    One number a row in place of Gumbel noise over the vocabulary: cheaper, and a row's stream is its own.
+
+    Args:
+        logits: (R, V) float32.
+        uniforms: (R,) in [0, 1).
+        settings: (R, 4): temperature (0 takes the likeliest), top_p, min_p, top_k (0 keeps all).
+        logprobs: whether to return log-probabilities.
+
+    Returns:
+        (R,) int32 tokens; (R, 2) float32 log-probabilities of them under the distribution drawn from and under the
+        model's own, or None.
+    """
     import mlx.core as mx
-    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
-    drawn = 0
+    best = mx.argmax(logits, axis=-1)
+    temperature = settings[:, 0]
+    if not temperature.any():
+        if not logprobs:
+            return best.astype(mx.int32), None
+        own = _pick(logits, best) - mx.logsumexp(logits, axis=-1)
+        return best.astype(mx.int32), mx.stack([mx.zeros_like(own), own], axis=-1)
+    greedy = mx.array(temperature == 0)
+    scale = mx.array(np.where(temperature == 0, 1, 1 / np.maximum(temperature, 1e-6)).astype(np.float32))[:, None]
+    top = mx.max(logits, axis=-1, keepdims=True)
+    weights = mx.exp((logits - top) * scale)
+    if (settings[:, 1:] != (1, 0, 0)).any():
+        weights = mx.where(_kept(logits - top, settings), weights, 0)
+    mass = mx.cumsum(weights, axis=-1)
+    total = mass[:, -1]
+    drawn = (mass <= (mx.array(uniforms) * total)[:, None]).sum(axis=-1)
+    # Rounding may put the product at the total itself: then the likeliest is as good as any.
+    tokens = mx.where(greedy | (drawn >= logits.shape[-1]), best, drawn).astype(mx.int32)
+    if not logprobs:
+        return tokens, None
+    sampled = mx.where(greedy, 0, mx.log(_pick(weights, tokens)) - mx.log(total))
+    own = _pick(logits, tokens) - mx.logsumexp(logits, axis=-1)
+    return tokens, mx.stack([sampled, own], axis=-1)
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal drawn
-        logprobs = logprobs.astype(mx.float32)
-        if params.top_p < 1:
-            logprobs = apply_top_p(logprobs, params.top_p)
-        if params.min_p > 0:
-            logprobs = apply_min_p(logprobs, params.min_p)
-        if 0 < params.top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, params.top_k)
-        key = mx.random.key(_mix(seed, drawn))
-        drawn += 1
-        return mx.random.categorical(logprobs * (1 / params.temperature), key=key)
 
-    return sample
+def _pick(array: Any, tokens: Any) -> Any:
+    """Return (R,) elements of (R, V), one a row."""
+    import mlx.core as mx
+
+    return mx.take_along_axis(array, tokens[:, None], axis=-1)[:, 0]
 
 
-def _mix(seed: int, drawn: int) -> int:
-    """Return 64 bits that look unrelated for every (seed, count)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {drawn}".encode(), digest_size=8).digest(), "big")
+def _kept(logits: Any, settings: np.ndarray) -> Any:
+    """Return (R, V): which tokens top_p, min_p and top_k keep, by their probabilities at temperature 1.
+
+    As in mlx_lm the next filter sees what the one before left, without renormalising. ``logits`` have 0 at their
+    greatest.
+    """
+    import mlx.core as mx
+
+    weights = mx.exp(logits)
+    order = mx.argsort(-logits, axis=-1)
+    descending = mx.take_along_axis(weights, order, axis=-1)
+    before = mx.cumsum(descending, axis=-1) - descending
+    top_p, min_p, top_k = (mx.array(settings[:, i])[:, None] for i in (1, 2, 3))
+    inside = (before < top_p * weights.sum(axis=-1, keepdims=True)) | (top_p >= 1)
+    inside &= descending >= min_p
+    inside &= (mx.arange(logits.shape[-1]) < top_k) | (top_k == 0)
+    return mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, inside, axis=-1)
+
+
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens all prompts begin with, if reading them once pays, else 0; the last tokens apart."""
+    first, last = min(prompts), max(prompts)
+    length = min(len(first), len(last), *(len(prompt) - 1 for prompt in prompts)) if first != last else 0
+    same = next((i for i in range(length) if first[i] != last[i]), length)
+    return same if same >= MIN_SHARED else 0
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the ids' exact text, special tokens such as ``<think>`` included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def find_stop(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
+    """Return where in the text the first stop string starts, if the newest token completed one.
+
+    Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
+    ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+    """
+    if not stops:
+        return None
+    span = max(len(stop.encode()) for stop in stops) + 8
+    tail = decode(tokenizer, ids[-span:])
+    if not any(stop in tail for stop in stops):
+        return None
+    text = decode(tokenizer, ids)
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

@@ -65,7 +65,11 @@ def make_model(seed: int = 6, **changes) -> nn.Module:
     """Make a random float32 model whose greedy text wanders instead of repeating one token."""
     from mlx_lm.models import qwen2
 
-    model = qwen2.Model(qwen2.ModelArgs.from_dict(make_config(**changes)))
+    return randomized(qwen2.Model(qwen2.ModelArgs.from_dict(make_config(**changes))), seed)
+
+
+def randomized(model: nn.Module, seed: int) -> nn.Module:
+    """Give a model large random weights, so that its greedy text wanders."""
     random = np.random.default_rng(seed)
     weights = [
         (name, array if "norm" in name else mx.array(random.normal(0, 0.3, array.shape).astype(np.float32)))

@@ -3,16 +3,16 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import make_config, randomized
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
 from mlx_traces.errors import UserError
-from mlx_traces.sampling import Request, SamplingParams, _row_sampler, generate
+from mlx_traces.sampling import Request, SamplingParams, Usage, decode, generate
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
 
@@ -68,10 +68,7 @@ def test_stop_token_is_kept_in_ids_and_left_out_of_text(tiny):
 def test_special_tokens_and_spaces_stay_in_the_text(tiny):
     text = "<think>a , b .</think> c"
     ids = tiny.tokenizer.encode(text, add_special_tokens=False)
-    # A prompt's own ids, put through the decoder that rollouts use.
-    from mlx_traces.sampling import _Row
-
-    assert _Row(0, (), tiny, ()).decode(ids) == text
+    assert decode(tiny.tokenizer, ids) == text  # a prompt's own ids, put through the decoder that rollouts use
 
 
 def test_stop_string_across_token_borders(tiny):
@@ -173,20 +170,6 @@ def test_frequencies_are_those_of_the_filtered_distribution(tiny, params):
     assert p_value(counts, filtered(logprobs, params, params.temperature * 1.8), draws) < 1e-6
 
 
-def test_draws_of_one_row_are_independent():
-    sampler = _row_sampler(SamplingParams(temperature=1.0), seed=5)
-    tokens = [sampler(mx.zeros((1, 4))).item() for _ in range(1600)]
-    pairs = Counter(pairwise(tokens))
-    assert chisquare([pairs[a, b] for a in range(4) for b in range(4)]).pvalue > 1e-3
-
-
-def test_filters_larger_than_the_vocabulary_drop_nothing():
-    free = _row_sampler(SamplingParams(temperature=1.0), seed=1)
-    wide = _row_sampler(SamplingParams(temperature=1.0, top_k=50), seed=1)
-    logprobs = mx.log(mx.array([[0.4, 0.3, 0.2, 0.1]]))
-    assert [free(logprobs).item() for _ in range(20)] == [wide(logprobs).item() for _ in range(20)]
-
-
 def test_rollouts_arrive_as_they_finish_and_stopping_early_is_clean(tiny):
     requests = [Request(p) for p in prompts()]
     stream = generate(tiny, requests, SamplingParams(max_tokens=40), rows=4)
@@ -237,3 +220,116 @@ def test_real_model_answers(real_model):
     rollouts = run(loaded, [Request(r.ids) for r in asked], SamplingParams(max_tokens=60))
     assert "4" in rollouts[0].text and "60" in rollouts[1].text
     assert all(r.finish_reason == "stop" and "<|im_end|>" not in r.text for r in rollouts)
+
+
+def forward_logprobs(loaded, rollout):
+    """Return the model's float64 log-softmax at each completion token by one full forward pass, (T, V)."""
+    ids = mx.array([*rollout.prompt_ids, *rollout.completion_ids])[None]
+    logits = np.array(loaded.model(ids)[0, len(rollout.prompt_ids) - 1 : -1].astype(mx.float32), dtype=np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=24),
+        SamplingParams(max_tokens=24, temperature=0.7),
+        SamplingParams(max_tokens=24, temperature=1.2, top_p=0.9, min_p=0.01, top_k=9),
+    ],
+    ids=["greedy", "temperature", "filters"],
+)
+def test_logprobs_equal_a_full_forward_pass(tiny, params):
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts())]
+    rollouts = [r for _, r in sorted(generate(tiny, requests, params, 5, logprobs=True), key=lambda pair: pair[0])]
+    for rollout in rollouts:
+        full = forward_logprobs(tiny, rollout)
+        assert len(rollout.logprobs) == len(rollout.model_logprobs) == len(rollout.completion_ids)
+        for place, token in enumerate(rollout.completion_ids):
+            assert rollout.model_logprobs[place] == pytest.approx(full[place, token], abs=1e-4)
+            if params.temperature:
+                expected = math.log(filtered(full[place], params, params.temperature)[token])
+                assert rollout.logprobs[place] == pytest.approx(expected, abs=1e-4)
+            else:
+                assert rollout.logprobs[place] == 0 and token == full[place].argmax()
+
+
+def test_rows_of_one_batch_may_have_different_settings(tiny):
+    each = [
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=20, temperature=0.8),
+        SamplingParams(max_tokens=5, temperature=1.0, top_k=2),
+        SamplingParams(max_tokens=30, temperature=0.6, top_p=0.7),
+    ] * 3
+    requests = [Request(prompt, seed=5) for prompt in prompts()]
+    together = [r for _, r in sorted(generate(tiny, requests, each, 4), key=lambda pair: pair[0])]
+    alone = [run(tiny, [request], params)[0] for request, params in zip(requests, each, strict=True)]
+    assert together == alone
+    assert len({len(rollout.completion_ids) for rollout in together}) >= 4
+
+
+def test_a_groups_prompt_is_read_once_whatever_its_size(tiny):
+    read = {}
+    for size in (1, 3, 8):
+        requests = [Request(p, seed) for p in prompts() for seed in range(size)]
+        usage = Usage()
+        rollouts = list(generate(tiny, requests, SamplingParams(max_tokens=8, temperature=1.0), 5, usage=usage))
+        assert len(rollouts) == len(requests)
+        read[size] = usage.prompt_tokens
+        assert usage.completion_tokens == sum(len(r.completion_ids) for _, r in rollouts)
+    group = [r.completion_ids for i, r in rollouts if i // 8 == 3]
+    assert len(set(group)) > 4  # members differ
+    # Padding differs with the waves; were every member read, eight would cost more than twice one.
+    assert read[8] < 1.5 * read[1]
+
+
+def test_a_beginning_that_all_prompts_share_is_read_once(tiny):
+    beginning = tuple(range(40))
+    asked = [Request(beginning + prompt) for prompt in prompts()]
+    usage = Usage()
+    rollouts = [r for _, r in sorted(generate(tiny, asked, SamplingParams(max_tokens=12), 4, usage=usage))]
+    assert [r.completion_ids for r in rollouts] == [one_by_one(tiny, r.prompt_ids, 12) for r in asked]
+    assert usage.prompt_tokens < 40 + sum(LENGTHS) * 3  # not 12 x 40 more
+
+
+def test_long_prompts_are_read_in_pieces(tiny, monkeypatch):
+    from mlx_traces import sampling
+
+    monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", 7)
+    expected = [one_by_one(tiny, prompt, 12) for prompt in prompts()]
+    assert [
+        r.completion_ids for r in run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=12))
+    ] == expected
+
+
+def test_the_window_moves_and_rows_are_dropped(tiny, monkeypatch):
+    """A long run with rows of every length: the buffers move left, idle rows go, and no token changes."""
+    from mlx_traces import slots
+
+    monkeypatch.setattr(slots, "STEP", 16)
+    moved, kept = [], []
+    shift, keep = slots.SlotCache.shift, slots.SlotCache.keep
+    monkeypatch.setattr(slots.SlotCache, "shift", lambda self, by: (moved.append(by), shift(self, by)))
+    monkeypatch.setattr(slots.SlotCache, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows)))
+    each = [SamplingParams(max_tokens=5 + 11 * (i % 7)) for i in range(48)]
+    requests = [Request(p) for p in prompts() * 4]
+    usage = Usage()
+    rollouts = [r for _, r in sorted(generate(tiny, requests, each, 6, usage=usage), key=lambda pair: pair[0])]
+    assert [r.completion_ids for r in rollouts] == [
+        one_by_one(tiny, request.prompt_ids, params.max_tokens) for request, params in zip(requests, each, strict=True)
+    ]
+    assert moved and kept and usage.occupancy > 0.7
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3_text"])
+def test_other_architectures_equal_one_by_one(architecture, tiny):
+    """gemma3 has a sliding window: it takes the plain way and says so."""
+    from importlib import import_module
+
+    module = import_module(f"mlx_lm.models.{architecture}")
+    config = make_config(model_type=architecture, head_dim=16, rope_theta=10_000.0, sliding_window=16)
+    config |= {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16, "original_max_position_embeddings": 512}
+    loaded = replace(tiny, model=randomized(module.Model(module.ModelArgs.from_dict(config)), 3), notes=[])
+    rollouts = run(loaded, [Request(p) for p in prompts()], SamplingParams(max_tokens=24), rows=5)
+    assert [r.completion_ids for r in rollouts] == [one_by_one(loaded, p, 24) for p in prompts()]
+    assert any("special cache" in note for note in loaded.notes) == (architecture == "gemma3_text")
+    assert len({token for r in rollouts for token in r.completion_ids}) > 20

@@ -1,0 +1,181 @@
+"""How fast this machine is, beside a named peer in the same run.
+
+Every figure is of a whole run over the same prompts. Our runs and the peer's alternate, the median counts, and a
+first run of each, which compiles kernels and touches memory, is reported apart.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.models import LoadedModel
+
+PEERS = ("mlx-lm",)
+SOURCE = "countdown"
+
+
+@dataclass(frozen=True)
+class GenerateRow:
+    """One line of ``bench generate``.
+
+    ``tokens_per_second`` counts completion tokens, stop tokens included, over the seconds of the whole run, prompts
+    included; ``ratio`` is ours over the peer's. Memory is the most that MLX held, in 1e9 bytes.
+    """
+
+    rows: int
+    prompts: int
+    completion_tokens: int
+    seconds: float
+    tokens_per_second: float
+    prompt_tokens_per_second: float
+    ms_per_step: float
+    first_token_seconds: float
+    occupancy: float
+    peak_memory_gb: float
+    warmup_seconds: float
+    peer: str | None = None
+    peer_weights: str | None = None
+    peer_completion_tokens: int | None = None
+    peer_tokens_per_second: float | None = None
+    peer_peak_memory_gb: float | None = None
+    peer_warmup_seconds: float | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    tokens: int
+    memory_gb: float
+    usage: Any = None
+
+
+def bench_generate(
+    loaded: LoadedModel,
+    prompts: list[tuple[int, ...]],
+    rows: list[int],
+    max_tokens: int,
+    against: str | None = None,
+    as_shipped: bool = False,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[GenerateRow]:
+    """Time greedy generation of all prompts, for each number of rows.
+
+    Args:
+        loaded: the model.
+        prompts: token ids.
+        rows: completions decoded at once, one bench each.
+        max_tokens: longest completion.
+        against: ``"mlx-lm"`` for its ``batch_generate``, with our weights.
+        as_shipped: let the peer load the weights as its user gets them, instead.
+        repeats: timed runs of each, in turn.
+        progress: is called with a line before each run.
+
+    Raises:
+        UserError: for an unknown peer.
+    """
+    if against not in (None, *PEERS):
+        raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
+    peer_model, tokenizer, weights = loaded.model, loaded.tokenizer, "same"
+    if against and as_shipped:
+        import mlx_lm
+
+        (peer_model, tokenizer), weights = mlx_lm.load(str(loaded.path))[:2], "as shipped"
+    lines = []
+    for count in rows:
+        ours: list[_Run] = []
+        peers: list[_Run] = []
+        for turn in range(repeats + 1):
+            name = "warm-up" if turn == 0 else f"run {turn} of {repeats}"
+            progress(f"{count} rows, {name}, mlx-traces")
+            ours.append(_measured(lambda count=count: _ours(loaded, prompts, count, max_tokens)))
+            if against:
+                progress(f"{count} rows, {name}, {against}")
+                peers.append(_measured(lambda count=count: _mlx_lm(peer_model, tokenizer, prompts, count, max_tokens)))
+        lines.append(_line(count, len(prompts), ours, peers, against, weights))
+    return lines
+
+
+def _line(
+    rows: int, prompts: int, ours: list[_Run], peers: list[_Run], against: str | None, weights: str
+) -> GenerateRow:
+    """Sum the runs up, the first of each apart."""
+    warmup, *timed = ours
+    run = sorted(timed, key=lambda run: run.seconds)[len(timed) // 2]
+    usage = run.usage
+    line = {
+        "rows": rows,
+        "prompts": prompts,
+        "completion_tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens / run.seconds,
+        "prompt_tokens_per_second": usage.prompt_tokens / usage.prompt_seconds if usage.prompt_seconds else 0.0,
+        "ms_per_step": 1000 * (run.seconds - usage.prompt_seconds) / max(usage.steps, 1),
+        "first_token_seconds": usage.first_token_seconds,
+        "occupancy": usage.occupancy,
+        "peak_memory_gb": run.memory_gb,
+        "warmup_seconds": warmup.seconds,
+    }
+    if against:
+        first, *rest = peers
+        peer = sorted(rest, key=lambda run: run.seconds)[len(rest) // 2]
+        line |= {
+            "peer": against,
+            "peer_weights": weights,
+            "peer_completion_tokens": peer.tokens,
+            "peer_tokens_per_second": peer.tokens / peer.seconds,
+            "peer_peak_memory_gb": peer.memory_gb,
+            "peer_warmup_seconds": first.seconds,
+            "ratio": median((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(timed, rest, strict=True)),
+        }
+    return GenerateRow(**line)
+
+
+def _measured(run: Callable[[], tuple[int, Any]]) -> _Run:
+    """Time one run and take its peak memory."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = perf_counter()
+    tokens, usage = run()
+    return _Run(perf_counter() - start, tokens, mx.get_peak_memory() / 1e9, usage)
+
+
+def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, Any]:
+    from mlx_traces.sampling import Request, SamplingParams, Usage, generate
+
+    usage = Usage()
+    for _ in generate(loaded, [Request(ids) for ids in prompts], SamplingParams(max_tokens), rows, usage=usage):
+        pass
+    return usage.completion_tokens, usage
+
+
+def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, None]:
+    """Run mlx_lm's ``batch_generate`` with its own settings, the number of rows apart."""
+    from mlx_lm import batch_generate
+
+    asked = [list(ids) for ids in prompts]
+    response = batch_generate(model, tokenizer, asked, max_tokens=max_tokens, completion_batch_size=rows)
+    return response.stats.generation_tokens, None
+
+
+def bench_prompts(loaded: LoadedModel, file: Path | None, count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Return the token ids of ``count`` prompts: GSM8K-like questions of a file, else generated Countdown problems."""
+    from mlx_traces.tasks import get_task
+
+    task = get_task("gsm8k" if file else SOURCE)
+    problems = task.load("test", str(file) if file else None, count, seed)
+    return [loaded.render(task.prompts[task.default_prompt], problem).ids for problem in problems]
+
+
+def to_rows(lines: list[GenerateRow]) -> list[dict[str, Any]]:
+    """Return lines as JSON has them."""
+    return [asdict(line) for line in lines]

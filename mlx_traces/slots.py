@@ -1,0 +1,125 @@
+"""The key-value cache of a batch whose rows come and go: every row writes at one place, each began at its own.
+
+Row r of the batch holds positions ``start[r] .. write - 1`` of a window that all rows share. A row that ends leaves
+its slot to the next prompt, which is written so that it too ends at ``write``; nothing else moves. The window moves
+left when it reaches the end of the buffer, once in hundreds of steps, and rows without work are dropped now and then.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+STEP = 256  # positions by which the buffers grow
+
+
+class Window:
+    """What all layers share: where to write (host), where each row started (host and device), row positions.
+
+    Attributes:
+        write: index in the buffers that the next token's keys and values go to.
+        start: (R,) first index of each row's own keys.
+        offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
+        low: first index that any row still needs.
+    """
+
+    def __init__(self, rows: int):
+        self.write = 0
+        self.low = 0
+        self.start = np.zeros(rows, np.int32)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the device's copies up to date after ``start`` or ``write`` changed on the host."""
+        self.low = int(self.start.min())
+        self.offset = mx.array(self.write - self.start)
+        self._starts = mx.array(self.start)[:, None, None, None]
+        self._uniform = bool((self.start == self.low).all())
+
+    def advance(self) -> None:
+        """Go on to the next token."""
+        self.write += 1
+        self.offset = self.offset + 1
+
+    def mask(self) -> mx.array | None:
+        """Return (R, 1, 1, K): true where a key in ``low .. write`` is the row's own; None if all are."""
+        if self._uniform:
+            return None
+        return mx.arange(self.low, self.write + 1) >= self._starts
+
+
+class SlotCache:
+    """One layer's keys and values, (R, heads, capacity, size), behind the interface of mlx_lm's caches."""
+
+    def __init__(self, window: Window):
+        self.window = window
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        """(R,) positions of the token that is being computed."""
+        return self.window.offset
+
+    def make_mask(self, N: int, return_array: bool = False, **_: Any) -> mx.array | None:
+        """Return the window's mask; mlx_lm's models ask the first layer's cache for it."""
+        return self.window.mask()
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write one token of every row, (R, heads, 1, size), and return the window."""
+        write, low = self.window.write, self.window.low
+        self.reserve(write + 1, keys, values)
+        self.keys[..., write : write + 1, :] = keys
+        self.values[..., write : write + 1, :] = values
+        return self.keys[..., low : write + 1, :], self.values[..., low : write + 1, :]
+
+    def reserve(self, capacity: int, keys: mx.array, values: mx.array) -> None:
+        """Make room for ``capacity`` positions, of the heads, size and dtype of ``keys`` and ``values``."""
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if have >= capacity:
+            return
+        grown = []
+        for old, like in ((self.keys, keys), (self.values, values)):
+            shape = (len(self.window.start), like.shape[1], _round_up(capacity) - have, like.shape[3])
+            new = mx.zeros(shape, like.dtype)
+            grown.append(new if old is None else mx.concatenate([old, new], axis=2))
+        self.keys, self.values = grown
+
+    def fill(self, slots: Sequence[int], keys: mx.array, values: mx.array) -> None:
+        """Put new rows, (len(slots), heads, L, size), into slots, ending at the place of the next write."""
+        write = self.window.write
+        self.reserve(write + 1, keys, values)
+        first = write - keys.shape[2]
+        if list(slots) == list(range(slots[0], slots[0] + len(slots))):
+            rows: Any = slice(slots[0], slots[0] + len(slots))
+        else:
+            rows = mx.array(slots)
+        self.keys[rows, :, first:write, :] = keys
+        self.values[rows, :, first:write, :] = values
+
+    def shift(self, by: int) -> None:
+        """Drop the first ``by`` positions of the buffer."""
+        if self.keys is not None:
+            self.keys, self.values = (
+                mx.concatenate([array[:, :, by:], mx.zeros_like(array[:, :, :by])], axis=2)
+                for array in (self.keys, self.values)
+            )
+
+    def keep(self, rows: mx.array) -> None:
+        """Keep these rows alone."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def align_right(array: mx.array, lengths: Sequence[int]) -> mx.array:
+    """Move each row of (k, heads, L, size) so that its first ``lengths[i]`` positions come last."""
+    width = array.shape[2]
+    if all(length == width for length in lengths):
+        return array
+    source = np.arange(width)[None] - (width - np.array(lengths))[:, None]
+    return mx.take_along_axis(array, mx.array(np.maximum(source, 0))[:, None, :, None], axis=2)
+
+
+def _round_up(capacity: int) -> int:
+    return -(-capacity // STEP) * STEP
