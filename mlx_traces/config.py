@@ -56,6 +56,7 @@ class EvalConfig(LoadConfig, ProblemConfig):
     min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
     max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
     rows: Positive = Field(32, description="Completions decoded at once.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
     thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
 
 

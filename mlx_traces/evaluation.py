@@ -19,7 +19,11 @@ from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import parse_number
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
-SPEED_ONLY = {"rows", "device"}  # settings that do not decide what is sampled, up to floating-point ties
+SPEED_ONLY = {
+    "rows",
+    "device",
+    "memory_limit",
+}  # settings that do not decide what is sampled, up to floating-point ties
 
 Sample = dict[str, Any]
 Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
@@ -189,7 +193,7 @@ def _model_generate(loaded, planned: Plan) -> Generate:
         rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
-        for index, rollout in generate(loaded, requests, params, config.rows):
+        for index, rollout in generate(loaded, requests, params, config.rows, memory_gb=config.memory_limit):
             yield index, Completion(rendered[index].text, rendered[index].opened, rollout)
 
     return completions

@@ -22,6 +22,8 @@ from mlx_traces.records import Rollout
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
 PREFILL_TOKENS = {"cpu": 2048, "metal": 8192, "cuda": 16_384}  # prompt tokens read at once, padding included
 WAVE = 8  # new rows join when an eighth of the slots is free
+MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
+OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
@@ -95,6 +97,7 @@ def generate(
     rows: int = 32,
     *,
     logprobs: bool = False,
+    memory_gb: float | None = None,
     usage: Usage | None = None,
 ) -> Iterator[tuple[int, Rollout]]:
     """Complete prompts, ``rows`` at once; yield (index into ``requests``, rollout) as each finishes.
@@ -114,6 +117,9 @@ def generate(
         logprobs: also return the float32 log-probability of each sampled token, in nats: ``logprobs`` of the
             distribution that was sampled, filters and temperature included (all 0 where greedy), and
             ``model_logprobs`` of the model's own, at temperature 1 and unfiltered.
+        memory_gb: most memory to plan for, weights included, in 1e9 bytes; default: 80 % of the device's. Fewer
+            rows are decoded at once where ``rows`` would not fit (``rows_that_fit``), and half as many whenever
+            memory runs out all the same; a note in ``loaded.notes`` says so.
         usage: is filled in as the engine runs.
 
     Raises:
@@ -137,13 +143,82 @@ def generate(
             )
     if not requests:
         return iter(())
+    fit = rows_that_fit(loaded, requests, each, memory_gb)
+    if fit < rows:
+        _note(loaded, f"{fit} rows at once instead of {rows}: more do not fit in the memory")
+    return _run(loaded, requests, each, min(rows, fit, len(requests)), logprobs, usage or Usage())
+
+
+def rows_that_fit(
+    loaded: LoadedModel, requests: Sequence[Request], params: Sequence[SamplingParams], memory_gb: float | None = None
+) -> int:
+    """Return how many rows the memory holds, at least 1.
+
+    A row is its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
+    tokens + ``slots.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
+    the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations) leave.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_traces.slots import STEP
+
+    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
+    heads = config.get("num_attention_heads") or 1
+    hidden = config.get("hidden_size") or 0
+    size = config.get("head_dim") or hidden // heads
+    weights = [array for _, array in tree_flatten(loaded.model.parameters())]
+    itemsize = max((array.dtype.size for array in weights if mx.issubdtype(array.dtype, mx.floating)), default=4)
+    length = max(len(r.prompt_ids) + p.max_tokens for r, p in zip(requests, params, strict=True)) + STEP
+    layers = len(loaded.model.layers)
+    row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
+    row += 3 * 4 * (config.get("vocab_size") or 0)
+    reading = (
+        PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
+    )
+    limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
+    return max(1, int((limit - sum(array.nbytes for array in weights) - reading) // max(row, 1)))
+
+
+def _run(
+    loaded: LoadedModel,
+    requests: list[Request],
+    params: list[SamplingParams],
+    rows: int,
+    logprobs: bool,
+    usage: Usage,
+) -> Iterator[tuple[int, Rollout]]:
+    """Run the engine, or mlx_lm's for a model with a special cache; with half the rows after running out of memory."""
+    import mlx.core as mx
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    if any(type(cache) is not KVCache for cache in make_prompt_cache(loaded.model)):
-        from mlx_traces.fallback import generate_plainly
+    from mlx_traces.fallback import generate_plainly
 
-        return generate_plainly(loaded, requests, each, rows)
-    return _Engine(loaded, requests, each, min(rows, len(requests)), logprobs, usage or Usage()).run()
+    plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
+    left = list(range(len(requests)))
+    while left:
+        asked, settings = [requests[i] for i in left], [params[i] for i in left]
+        if plain:
+            stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage).run()
+        else:
+            stream = generate_plainly(loaded, asked, settings, rows)
+        done = set()
+        try:
+            for place, rollout in stream:
+                done.add(left[place])
+                yield left[place], rollout
+        except RuntimeError as error:
+            if rows == 1 or not any(word in str(error).lower() for word in OUT_OF_MEMORY):
+                raise
+            rows //= 2
+            _note(loaded, f"out of memory: {rows} rows at once from here on")
+            mx.clear_cache()
+        left = [index for index in left if index not in done]
+
+
+def _note(loaded: LoadedModel, line: str) -> None:
+    if line not in loaded.notes:
+        loaded.notes.append(line)
 
 
 @dataclass

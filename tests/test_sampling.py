@@ -8,11 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import make_config, randomized
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
 from mlx_traces.errors import UserError
-from mlx_traces.sampling import Request, SamplingParams, Usage, decode, generate
+from mlx_traces.sampling import Request, SamplingParams, Usage, decode, generate, rows_that_fit
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
 
@@ -333,3 +334,38 @@ def test_other_architectures_equal_one_by_one(architecture, tiny):
     assert [r.completion_ids for r in rollouts] == [one_by_one(loaded, p, 24) for p in prompts()]
     assert any("special cache" in note for note in loaded.notes) == (architecture == "gemma3_text")
     assert len({token for r in rollouts for token in r.completion_ids}) > 20
+
+
+def test_rows_follow_from_the_memory(tiny):
+    requests, params = [Request((1,) * 44)] * 64, [SamplingParams(max_tokens=100)] * 64
+    # By hand: 2 layers, 2 key-value heads of 16, float32, 44 + 100 + 256 positions; 128 logits three times.
+    row = 2 * 2 * 2 * 16 * 4 * 400 + 3 * 4 * 128
+    base = sum(array.nbytes for _, array in tree_flatten(tiny.model.parameters()))
+    base += 2048 * 4 * (16 * 64 + 4 * 128)
+    for rows in (1, 2, 7, 64):
+        assert rows_that_fit(tiny, requests, params, (base + rows * row + 1) / 1e9) == rows
+    assert rows_that_fit(tiny, requests, params, 1e-6) == 1
+    loaded = replace(tiny, notes=[])
+    rollouts = list(generate(loaded, requests[:5], params[:5], 4, memory_gb=(base + 2 * row + 1) / 1e9))
+    assert len(rollouts) == 5 and loaded.notes == ["2 rows at once instead of 4: more do not fit in the memory"]
+
+
+def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
+    from mlx_traces import sampling
+
+    expected = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
+    take, failed = sampling._Engine._take, []
+
+    def fail_once(engine, step):
+        if len(engine.request_of) > 3 and step.number > 25 and not failed:
+            failed.append(step.number)
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        yield from take(engine, step)
+
+    monkeypatch.setattr(sampling._Engine, "_take", fail_once)
+    rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
+    assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    assert tiny.notes == ["out of memory: 4 rows at once from here on"]
+    monkeypatch.setattr(sampling._Engine, "_take", lambda engine, step: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # any other fault stays one
+        run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))
