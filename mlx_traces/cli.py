@@ -6,12 +6,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
+import mlx_traces
 from mlx_traces.config import CompareConfig, Config, EvalConfig, LoadConfig, NanoConfig, read_config
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, clean
 
 FORMATS = ("table", "markdown", "csv", "json")
 
@@ -24,7 +25,10 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(clean(error)) from None
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
@@ -55,7 +59,11 @@ def _option(name: str, kind: type[Config]) -> Callable:
     flag = "--" + name.replace("_", "-")
     shown = field.get_default()
     text = (field.description or "") + (f"  [default: {shown}]" if shown is not None else "")
-    types = [part for part in (get_args(field.annotation) or (field.annotation,)) if part is not type(None)]
+    types = [
+        get_args(part)[0] if get_origin(part) is Annotated else part
+        for part in (get_args(field.annotation) or (field.annotation,))
+        if part is not type(None)
+    ]
     if types == [bool]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     literal = next((part for part in (field.annotation, *types) if get_origin(part) is Literal), None)
@@ -69,7 +77,7 @@ def _option(name: str, kind: type[Config]) -> Callable:
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mlx-traces")
+@click.version_option(mlx_traces.__version__)
 def main() -> None:
     """Teach small language models to reason, on a MacBook; measure whether they do.
 
@@ -159,15 +167,8 @@ def compare_command(
     from mlx_traces import comparison, report, tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    config = read_config(CompareConfig, config_file, overrides)
-    if (prompts or settings) and not models:
-        models = ("nano",)
-    evals = [*config.evals, *(comparison.crossed(models, prompts, settings) if models else ())]
-    everything = [*config.runs, *runs]
-    if not everything and not evals:
-        evals = comparison.default_evals()
-    config = config.model_copy(update={"runs": everything, "evals": evals})
+    given = {name: value for name, value in overrides.items() if value is not None}
+    config = comparison.requested(read_config(CompareConfig, config_file, given), runs, models, prompts, settings)
     collected = comparison.collect(config, progress=True)
     frame = tables.compare_runs(collected, config.baseline or 0)
     if config.out:
@@ -214,7 +215,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     """
     from mlx_traces.errors import unknown
     from mlx_traces.evaluation import regrade
-    from mlx_traces.runs import write_atomic
+    from mlx_traces.runs import write_new
     from mlx_traces.stats import wilson
     from mlx_traces.tasks import get_task
     from mlx_traces.tasks.data import read_jsonl
@@ -232,7 +233,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     if not lines:
         raise UserError(f"{file} has no rows")
     if out:
-        write_atomic(Path(out), "".join(lines))
+        write_new(Path(out), "".join(lines))
     else:
         click.echo("".join(lines), nl=False)
     low, high = wilson(correct, len(lines))
@@ -349,23 +350,18 @@ def data_countdown(
     out: str,
 ) -> None:
     """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
-    from mlx_traces.runs import write_atomic
+    from mlx_traces.runs import write_new
     from mlx_traces.tasks.countdown import generate
     from mlx_traces.tasks.solver import solutions
 
-    path = Path(out)
-    if path.exists():
-        raise UserError(f"{path} exists; remove it, or choose another --out")
+    if Path(out).exists():
+        raise UserError(f"{out} exists; remove it, or choose another --out")
     rows = [
         {"nums": nums, "target": value, "solutions": solutions(nums, value)}
         for nums, value in generate(split, count, seed, operands, numbers, target)
     ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
-    click.echo(f"{len(rows)} problems written to {path}", err=True)
+    write_new(Path(out), "".join(json.dumps(row) + "\n" for row in rows))
+    click.echo(f"{len(rows)} problems written to {out}", err=True)
 
 
 @main.group("nano")

@@ -1,12 +1,14 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import CompareConfig, EvalConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.runs import RunFolder, read_json
+from mlx_traces.records import EvalResult
+from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
 from mlx_traces.tables import Run
 from mlx_traces.tasks.data import read_jsonl
 
@@ -27,8 +29,19 @@ def read_run(path: str | Path) -> Run:
         raise UserError(f"{path}: no such run folder")
     if not folder.finished:
         raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
-    samples = [row for _, row in read_jsonl(folder.samples_path, ("id", "sample", "correct"))]
-    return Run(folder.path.name, read_json(folder.path / "result.json"), samples)
+    result = read_json(folder.path / "result.json")
+    missing = [field.name for field in fields(EvalResult) if field.name not in result]
+    if missing:
+        raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
+    return Run(folder.path.name, result, [row for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)])
+
+
+def by_extractor(run: Run, extractor: str) -> Run:
+    """Return a run judged by another of its extractors."""
+    from mlx_traces.evaluation import rehead
+
+    samples = [rehead(row, extractor) for row in run.samples]
+    return Run(run.name, run.result | {"extractor": extractor}, samples)
 
 
 def default_evals() -> list[EvalConfig]:
@@ -48,36 +61,69 @@ def crossed(models: Sequence[str], prompts: Sequence[str | None], settings: dict
     ]
 
 
+def requested(
+    config: CompareConfig,
+    runs: Sequence[str] = (),
+    models: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+) -> CompareConfig:
+    """Add what was asked for to a configuration; with nothing at all it is the default comparison.
+
+    Models are crossed with prompts. Without models, prompts and settings win over those of the configuration's own
+    evaluations. An ``extractor`` also judges finished runs; other settings cannot change those.
+
+    Raises:
+        UserError: for a wrong setting, or one that finished runs cannot follow.
+    """
+    settings, everything, evals = dict(settings or {}), [*config.runs, *runs], list(config.evals)
+    if models:
+        evals += crossed(models, prompts, settings)
+    elif evals:
+        evals = [
+            build(EvalConfig, {**eval_.model_dump(exclude_unset=True), **settings, "prompt": prompt})
+            for eval_ in evals
+            for prompt in prompts or [eval_.prompt]
+        ]
+    elif everything:
+        fixed = [*(["prompt"] if prompts else []), *(name for name in settings if name != "extractor")]
+        if fixed:
+            raise UserError(f"finished runs cannot be given another {fixed[0]}; name a model to evaluate it anew")
+    elif prompts or settings:
+        evals = crossed(["nano"], prompts, settings)
+    else:
+        evals = default_evals()
+    extractor = settings.get("extractor", config.extractor)
+    return config.model_copy(update={"runs": everything, "evals": evals, "extractor": extractor})
+
+
 def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     """Read the named runs and make, or finish, the evaluations; one run each, in that order.
 
-    An evaluation whose run folder is there with the same settings and the same model files is not repeated.
+    An evaluation whose run folder is there, with the same settings, problems and model files, is not repeated.
 
     Raises:
-        UserError: if the input is wrong, or there are fewer than one run.
+        UserError: if the input is wrong; all of it is looked at before the first evaluation.
     """
     from mlx_traces.evaluation import plan, run
 
-    paths = [Path(path) for path in config.runs]
-    missing = [str(path) for path in paths if not path.is_dir()]
-    if missing:
-        raise UserError(f"{missing[0]}: no such run folder")
-    plans = [plan(settings) for settings in config.evals]
-    for planned in plans:
-        path = Path(config.runs_dir) / planned.label
+    collected = [read_run(path) for path in dict.fromkeys(config.runs)]
+    plans = {planned.label: planned for planned in map(plan, config.evals)}
+    for label, planned in plans.items():
+        path = Path(config.runs_dir) / label
         if not RunFolder(path).finished:
             run(planned, path, resume=path.exists(), progress=progress)
-        paths.append(path)
-    return [read_run(path) for path in dict.fromkeys(paths)]
+        collected.append(by_extractor(read_run(path), planned.extractor))
+    return [by_extractor(run, config.extractor) for run in collected] if config.extractor else collected
 
 
 def compare(
     *runs: str | Path,
-    models: Sequence[str] = (),
-    prompts: Sequence[str] = (),
+    model: str | Sequence[str] = (),
+    prompt: str | Sequence[str] = (),
     baseline: str | None = None,
     out: str | Path | None = None,
-    runs_dir: str | Path = "runs",
+    runs_dir: str | Path | None = None,
     progress: bool = False,
     config: CompareConfig | None = None,
     **settings: Any,
@@ -86,13 +132,13 @@ def compare(
 
     Args:
         *runs: finished run folders.
-        models: models to evaluate, each ``MODEL`` or ``MODEL+ADAPTER``.
-        prompts: prompt styles, each tried with each model.
+        model: models to evaluate, each ``MODEL`` or ``MODEL+ADAPTER``.
+        prompt: prompt styles, each tried with each model.
         baseline: the run that the others are compared with, by its name or label; default: the first.
         out: folder for the table, the per-question CSV, ``results.json`` and the chart.
-        runs_dir: where the run folders of evaluations are kept.
+        runs_dir: where the run folders of evaluations are kept; default: ``runs``.
         progress: show progress bars on stderr.
-        config: a complete comparison, in place of all this.
+        config: a comparison to add all this to, as from a YAML file.
         **settings: other fields of ``EvalConfig``, the same for every model.
 
     Returns:
@@ -105,10 +151,10 @@ def compare(
     """
     from mlx_traces import report, tables
 
-    if config is None:
-        evals = crossed(models, prompts, settings) if models else []
-        values = {"runs": [str(path) for path in runs], "runs_dir": str(runs_dir), "baseline": baseline}
-        config = CompareConfig(evals=evals if models or runs else default_evals(), out=out and str(out), **values)
+    changes = {"baseline": baseline, "out": out and str(out), "runs_dir": runs_dir and str(runs_dir)}
+    config = (config or CompareConfig()).model_copy(update={k: v for k, v in changes.items() if v is not None})
+    models, prompts = ([names] if isinstance(names, str) else list(names) for names in (model, prompt))
+    config = requested(config, [str(path) for path in runs], models, prompts, settings)
     collected = collect(config, progress)
     frame = tables.compare_runs(collected, config.baseline or 0)
     if config.out:

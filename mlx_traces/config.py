@@ -26,6 +26,7 @@ class LoadConfig(Config):
     weights: Literal["quantized", "dense"] | None = Field(None, description="Keep 4-bit weights or expand them.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
     device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
 class ProblemConfig(Config):
@@ -66,6 +67,7 @@ class CompareConfig(Config):
     runs: list[str] = Field(default_factory=list, description="Run folders.")
     evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
     runs_dir: str = Field("runs", description="Where run folders are kept.")
+    extractor: str | None = Field(None, description="Judge all runs by this extractor.")
     baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
     out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
 

@@ -1,7 +1,9 @@
 """The one exception that means "the input is wrong"; anything else is a bug and keeps its traceback."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,3 +26,9 @@ def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
     """Build the error for a name that is not among the known ones."""
     names = list(names)
     return UserError(f"unknown {what} {name!r}: choose {choices(names)}{did_you_mean(name, names)}")
+
+
+def clean(text: Any) -> str:
+    """Put foreign text on one line, without the control and direction characters that could forge a display."""
+    spaced = " ".join(str(text).split())
+    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))

@@ -19,11 +19,8 @@ from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import parse_number
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
-SPEED_ONLY = {
-    "rows",
-    "device",
-    "memory_limit",
-}  # settings that do not decide what is sampled, up to floating-point ties
+# Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
+NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"}
 
 Sample = dict[str, Any]
 Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
@@ -40,12 +37,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation whose settings are complete and checked; no model is loaded yet."""
+    """An evaluation whose settings are complete and checked, with its problems; no model is loaded yet."""
 
     config: EvalConfig
     task: Task
     prompt: Prompt
     extractor: str
+    problems: list[Problem]
 
     @property
     def label(self) -> str:
@@ -61,37 +59,44 @@ class Plan:
         return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides which completions are sampled and how they are judged."""
+        """Everything that decides which completions are sampled; problems and files by their content."""
         from mlx_traces.models import NANO, resolve
 
-        local = self.config.model == NANO or Path(self.config.model).is_dir()
+        config = self.config
+        local = config.model == NANO or Path(config.model).is_dir()
+        asked = [[problem.id, problem.gold] for problem in self.problems]
         return {
-            **self.config.model_dump(mode="json", exclude=SPEED_ONLY),
-            "prompt": asdict(self.prompt)
-            | {"shots": [list(shot) for shot in self.prompt.shots], "stop": list(self.prompt.stop)},
-            "extractor": self.extractor,
-            "model_files": fingerprint(resolve(self.config.model)[0]) if local else None,
-            "adapter_files": fingerprint(Path(self.config.adapter)) if self.config.adapter else None,
+            **config.model_dump(mode="json", exclude=NOT_IDENTITY),
+            "prompt": json.loads(json.dumps(asdict(self.prompt))),
+            "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+            "model_files": fingerprint(resolve(config.model)[0]) if local else None,
+            "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }
 
 
 def plan(config: EvalConfig) -> Plan:
-    """Fill in what the settings leave to the task, and check names before anything is loaded.
+    """Fill in what the settings leave to the task, check names, and load the problems.
 
     Raises:
-        UserError: for an unknown task, prompt or extractor, with the choices.
+        UserError: for an unknown task, prompt or extractor, with the choices; for a missing model or adapter; for bad
+            problems; for several samples without a temperature.
     """
-    from mlx_traces.models import split_adapter
+    from mlx_traces.models import check, split_adapter
 
     model, adapter = split_adapter(config.model)
     if adapter and config.adapter:
         raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
-    config = config.model_copy(update={"model": model, "adapter": adapter or config.adapter})
+    adapter = adapter or (config.adapter and str(Path(config.adapter).expanduser()))
+    config = config.model_copy(update={"model": model, "adapter": adapter})
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
-    return Plan(config, task, _prompt(task, config), extractor)
+    if config.samples > 1 and not config.temperature:
+        raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
+    check(model, adapter)
+    problems = task.load(config.split, config.data, config.limit, config.seed)
+    return Plan(config, task, _prompt(task, config), extractor, problems)
 
 
 def _prompt(task: Task, config: EvalConfig) -> Prompt:
@@ -134,6 +139,8 @@ def evaluate(
     Raises:
         UserError: if the input is wrong.
     """
+    if config is not None and settings:
+        raise UserError(f"give config or {', '.join(settings)}, not both")
     planned = plan(config or build(EvalConfig, settings))
     return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
 
@@ -144,21 +151,32 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     from mlx_traces.models import load
 
     config, folder = planned.config, RunFolder(path)
-    problems = planned.task.load(config.split, config.data, config.limit, config.seed)
-    if folder.path.exists() and not resume:
-        folder.start({}, {}, resume=False)  # refuses before a model is loaded
-    wanted = [(problem, sample) for problem in problems for sample in range(config.samples)]
-    loaded = load(config.model, config.adapter, device=config.device, weights=config.weights, dtype=config.dtype)
-    details = {**provenance(), "backend": asdict(loaded.backend), "rows": config.rows, "notes": loaded.notes}
-    identity = {**planned.identity(), "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    samples = folder.start(identity, details, resume)
+    folder.refuse(resume)
+    loaded = load(
+        config.model,
+        config.adapter,
+        device=config.device,
+        weights=config.weights,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    backend = loaded.backend
+    identity = planned.identity() | {
+        "revision": loaded.revision,
+        "weights": backend.weights,
+        "dtype": backend.dtype,
+    }
+    samples = [rehead(row, planned.extractor) for row in folder.recover(identity)]
+    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+    completions = _model_generate(loaded, planned)(todo)  # refuses bad requests before anything is written
+    folder.begin(identity, {**provenance(), "backend": asdict(backend), "rows": config.rows})
     before = max((row["elapsed"] for row in samples), default=0.0)
     device.reset_peak_memory()
     start = perf_counter()
     with _bar(progress, len(wanted), samples) as advance:
-        for index, completion in _model_generate(loaded, planned)(todo):
+        for index, completion in completions:
             problem, sample = todo[index]
             row = grade_sample(planned, problem, sample, completion)
             row["elapsed"] = round(before + perf_counter() - start, 3)
@@ -166,13 +184,22 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             samples.append(row)
             advance(row)
     order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
-    samples = sorted(
-        (row for row in samples if (row["id"], row["sample"]) in order),
-        key=lambda r: order[r["id"], r["sample"]],
-    )
+    samples.sort(key=lambda row: order[row["id"], row["sample"]])
     result = summarize(planned, samples, path.name, device.peak_memory_gb(), loaded.notes)
     folder.finish(samples, asdict(result))
     return result
+
+
+def rehead(row: Sample, extractor: str) -> Sample:
+    """Return a sample with another extractor as its headline; all have judged it already.
+
+    Raises:
+        UserError: if that extractor has not.
+    """
+    if extractor not in row["verdicts"]:
+        raise unknown("extractor of this run", extractor, row["verdicts"])
+    verdict = row["verdicts"][extractor]
+    return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}
 
 
 def _model_generate(loaded, planned: Plan) -> Generate:
@@ -193,8 +220,10 @@ def _model_generate(loaded, planned: Plan) -> Generate:
         rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
-        for index, rollout in generate(loaded, requests, params, config.rows, memory_gb=config.memory_limit):
-            yield index, Completion(rendered[index].text, rendered[index].opened, rollout)
+        rollouts = generate(loaded, requests, params, config.rows, memory_gb=config.memory_limit)
+        return (
+            (index, Completion(rendered[index].text, rendered[index].opened, rollout)) for index, rollout in rollouts
+        )
 
     return completions
 

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.tasks.data import read_jsonl
 
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+SAMPLE_COLUMNS = (
+    *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
+    *("verdict", "stratum", "elapsed"),
+)
 PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
 
@@ -29,6 +35,17 @@ def write_atomic(path: Path, text: str) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet, its folders included; UserError if it is, or cannot be written."""
+    try:
+        if path.exists():
+            raise UserError(f"{path} exists; remove it, or choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
 def to_json(value: Any) -> str:
@@ -52,57 +69,58 @@ class RunFolder:
         """Whether the run has its result."""
         return (self.path / "result.json").exists()
 
-    def start(self, identity: dict[str, Any], details: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-        """Open the folder for writing and return the samples that are already there.
+    def refuse(self, resume: bool) -> None:
+        """Raise UserError if a run cannot be written here; nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; choose another --out")
+        used = self.path.exists() and any(self.path.iterdir())
+        if used and not resume:
+            raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
+        if used and not (self.path / "run.json").exists():
+            raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
 
-        Args:
-            identity: what decides the result; a resumed run must have been started with the same.
-            details: versions, device and alike, recorded but not compared.
-            resume: continue an existing run.
+    def recover(self, identity: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the finished samples of a run to be continued; a last line cut off while being written is removed.
 
         Raises:
-            UserError: if the folder exists and ``resume`` is false, cannot be written, or has another identity.
+            UserError: if the run was started with another identity, or a line is broken.
         """
-        file = self.path / "run.json"
-        if self.path.exists() and not resume and any(self.path.iterdir()):
-            raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
-        if file.exists():
-            if differences := self._differences(identity):
-                raise UserError(
-                    f"{self.path} was started with other settings ({'; '.join(differences)}); "
-                    "repeat those, or choose another --out"
-                )
-            return self._recover()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, to_json({"identity": identity, **details}))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
-        return []
-
-    def identity(self) -> dict[str, Any]:
-        """Return what the run was started with."""
-        return read_json(self.path / "run.json").get("identity", {})
-
-    def _differences(self, identity: dict[str, Any]) -> list[str]:
-        """Name what differs between the stored identity and this one."""
-        stored = self.identity()
-        return [
-            f"{key} was {stored.get(key)!r}, now {identity.get(key)!r}"
-            for key in dict.fromkeys((*stored, *identity))
-            if stored.get(key) != identity.get(key)
-        ]
-
-    def _recover(self) -> list[dict[str, Any]]:
-        """Read the finished samples; a last line that was cut off while being written is removed."""
+        if not (self.path / "run.json").exists():
+            return []
+        if differences := self._differences(identity):
+            raise UserError(
+                f"{self.path} was started with other settings ({'; '.join(differences)}); "
+                "repeat those, or choose another --out"
+            )
         if not self.samples_path.exists():
             return []
         content = self.samples_path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
             with self.samples_path.open("r+b") as file:
-                file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+                file.truncate(whole)
+        return [row for _, row in read_jsonl(self.samples_path, SAMPLE_COLUMNS)]
+
+    def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
+        """Make the folder and note what decides the result, and details that do not: versions, device and alike."""
+        if (self.path / "run.json").exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / "run.json", to_json({"identity": identity, **details}))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def _differences(self, identity: dict[str, Any]) -> list[str]:
+        """Name what differs between the stored identity and this one, briefly."""
+        stored = read_json(self.path / "run.json").get("identity")
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")
+        return [
+            f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
+            for key in dict.fromkeys((*stored, *identity))
+            if stored.get(key) != identity.get(key)
+        ]
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add finished samples; once this returns, a killed process does not lose them."""
@@ -169,10 +187,10 @@ def _git_revision() -> str | None:
 def fingerprint(folder: Path) -> str:
     """Return 12 hexadecimal digits that change with a model's or adapter's files.
 
-    Names, sizes, and the first and last MiB of every weight file and JSON file: cheap for large models.
+    Names, sizes, and the first and last MiB of weights, settings, templates and tokenizer: cheap for large models.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_traces import stats
-from mlx_traces.errors import UserError, unknown
+from mlx_traces.errors import UserError, clean, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,12 +157,6 @@ def model_name(model: str, adapter: str | None) -> str:
         return short
     parts = clean(adapter).rstrip("/").split("/")
     return f"{short}+{'/'.join(parts[-2:] if parts[-1] in _GENERIC_FOLDERS else parts[-1:])}"
-
-
-def clean(text: Any) -> str:
-    """Put text on one line, without the control and direction characters that could forge a table."""
-    spaced = " ".join(str(text).split())
-    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 def protocol_line(frame: pd.DataFrame) -> str:

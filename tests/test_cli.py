@@ -59,6 +59,31 @@ def test_grade_judges_completions_made_anywhere(tmp_path):
     assert [row["correct"] for row in lines(tmp_path / "out.jsonl")] == [True, False, True]
 
 
+def test_grade_never_overwrites(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"completion": "18", "answer": "18"}\n')
+    before = file.read_text()
+    for out, message in ((file, "exists; remove it"), (tmp_path, "exists; remove it")):
+        result = call("grade", "--task", "gsm8k", "--out", out, file)
+        assert result.exit_code == 1 and message in result.output
+    assert file.read_text() == before
+    assert call("grade", "--task", "gsm8k", "--out", tmp_path / "new" / "out.jsonl", file).exit_code == 0
+
+
+def test_messages_stay_on_one_clean_line(tmp_path):
+    result = call("eval", "--model", "./no\x1b[31m\npe")
+    assert result.exit_code == 1 and result.output.count("\n") == 1 and "\x1b" not in result.output
+
+
+def test_version_and_interrupt(monkeypatch):
+    from mlx_traces import evaluation
+
+    assert call("--version").exit_code == 0
+    monkeypatch.setattr(evaluation, "evaluate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = call("eval")
+    assert result.exit_code == 130 and "--resume" in result.stderr
+
+
 def test_grade_needs_only_the_answer_for_gsm8k(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"completion": "It is \\\\boxed{1,200}.", "answer": "so 1200\\n#### 1200"}\n')

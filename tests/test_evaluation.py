@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mlx_traces
-from mlx_traces.comparison import read_run
-from mlx_traces.config import EvalConfig
+from mlx_traces.comparison import read_run, requested
+from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import plan, sample_seed, vote_of
 
@@ -59,14 +59,14 @@ def test_the_run_folder_says_everything(batched):
 
 def test_an_existing_run_is_not_overwritten(batched):
     folder, result = batched
-    before = (folder / "samples.jsonl").read_bytes()
+    before, rows = (folder / "samples.jsonl").read_bytes(), without_clock(samples_of(folder))
     with pytest.raises(UserError, match="exists; pass --resume to continue it, or choose another --out"):
         mlx_traces.evaluate(out=folder, **SMALL)
     with pytest.raises(UserError, match=r"started with other settings \(max_tokens was 128, now 64\)"):
         mlx_traces.evaluate(out=folder, resume=True, **SMALL | {"max_tokens": 64})
     assert (folder / "samples.jsonl").read_bytes() == before
     again = mlx_traces.evaluate(out=folder, resume=True, rows=4, **SMALL)
-    assert again.accuracy == result.accuracy and without_clock(samples_of(folder))
+    assert again.accuracy == result.accuracy and without_clock(samples_of(folder)) == rows
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
@@ -177,6 +177,108 @@ def test_a_malformed_data_line_is_named_and_no_run_is_left(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_requests_leave_no_run_behind(tmp_path):
+    prompt = tmp_path / "mine.yaml"
+    for content, settings, message in (
+        ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
+        ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
+        ("", {"max_tokens": 9999}, "pass the model's context of 2048"),
+        ("", {"samples": 4}, "--samples 4 would all be alike at temperature 0"),
+    ):
+        prompt.write_text(content)
+        with pytest.raises(UserError) as raised:
+            mlx_traces.evaluate(out=tmp_path / "run", **{"limit": 2, **settings})
+        assert message in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_places_where_no_run_can_be(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="file is a file; choose another --out"):
+        mlx_traces.evaluate(out=tmp_path / "file", **SMALL)
+    for resume, message in ((False, "exists; pass --resume"), (True, "is not a run folder")):
+        with pytest.raises(UserError, match=message):
+            mlx_traces.evaluate(out=tmp_path / "folder", resume=resume, **SMALL)
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine"]
+    assert mlx_traces.evaluate(out=tmp_path / "empty", **SMALL | {"limit": 2}).total_questions == 2
+
+
+def test_damaged_run_folders_are_named(batched, tmp_path):
+    folder = tmp_path / "run"
+    mlx_traces.evaluate(out=folder, **SMALL | {"limit": 4})
+    whole = {path.name: path.read_text() for path in folder.iterdir()}
+    for name, content, action, message in (
+        ("samples.jsonl", whole["samples.jsonl"] + "garbage\n", "resume", "samples.jsonl:5: not JSON"),
+        ("samples.jsonl", '{"id": "x"}\n', "resume", "samples.jsonl:1: 'sample' is missing"),
+        ("run.json", '{"identity": [1]}', "resume", "'identity' is missing; the file is damaged"),
+        ("result.json", "{}", "compare", "result.json lacks run, model"),
+        ("samples.jsonl", '{"id": "x"}\n', "compare", "samples.jsonl:1: 'sample' is missing"),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            if action == "compare":
+                mlx_traces.compare(folder)
+            else:
+                mlx_traces.evaluate(out=folder, resume=True, **SMALL | {"limit": 4})
+        (folder / name).write_text(whole[name])
+    assert len(mlx_traces.compare(folder)) == 1
+
+
+def test_changed_data_or_template_is_another_evaluation(tmp_path):
+    import shutil
+
+    from mlx_traces.models import resolve
+
+    data, model = tmp_path / "own.jsonl", tmp_path / "model"
+    shutil.copytree(resolve("nano")[0], model)
+    settings = {"model": str(model), "task": "qa", "data": str(data)}
+
+    def label():
+        return plan(EvalConfig(**settings)).label
+
+    data.write_text('{"question": "two and two?", "answer": 4}\n')
+    labels = [label()]
+    data.write_text('{"question": "two and two?", "answer": 5}\n')
+    labels.append(label())
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    labels.append(label())
+    assert len(set(labels)) == 3 and label() == labels[-1]
+
+
+def test_compare_takes_the_flags_and_nothing_else(batched, tmp_path):
+    folder, result = batched
+    with pytest.raises(UserError, match="unknown field 'modles'; did you mean 'model'"):
+        mlx_traces.compare(modles=["nano"], runs_dir=tmp_path)
+    with pytest.raises(UserError, match="finished runs cannot be given another limit"):
+        mlx_traces.compare(folder, limit=4)
+    with pytest.raises(UserError, match="unknown extractor of this run 'strict': choose answer or tolerant"):
+        mlx_traces.compare(folder, extractor="strict")
+    frame = mlx_traces.compare(folder, extractor="tolerant")
+    assert frame["extractor"][0] == "tolerant"
+    assert frame["correct_count"][0] == result.extractors["tolerant"]["correct_count"]
+    with pytest.raises(UserError, match="nope"):
+        mlx_traces.compare(model=["nano", "nano+nope"], runs_dir=tmp_path / "runs", **SMALL)
+    assert not (tmp_path / "runs").exists()  # found before the first evaluation
+
+
+def test_requested_evaluations():
+    def asked(config=None, **arguments):
+        return [(e.model, e.prompt, e.limit) for e in requested(config or CompareConfig(), **arguments).evals]
+
+    assert asked() == [("nano", "direct", 500), ("nano", "thinking", 500)]
+    assert asked(settings={"limit": 5}) == [("nano", None, 5)]
+    assert asked(prompts=["direct"], settings={"limit": 5}) == [("nano", "direct", 5)]
+    assert asked(models=["a", "b"], prompts=["x"]) == [("a", "x", None), ("b", "x", None)]
+    config = CompareConfig(evals=[EvalConfig(model="a", prompt="x", limit=9), EvalConfig(model="b", prompt="y")])
+    assert asked(config) == [("a", "x", 9), ("b", "y", None)]
+    assert asked(config, settings={"limit": 3}) == [("a", "x", 3), ("b", "y", 3)]
+    assert asked(config, models=["c"]) == [("a", "x", 9), ("b", "y", None), ("c", None, None)]
+    assert asked(runs=["somewhere"]) == []
+
+
 def test_the_label_follows_the_settings_that_decide_the_result():
     def label(**settings):
         return plan(EvalConfig(**settings)).label
@@ -187,7 +289,7 @@ def test_the_label_follows_the_settings_that_decide_the_result():
 
 
 def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
-    settings = {"models": ["nano"], "prompts": ["direct", "thinking"], "runs_dir": tmp_path, **SMALL}
+    settings = {"model": "nano", "prompt": ["direct", "thinking"], "runs_dir": tmp_path, **SMALL}
     frame = mlx_traces.compare(out=tmp_path / "table", **settings)
     assert list(frame["prompt"]) == ["direct", "thinking"] and list(frame["total_questions"]) == [24, 24]
     direct, thinking = (read_run(tmp_path / name) for name in frame["run"])
