@@ -20,6 +20,7 @@ from mlx_traces.tasks.answers import (
     parse_number,
     strict,
     tolerant,
+    vote_of,
 )
 
 NUMBERS = {
@@ -76,6 +77,23 @@ NUMBERS = {
     "25 cm^2": 25,
     r"25 \text{ cm}^{2}": 25,
     "18 eggs": 18,
+    r"90^\circ": 90,
+    r"90^{\circ}": 90,
+    r"-90^{\circ}\text{C}": -90,
+    r"90 ^ { \circ } C": 90,
+    "90\u00b0": 90,
+    r"\underline{18}": 18,
+    r"\textcolor{red}{18}": 18,
+    r"-\textcolor{red}{18}": -18,
+    r"\boxed{\textbf{\underline{18}}}": 18,
+    r"18\space dollars": 18,
+    r"\large 18": 18,
+    r"{\large -18}": -18,
+    "\u2212 18": -18,
+    "- 18 dollars": -18,
+    "$- 18$": -18,
+    "\u2011 18": -18,
+    "-{18}": -18,
     "9" * 40: int("9" * 40),
 }
 
@@ -101,6 +119,13 @@ NO_NUMBERS = [
         "5, 6",
         "5-10",
         "5 to 10",
+        "9-9",
+        "9 - 9",
+        "9\u20139",
+        "$9-$9",
+        "x = 9 - 9",
+        "9%-9%",
+        r"10^{\circ 5}",
         "10:30",
         "18 or 19",
         "1 234",
@@ -200,6 +225,15 @@ def test_last_boxed_is_bounded():
         ("<|begin_of_thought|>3<|end_of_thought|>5", "5"),
         ("<|begin_of_thought|>3", ""),
         ("<think>a<|end_of_thought|>b</think>c", "c"),
+        ("<thinking>so 18", ""),
+        ("<thinking>so 18</thinking>19", "19"),
+        ("<Think>so 18", ""),
+        ("<THINK>17</Think>18", "18"),
+        ("[THINK]so 18", ""),
+        ("[THINK]so 18[/THINK]19", "19"),
+        ("<|channel|>analysis<|message|>so 18", ""),
+        ("<|channel|>analysis<|message|>18<|end|><|start|>assistant<|channel|>final<|message|>19", "19"),
+        ("\u0130\u0130\u0130<think>1</think>2", "2"),
     ],
 )
 def test_answer_part(response, part):
@@ -253,6 +287,10 @@ TOLERANT = [
     ("no number", None),
     ("", None),
     ("<think>3 + 5 = 8", None),
+    ("<thinking>so 18", None),
+    ("<Thinking>so 18", None),
+    ("[THINK]so 18", None),
+    ("#### - 8 degrees in 2 days", "-8"),
     (r"<think>maybe \boxed{8} #### 8", None),
     ("<think>it is <answer>8</answer> or", "8"),
     ("<think>a draft: <answer>3</answer></think>It is 8.", "8"),
@@ -285,6 +323,29 @@ def test_tolerant(response, found):
 def test_last_number(response, found):
     """The last number of all, wherever it stands."""
     assert last_number(response) == found
+
+
+def test_small_letters_stay_in_place():
+    """Every character has a small form of one character, so places in a text are kept."""
+    every = "".join(map(chr, range(0x110000)))
+    assert len(answers._lower(every)) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("extracted", "vote"),
+    [
+        (None, None),
+        ("", ""),
+        ("18.00", "18"),
+        ("$18 ", "18"),
+        ("6/8", "3/4"),
+        ("New \n York", "New York"),
+        ("3 + 4", "3 + 4"),
+    ],
+)
+def test_vote_of(extracted, vote):
+    """Equal numbers are one vote, as are spacings of one text."""
+    assert vote_of(extracted) == vote
 
 
 def test_number_verdicts():

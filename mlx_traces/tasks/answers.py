@@ -31,10 +31,10 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     r"""Return the exact value of an answer, or None if it is not one number.
 
     Understood: ``18.00``, ``$18``, ``1,234``, ``1{,}234``, ``3/4``, ``\frac{3}{4}``, ``1 1/2``, ``.5``,
-    ``−5``, and units and words around the number (``18 dollars``, ``75%`` is 75, ``\text{…}``, ``cm^2``).
-    Of an equation the right-hand side counts. Two different numbers, an exponent, or what is left of a
-    formula (``10^x``, ``\sqrt{2}``, ``x + 5``) are not one number; nor are a zero denominator and more than
-    40 digits.
+    ``−5``, and units and words around the number (``18 dollars``, ``75%`` is 75, ``\text{…}``, ``cm^2``,
+    ``90^\circ``). Of an equation the right-hand side counts. Two different numbers, a range or difference, an
+    exponent, or what is left of a formula (``10^x``, ``\sqrt{2}``, ``x + 5``) are not one number; nor are a zero
+    denominator and more than 40 digits.
 
     Args:
         text: the answer alone, not a whole response.
@@ -43,20 +43,37 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     if len(text) > MAX_ANSWER:
         return None
     text = _plain(text)
+    text = re.sub(r"\^ *\{? *\\(?:circ|degree)(?![A-Za-z])", " ", text)
     text = re.sub(r"(?<=[A-Za-z])(\}?)\^\{?[0-9]\}?", r"\1", text)  # the power of a unit
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|operatorname|boxed) ?\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\(?:left|right|quad|approx|circ|displaystyle)(?![A-Za-z])|\\[()\[\];: ]|\*\*", " ", text)
-    text = re.sub(r"^([-+]) +", r"\1", text.rpartition("=")[2].strip(" *"))
+    for _ in range(3):  # they may be nested
+        text = _STYLED.sub(r" \1 ", text)
+    text = _with_sign(_IGNORED.sub(" ", text).rpartition("=")[2].strip(" *"))
     rest = _NUMBER.sub(" ", text)
-    if re.search(r"[\\^+*]", rest) or (not words and re.search(r"[^\W\d_]", rest)):
+    if re.search(r"[\\^+*]", rest) or (not words and re.search(r"[^\W\d_]", rest)) or _BETWEEN.search(text):
         return None
     values = {_value(match) for match in _NUMBER.finditer(text)}
     return values.pop() if len(values) == 1 else None
 
 
+_STYLED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|emph|underline|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname|boxed|fbox"
+    r"|(?:textcolor|color) ?\{[A-Za-z0-9!]*\}) ?\{([^{}]*)\}"
+)
+_IGNORED = re.compile(
+    r"\\(?:left|right|q?quad|space|approx|circ|degree|displaystyle|textstyle|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge"
+    r"|bf|it|rm|color ?\{[A-Za-z0-9!]*\})(?![A-Za-z])|\\[()\[\];: ]|\*\*"
+)
+_BETWEEN = re.compile(r"[0-9][%)}]? *- *[$({]*[.0-9]")  # a range or a difference
+
+
+def _with_sign(text: str) -> str:
+    """Join a leading sign to its number: ``- 18`` is -18."""
+    return re.sub(r"^([$({ ]*[-+])[ ({]+(?=\$?\.?[0-9])", r"\1", text)
+
+
 def _plain(text: str) -> str:
     """Write number signs, spaces and LaTeX fractions in ASCII."""
-    text = text.replace("−", "-").replace("–", "-").replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
+    text = re.sub("[−–‐‑﹣－]", "-", text).replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
     text = re.sub(r"\\[,!]|(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"\s", " ", text)
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dt]?frac)", " ", text)
@@ -80,8 +97,15 @@ def _value(match: re.Match) -> Fraction | None:
 
 # ---------------------------------------------------------------------------------- parts of a response
 
-_OPEN, _CLOSE = ("<think>", "<|begin_of_thought|>"), ("</think>", "<|end_of_thought|>")
-_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+# Between these a model thinks; small and capital letters are the same. The first is the usual one.
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+_OPEN, _CLOSE = (tuple(tag.lower() for tag in tags) for tags in zip(*THOUGHT_TAGS, strict=True))
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _STARTS_WITH_NUMBER = re.compile(r"[\s*$\\(\[]*+[-+−–]?[\s$\\]*+(?:\.?[0-9]|[dt]?frac)")
@@ -91,8 +115,8 @@ _NUMBERED_HEADING = re.compile(r"[ *]*[0-9]+[.):][ *]+[A-Za-z]")
 def answer_part(response: str) -> str:
     """Return what follows the last closed thought; nothing if a thought is still open.
 
-    Thoughts are ``<think>…</think>`` or ``<|begin_of_thought|>…<|end_of_thought|>``; the opening may be
-    missing, as where a chat template wrote it. A response without any is all answer.
+    Thoughts are between any of ``THOUGHT_TAGS``; the opening may be missing, as where a chat template wrote it.
+    A response without any is all answer.
     """
     part, thinking = after_thought(response)
     return "" if thinking else part
@@ -100,19 +124,29 @@ def answer_part(response: str) -> str:
 
 def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought and whether it opens another."""
-    start = max((response.rfind(tag) + len(tag) for tag in _CLOSE if tag in response), default=0)
-    part = response[start:]
-    return part, any(tag in part for tag in _OPEN)
+    lower = _lower(response)
+    start = max((found + len(tag) for tag in _CLOSE if (found := lower.rfind(tag)) >= 0), default=0)
+    return response[start:], any(lower.find(tag, start) >= 0 for tag in _OPEN)
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{…}``, braces balanced; None without one or if it is open."""
+def _lower(text: str) -> str:
+    """Return small letters, each at its place; only İ has a small form of two characters."""
+    return text.replace("İ", "I").lower()
+
+
+def last_boxed(text: str, within: int = MAX_BOXED) -> str | None:
+    r"""Return the content of the last ``\boxed{…}``, braces balanced; None without one or if it is open.
+
+    Args:
+        text: the answer part of a response.
+        within: characters searched for its closing brace.
+    """
     start = text.rfind(r"\boxed")
     opening = _BOXED.match(text, start) if start >= 0 else None
     if opening is None:
         return None
     depth = 1
-    for brace in _BRACE.finditer(text, opening.end(), opening.end() + MAX_BOXED):
+    for brace in _BRACE.finditer(text, opening.end(), opening.end() + within):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[opening.end() : brace.start()]
@@ -121,13 +155,9 @@ def last_boxed(text: str) -> str | None:
 
 def last_answer_tag(text: str) -> str | None:
     """Return the content of the last closed ``<answer>…</answer>``, from the innermost opening, or None."""
-    opened, found = None, None
-    for tag in _ANSWER_TAG.finditer(text):
-        if not tag[1]:
-            opened = tag.end()
-        elif opened is not None:
-            found, opened = (opened, tag.start()), None
-    return text[slice(*found)] if found else None
+    lower = _lower(text)
+    opening = lower.rfind("<answer>", 0, max(0, lower.rfind("</answer>")))
+    return text[opening + len("<answer>") : lower.find("</answer>", opening)] if opening >= 0 else None
 
 
 def marked(part: str) -> str | None:
@@ -147,7 +177,7 @@ def _after_hashes(part: str) -> str | None:
         return None
     if parse_number(line) is not None:
         return line
-    number = _NUMBER.search(_plain(line[:MAX_ANSWER]))
+    number = _NUMBER.search(_with_sign(_plain(line[:MAX_ANSWER])))
     return number and number[0]
 
 
@@ -193,6 +223,12 @@ def flexible(response: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------- verdicts
+
+
+def vote_of(extracted: str | None) -> str | None:
+    """Return what an answer counts as in a vote: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
+    number = parse_number(extracted) if extracted is not None else None
+    return str(number) if number is not None else extracted and " ".join(extracted.split())
 
 
 def judge_number(extracted: str | None, gold: Fraction) -> Score:
