@@ -199,6 +199,7 @@ def test_no_network(data, hub, monkeypatch):
         ("test[20:]", "FILE", None, "FILE has no problems"),
         ("test[:4]", "FILE", 5, "--limit 5 is more than FILE has: 4 problems"),
         ("test", "missing.jsonl", None, "missing.jsonl: cannot be read (No such file or directory)"),
+        ("test", "foo.txt", None, "foo.txt: cannot be read (No such file or directory)"),
         ("test", "a/b/missing", None, "a/b/missing: cannot be read (No such file or directory)"),
         ("test", "a/missing.jsonl", None, "a/missing.jsonl: cannot be read (No such file or directory)"),
     ],
@@ -275,6 +276,33 @@ def test_fewshot_draws_from_train(hub):
         TASK.few_shot["fewshot"](11, 0, None)
     with pytest.raises(UserError, match=r"^-1 examples asked for"):
         TASK.few_shot["fewshot"](-1, 0, None)
+
+
+@pytest.mark.parametrize("style", ["fewshot", "fewshot-chat"])
+def test_no_example_is_asked_itself(style, tmp_path):
+    """Problems to be asked are left out, which changes no other example; repeated ones are drawn once."""
+    path = tmp_path / "jars.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS + ROWS))
+    build, ids = TASK.few_shot[style], [parse(row, "x:1").id for row in ROWS]
+    every = build(10, 1, str(path))
+    for row, identity in zip(ROWS, ids, strict=True):
+        prompt = build(9, 1, str(path), leave_out=frozenset([identity + "#2"]))
+        shown = prompt.user + "".join(user for user, _ in prompt.shots)
+        assert [other["question"] in shown for other in ROWS] == [other is not row for other in ROWS]
+        assert build(10, 1, str(path), leave_out=frozenset(["gsm8k-0"])) == every
+    with pytest.raises(UserError, match=r"^2 examples asked for; .* has 1 to choose from; .*--shots-data FILE$"):
+        build(2, 1, str(path), leave_out=frozenset(ids[1:]))
+
+
+def test_fewshot_without_network(hub, monkeypatch):
+    """The message names the option of the examples."""
+
+    def fail(*_, **__):
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", fail)
+    with pytest.raises(UserError, match=r'pass --shots-data FILE with one {"question", "answer"} object per line$'):
+        TASK.few_shot["fewshot"](5, 0, None)
 
 
 def test_get_task():

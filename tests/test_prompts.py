@@ -11,6 +11,7 @@ from mlx_traces.records import Problem
 from mlx_traces.tasks.data import (
     content_id,
     hub_rows,
+    is_file,
     load_rows,
     read_jsonl,
     split_slice,
@@ -112,6 +113,9 @@ def test_read_jsonl(tmp_path):
         ("[1]", ":2: expected an object with a, found list"),
         ("[" * 100_000, ":2: not JSON ("),
         ('{"a": ' + "9" * 5000 + "}", ":2: not JSON ("),
+        (r'{"a": "\ud800"}', ":2: not valid Unicode text"),
+        (r'{"a": [{"\uDC00 b": 1}]}', ":2: not valid Unicode text"),
+        (r'{"b\n": 1, "\u001b[31m": 2}', r":2: 'a' is missing; this row has 'b\n', '\x1b[31m'"),
         ('{"b": 1, "c": 2}', ":2: 'a' is missing; this row has b, c"),
         ("{}", ":2: 'a' is missing; this row has no columns"),
     ],
@@ -124,6 +128,31 @@ def test_malformed_lines(tmp_path, line, message):
         list(read_jsonl(path, ["a"]))
     assert str(error.value).startswith(f"{path}{message}")
     assert "\n" not in str(error.value)
+
+
+def test_escaped_pairs_are_text(tmp_path):
+    """Two escapes that make one character are fine, and so is an escaped backslash."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n{"a": "\\\\ud800"}\n')
+    assert [row["a"] for _, row in read_jsonl(path)] == ["\U0001f600", "\\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("data", "file"),
+    [
+        ("foo.txt", True),
+        ("foo", True),
+        ("a/foo.JSONL", True),
+        ("a/b/c", True),
+        ("./foo", True),
+        ("~/foo", True),
+        ("owner/name", False),
+        ("owner/name@refs/pr/1", False),
+    ],
+)
+def test_is_file(data, file):
+    """Only owner/name is a hub data set."""
+    assert is_file(data) == file
 
 
 def test_unreadable_files(tmp_path):
@@ -228,6 +257,8 @@ def test_hub_rows(monkeypatch, unreachable):
     assert list(hub_rows("o/n@r1", "main", "test", "")) == [("o/n[0]", {"a": 1})]
     assert client.asked == [(("o/n", "main"), {"split": "test", "revision": "r1"}, bool(unreachable))]
     assert client.config.HF_HUB_OFFLINE is False
+    assert list(hub_rows("o/n", None, "test", "", lambda size: range(size)[1:])) == []
+    assert list(hub_rows("o/n", None, "test", "", lambda size: range(size)[:5])) == [("o/n[0]", {"a": 1})]
 
 
 @pytest.mark.parametrize(

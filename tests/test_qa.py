@@ -27,6 +27,19 @@ def test_json_lines_and_csv_are_the_same_problems(tmp_path):
     assert len(load("any", lines, 1, 0)) == 1
 
 
+def test_hub_data_sets(monkeypatch):
+    """A name that is no file is looked for on the hub."""
+    asked = []
+
+    def hub_rows(*names):
+        asked.append(names)
+        return ((f"o/n[{place}]", row) for place, row in enumerate(ROWS))
+
+    monkeypatch.setattr("mlx_traces.tasks.qa.hub_rows", hub_rows)
+    assert [problem.gold for problem in load("test[:1]", "o/n", None, 0)] == ["Elbe"]
+    assert asked == [("o/n", None, "test", INSTEAD)]
+
+
 def test_further_columns_are_kept(tmp_path):
     """A user's own prompt may use any column."""
     table = write(tmp_path / "q.csv", "topic,question,answer\nrivers,Which?,Elbe\n")
@@ -37,6 +50,7 @@ def test_further_columns_are_kept(tmp_path):
     ("name", "text", "message"),
     [
         ("q.csv", "question,reply\nWhich?,Elbe\n", ":1: 'answer' is missing; the header has question, reply"),
+        ("q.csv", '"que\nstion",answer\n', r":1: 'question' is missing; the header has 'que\nstion', answer"),
         ("q.csv", "", ":1: 'question' is missing; the header has no columns"),
         ("q.csv", "question,answer\nWhich?,Elbe\nWhy?\n", ":3: the header has 2 columns, this row has not"),
         ("q.csv", "question,answer\nWhich?,Elbe,Oder\n", ":2: the header has 2 columns, this row has not"),
@@ -64,6 +78,8 @@ def test_missing_files(tmp_path):
     for name in ("none.csv", "none.jsonl"):
         with pytest.raises(UserError, match=r"none.*: cannot be read \(No such file or directory\)"):
             load("test", str(tmp_path / name), None, 0)
+    with pytest.raises(UserError, match=r"^foo.txt: cannot be read"):
+        load("test", "foo.txt", None, 0)
     (tmp_path / "latin.csv").write_bytes(b"question,answer\n\xe9,1\n")
     with pytest.raises(UserError, match=r"cannot be read \(not a UTF-8 .csv\)"):
         load("test", str(tmp_path / "latin.csv"), None, 0)

@@ -14,6 +14,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 
 Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")  # of files, never of hub data sets
 
 
 def read_jsonl(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
@@ -34,21 +35,48 @@ def read_jsonl(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, R
 
 
 def parse_row(line: str, where: str, columns: Sequence[str]) -> Row:
-    """Parse one JSON object and check its columns."""
+    """Parse one JSON object and check its columns and that its text can be written again."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({str(error)[:80]})") from None
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: not valid Unicode text; half of a pair such as \\ud83d stands alone") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with {', '.join(columns)}, found {type(row).__name__}")
     for column in columns:
         if column not in row:
-            raise UserError(f"{where}: {column!r} is missing; this row has {', '.join(row) or 'no columns'}")
+            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
     return row
 
 
-def hub_rows(dataset: str, config: str | None, split: str, instead: str) -> Iterator[tuple[str, Row]]:
-    """Yield (``dataset[index]``, row) of a hub data set.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def listed(columns: Iterable[str]) -> str:
+    """List names of columns in one line."""
+    names = (name if name.isprintable() else repr(name) for name in map(str, columns))
+    return ", ".join(name[:60] for name in names) or "no columns"
+
+
+def is_file(data: str) -> bool:
+    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
+    name = data.partition("@")[0]
+    return (
+        Path(data).exists()
+        or name.count("/") != 1
+        or name.startswith((".", "/", "~"))
+        or data.lower().endswith(SUFFIXES)
+    )
+
+
+def hub_rows(
+    dataset: str, config: str | None, split: str, instead: str, part: Callable[[int], range] | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Yield (``dataset[index]``, row) of a hub data set, or only the rows that ``part`` of their number names.
 
     Raises:
         UserError: if it cannot be had; the message ends with ``instead``, what to pass in its place.
@@ -64,8 +92,10 @@ def hub_rows(dataset: str, config: str | None, split: str, instead: str) -> Iter
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = "no network" if offline else " ".join(str(error).split())[:160]
         raise UserError(f"{name} could not be downloaded ({reason}); {instead}") from None
-    for index, row in enumerate(rows):
-        yield f"{name}[{index}]", row
+    if part is None:
+        yield from ((f"{name}[{index}]", row) for index, row in enumerate(rows))
+    else:
+        yield from ((f"{name}[{index}]", rows[index]) for index in part(len(rows)))
 
 
 @contextmanager
@@ -123,7 +153,7 @@ def text_column(row: Row, column: str, where: str, default: str | None = None) -
     if column not in row and default is not None:
         return default
     if column not in row:
-        raise UserError(f"{where}: {column!r} is missing; this row has {', '.join(row) or 'no columns'}")
+        raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise UserError(f"{where}: {column!r} must be text or a number, not {str(value)[:60]!r}")

@@ -17,11 +17,12 @@ from mlx_traces.tasks.answers import (
     strict,
     tolerant,
 )
-from mlx_traces.tasks.data import content_id, hub_rows, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.data import content_id, hub_rows, is_file, load_rows, read_jsonl, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt
 
 HUB, CONFIG, SPLITS = "openai/gsm8k", "main", ("train", "test")
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line'
+SHOTS_INSTEAD = INSTEAD.replace("--data", "--shots-data")
 
 BY_VALUE = {"tolerant": tolerant, "last_number": last_number}
 BY_LM_EVAL = {"strict": strict, "flexible": flexible}
@@ -61,6 +62,11 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
         limit: size of a seeded sample of those rows, or None for all.
         seed: of the sample.
     """
+    return _load(split, data, limit, seed, INSTEAD)
+
+
+def _load(split: str, data: str | None, limit: int | None, seed: int, instead: str) -> list[Problem]:
+    """Do as ``load``; a message about a missing download ends with ``instead``."""
     name, span = split_slice(split)
     source = data or HUB
     if data and is_file(data):
@@ -68,15 +74,10 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
     elif source.partition("@")[0] == HUB:
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
-        rows = hub_rows(source, CONFIG, name, INSTEAD)
+        rows = hub_rows(source, CONFIG, name, instead)
     else:
-        rows = hub_rows(source, None, name, INSTEAD)
+        rows = hub_rows(source, None, name, instead)
     return load_rows(islice(rows, span.start or 0, span.stop), _parse_asked, limit, seed, source)
-
-
-def is_file(data: str) -> bool:
-    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
-    return Path(data).exists() or data.count("/") != 1 or Path(data).suffix in (".jsonl", ".json", ".csv", ".txt")
 
 
 # ---------------------------------------------------------------------------------- prompt styles
@@ -103,31 +104,38 @@ PROMPTS = {
 STOP = ("Question:", "</s>", "<|im_end|>")  # lm-eval's
 
 
-def _examples(shots: int, seed: int, data: str | None) -> list[tuple[str, str]]:
-    """Draw training problems as (question, worked solution), both word for word."""
-    problems = load("train", data, None, seed)
-    if not 0 <= shots <= len(problems):
-        raise UserError(f"{shots} examples asked for; {data or HUB} has {len(problems)} to choose from")
-    chosen = random.Random(seed).sample(problems, shots)
-    return [(problem.columns["question"], str(problem.columns["answer"])) for problem in chosen]
+def _examples(shots: int, seed: int, data: str | None, leave_out: frozenset[str]) -> list[tuple[str, str]]:
+    """Draw different training problems as (question, worked solution), both word for word; none of ``leave_out``."""
+    problems = _load("train", data, None, seed, SHOTS_INSTEAD)
+    unasked = {problem.id for problem in problems if "#" not in problem.id}
+    unasked -= {identity.partition("#")[0] for identity in leave_out}
+    if not 0 <= shots <= len(unasked):
+        but = "; the others are asked themselves: pass other ones with --shots-data FILE" if leave_out else ""
+        raise UserError(f"{shots} examples asked for; {data or HUB} has {len(unasked)} to choose from{but}")
+    drawn = random.Random(seed).sample(problems, len(problems))  # so leaving one out changes no other
+    chosen = [problem for problem in drawn if problem.id in unasked][:shots]
+    return [(str(problem.columns["question"]), str(problem.columns["answer"])) for problem in chosen]
 
 
-def fewshot(shots: int, seed: int, data: str | None) -> Prompt:
+def fewshot(shots: int, seed: int, data: str | None, leave_out: frozenset[str] = frozenset()) -> Prompt:
     """Ask in lm-eval's layout, examples and question as one text without a chat template.
 
     Args:
         shots: number of examples.
         seed: of their choice.
         data: a file or hub data set of training problems, or None for ``openai/gsm8k``.
+        leave_out: ids of the problems that will be asked; none of them becomes an example.
     """
-    examples = (f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in _examples(shots, seed, data))
+    examples = _examples(shots, seed, data, leave_out)
+    examples = (f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
     text = "".join(examples).replace("{", "{{").replace("}", "}}")
     return Prompt(name="fewshot", user=f"{text}Question: {{question}}\nAnswer:", chat=False, stop=STOP)
 
 
-def fewshot_chat(shots: int, seed: int, data: str | None) -> Prompt:
+def fewshot_chat(shots: int, seed: int, data: str | None, leave_out: frozenset[str] = frozenset()) -> Prompt:
     """Ask in lm-eval's layout, each example two turns of the chat; arguments as for ``fewshot``."""
-    turns = tuple((f"Question: {question}\nAnswer:", answer) for question, answer in _examples(shots, seed, data))
+    examples = _examples(shots, seed, data, leave_out)
+    turns = tuple((f"Question: {question}\nAnswer:", answer) for question, answer in examples)
     return Prompt(name="fewshot-chat", user="Question: {question}\nAnswer:", shots=turns, stop=STOP)
 
 

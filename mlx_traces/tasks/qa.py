@@ -20,7 +20,17 @@ from mlx_traces.tasks.answers import (
     parse_number,
     tolerant,
 )
-from mlx_traces.tasks.data import Row, content_id, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.data import (
+    Row,
+    content_id,
+    hub_rows,
+    is_file,
+    listed,
+    load_rows,
+    read_jsonl,
+    split_slice,
+    text_column,
+)
 from mlx_traces.tasks.gsm8k import BOXED
 from mlx_traces.tasks.prompts import Prompt
 
@@ -96,16 +106,21 @@ def parse(row: dict[str, Any], where: str) -> Problem:
 
 
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """Return the problems of a JSON-lines or .csv file; of ``split`` only a part as in ``test[:64]`` counts.
+    """Return the problems of a JSON-lines or .csv file, of whose ``split`` only a part as in ``test[:64]`` counts.
+
+    A name ``owner/name`` that is no file is a hub data set.
 
     Raises:
-        UserError: without a file, for a malformed row, or as ``load_rows`` does.
+        UserError: without data, for a malformed row, or as ``load_rows`` does.
     """
     if data is None:
         raise UserError(f"task qa has no questions of its own; {INSTEAD}")
-    _, span = split_slice(split)
+    name, span = split_slice(split)
     path = Path(data)
-    rows = read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path, TASK.columns)
+    if not is_file(data):
+        rows = hub_rows(data, None, name, INSTEAD)
+    else:
+        rows = read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path, TASK.columns)
     return load_rows(islice(rows, span.start or 0, span.stop), parse, limit, seed, data)
 
 
@@ -120,8 +135,9 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             reader = csv.DictReader(lines)
             for column in TASK.columns:
                 if column not in (reader.fieldnames or ()):
-                    header = ", ".join(reader.fieldnames or ()) or "no columns"
-                    raise UserError(f"{path}:1: {column!r} is missing; the header has {header}")
+                    raise UserError(
+                        f"{path}:1: {column!r} is missing; the header has {listed(reader.fieldnames or ())}"
+                    )
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
