@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_traces.errors import UserError
-from mlx_traces.tasks.countdown import MAX_EXPRESSION, TASK, check, generate, load, parse, split_of
+from mlx_traces.tasks.countdown import MAX_EXPRESSION, TASK, check, generate, hub_part, load, parse, split_of
 from mlx_traces.tasks.solver import TRACE_LIMIT, search_trace, solutions
 
 
@@ -84,6 +84,27 @@ def test_the_checker_counts_every_number_exactly_once():
         ("3_0", "not_an_expression"),
         ("3 / (4 - 4) + 6", "wrong_numbers"),
         ("4 / 0", "wrong_numbers"),
+        (r"\boxed{3 * (4 + 6)}", "correct"),
+        (r"\text{3 * (4 + 6)}", "correct"),
+        (r"**\boxed{3 * (4 + 6) = 30}**.", "correct"),
+        ("**3 * (4 + 6)** = **30**", "correct"),
+        (r"$3 * (4 + 6) = \boxed{30}$", "correct"),
+        (r"3 * (4 + 6) = \boxed{31}", "wrong_value"),
+        (r"\boxed{3 * (4 + 6)} = \boxed{30}", "correct"),
+        ("３＊（４＋６） ＝ 30", "correct"),
+        ("3 • (4 + 6)", "correct"),
+        ("3 ⨯ (4 + 6)", "correct"),
+        ("3 x (4 + 6)", "correct"),
+        ("(4+6)x3", "correct"),
+        ("3 X (4 + 6)", "correct"),
+        ("\u200b3 *\u200b (4 + 6)\ufeff", "correct"),
+        ("3x", "not_an_expression"),
+        ("**3** * (4 + 6)", "not_an_expression"),
+        ("**3 ** 4 + 6**", "not_an_expression"),
+        ("**9**9**9**", "not_an_expression"),
+        ("****", "not_an_expression"),
+        ("3 ＊＊ 4 + 6", "not_an_expression"),
+        ("3² + 4 + 6", "not_an_expression"),
         ("", "not_an_expression"),
         ("=", "not_an_expression"),
     ],
@@ -96,6 +117,8 @@ def test_fractions_division_and_its_spellings():
     assert check("8 / (3 - 8 / 3)", [8, 3, 8, 3], 24) == "correct"
     assert check(r"\frac{8}{3 - \frac{8}{3}}", [8, 3, 8, 3], 24) == "correct"
     assert check(r"\dfrac{8}{3 - 8 \div 3} = 24", [8, 3, 8, 3], 24) == "correct"
+    assert check(r"\frac8{3 - \frac83}", [8, 3, 8, 3], 24) == "correct"
+    assert check(r"\frac42 + 3", [4, 2, 3], 5) == "correct"
     assert check("8 ÷ (3 − 8 ÷ 3)", [8, 3, 8, 3], 24) == "correct"
     assert check("6 / (3 - 3)", [6, 3, 3], 24) == "wrong_value"  # division by zero
 
@@ -111,6 +134,17 @@ HOSTILE = [
     r"\frac{1}{2}" * 10_000,
     "1+" * 100_000,
     "=" * 100_000,
+    "(" * 20_000,
+    "(+-" * 7_000,
+    "1+" * 10_000,
+    "<" * 20_000,
+    "</" * 10_000,
+    "<answer>1</answer>" * 1_500,
+    r"\boxed{" + "{" * 20_000,
+    r"\frac{1}{" * 5_000,
+    "İ" * 20_000,
+    "＊" * 20_000,
+    "**" * 120,
     "__import__('os').system('true')",
     "٣ + ٤",
     "\0",
@@ -124,6 +158,18 @@ def test_hostile_expressions_are_refused_at_once(text):
     for wrapped in (text, f"<answer>{text}</answer>"):
         TASK.grade(parse({"nums": [3, 4, 6], "target": 30}, "here"), wrapped)
     assert time.perf_counter() - start < 0.1  # 2 ms each; the rest is room for a busy machine
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("head", ["", "<answer>", "\\boxed{"])
+def test_any_response_is_graded_quickly(text, head):
+    problem = parse({"nums": [3, 4, 6], "target": 30}, "here")
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        TASK.grade(problem, head + text)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.006  # 2 ms on an idle machine
 
 
 @settings(max_examples=300, deadline=None)
@@ -144,6 +190,13 @@ def test_any_text_gets_a_verdict(text):
         ("<answer>3 * (4 + 6)", "no_answer", "correct"),
         ("so \\boxed{3 \\times (4 + 6)}", "no_answer", "correct"),
         ("We get 3 * (4 + 6) = 30.", "no_answer", "correct"),
+        ("So 30 = 3 * (4 + 6).", "no_answer", "correct"),
+        ("(4 + 6) * 3 = 10 * 3 = 30", "no_answer", "correct"),
+        ("3 * (4 + 6) = 31", "no_answer", "wrong_value"),
+        (r"thus \(3 \times (4 + 6) = 30\)", "no_answer", "correct"),
+        ("**3 x (4 + 6) = 30**", "no_answer", "correct"),
+        ("3 + 4, or 3 * (4 + 6)\n- or none", "no_answer", "correct"),
+        ("<thinking>3 * (4 + 6)", "no_answer", "no_answer"),
         ("<answer></answer>", "no_answer", "no_answer"),
         ("<think><answer>3 * (4 + 6)</answer></think> 30", "no_answer", "no_answer"),
         ("<|begin_of_thought|><answer>3 * (4 + 6)</answer><|end_of_thought|>?", "no_answer", "no_answer"),
@@ -206,6 +259,7 @@ def test_traces_are_true_and_end_in_a_correct_answer():
     ("row", "message"),
     [
         ({"nums": "3 4", "target": 7}, "'nums' must be a list"),
+        ({"nums": "3\n4", "target": 7}, r"not '3\n4'"),
         ({"nums": [], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, True], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, 10**30], "target": 7}, "'nums' must be a list"),
@@ -229,6 +283,47 @@ def test_loading_from_a_file_takes_a_seeded_sample_and_a_slice(tmp_path):
     assert load("test[5:8]", str(file), None, 0) == everything[5:8]
     with pytest.raises(UserError, match="--limit 31 is more than .* has: 30 problems"):
         load("test", str(file), 31, 0)
+
+
+def test_slices_of_generated_problems():
+    everything = load("test", None, 64, 3)
+    assert load("test[:64]", None, None, 3) == everything
+    assert load("test[10:20]", None, None, 3) == everything[10:20]
+    assert load("test[60:]", None, 4, 3) == everything[60:]
+    sample = load("test[:64]", None, 8, 3)
+    assert len(sample) == 8 and all(problem in everything for problem in sample)
+    with pytest.raises(UserError, match=r"^--limit 9 is more than test\[:8\] has: 8 problems$"):
+        load("test[:8]", None, 9, 3)
+
+
+def test_hub_sets_are_parted_as_in_tinyzero(monkeypatch):
+    assert hub_part("train", 490_364) == range(327_680)
+    assert hub_part("test", 490_364) == range(327_680, 328_704)
+    for size in (0, 1, 2, 3, 1_500, 5_000, 327_680, 328_000, 328_704, 400_000):
+        train, test = hub_part("train", size), hub_part("test", size)
+        assert train.stop == test.start and len(train) >= len(test) - 1 and test.stop <= size
+        assert len(test) == min(1_024, size - len(train))
+    asked = []
+
+    def hub_rows(dataset, config, split, instead, part):
+        asked.append((dataset, split))
+        return ((f"{dataset}[{i}]", {"nums": [i, 1], "target": i + 1}) for i in part(330_000))
+
+    monkeypatch.setattr("mlx_traces.tasks.countdown.hub_rows", hub_rows)
+    for name in ("Jiayi-Pan/Countdown-Tasks-3to4", "Jiayi-Pan/Countdown-Tasks-3to4-Unique@main"):
+        assert [p.columns["nums"][0] for p in load("test", name, None, 0)] == list(range(327_680, 328_704))
+        assert [p.columns["nums"][0] for p in load("train[:3]", name, None, 0)] == [0, 1, 2]
+        assert [p.columns["nums"][0] for p in load("test[1:3]", name, None, 0)] == [327_681, 327_682]
+        with pytest.raises(UserError, match="unknown split 'valid': choose train or test"):
+            load("valid", name, None, 0)
+    assert load("other[5:6]", "someone/numbers", None, 0)[0].columns["nums"] == [5, 1]
+    assert {split for _, split in asked} == {"train", "other"}
+
+
+def test_a_missing_file_is_not_looked_up_on_the_hub():
+    for name in ("foo.txt", "folder/foo.csv", "./foo"):
+        with pytest.raises(UserError, match=r"cannot be read \(No such file"):
+            load("test", name, None, 0)
 
 
 def test_bad_requests_for_problems():

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import after_thought, answer_part, last_answer_tag, last_boxed
-from mlx_traces.tasks.data import hub_rows, load_rows, read_jsonl, split_slice
+from mlx_traces.tasks.data import hub_rows, is_file, load_rows, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Prompt
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
 MAX_RESPONSE = 20_000  # characters searched for an answer, from the end
+MAX_LOOSE = 2_000  # characters searched for an expression without a mark, from the end
+MAX_BOXED = 1_000  # characters searched for the brace that closes a \boxed{
+MAX_FRACTIONS = 10  # fractions within each other
 SPLITS = {
     "train": range(0, 80),
     "valid": range(80, 90),
@@ -28,18 +32,32 @@ SPLITS = {
 DEFAULT_COUNT = 500
 INSTEAD = 'pass --data FILE with one {"nums", "target"} object per line, or no --data for generated problems'
 
-TINYZERO_ROWS = 327_680  # of the hub sets' one split: these are train, the next 1,024 are test
-HUB_SPLITS = {"train": f"train[:{TINYZERO_ROWS}]", "test": f"train[{TINYZERO_ROWS}:{TINYZERO_ROWS + 1024}]"}
+HUB_SETS, HUB_SPLITS = ("/Countdown-Tasks-3to4", "/Countdown-Tasks-3to4-Unique"), ("train", "test")
+TINYZERO_ROWS = 327_680, 1_024  # of the hub sets' one split: the first are train, the next test
 
 
 # ---------------------------------------------------------------------------------------------- checker
 
 _SPELLINGS = str.maketrans(
-    {"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/"} | dict.fromkeys("−–—", "-")
+    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # of full width
+    | dict.fromkeys("×·⋅∗•∙⨯⨉✕✖﹡", "*")
+    | dict.fromkeys("÷∕⁄➗", "/")
+    | dict.fromkeys("−–—﹣➖", "-")
+    | dict.fromkeys("﹢➕", "+")
+    | {"﹙": "(", "﹚": ")", "﹦": "="}
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # without width
 )
-_LATEX = re.compile(r"\\(times|cdot|ast|div|left|right|quad|displaystyle)(?![a-zA-Z])|\\[()\[\],;:! ]|[$`]")
-_LATEX_MEANING = {"times": "*", "cdot": "*", "ast": "*", "div": "/"}
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_LATEX = re.compile(
+    r"\\(?:(times|ast|bullet|cdot|div)|left|right|q?quad|space|(?:display|text)style|[bB]igg?[lr]?)(?![a-zA-Z])"
+    r"|(\\[()\[\]]|[$`])|\\[,;:! ]"
+)
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+_TIMES = re.compile(r"(?<=[0-9)]) ?[xX] ?(?=[-+]?[0-9(])")
+_HEXADECIMAL = re.compile(r"(?<![0-9])0[xX]")
+_WRAPPED = re.compile(
+    r"\\(?:boxed|fbox|mbox|text|textbf|mathrm|mathbf)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+    r"|\*\*((?:(?!\*\*).)*)\*\*"
+)
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _STATED = re.compile(r" ?-?[0-9]{1,40} ?")
 _OPERATIONS = {
@@ -54,8 +72,9 @@ _SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 def check(expression: str, nums: list[int], target: int) -> str:
     r"""Judge an expression; nothing is executed and the work is bounded by ``MAX_EXPRESSION``.
 
-    Understood: + - * / parentheses and integers, their signs, ``×``, ``÷``, ``−``, ``\times``, ``\div``, LaTeX
-    fractions, and ``= value`` at the end where it is true. Arithmetic is exact.
+    Understood: + - * / parentheses and integers, their signs, ``×``, ``x``, ``÷``, ``−``, ``\times``, ``\div``, LaTeX
+    fractions, full-width characters, ``\boxed{}``, ``\text{}`` or ``**`` around it all, and ``= value`` at the end
+    where it is true. Arithmetic is exact.
 
     Returns:
         ``"correct"``, ``"not_an_expression"``, ``"wrong_numbers"`` (not every number exactly once) or
@@ -63,13 +82,13 @@ def check(expression: str, nums: list[int], target: int) -> str:
     """
     if len(expression) > MAX_EXPRESSION:
         return "not_an_expression"
-    parts = _plain(expression).split("=")
+    parts = [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
     if len(parts) > 2 or not all(map(_EXPRESSION.fullmatch, parts)):
         return "not_an_expression"
     if len(parts) == 2 and not _STATED.fullmatch(parts[1]):
         return "not_an_expression"
     try:
-        tree = ast.parse(parts[0].strip(), mode="eval").body
+        tree = ast.parse(parts[0], mode="eval").body
         value = _value(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "not_an_expression"
@@ -82,12 +101,22 @@ def check(expression: str, nums: list[int], target: int) -> str:
 
 def _plain(text: str) -> str:
     """Rewrite typographic and LaTeX spellings as the ASCII expression they mean."""
-    text = " ".join(text.translate(_SPELLINGS).split())
-    text = _LATEX.sub(lambda match: _LATEX_MEANING.get(match[1], " "), text)
-    rewrites = 1
-    while rewrites:  # innermost fractions first; each pass removes at least one
-        text, rewrites = _FRACTION.subn(r"((\1)/(\2))", text)
-    return text.strip().removesuffix(".")
+    text = re.sub(r"[^\S\n]+", " ", text.translate(_SPELLINGS))
+    text = _LATEX.sub(
+        lambda match: ("/" if match[1] == "div" else "*") if match[1] else "\n" if match[2] else " ", text
+    )
+    for _ in range(MAX_FRACTIONS):  # innermost first; each pass removes at least one
+        text, rewrites = _FRACTION.subn(r"((\1\2)/(\3\4))", text)
+        if not rewrites:
+            break
+    return text if _HEXADECIMAL.search(text) else _TIMES.sub("*", text)
+
+
+def _unwrapped(text: str) -> str:
+    r"""Strip ``\boxed{}``, ``\text{}``, ``**`` and a final dot from around an expression."""
+    while match := _WRAPPED.fullmatch(text := text.strip().removesuffix(".").rstrip()):
+        text = match[1] or match[2] or ""
+    return text
 
 
 def _value(node: ast.expr) -> Fraction | None:
@@ -105,8 +134,8 @@ def _value(node: ast.expr) -> Fraction | None:
     raise ValueError("not arithmetic")
 
 
-_LOOSE = re.compile(r"[0-9(][0-9+\-*/() ×÷−·]*[0-9)](?: ?= ?-?[0-9]+)?")
-_HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/×÷−·]")
+_RUN = re.compile(r"[0-9+\-*/() =]+")  # maximal, so the search is linear; what is in it is trimmed after
+_HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/]")
 
 
 def _loose(response: str) -> str | None:
@@ -114,10 +143,14 @@ def _loose(response: str) -> str | None:
     if (tagged := _tagged(response)) is not None:
         return tagged
     part = answer_part(response)
-    if (boxed := last_boxed(part)) is not None:
+    if (boxed := last_boxed(part, MAX_BOXED)) is not None:
         return boxed
-    found = [run for run in _LOOSE.findall(part[-2000:]) if _HAS_OPERATION.search(run)]
-    return found[-1] if found else None
+    for run in reversed(_RUN.findall(_plain(part[-MAX_LOOSE:]))):
+        sides = [side.lstrip("+-*/) ").rstrip("+-*/( ") for side in run.split("=")]
+        if found := next((side for side in sides if _HAS_OPERATION.search(side)), None):
+            stated = re.fullmatch("[-0-9]+", run.rpartition("=")[2].strip("* ")) if len(sides) > 1 else None
+            return f"{found} = {stated[0]}" if stated else found
+    return None
 
 
 def _tagged(response: str) -> str | None:
@@ -227,9 +260,9 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     if isinstance(target, float) and target.is_integer():
         target = int(target)
     if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
-        raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {str(nums)[:60]}")
+        raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {repr(nums)[:60]}")
     if not _is_small_int(target):
-        raise UserError(f"{where}: 'target' must be an integer, not {str(target)[:60]}")
+        raise UserError(f"{where}: 'target' must be an integer, not {repr(target)[:60]}")
     columns = {**row, "nums": list(nums), "target": target}
     identity = f"countdown-{'-'.join(map(str, sorted(nums)))}-to-{target}"
     return Problem(identity, columns, str(target), f"{len(nums)} operands")
@@ -242,22 +275,35 @@ def _is_small_int(value: Any) -> bool:
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
     """Return problems: generated ones, a file's, or a hub set's (``Jiayi-Pan/Countdown-Tasks-3to4``, ``-Unique``).
 
-    Generated: ``limit`` (500 if it is None) problems of the split by ``generate``'s defaults and ``seed``. The hub sets
-    have one split; as in TinyZero its first 327,680 rows are train and the next 1,024 test.
+    Generated: ``limit`` (500 if it is None) problems of the split by ``generate``'s defaults and ``seed``, from the
+    slice's start on; of a slice with an end, such as ``test[:64]``, ``limit`` is a sample. The hub sets have one split,
+    parted by ``hub_part``.
     """
+    name, span = split_slice(split)
     if data is None:
-        rows = ({"nums": nums, "target": target} for nums, target in generate(split, limit or DEFAULT_COUNT, seed))
-        return [parse(row, "generated") for row in rows]
-    if Path(data).exists() or data.endswith((".jsonl", ".json")):
-        _, span = split_slice(split)
-        rows = list(read_jsonl(Path(data), TASK.columns))[span]
-    elif data.partition("@")[0].endswith("/Countdown-Tasks-3to4"):
-        if split not in HUB_SPLITS:
-            raise unknown("split", split, HUB_SPLITS)
-        rows = hub_rows(data, None, HUB_SPLITS[split], INSTEAD)
+        stop = span.stop if span.stop is not None else (span.start or 0) + (limit or DEFAULT_COUNT)
+        rows = ({"nums": nums, "target": target} for nums, target in generate(name, stop, seed))
+        return load_rows((("generated", row) for row in islice(rows, span.start, None)), parse, limit, seed, split)
+    if is_file(data):
+        rows = islice(read_jsonl(Path(data), TASK.columns), span.start, span.stop)
+    elif data.partition("@")[0].endswith(HUB_SETS):
+        if name not in HUB_SPLITS:
+            raise unknown("split", name, HUB_SPLITS)
+        rows = hub_rows(data, None, "train", INSTEAD, lambda size: hub_part(name, size)[span])
     else:
-        rows = hub_rows(data, None, split, INSTEAD)
+        rows = hub_rows(data, None, name, INSTEAD, lambda size: range(size)[span])
     return load_rows(rows, parse, limit, seed, data)
+
+
+def hub_part(split: str, size: int) -> range:
+    """Return which of a hub set's ``size`` rows are a split.
+
+    As in TinyZero the first 327,680 are train and the next 1,024 test. Of a set too short for that the last 1,024 (of
+    a very short one the last half) are test, all before them train.
+    """
+    train, test = TINYZERO_ROWS
+    cut = min(train, size - min(test, size // 2))
+    return range(cut) if split == "train" else range(cut, min(size, cut + test))
 
 
 RULES = "Use each number exactly once, with + - * / and parentheses."
