@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, now, provenance
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.answers import parse_number
+from mlx_traces.tasks.answers import vote_of
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -355,12 +355,6 @@ def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
                 groups
             )
     return {"pass_at_k": passes, "maj_at_k": votes}
-
-
-def vote_of(extracted: str | None) -> str | None:
-    """Return what an answer counts as in a vote: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
-    number = parse_number(extracted) if extracted is not None else None
-    return str(number) if number is not None else extracted and " ".join(extracted.split())
 
 
 def regrade(task: Task, row: dict[str, Any], where: str) -> dict[str, Score]:

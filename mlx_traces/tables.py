@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_traces import stats
 from mlx_traces.errors import UserError, clean, unknown
+from mlx_traces.tasks.answers import vote_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -338,11 +339,17 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
         answers: dict[str, list[str | None]] = {id: [] for id in own}
         for row in run.samples:
             answers[row["id"]].append(row["extracted"])
-        columns[f"{name}_prediction"] = [stats.majority(answers[id]) for id in outcomes[0]]
+        columns[f"{name}_prediction"] = [_winner(answers[id]) for id in outcomes[0]]
         columns[f"{name}_correct"] = [
             bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
         ]
     return pd.DataFrame(columns, dtype=object)
+
+
+def _winner(answers: Sequence[str | None]) -> str | None:
+    """Return the majority's answer, as its first voter wrote it."""
+    votes = [vote_of(answer) for answer in answers]
+    return answers[votes.index(stats.majority(votes))]
 
 
 def source_results(runs: Sequence[Run]) -> dict[str, Any]:
