@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 THINK_OPENERS = tuple(opener for opener, _ in THOUGHT_TAGS)
+_ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -48,10 +50,10 @@ class Rendered:
 class LoadedModel:
     """A model ready to generate.
 
-    ``name`` and ``adapter`` are as given, ``revision`` is the hub commit, ``None`` for a folder. ``stop_ids``
-    end a completion; ``stop_strings`` do too, for a model without a chat template, which knows no other end
-    of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes`` are lines the
-    user should see, each once.
+    ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
+    folder. ``stop_ids`` end a completion; ``stop_strings`` do too, for a model without a chat template, which
+    knows no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
+    are lines the user should see, each once.
     """
 
     model: Any
@@ -111,7 +113,7 @@ class LoadedModel:
                 return messages, text
             except TemplateError as error:
                 refusal = error
-        raise UserError(f"{self.name}: its chat template refuses this conversation ({refusal})")
+        raise UserError(f"{self.name}: its chat template refuses this conversation ({first_line(refusal)})")
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool, thinking: bool | None) -> str:
         arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -138,14 +140,29 @@ class LoadedModel:
             self.notes.append(line)
 
 
+def is_folder(spec: str) -> bool:
+    """Whether a name is an existing folder; names that the system refuses, too long ones say, are not."""
+    return bool(spec) and _is(spec, Path.is_dir)
+
+
 def split_adapter(spec: str) -> tuple[str, str | None]:
-    """Split ``MODEL+ADAPTER``; a folder whose own name has a ``+`` is that folder."""
-    if "+" not in spec or Path(spec).expanduser().is_dir():
-        return spec, None
+    """Split ``MODEL+ADAPTER``; a folder whose own name has a ``+`` is that folder, ``~`` is expanded in folders."""
+    if "+" not in spec or is_folder(spec):
+        return _expanded(spec), None
     parts = spec.split("+")
     splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
-    known = [split for split in splits if Path(split[1]).expanduser().is_dir()]
-    return next((split for split in known if Path(split[0]).expanduser().is_dir()), (known or splits)[0])
+    known = [split for split in splits if is_folder(split[1])]
+    model, adapter = next((split for split in known if is_folder(split[0])), (known or splits)[0])
+    return _expanded(model), _expanded(adapter)
+
+
+def check(name: str, adapter: str | None = None) -> None:
+    """Refuse what `load` would refuse, as far as the disk tells: nothing is downloaded, no weights, no MLX.
+
+    Raises:
+        UserError: for a folder that is no model or no adapter, and a name that cannot be a hub id.
+    """
+    _locate(_parts(name, adapter)[0])
 
 
 def load(
@@ -175,24 +192,19 @@ def load(
     devices.choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
     from mlx_lm.utils import get_total_parameters, load_model
 
-    spec, inner = split_adapter(name)
-    if inner and adapter:
-        raise UserError(f"two adapters, {inner} and {adapter}: give one")
-    adapter = adapter or inner
-    if adapter is not None and not Path(adapter).expanduser().is_dir():
-        raise UserError(f"{adapter}: no such adapter folder")
+    spec, adapter = _parts(name, adapter)
     path, revision = resolve(spec)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        raise UserError(f"{spec}: cannot be loaded ({_first_line(error)})") from None
+    except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
+        raise _unloadable(spec, "cannot be loaded", error, trust_remote_code) from None
     tokenizer = _load_tokenizer(path, spec, config, trust_remote_code)
     backend = devices.choose(device, weights, dtype, get_total_parameters(model))
     notes = place(model, backend)
     if adapter is not None:
         from mlx_traces.adapters import attach
 
-        attach(model, Path(adapter).expanduser())
+        attach(model, adapter)
     stop_ids = _stop_ids(tokenizer)
     if not stop_ids:
         notes.append(f"{spec} names no token that ends a text; completions run to the token limit")
@@ -244,27 +256,58 @@ def resolve(spec: str) -> tuple[Path, str | None]:
     Raises:
         UserError: if it is not there, is not a model, or cannot be downloaded; it says what to pass instead.
     """
-    folder = Path(spec).expanduser()
-    if spec and folder.is_dir():
-        return _checked(folder, spec), None
-    if folder.is_file():
-        raise UserError(f"{spec}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer")
+    folder, name, revision = _locate(spec)
+    if folder is not None:
+        return folder, None
+    folder = _download(name, revision)
+    return _checked(folder, spec), folder.name
+
+
+def _locate(spec: str) -> tuple[Path | None, str, str | None]:
+    """Return (a local model's folder, checked, ``None`` for a hub id; the name and the revision without ``@``)."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    shown = _short(spec)
+    if is_folder(spec):
+        return _checked(Path(spec).expanduser(), shown), spec, None
+    if _is(spec, Path.is_file):
+        raise UserError(f"{shown}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer")
     name, _, revision = spec.partition("@")
     if name == NANO:
         if revision:
-            raise UserError(f"{spec}: {NANO} comes with this package and has no revisions")
+            raise UserError(f"{shown}: {NANO} comes with this package and has no revisions")
         folder = Path(str(resources.files("mlx_traces") / "assets" / NANO))
         if not folder.is_dir():
             raise UserError(f"{NANO} is not in this installation; build it with: mlx-traces nano build")
-        return _checked(folder, NANO), None
-    if revision and Path(name).expanduser().is_dir():
-        raise UserError(f"{spec}: a folder has no revisions; give {name}")
+        return _checked(folder, NANO), name, None
+    if revision and is_folder(name):
+        raise UserError(f"{shown}: a folder has no revisions; give {_short(name)}")
     if spec.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{spec}: no such folder; {WHAT_A_NAME_IS}")
+        raise UserError(f"{shown}: no such folder; {WHAT_A_NAME_IS}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"unknown model {spec!r}: {WHAT_A_NAME_IS}{_close(name)}")
-    folder = _download(name, revision or None)
-    return _checked(folder, spec), folder.name
+        raise UserError(f"unknown model {shown!r}: {WHAT_A_NAME_IS}{_close(name)}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"unknown model {shown!r}: not of the form of a hub id; {WHAT_A_NAME_IS}") from None
+    return None, name, revision or None
+
+
+def _parts(name: str, adapter: str | None) -> tuple[str, str | None]:
+    """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
+    from mlx_traces.adapters import read_config
+
+    spec, inner = split_adapter(name)
+    if inner and adapter:
+        raise UserError(f"two adapters, {_short(inner)} and {_short(adapter)}: give one")
+    adapter = adapter or inner
+    if adapter is None:
+        return spec, None
+    if not is_folder(adapter):
+        raise UserError(f"{_short(adapter) or repr(adapter)}: no such adapter folder; give one that mlx_lm has trained")
+    read_config(Path(adapter).expanduser())
+    return spec, _expanded(adapter)
 
 
 def cached_models() -> list[str]:
@@ -292,8 +335,6 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r}; give a branch, tag or commit of it") from None
-    except errors.HFValidationError as error:
-        raise UserError(f"unknown model {name!r}: {_first_line(error)}; {WHAT_A_NAME_IS}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
         offline = isinstance(error.__cause__ or error, errors.OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if offline else "no network or hub not reachable"
@@ -308,20 +349,19 @@ def _close(name: str) -> str:
 
 def _checked(folder: Path, name: str) -> Path:
     """Return the folder if it looks like a model, else say which file is missing."""
-    tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-    for what, there in (
-        ("config.json", (folder / "config.json").exists()),
-        ("model*.safetensors", any(folder.glob("model*.safetensors"))),
-        ("a tokenizer (tokenizer.json)", tokenizer),
+    for what, patterns in (
+        ("config.json", ("config.json",)),
+        ("model*.safetensors", ("model*.safetensors",)),
+        ("a tokenizer (tokenizer.json)", _TOKENIZER_FILES),
     ):
-        if not there:
-            hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            hint = "; it is an adapter, pass it with --adapter" if any(folder.glob("adapter_config.json")) else ""
             raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{name}: config.json is not JSON ({_first_line(error)})") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: config.json is not JSON ({first_line(error)}); {_ANEW}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load")
     return folder
 
@@ -331,8 +371,14 @@ def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_
 
     try:
         return load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    except Exception as error:  # as above
+        raise _unloadable(name, "its tokenizer cannot be loaded", error, trust_remote_code) from None
+
+
+def _unloadable(name: str, what: str, error: Exception, trusted: bool) -> UserError:
+    if "trust_remote_code" in str(error) and not trusted:
+        return UserError(f"{name}: comes with Python code of its own; pass --trust-remote-code if you trust it")
+    return UserError(f"{name}: {what} ({first_line(error)}); {_ANEW}")
 
 
 def _stop_ids(tokenizer: Any) -> frozenset[int]:
@@ -372,5 +418,26 @@ def _opens_thought(opened: str) -> bool:
     return opened.strip() in THINK_OPENERS
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's message, with its type where the message alone says little."""
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
+    return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+def _is(spec: str, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(Path(spec).expanduser())
+    except (OSError, RuntimeError, ValueError):  # too long, no such user's ~, not readable, a zero byte
+        return False
+
+
+def _expanded(spec: str) -> str:
+    """Expand ``~`` where that leads to a folder."""
+    return str(Path(spec).expanduser()) if spec.startswith("~") and is_folder(spec) else spec
+
+
+def _short(name: str) -> str:
+    """Return a name as one line of an error message."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return name if len(name) <= 200 else f"{name[:80]}...{name[-40:]}"

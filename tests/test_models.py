@@ -2,20 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from conftest import CHATML, make_model, make_tokenizer, wrap
+from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from tokenizers.processors import TemplateProcessing
 
 from mlx_traces import models
 from mlx_traces.adapters import attach
 from mlx_traces.errors import UserError
-from mlx_traces.models import load, resolve, split_adapter
+from mlx_traces.models import check, is_folder, load, resolve, split_adapter
 from mlx_traces.records import Problem
 from mlx_traces.tasks.prompts import Prompt
 
@@ -348,6 +350,58 @@ def test_split_adapter(tmp_path):
     assert split_adapter(f"nano+{tmp_path}/a+b") == ("nano", f"{tmp_path}/a+b")
 
 
+def test_split_adapter_expands_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ad").mkdir()
+    assert split_adapter("nano+~/ad") == ("nano", f"{tmp_path}/ad")
+    assert split_adapter("~/ad+~/ad") == (f"{tmp_path}/ad", f"{tmp_path}/ad")
+    assert split_adapter("~/ad") == (f"{tmp_path}/ad", None)
+    assert split_adapter("nano+~/nothing") == ("nano", "~/nothing")
+
+
+def test_adapter_in_the_home_folder(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = adapter(tmp_path / "ad")
+    assert load(str(tiny_folder), "~/ad").adapter == load(f"{tiny_folder}+~/ad").adapter == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": "a"}, r"'scale' must be a number, not \"a\""),
+        ({"scale": None}, "'scale' must be a number, it is missing"),
+        ({"scale": None, "alpha": 16}, "'scale' is missing; mlx_lm does not read 'alpha'"),
+        ({"rank": "4"}, r"'rank' must be a whole number above 0, not \"4\""),
+        ({"rank": True}, "'rank' must be a whole number above 0, not true"),
+        ({"dropout": 1}, "'dropout' must be a number, 0 to 1, not 1"),
+        ({"keys": "q_proj"}, "'keys' must be a list of layer names"),
+        ({"num_layers": "all"}, r"'num_layers' must be a whole number, not \"all\""),
+        ({"lora_parameters": [1]}, "'lora_parameters' must be an object"),
+        ({"fine_tune_type": "lokr"}, r"'fine_tune_type' is lora, dora or full, not \"lokr\""),
+    ],
+)
+def test_adapter_settings_of_the_wrong_kind(tiny_folder, tmp_path, changes, message):
+    folder = adapter(tmp_path / "a")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for name, value in changes.items():
+        (settings if name in (*settings, "num_layers") else settings["lora_parameters"])[name] = value
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for refuse in (check, load):
+        with pytest.raises(UserError, match=message) as caught:
+            refuse(str(tiny_folder), str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_adapter_weights_that_are_none(tiny_folder, tmp_path):
+    folder = adapter(tmp_path / "a")
+    whole = (folder / "adapters.safetensors").read_bytes()
+    for content in (b"garbage", whole[:-100]):
+        (folder / "adapters.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="a/adapters.safetensors: ") as caught:
+            load(str(tiny_folder), str(folder))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -366,6 +420,11 @@ def test_split_adapter(tmp_path):
         ("a/b/c", r"a/b/c: no such folder"),
         ("nano@main", "has no revisions"),
         ("", "unknown model ''"),
+        ("x" * 400, r"unknown model 'x+\.\.\.x+': give nano"),
+        ("~/" + "x" * 400, r"~/x+\.\.\.x+: no such folder"),
+        ("~nosuchuser/model", "~nosuchuser/model: no such folder"),
+        ("org/" + "x" * 200, "unknown model 'org/x.*: not of the form of a hub id"),
+        ("./two\nlines", r"\./two\?lines: no such folder"),
     ],
 )
 def test_names_that_are_no_model(name, message, monkeypatch, tmp_path):
@@ -375,7 +434,48 @@ def test_names_that_are_no_model(name, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         resolve(name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_names_too_long_for_a_folder():
+    assert not is_folder("x" * 400) and not is_folder("") and not is_folder("~nosuchuser/x") and is_folder(".")
+    assert split_adapter("x" * 400 + "+" + "y" * 400) == ("x" * 400, "y" * 400)
+    for name, adapter_name in (("x" * 400, None), ("nano", "x" * 400), ("nano+" + "x" * 400, None)):
+        for refuse in (check, load):
+            with pytest.raises(UserError) as caught:
+                refuse(name, adapter_name)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_check_reads_no_weights_and_asks_no_hub(tiny_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    folder = adapter(tmp_path / "a")
+    check("nano")
+    check(str(tiny_folder), str(folder))
+    check(f"org/model@v1+{folder}", None)
+    for name, adapter_name, message in (
+        ("nanno", None, "unknown model 'nanno'"),
+        ("nano", str(tmp_path / "nowhere"), "nowhere: no such adapter folder"),
+        ("nano+", None, "'': no such adapter folder"),
+        ("org/model", str(tmp_path), r"adapter_config\.json is missing"),
+        (f"nano+{folder}", str(folder), "two adapters"),
+        (str(folder), None, "it is an adapter, pass it with --adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(name, adapter_name)
+    (folder / "adapters.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapters\.safetensors is missing"):
+        check("nano", str(folder))
+
+
+def test_check_does_without_mlx(tmp_path):
+    folder = adapter(tmp_path / "a")
+    program = "import sys; from mlx_traces.models import check; check('nano', sys.argv[1])"
+    program += "; print('mlx.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def hub_error(kind: str) -> Exception:
@@ -461,8 +561,13 @@ def test_folders_that_are_no_model(tiny_folder, tmp_path):
         ("config.json", "{", r"config\.json is not JSON"),
         ("config.json", "{}", "no 'model_type'"),
         ("config.json", '{"model_type": "nosuch"}', "cannot be loaded .*nosuch not supported"),
+        ("config.json", '{"model_type": ["qwen2"]}', "no 'model_type'"),
+        ("config.json", '{"model_type": "qwen2"}', r"cannot be loaded \(TypeError: .*\); copy or download it anew"),
+        ("config.json", '{"model_type": "qwen2", "hidden_size": "a"}', "cannot be loaded"),
         ("model.safetensors", "garbage", "cannot be loaded"),
         ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
+        ("tokenizer.json", "{}", r"its tokenizer cannot be loaded \(.*\); copy or download it anew"),
+        ("tokenizer_config.json", "[]", "its tokenizer cannot be loaded"),
     ],
 )
 def test_broken_model_folders(tiny_folder, tmp_path, file, content, message):
@@ -472,6 +577,26 @@ def test_broken_model_folders(tiny_folder, tmp_path, file, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_were_cut_off(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_comes_with_a_model(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "config.json").write_text(json.dumps(make_config(model_file="own.py")))
+    (folder / "own.py").write_text("raise NotImplementedError('first\\nsecond')")
+    with pytest.raises(UserError, match="pass --trust-remote-code if you trust it"):
+        load(str(folder))
+    with pytest.raises(UserError, match=r"cannot be loaded \(first\)"):
+        load(str(folder), trust_remote_code=True)
 
 
 def test_bad_values_are_refused_before_the_model_is_read():
