@@ -9,7 +9,9 @@ search in a fixed order.
 
 import json
 import math
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -160,17 +162,59 @@ def loss_of(model: nn.Module, ids: mx.array, mask: mx.array) -> mx.array:
     return (losses * mask).sum() / mask.sum()
 
 
+def check_sizes(config: NanoConfig) -> None:
+    """Refuse sizes that make no model, or one that cannot be quantized; the UserError names the setting."""
+    group, heads, kv_heads = config.quant_group_size, config.heads, config.kv_heads
+    groups = f"quant_group_size ({group})"
+    for name, size, part, what in (
+        ("heads", heads, kv_heads, f"kv_heads ({kv_heads})"),
+        ("hidden_size", config.hidden_size, math.lcm(2 * heads, group), f"twice heads ({heads}) and of {groups}"),
+        ("intermediate_size", config.intermediate_size, group, groups),
+    ):
+        if size % part:
+            raise UserError(f"{name}: {size} is not a multiple of {what}; {-(-size // part) * part} is")
+
+
+def _scratch_folder(out: Path) -> Path:
+    """Make the empty folder beside ``out`` that becomes it in the end; UserError if that cannot be written."""
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f".nano-{os.getpid()}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
+    return scratch
+
+
 def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     """Train nano and write it, quantized, to ``config.out`` as a folder that ``mlx_lm.load`` reads.
 
+    The folder appears when it is complete; a build that is cut off leaves none.
+
     Raises:
-        UserError: if the folder exists.
+        UserError: if the sizes do not go together, or the folder exists or cannot be written; before any training.
     """
+    check_sizes(config)
+    out = Path(config.out)
+    scratch = _scratch_folder(out)
+    try:
+        _train(config, scratch, progress)
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _train(config: NanoConfig, folder: Path, progress) -> None:
+    """Train the model, quantize it and write it to an existing folder."""
     from mlx_lm.utils import save_model
 
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"{out} exists; remove it, or choose another --out")
     tokenizer = build_tokenizer()
     model, settings = build_model(config, tokenizer)
     steps = math.ceil(config.problems / config.batch_size)
@@ -193,8 +237,6 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     model.set_dtype(mx.float16)
     nn.quantize(model, config.quant_group_size, config.bits)
     settings["quantization"] = {"group_size": config.quant_group_size, "bits": config.bits, "mode": "affine"}
-    out.mkdir(parents=True)
-    save_model(out, model)
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    tokenizer.save_pretrained(out)
-    return out
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """nano: its tokenizer, its making, and what it is supposed to be able to do."""
 
 import json
+import os
 from itertools import islice
 
 import pytest
@@ -80,6 +81,60 @@ def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
     assert model(mx.array([tokenizer.encode("Make 12")])).shape[-1] == len(nano.build_tokenizer())
     with pytest.raises(UserError, match="exists; remove it, or choose another --out"):
         nano.build(NanoConfig(out=str(first), **TINY))
+
+
+def no_training(*_):
+    raise AssertionError("the training began")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 100}, r"hidden_size: 100 is not .* heads \(2\) and of quant_group_size \(64\); 128 is"),
+        ({"heads": 3}, r"hidden_size: 128 is not a multiple of twice heads \(3\) and of .*; 192 is"),
+        (
+            {"hidden_size": 192, "heads": 64},
+            r"hidden_size: 192 is not a multiple of twice heads \(64\) and of .*; 256 is",
+        ),
+        ({"kv_heads": 4}, r"heads: 2 is not a multiple of kv_heads \(4\); 4 is"),
+        ({"intermediate_size": 96}, r"intermediate_size: 96 is not a multiple of quant_group_size \(64\); 128 is"),
+    ],
+)
+def test_sizes_are_checked_before_training(tmp_path, monkeypatch, sizes, message):
+    monkeypatch.setattr(nano, "batches", no_training)
+    with pytest.raises(UserError, match=message):
+        nano.build(NanoConfig(out=str(tmp_path / "a"), **sizes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_folder_is_checked_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(nano, "batches", no_training)
+    (tmp_path / "file").touch()
+    for out in ("/proc/nano", "/proc/nano/deeper", str(tmp_path / "file" / "a"), str(tmp_path / ("x" * 300)), "/"):
+        with pytest.raises(UserError, match="(cannot be written|exists).*choose another --out") as caught:
+            nano.build(NanoConfig(out=out, **TINY))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    out, seen = tmp_path / "deep" / "a", []
+
+    def stop(step, steps, loss):
+        seen.append(out.exists())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nano.build(NanoConfig(out=str(out), **TINY), stop)
+    assert seen == [False] and not list(out.parent.iterdir())
+
+    def fail(*_):
+        (out.parent / f".nano-{os.getpid()}.tmp" / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_lm.utils.save_model", fail)
+    with pytest.raises(UserError, match=r"a cannot be written \(No space left on device\)"):
+        nano.build(NanoConfig(out=str(out), **TINY))
+    assert not list(out.parent.iterdir())
 
 
 def test_the_package_stays_small():
