@@ -383,6 +383,7 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 
     from mlx_traces import nano
 
+    nano.check_sizes(config)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("training nano", total=None)
 

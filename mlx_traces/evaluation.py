@@ -60,10 +60,10 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
-        from mlx_traces.models import NANO, resolve
+        from mlx_traces.models import NANO, is_folder, resolve
 
         config = self.config
-        local = config.model == NANO or Path(config.model).is_dir()
+        local = config.model == NANO or is_folder(config.model)
         asked = [[problem.id, problem.gold] for problem in self.problems]
         return {
             **config.model_dump(mode="json", exclude=NOT_IDENTITY),
@@ -96,16 +96,18 @@ def plan(config: EvalConfig) -> Plan:
         raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
     check(model, adapter)
     problems = task.load(config.split, config.data, config.limit, config.seed)
-    return Plan(config, task, _prompt(task, config), extractor, problems)
+    return Plan(config, task, _prompt(task, config, problems), extractor, problems)
 
 
-def _prompt(task: Task, config: EvalConfig) -> Prompt:
-    """Find the prompt by name or file, and apply ``system`` and ``prefill``."""
+def _prompt(task: Task, config: EvalConfig, problems: list[Problem]) -> Prompt:
+    """Find the prompt by name or file, and apply ``system`` and ``prefill``; no problem is its own worked example."""
     name = config.prompt or task.default_prompt
     if name in task.prompts:
         prompt = task.prompts[name]
     elif name in task.few_shot:
-        prompt = task.few_shot[name](config.shots, config.seed, config.shots_data)
+        prompt = task.few_shot[name](
+            config.shots, config.seed, config.shots_data, frozenset(problem.id for problem in problems)
+        )
     elif name.endswith((".yaml", ".yml")):
         prompt = load_prompt(Path(name))
     else:

@@ -172,6 +172,18 @@ def test_a_malformed_data_line_is_named_and_no_run_is_left(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_question_is_never_its_own_worked_example(tmp_path):
+    data = tmp_path / "train.jsonl"
+    rows = [{"question": f"Ann has {n} hats and gets {n}?", "answer": f"{2 * n}\n#### {2 * n}"} for n in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task": "gsm8k", "data": str(data), "prompt": "fewshot", "shots_data": str(data), "split": "train[:3]"}
+    planned = plan(EvalConfig(shots=5, **settings))
+    assert planned.prompt.user.count("Answer: ") == 5
+    assert not any(row["question"] in planned.prompt.user for row in rows[:3])
+    with pytest.raises(UserError):
+        plan(EvalConfig(shots=6, **settings))
+
+
 def test_bad_requests_leave_no_run_behind(tmp_path):
     prompt = tmp_path / "mine.yaml"
     for content, settings, message in (

@@ -18,7 +18,7 @@ class Task:
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
     in ``extractors`` is the headline. ``prompts`` has the built-in styles; ``few_shot`` functions of (shots, seed,
-    data) build those with worked examples.
+    data, ids of problems to leave out) build those with worked examples.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Task:
     load: Callable[[str, str | None, int | None, int], list[Problem]]
     grade: Callable[[Problem, str], dict[str, Score]]
     splits: tuple[str, ...] = ("train", "test")
-    few_shot: dict[str, Callable[[int, int, str | None], Prompt]] = field(default_factory=dict)
+    few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
 
     @property
     def styles(self) -> tuple[str, ...]:
