@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.errors import UserError, choices
-from mlx_traces.models import first_line
+from mlx_traces.errors import UserError, choices, first_line
 
 if TYPE_CHECKING:
     import mlx.nn as nn

@@ -150,7 +150,8 @@ def _measured(run: Callable[[], tuple[int, Any]]) -> _Run:
 
 
 def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, Any]:
-    from mlx_traces.sampling import Request, SamplingParams, Usage, generate
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import Usage, generate
 
     usage = Usage()
     for _ in generate(loaded, [Request(ids) for ids in prompts], SamplingParams(max_tokens), rows, usage=usage):

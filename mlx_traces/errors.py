@@ -32,3 +32,10 @@ def clean(text: Any) -> str:
     """Put foreign text on one line, without the control and direction characters that could forge a display."""
     spaced = " ".join(str(text).split())
     return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's message, with its type where the message alone says little."""
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
+    return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")

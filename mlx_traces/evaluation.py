@@ -206,7 +206,8 @@ def rehead(row: Sample, extractor: str) -> Sample:
 
 def _model_generate(loaded, planned: Plan) -> Generate:
     """Make the plain function from (problem, sample) pairs to completions, as they finish."""
-    from mlx_traces.sampling import Request, SamplingParams, generate
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import generate
 
     config = planned.config
     params = SamplingParams(

@@ -1,17 +1,13 @@
 """Generation by mlx_lm's BatchGenerator, for models whose cache is not a plain one (sliding window, state space)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, uniforms_of
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
-
-if TYPE_CHECKING:
-    from mlx_traces.sampling import Request, SamplingParams
 
 PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
 
@@ -22,8 +18,6 @@ def generate_plainly(
     """Do what ``sampling.generate`` does, without log-probabilities and at mlx_lm's speed; same random numbers."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
-
-    from mlx_traces.sampling import finish
 
     note = f"{loaded.name} has a special cache; mlx_lm's own batched generation is used, which is slower"
     if note not in loaded.notes:
@@ -63,8 +57,6 @@ def generate_plainly(
 def row_sampler(request: Request, params: SamplingParams) -> Callable[[Any], Any]:
     """Return a sampler of one row, (1, V) log-probabilities to (1,) ids, that counts its own draws."""
     import mlx.core as mx
-
-    from mlx_traces.sampling import draw, settings_of, uniforms_of
 
     uniforms, settings, count = uniforms_of(request, params), settings_of(params)[None], 0
 

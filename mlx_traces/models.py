@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_traces import device as devices
 from mlx_traces.device import Backend
-from mlx_traces.errors import UserError, choices, did_you_mean
+from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt
@@ -416,13 +416,6 @@ def _as_plain_chat(messages: list[Message]) -> str:
 
 def _opens_thought(opened: str) -> bool:
     return opened.strip() in THINK_OPENERS
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a foreign error's message, with its type where the message alone says little."""
-    line = (str(error).strip().splitlines() or [""])[0][:200]
-    telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
-    return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _is(spec: str, kind: Callable[[Path], bool]) -> bool:

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
+from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
-from mlx_traces.sampling import Request, SamplingParams, Usage, decode, generate, rows_that_fit
+from mlx_traces.sampling import Usage, generate, rows_that_fit
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
 

@@ -1,0 +1,177 @@
+"""How one token is drawn and when a completion ends: what the engine and the fallback share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_traces.errors import UserError
+from mlx_traces.models import LoadedModel
+from mlx_traces.records import Rollout
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn and when a completion ends.
+
+    ``temperature`` 0 is greedy and ignores the filters. Otherwise, as in mlx_lm: ``top_p``, then ``min_p``,
+    then ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at
+    ``temperature``. ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop
+    token. ``stop`` are strings that end a completion.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise UserError for a setting outside its range."""
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (off) or above, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if "" in self.stop:
+            raise UserError("a stop string is empty; it would end every completion at once")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to complete once; ``seed`` is that of this row's own random stream."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int = 0
+
+
+def finish(
+    loaded: LoadedModel, request: Request, params: SamplingParams, ids: list[int], logprobs: np.ndarray | None = None
+) -> Rollout | None:
+    """Return the rollout of ``ids`` if its newest token ended it, else None.
+
+    Args:
+        loaded: the model, for its stop tokens, stop strings and tokenizer.
+        request: what was asked.
+        params: with the limit and the stop strings.
+        ids: tokens drawn so far, at least one.
+        logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
+    """
+    at_stop, at_limit = ids[-1] in loaded.stop_ids, len(ids) >= params.max_tokens
+    cut = None if at_stop else find_stop(loaded.tokenizer, ids, (*params.stop, *loaded.stop_strings))
+    if not (at_stop or at_limit) and cut is None:
+        return None
+    text = decode(loaded.tokenizer, ids[:-1] if at_stop else ids)[:cut]
+    reason = "length" if cut is None and not at_stop else "stop"
+    columns = () if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
+    return Rollout(request.prompt_ids, tuple(ids), text, reason, *columns)
+
+
+def uniforms_of(request: Request, params: SamplingParams) -> np.ndarray:
+    """Return (max_tokens,) float32 in [0, 1), the random numbers of one completion: Philox keyed by its seed."""
+    if not params.temperature:
+        return np.zeros(params.max_tokens, np.float32)
+    stream = np.random.Generator(np.random.Philox(key=request.seed))
+    return stream.random(params.max_tokens, np.float32)
+
+
+def settings_of(params: SamplingParams) -> np.ndarray:
+    """Return (4,) float32: temperature, top_p, min_p, top_k."""
+    return np.array([params.temperature, params.top_p, params.min_p, params.top_k], np.float32)
+
+
+def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool) -> tuple[Any, Any | None]:
+    """Draw a token of every row by inverting the distribution at a uniform number.
+
+    One number a row in place of Gumbel noise over the vocabulary: cheaper, and a row's stream is its own.
+
+    Args:
+        logits: (R, V) float32.
+        uniforms: (R,) in [0, 1).
+        settings: (R, 4): temperature (0 takes the likeliest), top_p, min_p, top_k (0 keeps all).
+        logprobs: whether to return log-probabilities.
+
+    Returns:
+        (R,) int32 tokens; (R, 2) float32 log-probabilities of them under the distribution drawn from and under the
+        model's own, or None.
+    """
+    import mlx.core as mx
+
+    best = mx.argmax(logits, axis=-1)
+    temperature = settings[:, 0]
+    if not temperature.any():
+        if not logprobs:
+            return best.astype(mx.int32), None
+        own = _pick(logits, best) - mx.logsumexp(logits, axis=-1)
+        return best.astype(mx.int32), mx.stack([mx.zeros_like(own), own], axis=-1)
+    greedy = mx.array(temperature == 0)
+    scale = mx.array(np.where(temperature == 0, 1, 1 / np.maximum(temperature, 1e-6)).astype(np.float32))[:, None]
+    top = mx.max(logits, axis=-1, keepdims=True)
+    weights = mx.exp((logits - top) * scale)
+    if (settings[:, 1:] != (1, 0, 0)).any():
+        weights = mx.where(_kept(logits - top, settings), weights, 0)
+    mass = mx.cumsum(weights, axis=-1)
+    total = mass[:, -1]
+    drawn = (mass <= (mx.array(uniforms) * total)[:, None]).sum(axis=-1)
+    # Rounding may put the product at the total itself: then the likeliest is as good as any.
+    tokens = mx.where(greedy | (drawn >= logits.shape[-1]), best, drawn).astype(mx.int32)
+    if not logprobs:
+        return tokens, None
+    sampled = mx.where(greedy, 0, mx.log(_pick(weights, tokens)) - mx.log(total))
+    own = _pick(logits, tokens) - mx.logsumexp(logits, axis=-1)
+    return tokens, mx.stack([sampled, own], axis=-1)
+
+
+def _pick(array: Any, tokens: Any) -> Any:
+    """Return (R,) elements of (R, V), one a row."""
+    import mlx.core as mx
+
+    return mx.take_along_axis(array, tokens[:, None], axis=-1)[:, 0]
+
+
+def _kept(logits: Any, settings: np.ndarray) -> Any:
+    """Return (R, V): which tokens top_p, min_p and top_k keep, by their probabilities at temperature 1.
+
+    As in mlx_lm the next filter sees what the one before left, without renormalising. ``logits`` have 0 at their
+    greatest.
+    """
+    import mlx.core as mx
+
+    weights = mx.exp(logits)
+    order = mx.argsort(-logits, axis=-1)
+    descending = mx.take_along_axis(weights, order, axis=-1)
+    before = mx.cumsum(descending, axis=-1) - descending
+    top_p, min_p, top_k = (mx.array(settings[:, i])[:, None] for i in (1, 2, 3))
+    inside = (before < top_p * weights.sum(axis=-1, keepdims=True)) | (top_p >= 1)
+    inside &= descending >= min_p
+    inside &= (mx.arange(logits.shape[-1]) < top_k) | (top_k == 0)
+    return mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, inside, axis=-1)
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the ids' exact text, special tokens such as ``<think>`` included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def find_stop(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
+    """Return where in the text the first stop string starts, if the newest token completed one.
+
+    Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
+    ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+    """
+    if not stops:
+        return None
+    span = max(len(stop.encode()) for stop in stops) + 8
+    tail = decode(tokenizer, ids[-span:])
+    if not any(stop in tail for stop in stops):
+        return None
+    text = decode(tokenizer, ids)
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
