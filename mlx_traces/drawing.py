@@ -19,7 +19,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy and ignores the filters. Otherwise, as in mlx_lm: ``top_p``, then ``min_p``,
     then ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at
     ``temperature``. ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop
-    token. ``stop`` are strings that end a completion.
+    token. A completion also ends with any of the ``stop_tokens`` (ids, or tokens as the vocabulary writes them), which
+    is kept like the model's own stop token, and before any of the strings in ``stop``.
     """
 
     max_tokens: int = 512
@@ -28,6 +29,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int | str, ...] = ()
 
     def check(self) -> None:
         """Raise UserError for a setting outside its range."""
@@ -53,6 +55,24 @@ class Request:
     seed: int = 0
 
 
+def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
+    """Return the ids that end a completion: the model's and the settings' own.
+
+    Raises:
+        UserError: for a stop token that the vocabulary does not have.
+    """
+    if not params.stop_tokens:
+        return loaded.stop_ids
+    vocabulary = loaded.tokenizer.get_vocab()
+    size, own = loaded.config.get("vocab_size") or len(vocabulary), set()
+    for token in params.stop_tokens:
+        number = vocabulary.get(token, -1) if isinstance(token, str) else token
+        if not 0 <= number < size:
+            raise UserError(f"unknown stop token {token!r}: {loaded.name} has no such token; a text goes into stop")
+        own.add(number)
+    return loaded.stop_ids | own
+
+
 def finish(
     loaded: LoadedModel, request: Request, params: SamplingParams, ids: list[int], logprobs: np.ndarray | None = None
 ) -> Rollout | None:
@@ -65,7 +85,7 @@ def finish(
         ids: tokens drawn so far, at least one.
         logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
     """
-    at_stop, at_limit = ids[-1] in loaded.stop_ids, len(ids) >= params.max_tokens
+    at_stop, at_limit = ids[-1] in stop_ids(loaded, params), len(ids) >= params.max_tokens
     cut = None if at_stop else find_stop(loaded.tokenizer, ids, (*params.stop, *loaded.stop_strings))
     if not (at_stop or at_limit) and cut is None:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, uniforms_of
+from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, stop_ids, uniforms_of
 from mlx_traces.errors import UserError
 from mlx_traces.fallback import generate_plainly
 from mlx_traces.models import LoadedModel
@@ -90,6 +90,7 @@ def generate(
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
     for settings in {params} if isinstance(params, SamplingParams) else set(each):
         settings.check()
+        stop_ids(loaded, settings)
     if rows < 1:
         raise UserError(f"rows must be at least 1, not {rows}")
     for index, (request, settings) in enumerate(zip(requests, each, strict=True)):
@@ -218,7 +219,7 @@ class _Engine:
         self.logprobs = np.zeros((rows, longest, 2), np.float32) if logprobs else None
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
-        self.stop_ids = np.array(sorted(loaded.stop_ids), np.int32)
+        self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.window = Window(rows)

@@ -67,6 +67,22 @@ def test_stop_token_is_kept_in_ids_and_left_out_of_text(tiny):
             assert rollout.text == tiny.tokenizer.decode(list(rollout.completion_ids))
 
 
+def test_own_stop_tokens_end_their_own_rows_alone(tiny):
+    plain = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
+    at, rollout = next((i, r) for i, r in enumerate(plain) if r.finish_reason == "length")
+    token = rollout.completion_ids[9]
+    each = [SamplingParams(max_tokens=40, stop_tokens=(token,) if i == at else ()) for i in range(len(plain))]
+    stopped = run(tiny, [Request(p) for p in prompts()], each)
+    first = rollout.completion_ids.index(token)
+    assert stopped[at].completion_ids == rollout.completion_ids[: first + 1] and stopped[at].finish_reason == "stop"
+    assert stopped[:at] + stopped[at + 1 :] == plain[:at] + plain[at + 1 :]
+    named = SamplingParams(max_tokens=40, stop_tokens=("<|im_end|>",))
+    assert run(tiny, [Request(p) for p in prompts()], named) == plain
+    for unknown in ("<|nothing|>", -1, 10**6):
+        with pytest.raises(UserError, match="unknown stop token"):
+            generate(tiny, [Request((1,))], SamplingParams(stop_tokens=(unknown,)))
+
+
 def test_special_tokens_and_spaces_stay_in_the_text(tiny):
     text = "<think>a , b .</think> c"
     ids = tiny.tokenizer.encode(text, add_special_tokens=False)
