@@ -358,7 +358,7 @@ def test_rows_follow_from_the_memory(tiny):
     # By hand: 2 layers, 2 key-value heads of 16, float32, 44 + 100 + 256 positions; 128 logits three times.
     row = 2 * 2 * 2 * 16 * 4 * 400 + 3 * 4 * 128
     base = sum(array.nbytes for _, array in tree_flatten(tiny.model.parameters()))
-    base += 2048 * 4 * (16 * 64 + 4 * 128)
+    base += 512 * 4 * (16 * 64 + 4 * 128)
     for rows in (1, 2, 7, 64):
         assert rows_that_fit(tiny, requests, params, (base + rows * row + 1) / 1e9) == rows
     assert rows_that_fit(tiny, requests, params, 1e-6) == 1
