@@ -21,8 +21,8 @@ from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
 
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
-# Prompt tokens read at once, padding included. On a CPU few: products of that size are at full speed already, and batches
-# of near-equal prompts pad little (GSM8K: 2,204 tokens read for 2,019, where batches of 2,048 read 2,828).
+# Prompt tokens read at once, padding included. On a CPU few: products of that size are at full speed already, and
+# batches of near-equal prompts pad little (GSM8K: 2,204 tokens read for 2,019, where batches of 2,048 read 2,828).
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
