@@ -164,15 +164,12 @@ def compare_command(
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
     thinking.
     """
-    from mlx_traces import comparison, report, tables
+    from mlx_traces import comparison, tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
     config = comparison.requested(read_config(CompareConfig, config_file, given), runs, models, prompts, settings)
-    collected = comparison.collect(config, progress=True)
-    frame = tables.compare_runs(collected, config.baseline or 0)
-    if config.out:
-        report.write_all(collected, frame, Path(config.out))
+    frame, collected = comparison.compared(config, progress=True)
     for line in tables.differences(collected):
         click.echo(f"note: {line}", err=True)
     _print(frame, collected, format_, extractors)

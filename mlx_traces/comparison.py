@@ -103,18 +103,32 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     An evaluation whose run folder is there, with the same settings, problems and model files, is not repeated.
 
     Raises:
-        UserError: if the input is wrong; all of it is looked at before the first evaluation.
+        UserError: if the input is wrong; runs, settings, models and problems are looked at before the first evaluation.
     """
     from mlx_traces.evaluation import plan, run
 
-    collected = [read_run(path) for path in dict.fromkeys(config.runs)]
-    plans = {planned.label: planned for planned in map(plan, config.evals)}
+    collected, evals = [read_run(path) for path in dict.fromkeys(config.runs)], config.evals
+    if config.extractor:
+        collected = [by_extractor(finished, config.extractor) for finished in collected]
+        evals = [settings.model_copy(update={"extractor": config.extractor}) for settings in evals]
+    plans = {planned.label: planned for planned in map(plan, evals)}
     for label, planned in plans.items():
         path = Path(config.runs_dir) / label
         if not RunFolder(path).finished:
             run(planned, path, resume=path.exists(), progress=progress)
         collected.append(by_extractor(read_run(path), planned.extractor))
-    return [by_extractor(run, config.extractor) for run in collected] if config.extractor else collected
+    return collected
+
+
+def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
+    """Carry out a comparison: its runs, their table, and the files in ``config.out`` if that is set."""
+    from mlx_traces import report, tables
+
+    runs = collect(config, progress)
+    frame = tables.compare_runs(runs, config.baseline or 0)
+    if config.out:
+        report.write_all(runs, frame, Path(config.out))
+    return frame, runs
 
 
 def compare(
@@ -149,14 +163,8 @@ def compare(
     Raises:
         UserError: if the input is wrong, or the runs are of different problems.
     """
-    from mlx_traces import report, tables
-
     changes = {"baseline": baseline, "out": out and str(out), "runs_dir": runs_dir and str(runs_dir)}
     config = (config or CompareConfig()).model_copy(update={k: v for k, v in changes.items() if v is not None})
     models, prompts = ([names] if isinstance(names, str) else list(names) for names in (model, prompt))
     config = requested(config, [str(path) for path in runs], models, prompts, settings)
-    collected = collect(config, progress)
-    frame = tables.compare_runs(collected, config.baseline or 0)
-    if config.out:
-        report.write_all(collected, frame, Path(config.out))
-    return frame
+    return compared(config, progress)[0]

@@ -105,14 +105,14 @@ def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str
     return build(kind, {**content, **overrides}, str(path) if path else "")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     """Read a YAML mapping; UserError if it is not one."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
@@ -149,10 +149,3 @@ def _models_in(annotation: Any) -> list[type[Config]]:
     if get_origin(annotation) in (list, tuple, Union, types.UnionType):
         return [kind for inner in get_args(annotation) for kind in _models_in(inner)]
     return []
-
-
-def dump_yaml(config: Config) -> str:
-    """Return settings as YAML that ``read_config`` reads back."""
-    import yaml
-
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -78,7 +78,7 @@ def choose(
 ) -> Backend:
     """Decide how a model runs here: what was asked for, else what this backend is good at.
 
-    Metal keeps the folder's weights. CUDA takes dense bfloat16, twice as fast and more with many rows, when
+    Metal keeps the folder's weights. CUDA takes dense bfloat16, as 4-bit kernels lose time with many rows, when
     that fills less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one
     thread there; a model that would fill more than 80 % of the memory so stays quantized, and slow.
 

@@ -2,7 +2,7 @@
 
 A Qwen2 of under a million parameters that knows one game, Countdown, in two prompt styles. It stands in for a language
 model so that every loop of this package runs anywhere, offline; it is left part-trained so that those loops have
-something to gain. What made it learn (figures for a prototype, in the README's card): numbers as single tokens whose
+something to gain. What makes it learn in minutes: numbers as single tokens whose
 embeddings start as cos and sin of 2 pi n / p, so that addition is a rotation from the first step on, and traces that
 search in a fixed order.
 """

@@ -76,8 +76,8 @@ def test_load_prompt(tmp_path):
     ("text", "message"),
     [
         ("system: Be brief.\n", "a prompt needs a 'user' template"),
-        ("- user\n", "a prompt needs a 'user' template"),
-        ("", "a prompt needs a 'user' template"),
+        ("- user\n", "expected 'field: value' lines, found list"),
+        ("", "expected 'field: value' lines, found NoneType"),
         (
             "user: '{question}'\nsytem: x\n",
             "unknown field 'sytem'; a prompt has user, system, prefill, stop, chat",

@@ -61,16 +61,11 @@ def load_prompt(path: Path) -> Prompt:
     Raises:
         UserError: if the file is missing, is not such a mapping, or has other fields.
     """
-    import yaml
+    from mlx_traces.config import read_yaml
 
     fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool}
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such prompt file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(content, dict) or "user" not in content:
+    content = read_yaml(path, "prompt")
+    if "user" not in content:
         raise UserError(f"{path}: a prompt needs a 'user' template, and may have system, prefill, stop and chat")
     for key, value in content.items():
         if key not in fields:

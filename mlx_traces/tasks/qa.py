@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score
-from mlx_traces.tasks import Task
+from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
     MAX_ANSWER,
     answer_part,
@@ -31,7 +31,6 @@ from mlx_traces.tasks.data import (
     split_slice,
     text_column,
 )
-from mlx_traces.tasks.gsm8k import BOXED
 from mlx_traces.tasks.prompts import Prompt
 
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
@@ -149,16 +148,13 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 PROMPTS = {
-    prompt.name: prompt
-    for prompt in (
-        Prompt(name="plain", user="{question}"),
-        Prompt(name="boxed", system=BOXED, user="{question}"),
-        Prompt(
-            name="thinking",
-            user="{question}\n\nThink first, between <think> and </think>. "
-            "Then give the answer alone: <answer>answer</answer>.",
-        ),
-    )
+    "plain": gsm8k.PROMPTS["plain"],
+    "boxed": gsm8k.PROMPTS["boxed"],
+    "thinking": Prompt(
+        name="thinking",
+        user="{question}\n\nThink first, between <think> and </think>. "
+        "Then give the answer alone: <answer>answer</answer>.",
+    ),
 }
 
 TASK = Task(
