@@ -61,6 +61,36 @@ class EvalConfig(LoadConfig, ProblemConfig):
     thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
 
 
+class GenerateConfig(EvalConfig):
+    """Settings of ``mlx-traces generate``: those of an evaluation, sampled, on training problems."""
+
+    split: str = Field("train", description="Split of the data; a slice as in 'train[:64]' takes a part.")
+    samples: Positive = Field(4, description="Completions per problem.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy.")
+
+
+class AdapterConfig(Config):
+    """What is trained: low-rank adapters (LoRA, DoRA) on linear layers, or the weights themselves."""
+
+    kind: Literal["lora", "dora", "full"] = Field("lora", description="LoRA, DoRA, or all weights of the layers.")
+    rank: Positive = Field(16, description="Rank of the adapter's matrices.")
+    scale: Annotated[float, Field(gt=0)] = Field(2.0, description="Factor on the adapter's output (alpha / rank).")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of an adapter's inputs dropped.")
+    layers: int = Field(-1, description="Train the last so many layers; -1 for all.")
+    targets: list[str] | None = Field(None, description="Modules, as in self_attn.q_proj; default: every linear one.")
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up and a cosine decay."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate.")
+    warmup: Fraction01 = Field(0.05, description="Share of the steps over which the rate rises from 0.")
+    final_rate: Fraction01 = Field(0.0, description="Last learning rate as a share of the peak.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="AdamW's decay of its two averages.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+
+
 class CompareConfig(Config):
     """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
 

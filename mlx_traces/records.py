@@ -1,7 +1,9 @@
-"""What flows between the rooms: a problem, a rollout, a score. Standard library only."""
+"""What flows between the rooms: a problem, a rollout, a score, a trace. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from mlx_traces.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,67 @@ class Score:
     def correct(self) -> bool:
         """Whether the answer counts."""
         return self.verdict == "correct"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A conversation whose last turn is a thinking trace: one line of a file under ``data/``.
+
+    ``messages`` are the turns before the completion, each with ``role`` and ``content``, the last one the user's;
+    ``completion`` is the assistant's last turn, without the stop token. ``id`` is the problem's, so traces of one
+    problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
+    empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
+    trace is from, ``sample`` numbers the traces of one problem.
+
+    Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
+    distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
+    Scored ones have the headline ``verdict`` of the task's grader, named ``scores`` from 0 to 1 (None where one does
+    not apply) and the combined ``score``.
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    completion: str
+    task: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    source: str = ""
+    sample: int = 0
+    completion_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    finish_reason: str | None = None
+    verdict: str | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)
+    score: float | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the JSON object of this trace; what is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value not in ("", {})}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], where: str) -> "Trace":
+        """Read a JSON object; UserError, starting with ``where``, for a missing, unknown or malformed field."""
+        names = cls.__dataclass_fields__
+        for name in ("id", "messages", "completion"):
+            if name not in row:
+                raise UserError(f"{where}: {name!r} is missing; this row has {', '.join(map(str, row)) or 'nothing'}")
+        if strange := [name for name in row if name not in names]:
+            raise UserError(f"{where}: unknown field {strange[0]!r}; a trace has {', '.join(names)}")
+        turns = row["messages"]
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict)
+            and set(turn) == {"role", "content"}
+            and all(isinstance(v, str) for v in turn.values())
+            for turn in turns
+        ):
+            raise UserError(f"{where}: 'messages' must be a list of {{role, content}} objects of texts")
+        for name in ("id", "completion"):
+            if not isinstance(row[name], str):
+                raise UserError(f"{where}: {name!r} must be a text, not {type(row[name]).__name__}")
+        lists = {
+            name: tuple(row[name]) for name in ("messages", "completion_ids", "logprobs") if row.get(name) is not None
+        }
+        return cls(**{**row, **lists})
 
 
 @dataclass(frozen=True)

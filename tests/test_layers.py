@@ -6,6 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mlx_traces"
 FLOORS = """
 cli
+cli.evaluate cli.data cli.bench cli.machine
+cli.options
 comparison doctor
 bench evaluation
 sampling report

@@ -1,0 +1,23 @@
+"""The command line: parse, call, print. Heavy imports wait until a command runs, so ``--help`` is instant."""
+
+import click
+
+import mlx_traces
+from mlx_traces.cli.bench import bench_group
+from mlx_traces.cli.data import data_group
+from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command
+from mlx_traces.cli.machine import doctor_command, nano_group
+from mlx_traces.cli.options import Commands
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(mlx_traces.__version__)
+def main() -> None:
+    """Teach small language models to reason, on a MacBook; measure whether they do.
+
+    Start with `mlx-traces compare`: the embedded model, direct answers against thinking, in under a minute.
+    """
+
+
+for command in (eval_command, compare_command, grade_command, data_group, bench_group, nano_group, doctor_command):
+    main.add_command(command)

@@ -1,0 +1,71 @@
+"""Options made from the recipes' settings, and a click group whose errors are one line."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+
+from mlx_traces.config import Config
+from mlx_traces.errors import UserError, clean
+
+
+class Commands(click.Group):
+    """A group in whose commands a UserError prints as one line and Ctrl-C says how to go on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(clean(error)) from None
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
+            ctx.exit(128 + signal.SIGINT)
+        except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(128 + signal.SIGPIPE)
+
+
+def settings_options(kind: type[Config], *leave_out: str) -> Callable:
+    """Add an option for every field of a recipe's settings; the function gets those given, as ``settings``."""
+
+    def decorate(function: Callable) -> Callable:
+        names = [name for name in kind.model_fields if name not in leave_out]
+
+        def call(**arguments: Any) -> Any:
+            given = {name: value for name in names if (value := arguments.pop(name)) is not None}
+            return function(settings=given, **arguments)
+
+        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__click_params__ = list(getattr(function, "__click_params__", []))
+        for name in reversed(names):
+            call = _option(name, kind)(call)
+        return call
+
+    return decorate
+
+
+def _option(name: str, kind: type[Config]) -> Callable:
+    """Make the click option of one field; validation is the settings' own."""
+    field = kind.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    shown = field.get_default()
+    text = (field.description or "") + (f"  [default: {shown}]" if shown is not None else "")
+    types = [
+        get_args(part)[0] if get_origin(part) is Annotated else part
+        for part in (get_args(field.annotation) or (field.annotation,))
+        if part is not type(None)
+    ]
+    if types == [bool]:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    literal = next((part for part in (field.annotation, *types) if get_origin(part) is Literal), None)
+    if literal is not None:
+        choices = [str(value) for value in get_args(literal)]
+        return click.option(flag, name, type=click.Choice(choices), default=None, help=text)
+    if get_origin(field.annotation) is tuple:
+        return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)
+    simple = next((part for part in (int, float) if part in types), str)
+    return click.option(flag, name, type=simple, default=None, help=text)
