@@ -1,10 +1,13 @@
-"""LoRA and DoRA adapters in mlx_lm's format, put on a model unfused. MLX is imported only to do that."""
+"""LoRA and DoRA adapters in mlx_lm's format: put on a model, trained, saved, left out, fused. MLX is imported late."""
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
 
 if TYPE_CHECKING:
@@ -12,6 +15,141 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 KINDS = ("lora", "dora", "full")
+ADDED = ("lora_a", "lora_b", "m")  # what an adapter adds to a layer: the low-rank pair, DoRA's magnitudes
+
+
+def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None = None) -> dict[str, Any]:
+    """Make a model ready to train: a new adapter, or the one of ``folder`` that is on it already; the rest frozen.
+
+    A new adapter changes nothing yet (arXiv 2106.09685, section 4.1): its second matrix is 0, its first is drawn from
+    MLX's random state. ``full`` trains the layers' own weights.
+
+    Returns:
+        The adapter's settings, as `save` writes them. A given adapter keeps its own.
+
+    Raises:
+        UserError: for a target that no layer has, quantized layers that ``full`` cannot train, or a setting that
+            was given and differs from the adapter's.
+    """
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    settings: dict[str, Any] = {"fine_tune_type": config.kind, "num_layers": config.layers}
+    if folder is not None:
+        stored = read_config(Path(folder))
+        settings = {
+            "fine_tune_type": "lora",
+            **{key: stored[key] for key in (*settings, "lora_parameters") if key in stored},
+        }
+        _refuse_changes(config, settings, folder)
+    elif config.kind != "full":
+        _check_targets(model, config)
+        settings["lora_parameters"] = {
+            "rank": config.rank,
+            "scale": config.scale,
+            "dropout": config.dropout,
+            **({"keys": list(config.targets)} if config.targets else {}),
+        }
+        dora = config.kind == "dora"
+        linear_to_lora_layers(model, config.layers, settings["lora_parameters"], use_dora=dora)
+    if settings["fine_tune_type"] == "full":
+        layers = model.layers[-max(settings["num_layers"], 0) :]
+        for layer in layers:
+            if any("scales" in module for _, module in layer.named_modules()):
+                raise UserError("full fine-tuning cannot train quantized weights; pass --weights dense, or --kind lora")
+            layer.unfreeze()
+    else:
+        for _, module in model.named_modules():
+            if "lora_a" in module:
+                module.unfreeze(keys=[name for name in ADDED if name in module], recurse=False)
+    if not tree_flatten(model.trainable_parameters()):
+        raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
+    return settings
+
+
+def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
+    """Raise UserError if a setting was given that is not the adapter's own."""
+    own = {
+        "kind": settings["fine_tune_type"],
+        "layers": settings.get("num_layers"),
+        **settings.get("lora_parameters", {}),
+    }
+    own["targets"] = own.pop("keys", None)
+    for name in AdapterConfig.model_fields.keys() & config.model_fields_set:
+        if name in own and getattr(config, name) != own[name]:
+            given = getattr(config, name)
+            raise UserError(
+                f"{name} {given} is not that of {folder} ({own[name]}); leave it out, or start without adapter"
+            )
+
+
+def _check_targets(model: "nn.Module", config: AdapterConfig) -> None:
+    """Raise UserError for a target that is no linear module of the layers, or of the model."""
+    import mlx.nn as nn
+
+    linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    inside = {name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, linear)}
+    known = inside | {name for name, module in model.named_modules() if isinstance(module, linear)}
+    for target in config.targets or ():
+        if target not in known and not any(hasattr(layer, "to_lora") for layer in model.layers):
+            raise UserError(f"targets: no module {target!r}; the layers have {', '.join(sorted(inside))}")
+
+
+def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """Write what is trained as an adapter folder that `attach` and ``mlx_lm.load(adapter_path=)`` read.
+
+    ``settings`` are as `start` returned them, ``about`` is further entries for ``adapter_config.json``: base model,
+    data, versions.
+    """
+    from mlx.utils import tree_flatten
+
+    from mlx_traces.checkpoints import write_arrays
+    from mlx_traces.runs import to_json, write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_arrays(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
+    write_atomic(folder / CONFIG, to_json({**settings, **(about or {})}))
+
+
+def _swap(model: "nn.Module", change: Any) -> Any:
+    """Replace every adapted layer by ``change(layer)``; return a function that puts them back."""
+    from mlx.utils import tree_unflatten
+
+    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+    model.update_modules(tree_unflatten([(name, change(module)) for name, module in adapted]))
+    return lambda: model.update_modules(tree_unflatten(adapted))
+
+
+@contextmanager
+def switched_off(model: "nn.Module") -> Iterator[None]:
+    """Leave the adapter out while the context lasts: the model is its base, without a second copy."""
+    back = _swap(model, lambda layer: layer["linear"] if "linear" in layer else layer["embedding"])
+    try:
+        yield
+    finally:
+        back()
+
+
+@contextmanager
+def merged(model: "nn.Module") -> Iterator[None]:
+    """Add the adapter into dense float32 weights while the context lasts, for faster sampling.
+
+    Exact up to float32's rounding, so only where weights are that: elsewhere nothing changes, as rounding to 16 or 4
+    bits would lose a small adapter.
+    """
+    import mlx.core as mx
+
+    def dense(layer: Any) -> Any:
+        inner = layer["linear"] if "linear" in layer else layer["embedding"]
+        return layer.fuse() if "scales" not in inner and inner.weight.dtype == mx.float32 else layer
+
+    back = _swap(model, dense)
+    mx.eval(model.parameters())
+    try:
+        yield
+    finally:
+        back()
 
 
 def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":

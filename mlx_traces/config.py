@@ -91,6 +91,98 @@ class OptimizerConfig(Config):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
+class ValidationConfig(ProblemConfig):
+    """Held-out problems that a training loop answers, greedily, now and then: always the same ones."""
+
+    split: str = Field("valid", description="Split of the data; a slice as in 'train[:200]' takes a part.")
+    limit: Positive | None = Field(200, description="Take a seeded sample of so many problems.")
+    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
+    rows: Positive = Field(64, description="Completions decoded at once.")
+
+
+class SFTConfig(LoadConfig, AdapterConfig, OptimizerConfig):
+    """Settings of ``mlx-traces sft``: supervised fine-tuning on traces."""
+
+    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
+    adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
+    data: str = Field(..., description="File of traces, JSON lines; see data/README.md.")
+    valid: str | None = Field(None, description="File of traces for the validation loss.")
+    valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Share of the problems whose traces are kept for the validation loss, without --valid."
+    )
+    epochs: Positive = Field(1, description="Times that every trace is seen.")
+    batch_size: Positive = Field(16, description="Traces per optimizer step.")
+    micro_tokens: Positive = Field(4096, description="Most tokens of a forward pass, padding included.")
+    max_length: Positive = Field(2048, description="Longest sequence, prompt included, in tokens.")
+    over_long: Literal["skip", "cut", "refuse"] = Field(
+        "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
+    )
+    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
+    eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
+    evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
+    save_every: Positive = Field(50, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
+
+
+class ScoreConfig(LoadConfig):
+    """Settings of ``mlx-traces score``; ``mix`` weighs the components of the combined score, one left out weighs 0."""
+
+    tags: Literal["think", "r1", "sky-t1", "none"] = Field(
+        "think",
+        description="Form of a trace: <think> then <answer>, <think> then text, Sky-T1's thought and solution, or any.",
+    )
+    length_limit: Positive = Field(2048, description="Tokens (words, if unknown) at which the length score is 0.")
+    mix: dict[
+        Literal["format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge"],
+        Annotated[float, Field(ge=0)],
+    ] = Field(
+        {"format": 1, "structure": 0.5, "faithfulness": 1, "length": 0.5, "repetition": 1, "judge": 1},
+        description="Weights of the components in the combined score.",
+    )
+    model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
+    judge: str | None = Field(None, description="Model that judges each trace by a rubric.")
+    judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric: {question} and {trace} stand in it.")
+    judge_max_tokens: Positive = Field(256, description="Longest reply of the judge, in tokens.")
+    judge_cache: str = Field("data/judge.jsonl", description="File of the judge's replies; none is asked for twice.")
+    judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")
+    rows: Positive = Field(16, description="Traces that the judge reads at once.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
+
+
+class FilterConfig(Config):
+    """Settings of ``mlx-traces filter``: its rules, in the order in which they are applied."""
+
+    correct_only: bool = Field(True, description="Drop wrong traces; those that no task can judge stay.")
+    well_formed: bool = Field(False, description="Drop traces whose format score is below 1.")
+    finished: bool = Field(True, description="Drop traces that were cut off.")
+    min_faithfulness: Fraction01 | None = Field(None, description="Least share of true equations, where there are any.")
+    min_score: Fraction01 | None = Field(None, description="Least combined score.")
+    duplicates: bool = Field(True, description="Drop a problem's second trace of the same text.")
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Drop a problem's trace that shares so much of its 5-grams with an earlier one (Jaccard)."
+    )
+    eval_task: str | None = Field(None, description="Task whose problems will be evaluated on and must not be trained.")
+    eval_data: str | None = Field(None, description="File or hub data set of them; default: the task's own source.")
+    eval_split: str = Field("test", description="Their split.")
+    eval_limit: Positive | None = Field(None, description="Size of the seeded sample that is evaluated; default: all.")
+    eval_seed: int = Field(0, description="Seed of that sample.")
+    overlap_words: Annotated[int, Field(ge=0)] = Field(
+        13, description="Drop a trace with so many words in a row of an evaluation question; 0: only the same problem."
+    )
+    per_problem: Positive | None = Field(None, description="Most traces of one problem.")
+    prefer: Literal["short", "best", "diverse", "random"] = Field("short", description="Which of them are kept.")
+    balance: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="No difficulty keeps more than so many times the median one's traces."
+    )
+    difficulty: Literal["pass_rate", "stratum"] = Field(
+        "pass_rate", description="What difficulty is: the share correct of the problem's traces, or the task's stratum."
+    )
+    bins: Positive = Field(4, description="Bins of the pass rate.")
+    seed: int = Field(0, description="Seed of random choices.")
+
+
 class CompareConfig(Config):
     """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
 

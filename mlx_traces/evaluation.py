@@ -172,7 +172,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-    completions = _model_generate(loaded, planned)(todo)  # refuses bad requests before anything is written
+    completions = completions_of(loaded, planned)(todo)  # refuses bad requests before anything is written
     folder.begin(identity, {**provenance(), "backend": asdict(backend), "rows": config.rows})
     before = max((row["elapsed"] for row in samples), default=0.0)
     device.reset_peak_memory()
@@ -204,7 +204,16 @@ def rehead(row: Sample, extractor: str) -> Sample:
     return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}
 
 
-def _model_generate(loaded, planned: Plan) -> Generate:
+def measure(loaded: Any, planned: Plan) -> list[Sample]:
+    """Answer a plan's problems by a model that is loaded, in memory; samples come in the problems' order."""
+    todo = [(problem, sample) for problem in planned.problems for sample in range(planned.config.samples)]
+    rows: list[Sample] = [{}] * len(todo)
+    for index, completion in completions_of(loaded, planned)(todo):
+        rows[index] = grade_sample(planned, *todo[index], completion)
+    return rows
+
+
+def completions_of(loaded: Any, planned: Plan, logprobs: bool = False) -> Generate:
     """Make the plain function from (problem, sample) pairs to completions, as they finish."""
     from mlx_traces.drawing import Request, SamplingParams
     from mlx_traces.sampling import generate
@@ -223,7 +232,7 @@ def _model_generate(loaded, planned: Plan) -> Generate:
         rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
-        rollouts = generate(loaded, requests, params, config.rows, memory_gb=config.memory_limit)
+        rollouts = generate(loaded, requests, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
         return (
             (index, Completion(rendered[index].text, rendered[index].opened, rollout)) for index, rollout in rollouts
         )

@@ -78,17 +78,21 @@ class LoadedModel:
         if not prompt.chat:
             text = _as_text(messages) + prompt.prefill
             return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
+        return self.render_turns(messages, prompt.prefill, thinking)
+
+    def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
+        """Put a conversation to the model by its chat template, the next turn being the assistant's."""
         if not self.tokenizer.has_chat_template:
             self._note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
-            text = _as_plain_chat(messages) + (f" {prompt.prefill}" if prompt.prefill else "")
-            return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
+            text = _as_plain_chat(messages) + (f" {prefill}" if prefill else "")
+            return Rendered(tuple(self.tokenizer.encode(text)), text, prefill)
         if thinking is not None and "enable_thinking" not in str(self.tokenizer.chat_template):
             self._note(f"{self.name}: its chat template has no thinking switch")
         messages, text = self._with_system(messages, thinking)
         opened = self._opened(messages, text, thinking)
-        if _opens_thought(opened) and any(opener in prompt.prefill for opener in THINK_OPENERS):
+        if _opens_thought(opened) and any(opener in prefill for opener in THINK_OPENERS):
             text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
-        text, opened = text + prompt.prefill, opened + prompt.prefill
+        text, opened = text + prefill, opened + prefill
         # The template writes the special tokens itself, the first one of the text included.
         return Rendered(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text, opened)
 

@@ -85,21 +85,16 @@ class RunFolder:
         Raises:
             UserError: if the run was started with another identity, or a line is broken.
         """
-        if not (self.path / "run.json").exists():
-            return []
-        if differences := self._differences(identity):
+        self.check(identity)
+        return whole_lines(self.samples_path, SAMPLE_COLUMNS)
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raise UserError if the run was started with another identity."""
+        if (self.path / "run.json").exists() and (differences := self._differences(identity)):
             raise UserError(
                 f"{self.path} was started with other settings ({'; '.join(differences)}); "
                 "repeat those, or choose another --out"
             )
-        if not self.samples_path.exists():
-            return []
-        content = self.samples_path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.samples_path.open("r+b") as file:
-                file.truncate(whole)
-        return [row for _, row in read_jsonl(self.samples_path, SAMPLE_COLUMNS)]
 
     def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
         """Make the folder and note what decides the result, and details that do not: versions, device and alike."""
@@ -127,10 +122,39 @@ class RunFolder:
         with self.samples_path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def log(self, name: str, *rows: dict[str, Any]) -> None:
+        """Add rows to ``metrics.jsonl`` or another file of JSON lines."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def rewind(self, name: str, step: int) -> list[dict[str, Any]]:
+        """Drop the rows of later steps than ``step``, which are about to be made again; return the others."""
+        path = self.path / name
+        rows = [row for row in whole_lines(path, ("step",)) if row["step"] <= step]
+        if path.exists():
+            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
+
     def finish(self, samples: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Write the samples in their final order, then the result."""
         write_atomic(self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        self.conclude(result)
+
+    def conclude(self, result: dict[str, Any]) -> None:
+        """Write the result: the run is finished."""
         write_atomic(self.path / "result.json", to_json(result))
+
+
+def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line that was cut off while being written is removed from the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return [row for _, row in read_jsonl(path, columns)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Token sequences in batches: which are trained together, and how little padding that takes."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+POOL = 64  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token sequence to learn from: ``ids``, which of them are ``trained`` (bool each), and whose it is."""
+
+    id: str
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    @property
+    def count(self) -> int:
+        """How many tokens are trained; the first of a sequence has nothing before it and never is."""
+        return sum(self.trained[1:])
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Part one epoch's examples into optimizer steps: every example once, lengths kept together, in seeded order.
+
+    The examples are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled again: a
+    compromise between random batches, which pad much, and fully sorted ones, which are the same every epoch.
+
+    Returns:
+        Lists of indices into ``lengths``; the last examples may make a smaller batch.
+    """
+    draw = random.Random(f"{seed} epoch {epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    batches = []
+    for at in range(0, len(order), POOL * batch_size):
+        pool = sorted(order[at : at + POOL * batch_size], key=lambda index: lengths[index])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Part a step's examples into batches of at most ``budget`` tokens, padding included; longest first.
+
+    Sorted by length, so that padding is small; an example longer than the budget is a batch of its own.
+    """
+    order = sorted(indices, key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (B, T) int32 ids, padded right with 0, and the positions of the trained tokens.
+
+    Positions index the flattened (B, T - 1), as `forward.token_logprobs` takes them, row by row.
+    """
+    width = max(len(example.ids) for example in examples)
+    ids = np.zeros((len(examples), width), np.int32)
+    trained = np.zeros((len(examples), width - 1), bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = example.ids
+        trained[row, : len(example.ids) - 1] = example.trained[1:]
+    return ids, np.flatnonzero(trained)
+
+
+def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Return which share of the cells of padded batches holds no token."""
+    cells = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    return 1 - sum(lengths[index] for batch in batches for index in batch) / cells if cells else 0.0

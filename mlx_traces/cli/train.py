@@ -1,0 +1,68 @@
+"""sft: train an adapter."""
+
+from typing import Any
+
+import click
+
+from mlx_traces.cli.options import settings_options
+from mlx_traces.config import SFTConfig, read_config
+
+
+@click.command("sft")
+@click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
+@click.option("--out", default="runs/sft", show_default=True, type=click.Path(), help="Run folder.")
+@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@settings_options(SFTConfig, "evaluate", "betas")
+def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
+    """Fine-tune a model on traces: LoRA, DoRA or full. CONFIG is a YAML file of these settings; options win over it."""
+    config = read_config(SFTConfig, config_file, settings)
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import sft
+
+    with training_bar("sft") as show:
+        result = sft.train(config, out, resume, show)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    best = "" if result.best_step is None else f", best at step {result.best_step}"
+    loss = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
+    accuracy = "" if result.accuracy is None else f", held-out accuracy {100 * result.accuracy:.1f} %"
+    click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
+    speed, padding = f"{result.tokens_per_second:.0f} tokens/s", f"{100 * result.padding:.1f} %"
+    click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
+
+
+class training_bar:
+    """A progress bar on stderr; entered, it is the function that takes each line of metrics."""
+
+    def __init__(self, name: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+        self.bar = self.progress.add_task(name, total=None, figures="")
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return self.show
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def show(self, row: dict[str, Any], steps: int) -> None:
+        """Show a line of metrics; validations stay on the screen."""
+        figures = [
+            text.format(row[name])
+            for name, text in (
+                ("loss", "loss {:.4f}"),
+                ("tokens_per_second", "{:.0f} tokens/s"),
+                ("memory/peak_gb", "{:.2f} GB"),
+            )
+            if name in row
+        ]
+        self.progress.update(self.bar, completed=row["step"], total=steps, figures="  ".join(figures))
+        held_out = [f"{name.removeprefix('valid/')} {value:.4g}" for name, value in row.items() if "valid/" in name]
+        if held_out:
+            self.progress.console.print(f"step {row['step']}: held out: {', '.join(held_out)}", highlight=False)

@@ -1,0 +1,180 @@
+"""Log-probabilities of given tokens by one forward pass, in memory that does not grow with the vocabulary.
+
+The last hidden states are computed for whole rows, the vocabulary-wide logits for the wanted positions alone, a chunk
+at a time. While a chunk's softmax is at hand, its slope is taken too: d log p(y) / dh, as wide as the hidden state.
+The backward pass then needs no logits at all (the idea of Liger Kernel's fused cross-entropy, arXiv 2410.10989, for a
+head that is not trained and a loss that is not known yet).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+LOGITS_MB = 128  # most MiB of one vocabulary-wide float32 buffer
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
+
+    ``frozen_head`` says that nothing in the head is trained.
+    """
+
+    trunk: Callable[[mx.array], mx.array]
+    head: Callable[[mx.array], mx.array]
+    frozen_head: bool
+
+
+def split(model: nn.Module) -> Split:
+    """Find a model's trunk and head, and check on three tokens that together they are the model.
+
+    A model whose head does more than a linear map (soft-capped or scaled logits) has no such halves: then the trunk is
+    the whole model and the head the identity, which is right, and wide.
+    """
+    probe = mx.array([[1, 2, 3]])
+    for owner in (model, getattr(model, "language_model", None)):
+        trunk = getattr(owner, "model", None)
+        embedding = getattr(trunk, "embed_tokens", None)
+        for module, name in ((getattr(owner, "lm_head", None), "__call__"), (embedding, "as_linear")):
+            if trunk is None or module is None:
+                continue
+            head = getattr(module, name)
+            try:
+                same = mx.allclose(head(trunk(probe)), model(probe), rtol=1e-3, atol=1e-3).item()
+            except (ValueError, TypeError, AttributeError):  # halves that do not go together
+                continue
+            if same:
+                return Split(trunk, head, not module.trainable_parameters())
+    return Split(model, lambda logits: logits, False)
+
+
+def rows_per_chunk(vocabulary: int, logits_mb: float = LOGITS_MB) -> int:
+    """Return how many rows of float32 logits fill the bound, at least 1."""
+    return max(1, int(logits_mb * 2**20 // (4 * vocabulary)))
+
+
+def token_logprobs(
+    halves: Split,
+    ids: mx.array,
+    positions: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    logits_mb: float = LOGITS_MB,
+    slopes: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Return the log-probabilities of some tokens of a right-padded batch, and the entropies they were drawn with.
+
+    Args:
+        halves: the model, by `split`.
+        ids: (B, T) int32. Padding stands behind every real token, so the causal mask keeps it out.
+        positions: (N,) indices into the flattened (B, T - 1): position b * (T - 1) + t asks for token t + 1 of row b,
+            given those before it.
+        temperature: the logits are divided by it.
+        logits_mb: most MiB of one vocabulary-wide float32 buffer.
+        slopes: whether the log-probabilities will be differentiated.
+
+    Returns:
+        (N,) float32 log-probabilities in nats, differentiable in the model's parameters if ``slopes``, and (N,)
+        float32 entropies in nats, which are not.
+    """
+    hidden = halves.trunk(ids[:, :-1])
+    index = mx.array(positions)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[index]
+    return head_logprobs(halves, hidden, ids[:, 1:].reshape(-1)[index], temperature, logits_mb, slopes)
+
+
+def head_logprobs(
+    halves: Split,
+    hidden: mx.array,
+    targets: mx.array,
+    temperature: float = 1.0,
+    logits_mb: float = LOGITS_MB,
+    slopes: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Return (N,) log-probabilities and entropies of (N,) targets, given (N, D) hidden states; see `token_logprobs`."""
+    count = rows_per_chunk(halves.head(hidden[:1]).shape[-1], logits_mb)  # a shape; it is never computed
+    logprobs, entropies, after = [], [], None
+    for at in range(0, hidden.shape[0], count):
+        states, wanted = hidden[at : at + count], targets[at : at + count]
+        if after is not None:  # one chunk after the other, or all their logits would be alive at once
+            states = mx.depends([states], [after])[0]
+        if slopes and not halves.frozen_head:
+            logprob, entropy = mx.checkpoint(_chunk_of(halves.head, temperature))(states, wanted)
+        else:
+            logprob, entropy, slope = _frozen_chunk(halves.head, mx.stop_gradient(states), wanted, temperature, slopes)
+            if slope is not None:
+                moved = (states - mx.stop_gradient(states)).astype(mx.float32)  # 0, with a gradient of 1
+                logprob = mx.stop_gradient(logprob) + (moved * mx.stop_gradient(slope)).sum(axis=-1)
+        logprobs.append(logprob)
+        entropies.append(mx.stop_gradient(entropy))
+        after = logprob
+    return mx.concatenate(logprobs), mx.concatenate(entropies)
+
+
+def _chunk_of(head: Callable, temperature: float) -> Callable:
+    """Return the function from (n, D) states and (n,) targets to log-probabilities and entropies, plainly."""
+
+    def chunk(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logits = head(states).astype(mx.float32) / temperature
+        normalised = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        entropy = -(mx.exp(normalised) * normalised).sum(axis=-1)
+        return mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy
+
+    return chunk
+
+
+def _frozen_chunk(
+    head: Callable, states: mx.array, targets: mx.array, temperature: float, slopes: bool
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Return log-probabilities, entropies and, if wanted, (n, D) float32 slopes d log p / d states."""
+    logits = head(states).astype(mx.float32)
+    if temperature != 1.0:
+        logits = logits / temperature
+    top = logits.max(axis=-1, keepdims=True)
+    weights = mx.exp(logits - top)
+    total = weights.sum(axis=-1)
+    log_total = top[:, 0] + mx.log(total)
+    logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
+    entropy = log_total - (weights * logits).sum(axis=-1) / total
+    if not slopes:
+        return logprob, entropy, None
+    pull = weights * (-1 / total)[:, None]
+    pull = mx.put_along_axis(pull, targets[:, None], mx.take_along_axis(pull, targets[:, None], axis=-1) + 1, axis=-1)
+    like = states.dtype
+    _, (slope,) = mx.vjp(head, [states], [(pull / temperature if temperature != 1.0 else pull).astype(like)])
+    return logprob, entropy, slope.astype(mx.float32)
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
+    """Keep no activations inside these layers while the context lasts; the backward pass computes them again.
+
+    Only these objects change, and only until the context ends: other models of the same class are not touched.
+    """
+    before = [type(layer) for layer in layers]
+    if wanted:
+        for layer in layers:
+            layer.__class__ = _checkpointed_class(type(layer))
+    try:
+        yield
+    finally:
+        for layer, kind in zip(layers, before, strict=True):
+            layer.__class__ = kind
+
+
+def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Make the subclass whose call is checkpointed, with the trainable parameters as explicit inputs."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *inputs: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *inputs, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+
+    return type(kind.__name__, (kind,), {"__call__": call})

@@ -1,0 +1,57 @@
+"""AdamW with warm-up and cosine decay, clipping, and gradients that add up over micro-batches."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_traces.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], mx.array]:
+    """Return the learning rate as a function of the number of steps done, from 0.
+
+    Step 1 of w warm-up steps uses peak / w, step w the peak; then half a cosine to ``final_rate`` x peak at the last
+    step.
+    """
+    warm = math.ceil(config.warmup * steps)
+    peak, floor = config.learning_rate, config.final_rate * config.learning_rate
+
+    def rate(done: Any) -> mx.array:
+        done = mx.array(done, mx.float32)
+        progress = mx.clip((done - warm) / max(steps - 1 - warm, 1), 0, 1)
+        cosine = floor + (peak - floor) * 0.5 * (1 + mx.cos(math.pi * progress))
+        return mx.where(done < warm, peak * (done + 1) / max(warm, 1), cosine)
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optim.AdamW:
+    """Return AdamW (arXiv 1711.05101) with bias correction, on the schedule of ``steps`` steps."""
+    return optim.AdamW(
+        schedule(config, steps), betas=list(config.betas), weight_decay=config.weight_decay, bias_correction=True
+    )
+
+
+def add(total: Any | None, grads: Any) -> Any:
+    """Add a micro-batch's gradients to those so far."""
+    return grads if total is None else tree_map(lambda a, b: a + b, total, grads)
+
+
+def clip(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
+    """Scale gradients down to a global norm of ``max_norm``; return them and the norm before."""
+    return optim.clip_grad_norm(grads, max_norm)
+
+
+def state_of(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """Return the optimizer's state as named arrays."""
+    return dict(tree_flatten(optimizer.state))
+
+
+def restore(optimizer: optim.Optimizer, parameters: Any, arrays: dict[str, mx.array]) -> None:
+    """Give an optimizer the state that `state_of` returned."""
+    optimizer.init(parameters)
+    optimizer.state = tree_unflatten(list(arrays.items()))

@@ -1,0 +1,343 @@
+"""Supervised fine-tuning on traces: LoRA, DoRA or full, on the completion's tokens, resumable at any moment.
+
+How this differs from mlx_lm's trainer: the loss counts completion tokens alone, their stop token included and no
+padding, and is normalised over the whole optimizer step, so micro-batches change nothing; every trace is seen once an
+epoch; validation uses the same traces and problems each time; logits are computed for the learned positions only.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_traces import adapters, batching, checkpoints, device, evaluation, examples, forward, models, optim
+from mlx_traces.batching import Example
+from mlx_traces.config import EvalConfig, SFTConfig
+from mlx_traces.errors import UserError
+from mlx_traces.models import LoadedModel
+from mlx_traces.runs import RunFolder, fingerprint, provenance
+from mlx_traces.traces import read_traces
+
+SHOWN = 4  # validation completions kept in samples.jsonl
+
+
+def step_gradient(
+    model: nn.Module, halves: forward.Split, batch: Sequence[Example], config: SFTConfig
+) -> tuple[float, Any]:
+    """Return the mean cross-entropy of a step's learned tokens, in nats, and its gradient.
+
+    The micro-batches' sums are divided by the tokens of the whole step: how it is split changes nothing but rounding.
+    """
+    total = sum(example.count for example in batch)
+
+    def loss_of(ids: mx.array, positions: Any) -> mx.array:
+        logprobs, _ = forward.token_logprobs(halves, ids, positions, logits_mb=config.logits_mb)
+        return -logprobs.sum() / total
+
+    value_and_grad = nn.value_and_grad(model, loss_of)
+    loss, grads = 0.0, None
+    lengths = [len(example.ids) for example in batch]
+    for micro in batching.micro_batches(range(len(batch)), lengths, config.micro_tokens):
+        ids, positions = batching.pad([batch[index] for index in micro])
+        part, more = value_and_grad(mx.array(ids), positions)
+        grads = optim.add(grads, more)
+        mx.eval(part, grads)
+        loss += part.item()
+    return loss, grads
+
+
+def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
+    """Return the mean cross-entropy of all learned tokens, in nats."""
+    total, lengths = 0.0, [len(example.ids) for example in rows]
+    for micro in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
+        ids, positions = batching.pad([rows[index] for index in micro])
+        logprobs, _ = forward.token_logprobs(halves, mx.array(ids), positions, logits_mb=config.logits_mb, slopes=False)
+        total -= logprobs.sum().item()
+    return total / sum(example.count for example in rows)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and validated with, and lines that say what was left out."""
+
+    train: list[Example]
+    valid: list[Example]
+    held_out: evaluation.Plan | None
+    notes: list[str]
+
+
+def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
+    """Read and encode the traces; keep those for validation apart, by problem.
+
+    Traces of the problems that are answered at validation are left out of the training, with a note.
+    """
+    plan = held_out_plan(config)
+    encoded = examples.encode_all(loaded, read_traces(Path(config.data)), config.max_length, config.over_long)
+    notes = examples.describe(encoded, config.max_length)
+    asked = {problem.id for problem in plan.problems} if plan else set()
+    rows = [example for example in encoded.examples if example.id not in asked]
+    if len(rows) < len(encoded.examples):
+        notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
+    if config.valid is not None:
+        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), config.max_length, config.over_long)
+        ids = {example.id for example in kept.examples}
+        return _data([row for row in rows if row.id not in ids], kept.examples, plan, notes, config)
+    apart = {row.id for row in rows if _draw(f"{config.seed} {row.id}") < config.valid_share}
+    train, valid = [row for row in rows if row.id not in apart], [row for row in rows if row.id in apart]
+    return _data(train, valid, plan, notes, config)
+
+
+def _data(
+    train: list[Example], valid: list[Example], plan: evaluation.Plan | None, notes: list[str], config: SFTConfig
+) -> Data:
+    if not train:
+        left_out = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{config.data}: no traces to train on{left_out}")
+    return Data(train, valid, plan, notes)
+
+
+def _draw(text: str) -> float:
+    """Return a number in [0, 1) that follows from a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def held_out_plan(config: SFTConfig) -> evaluation.Plan | None:
+    """Return the evaluation that is made at each validation, with its problems."""
+    if config.evaluate is None:
+        return None
+    return evaluation.plan(EvalConfig(model=config.model, **config.evaluate.model_dump()))
+
+
+@dataclass
+class Progress:
+    """Where a training is: steps done, the best validation so far, how many since were not better."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    seconds: float = 0.0
+
+    def better(self, value: float) -> bool:
+        """Take in a validation's value, higher is better; return whether it is the best so far."""
+        if self.best is not None and value <= self.best:
+            self.waited += 1
+            return False
+        self.best, self.best_step, self.waited = value, self.step, 0
+        return True
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """A finished training: its adapter's folder, steps, the best validation and where it was, and the last loss."""
+
+    adapter: str
+    steps: int
+    best_step: int | None
+    valid_loss: float | None
+    accuracy: float | None
+    seconds: float
+    tokens_per_second: float
+    peak_memory_gb: float
+    padding: float
+    notes: list[str] = field(default_factory=list)
+
+
+def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> SFTResult:
+    """Fine-tune a model on traces; ``mlx-traces sft`` from Python.
+
+    The run folder gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
+    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+
+    Args:
+        config: the settings.
+        out: the run folder.
+        resume: continue a run that was cut off; the result is that of an uninterrupted one.
+        show: called with each line of metrics and the number of steps.
+
+    Raises:
+        UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
+    """
+    folder = RunFolder(Path(out))
+    folder.refuse(resume)
+    model_name, inner = models.split_adapter(config.model)
+    config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
+    loaded = models.load(
+        config.model,
+        config.adapter,
+        device=config.device,
+        weights=config.weights,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    data = prepare(loaded, config)
+    identity = identity_of(config, loaded)
+    folder.check(identity)
+    mx.random.seed(config.seed)
+    settings = adapters.start(loaded.model, config, config.adapter)
+    folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *data.notes]})
+
+    lengths = [len(example.ids) for example in data.train]
+    per_epoch = math.ceil(len(data.train) / config.batch_size)
+    steps = config.epochs * per_epoch
+    optimizer = optim.make_optimizer(config, steps)
+    progress, checkpoint = Progress(), folder.path / "checkpoint.safetensors"
+    if checkpoint.exists():
+        progress = Progress(**checkpoints.load(checkpoint, loaded.model, optimizer))
+    metrics = folder.rewind("metrics.jsonl", progress.step)
+    folder.rewind("samples.jsonl", progress.step)
+
+    def validate() -> dict[str, Any]:
+        row, shown = validation(loaded, halves, data, config)
+        if row and progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
+            adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
+        folder.log("samples.jsonl", *({"step": progress.step, **sample} for sample in shown))
+        return row
+
+    def log(row: dict[str, Any]) -> None:
+        row = {"step": progress.step, **row}
+        metrics.append(row)
+        folder.log("metrics.jsonl", row)
+        if show:
+            show(row, steps)
+
+    halves = forward.split(loaded.model)
+    device.reset_peak_memory()
+    start = perf_counter() - progress.seconds
+    if not progress.step and (first := validate()):
+        log(first)
+    with forward.checkpointed(loaded.model.layers, config.checkpoint_layers):
+        for step, batch in islice(_steps(data.train, lengths, config), progress.step, None):
+            if config.patience and progress.waited >= config.patience:
+                break
+            mx.random.seed(_seed(config.seed, step))  # dropout
+            loaded.model.train()
+            began = perf_counter()
+            loss, grads = step_gradient(loaded.model, halves, batch, config)
+            grads, norm = optim.clip(grads, config.max_grad_norm)
+            _refuse_nonfinite(loss, norm.item(), step, batch, config)
+            rate = optimizer.learning_rate.item()
+            optimizer.update(loaded.model, grads)
+            mx.eval(loaded.model.trainable_parameters(), optimizer.state)
+            progress.step, progress.seconds = step, perf_counter() - start
+            tokens = sum(len(example.ids) for example in batch)
+            row = {
+                "loss": loss,
+                "optim/lr": rate,
+                "optim/grad_norm": norm.item(),
+                "tokens": tokens,
+                "tokens_per_second": tokens / (perf_counter() - began),
+                "memory/peak_gb": device.peak_memory_gb(),
+                "time/total": progress.seconds,
+            }
+            if step % (config.eval_every or per_epoch) == 0 or step == steps:
+                row |= validate()
+            log(row)
+            if step % config.save_every == 0 or step == steps:
+                checkpoints.save(checkpoint, loaded.model, optimizer, asdict(progress))
+    if progress.best is None:
+        adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
+    batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]
+    result = _result(folder, progress, metrics, batching.padding_share(batches, lengths), [*loaded.notes, *data.notes])
+    folder.conclude(asdict(result))
+    return result
+
+
+def _steps(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[tuple[int, list[Example]]]:
+    """Yield (step from 1, its examples) of the whole training; it follows from the seed alone."""
+    step = 0
+    for epoch in range(config.epochs):
+        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
+            step += 1
+            yield step, [rows[index] for index in indices]
+
+
+def _micro(lengths: list[int], config: SFTConfig, epoch: int) -> Iterator[list[int]]:
+    """Yield the micro-batches of one epoch."""
+    for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
+        yield from batching.micro_batches(indices, lengths, config.micro_tokens)
+
+
+def _seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} step {step}".encode()).digest()[:8])
+
+
+def _refuse_nonfinite(loss: float, norm: float, step: int, batch: Sequence[Example], config: SFTConfig) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    ids = ", ".join(sorted({example.id for example in batch})[:5])
+    raise UserError(
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was overwritten. "
+        f"Lower learning_rate ({config.learning_rate:g}) or look at the step's traces: {ids}"
+    )
+
+
+def validation(
+    loaded: LoadedModel, halves: forward.Split, data: Data, config: SFTConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return validation loss and accuracy as metrics, as far as there is data, and some completions to look at."""
+    loaded.model.eval()
+    row: dict[str, Any] = {}
+    shown: list[dict[str, Any]] = []
+    if data.valid:
+        row["valid/loss"] = mean_loss(halves, data.valid, config)
+    if data.held_out:
+        with adapters.merged(loaded.model):
+            samples = evaluation.measure(loaded, data.held_out)
+        row["valid/accuracy"] = sum(sample["correct"] for sample in samples) / len(samples)
+        row["valid/finished"] = sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples)
+        row["valid/length"] = sum(sample["tokens"] for sample in samples) / len(samples)
+        keys = ("id", "question", "completion", "finish_reason", "verdict", "correct", "gold")
+        shown = [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
+    return row, shown
+
+
+def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """Everything that decides what is learned; files by their content."""
+    digests = {
+        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        for name, file in (("data_files", config.data), ("valid_files", config.valid))
+        if file is not None
+    }
+    return {
+        **config.model_dump(mode="json", exclude={"device", "save_every", "data", "valid"}),
+        **digests,
+        "model_files": fingerprint(loaded.path),
+        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
+        "weights": loaded.backend.weights,
+        "dtype": loaded.backend.dtype,
+    }
+
+
+def about(config: SFTConfig) -> dict[str, Any]:
+    """Return what an adapter's settings file says beyond mlx_lm's own entries."""
+    return {"model": config.model, "trained_by": "mlx-traces sft", "training": config.model_dump(mode="json")}
+
+
+def _result(
+    folder: RunFolder, progress: Progress, metrics: list[dict[str, Any]], padding: float, notes: list[str]
+) -> SFTResult:
+    rows = [row for row in metrics if "tokens" in row]
+    at_best = next((row for row in metrics if row["step"] == progress.best_step), {})
+    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+    if progress.best_step == 0:
+        notes = [*notes, "no validation was better than the start; the adapter is the one training began with"]
+    return SFTResult(
+        adapter=str(folder.path / "adapter"),
+        steps=progress.step,
+        best_step=progress.best_step,
+        valid_loss=at_best.get("valid/loss"),
+        accuracy=at_best.get("valid/accuracy"),
+        seconds=progress.seconds,
+        tokens_per_second=sum(row["tokens"] for row in rows) / seconds if seconds else 0.0,
+        peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
+        padding=padding,
+        notes=notes,
+    )
