@@ -8,7 +8,8 @@ from mlx_traces.cli.data import data_group
 from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command
 from mlx_traces.cli.machine import doctor_command, nano_group
 from mlx_traces.cli.options import Commands
-from mlx_traces.cli.train import sft_command
+from mlx_traces.cli.quality import filter_command, score_command
+from mlx_traces.cli.train import generate_command, sft_command
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -21,7 +22,8 @@ def main() -> None:
 
 
 for command in (
-    *(eval_command, compare_command, grade_command, data_group, sft_command),
+    *(eval_command, compare_command, grade_command, data_group, generate_command, sft_command),
+    *(score_command, filter_command),
     *(bench_group, nano_group, doctor_command),
 ):
     main.add_command(command)

@@ -1,11 +1,34 @@
-"""sft: train an adapter."""
+"""generate and sft: a model's own traces, and an adapter trained on traces."""
 
 from typing import Any
 
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import SFTConfig, read_config
+from mlx_traces.config import GenerateConfig, SFTConfig, read_config
+
+
+@click.command("generate")
+@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
+@click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
+@settings_options(GenerateConfig)
+def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
+    """Let a model think about training problems; write its completions as traces, with log-probabilities."""
+    config = read_config(GenerateConfig, config_file, settings)
+    from mlx_traces.generation import generate
+
+    with training_bar("generate") as show:
+        seen = correct = 0
+
+        def advance(trace: Any, total: int) -> None:
+            nonlocal seen, correct
+            seen, correct = seen + 1, correct + (trace.verdict == "correct")
+            show({"step": seen, "correct": 100 * correct / seen}, total)
+
+        counts = generate(config, out, resume, advance)
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    click.echo(f"{told}; in {out}", err=True)
 
 
 @click.command("sft")
@@ -57,6 +80,7 @@ class training_bar:
             text.format(row[name])
             for name, text in (
                 ("loss", "loss {:.4f}"),
+                ("correct", "{:.1f} % correct"),
                 ("tokens_per_second", "{:.0f} tokens/s"),
                 ("memory/peak_gb", "{:.2f} GB"),
             )
