@@ -143,7 +143,7 @@ class ScoreConfig(LoadConfig):
     )
     model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
     judge: str | None = Field(None, description="Model that judges each trace by a rubric.")
-    judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric: {question} and {trace} stand in it.")
+    judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
     judge_max_tokens: Positive = Field(256, description="Longest reply of the judge, in tokens.")
     judge_cache: str = Field("data/judge.jsonl", description="File of the judge's replies; none is asked for twice.")
     judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")

@@ -6,15 +6,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mlx_traces"
 FLOORS = """
 cli
-cli.evaluate cli.data cli.bench cli.machine
+cli.evaluate cli.data cli.bench cli.machine cli.quality cli.train
 cli.options
 comparison doctor
-bench evaluation
+bench sft scoring
+evaluation examples
 sampling report
 fallback nano
-drawing tables
-models runs
-adapters device slots
+drawing tables traces
+models
+adapters forward
+checkpoints
+optim runs batching device policy slots
+selection
+quality
 tasks.qa
 tasks.gsm8k tasks.countdown
 tasks

@@ -1,0 +1,329 @@
+"""The recipe of ``score``: traces judged by their tasks, scored by their text, and by models where they are named."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.config import FilterConfig, ScoreConfig
+from mlx_traces.errors import UserError
+from mlx_traces.quality import COMPONENTS, combined, headline, text_scores
+from mlx_traces.records import Problem, Trace
+from mlx_traces.runs import fingerprint
+from mlx_traces.selection import Report, select
+from mlx_traces.tasks import get_task
+from mlx_traces.tasks.answers import answer_part
+from mlx_traces.tasks.data import read_jsonl
+from mlx_traces.tasks.prompts import Prompt, load_prompt
+from mlx_traces.traces import manifest_path, read_traces, write_traces
+
+BATCH_TOKENS = 4096  # read at once for perplexity, padding included
+
+RUBRIC = Prompt(
+    name="rubric",
+    user="""You grade the reasoning of a solution.
+
+Question:
+{question}
+
+Reasoning and answer:
+{trace}
+
+Grade the reasoning from 0 to 1: are its steps correct, does each follow from the ones before, is nothing missing, and \
+is nothing there that does not help? Write one short paragraph, then end with one line of exactly this form:
+Score: 0.5""",
+)
+
+
+def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
+    """Score the traces of a file and write them to a new one with its manifest; return them.
+
+    Raises:
+        UserError: if ``out`` exists, before anything is read; for a malformed trace; as ``score_traces`` does.
+    """
+    _refuse(out)
+    located = list(read_traces(source))
+    if not located:
+        raise UserError(f"{source} has no traces")
+    traces = score_traces([trace for _, trace in located], config, [where for where, _ in located])
+    manifest = {"source": str(source), "config": config.model_dump(mode="json"), "counts": {}, "seed": None}
+    write_traces(out, traces, manifest)
+    return traces
+
+
+def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
+    """Write the selected traces of a file to a new one with its manifest; return what each rule removed.
+
+    Raises:
+        UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
+    """
+    _refuse(out)
+    traces = [trace for _, trace in read_traces(source)]
+    if not traces:
+        raise UserError(f"{source} has no traces")
+    problems = []
+    if config.eval_task:
+        problems = get_task(config.eval_task).load(
+            config.eval_split, config.eval_data, config.eval_limit, config.eval_seed
+        )
+    elif config.eval_data:
+        raise UserError(f"--eval-data {config.eval_data}: name its task with --eval-task")
+    kept, report = select(traces, config, problems)
+    counts = {"removed": {rule: removed for rule, removed, _ in report}}
+    settings = config.model_dump(mode="json")
+    write_traces(out, kept, {"source": str(source), "config": settings, "counts": counts, "seed": config.seed})
+    return report
+
+
+def _refuse(out: Path) -> None:
+    for path in (out, manifest_path(out)):
+        if path.exists():
+            raise UserError(f"{path} exists; remove it, or choose another --out")
+
+
+def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[str] = ()) -> list[Trace]:
+    """Return the traces with verdict, ``scores`` and ``score``.
+
+    Args:
+        traces: in any state; earlier scores are replaced.
+        config: what a trace should look like, the mix, and the models.
+        where: places of the traces, for messages; default: their ids.
+
+    Raises:
+        UserError: for a trace whose task is unknown or cannot read its columns; for a model that cannot be loaded; for
+            a judge whose replies cannot be read more often than ``judge_failures`` allows.
+    """
+    places = where or [f"trace {trace.id}" for trace in traces]
+    problems = [_problem(trace, place) for trace, place in zip(traces, places, strict=True)]
+    own = [_own(trace, problem, config) for trace, problem in zip(traces, problems, strict=True)]
+    models = model_scores(traces, problems, config)
+    scored = []
+    for trace, (verdict, scores), extra in zip(traces, own, models, strict=True):
+        scores = {name: _rounded({**scores, **extra}[name]) for name in COMPONENTS}
+        scored.append(replace(trace, verdict=verdict, scores=scores, score=_rounded(combined(scores, config.mix))))
+    return scored
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _problem(trace: Trace, where: str) -> Problem | None:
+    if not trace.task:
+        return None
+    try:
+        task = get_task(trace.task)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return task.parse(trace.columns, where)
+
+
+def _own(trace: Trace, problem: Problem | None, config: ScoreConfig) -> tuple[str | None, dict[str, float | None]]:
+    """Return a trace's verdict and the scores that need no model."""
+    verdict, correct, prefill = None, None, ""
+    if problem is not None:
+        task = get_task(trace.task)
+        judged = headline(task, problem, trace.completion)
+        verdict, correct = judged.verdict, float(judged.correct)
+        if trace.prompt in task.prompts:
+            prefill = task.prompts[trace.prompt].prefill.removesuffix("<think>")
+    completion = trace.completion.removeprefix(prefill)  # the prompt's own words are no fault of the trace
+    tokens = None if trace.completion_ids is None else len(trace.completion_ids)
+    return verdict, {"correct": correct, **text_scores(completion, trace.finish_reason, tokens, config, _asked(trace))}
+
+
+def _asked(trace: Trace) -> str:
+    return trace.messages[-1]["content"] if trace.messages else ""
+
+
+def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
+    """Return for each component, ``score`` last, its mean where it applies and the share of traces it applies to."""
+    traces = list(traces)
+    rows = []
+    for name in (*COMPONENTS, "score"):
+        values = [trace.score if name == "score" else trace.scores.get(name) for trace in traces]
+        known = [value for value in values if value is not None]
+        rows.append((name, sum(known) / len(known) if known else None, len(known) / len(traces)))
+    return rows
+
+
+# ---------------------------------------------------------------------------------- scores by models
+
+
+def model_scores(
+    traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig
+) -> list[dict[str, float | None]]:
+    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time."""
+    if config.model:
+        certainty = mean_probabilities(_load(config.model, config), traces)
+    else:
+        certainty = [own_probability(trace) for trace in traces]
+    judged: list[float | None] = [None] * len(traces)
+    if config.judge:
+        judged = judge(_load(config.judge, config), traces, problems, config)
+    return [{"perplexity": p, "judge": j} for p, j in zip(certainty, judged, strict=True)]
+
+
+def _load(name: str, config: ScoreConfig) -> Any:
+    from mlx_traces.models import load
+
+    return load(
+        name,
+        device=config.device,
+        weights=config.weights,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def own_probability(trace: Trace) -> float | None:
+    """Return exp(mean log-probability) of the tokens as they were sampled, stop token included.
+
+    None without log-probabilities, and where all are 0, as greedy sampling notes them.
+    """
+    if not trace.logprobs or not any(trace.logprobs):
+        return None
+    return min(1.0, math.exp(sum(trace.logprobs) / len(trace.logprobs)))
+
+
+def mean_probabilities(loaded: Any, traces: Sequence[Trace]) -> list[float | None]:
+    """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
+
+    The conversation is put by the model's chat template; the tokens are the completion's text in the model's own
+    tokenizer, without a stop token. None for an empty completion and for what is longer than the model's context.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_traces.batching import Example, micro_batches, pad
+    from mlx_traces.forward import split, token_logprobs
+
+    examples: dict[int, Example] = {}
+    for index, trace in enumerate(traces):
+        prompt = _prompt_ids(loaded, trace)
+        answer = loaded.tokenizer.encode(trace.completion.removeprefix(prompt[1]), add_special_tokens=False)
+        ids = (*prompt[0], *answer)
+        if answer and len(prompt[0]) and (loaded.context is None or len(ids) <= loaded.context):
+            examples[index] = Example(trace.id, ids, (False,) * len(prompt[0]) + (True,) * len(answer))
+    found: list[float | None] = [None] * len(traces)
+    halves = split(loaded.model)
+    order = list(examples)
+    lengths = [len(examples[index].ids) for index in order]
+    for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
+        members = [order[place] for place in batch]
+        ids, positions = pad([examples[index] for index in members])
+        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False)
+        rows = np.array(logprobs, np.float64)
+        at = 0
+        for index in members:
+            count = examples[index].count
+            found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
+            at += count
+    return found
+
+
+def _prompt_ids(loaded: Any, trace: Trace) -> tuple[tuple[int, ...], str]:
+    """Return the conversation's ids and what the template opens of the answer; a bare text comes after a stop token."""
+    if trace.messages:
+        rendered = loaded.render_turns([dict(turn) for turn in trace.messages])
+        return rendered.ids, rendered.opened
+    return tuple(loaded.tokenizer.encode(""))[:1] or tuple(sorted(loaded.stop_ids))[:1], ""
+
+
+# ---------------------------------------------------------------------------------- a judge
+
+_SCORE = re.compile(r"Score: ?(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
+_ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
+
+
+def parse_judgement(reply: str) -> float | None:
+    """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
+
+    Only what follows the judge's own thought is read; prose has no score.
+    """
+    reply = answer_part(reply).strip()
+    match = _SCORE.fullmatch(reply.rpartition("\n")[2].strip())
+    return float(match[1]) if match and len(_ANY_SCORE.findall(reply)) == 1 else None
+
+
+def judge(
+    loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig
+) -> list[float | None]:
+    """Ask a model to grade each trace by the rubric, greedily; None where its reply is no grade.
+
+    Replies are kept in ``config.judge_cache`` by a hash of the model, the tokens put to it and the most it may say, so
+    a trace is judged once. A trace too long for the judge's context has no grade.
+
+    Raises:
+        UserError: if more than the share ``judge_failures`` has none, or the rubric or the cache cannot be read.
+    """
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import generate
+
+    prompt = load_prompt(Path(config.judge_prompt)) if config.judge_prompt else RUBRIC
+    params = SamplingParams(max_tokens=config.judge_max_tokens, stop=prompt.stop)
+    cache = Cache(Path(config.judge_cache))
+    identity = [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), config.judge_max_tokens]
+    identity += [fingerprint(Path(loaded.adapter)) if loaded.adapter else None, list(prompt.stop)]
+    keys, requests = [], {}
+    for trace, problem in zip(traces, problems, strict=True):
+        question = str((problem.columns if problem else {}).get("question") or _asked(trace))
+        columns = {"question": question, "trace": trace.completion}
+        rendered = loaded.render(prompt, Problem(trace.id, columns, ""))
+        key = hashlib.sha256(json.dumps([*identity, rendered.ids]).encode()).hexdigest()[:24]
+        keys.append(key)
+        fits = loaded.context is None or len(rendered.ids) + config.judge_max_tokens <= loaded.context
+        if fits and key not in cache.replies:
+            requests[key] = Request(rendered.ids)
+    asked = list(requests)
+    replies = generate(loaded, list(requests.values()), params, config.rows, memory_gb=config.memory_limit)
+    for index, rollout in replies:
+        cache.add(asked[index], rollout.text)
+    grades = [None if key not in cache.replies else parse_judgement(cache.replies[key]) for key in keys]
+    failed = grades.count(None)
+    if failed > config.judge_failures * len(grades):
+        sample = next((cache.replies[key] for key in keys if key in cache.replies), "nothing: the traces are too long")
+        raise UserError(
+            f"{loaded.name} gave no 'Score: 0.8' line for {failed} of {len(grades)} traces (it says "
+            f"{sample.strip()[-60:]!r}); take another judge, or raise --judge-failures"
+        )
+    return grades
+
+
+class Cache:
+    """A judge's replies by key, in a file of JSON lines that grows as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.replies: dict[str, str] = {}
+        if path.exists():
+            self._drop_cut_line()
+            for where, row in read_jsonl(path, ("key", "reply")):
+                if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
+                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to judge anew")
+                self.replies[row["key"]] = row["reply"]
+
+    def _drop_cut_line(self) -> None:
+        try:
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n") and content:
+                with self.path.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another --judge-cache") from None
+
+    def add(self, key: str, reply: str) -> None:
+        """Keep a reply, on disk too."""
+        self.replies[key] = reply
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --judge-cache"
+            ) from None
