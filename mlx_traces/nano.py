@@ -25,9 +25,9 @@ import numpy as np
 
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError
-from mlx_traces.tasks.countdown import PROMPTS, generate, parse
-from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.solver import TRACE_LIMIT, search_trace
+from mlx_traces.tasks.countdown import PROMPTS, generate
+from mlx_traces.tasks.solver import TRACE_LIMIT
+from mlx_traces.traces import solved
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTEXT = 2048  # tokens
@@ -114,16 +114,6 @@ def number_features(count: int, size: int) -> mx.array:
     angles = 2 * math.pi * np.arange(count)[:, None] / np.array(PERIODS)[None, :]
     waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)[:, :size]
     return mx.array(0.1 * np.pad(waves, ((0, 0), (0, size - waves.shape[1]))).astype(np.float32))
-
-
-def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[dict[str, str]], str] | None:
-    """Return (messages, the solver's completion) of a problem, or None where no short trace exists."""
-    trace = search_trace(nums, target)
-    if trace is None:
-        return None
-    thought, expression = trace
-    opening = f"<think>\n{thought}\n</think>\n" if prompt.name == "thinking" else ""
-    return prompt.messages(parse({"nums": nums, "target": target}, "nano")), f"{opening}<answer>{expression}</answer>"
 
 
 def examples(config: NanoConfig, tokenizer) -> Iterator[tuple[list[int], int]]:

@@ -1,11 +1,19 @@
 """data: make and bring in data sets."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_traces.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_traces.records import Trace
+    from mlx_traces.tasks import Task
+    from mlx_traces.tasks.prompts import Prompt
 
 
 @click.group("data")
@@ -66,3 +74,118 @@ def data_countdown(
     ]
     write_new(Path(out), "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{len(rows)} problems written to {out}", err=True)
+
+
+@data_group.command("countdown-traces")
+@click.option("--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems.")
+@click.option(
+    "--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers."
+)
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems.")
+@click.option(
+    "--operands",
+    nargs=2,
+    type=int,
+    default=(3, 4),
+    metavar="LOW HIGH",
+    help="Numbers per problem.  [default: 3 4]",
+)
+@click.option("--prompt", "prompts", multiple=True, default=("thinking",), help="Prompt style; several give several.")
+@click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
+def data_countdown_traces(
+    count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
+) -> None:
+    """Write the solver's traces of Countdown problems: a search told step by step, then the answer."""
+    from mlx_traces import traces
+    from mlx_traces.tasks import countdown
+
+    styles = [_prompt(countdown.TASK, name) for name in dict.fromkeys(prompts)]
+    config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
+    skipped = Counter()
+    made = traces.countdown_traces(count, split, seed, operands, styles, skipped)
+    _write(out, made, "solver", config, skipped, seed)
+
+
+@data_group.command("gsm8k")
+@click.option("--split", default="train", show_default=True, help="train, test, or a part as in 'train[:1000]'.")
+@click.option("--data", help="File or hub data set with question and answer.  [default: openai/gsm8k]")
+@click.option("--limit", type=click.IntRange(1), help="Take a seeded sample of so many problems.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
+@click.option(
+    "--style",
+    default="think",
+    show_default=True,
+    help="Where the answer stands: think (<answer> after the thought), plain (####) or boxed.",
+)
+@click.option("--prompt", help="Prompt style.  [default: the one that asks for --style]")
+@click.option("--out", default="data/raw/gsm8k.jsonl", show_default=True, type=click.Path(), help="File to write.")
+def data_gsm8k(
+    split: str, data: str | None, limit: int | None, seed: int, style: str, prompt: str | None, out: str
+) -> None:
+    """Write GSM8K's worked solutions as traces, without their calculator annotations."""
+    from mlx_traces import traces
+    from mlx_traces.errors import unknown
+    from mlx_traces.tasks import gsm8k
+
+    if style not in traces.GSM8K_STYLES:
+        raise unknown("style", style, traces.GSM8K_STYLES)
+    asked = _prompt(gsm8k.TASK, prompt or traces.GSM8K_STYLES[style])
+    config = {"split": split, "data": data, "limit": limit, "seed": seed, "style": style, "prompt": asked.name}
+    skipped = Counter()
+    made = traces.gsm8k_traces(split, data, limit, seed, asked, style, skipped)
+    _write(out, made, data or gsm8k.HUB, config, skipped, seed)
+
+
+@data_group.command("import")
+@click.argument("data", metavar="FILE")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    help="What a row is: messages, prompt-completion, sharegpt (Sky-T1), open-r1 or text.",
+)
+@click.option("--task", help="Task that can grade the traces: gsm8k, countdown or qa; each row must have its columns.")
+@click.option(
+    "--style",
+    default="think",
+    show_default=True,
+    help="Tags to write: think, sky-t1, or keep for those that are there.",
+)
+@click.option(
+    "--split", default="train", show_default=True, help="Split of a hub data set; a slice as in 'train[:1000]'."
+)
+@click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
+def data_import(data: str, form: str, task: str | None, style: str, split: str, out: str | None) -> None:
+    """Bring in traces from FILE (.jsonl, .json, .txt) or a hub data set owner/name."""
+    from mlx_traces import traces
+    from mlx_traces.tasks import get_task
+
+    grader = get_task(task) if task else None
+    config = {"data": data, "format": form, "task": task, "style": style, "split": split}
+    skipped = Counter()
+    made = traces.import_traces(data, form, grader, None if style == "keep" else style, split, skipped)
+    _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None)
+
+
+def _prompt(task: "Task", name: str) -> "Prompt":
+    """Return a task's prompt style, or a file's."""
+    from mlx_traces.errors import unknown
+    from mlx_traces.tasks.prompts import load_prompt
+
+    if name.endswith((".yaml", ".yml")):
+        return load_prompt(Path(name))
+    if name not in task.prompts:
+        raise unknown(f"prompt of {task.name}", name, (*task.prompts, "FILE.yaml"))
+    return task.prompts[name]
+
+
+def _write(
+    out: str, made: Iterable["Trace"], source: str, config: dict[str, Any], skipped: Counter, seed: int | None
+) -> None:
+    """Write traces and their manifest, and say how many."""
+    from mlx_traces.traces import counted, write_traces
+
+    counts = {"skipped": skipped}
+    written = write_traces(Path(out), made, {"source": source, "config": config, "counts": counts, "seed": seed})
+    left_out = counted(counts)
+    click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)

@@ -1,0 +1,539 @@
+r"""Files of traces and their manifests, the tags around a thought, and raw traces made or brought in. No MLX.
+
+The normal form of a completion is ``<think>\n{thought}\n</think>\n{solution}``; ``<answer>…</answer>``, ``\boxed{}``
+and ``####`` stay where they stand in the solution.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.records import Problem, Trace
+from mlx_traces.runs import provenance, read_json, to_json, write_new
+from mlx_traces.tasks import Task, countdown, gsm8k
+from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
+from mlx_traces.tasks.prompts import Message, Prompt
+from mlx_traces.tasks.solver import search_trace
+
+# ---------------------------------------------------------------------------------- files
+
+NUMBER = (int, float)
+FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("task", "prompt", "source", "finish_reason", "verdict"), ("a text", (str,))),
+    **dict.fromkeys(("columns", "scores"), ("an object", (dict,))),
+    **dict.fromkeys(("completion_ids", "logprobs"), ("a list of numbers", (list,))),
+    "sample": ("a whole number", (int,)),
+    "score": ("a number", NUMBER),
+}
+
+
+def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
+    """Yield (``file:line``, trace) of a JSON-lines file; UserError at the first line that is not one."""
+    for where, row in read_jsonl(Path(path), ("id", "messages", "completion")):
+        for name, (kind, types) in FIELDS.items():
+            if row.get(name) is not None and (not isinstance(row[name], types) or isinstance(row[name], bool)):
+                raise UserError(f"{where}: {name!r} must be {kind}, not {type(row[name]).__name__}")
+        for name in ("completion_ids", "logprobs"):
+            if not all(isinstance(value, NUMBER) for value in row.get(name) or ()):
+                raise UserError(f"{where}: {name!r} must be a list of numbers")
+        yield where, Trace.from_row(row, where)
+
+
+def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) -> int:
+    """Write a new file of traces, all at once when the last one is there, then its manifest; return their number.
+
+    Args:
+        path: ``NAME.jsonl``; its folders are made.
+        traces: may be a generator; nothing is drawn from it if the file exists.
+        manifest: arguments of ``write_manifest``. Its counts are read at the end, so a generator may still add to
+            them; the number ``written`` is put first.
+
+    Raises:
+        UserError: if the file or its manifest exists, it cannot be written, or there are no traces.
+    """
+    path, written = Path(path), 0
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        for file in (path, manifest_path(path)):
+            if file.exists():
+                raise UserError(f"{file} exists; remove it, or choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("x", encoding="utf-8") as file:
+            for written, trace in enumerate(traces, 1):  # noqa: B007
+                row = {"id": trace.id, "messages": trace.messages, "completion": trace.completion, **trace.to_row()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if not written:
+            raise UserError(
+                f"{path}: there are no traces to write; counted: {counted(manifest['counts']) or 'nothing'}"
+            )
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+    write_manifest(path, **{**manifest, "counts": {"written": written, **manifest["counts"]}})
+    return written
+
+
+def manifest_path(path: Path) -> Path:
+    """Return ``NAME.manifest.json`` for ``NAME.jsonl``."""
+    return Path(path).with_suffix(".manifest.json")
+
+
+def write_manifest(
+    path: Path, *, source: str, config: dict[str, Any], counts: dict[str, Any], seed: int | None
+) -> None:
+    """Write beside a finished file what it is and how it was made.
+
+    Args:
+        path: the file.
+        source: where its content is from: a file, a data set, a model.
+        config: every setting, filled in; plain JSON.
+        counts: what was written, and skipped for which reason.
+        seed: None where nothing was drawn.
+    """
+    made = provenance()
+    content = {
+        "file": Path(path).name,
+        "sha256": _sha256(path),
+        "source": source,
+        "command": made["command"],
+        "seed": seed,
+        "counts": counts,
+        "config": config,
+        "config_hash": config_hash(config),
+        "versions": made["versions"],
+        "git_revision": made["git_revision"],
+        "platform": made["platform"],
+        "time": made["started"],
+    }
+    write_new(manifest_path(path), to_json(content))
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """Return a file's manifest; UserError if there is none, or the file has changed since."""
+    manifest = read_json(manifest_path(path))
+    try:
+        same = manifest.get("sha256") == _sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not same:
+        raise UserError(f"{path} is not the file that its manifest describes; write it anew, or remove the manifest")
+    return manifest
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Return 12 hexadecimal digits that change with a setting, not with the settings' order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def counted(counts: dict[str, Any], name: str = "") -> str:
+    """Tell counts in one line: ``12 written, 3 skipped (no short trace)``; ``name`` stands before an inner reason."""
+    told = (
+        counted(value, key) if isinstance(value, dict) else f"{value:,} {name} ({key})" if name else f"{value:,} {key}"
+        for key, value in counts.items()
+    )
+    return ", ".join(filter(None, told))
+
+
+def _sha256(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------- tags
+
+STYLES = ("think", "sky-t1")
+_CHANNEL = r"(?:\|end\|><)?(?:\|start\|>assistant<)?\|channel\|>"
+_TAG = re.compile(
+    rf"<(?:(?P<open>think(?:ing)?>|reasoning>|\|begin_of_thought\|>|{_CHANNEL}analysis(?:<\|message\|>)?)"
+    rf"|(?P<close>/think(?:ing)?>|/reasoning>|\|end_of_thought\|>|{_CHANNEL}final<\|message\|>)"
+    r"|/?solution>|\|(?:begin|end)_of_solution\|>)"
+    r"|\[(?:(?P<opens>THINK)|(?P<closes>/THINK))\]",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def parts(text: str) -> tuple[str | None, str]:
+    """Split a completion into (thought, solution), both without tags and surrounding white space.
+
+    The thought goes from the start to the last closing tag, so what stands before the opening tag belongs to it, and
+    the opening tag may be missing. A thought that is still open at the end is all there is: the solution is empty.
+    Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
+    Tags are ``<think>``, ``<thinking>``, ``<reasoning>``, ``<|begin_of_thought|>``, ``[THINK]``, gpt-oss's channels,
+    ``<solution>`` and ``<|begin_of_solution|>``, each with its end, in small or capital letters.
+    """
+    return _parts(text)[:2]
+
+
+def _parts(text: str) -> tuple[str | None, str, bool]:
+    """Return thought, solution, and whether the thought is still open."""
+    pieces, start, closed, is_open = [], 0, 0, False
+    for tag in _TAG.finditer(text):
+        pieces.append(text[start : tag.start()].strip())
+        start, kind = tag.end(), tag.lastgroup
+        if kind:
+            is_open = kind.startswith("open")
+            closed = closed if is_open else len(pieces)
+    pieces.append(text[start:].strip())
+    closed = len(pieces) if is_open else closed
+    thought, solution = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
+    return thought if closed else None, solution, is_open
+
+
+def normalise(text: str) -> str:
+    """Rewrite a completion in the normal form, its parts as ``parts`` finds them; an open thought stays open."""
+    return restyle(text, "think")
+
+
+def restyle(text: str, style: str) -> str:
+    """Rewrite a completion with the tags of ``think`` (the normal form) or ``sky-t1``.
+
+    Nothing but tags and the white space around them changes, so ``normalise`` undoes any style.
+    """
+    if style not in STYLES:
+        raise unknown("style", style, STYLES)
+    thought, solution, is_open = _parts(text)
+    sky = style == "sky-t1"
+    gap = "\n\n" if sky else "\n"
+    opening, closing = ("<|begin_of_thought|>", "<|end_of_thought|>") if sky else ("<think>", "</think>")
+    pieces = [] if thought is None else [opening, thought] if is_open else [opening, thought, closing]
+    if solution:
+        pieces += ["<|begin_of_solution|>", solution, "<|end_of_solution|>"] if sky else [solution]
+    return gap.join(pieces)
+
+
+# ---------------------------------------------------------------------------------- traces of the tasks
+
+GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+
+
+def gsm8k_traces(
+    split: str,
+    data: str | None,
+    limit: int | None,
+    seed: int,
+    prompt: Prompt | None = None,
+    style: str = "think",
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    r"""Yield GSM8K's worked solutions as traces, without their calculator annotations ``<<48/2=24>>``.
+
+    Args:
+        split: as for the task's ``load``, as are ``data``, ``limit`` and ``seed``.
+        data: a file or hub data set, or None for the task's own.
+        limit: size of a seeded sample, or None for all.
+        seed: of the sample.
+        prompt: how the question is put; None for the one that asks for the style.
+        style: ``think`` (solution as thought, then ``<answer>72</answer>``), ``plain`` (then ``#### 72``) or ``boxed``
+            (then ``\boxed{72}``).
+        skipped: gets the number of rows without a worked solution.
+    """
+    if style not in GSM8K_STYLES:
+        raise unknown("style", style, GSM8K_STYLES)
+    prompt = prompt or gsm8k.PROMPTS[GSM8K_STYLES[style]]
+    for problem in gsm8k.load(split, data, limit, seed):
+        solution = _ANNOTATION.sub("", str(problem.columns["answer"]).rpartition("####")[0]).strip()
+        if not solution:
+            _skip(skipped, "no worked solution")
+            continue
+        if style == "think":
+            completion = f"{_opening(prompt)}{solution}\n</think>\n<answer>{problem.gold}</answer>"
+        else:
+            end = f"#### {problem.gold}" if style == "plain" else f"\\boxed{{{problem.gold}}}"
+            completion = f"{prompt.prefill}{solution}\n{end}"
+        yield _task_trace("gsm8k", problem, prompt, completion, f"{data or gsm8k.HUB} {split}")
+
+
+def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:
+    """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
+
+    The completion thinks if the prompt asks for ``<think>``; it opens with the prompt's prefill.
+    """
+    if (found := search_trace(nums, target)) is None:
+        return None
+    thought, expression = found
+    thinks = "<think>" in prompt.user + prompt.prefill
+    opening = f"{_opening(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
+    problem = countdown.parse({"nums": nums, "target": target}, "solver")
+    return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"
+
+
+def countdown_traces(
+    count: int,
+    split: str,
+    seed: int,
+    operands: tuple[int, int] = (3, 4),
+    prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    """Yield the solver's traces of ``count`` generated problems, one for every prompt.
+
+    Args:
+        count: how many problems; one without a short trace gives none.
+        split: as for ``countdown.generate``, as are ``seed`` and ``operands``.
+        seed: the same seed gives the same problems.
+        operands: fewest and most numbers of a problem.
+        prompts: how they are put.
+        skipped: gets the number of problems without a short trace.
+    """
+    for nums, target in countdown.generate(split, count, seed, operands):
+        problem = countdown.parse({"nums": nums, "target": target}, "solver")
+        for prompt in prompts:
+            if (found := solved(prompt, nums, target)) is None:
+                _skip(skipped, "no short trace")
+                break
+            yield _task_trace("countdown", problem, prompt, found[1], "solver")
+
+
+def _opening(prompt: Prompt) -> str:
+    """Return how a thinking completion begins; a prefill may have opened the thought."""
+    return f"{prompt.prefill.removesuffix('<think>')}<think>\n"
+
+
+def _task_trace(task: str, problem: Problem, prompt: Prompt, completion: str, source: str) -> Trace:
+    return Trace(
+        id=problem.id,
+        messages=tuple(prompt.messages(problem)),
+        completion=completion,
+        task=task,
+        columns=problem.columns,
+        prompt=prompt.name,
+        source=source,
+    )
+
+
+def _skip(skipped: Counter | None, reason: str) -> None:
+    if skipped is not None:
+        skipped[reason] += 1
+
+
+# ---------------------------------------------------------------------------------- traces from elsewhere
+
+FORMATS = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "sharegpt": ("conversations",),
+    "open-r1": ("problem", "generations"),
+    "text": ("text",),
+}  # and the columns that a row must have
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+INSTEAD = "pass a .jsonl or .json file of its rows"
+
+
+def import_traces(
+    data: str,
+    format: str,
+    task: Task | None = None,
+    style: str | None = "think",
+    split: str = "train",
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    """Yield the traces of a .jsonl, .json (a list) or .txt file, or of a hub data set.
+
+    The last assistant's turn is the completion; what follows it is dropped. A trace's id is its problem's if there is
+    a task, else a hash of the turns before the completion (of the completion, if there are none); ``sample`` numbers
+    the conversations with one id, skipped ones included.
+
+    Args:
+        data: a file or ``owner/name``.
+        format: one of ``FORMATS``.
+        task: its columns are taken from every row, so that the traces can be graded; a ``question`` that the row lacks
+            is the last user's turn.
+        style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
+        split: of a hub data set, or a part such as ``train[:1000]``; of a file only the part counts.
+        skipped: gets the numbers of conversations left out, by reason.
+
+    Raises:
+        UserError: for an unknown format or style, a file that cannot be read, a row without a column of the format or
+            the task, or a conversation without an assistant's turn.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if style is not None and style not in STYLES:
+        raise unknown("style", style, STYLES)
+    seen: Counter[str] = Counter()
+    source = Path(data).name if is_file(data) else data
+    for where, row in _rows(data, format, split):
+        _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
+        for turns, finish, fault in _conversations(row, format, where):
+            messages, completion = _halves(turns, format, where)
+            identity, columns = content_id("trace", *(_spoken(messages) or [completion])), {}
+            if task:
+                asked = {"question": messages[-1]["content"]} if "question" in task.columns and messages else {}
+                given = {name: row[name] for name in task.columns if row.get(name) is not None}
+                try:
+                    problem = task.parse({**asked, **given}, where)
+                except UserError:
+                    _skip(skipped, f"no {task.name} answer in the row")
+                    continue
+                identity, columns = problem.id, problem.columns
+            seen[identity] += 1
+            fault = fault or _fault(messages, completion, format)
+            if fault:
+                _skip(skipped, fault)
+                continue
+            yield Trace(
+                id=identity,
+                messages=tuple(messages),
+                completion=completion if style is None else restyle(completion, style),
+                task=task.name if task else "",
+                columns=columns,
+                source=source,
+                sample=seen[identity] - 1,
+                finish_reason=finish,
+            )
+
+
+def _fault(messages: list[Message], completion: str, format: str) -> str | None:
+    """Return why a conversation is no trace, or None."""
+    if not completion.strip():
+        return "empty completion"
+    if format != "text" and (not messages or messages[-1]["role"] != "user"):
+        return "no user's turn before the completion"
+    return None
+
+
+def _spoken(messages: list[Message]) -> list[str]:
+    return [text for turn in messages for text in (turn["role"], turn["content"])]
+
+
+def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) of a file or a hub data set."""
+    name, span = split_slice(split)
+    path = Path(data)
+    if not is_file(data):
+        rows = hub_rows(data, None, name, INSTEAD, lambda size: range(size)[span])
+        span = slice(None)
+    elif path.suffix.lower() == ".txt" and format == "text":
+        rows = _paragraphs(path)
+    elif path.suffix.lower() == ".json":
+        rows = _json_rows(path)
+    else:
+        rows = read_jsonl(path)
+    yield from islice(rows, span.start, span.stop)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (``file[index]``, row) of a list in a .json file; one that is no list is read as JSON lines."""
+    text = _text_of(path)
+    if not text.lstrip().startswith("["):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
+    for index, row in enumerate(rows):
+        yield (where := f"{path}[{index}]"), parse_row(json.dumps(row), where, ())
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
+    lines: list[str] = []
+    for number, line in enumerate([*_text_of(path).split("\n"), ""], 1):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            where, text, lines = f"{path}:{number - len(lines)}", "\n".join(lines), []
+            if _parts(text)[2]:
+                raise UserError(f"{where}: a blank line within a thought; pass JSON lines with 'text' instead")
+            yield where, {"text": text}
+
+
+def _need(row: Row, columns: Sequence[str], where: str) -> None:
+    """Raise UserError for a row without one of the columns."""
+    for column in columns:
+        if row.get(column) is None:
+            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
+
+
+def _conversations(row: Row, format: str, where: str) -> Iterator[tuple[list[Message], str | None, str | None]]:
+    """Yield (turns, finish reason, why it is to be skipped) of a row's conversations."""
+    if format == "open-r1":
+        yield from _generations(row, where)
+        return
+    if format == "messages":
+        turns = _turns(row["messages"], "role", "content", where)
+    elif format == "sharegpt":
+        turns = _turns(row["conversations"], "from", "value", where)
+        if row.get("system"):
+            turns.insert(0, {"role": "system", "content": _text(row["system"], "system", where)})
+    elif format == "prompt-completion":
+        turns = _said(row, "prompt", "user", where) + _said(row, "completion", "assistant", where)
+    else:
+        turns = [{"role": "assistant", "content": _text(row["text"], "text", where)}]
+    yield turns, None, None
+
+
+def _generations(row: Row, where: str) -> Iterator[tuple[list[Message], str | None, str | None]]:
+    """Yield a conversation for each generation; faulty are those cut off, and those no check of the row finds correct.
+
+    The checks are the lists ``correctness_…``; where none says anything, the generation counts as correct.
+    """
+    question = {"role": "user", "content": _text(row["problem"], "problem", where)}
+    if not isinstance(row["generations"], list):
+        raise UserError(f"{where}: 'generations' must be a list of texts")
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    for index, text in enumerate(row["generations"] or [""]):
+        said = {name: values[index] for name, values in lists.items() if index < len(values)}
+        checks = [value for name, value in said.items() if name.startswith("correctness_") and value is not None]
+        wrong = "wrong by the row's own check" if checks and not any(checks) else None
+        cut = "cut off" if said.get("is_reasoning_complete") is False else None
+        finish = said.get("finish_reasons")
+        finish = finish if finish in ("stop", "length") else None
+        turn = {"role": "assistant", "content": _text(text, "generations", where)}
+        yield [question, turn], finish, wrong or cut
+
+
+def _said(row: Row, column: str, role: str, where: str) -> list[Message]:
+    """Return a column's turns; a text is one turn of ``role``."""
+    if isinstance(row[column], str):
+        return [{"role": role, "content": row[column]}]
+    return _turns(row[column], "role", "content", where)
+
+
+def _turns(turns: Any, role: str, content: str, where: str) -> list[Message]:
+    """Read a list of turns with these names for who speaks and what; other fields are dropped."""
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {role, content} <= set(turn) for turn in turns
+    ):
+        raise UserError(f"{where}: the turns must be a list of {{{role}, {content}}} objects")
+    for turn in turns:
+        if str(turn[role]) not in ROLES:
+            raise UserError(f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(ROLES)} are understood")
+    return [{"role": ROLES[turn[role]], "content": _text(turn[content], content, where)} for turn in turns]
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} must be a text, not {type(value).__name__}")
+    return value
+
+
+def _halves(turns: list[Message], format: str, where: str) -> tuple[list[Message], str]:
+    """Return the turns before the last assistant's, and its text."""
+    last = max((at for at, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise UserError(f"{where}: no turn is the assistant's; {format} needs a completion in every row")
+    return turns[:last], turns[last]["content"]

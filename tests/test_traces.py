@@ -1,0 +1,540 @@
+"""Files of traces, the tags around a thought, and raw traces, against values worked out by hand."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_traces import traces
+from mlx_traces.cli import main
+from mlx_traces.errors import UserError
+from mlx_traces.records import Trace
+from mlx_traces.tasks import countdown, get_task, gsm8k
+from mlx_traces.traces import import_traces, manifest_of, normalise, parts, read_traces, restyle, write_traces
+
+NATALIA = {
+    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+    "answer": "In May 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72 clips.\n#### 72",
+}
+ROUND = {"question": "What is 1,000 times two?", "answer": "It is $<<1000*2=2000>>2,000.\n#### 2,000"}
+BARE = {"question": "What is 6 times 7?", "answer": "42"}
+SKY = {
+    "system": "Structure your response into two main sections: Thought and Solution.",
+    "conversations": [
+        {"from": "user", "value": "Return your final response within \\boxed{}. What is $2+2$?"},
+        {
+            "from": "assistant",
+            "value": "<|begin_of_thought|>\n\nTwo and two.\n\nWait, count: 3, 4.\n\n<|end_of_thought|>\n\n"
+            "<|begin_of_solution|>\n\nThe sum is \\(\\boxed{4}\\).\n\n<|end_of_solution|>",
+        },
+    ],
+}
+SKY_NORMAL = "<think>\nTwo and two.\n\nWait, count: 3, 4.\n</think>\nThe sum is \\(\\boxed{4}\\)."
+MANIFEST = {"source": "hand", "config": {"b": 1, "a": None}, "counts": {"skipped": Counter()}, "seed": 3}
+
+
+def trace(**changes):
+    return Trace(**{"id": "a", "messages": ({"role": "user", "content": "Q?"},), "completion": "A", **changes})
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def imported(path, form, task=None, **options):
+    return list(import_traces(str(path), form, get_task(task) if task else None, **options))
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="mlx-traces")
+
+
+# ---------------------------------------------------------------------------------- files
+
+
+def test_a_file_comes_back_as_it_was_written(tmp_path):
+    made = [
+        trace(completion="<think>\nzwölf\n</think>\n🙂"),
+        trace(sample=1, task="gsm8k", columns=NATALIA, prompt="boxed", source="hand", verdict="correct"),
+        trace(
+            messages=(),
+            completion_ids=(5, 7),
+            logprobs=(-0.5, 0.0),
+            finish_reason="stop",
+            scores={"a": None, "b": 0.0},
+            score=0.0,
+        ),
+        trace(completion=""),
+    ]
+    path = tmp_path / "deep" / "file.jsonl"
+    assert write_traces(path, iter(made), MANIFEST) == 4
+    assert list(read_traces(path)) == [(f"{path}:{line}", one) for line, one in enumerate(made, 1)]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["file.jsonl", "file.manifest.json"]
+
+
+def test_the_manifest_says_what_the_file_is(tmp_path):
+    path, skipped = tmp_path / "file.jsonl", Counter()
+
+    def some():
+        yield trace()
+        skipped["too long"] += 2
+
+    write_traces(path, some(), {**MANIFEST, "counts": {"skipped": skipped}})
+    manifest = manifest_of(path)
+    assert manifest["counts"] == {"written": 1, "skipped": {"too long": 2}}
+    assert (manifest["file"], manifest["source"], manifest["seed"]) == ("file.jsonl", "hand", 3)
+    line = b'{"id": "a", "messages": [{"role": "user", "content": "Q?"}], "completion": "A", "sample": 0}\n'
+    assert path.read_bytes() == line
+    assert manifest["sha256"] == hashlib.sha256(line).hexdigest()
+    assert manifest["config"] == {"b": 1, "a": None}
+    assert manifest["config_hash"] == traces.config_hash({"a": None, "b": 1}) != traces.config_hash({"a": 0, "b": 1})
+    assert set(manifest["versions"]) >= {"python", "mlx-traces"} and manifest["command"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["time"])
+    path.write_bytes(line.replace(b'"A"', b'"B"'))
+    with pytest.raises(UserError, match="is not the file that its manifest describes"):
+        manifest_of(path)
+    with pytest.raises(UserError, match=r"other\.manifest\.json: cannot be read"):
+        manifest_of(tmp_path / "other.jsonl")
+
+
+def test_nothing_is_overwritten_or_left_half(tmp_path):
+    path = tmp_path / "file.jsonl"
+
+    def broken():
+        yield trace()
+        raise UserError("source.jsonl:2: broken")
+
+    with pytest.raises(UserError, match="source.jsonl:2"):
+        write_traces(path, broken(), MANIFEST)
+    counts = {"skipped": Counter({"empty completion": 2})}
+    with pytest.raises(UserError, match=r"no traces to write; counted: 2 skipped \(empty completion\)"):
+        write_traces(path, [], {**MANIFEST, "counts": counts})
+    assert not list(tmp_path.iterdir())
+    for name in ("file.jsonl", "file.manifest.json"):
+        (tmp_path / name).write_text("mine")
+        drawn = iter([trace()])
+        with pytest.raises(UserError, match=f"{name} exists; remove it, or choose another --out"):
+            write_traces(path, drawn, MANIFEST)
+        assert next(drawn) and [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+        (tmp_path / name).unlink()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another --out"):
+        write_traces(tmp_path / "file" / "x.jsonl", [trace()], MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"messages": "Q?"}, "'messages' must be a list"),
+        ({"completion": None}, "'completion' must be a text, not NoneType"),
+        ({"columns": "x"}, "'columns' must be an object, not str"),
+        ({"sample": True}, "'sample' must be a whole number, not bool"),
+        ({"sample": 1.5}, "'sample' must be a whole number, not float"),
+        ({"completion_ids": 5}, "'completion_ids' must be a list of numbers, not int"),
+        ({"logprobs": ["x"]}, "'logprobs' must be a list of numbers"),
+        ({"score": "1"}, "'score' must be a number, not str"),
+        ({"colour": 1}, "unknown field 'colour'"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, changes, message):
+    row = trace().to_row()
+    path = write_lines(tmp_path / "file.jsonl", row, {**row, **changes})
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: {message}")):
+        list(read_traces(path))
+    Path(path).write_text('{"id": "a"}\n')
+    with pytest.raises(UserError, match=r":1: 'messages' is missing; this row has id"):
+        list(read_traces(path))
+    Path(path).write_text("{\n")
+    with pytest.raises(UserError, match=r":1: not JSON"):
+        list(read_traces(path))
+
+
+# ---------------------------------------------------------------------------------- tags
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "solution", "normal"),
+    [
+        ("<think>\na\n</think>\n<answer>4</answer>", "a", "<answer>4</answer>", None),
+        (SKY["conversations"][1]["value"], "Two and two.\n\nWait, count: 3, 4.", "The sum is \\(\\boxed{4}\\).", ...),
+        ("Okay, so a\n</think>\n\nIt is \\boxed{4}.", "Okay, so a", "It is \\boxed{4}.", ...),
+        ("<Thinking>a</THINKING>b", "a", "b", ...),
+        ("<reasoning>\na\n</reasoning>\n<answer>\n4\n</answer>", "a", "<answer>\n4\n</answer>", ...),
+        ("<think>a</think><solution>b\n#### 4</solution>", "a", "b\n#### 4", ...),
+        ("[THINK]a[/THINK]b", "a", "b", ...),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+            "a",
+            "b",
+            ...,
+        ),
+        ("Let me see.\n<think>a</think>b", "Let me see.\na", "b", ...),
+        ("<think>a<think>b</think>c</think>d", "a\nb\nc", "d", ...),
+        ("<think>a</think>b<think>c</think>d", "a\nb\nc", "d", ...),
+        ("<think>\n\n</think>\n\nb", "", "b", "<think>\n\n</think>\nb"),
+        ("<think>a</think>", "a", "", "<think>\na\n</think>"),
+        ("<think>a", "a", "", "<think>\na"),
+        ("<think>a</think>b<think>c", "a\nb\nc", "", "<think>\na\nb\nc"),
+        ("a <answer>4</answer> \n", None, "a <answer>4</answer>", "a <answer>4</answer>"),
+        ("<solution>a</solution>", None, "a", "a"),
+        ("<th<think>ink>a</think>b", "<th\nink>a", "b", ...),
+        ("a < b, <thinkk>, < think >", None, "a < b, <thinkk>, < think >", "a < b, <thinkk>, < think >"),
+        ("", None, "", ""),
+    ],
+)
+def test_parts_and_normal_form(text, thought, solution, normal):
+    assert parts(text) == (thought, solution)
+    expected = {None: text, ...: f"<think>\n{thought}\n</think>\n{solution}"}.get(normal, normal)
+    assert normalise(text) == expected
+
+
+def test_the_sky_t1_style_is_written_as_that_data_set_is():
+    assert restyle(SKY_NORMAL, "sky-t1") == SKY["conversations"][1]["value"]
+    assert restyle("<think>a", "sky-t1") == "<|begin_of_thought|>\n\na"
+    assert restyle("4", "sky-t1") == "<|begin_of_solution|>\n\n4\n\n<|end_of_solution|>"
+    with pytest.raises(UserError, match="unknown style 'sky-t2': choose think or sky-t1; did you mean 'sky-t1'"):
+        restyle("4", "sky-t2")
+
+
+PIECES = [
+    *("<think>", "</think>", "<thinking>", "</reasoning>", "<|begin_of_thought|>", "<|end_of_thought|>", "[/THINK]"),
+    *("<|begin_of_solution|>", "</solution>", "<answer>", "</answer>", "<|end|>", "<|channel|>", "analysis"),
+    *("final<|message|>", "<|start|>assistant", "<th", "ink>", "</", "\n", " ", "\u2028", "a", "İ", "\\boxed{4}"),
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=14).map("".join)
+
+
+@given(TEXTS)
+def test_normalising_twice_is_normalising_once(text):
+    normal = normalise(text)
+    thought, solution = parts(text)
+    assert normalise(normal) == normal and parts(normal) == (thought, solution)
+    for style in traces.STYLES:
+        styled = restyle(text, style)
+        assert normalise(styled) == normal and restyle(styled, style) == styled
+        assert parts(styled) == (thought, solution)
+    found = re.compile(r"</?think>|<thinking>|</reasoning>|_of_(thought|solution)\|>|\[/THINK\]|</solution>")
+    assert not found.search((thought or "") + "\0" + solution)
+
+
+@given(TEXTS)
+def test_only_tags_and_white_space_change(text):
+    words = traces._TAG.sub(" ", text).split()
+    assert " ".join(part or "" for part in parts(text)).split() == words
+
+
+@given(st.sampled_from(["", "<think>", "<thinking>"]), st.text("ab 4#\n{}\\", max_size=20))
+def test_grades_do_not_change(opening, thought):
+    problem = gsm8k.parse({"question": "?", "answer": "4"}, "here")
+    for end in ("#### 4", "\\boxed{4}", "so 5", "<answer>4</answer>", ""):
+        text = f"{opening}{thought}</think>{end}" if opening != "<thinking>" else f"{opening}{thought}</thinking>{end}"
+        before = gsm8k.grade(problem, text)["tolerant"].verdict
+        assert gsm8k.grade(problem, normalise(text))["tolerant"].verdict == before
+        assert gsm8k.grade(problem, restyle(text, "sky-t1"))["tolerant"].verdict == before
+
+
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<", "<|", "<|end|>", "<|end|><|start|>assistant", " ", "<<"])
+def test_hostile_texts_take_linear_time(tmp_path, piece):
+    text = piece * (1_000_000 // len(piece))
+    start = time.perf_counter()
+    normalise(text), restyle(text + "x", "sky-t1"), traces._ANNOTATION.sub("", text)
+    assert time.perf_counter() - start < 5
+
+
+# ---------------------------------------------------------------------------------- traces of the tasks
+
+
+def test_worked_solutions_become_traces(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", NATALIA, BARE, ROUND)
+    told = "In May 48/2 = 24 clips.\nAltogether 48+24 = 72 clips."
+    for style, prompt, completion, extractors in (
+        (
+            "think",
+            "thinking",
+            f"<think>\n{told}\n</think>\n<answer>72</answer>",
+            {"tolerant", "flexible", "last_number"},
+        ),
+        ("plain", "hash", f"{told}\n#### 72", set(gsm8k.TASK.extractors)),
+        ("boxed", "boxed", f"{told}\n\\boxed{{72}}", {"tolerant", "flexible", "last_number"}),
+    ):
+        skipped = Counter()
+        first, second = traces.gsm8k_traces("train", path, None, 0, style=style, skipped=skipped)
+        assert skipped == {"no worked solution": 1}
+        assert first.completion == completion and "It is $2,000." in second.completion
+        problem = gsm8k.parse(NATALIA, "here")
+        assert (first.id, first.task, first.columns, first.prompt) == (problem.id, "gsm8k", NATALIA, prompt)
+        assert list(first.messages) == gsm8k.PROMPTS[prompt].messages(problem)
+        for one in (first, second):
+            scores = gsm8k.grade(gsm8k.parse(one.columns, "here"), one.completion)
+            assert {name for name, score in scores.items() if score.correct} == extractors
+    with pytest.raises(UserError, match="unknown style 'bold'"):
+        list(traces.gsm8k_traces("train", path, None, 0, style="bold"))
+
+
+def test_the_solvers_traces_are_correct_in_every_prompt_style():
+    skipped = Counter()
+    made = list(traces.countdown_traces(60, "train", 4, (3, 4), tuple(countdown.PROMPTS.values()), skipped))
+    assert len(made) == 3 * (60 - skipped["no short trace"])
+    assert [one.prompt for one in made[:3]] == ["direct", "thinking", "tinyzero"] and made[0].id == made[2].id
+    for one in made:
+        problem = countdown.parse(one.columns, "here")
+        assert countdown.grade(problem, one.completion)["answer"].correct and one.id == problem.id
+        assert list(one.messages) == countdown.PROMPTS[one.prompt].messages(problem)
+        assert (parts(one.completion)[0] is None) == (one.prompt == "direct")
+        assert one.completion.startswith(countdown.PROMPTS[one.prompt].prefill)
+
+
+def test_a_countdown_trace_word_for_word():
+    messages, completion = traces.solved(countdown.PROMPTS["thinking"], [2, 3, 4], 20)
+    thought = "3 + 2 = 5, 5 * 4 = 20 yes"
+    assert completion == f"<think>\n{thought}\n</think>\n<answer>(3 + 2) * 4</answer>"
+    assert messages[0]["content"].startswith("Make 20 from the numbers [2, 3, 4].")
+    assert traces.solved(countdown.PROMPTS["direct"], [2, 3, 4], 20)[1] == "<answer>(3 + 2) * 4</answer>"
+    assert traces.solved(countdown.PROMPTS["tinyzero"], [2, 3, 4], 20)[1] == (
+        f"Let me solve this step by step.\n<think>\n{thought}\n</think>\n<answer>(3 + 2) * 4</answer>"
+    )
+    assert traces.solved(countdown.PROMPTS["direct"], [1, 1, 1], 50) is None
+    skipped = Counter()
+    list(traces.countdown_traces(400, "train", 0, (4, 4), skipped=skipped))
+    assert skipped["no short trace"] > 0
+
+
+# ---------------------------------------------------------------------------------- traces from elsewhere
+
+USER, ASSISTANT = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "a</think>b"}
+NORMAL = "<think>\na\n</think>\nb"
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "before"),
+    [
+        ("messages", {"messages": [USER, ASSISTANT]}, [USER]),
+        ("messages", {"messages": [USER, ASSISTANT, USER, ASSISTANT, USER]}, [USER, ASSISTANT, USER]),
+        ("messages", {"messages": [{**USER, "name": "x"}, ASSISTANT], "other": 1}, [USER]),
+        ("prompt-completion", {"prompt": "Q?", "completion": "a</think>b"}, [USER]),
+        ("prompt-completion", {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}, [USER, ASSISTANT, USER]),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "a</think>b"}]},
+            [USER],
+        ),
+        (
+            "sharegpt",
+            {
+                "system": "S",
+                "conversations": [{"from": "user", "value": "Q?"}, {"from": "assistant", "value": "a</think>b"}],
+            },
+            [{"role": "system", "content": "S"}, USER],
+        ),
+        ("open-r1", {"problem": "Q?", "generations": ["<think>a</think>b"]}, [USER]),
+        ("text", {"text": "a</think>b"}, []),
+    ],
+)
+def test_every_format(tmp_path, form, row, before):
+    path = write_lines(tmp_path / "rows.jsonl", row)
+    (one,) = imported(path, form)
+    assert (list(one.messages), one.completion, one.source, one.sample) == (before, NORMAL, "rows.jsonl", 0)
+    assert (one.task, one.columns, one.finish_reason) == ("", {}, None) and re.fullmatch("trace-[0-9a-f]{10}", one.id)
+    (tmp_path / "rows.json").write_text(json.dumps([row], indent=1))
+    (same,) = imported(tmp_path / "rows.json", form)
+    assert same.to_row() == {**one.to_row(), "source": "rows.json"}
+    for column in traces.FORMATS[form]:
+        path = write_lines(tmp_path / "less.jsonl", {"mine": 1, **{k: v for k, v in row.items() if k != column}})
+        with pytest.raises(UserError, match=rf"less.jsonl:1: '{column}' is missing; this row has mine"):
+            imported(path, form)
+
+
+def test_sky_t1(tmp_path):
+    (tmp_path / "Sky-T1_data_17k.json").write_text(json.dumps([SKY]))
+    (one,) = imported(tmp_path / "Sky-T1_data_17k.json", "sharegpt")
+    assert one.completion == SKY_NORMAL
+    assert [turn["role"] for turn in one.messages] == ["system", "user"]
+    (kept,) = imported(tmp_path / "Sky-T1_data_17k.json", "sharegpt", style=None)
+    (again,) = imported(tmp_path / "Sky-T1_data_17k.json", "sharegpt", style="sky-t1")
+    assert kept.completion == again.completion == SKY["conversations"][1]["value"]
+
+
+def test_open_r1_keeps_what_its_own_checks_found_correct(tmp_path):
+    row = {
+        "problem": "What is 6 times 7?",
+        "answer": "42",
+        "generations": [f"<think>a{n}</think>\\boxed{{42}}" for n in range(5)],
+        "correctness_math_verify": [True, False, False, None, True],
+        "correctness_llama": [None, None, True, None, None],
+        "is_reasoning_complete": [True, True, True, True, False],
+        "finish_reasons": ["stop", "stop", None, "length", "length"],
+    }
+    path, skipped = write_lines(tmp_path / "rows.jsonl", row, {**row, "generations": []}), Counter()
+    made = imported(path, "open-r1", "gsm8k", skipped=skipped)
+    assert [(one.sample, parts(one.completion)[0], one.finish_reason) for one in made] == [
+        (0, "a0", "stop"),
+        (2, "a2", None),
+        (3, "a3", "length"),
+    ]
+    assert skipped == {"wrong by the row's own check": 1, "cut off": 1, "empty completion": 1}
+    problem = gsm8k.parse({"question": "What is 6 times 7?", "answer": "42"}, "here")
+    for one in made:
+        assert (one.id, one.columns, one.task) == (problem.id, problem.columns, "gsm8k")
+        assert gsm8k.grade(gsm8k.parse(one.columns, "here"), one.completion)["tolerant"].correct
+    assert len({one.id for one in imported(path, "open-r1")}) == 1
+
+
+def test_task_columns_make_traces_that_can_be_graded(tmp_path):
+    row = {"messages": [USER, ASSISTANT], "nums": [3, 4, 6], "target": 30, "mine": 1}
+    (one,) = imported(write_lines(tmp_path / "a.jsonl", row), "messages", "countdown")
+    assert (one.id, one.columns) == ("countdown-3-4-6-to-30", {"nums": [3, 4, 6], "target": 30})
+    (one,) = imported(
+        write_lines(tmp_path / "b.jsonl", {**NATALIA, "messages": [USER, ASSISTANT]}), "messages", "gsm8k"
+    )
+    assert (one.id, one.columns) == (gsm8k.parse(NATALIA, "here").id, NATALIA)
+    path, skipped = (
+        write_lines(tmp_path / "c.jsonl", *({"text": "x", "answer": gold} for gold in ("4", "x^2"))),
+        Counter(),
+    )
+    (one,) = imported(path, "text", "gsm8k", skipped=skipped)
+    assert one.columns == {"answer": "4"} and skipped == {"no gsm8k answer in the row": 1}
+    with pytest.raises(UserError, match=r"c.jsonl:1: 'nums' is missing; this row has text, answer"):
+        imported(path, "text", "countdown")
+
+
+def test_traces_of_one_question_share_its_id_and_are_numbered(tmp_path):
+    other = {"messages": [{**USER, "content": "R?"}, ASSISTANT]}
+    row, empty = {"messages": [USER, ASSISTANT]}, {"messages": [USER, {**ASSISTANT, "content": " "}]}
+    unasked, skipped = {"messages": [ASSISTANT]}, Counter()
+    path = write_lines(tmp_path / "a.jsonl", row, other, empty, row, unasked)
+    one, two, three = imported(path, "messages", skipped=skipped)
+    assert one.id == three.id != two.id and [one.sample, two.sample, three.sample] == [0, 0, 2]
+    assert skipped == {"empty completion": 1, "no user's turn before the completion": 1}
+    assert [trace.sample for trace in imported(path, "messages", split="train[1:2]")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        ("messages", {"messages": [USER]}, "no turn is the assistant's; messages needs a completion in every row"),
+        ("messages", {"messages": "Q?"}, "the turns must be a list of {role, content} objects"),
+        ("messages", {"messages": [{"role": "user"}]}, "the turns must be a list of {role, content} objects"),
+        ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "a turn is from \"['user']\"; only human"),
+        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "a turn is from 'tool'; only human, user"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": None}]}, "'content' must be a text, not NoneType"),
+        ("sharegpt", {"conversations": [USER]}, "the turns must be a list of {from, value} objects"),
+        ("open-r1", {"problem": "Q?", "generations": "x"}, "'generations' must be a list of texts"),
+        ("open-r1", {"problem": "Q?", "generations": [1]}, "'generations' must be a text, not int"),
+        ("text", {"text": 5}, "'text' must be a text, not int"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, form, row, message):
+    path = write_lines(tmp_path / "rows.jsonl", row)
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: {message}")):
+        imported(path, form)
+
+
+def test_unreadable_files_and_unknown_names(tmp_path):
+    for name, content, message in (
+        ("a.json", b"[1", "a.json: not JSON"),
+        ("a.json", b"[1]", r"a.json\[0\]: expected an object"),
+        ("a.json", b'[{"text": "\\ud83d"}]', r"a.json\[0\]: not valid Unicode"),
+        ("a.json", b"[" * 100_000, "a.json: not JSON"),
+        ("a.txt", b"\xff", "a.txt: cannot be read .not UTF-8 text"),
+        ("a.jsonl", b"x", "a.jsonl:1: not JSON"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            imported(tmp_path / name, "text")
+    with pytest.raises(UserError, match="none.json: cannot be read"):
+        imported(tmp_path / "none.json", "text")
+    with pytest.raises(UserError, match="unknown format 'sharegtp': .* did you mean 'sharegpt'"):
+        imported(tmp_path / "a.json", "sharegtp")
+    with pytest.raises(UserError, match="unknown style 'keep'"):
+        imported(tmp_path / "a.json", "text", style="keep")
+    with pytest.raises(UserError, match="nobody/nothing could not be downloaded .*; pass a .jsonl or .json file"):
+        imported("nobody/nothing", "text")
+
+
+def test_paragraphs_of_a_text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("<think>one\ntwo</think>\n#### 3\n \n\nfour")
+    one, two = imported(path, "text")
+    assert (one.completion, two.completion) == ("<think>\none\ntwo\n</think>\n#### 3", "four")
+    assert one.messages == () and one.id != two.id
+    path.write_text("a\n\n<think>one\n\ntwo</think>\n")
+    with pytest.raises(UserError, match=r"a.txt:3: a blank line within a thought; pass JSON lines"):
+        imported(path, "text")
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def test_the_commands_write_traces_and_say_how_many(tmp_path):
+    rows, out = write_lines(tmp_path / "rows.jsonl", NATALIA, BARE), tmp_path / "new" / "gsm8k.jsonl"
+    result = call("data", "gsm8k", "--data", rows, "--style", "plain", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == f"1 traces written to {out}; 1 skipped (no worked solution)\n" and not result.stdout
+    assert [one.completion[-7:] for _, one in read_traces(out)] == ["#### 72"]
+    assert manifest_of(out)["config"] == {
+        **{"split": "train", "data": rows, "limit": None, "seed": 0, "style": "plain", "prompt": "hash"}
+    }
+    again = call("data", "gsm8k", "--data", rows, "--out", out)
+    assert again.exit_code == 1 and "exists; remove it, or choose another --out" in again.output
+
+    out = tmp_path / "countdown.jsonl"
+    result = call("data", "countdown-traces", "--n", 9, "--prompt", "direct", "--prompt", "thinking", "--out", out)
+    assert result.exit_code == 0 and f"traces written to {out}" in result.stderr
+    assert {one.prompt for _, one in read_traces(out)} == {"direct", "thinking"}
+    assert manifest_of(out)["config"]["operands"] == [3, 4] and manifest_of(out)["seed"] == 0
+
+    sky, out = tmp_path / "sky.json", tmp_path / "sky.jsonl"
+    sky.write_text(json.dumps([SKY]))
+    result = call("data", "import", sky, "--format", "sharegpt", "--style", "keep", "--out", out)
+    assert result.stderr == f"1 traces written to {out}\n"
+    assert next(read_traces(out))[1].completion == SKY["conversations"][1]["value"]
+    assert manifest_of(out)["counts"] == {"written": 1, "skipped": {}}
+
+
+def test_errors_of_the_commands_are_one_line(tmp_path):
+    rows = write_lines(tmp_path / "rows.jsonl", NATALIA)
+    for arguments, message in (
+        (["gsm8k", "--data", rows, "--style", "bold"], "unknown style 'bold': choose think, plain or boxed"),
+        (["gsm8k", "--data", rows, "--prompt", "thinkin"], "unknown prompt of gsm8k 'thinkin'"),
+        (["countdown-traces", "--prompt", "x"], "unknown prompt of countdown 'x'"),
+        (["import", rows, "--format", "sharegpt"], "rows.jsonl:1: 'conversations' is missing; this row has question"),
+        (["import", rows, "--format", "text", "--task", "x"], "unknown task 'x'"),
+        (["import", rows, "--format", "text", "--style", "x"], "unknown style 'x'"),
+    ):
+        result = call("data", *arguments, "--out", tmp_path / "out.jsonl")
+        assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_help_names_every_format_and_style():
+    text = call("data", "import", "--help").output
+    assert all(name in text for name in (*traces.FORMATS, *traces.STYLES, "keep"))
+    assert all(name in call("data", "gsm8k", "--help").output for name in traces.GSM8K_STYLES)
+
+
+def test_the_readmes_field_table_and_lines_are_true(tmp_path):
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(Trace.__dataclass_fields__)
+    (block,) = re.findall(r"```json trace\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "trace.jsonl").write_text(block)
+    assert len(list(read_traces(tmp_path / "trace.jsonl"))) == block.count("\n") > 1
+    blocks = dict(re.findall(r"^`([\w-]+)`: (?:[^\n]+\n)+\n```json\n(.*?)```", text, re.DOTALL | re.MULTILINE))
+    assert set(blocks) == set(traces.FORMATS)
+    for form, block in blocks.items():
+        (tmp_path / "rows.jsonl").write_text(block)
+        assert imported(tmp_path / "rows.jsonl", form)
+
+
+def test_this_room_loads_no_mlx():
+    code = "import sys, mlx_traces.traces\nassert not {'mlx', 'datasets', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
