@@ -461,6 +461,16 @@ def test_unreadable_files_and_unknown_names(tmp_path):
         imported("nobody/nothing", "text")
 
 
+def test_a_part_of_a_hub_data_set(monkeypatch):
+    def hub_rows(name, config, split, instead, part):
+        assert (name, split) == ("nobody/set", "default")
+        return ((f"{name}[{index}]", {"text": str(index)}) for index in part(10))
+
+    monkeypatch.setattr(traces, "hub_rows", hub_rows)
+    made = imported("nobody/set", "text", split="default[3:5]")
+    assert [(one.completion, one.source) for one in made] == [("3", "nobody/set"), ("4", "nobody/set")]
+
+
 def test_paragraphs_of_a_text_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("<think>one\ntwo</think>\n#### 3\n \n\nfour")
