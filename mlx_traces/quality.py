@@ -260,7 +260,7 @@ def equations(text: str) -> Iterator[bool]:
     An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
     operation; in a chain a = b = c every ``=`` is one. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
     ``−``, ``\times``, ``\frac{}{}``, *times* or *of* between numbers, and up to 3 words after a number as its unit
-    (``5 red apples * 2 = 10``). A percentage may be meant as a hundredth or as a plain number. A decimal
+    (``5 red apples * 2 = 10``). A percentage may be meant as a hundredth or as a plain number. A decimal or percentage
     alone on its side may be rounded: it must be the value to the digits shown (10/3 = 3.33), or its beginning where
     ``...`` follows.
 
@@ -433,7 +433,7 @@ def _runs(text: str, budget: int) -> _Runs:
 @dataclass(frozen=True)
 class _Value:
     exact: Fraction | None  # None after a division by zero
-    digits: int | None  # decimals shown, of a number alone
+    digits: int | None  # decimals shown, of a decimal or percentage alone
     more: bool
     operations: int
 
@@ -459,8 +459,8 @@ def _equal(a: _Value, b: _Value) -> bool:
 
 
 def _rounds(value: _Value, shown: _Value) -> bool:
-    """Whether ``shown``, a decimal alone, is ``value`` to its digits."""
-    if not shown.digits:
+    """Whether ``shown``, a decimal or percentage alone, is ``value`` to its digits."""
+    if shown.digits is None:
         return False
     unit, off = Fraction(1, 10**shown.digits), abs(value.exact - shown.exact)
     return off < unit if shown.more else off * 2 <= unit

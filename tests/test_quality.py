@@ -188,7 +188,8 @@ T, F = True, False
         ("12 + 7 = 19 leaves 30, 4, 19\n19 * 4 = 76", [T, T]),
         ("2 + 3 * 4 = 14, (2 + 3) * 4 = 20, 2 - 3 - 4 = -5, 8 / 4 / 2 = 1", [T] * 4),
         ("2 + 3 * 4 = 20", [F]),
-        ("-(2 + 3) * -4 = 20", [T]),
+        ("-(2 + 3) * -4 = 20, -2 + 3 = 1, 2 - -3 = 5", [T, T, T]),
+        ("5 + 3 red apples = 9, 5 + 3 leaves me with = 9", [F]),  # two words are a unit, three a sentence
         ("3 − 8 = − 5", [T]),
         ("3 × 4 ÷ 2 = 6", [T]),
         ("3 x 4 = 12 and 3 times 4 = 13", [T, F]),
@@ -216,6 +217,7 @@ T, F = True, False
         ("10/3 = 3.34", [F]),
         ("2/3 = 0.67, 2/3 = 0.66, 2/3 = 0.66..., 2/3 = 0.65...", [T, F, T, F]),
         ("3.33 = 10/3", [T]),
+        ("2/3 = 67%, 2/3 * 100 = 67%, 2/3 = 66%, 2/3 * 100 = 66.6%", [T, T, F, F]),
         ("1/8 = 0.12 and 1/8 = 0.13", [T, T]),  # half to even, half up
         ("7/2 = 4", [F]),  # a whole number is not meant to be rounded
         ("5 / 0 = 0", [F]),
@@ -242,6 +244,7 @@ def test_an_equation_far_into_its_line_and_one_cut_by_the_window():
     assert list(equations(f"{words}2 + 2 = 4 {words} 2 + 2 = 5")) == [True, False]
     assert list(equations("1 + " * 31 + "1 = 32")) == []  # 125 characters on the left: too long to read
     assert list(equations("1 + " * 28 + "1 = 29")) == [True]
+    assert list(equations("24000 = " + "1000+" * 30 + "1000")) == []  # what is cut off is no end
 
 
 def test_faithfulness_is_the_share_that_is_true():

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import CHATML, make_tokenizer, wrap
 
 import mlx_traces.sampling
 from mlx_traces.cli import main
@@ -123,6 +124,13 @@ def test_all_turns_count_and_what_the_template_opens_is_not_the_trace(tiny):
     prompt = "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns) + "<|im_start|>assistant\n"
     (found,) = mean_probabilities(tiny, [trace("d e f", messages=turns)])
     assert found == pytest.approx(direct(tiny, prompt, "d e f"), rel=1e-4)
+
+
+def test_a_thought_that_the_template_opens_is_read_once(tiny):
+    opening = make_tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
+    (found,) = mean_probabilities(wrap(opening, tiny.model), [trace("<think>\na b</think>c")])
+    prompt = "<|im_start|>user\nMake 30 from 3, 4, 6<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert found == pytest.approx(direct(tiny, prompt, "a b</think>c"), rel=1e-4)
 
 
 def test_what_has_no_perplexity(tiny):
