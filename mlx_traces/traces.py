@@ -244,6 +244,7 @@ def gsm8k_traces(
     if style not in GSM8K_STYLES:
         raise unknown("style", style, GSM8K_STYLES)
     prompt = prompt or gsm8k.PROMPTS[GSM8K_STYLES[style]]
+    source = Path(data).name if data and is_file(data) else f"{data or gsm8k.HUB} {split}"
     for problem in gsm8k.load(split, data, limit, seed):
         solution = _ANNOTATION.sub("", str(problem.columns["answer"]).rpartition("####")[0]).strip()
         if not solution:
@@ -254,7 +255,7 @@ def gsm8k_traces(
         else:
             end = f"#### {problem.gold}" if style == "plain" else f"\\boxed{{{problem.gold}}}"
             completion = f"{prompt.prefill}{solution}\n{end}"
-        yield _task_trace("gsm8k", problem, prompt, completion, f"{data or gsm8k.HUB} {split}")
+        yield _task_trace("gsm8k", problem, prompt, completion, source)
 
 
 def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:

@@ -270,6 +270,7 @@ def test_worked_solutions_become_traces(tmp_path):
         skipped = Counter()
         first, second = traces.gsm8k_traces("train", path, None, 0, style=style, skipped=skipped)
         assert skipped == {"no worked solution": 1}
+        assert first.source == "rows.jsonl"
         assert first.completion == completion and "It is $2,000." in second.completion
         problem = gsm8k.parse(NATALIA, "here")
         assert (first.id, first.task, first.columns, first.prompt) == (problem.id, "gsm8k", NATALIA, prompt)
