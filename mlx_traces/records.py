@@ -89,7 +89,8 @@ class Trace:
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON object of this trace; what is not known is left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value not in ("", {})}
+        needed = ("id", "messages", "completion")
+        return {name: value for name, value in asdict(self).items() if name in needed or value not in (None, "", {})}
 
     @classmethod
     def from_row(cls, row: dict[str, Any], where: str) -> "Trace":
