@@ -5,7 +5,8 @@ first run of each, which compiles kernels and touches memory, is reported apart.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -47,11 +48,13 @@ class GenerateRow:
     ratio: float | None = None
 
 
-@dataclass(frozen=True)
-class _Run:
-    seconds: float
-    tokens: int
-    memory_gb: float
+@dataclass
+class Run:
+    """One measured run: wall-clock seconds, tokens, and the most that MLX held, in 1e9 bytes."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    memory_gb: float = 0.0
     usage: Any = None
 
 
@@ -89,25 +92,27 @@ def bench_generate(
         (peer_model, tokenizer), weights = mlx_lm.load(str(loaded.path))[:2], "as shipped"
     lines = []
     for count in rows:
-        ours: list[_Run] = []
-        peers: list[_Run] = []
+        ours: list[Run] = []
+        peers: list[Run] = []
         for turn in range(repeats + 1):
             name = "warm-up" if turn == 0 else f"run {turn} of {repeats}"
             progress(f"{count} rows, {name}, mlx-traces")
-            ours.append(_measured(lambda count=count: _ours(loaded, prompts, count, max_tokens)))
+            with measured() as run:
+                run.tokens, run.usage = _ours(loaded, prompts, count, max_tokens)
+            ours.append(run)
             if against:
                 progress(f"{count} rows, {name}, {against}")
-                peers.append(_measured(lambda count=count: _mlx_lm(peer_model, tokenizer, prompts, count, max_tokens)))
+                with measured() as run:
+                    run.tokens = _mlx_lm(peer_model, tokenizer, prompts, count, max_tokens)
+                peers.append(run)
         lines.append(_line(count, len(prompts), ours, peers, against, weights))
     return lines
 
 
-def _line(
-    rows: int, prompts: int, ours: list[_Run], peers: list[_Run], against: str | None, weights: str
-) -> GenerateRow:
+def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: str | None, weights: str) -> GenerateRow:
     """Sum the runs up, the first of each apart."""
     warmup, *timed = ours
-    run = sorted(timed, key=lambda run: run.seconds)[len(timed) // 2]
+    run = middle(timed)
     usage = run.usage
     line = {
         "rows": rows,
@@ -124,7 +129,7 @@ def _line(
     }
     if against:
         first, *rest = peers
-        peer = sorted(rest, key=lambda run: run.seconds)[len(rest) // 2]
+        peer = middle(rest)
         line |= {
             "peer": against,
             "peer_weights": weights,
@@ -132,21 +137,33 @@ def _line(
             "peer_tokens_per_second": peer.tokens / peer.seconds,
             "peer_peak_memory_gb": peer.memory_gb,
             "peer_warmup_seconds": first.seconds,
-            "ratio": median((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(timed, rest, strict=True)),
+            "ratio": ratio(timed, rest),
         }
     return GenerateRow(**line)
 
 
-def _measured(run: Callable[[], tuple[int, Any]]) -> _Run:
-    """Time one run and take its peak memory."""
+@contextmanager
+def measured() -> Iterator[Run]:
+    """Measure what happens in the context; the run that it gives is complete when the context ends."""
     import mlx.core as mx
 
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    start = perf_counter()
-    tokens, usage = run()
-    return _Run(perf_counter() - start, tokens, mx.get_peak_memory() / 1e9, usage)
+    run, start = Run(), perf_counter()
+    yield run
+    run.seconds, run.memory_gb = perf_counter() - start, mx.get_peak_memory() / 1e9
+
+
+def middle(runs: list[Run]) -> Run:
+    """Return the run of median duration; of an even number, the slower of the two."""
+    return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+
+
+def ratio(ours: list[Run], peers: list[Run]) -> float:
+    """Return our tokens per second over the peer's, the median of the pairs."""
+    pairs = zip(ours, peers, strict=True)
+    return median((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in pairs)
 
 
 def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, Any]:
@@ -159,13 +176,13 @@ def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_to
     return usage.completion_tokens, usage
 
 
-def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, None]:
+def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> int:
     """Run mlx_lm's ``batch_generate`` with its own settings, the number of rows apart."""
     from mlx_lm import batch_generate
 
     asked = [list(ids) for ids in prompts]
     response = batch_generate(model, tokenizer, asked, max_tokens=max_tokens, completion_batch_size=rows)
-    return response.stats.generation_tokens, None
+    return response.stats.generation_tokens
 
 
 def bench_prompts(loaded: LoadedModel, file: Path | None, count: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -23,3 +23,55 @@ def test_bench_generate_refuses_bad_rows():
     for rows in ("0", "4,x", ""):
         result = CliRunner().invoke(main, ["bench", "generate", "--rows", rows])
         assert result.exit_code == 1 and "give numbers from 1 up" in result.output
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["bench", "sft", *(str(argument) for argument in arguments)])
+
+
+def test_bench_sft_prints_a_row():
+    result = run("--count", 4, "--batch-size", 2, "--repeats", 2, "--against", "mlx-lm", "--layers", 1, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["examples"], row["steps"], row["peer_weights"]) == (4, 2, "same")
+    assert row["tokens"] > row["learned"] > 0 and row["ratio"] > 0 and row["padding"] < row["peer_padding"] < 1
+    assert abs(row["tokens_per_second"] - row["tokens"] / row["seconds"]) < 1e-6
+    assert 0 < row["peak_memory_gb"] < 1 and 0 < row["peer_peak_memory_gb"] < 1
+
+
+def test_bench_sft_leaves_out_what_fills_no_batch_and_needs_one_batch():
+    (row,) = json.loads(run("--count", 5, "--batch-size", 2, "--repeats", 1, "--layers", 1, "--json").stdout)
+    assert row["examples"] == 4 and row["ratio"] is None
+    for arguments, message in (
+        (("--count", 2, "--batch-size", 4), "batch_size: 4 traces make a batch"),
+        (("--count", 2, "--max-length", 5), "no trace of at most 5 tokens"),
+        (("--data", "a", "--problems", "b"), "not both"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and message in result.output, result.output
+
+
+def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.trainer import default_loss, iterate_batches
+
+    from mlx_traces import bench_sft, forward, sft
+    from mlx_traces.batching import Example
+    from mlx_traces.config import SFTConfig
+
+    rows = [
+        Example(str(row), tuple(range(5, 5 + length)), (False,) * 4 + (True,) * (length - 4))
+        for row, length in enumerate((33, 31, 20, 9))  # mlx_lm also learns the first padding token; 33 of 33 has none
+    ]
+    config = SFTConfig(data="", batch_size=1, max_length=33)
+    data = [(list(row.ids), bench_sft.prompt_length(row)) for row in rows]
+    batches = list(iterate_batches(data, 1, 33))
+    assert sum(ids.size for ids, _ in batches) == bench_sft.peer_cells(rows, config) == 4 * 33
+    whole = next(batch for batch in batches if batch[1][0, 1].item() == 33)
+    loss, count = default_loss(tiny.model, *whole)
+    assert count.item() == rows[0].count == 29
+    assert abs(loss.item() - sft.mean_loss(forward.split(tiny.model), rows[:1], config)) < 1e-4
+    before = tree_flatten(tiny.model.parameters())
+    bench_sft.bench_sft(tiny, rows, config, "mlx-lm", repeats=1)
+    after = tree_flatten(tiny.model.parameters())
+    assert all(a is b for (_, a), (_, b) in zip(before, after, strict=True))

@@ -9,6 +9,7 @@ cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.train
 cli.options
 comparison doctor
+bench_sft fusing generation
 bench sft scoring
 evaluation examples
 sampling report

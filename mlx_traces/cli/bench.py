@@ -1,13 +1,19 @@
 """bench: measure this machine, beside a peer where one is named."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import LoadConfig
+from mlx_traces.config import LoadConfig, SFTConfig, build
 from mlx_traces.errors import UserError
+
+NOT_BENCHED = (
+    *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
+    *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay"),
+)  # settings of sft that change no step's cost, or that the peer has no like of
 
 
 @click.group("bench")
@@ -71,3 +77,55 @@ def bench_generate_command(
                 f"{line.peer_peak_memory_gb:.2f} GB, warm-up {line.peer_warmup_seconds:.1f} s: "
                 f"ratio {line.ratio:.2f}"
             )
+
+
+@bench_group.command("sft")
+@click.option("--data", type=click.Path(), help="File of traces.  [default: traces of Countdown's solver]")
+@click.option("--problems", type=click.Path(), help="File of GSM8K-like problems, whose solutions become traces.")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many traces.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to measure in the same run, with our weights.")
+@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed epochs of each, in turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON.")
+@settings_options(SFTConfig, *NOT_BENCHED)
+def bench_sft_command(
+    data: str | None,
+    problems: str | None,
+    count: int,
+    against: str | None,
+    as_shipped: bool,
+    repeats: int,
+    as_json: bool,
+    settings: dict,
+) -> None:
+    """Time optimizer steps: real tokens per second, memory, and the ratio to a peer on the same sequences."""
+    config = build(SFTConfig, {"batch_size": 8, **settings, "data": data or ""})
+    from mlx_traces import models
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import bench_sft
+
+    load = {name: getattr(config, name) for name in LoadConfig.model_fields}
+    loaded = models.load(config.model, **load)
+    files = [Path(file) if file else None for file in (data, problems)]
+    rows = bench_sft.bench_rows(loaded, config, *files, count)
+    line = bench_sft.bench_sft(
+        loaded, rows, config, against, as_shipped, repeats, lambda line: click.echo(line, err=True)
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(line)], indent=1))
+        return
+    click.echo(f"{config.model}, {loaded.backend.description}; {line.examples} traces, {line.batch_size} a step")
+    click.echo(
+        f"{line.tokens_per_second:8.1f} tokens/s  {line.seconds_per_step:7.3f} s a step  "
+        f"{line.peak_memory_gb:.2f} GB  padding {line.padding:.1%}  warm-up {line.warmup_seconds:.1f} s  "
+        f"({line.tokens:,} tokens an epoch, {line.learned:,} learned)"
+    )
+    if line.ratio is not None:
+        click.echo(
+            f"{line.peer_tokens_per_second:8.1f} tokens/s  {line.peer_seconds_per_step:7.3f} s a step  "
+            f"{line.peer_peak_memory_gb:.2f} GB  padding {line.peer_padding:.1%}  "
+            f"warm-up {line.peer_warmup_seconds:.1f} s  by {line.peer} ({line.peer_weights} weights): "
+            f"ratio {line.ratio:.2f}"
+        )

@@ -56,6 +56,31 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
 
+@click.command("fuse")
+@click.option("--model", required=True, help="nano, a folder, or a hub id; MODEL+ADAPTER works.")
+@click.option("--adapter", type=click.Path(), help="Folder of the adapter.")
+@click.option("--out", default="runs/fused", show_default=True, type=click.Path(), help="Folder of the fused model.")
+@click.option("--bits", type=int, default=16, show_default=True, help="Per weight; below 16 the loss is measured.")
+@click.option("--data", type=click.Path(), help="File of traces to measure the loss on, before and after.")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many of them.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+def fuse_command(**arguments: Any) -> None:
+    """Make model and adapter one stand-alone model, in the base's 16-bit type or quantized anew."""
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import fusing
+
+    result = fusing.fuse(**arguments, progress=lambda line: click.echo(line, err=True))
+    click.echo(f"{result.path}: {result.bits} bits, {result.dtype}")
+    if result.loss_fused is not None:
+        base = "" if result.loss_base is None else f"base {result.loss_base:.4f}, "
+        losses = f"with adapter {result.loss_unfused:.4f}, fused {result.loss_fused:.4f}"
+        click.echo(f"loss on {result.tokens:,} tokens: {base}{losses} nats per token")
+    if line := fusing.warning(result):
+        click.echo(f"warning: {line}", err=True)
+
+
 class training_bar:
     """A progress bar on stderr; entered, it is the function that takes each line of metrics."""
 

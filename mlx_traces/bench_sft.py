@@ -1,0 +1,257 @@
+"""How fast optimizer steps are here, beside mlx_lm's own trainer on the same sequences.
+
+Every figure is of whole epochs. Ours and the peer's alternate within one call of the peer's ``train`` (its batches are
+drawn through a function that times them), so that both work warm and nothing is compiled twice. The first epoch of each
+is the warm-up. Only tokens that both train on are counted: sequences that fill no batch are left
+out, as mlx_lm does, padding never counts.
+"""
+
+import contextlib
+import copy
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, batching, examples, forward, optim, sft
+from mlx_traces.batching import Example
+from mlx_traces.bench import PEERS, Run, measured, middle, ratio
+from mlx_traces.config import SFTConfig
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.models import LoadedModel
+from mlx_traces.traces import countdown_traces, gsm8k_traces, read_traces
+
+
+@dataclass(frozen=True)
+class SFTRow:
+    """What ``bench sft`` found.
+
+    ``tokens`` are the real tokens of an epoch, prompts included, ``learned`` those with a loss; ``tokens_per_second``
+    counts real tokens over the seconds of an epoch's optimizer steps, and ``ratio`` is ours over the peer's. Memory is
+    the most that MLX held, model included, in 1e9 bytes; what belongs to the other tool alone is taken off. ``padding``
+    is the share of cells without a token.
+    """
+
+    examples: int
+    batch_size: int
+    steps: int
+    tokens: int
+    learned: int
+    seconds: float
+    tokens_per_second: float
+    seconds_per_step: float
+    peak_memory_gb: float
+    padding: float
+    warmup_seconds: float
+    peer: str | None = None
+    peer_weights: str | None = None
+    peer_tokens_per_second: float | None = None
+    peer_seconds_per_step: float | None = None
+    peer_peak_memory_gb: float | None = None
+    peer_padding: float | None = None
+    peer_warmup_seconds: float | None = None
+    ratio: float | None = None
+
+
+def bench_sft(
+    loaded: LoadedModel,
+    rows: Sequence[Example],
+    config: SFTConfig,
+    against: str | None = None,
+    as_shipped: bool = False,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+) -> SFTRow:
+    """Time epochs of optimizer steps on a new adapter; the model itself stays as it is.
+
+    Args:
+        loaded: the model.
+        rows: the sequences; those beyond a multiple of the batch size are left out.
+        config: adapter, batch size, learning rate and limits; the data and the model are not read from it.
+        against: ``"mlx-lm"`` for the trainer of ``mlx_lm.lora --mask-prompt``, with our weights.
+        as_shipped: let the peer load the weights as its user gets them, instead.
+        repeats: timed epochs of each, in turn.
+        progress: is called with a line before each epoch.
+
+    Raises:
+        UserError: for an unknown peer, fewer sequences than a batch, or settings of the adapter that do not fit.
+    """
+    if against not in (None, *PEERS):
+        raise unknown("peer", str(against), PEERS)
+    rows = rows[: len(rows) // config.batch_size * config.batch_size]
+    if not rows:
+        raise UserError(f"batch_size: {config.batch_size} traces make a batch, and there are fewer; give more or lower")
+    total, ours, peers = sum(len(row.ids) for row in rows), [], []
+    model = twin(loaded.model)
+    epochs = our_epochs(model, rows, config)
+
+    def turns() -> Iterator[str]:
+        for turn in range(repeats + 1):
+            name = "warm-up" if turn == 0 else f"epoch {turn} of {repeats}"
+            progress(f"{name}, mlx-traces")
+            with measured() as run:
+                next(epochs)
+                run.tokens = total
+            ours.append(run)
+            yield name
+
+    if not against:
+        for _ in turns():
+            pass
+        return _line(rows, config, ours)
+
+    peer = _shipped(loaded) if as_shipped else twin(loaded.model)
+
+    def batches(dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator[Any]:
+        """Yield mlx_lm's batches of all epochs, each timed until its last step is done, after one of ours."""
+        from mlx_lm.tuner.trainer import iterate_batches
+
+        for name in turns():
+            progress(f"{name}, {against}")
+            with measured() as run:
+                yield from iterate_batches(dataset, batch_size, max_seq_length)
+                run.tokens = total
+            peers.append(run)
+
+    apart = _train_peer(peer, rows, config, batches, repeats + 1, model)
+    for runs, other in ((ours, apart[1]), (peers, apart[0])):
+        for run in runs:
+            run.memory_gb -= other / 1e9
+    line = _line(rows, config, ours)
+    first, *rest = peers
+    run = middle(rest)
+    told = {
+        "peer": against,
+        "peer_weights": "as shipped" if as_shipped else "same",
+        "peer_tokens_per_second": run.tokens / run.seconds,
+        "peer_seconds_per_step": run.seconds / line.steps,
+        "peer_peak_memory_gb": run.memory_gb,
+        "peer_padding": 1 - total / peer_cells(rows, config),
+        "peer_warmup_seconds": first.seconds,
+        "ratio": ratio(ours[1:], rest),
+    }
+    return SFTRow(**{**vars(line), **told})
+
+
+def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow:
+    """Sum our epochs up, the first apart."""
+    warmup, *timed = ours
+    run, steps = middle(timed), len(rows) // config.batch_size
+    lengths = [len(row.ids) for row in rows]
+    parts = [
+        micro
+        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, 0)
+        for micro in batching.micro_batches(indices, lengths, config.micro_tokens)
+    ]
+    return SFTRow(
+        examples=len(rows),
+        batch_size=config.batch_size,
+        steps=steps,
+        tokens=run.tokens,
+        learned=sum(row.count for row in rows),
+        seconds=run.seconds,
+        tokens_per_second=run.tokens / run.seconds,
+        seconds_per_step=run.seconds / steps,
+        peak_memory_gb=run.memory_gb,
+        padding=batching.padding_share(parts, lengths),
+        warmup_seconds=warmup.seconds,
+    )
+
+
+def our_epochs(model: nn.Module, rows: Sequence[Example], config: SFTConfig) -> Iterator[None]:
+    """Put a new adapter on the model, then train an epoch for each item that is drawn, as ``mlx-traces sft`` does."""
+    adapters.start(model, config)
+    halves, optimizer = forward.split(model), optim.make_optimizer(config, 1000)
+    lengths = [len(row.ids) for row in rows]
+    model.train()
+    epoch = 0
+    while True:
+        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
+            _, grads = sft.step_gradient(model, halves, [rows[index] for index in indices], config)
+            grads, _ = optim.clip(grads, config.max_grad_norm)
+            optimizer.update(model, grads)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+        epoch += 1
+        yield
+
+
+def _train_peer(
+    model: nn.Module, rows: Sequence[Example], config: SFTConfig, batches: Callable, epochs: int, ours: nn.Module
+) -> tuple[int, int]:
+    """Run mlx_lm's trainer on ``batches``; return the bytes that belong to (our model, the peer's model) alone."""
+    from mlx.optimizers import Adam
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    adapters.start(model, config)
+    apart = _apart(ours, model), _apart(model, ours)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments = TrainingArgs(
+            batch_size=config.batch_size,
+            # One more than there are: it asks for another batch, which ends the last epoch's clock.
+            iters=epochs * (len(rows) // config.batch_size) + 1,
+            steps_per_report=2**31,
+            steps_per_save=2**31,
+            max_seq_length=config.max_length,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
+        data = [(list(row.ids), prompt_length(row)) for row in rows]
+        train(model, Adam(learning_rate=config.learning_rate), data, None, arguments, iterate_batches=batches)
+    return apart
+
+
+def prompt_length(row: Example) -> int:
+    """Return how many tokens precede the first learned one: what ``--mask-prompt`` masks."""
+    return row.trained.index(True)
+
+
+def peer_cells(rows: Sequence[Example], config: SFTConfig) -> int:
+    """Return how many tokens mlx_lm's batches of an epoch hold, padding included; the last of a row is not an input."""
+    lengths = sorted(len(row.ids) for row in rows)
+    longest = lengths[config.batch_size - 1 :: config.batch_size]
+    return sum(config.batch_size * min(-(-length // 32) * 32 + 1, config.max_length) for length in longest)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a second module tree on the same arrays: what is put on one leaves the other as it is."""
+    return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
+
+
+def _shipped(loaded: LoadedModel) -> nn.Module:
+    import mlx_lm
+
+    return mlx_lm.load(str(loaded.path))[0]
+
+
+def _apart(model: nn.Module, other: nn.Module) -> int:
+    """Return the bytes of a model's arrays that the other does not have, Adam's two averages of them included."""
+    shared = {id(array) for _, array in tree_flatten(other.parameters())}
+    own = sum(array.nbytes for _, array in tree_flatten(model.parameters()) if id(array) not in shared)
+    return own + 2 * sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+
+
+def bench_rows(
+    loaded: LoadedModel, config: SFTConfig, data: Path | None, problems: Path | None, count: int
+) -> list[Example]:
+    """Encode the first ``count`` traces of a file, of GSM8K-like problems, or of Countdown's solver without either.
+
+    Raises:
+        UserError: if both are given, a file cannot be read, or no trace is short enough.
+    """
+    if data and problems:
+        raise UserError("give traces (--data) or problems (--problems), not both")
+    if data:
+        found = read_traces(data)
+    else:
+        made = gsm8k_traces("train", str(problems), count, 0) if problems else countdown_traces(count, "train", 0)
+        found = ((f"trace {number}", trace) for number, trace in enumerate(made, 1))
+    encoded = examples.encode_all(loaded, islice(found, count), config.max_length, "skip")
+    if not encoded.examples:
+        raise UserError(f"no trace of at most {config.max_length} tokens; raise --max-length or give other --data")
+    return encoded.examples

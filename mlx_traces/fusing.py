@@ -1,0 +1,234 @@
+"""An adapter made part of its model: a folder of its own that needs no adapter, in 16 bits or fewer."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_traces import adapters, examples, forward, models, sft
+from mlx_traces.config import SFTConfig
+from mlx_traces.errors import UserError, choices, first_line
+from mlx_traces.runs import provenance, to_json
+from mlx_traces.traces import read_traces
+
+BITS = (16, 8, 6, 5, 4, 3, 2)
+GROUP = 64  # weights that share a scale, where the base is not quantized itself
+LEFT_BEHIND = ("*.safetensors*", "config.json", "*.bin", "*.bin.index.json", "*.gguf", "*.md", ".*")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused model: its folder, bits per weight and type of what is not quantized, and the mean losses.
+
+    The losses are nats per learned token, of the base, the base with its adapter, and the fused model as it loads; the
+    base's is None for an adapter of type ``full``, all are None without traces.
+    """
+
+    path: str
+    bits: int
+    dtype: str
+    loss_base: float | None = None
+    loss_unfused: float | None = None
+    loss_fused: float | None = None
+    tokens: int = 0
+
+
+def fuse(
+    model: str,
+    adapter: str | None,
+    out: str | Path,
+    bits: int = 16,
+    data: str | Path | None = None,
+    count: int = 64,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Fused:
+    """Write model and adapter as one folder that ``mlx_lm.load`` and `models.load` read.
+
+    Quantized weights are expanded in float32, the adapter is added there, and the sum is rounded once, to the base's
+    own 16-bit type. With fewer bits it is quantized after that; a small adapter may not survive that, so the loss on
+    traces is measured before and after.
+
+    Args:
+        model: as for `models.load`.
+        adapter: folder of the adapter; None if ``model`` names it.
+        out: the new folder; it appears when it is complete.
+        bits: per weight.
+        data: file of traces to measure the loss on; needed below 16 bits.
+        count: traces taken from it, the first ones.
+        trust_remote_code: run Python code that comes with the model.
+        progress: is called with a line before each stage.
+
+    Raises:
+        UserError: for an input that is wrong, an existing folder, weights that are no numbers after the sum, or a disk
+            that is full.
+    """
+    out = Path(out)
+    if bits not in BITS:
+        raise UserError(f"bits: {bits}; choose {choices(str(b) for b in BITS)}")
+    name, inner = models.split_adapter(model)
+    if adapter and inner:
+        raise UserError(f"two adapters, {inner} and {adapter}: give one")
+    adapter = adapter or inner
+    if adapter is None:
+        raise UserError("no adapter to fuse: give --adapter, the folder that mlx-traces sft wrote")
+    if bits < 16 and data is None:
+        raise UserError(f"{bits} bits can round an adapter away: give traces (--data) on which the loss is measured")
+    models.check(name, adapter)
+    full = adapters.read_config(Path(adapter).expanduser()).get("fine_tune_type") == "full"
+    traces = list(islice(read_traces(Path(data)), count)) if data else []
+    scratch = _scratch_folder(out)
+    try:
+        losses: dict[str, Any] = {}
+        if traces:
+            progress("loss before")
+            loaded = models.load(name, adapter, trust_remote_code=trust_remote_code)
+            losses["loss_unfused"], losses["tokens"] = mean_loss(loaded, traces)
+            if not full:
+                with adapters.switched_off(loaded.model):
+                    losses["loss_base"] = mean_loss(loaded, traces)[0]
+            del loaded
+        progress("fusing")
+        dtype = _write(scratch, name, adapter, full, bits, trust_remote_code)
+        if traces:
+            progress("loss after")
+            losses["loss_fused"] = mean_loss(models.load(str(scratch), trust_remote_code=trust_remote_code), traces)[0]
+        result = Fused(str(out), bits, dtype, **losses)
+        about = {"model": name, "adapter": str(adapter), **asdict(result), **provenance()}
+        (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def mean_loss(loaded: models.LoadedModel, traces: Iterable[Any]) -> tuple[float, int]:
+    """Return the mean cross-entropy of (where, trace) pairs, in nats per learned token, and how many those are."""
+    config = SFTConfig(data="")
+    rows = examples.encode_all(loaded, traces, config.max_length, "cut").examples
+    if not rows:
+        raise UserError("the traces have no token to measure a loss on")
+    return sft.mean_loss(forward.split(loaded.model), rows, config), sum(row.count for row in rows)
+
+
+def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_remote_code: bool) -> str:
+    """Fuse, and write weights, configuration and the base's other files; return the 16-bit type."""
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    # A full adapter holds dense weights, so the base must be dense before it fits.
+    kind = {"weights": "dense", "dtype": "float32"} if full else {"weights": "quantized"}
+    loaded = models.load(name, adapter, **kind, trust_remote_code=trust_remote_code)
+    model, config = loaded.model, dict(loaded.config)
+    dtype = own_dtype(loaded.path, config)
+    own = config.pop("quantization", None) or {}
+    config.pop("quantization_config", None)
+    quantized = add_up(model)
+    model.set_dtype(dtype)
+    for label, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise UserError(f"{label} does not fit {_name(dtype)} with the adapter; train with a lower scale or rate")
+    if bits < 16:
+        # What the base keeps dense stays so; its group size stays, and with the same bits each layer's own settings.
+        same = own.get("bits") == bits and isinstance(own.get("group_size"), int)
+        with redirect_stdout(StringIO()):
+            model, config = quantize_model(
+                model,
+                config,
+                own.get("group_size") or GROUP,
+                bits,
+                quant_predicate=(lambda path, _: path in quantized and (own.get(path, True) if same else True))
+                if quantized
+                else None,
+            )
+    try:
+        save_model(folder, model)
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(first_line(error)) from None
+    save_config(config, folder / "config.json", keep_vision_config=True)
+    left = {path for pattern in LEFT_BEHIND for path in loaded.path.glob(pattern)}
+    for path in sorted(set(loaded.path.iterdir()) - left):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    return _name(dtype)
+
+
+def add_up(model: nn.Module) -> set[str]:
+    """Make every layer dense and float32, its adapter added; return the names of those that were quantized.
+
+    Nothing is computed yet: evaluating one array after the other keeps memory low.
+
+    Raises:
+        UserError: for a layer that cannot be expanded or fused.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    model.set_dtype(mx.float32)  # scales and biases: 16-bit ones would round the weights
+    modules = list(model.named_modules())
+    adapted = {name: module for name, module in modules if "lora_a" in module}
+    quantized = {
+        next((base for base in adapted if name in (f"{base}.linear", f"{base}.embedding")), name)
+        for name, module in modules
+        if "scales" in module
+    }
+    for name, module in adapted.items():
+        if not hasattr(module, "fuse"):
+            raise UserError(f"{name}: a {type(module).__name__} cannot be fused; evaluate it as MODEL+ADAPTER")
+    fused = [(name, module.fuse(dequantize=True)) for name, module in adapted.items()]
+    model.update_modules(tree_unflatten(fused))
+    dequantize_model(model)
+    left = [name for name, module in model.named_modules() if "scales" in module]
+    if left:
+        raise UserError(f"{left[0]}: quantized in a special way, which cannot be expanded and fused")
+    return quantized
+
+
+def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
+    """Return the 16-bit type of a model's weights or scales; that of its configuration where they have none."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        for array in mx.load(str(file)).values():  # lazy: no weights are read
+            if array.dtype in (mx.float16, mx.bfloat16):
+                return array.dtype
+    named = config.get("dtype") or config.get("torch_dtype")
+    return mx.float16 if named == "float16" else mx.bfloat16
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def warning(result: Fused) -> str | None:
+    """Return a line on what fewer bits have done to the adapter, or None for 16 bits."""
+    if result.bits >= 16 or result.loss_fused is None or result.loss_unfused is None:
+        return None
+    change = result.loss_fused - result.loss_unfused
+    text = f"{result.bits} bits round weights and adapter together: the loss changed by {change:+.4f} nats per token"
+    gain = (result.loss_base or math.nan) - result.loss_unfused
+    return f"{text}, {change / gain:.0%} of what the adapter had gained" if gain > 0 and change > 0 else text
+
+
+def _scratch_folder(out: Path) -> Path:
+    """Make the empty folder beside ``out`` that becomes it in the end; UserError if that cannot be written."""
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f".{out.name}-{os.getpid()}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
+    return scratch
