@@ -9,11 +9,13 @@ head that is not trained and a loss that is not known yet).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 LOGITS_MB = 128  # most MiB of one vocabulary-wide float32 buffer
 
@@ -22,11 +24,13 @@ LOGITS_MB = 128  # most MiB of one vocabulary-wide float32 buffer
 class Split:
     """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
 
-    ``frozen_head`` says that nothing in the head is trained.
+    ``head_module`` returns the module that is the head just now, which a context may have swapped, ``None`` if none
+    is. ``frozen_head`` says that nothing in it is trained.
     """
 
     trunk: Callable[[mx.array], mx.array]
     head: Callable[[mx.array], mx.array]
+    head_module: Callable[[], nn.Module | None]
     frozen_head: bool
 
 
@@ -36,21 +40,34 @@ def split(model: nn.Module) -> Split:
     A model whose head does more than a linear map (soft-capped or scaled logits) has no such halves: then the trunk is
     the whole model and the head the identity, which is right, and wide.
     """
+    training = model.training
+    model.eval()  # dropout would make the halves differ from the model
+    found = _halves(model) or Split(model, lambda logits: logits, lambda: None, False)
+    model.train(training)
+    return found
+
+
+def _halves(model: nn.Module) -> Split | None:
+    """Return the halves, ``None`` if there are no such."""
     probe = mx.array([[1, 2, 3]])
     for owner in (model, getattr(model, "language_model", None)):
         trunk = getattr(owner, "model", None)
-        embedding = getattr(trunk, "embed_tokens", None)
-        for module, name in ((getattr(owner, "lm_head", None), "__call__"), (embedding, "as_linear")):
-            if trunk is None or module is None:
+        for holder, name, call in ((owner, "lm_head", "__call__"), (trunk, "embed_tokens", "as_linear")):
+            if trunk is None or getattr(holder, name, None) is None:
                 continue
-            head = getattr(module, name)
+            module = partial(getattr, holder, name)
+            head = partial(_call, module, call)
             try:
                 same = mx.allclose(head(trunk(probe)), model(probe), rtol=1e-3, atol=1e-3).item()
             except (ValueError, TypeError, AttributeError):  # halves that do not go together
                 continue
             if same:
-                return Split(trunk, head, not module.trainable_parameters())
-    return Split(model, lambda logits: logits, False)
+                return Split(trunk, head, module, not module().trainable_parameters())
+    return None
+
+
+def _call(module: Callable[[], nn.Module], name: str, states: mx.array) -> mx.array:
+    return getattr(module(), name)(states)
 
 
 def rows_per_chunk(vocabulary: int, logits_mb: float = LOGITS_MB) -> int:
@@ -104,7 +121,9 @@ def head_logprobs(
         if after is not None:  # one chunk after the other, or all their logits would be alive at once
             states = mx.depends([states], [after])[0]
         if slopes and not halves.frozen_head:
-            logprob, entropy = mx.checkpoint(_chunk_of(halves.head, temperature))(states, wanted)
+            if after is not None:
+                states = states + 0 * after.sum()  # and backwards, where `depends` orders nothing
+            logprob, entropy = _trained_chunk(halves, states, wanted, temperature)
         else:
             logprob, entropy, slope = _frozen_chunk(halves.head, mx.stop_gradient(states), wanted, temperature, slopes)
             if slope is not None:
@@ -116,23 +135,36 @@ def head_logprobs(
     return mx.concatenate(logprobs), mx.concatenate(entropies)
 
 
-def _chunk_of(head: Callable, temperature: float) -> Callable:
-    """Return the function from (n, D) states and (n,) targets to log-probabilities and entropies, plainly."""
+def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Return log-probabilities and entropies, plainly; the logits are computed again in the backward pass."""
+    module = halves.head_module()
+    trained = dict(tree_flatten(module.trainable_parameters())) if module is not None else {}
 
-    def chunk(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        logits = head(states).astype(mx.float32) / temperature
+    def chunk(states: mx.array, *parameters: mx.array) -> list[mx.array]:
+        if trained:
+            module.update(tree_unflatten(list(zip(trained, parameters, strict=True))))
+        logits = halves.head(states).astype(mx.float32) / temperature
         normalised = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         entropy = -(mx.exp(normalised) * normalised).sum(axis=-1)
-        return mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy
+        return [mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy]
 
-    return chunk
+    # What is differentiated has to be an input: nothing flows to what such a function merely uses.
+    lean = mx.custom_function(chunk)
+
+    @lean.vjp
+    def backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
+        slopes = mx.vjp(chunk, mx.depends(list(primals), list(cotangents)), list(cotangents))[1]
+        return (*mx.depends(slopes[:1], slopes[1:] or slopes[:1]), *slopes[1:])  # all of a chunk, then the next
+
+    return tuple(lean(states, *trained.values()))
 
 
 def _frozen_chunk(
     head: Callable, states: mx.array, targets: mx.array, temperature: float, slopes: bool
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """Return log-probabilities, entropies and, if wanted, (n, D) float32 slopes d log p / d states."""
-    logits = head(states).astype(mx.float32)
+    raw = head(states)
+    logits = raw.astype(mx.float32)
     if temperature != 1.0:
         logits = logits / temperature
     top = logits.max(axis=-1, keepdims=True)
@@ -145,8 +177,8 @@ def _frozen_chunk(
         return logprob, entropy, None
     pull = weights * (-1 / total)[:, None]
     pull = mx.put_along_axis(pull, targets[:, None], mx.take_along_axis(pull, targets[:, None], axis=-1) + 1, axis=-1)
-    like = states.dtype
-    _, (slope,) = mx.vjp(head, [states], [(pull / temperature if temperature != 1.0 else pull).astype(like)])
+    pull = pull / temperature if temperature != 1.0 else pull
+    _, (slope,) = mx.vjp(head, [states], [pull.astype(raw.dtype)])
     return logprob, entropy, slope.astype(mx.float32)
 
 
@@ -159,7 +191,7 @@ def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[N
     before = [type(layer) for layer in layers]
     if wanted:
         for layer in layers:
-            layer.__class__ = _checkpointed_class(type(layer))
+            layer.__class__ = _checkpointed_class(type(layer), _drops(layer))
     try:
         yield
     finally:
@@ -167,14 +199,28 @@ def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[N
             layer.__class__ = kind
 
 
-def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer has dropout."""
+    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in layer.modules())
+
+
+def _checkpointed_class(kind: type[nn.Module], drops: bool) -> type[nn.Module]:
     """Make the subclass whose call is checkpointed, with the trainable parameters as explicit inputs."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def inner(parameters: Any, *inputs: Any) -> Any:
-            self.update(parameters)
-            return kind.__call__(self, *inputs, **kwargs)
+        # Dropout has to drop the same when the layer is computed again. The stream cannot be put back to where it was,
+        # so there are three: one for the layer, and one to go on with after each of its two calls.
+        own, *after = mx.random.randint(0, 2**31 - 1, (3,)).tolist() if drops and self.training else (None,)
 
-        return mx.checkpoint(inner)(self.trainable_parameters(), *args)
+        def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:
+            self.update(parameters)
+            if own is not None:
+                mx.random.seed(own)
+            result = kind.__call__(self, *inputs, **named)
+            if own is not None:
+                mx.random.seed(after.pop(0) if len(after) > 1 else after[0])
+            return result
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})

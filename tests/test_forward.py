@@ -1,0 +1,380 @@
+"""Log-probabilities in chunks against a float64 softmax of one sequence at a time; layers that are computed twice."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import make_model
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, forward
+from mlx_traces.batching import Example, pad
+from mlx_traces.config import AdapterConfig
+
+VOCABULARY = 128
+SMALL = 5 * 4 * VOCABULARY / 2**20  # MiB of five rows of logits
+
+
+def rows(lengths=(9, 4, 12, 2), seed=0):
+    """Return sequences of uneven length, some tokens of each learned."""
+    draw = np.random.default_rng(seed)
+    return [
+        Example(
+            f"row-{i}", tuple(draw.integers(0, 98, length).tolist()), (*(draw.random(length - 1) < 0.7).tolist(), True)
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def trained(targets=None, kind="lora", seed=3, size=0.05, model=None, **changes):
+    """Return a model with a random adapter in training."""
+    model = make_model(**changes) if model is None else model
+    mx.random.seed(seed)
+    adapters.start(model, AdapterConfig(rank=4, kind=kind, targets=targets, dropout=changes.pop("dropout", 0.0)))
+    if kind != "full":
+        shake(model, size)
+    return model.train()
+
+
+def shake(model, size=0.05):
+    """Give what is trained random values."""
+    arrays = tree_flatten(model.trainable_parameters())
+    moved = [(name, array + size * mx.random.normal(array.shape).astype(array.dtype)) for name, array in arrays]
+    model.load_weights(moved, strict=False)
+
+
+def quantized(tied):
+    model = make_model(tie_word_embeddings=tied)
+    nn.quantize(model, group_size=32, bits=4)
+    return model
+
+
+MODELS = {
+    "tied": lambda: trained(),
+    "untied": lambda: trained(tie_word_embeddings=False),
+    "dora": lambda: trained(kind="dora"),
+    "full": lambda: trained(kind="full"),
+    "trained head": lambda: trained(["lm_head", "self_attn.q_proj"], tie_word_embeddings=False),
+    "trained embedding": lambda: trained(["model.embed_tokens"]),
+    "4-bit tied": lambda: trained(model=quantized(True)),
+    "4-bit": lambda: trained(model=quantized(False)),
+    "trained 4-bit head": lambda: trained(["lm_head"], model=quantized(False)),
+}
+
+
+def sums(model, logits_mb, temperature=1.0, weights=None):
+    """Return log-probabilities, entropies and the gradient of a weighted sum of log-probabilities."""
+    halves = forward.split(model)
+    ids, positions = pad(rows())
+    weights = mx.ones(len(positions)) if weights is None else weights
+
+    def loss():
+        logprobs, entropies = forward.token_logprobs(
+            halves, mx.array(ids), positions, temperature=temperature, logits_mb=logits_mb
+        )
+        return (logprobs * weights).sum(), logprobs, entropies
+
+    (_, logprobs, entropies), grads = nn.value_and_grad(model, loss)()
+    return np.array(logprobs), np.array(entropies), flat(grads)
+
+
+def flat(grads):
+    return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(grads)}
+
+
+def plain_gradient(model, temperature, weights):
+    """Return the gradient of the same sum by MLX's own softmax over all logits at once."""
+    ids, positions = pad(rows())
+
+    def loss():
+        logits = model(mx.array(ids[:, :-1])).astype(mx.float32) / temperature
+        wanted = mx.array(ids[:, 1:].reshape(-1)[positions])
+        losses = nn.losses.cross_entropy(logits.reshape(-1, VOCABULARY)[mx.array(positions)], wanted)
+        return -(losses * weights).sum()
+
+    return flat(nn.value_and_grad(model, loss)()[1])
+
+
+def in_float64(model, temperature=1.0):
+    """Return what `sums` does by a softmax in float64 over one unpadded row and one token at a time."""
+    logprobs, entropies = [], []
+    for row in rows():
+        for at in range(1, len(row.ids)):
+            if row.trained[at]:
+                logits = np.array(model(mx.array([row.ids[:at]]))[0, -1].astype(mx.float32)).astype(np.float64)
+                scaled = logits / temperature
+                normalised = scaled - scaled.max() - math.log(np.exp(scaled - scaled.max()).sum())
+                logprobs.append(normalised[row.ids[at]])
+                entropies.append(-(np.exp(normalised) * normalised).sum())
+    return np.array(logprobs), np.array(entropies)
+
+
+def assert_same(found, expected, tolerance):
+    """Compare gradients by name, each relative to its own size."""
+    assert found.keys() == expected.keys() and found
+    for name, array in expected.items():
+        assert np.abs(array).max() > 0, name
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance * np.abs(array).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_entropies_and_gradients(name, temperature):
+    model = MODELS[name]()
+    weights = mx.array(np.random.default_rng(5).normal(size=len(pad(rows())[1])).astype(np.float32))
+    logprobs, entropies, grads = sums(model, SMALL, temperature, weights)
+    expected = in_float64(model, temperature)
+    np.testing.assert_allclose(logprobs, expected[0], atol=1e-4)
+    np.testing.assert_allclose(entropies, expected[1], atol=1e-4)
+    assert_same(grads, plain_gradient(model, temperature, weights), 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_change_nothing(name):
+    model = MODELS[name]()
+    whole, parts, single = sums(model, 128), sums(model, SMALL), sums(model, 1e-9)
+    for other in (parts, single):
+        np.testing.assert_allclose(other[0], whole[0], atol=1e-5)
+        np.testing.assert_allclose(other[1], whole[1], atol=1e-5)
+        assert_same(other[2], whole[2], 1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16(tied):
+    model = make_model(tie_word_embeddings=tied)
+    model.set_dtype(mx.bfloat16)
+    model = trained(model=model)
+    whole, parts = sums(model, 128), sums(model, SMALL)
+    assert whole[0].dtype == np.float32 and parts[0].dtype == np.float32
+    np.testing.assert_allclose(parts[0], whole[0], atol=0.1)  # bfloat16 logits near 16 are 0.06 apart
+    assert_same(parts[2], whole[2], 0.02)
+    assert_same(parts[2], plain_gradient(model, 1.0, mx.ones(len(parts[0]))), 0.05)
+    # The softmax itself is in float32: probabilities add up to 1 far better than bfloat16 could.
+    halves, states = forward.split(model), mx.random.normal((1, 64)).astype(mx.bfloat16)
+    every = mx.arange(VOCABULARY)
+    logprobs, _ = forward.head_logprobs(halves, mx.repeat(states, VOCABULARY, axis=0), every, slopes=False)
+    assert abs(mx.exp(logprobs).sum().item() - 1) < 1e-5
+
+
+def test_mixed_types_of_head_and_states():
+    head = nn.Linear(64, VOCABULARY, bias=False)  # float32 under bfloat16 states
+    halves = forward.Split(lambda ids: ids, head, lambda: head, True)
+    states, targets = mx.random.normal((7, 64)).astype(mx.bfloat16), mx.arange(7)
+    grad = mx.grad(lambda s: forward.head_logprobs(halves, s, targets)[0].sum())(states)
+    plain = mx.grad(lambda s: -nn.losses.cross_entropy(head(s).astype(mx.float32), targets, reduction="sum"))(states)
+    assert grad.dtype == mx.bfloat16
+    np.testing.assert_allclose(np.array(grad.astype(mx.float32)), np.array(plain.astype(mx.float32)), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["tied", "trained head"])
+def test_padding_is_never_seen(name):
+    model = MODELS[name]()
+    halves = forward.split(model)
+    examples = rows()
+    ids, positions = pad(examples)
+    other = ids.copy()
+    for row, example in enumerate(examples):
+        other[row, len(example.ids) :] = 77
+    assert (ids != other).sum() > 10
+
+    def loss(ids):
+        return forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
+
+    (value, grads), (again, others) = (nn.value_and_grad(model, loss)(cells) for cells in (ids, other))
+    assert value.item() == again.item()
+    for (name, array), (_, same) in zip(tree_flatten(grads), tree_flatten(others), strict=True):
+        assert mx.array_equal(array, same), name
+
+
+def test_only_wanted_positions_count():
+    model, halves = (model := make_model()), forward.split(model)
+    ids, positions = pad(rows())
+    some, _ = forward.token_logprobs(halves, mx.array(ids), positions)
+    every, _ = forward.token_logprobs(halves, mx.array(ids), np.arange(ids.shape[0] * (ids.shape[1] - 1)))
+    np.testing.assert_allclose(np.array(some), np.array(every)[positions], atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, ["lm_head", "self_attn.q_proj"]])
+def test_no_buffer_is_wider_than_the_bound(targets):
+    bound, count = 1, 400  # all logits at once are 31 MiB, in several copies
+    model = trained(targets, vocab_size=20_000, num_hidden_layers=1, tie_word_embeddings=False)
+    halves, ids = forward.split(model), mx.array(np.random.default_rng(0).integers(0, 99, (1, count + 1)))
+
+    def peak(logits_mb):
+        def loss():
+            return forward.token_logprobs(halves, ids, np.arange(count), logits_mb=logits_mb)[0].sum()
+
+        before = mx.get_active_memory()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(nn.value_and_grad(model, loss)())
+        return (mx.get_peak_memory() - before) / 2**20
+
+    bounded, unbounded = peak(bound), peak(1000)
+    assert unbounded > 120 and bounded < 50
+
+
+def test_rows_per_chunk():
+    assert forward.rows_per_chunk(2**15, 1) == 8
+    assert forward.rows_per_chunk(2**18, 128) == 128
+    assert forward.rows_per_chunk(2**18, 0.1) == 1
+
+
+# ---------------------------------------------------------------------------------- halves
+
+
+class Capped(nn.Module):
+    """A model whose head is not linear: soft-capped logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.model, self.lm_head = inner.model, inner.lm_head
+
+    def __call__(self, ids):
+        return 4 * mx.tanh(self.inner(ids) / 4)
+
+
+def test_halves():
+    model = make_model()
+    assert forward.split(model).trunk is model.model
+    assert not forward.split(model).frozen_head  # nothing is frozen before a training starts
+    model.freeze()
+    assert forward.split(model).frozen_head
+    untied = make_model(tie_word_embeddings=False)
+    states = mx.random.normal((3, 64))
+    assert mx.array_equal(forward.split(untied).head(states), untied.lm_head(states))
+
+
+def test_a_head_that_is_not_linear_is_left_whole():
+    model = Capped(make_model(tie_word_embeddings=False))
+    halves = forward.split(model)
+    assert halves.trunk is model
+    logprobs, _ = forward.token_logprobs(halves, mx.array(pad(rows())[0]), pad(rows())[1], logits_mb=SMALL)
+    np.testing.assert_allclose(np.array(logprobs), in_float64(model)[0], atol=1e-4)
+
+
+def test_dropout_hides_no_halves():
+    model = make_model()
+    adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
+    shake(model)
+    model.train()
+    assert forward.split(model).frozen_head
+    assert model.training and model.layers[0].self_attn.q_proj.dropout.training
+
+
+def test_halves_follow_an_adapter_that_is_left_out():
+    model = make_model(tie_word_embeddings=False)
+    ids, positions = pad(rows())
+    base, _ = forward.token_logprobs(forward.split(model), mx.array(ids), positions)
+    model = trained(["lm_head", "self_attn.q_proj"], model=model)
+    halves = forward.split(model)
+    adapted, _ = forward.token_logprobs(halves, mx.array(ids), positions)
+    with adapters.switched_off(model):
+        without, _ = forward.token_logprobs(halves, mx.array(ids), positions)
+    assert mx.array_equal(without, base) and not mx.allclose(adapted, base, atol=0.1)
+
+
+# ---------------------------------------------------------------------------------- layers computed twice
+
+
+def gradient(model, ids, positions, wanted):
+    halves = forward.split(model)
+    with forward.checkpointed(model.layers, wanted):
+        value, grads = nn.value_and_grad(
+            model, lambda: forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
+        )()
+        mx.eval(value, grads)
+    return value.item(), flat(grads)
+
+
+@pytest.mark.parametrize("name", ["tied", "full", "dora", "trained 4-bit head"])
+def test_checkpointed_layers_have_the_same_gradients(name):
+    model = MODELS[name]()
+    (value, grads), (again, others) = (gradient(model, *pad(rows()), wanted) for wanted in (False, True))
+    assert value == again
+    assert_same(others, grads, 1e-6)
+
+
+def test_checkpointing_is_of_these_layers_and_ends():
+    model, other = trained(), trained(seed=4)
+    kind = type(model.layers[0])
+    call = kind.__call__
+    with pytest.raises(KeyError), forward.checkpointed(model.layers[1:]):
+        assert type(model.layers[1]) is not kind and type(model.layers[0]) is kind
+        assert all(type(layer) is kind for layer in other.layers) and kind.__call__ is call
+        raise KeyError
+    assert all(type(layer) is kind for layer in (*model.layers, *other.layers)) and kind.__call__ is call
+
+
+def test_checkpointed_layers_are_computed_twice(monkeypatch):
+    model = trained()
+    calls = []
+    monkeypatch.setattr(type(model.layers[0].mlp), "__call__", counted(type(model.layers[0].mlp).__call__, calls))
+    gradient(model, *pad(rows()), False)
+    once = len(calls)
+    gradient(model, *pad(rows()), True)
+    assert (once - 4, len(calls) - once - 4) == (2, 4)  # splitting into halves calls each of two layers twice
+
+
+def counted(call, calls):
+    def counting(self, *args):
+        calls.append(self)
+        return call(self, *args)
+
+    return counting
+
+
+def test_checkpointed_layers_drop_the_same_twice():
+    model = make_model()
+    mx.random.seed(0)
+    adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
+    shake(model)
+    model.train()
+    halves = forward.split(model)
+    ids, positions = pad(rows())
+
+    def loss():
+        return forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
+
+    with forward.checkpointed(model.layers):
+        mx.random.seed(3)
+        _, grads = nn.value_and_grad(model, loss)()
+        mx.eval(grads)
+        slopes = {name: mx.array(array) for name, array in tree_flatten(grads)}
+        squared = sum((array**2).sum().item() for array in slopes.values())
+        at = {name: mx.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+        found = []
+        for sign in (1, -1):
+            step = sign * 1e-3 / math.sqrt(squared)
+            moved = [(name, at[name] + step * slope) for name, slope in slopes.items()]
+            model.load_weights(moved, strict=False)
+            mx.random.seed(3)
+            found.append(loss().item())
+        mx.random.seed(4)
+        other = loss().item()
+    assert (found[0] - found[1]) / 2e-3 == pytest.approx(math.sqrt(squared), rel=0.01)
+    assert abs(other - found[1]) > 0.1  # another seed drops others
+
+
+def test_the_stream_goes_on_after_checkpointed_layers():
+    model = make_model()
+    adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
+    shake(model)
+    model.train()
+    with forward.checkpointed(model.layers):
+        mx.random.seed(3)
+        values = [gradient_value(model) for _ in range(4)]
+    assert len({round(value, 3) for value in values}) == 4  # a micro-batch drops others than the one before
+
+
+def gradient_value(model):
+    halves, (ids, positions) = (
+        forward.Split(model.model, model.model.embed_tokens.as_linear, lambda: None, True),
+        pad(rows()),
+    )
+    value, grads = nn.value_and_grad(model, lambda: forward.token_logprobs(halves, mx.array(ids), positions)[0].sum())()
+    mx.eval(value, grads)
+    return value.item()
