@@ -134,6 +134,8 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
     dtype = own_dtype(loaded.path, config)
     own = config.pop("quantization", None) or {}
     config.pop("quantization_config", None)
+    same = own.get("bits") == bits and isinstance(own.get("group_size"), int)
+    untouched = {name: module for name, module in model.named_modules() if same and "scales" in module}
     quantized = add_up(model)
     model.set_dtype(dtype)
     for label, array in tree_flatten(model.parameters()):
@@ -141,8 +143,8 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             raise UserError(f"{label} does not fit {_name(dtype)} with the adapter; train with a lower scale or rate")
     if bits < 16:
-        # What the base keeps dense stays so; its group size stays, and with the same bits each layer's own settings.
-        same = own.get("bits") == bits and isinstance(own.get("group_size"), int)
+        # What the base keeps dense stays so, and its group size. With the same bits so do each layer's own settings and
+        # the weights of layers without an adapter: quantizing anew what quantized weights expand to changes them.
         with redirect_stdout(StringIO()):
             model, config = quantize_model(
                 model,
@@ -153,6 +155,9 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
                 if quantized
                 else None,
             )
+    for name in quantized & untouched.keys():  # an adapted layer's base has another name
+        untouched[name].set_dtype(dtype)
+        model.update_modules(tree_unflatten([(name, untouched[name])]))
     try:
         save_model(folder, model)
     except RuntimeError as error:  # MLX's word for a disk that is full
