@@ -112,7 +112,7 @@ class SFTConfig(LoadConfig, AdapterConfig, OptimizerConfig):
     )
     epochs: Positive = Field(1, description="Times that every trace is seen.")
     batch_size: Positive = Field(16, description="Traces per optimizer step.")
-    micro_tokens: Positive = Field(1024, description="Most tokens of a forward pass, padding included.")
+    micro_tokens: Positive = Field(512, description="Most tokens of a forward pass, padding included.")
     max_length: Positive = Field(2048, description="Longest sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
         "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
