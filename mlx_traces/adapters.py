@@ -52,9 +52,12 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
             **({"keys": list(config.targets)} if config.targets else {}),
         }
         dora = config.kind == "dora"
-        linear_to_lora_layers(model, config.layers, settings["lora_parameters"], use_dora=dora)
+        try:
+            linear_to_lora_layers(model, config.layers, settings["lora_parameters"], use_dora=dora)
+        except ValueError as error:  # experts take no DoRA
+            raise UserError(f"{first_line(error)} Set targets, or --kind lora") from None
     if settings["fine_tune_type"] == "full":
-        layers = model.layers[-max(settings["num_layers"], 0) :]
+        layers = model.layers[-max(settings.get("num_layers", -1), 0) :]
         for layer in layers:
             if any("scales" in module for _, module in layer.named_modules()):
                 raise UserError("full fine-tuning cannot train quantized weights; pass --weights dense, or --kind lora")
@@ -87,8 +90,10 @@ def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str
 def _check_targets(model: "nn.Module", config: AdapterConfig) -> None:
     """Raise UserError for a target that is no linear module of the layers, or of the model."""
     import mlx.nn as nn
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    experts = (SwitchLinear, QuantizedSwitchLinear)
+    linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *experts)
     inside = {name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, linear)}
     known = inside | {name for name, module in model.named_modules() if isinstance(module, linear)}
     for target in config.targets or ():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlx_traces.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import LoadedModel, Rendered
 from mlx_traces.records import Trace
 
 
@@ -55,12 +55,14 @@ def encode_all(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], max_len
 def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
     """Encode one trace: learned are the completion, its stop token ``end``, and earlier turns of the assistant.
 
+    A completion that was cut off (``finish_reason`` "length") has no stop token to learn.
     An earlier turn is learned where the template leaves it as it was; templates of reasoning models strip thoughts
     from them. What the template itself opens (a ``<think>``) is part of the prompt. A trace without messages is a
     text, learned from its first token on.
     """
+    stop = () if trace.finish_reason == "length" else (end,)
     if not trace.messages:
-        ids = [*loaded.tokenizer.encode(trace.completion), end]
+        ids = [*loaded.tokenizer.encode(trace.completion), *stop]
         return Example(trace.id, tuple(ids), (True,) * len(ids))
     messages = [dict(turn) for turn in trace.messages]
     rendered = loaded.render_turns(messages)
@@ -69,22 +71,25 @@ def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
         completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())
     ids, trained = list(rendered.ids), [False] * len(rendered.ids)
     if any(turn["role"] == "assistant" for turn in messages):
-        ids, trained = _with_turns(loaded, messages, rendered.text)
-    answer = [*_ids(loaded, completion), end]
+        ids, trained = _with_turns(loaded, messages, rendered)
+    answer = [*_ids(loaded, completion), *stop]
     return Example(trace.id, (*ids, *answer), (*trained, *[True] * len(answer)))
 
 
-def _with_turns(loaded: LoadedModel, messages: list[dict[str, str]], text: str) -> tuple[list[int], list[bool]]:
+def _with_turns(
+    loaded: LoadedModel, messages: list[dict[str, str]], rendered: Rendered
+) -> tuple[list[int], list[bool]]:
     """Encode a rendered prompt in pieces, its assistant turns and their stop tokens marked as learned."""
-    ids: list[int] = []
-    trained: list[bool] = []
-    at = 0
+    text, at = rendered.text, 0
+    ids = list(rendered.ids[: len(rendered.ids) - len(_ids(loaded, text))])  # what no template writes: a first token
+    trained = [False] * len(ids)
     for place, turn in enumerate(messages):
         if turn["role"] != "assistant" or place == 0:
             continue
         start = len(before) if text.startswith(before := loaded.render_turns(messages[:place]).text) else -1
-        content = turn["content"].strip()
-        if start < at or not text.startswith(content, start):
+        # Templates differ in whether they strip a turn.
+        content = next((c for c in (turn["content"], turn["content"].strip()) if text.startswith(c, start)), None)
+        if start < at or content is None:
             continue
         stop = start + len(content)
         for piece, learned in ((text[at:start], False), (text[start:stop], True)):
@@ -133,4 +138,3 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
     if encoded.cut:
         lines.append(f"{encoded.cut} traces were cut at {max_length} tokens and lost their end (max_length)")
     return lines
-

@@ -73,7 +73,8 @@ class RunFolder:
         """Raise UserError if a run cannot be written here; nothing is touched."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
-        used = self.path.exists() and any(self.path.iterdir())
+        # A process that was killed leaves its hidden temporary file.
+        used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if used and not resume:
             raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
         if used and not (self.path / "run.json").exists():

@@ -87,8 +87,14 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
         notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
     if config.valid is not None:
         kept = examples.encode_all(loaded, read_traces(Path(config.valid)), config.max_length, config.over_long)
+        notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]
+        if not kept.examples:
+            raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")
         ids = {example.id for example in kept.examples}
-        return _data([row for row in rows if row.id not in ids], kept.examples, plan, notes, config)
+        train = [row for row in rows if row.id not in ids]
+        if len(train) < len(rows):
+            notes.append(f"{len(rows) - len(train)} traces of problems in {config.valid} are left out")
+        return _data(train, kept.examples, plan, notes, config)
     apart = {row.id for row in rows if _draw(f"{config.seed} {row.id}") < config.valid_share}
     train, valid = [row for row in rows if row.id not in apart], [row for row in rows if row.id in apart]
     return _data(train, valid, plan, notes, config)
@@ -98,9 +104,12 @@ def _data(
     train: list[Example], valid: list[Example], plan: evaluation.Plan | None, notes: list[str], config: SFTConfig
 ) -> Data:
     if not train:
-        left_out = f" ({'; '.join(notes)})" if notes else ""
-        raise UserError(f"{config.data}: no traces to train on{left_out}")
+        raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     return Data(train, valid, plan, notes)
+
+
+def _brackets(notes: list[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _draw(text: str) -> float:
@@ -191,11 +200,17 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     progress, checkpoint = Progress(), folder.path / "checkpoint.safetensors"
     if checkpoint.exists():
         progress = Progress(**checkpoints.load(checkpoint, loaded.model, optimizer))
-    metrics = folder.rewind("metrics.jsonl", progress.step)
-    folder.rewind("samples.jsonl", progress.step)
+    kept = progress.step if checkpoint.exists() else -1  # without one, the first validation is made again too
+    metrics = folder.rewind("metrics.jsonl", kept)
+    folder.rewind("samples.jsonl", kept)
 
     def validate() -> dict[str, Any]:
         row, shown = validation(loaded, halves, data, config)
+        if not math.isfinite(loss := row.get("valid/loss", 0.0)):
+            raise UserError(
+                f"step {progress.step}: the validation loss is {loss}; nothing was overwritten. "
+                f"Lower learning_rate ({config.learning_rate:g})"
+            )
         if row and progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
             adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
         folder.log("samples.jsonl", *({"step": progress.step, **sample} for sample in shown))
@@ -223,14 +238,13 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
             loss, grads = step_gradient(loaded.model, halves, batch, config)
             grads, norm = optim.clip(grads, config.max_grad_norm)
             _refuse_nonfinite(loss, norm.item(), step, batch, config)
-            rate = optimizer.learning_rate.item()
             optimizer.update(loaded.model, grads)
             mx.eval(loaded.model.trainable_parameters(), optimizer.state)
             progress.step, progress.seconds = step, perf_counter() - start
             tokens = sum(len(example.ids) for example in batch)
             row = {
                 "loss": loss,
-                "optim/lr": rate,
+                "optim/lr": optimizer.learning_rate.item(),
                 "optim/grad_norm": norm.item(),
                 "tokens": tokens,
                 "tokens_per_second": tokens / (perf_counter() - began),

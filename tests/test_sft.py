@@ -1,0 +1,566 @@
+"""Fine-tuning: which tokens are learned, the gradient of a step, runs that are cut off, input that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, checkpoints, examples, forward, optim, runs, sft
+from mlx_traces.batching import Example
+from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
+from mlx_traces.errors import UserError
+from mlx_traces.records import Trace
+
+# ---------------------------------------------------------------------------------- which tokens are learned
+
+OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+STRIPPING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] | trim }}")
+CHAT = (
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "1+1"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2+2"},
+)
+
+
+def learned(template, messages, completion, **fields):
+    """Return the text of an example and the learned parts of it, `|` before each."""
+    loaded = wrap(make_tokenizer(template))
+    example = examples.encode(loaded, Trace("t", tuple(messages), completion, **fields), examples.turn_end(loaded))
+    text, inside = "", False
+    for token, flag in zip(example.ids, example.trained, strict=True):
+        text += "|" if flag and not inside else ""
+        inside = flag
+        text += loaded.tokenizer.decode([token])
+        text += "|" if token in loaded.stop_ids and flag else ""
+        inside = inside and token not in loaded.stop_ids
+    return text
+
+
+ONE = [{"role": "user", "content": "1+1"}]
+PROMPT = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "completion", "text"),
+    [
+        (CHATML, ONE, "It is 2", PROMPT + "|It is 2<|im_end|>|"),
+        (
+            CHATML,
+            CHAT,
+            "4",
+            "<|im_start|>system\nS<|im_end|>\n" + PROMPT + "|2<|im_end|>|\n<|im_start|>user\n2+2<|im_end|>\n"
+            "<|im_start|>assistant\n|4<|im_end|>|",
+        ),
+        # Spaces around an earlier turn, left there by this template, cut off by the next.
+        (
+            CHATML,
+            [*ONE, {"role": "assistant", "content": " 2\n"}, *ONE],
+            "2",
+            PROMPT + "| 2\n<|im_end|>|\n" + PROMPT + "|2<|im_end|>|",
+        ),
+        (
+            STRIPPING,
+            [*ONE, {"role": "assistant", "content": " 2\n"}, *ONE],
+            "2",
+            PROMPT + "|2<|im_end|>|\n" + PROMPT + "|2<|im_end|>|",
+        ),
+        # A thought that the template takes out of an earlier turn: the turn is another one, and not learned.
+        (
+            STRIPPING,
+            [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE],
+            "2",
+            PROMPT + "2<|im_end|>\n" + PROMPT + "|2<|im_end|>|",
+        ),
+        # A thought that the template opens is not learned, and stands there once.
+        (OPENING, ONE, "<think>\nb\n</think>\n2", PROMPT + "<think>\n|b\n</think>\n2<|im_end|>|"),
+        (OPENING, ONE, "<think>b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
+        (OPENING, ONE, "b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
+        (None, ONE, " 2", "User: 1+1\n\nAssistant:| 2<|endoftext|>|"),
+        (None, CHAT, " 4", "S\n\nUser: 1+1\n\nAssistant: 2\n\nUser: 2+2\n\nAssistant:| 4<|endoftext|>|"),
+        (None, [], "Text 2.", "|Text 2.<|endoftext|>|"),
+        (CHATML, [], "Text 2.", "|Text 2.<|im_end|>|"),
+    ],
+)
+def test_learned_tokens(template, messages, completion, text):
+    assert learned(template, messages, completion) == text
+
+
+def test_a_completion_that_was_cut_off_has_no_end_to_learn():
+    assert learned(CHATML, ONE, "It", finish_reason="stop") == PROMPT + "|It<|im_end|>|"
+    assert learned(CHATML, ONE, "It", finish_reason="length") == PROMPT + "|It"
+
+
+def test_prompt_tokens_are_those_of_sampling():
+    loaded = wrap(make_tokenizer())
+    for messages in (ONE, CHAT):
+        rendered = loaded.render_turns([dict(turn) for turn in messages])
+        example = examples.encode(loaded, Trace("t", tuple(messages), "STOP"), examples.turn_end(loaded))
+        assert example.ids[: len(rendered.ids)] == rendered.ids
+        # The completion's tokens are its own: no merge across the border.
+        assert example.ids[len(rendered.ids) :] == (*loaded.tokenizer.encode("STOP"), examples.turn_end(loaded))
+
+
+def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(None)
+    start = tokenizer.get_vocab()["<|im_start|>"]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    loaded = wrap(tokenizer)
+    for messages in (ONE, CHAT):
+        example = examples.encode(loaded, Trace("t", tuple(messages), " 4"), examples.turn_end(loaded))
+        assert example.ids[0] == start and example.ids.count(start) == 1
+        assert example.trained.index(True) == len(loaded.render_turns([dict(turn) for turn in messages]).ids)
+
+
+def test_turn_end_is_what_the_template_writes():
+    vocabulary = make_tokenizer().get_vocab()
+    assert examples.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
+    assert examples.turn_end(wrap(make_tokenizer(None))) == vocabulary["<|endoftext|>"]
+    none = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert examples.turn_end(wrap(make_tokenizer(none))) == vocabulary["<|endoftext|>"]
+    loaded = wrap(make_tokenizer(None))
+    loaded.tokenizer._tokenizer.eos_token = None
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        examples.turn_end(replace(loaded, stop_ids=frozenset()))
+
+
+def test_over_long_traces():
+    loaded = wrap(make_tokenizer())
+    traces = [(f"f:{i}", Trace(f"t{i}", tuple(ONE), "x" * n)) for i, n in enumerate((5, 50, 1))]
+    longest = len(examples.encode(loaded, traces[0][1], 0).ids)
+    skipped = examples.encode_all(loaded, traces, longest, "skip")
+    assert [e.id for e in skipped.examples] == ["t0", "t2"] and (skipped.over_long, skipped.cut) == (1, 0)
+    assert examples.describe(skipped, longest) == [
+        f"1 traces have more than {longest} tokens and are left out (max_length)"
+    ]
+    cut = examples.encode_all(loaded, traces, longest, "cut")
+    assert [len(e.ids) for e in cut.examples] == [longest, longest, longest - 4] and cut.cut == 1
+    assert cut.examples[1].count == 6  # five letters and a sixth in place of the stop token
+    assert "1 traces were cut" in examples.describe(cut, longest)[0]
+    none_left = examples.encode_all(loaded, traces, longest - 6, "cut")
+    assert none_left.examples == [] and none_left.over_long == 3  # the prompt alone teaches nothing
+    with pytest.raises(UserError, match=f"f:1: .* more than max_length {longest}"):
+        examples.encode_all(loaded, traces, longest, "refuse")
+    with pytest.raises(UserError, match="f:9: 'completion' is empty"):
+        examples.encode_all(loaded, [("f:9", Trace("t", tuple(ONE), " \n"))], 99, "skip")
+
+
+# ---------------------------------------------------------------------------------- a step
+
+
+def rows(count=7, seed=0):
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(2, 30, count).tolist()
+    return [
+        Example(f"r{i}", tuple(draw.integers(0, 98, n).tolist()), (*(draw.random(n - 1) < 0.6).tolist(), True))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def lora():
+    model = make_model()
+    mx.random.seed(0)
+    adapters.start(model, AdapterConfig(rank=4))
+    arrays = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
+    model.load_weights(arrays, strict=False)
+    return model
+
+
+def test_a_step_is_the_mean_over_its_tokens_however_it_is_split():
+    model, batch = lora(), rows()
+    halves = forward.split(model)
+    whole, parts, single = (
+        sft.step_gradient(model, halves, batch, SFTConfig(data="x", micro_tokens=n)) for n in (9999, 60, 1)
+    )
+    for loss, grads in (parts, single):
+        assert loss == pytest.approx(whole[0], abs=1e-5)
+        for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(whole[1]), strict=True):
+            assert mx.abs(a - b).max() <= 1e-5 * mx.abs(b).max(), name
+    # The loss by a float64 softmax, one row and one token at a time.
+    losses = []
+    for row in batch:
+        logits = np.array(model(mx.array([row.ids]))[0]).astype(np.float64)
+        for at in range(1, len(row.ids)):
+            if row.trained[at]:
+                losses.append(np.log(np.exp(logits[at - 1]).sum()) - logits[at - 1][row.ids[at]])
+    assert whole[0] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert sft.mean_loss(halves, batch, SFTConfig(data="x", micro_tokens=60)) == pytest.approx(
+        np.mean(losses), abs=1e-4
+    )
+
+
+def test_learning_rate():
+    config = OptimizerConfig(learning_rate=1.0, warmup=0.2, final_rate=0.1)
+    rate = optim.schedule(config, 21)
+    rates = [rate(done).item() for done in range(21)]
+    np.testing.assert_allclose(rates[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], atol=1e-6)
+    assert rates[-1] == pytest.approx(0.1) and rates[5:] == sorted(rates[5:], reverse=True)
+    expected = [0.1 + 0.9 * (1 + np.cos(np.pi * (done - 5) / 15)) / 2 for done in range(5, 21)]
+    np.testing.assert_allclose(rates[5:], expected, atol=1e-6)
+
+
+def test_update_is_adamws():
+    config = OptimizerConfig(learning_rate=0.1, warmup=0, final_rate=1, weight_decay=0.3, betas=(0.9, 0.98))
+    optimizer, weights = optim.make_optimizer(config, 5), {"w": mx.array([1.0, -2.0])}
+    expected, m, v = np.array([1.0, -2.0]), 0.0, 0.0
+    for step, gradient in enumerate(([1.0, 0.5], [-3.0, 0.1], [0.2, 4.0]), 1):
+        clipped, norm = optim.clip({"w": mx.array(gradient)}, 2.0)
+        assert norm.item() == pytest.approx(np.linalg.norm(gradient))
+        weights = optimizer.apply_gradients(clipped, weights)
+        g = np.array(gradient) * min(1, 2 / np.linalg.norm(gradient))
+        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
+        expected = expected * (1 - 0.1 * 0.3)
+        expected = expected - 0.1 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.98**step)) + 1e-8)
+        np.testing.assert_allclose(np.array(weights["w"]), expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- runs
+
+
+def write_traces(path, count=24, per_problem=2):
+    draw = np.random.default_rng(7)
+    lines = []
+    for i in range(count):
+        text = "".join(chr(c) for c in draw.integers(97, 110, draw.integers(2, 20)))
+        lines.append({"id": f"p{i // per_problem}", "messages": ONE, "completion": text, "sample": i % per_problem})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "tiny"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
+    (folder / "config.json").write_text(json.dumps(make_config()))
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(model_folder, tmp_path):
+    """Settings of a run of 8 steps, with dropout, a validation every 3 and a checkpoint every 2."""
+    return {
+        "model": str(model_folder),
+        "data": write_traces(tmp_path / "traces.jsonl"),
+        "valid_share": 0.3,
+        "dropout": 0.2,
+        "rank": 4,
+        "epochs": 2,
+        "batch_size": 4,
+        "micro_tokens": 100,
+        "learning_rate": 0.01,
+        "eval_every": 3,
+        "save_every": 2,
+        "device": "cpu",
+    }
+
+
+def outcome(out):
+    """Return what must not depend on interruptions: weights, metrics, the result."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timeless = [
+        {name: value for name, value in row.items() if name.startswith(("step", "loss", "valid", "optim", "tokens"))}
+        for row in metrics
+    ]
+    for row in timeless:
+        row.pop("tokens_per_second", None)
+    result = json.loads((out / "result.json").read_text())
+    return (
+        {name: np.array(array) for name, array in mx.load(str(out / "adapter" / "adapters.safetensors")).items()},
+        timeless,
+        {name: result[name] for name in ("steps", "best_step", "valid_loss", "padding", "notes")},
+    )
+
+
+def assert_same_outcome(out, expected):
+    weights, metrics, result = outcome(out)
+    assert metrics == expected[1] and result == expected[2]
+    assert weights.keys() == expected[0].keys()
+    assert all(np.array_equal(weights[name], expected[0][name]) for name in weights)
+
+
+class Killed(BaseException):
+    """Stands for kill -9 within a test's own process."""
+
+
+def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
+    config = SFTConfig(**settings)
+    moments, wanted = [], None
+
+    def at_each(owner, name):
+        whole = getattr(owner, name)
+
+        def interrupted(*args, **kwargs):
+            for when in ("before", "after"):
+                moments.append((name, when))
+                if len(moments) == wanted:
+                    raise Killed
+                result = whole(*args, **kwargs) if when == "before" else result  # noqa: F821
+            return result
+
+        monkeypatch.setattr(owner, name, interrupted)
+
+    sft.train(config, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    assert expected[2]["steps"] == len(expected[1]) - 1 >= 8  # and the validation before the first step
+    at_each(sft, "step_gradient")
+    at_each(runs.RunFolder, "log")
+    at_each(runs.RunFolder, "conclude")
+    at_each(adapters, "save")
+    at_each(checkpoints, "save")
+    sft.train(config, tmp_path / "counted")
+    assert_same_outcome(tmp_path / "counted", expected)
+    count = len(moments)
+    for place in [2, 5, *range(11, count - 4, 13), count - 3, count]:
+        out, wanted = tmp_path / str(place), place
+        moments.clear()
+        with pytest.raises(Killed):
+            sft.train(config, out)
+        wanted = None
+        sft.train(config, out, resume=True)
+        assert_same_outcome(out, expected)
+
+
+KILL = """
+import os, sys
+import mlx_traces
+import mlx.core as mx
+from pathlib import Path
+from mlx_traces import sft
+from mlx_traces.config import SFTConfig
+
+name, count = sys.argv[1], int(sys.argv[2])
+owner, whole, calls = (mx, mx.save_safetensors, []) if name == "write" else (Path, Path.replace, [])
+
+def killed(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == count and name == "replace":
+        os.kill(os.getpid(), 9)
+    whole(*args, **kwargs)
+    if len(calls) == count:
+        if name == "write":  # a file that is half there
+            os.truncate(args[0], os.path.getsize(args[0]) // 2)
+        os.kill(os.getpid(), 9)
+
+setattr(owner, whole.__name__, killed)
+sft.train(SFTConfig.model_validate_json(sys.argv[3]), sys.argv[4])
+"""
+
+
+def test_kill_9(settings, tmp_path):
+    config = SFTConfig(**settings)
+    sft.train(config, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    moments = [("replace", 1), ("write", 3)]  # before run.json is there; in the middle of the second checkpoint
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILL, name, str(count), config.model_dump_json(), str(tmp_path / name)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+        for name, count in moments
+    ]
+    for (name, _), process in zip(moments, started, strict=True):
+        assert process.wait() == -9
+        out = tmp_path / name
+        assert any(path.name.startswith(".") for path in out.rglob("*"))  # what a killed process leaves
+        sft.train(config, out, resume=True)
+        assert_same_outcome(out, expected)
+
+
+def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
+    config = SFTConfig(**{**settings, "learning_rate": 0.1, "warmup": 0, "epochs": 9, "eval_every": 1, "patience": 2})
+    result = sft.train(config, tmp_path / "run")
+    losses = {
+        row["step"]: row["valid/loss"]
+        for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if "valid/loss" in row
+    }
+    best = min(losses, key=losses.get)
+    assert result.best_step == best and result.valid_loss == losses[best]
+    assert max(losses) == result.steps == best + 2 < 9 * 4
+    # The adapter that was kept has this loss.
+    loaded = sft.models.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
+    data = sft.prepare(loaded, config)
+    assert sft.mean_loss(forward.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
+    again = sft.train(config, tmp_path / "run", resume=True)  # finished already: nothing changes
+    assert (again.steps, again.best_step, again.valid_loss) == (result.steps, result.best_step, result.valid_loss)
+
+
+def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
+    config = SFTConfig(**{**settings, "warmup": 0.5})
+    steps = sft.train(config, tmp_path / "run").steps
+    rate = optim.schedule(config, steps)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["optim/lr"] for row in rows if "optim/lr" in row]
+    assert logged == pytest.approx([rate(step).item() for step in range(steps)])
+
+
+def test_training_learns_and_checkpointed_layers_change_nothing(settings, tmp_path):
+    losses = []
+    for wanted in (False, True):
+        config = SFTConfig(**{**settings, "dropout": 0, "checkpoint_layers": wanted, "epochs": 4})
+        result = sft.train(config, tmp_path / str(wanted))
+        rows = outcome(tmp_path / str(wanted))[1]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        assert result.valid_loss < rows[0]["valid/loss"] - 1
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_problems_are_answered_at_validation(settings, tmp_path, layers):
+    evaluate = {"task": "countdown", "limit": 3, "max_tokens": 8}
+    config = SFTConfig(**{**settings, "evaluate": evaluate, "epochs": 1, "checkpoint_layers": layers})
+    sft.train(config, tmp_path / "run")
+    rows = [row for row in outcome(tmp_path / "run")[1] if "valid/loss" in row]
+    assert all({"valid/accuracy", "valid/finished", "valid/length"} <= row.keys() for row in rows) and len(rows) > 2
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    ids = [[s["id"] for s in samples if s["step"] == row["step"]] for row in rows]
+    assert ids[0] and all(each == ids[0] for each in ids)  # the same problems every time
+
+
+def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):
+    for kind in ("full", "dora"):
+        config = SFTConfig(**{**settings, "kind": kind, "epochs": 1, "learning_rate": 0.001})
+        result = sft.train(config, tmp_path / kind)
+        loaded = sft.models.load(config.model, result.adapter, device="cpu")
+        data = sft.prepare(loaded, config)
+        assert sft.mean_loss(forward.split(loaded.model), data.valid, config) == pytest.approx(
+            result.valid_loss, abs=1e-5
+        )
+
+
+def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_path, monkeypatch):
+    whole, calls = sft.step_gradient, []
+
+    def broken(model, halves, batch, config):
+        calls.append(sorted({example.id for example in batch}))
+        loss, grads = whole(model, halves, batch, config)
+        return (float("nan"), grads) if len(calls) == 4 else (loss, grads)
+
+    monkeypatch.setattr(sft, "step_gradient", broken)
+    out = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        sft.train(SFTConfig(**settings), out)
+    assert str(error.value).startswith("step 4: the loss is nan")
+    assert str(error.value).endswith(": " + ", ".join(calls[3]))
+    state = json.loads(mx.load(str(out / "checkpoint.safetensors"), return_metadata=True)[1]["state"])
+    assert state["step"] == 2 and not (out / "result.json").exists()
+    monkeypatch.setattr(sft, "step_gradient", whole)
+    sft.train(SFTConfig(**settings), out, resume=True)
+    sft.train(SFTConfig(**settings), tmp_path / "whole")
+    assert_same_outcome(out, outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monkeypatch, value):
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "clip", lambda grads, norm: (grads, mx.array(value)))
+        with pytest.raises(UserError, match=f"step 1: .* gradient's norm {value}; nothing was overwritten"):
+            sft.train(SFTConfig(**settings), tmp_path / "a")
+    measure, calls = sft.mean_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return value if len(calls) == 2 else measure(*args)
+
+    monkeypatch.setattr(sft, "mean_loss", broken)
+    with pytest.raises(UserError, match=f"step 3: the validation loss is {value}; nothing was overwritten"):
+        sft.train(SFTConfig(**settings), tmp_path / "b")
+    kept = mx.load(str(tmp_path / "b" / "adapter" / "adapters.safetensors"))
+    assert not any(array.any() for name, array in kept.items() if name.endswith("lora_b"))  # still that of the start
+
+
+# ---------------------------------------------------------------------------------- data and wrong input
+
+
+def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
+    loaded = wrap(make_tokenizer(), make_model())
+    parts = {}
+    for seed in (0, 1):
+        data = sft.prepare(loaded, SFTConfig(**{**settings, "seed": seed}))
+        train, valid = ({row.id for row in part} for part in (data.train, data.valid))
+        assert train and valid and not train & valid and len(train | valid) == 12
+        assert len(data.train) + len(data.valid) == 24
+        parts[seed] = valid
+    assert parts[0] != parts[1]
+    assert not sft.prepare(loaded, SFTConfig(**{**settings, "valid_share": 0})).valid
+    other = write_traces(tmp_path / "valid.jsonl", 4)
+    data = sft.prepare(loaded, SFTConfig(**{**settings, "valid": other}))
+    assert {row.id for row in data.valid} == {"p0", "p1"} and len(data.train) == 20
+    assert data.notes == [f"4 traces of problems in {other} are left out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "a", "messages": [], "completion": "x"}\n{"id": \n', r"bad.jsonl:2: not JSON"),
+        ('\n{"id": "a", "completion": "x"}\n', r"bad.jsonl:2: 'messages' is missing; this row has id, completion"),
+        ('{"id": "a", "messages": [], "completion": ""}', r"bad.jsonl:1: 'completion' is empty"),
+        ('{"id": "a", "messages": "hi", "completion": "x"}', r"bad.jsonl:1: 'messages' must be a list"),
+        ("", r"bad.jsonl: no traces to train on$"),
+        (json.dumps({"id": "a", "messages": [], "completion": "x" * 3000}), r"no traces to train on \(1 traces have"),
+    ],
+)
+def test_bad_traces(settings, tmp_path, content, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    with pytest.raises(UserError, match=message):
+        sft.train(SFTConfig(**{**settings, "data": str(bad)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_runs(settings, tmp_path):
+    out = tmp_path / "run"
+    config = SFTConfig(**{**settings, "epochs": 1})
+    sft.train(config, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="exists; pass --resume"):
+        sft.train(config, out)
+    with pytest.raises(UserError, match="started with other settings .*learning_rate was 0.01, now 0.1"):
+        sft.train(config.model_copy(update={"learning_rate": 0.1}), out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    (out / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="checkpoint.safetensors: not a checkpoint"):
+        sft.train(config, out, resume=True)
+    Path(config.data).write_text(Path(config.data).read_text() + Path(config.data).read_text())
+    with pytest.raises(UserError, match="other settings .*data_files"):
+        sft.train(config, out, resume=True)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match="empty.jsonl: no traces to validate with"):
+        sft.train(config.model_copy(update={"valid": str(empty)}), tmp_path / "other")
+
+
+def test_an_adapter_of_another_model(settings, tmp_path):
+    model = make_model(hidden_size=32)
+    started = adapters.start(model, AdapterConfig(rank=4))
+    adapters.save(model, tmp_path / "adapter", started)
+    config = SFTConfig(**{**settings, "adapter": str(tmp_path / "adapter")})
+    with pytest.raises(UserError, match="the adapter does not fit this model"):
+        sft.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_on_from_an_adapter(settings, tmp_path):
+    first = sft.train(SFTConfig(**{**settings, "dropout": 0.2}), tmp_path / "first")
+    further = {name: value for name, value in settings.items() if name not in ("dropout", "rank")}
+    second = sft.train(SFTConfig(**{**further, "adapter": first.adapter}), tmp_path / "second")
+    start = outcome(tmp_path / "second")[1][0]["valid/loss"]
+    assert start == pytest.approx(first.valid_loss, abs=1e-5) and second.valid_loss < start
+    config = json.loads((tmp_path / "second" / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_parameters"] == {"rank": 4, "scale": 2.0, "dropout": 0.2}
