@@ -100,13 +100,9 @@ class ValidationConfig(ProblemConfig):
     rows: Positive = Field(64, description="Completions decoded at once.")
 
 
-class SFTConfig(LoadConfig, AdapterConfig, OptimizerConfig):
-    """Settings of ``mlx-traces sft``: supervised fine-tuning on traces."""
+class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig):
+    """How a model is fine-tuned, whatever it is fine-tuned on."""
 
-    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
-    adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
-    data: str = Field(..., description="File of traces, JSON lines; see data/README.md.")
-    valid: str | None = Field(None, description="File of traces for the validation loss.")
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, without --valid."
     )
@@ -124,6 +120,81 @@ class SFTConfig(LoadConfig, AdapterConfig, OptimizerConfig):
     patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
+
+
+class SFTConfig(SFTSettings):
+    """Settings of ``mlx-traces sft``: supervised fine-tuning on traces."""
+
+    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
+    adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
+    data: str = Field(..., description="File of traces, JSON lines; see data/README.md.")
+    valid: str | None = Field(None, description="File of traces for the validation loss.")
+
+
+class GRPOConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
+    """Settings of ``mlx-traces grpo``: reinforcement learning on a task's training problems, by its own grader."""
+
+    model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
+    adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
+    split: str = Field("train", description="Split of the training problems; 'train[:64]' takes a part.")
+    limit: Positive | None = Field(
+        None, description="Take a seeded sample of so many training problems; default: one for each that is drawn."
+    )
+    seed: int = Field(0, description="Seed of the new adapter, the order of the problems, and the rollouts.")
+
+    num_steps: Positive = Field(100, description="Steps: each draws problems, samples rollouts, and updates.")
+    prompts_per_step: Positive = Field(16, description="Problems per step.")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Rollouts per problem.")
+    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the rollouts and of the update.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Keep the k likeliest tokens; 0 keeps all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+    rows: Positive = Field(256, description="Completions decoded at once.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to sample with; fewer rows.")
+
+    rewards: dict[str, float] = Field(
+        {"correct": 1.0}, description="Weights of the rewards: correct, format, ... or module:function of your own."
+    )
+    tags: Literal["think", "r1", "sky-t1", "none"] = Field("think", description="Form that the format reward wants.")
+    overlong: Literal["keep", "mask", "penalty"] = Field(
+        "keep", description="Cut-off completions: train on them, leave them out, or also lower the reward near the end."
+    )
+    overlong_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens over which the penalty grows to 1.")
+    advantage: Literal["std", "batch", "none", "rloo", "mean"] = Field(
+        "std",
+        description="Reward minus its group's mean, over the group's or the batch's deviation, or neither; leave-one-"
+        "out; or minus the mean of all.",
+    )
+    max_resamples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Draw up to so many more times for groups with differing rewards (DAPO's dynamic sampling)."
+    )
+    pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems that the model solves less often.")
+    pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems that the model solves more often.")
+    probe_samples: Positive = Field(4, description="Completions per problem to find that out, before the first step.")
+
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
+        "dapo", description="How the tokens' losses are made and weighed; see the policy module."
+    )
+    clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
+    clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(None, description="Upper one; default: the same.")
+    kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL term to the reference.")
+    reference: str | None = Field(None, description="Adapter that is the reference; default: none, the bare model.")
+    importance: Literal["none", "token", "sequence"] = Field(
+        "none", description="Correct for the sampler's probabilities by truncated weights per token or sequence."
+    )
+    importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Greatest of those weights.")
+    updates_per_batch: Positive = Field(1, description="Times that each rollout is learned from.")
+    minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
+
+    micro_tokens: Positive = Field(4096, description="Most tokens of a forward pass, padding included.")
+    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
+    eval_every: Positive = Field(10, description="Steps between validations.")
+    evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
+    save_every: Positive = Field(5, description="Steps between checkpoints.")
 
 
 class ScoreConfig(LoadConfig):
@@ -181,6 +252,36 @@ class FilterConfig(Config):
     )
     bins: Positive = Field(4, description="Bins of the pass rate.")
     seed: int = Field(0, description="Seed of random choices.")
+
+
+class RawConfig(Config):
+    """Raw traces that the first round starts from: solved problems of a task, or a file."""
+
+    file: str | None = Field(None, description="File of traces, as `mlx-traces data` writes it; the rest is for none.")
+    count: Positive | None = Field(None, description="Problems: generated ones, or a seeded sample of a data set.")
+    prompts: list[str] | None = Field(None, description="Prompt styles; default: the rounds' own.")
+    split: str = Field("train", description="Split of the data.")
+    data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
+    style: Literal["think", "plain", "boxed"] = Field("think", description="Where GSM8K's answers stand.")
+    seed: int = Field(1, description="Seed of the problems.")
+
+
+class RoundsConfig(Config):
+    """Settings of ``mlx-traces rounds``: each station's own; model, adapter, task and files are filled in."""
+
+    name: str = Field(..., description="Begins the names of all files and folders.")
+    model: str = Field("nano", description="nano, a folder, or a hub id.")
+    task: str = Field("countdown", description="Task: gsm8k or countdown.")
+    prompt: str = Field("thinking", description="Prompt style of generation and comparison.")
+    raw: RawConfig = RawConfig()
+    epoch1: SFTSettings = SFTSettings()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    filter: FilterConfig = FilterConfig()
+    epoch2: SFTSettings = SFTSettings()
+    compare: EvalConfig = EvalConfig()
+    data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
+    runs_dir: str = Field("runs", description="Where run folders are kept.")
 
 
 class CompareConfig(Config):

@@ -8,10 +8,12 @@ FLOORS = """
 cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.train
 cli.options
-comparison doctor
+rounds doctor
+comparison
 bench_sft fusing generation
-bench sft scoring
-evaluation examples
+bench grpo sft scoring
+training
+evaluation examples rewards
 sampling report
 fallback nano
 drawing tables traces

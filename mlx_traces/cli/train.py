@@ -1,11 +1,12 @@
 """generate and sft: a model's own traces, and an adapter trained on traces."""
 
+import sys
 from typing import Any
 
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import GenerateConfig, SFTConfig, read_config
+from mlx_traces.config import GenerateConfig, RoundsConfig, SFTConfig, read_config
 
 
 @click.command("generate")
@@ -79,6 +80,36 @@ def fuse_command(**arguments: Any) -> None:
         click.echo(f"loss on {result.tokens:,} tokens: {base}{losses} nats per token")
     if line := fusing.warning(result):
         click.echo(f"warning: {line}", err=True)
+
+
+@click.command("rounds")
+@click.argument("config_file", metavar="CONFIG", type=click.Path())
+@click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
+@click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
+@click.option("--dry-run", is_flag=True, help="Print the stations and which are there; make nothing.")
+def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None, dry_run: bool) -> None:
+    """Raw traces, SFT, the model's own traces, scored and filtered, SFT on those, and the table of it all.
+
+    Repeat the command after it was cut off: what is there is not made again.
+    """
+    folders = {"data_dir": data_dir, "runs_dir": runs_dir}
+    config = read_config(RoundsConfig, config_file, {name: value for name, value in folders.items() if value})
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from rich.console import Console
+
+    from mlx_traces import rounds, tables
+
+    if dry_run:
+        for station in rounds.stations(config, training_bar):
+            click.echo(f"{station.name:<10} {'there  ' if station.finished else 'to make'} {station.out}")
+        return
+    frame, runs = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(tables.to_terminal(frame))
+    for line in rounds.gains(runs):
+        click.echo(line)
 
 
 class training_bar:
