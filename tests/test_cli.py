@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
-from mlx_traces.config import CompareConfig, EvalConfig, NanoConfig, read_config
+from mlx_traces.config import CompareConfig, EvalConfig, NanoConfig, RoundsConfig, SFTConfig, read_config
 from mlx_traces.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,13 @@ def test_settings_say_where_and_what_is_wrong(tmp_path):
 
 
 def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
-    kinds = {"compare": CompareConfig, "eval": EvalConfig, "nano build": NanoConfig}
+    kinds = {
+        "compare": CompareConfig,
+        "eval": EvalConfig,
+        "nano build": NanoConfig,
+        "rounds": RoundsConfig,
+        "sft": SFTConfig,
+    }
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert files
     for file in files:

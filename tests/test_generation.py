@@ -1,0 +1,81 @@
+"""Traces that a model writes itself: resumed, graded, with the exact ids and their log-probabilities."""
+
+import json
+
+import pytest
+
+from mlx_traces import generation, models
+from mlx_traces.config import GenerateConfig
+from mlx_traces.errors import UserError
+from mlx_traces.tasks import get_task
+from mlx_traces.traces import manifest_of, read_traces
+
+CONFIG = GenerateConfig(limit=6, samples=3, max_tokens=96, rows=8, prompt="thinking")
+
+
+def rows(path):
+    return [trace for _, trace in read_traces(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("generated") / "own.jsonl"
+    counts = generation.generate(CONFIG, out)
+    return out, counts
+
+
+def test_every_problem_gets_its_samples_in_order_and_is_graded(whole):
+    out, counts = whole
+    made, task = rows(out), get_task("countdown")
+    problems = task.load("train", None, 6, 0)
+    assert [(trace.id, trace.sample) for trace in made] == [(p.id, k) for p in problems for k in range(3)]
+    assert counts["written"] == 18 and counts["correct"] == sum(trace.verdict == "correct" for trace in made)
+    for trace, problem in zip(made, [p for p in problems for _ in range(3)], strict=True):
+        assert trace.verdict == task.grade(problem, trace.completion)["answer"].verdict
+        assert trace.messages[-1]["content"] == task.prompts["thinking"].messages(problem)[-1]["content"]
+        assert len(trace.logprobs) == len(trace.completion_ids) and max(trace.logprobs) <= 0
+    assert manifest_of(out)["counts"]["written"] == 18
+    assert not list(out.parent.glob(".own*"))
+
+
+def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
+    """At temperature 1 and unfiltered the stored log-probabilities are those of a plain forward pass."""
+    import mlx.core as mx
+
+    trace = rows(whole[0])[0]
+    loaded = models.load("nano")
+    assert trace.completion_ids[-1] in loaded.stop_ids
+    assert loaded.tokenizer.decode(list(trace.completion_ids[:-1])) == trace.completion
+    prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
+    logits = loaded.model(mx.array([prompt + trace.completion_ids]))[0, len(prompt) - 1 : -1]
+    expected = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
+    for row, token, logprob in zip(expected, trace.completion_ids, trace.logprobs, strict=True):
+        assert logprob == pytest.approx(row[token], abs=1e-4)
+
+
+def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(whole, tmp_path, monkeypatch):
+    out = tmp_path / "own.jsonl"
+
+    def stop(trace, total):
+        if len((tmp_path / ".own.part.jsonl").read_text().splitlines()) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate(CONFIG, out, show=stop)
+    with (tmp_path / ".own.part.jsonl").open("a") as file:
+        file.write('{"id": "cut off whi')
+    with pytest.raises(UserError, match="was begun and cut off; pass --resume"):
+        generation.generate(CONFIG, out)
+    with pytest.raises(UserError, match=r"begun with other settings \(seed"):
+        generation.generate(CONFIG.model_copy(update={"seed": 1}), out, resume=True)
+    seen = []
+    assert generation.generate(CONFIG, out, resume=True, show=lambda trace, total: seen.append(trace)) == whole[1]
+    assert len(seen) == 18  # those of the first run are counted too
+    assert [trace.completion_ids for trace in rows(out)] == [trace.completion_ids for trace in rows(whole[0])]
+    with pytest.raises(UserError, match="exists; remove it"):
+        generation.generate(CONFIG, out)
+
+
+def test_a_line_of_the_file_is_plain_json(whole):
+    line = json.loads(whole[0].read_text().splitlines()[0])
+    assert line["source"] == "nano" and line["task"] == "countdown" and line["finish_reason"] in ("stop", "length")
