@@ -17,15 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, batching, checkpoints, device, evaluation, examples, forward, models, optim
+from mlx_traces import adapters, batching, checkpoints, device, evaluation, examples, forward, models, optim, training
 from mlx_traces.batching import Example
-from mlx_traces.config import EvalConfig, SFTConfig
+from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.runs import RunFolder, fingerprint, provenance
 from mlx_traces.traces import read_traces
-
-SHOWN = 4  # validation completions kept in samples.jsonl
+from mlx_traces.training import Progress
 
 
 def step_gradient(
@@ -78,7 +77,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
 
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
-    plan = held_out_plan(config)
+    plan = training.held_out_plan(config.model, config.evaluate)
     encoded = examples.encode_all(loaded, read_traces(Path(config.data)), config.max_length, config.over_long)
     notes = examples.describe(encoded, config.max_length)
     asked = {problem.id for problem in plan.problems} if plan else set()
@@ -115,32 +114,6 @@ def _brackets(notes: list[str]) -> str:
 def _draw(text: str) -> float:
     """Return a number in [0, 1) that follows from a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
-def held_out_plan(config: SFTConfig) -> evaluation.Plan | None:
-    """Return the evaluation that is made at each validation, with its problems."""
-    if config.evaluate is None:
-        return None
-    return evaluation.plan(EvalConfig(model=config.model, **config.evaluate.model_dump()))
-
-
-@dataclass
-class Progress:
-    """Where a training is: steps done, the best validation so far, how many since were not better."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    waited: int = 0
-    seconds: float = 0.0
-
-    def better(self, value: float) -> bool:
-        """Take in a validation's value, higher is better; return whether it is the best so far."""
-        if self.best is not None and value <= self.best:
-            self.waited += 1
-            return False
-        self.best, self.best_step, self.waited = value, self.step, 0
-        return True
 
 
 @dataclass(frozen=True)
@@ -232,12 +205,13 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         for step, batch in islice(_steps(data.train, lengths, config), progress.step, None):
             if config.patience and progress.waited >= config.patience:
                 break
-            mx.random.seed(_seed(config.seed, step))  # dropout
+            mx.random.seed(training.step_seed(config.seed, step))  # dropout
             loaded.model.train()
             began = perf_counter()
             loss, grads = step_gradient(loaded.model, halves, batch, config)
             grads, norm = optim.clip(grads, config.max_grad_norm)
-            _refuse_nonfinite(loss, norm.item(), step, batch, config)
+            ids = ", ".join(sorted({example.id for example in batch})[:5])
+            training.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
             optimizer.update(loaded.model, grads)
             mx.eval(loaded.model.trainable_parameters(), optimizer.state)
             progress.step, progress.seconds = step, perf_counter() - start
@@ -279,20 +253,6 @@ def _micro(lengths: list[int], config: SFTConfig, epoch: int) -> Iterator[list[i
         yield from batching.micro_batches(indices, lengths, config.micro_tokens)
 
 
-def _seed(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} step {step}".encode()).digest()[:8])
-
-
-def _refuse_nonfinite(loss: float, norm: float, step: int, batch: Sequence[Example], config: SFTConfig) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    ids = ", ".join(sorted({example.id for example in batch})[:5])
-    raise UserError(
-        f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was overwritten. "
-        f"Lower learning_rate ({config.learning_rate:g}) or look at the step's traces: {ids}"
-    )
-
-
 def validation(
     loaded: LoadedModel, halves: forward.Split, data: Data, config: SFTConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -303,20 +263,15 @@ def validation(
     if data.valid:
         row["valid/loss"] = mean_loss(halves, data.valid, config)
     if data.held_out:
-        with adapters.merged(loaded.model):
-            samples = evaluation.measure(loaded, data.held_out)
-        row["valid/accuracy"] = sum(sample["correct"] for sample in samples) / len(samples)
-        row["valid/finished"] = sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples)
-        row["valid/length"] = sum(sample["tokens"] for sample in samples) / len(samples)
-        keys = ("id", "question", "completion", "finish_reason", "verdict", "correct", "gold")
-        shown = [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
+        answers, shown = training.answer(loaded, data.held_out)
+        row |= answers
     return row, shown
 
 
 def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content."""
     digests = {
-        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        name: training.digest(file)
         for name, file in (("data_files", config.data), ("valid_files", config.valid))
         if file is not None
     }

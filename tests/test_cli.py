@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
-from mlx_traces.config import CompareConfig, EvalConfig, NanoConfig, RoundsConfig, SFTConfig, read_config
+from mlx_traces.config import CompareConfig, EvalConfig, GRPOConfig, NanoConfig, RoundsConfig, SFTConfig, read_config
 from mlx_traces.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -184,6 +184,7 @@ def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
     kinds = {
         "compare": CompareConfig,
         "eval": EvalConfig,
+        "grpo": GRPOConfig,
         "nano build": NanoConfig,
         "rounds": RoundsConfig,
         "sft": SFTConfig,

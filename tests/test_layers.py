@@ -12,8 +12,8 @@ rounds doctor
 comparison
 bench_sft fusing generation
 bench grpo sft scoring
-training
-evaluation examples rewards
+training rewards
+evaluation examples
 sampling report
 fallback nano
 drawing tables traces

@@ -1,4 +1,4 @@
-"""generate and sft: a model's own traces, and an adapter trained on traces."""
+"""generate, sft and grpo: a model's own traces, an adapter trained on traces, or on rewards."""
 
 import sys
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import GenerateConfig, RoundsConfig, SFTConfig, read_config
+from mlx_traces.config import GenerateConfig, GRPOConfig, RoundsConfig, SFTConfig, read_config
 
 
 @click.command("generate")
@@ -55,6 +55,31 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
     speed, padding = f"{result.tokens_per_second:.0f} tokens/s", f"{100 * result.padding:.1f} %"
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
+
+
+@click.command("grpo")
+@click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
+@click.option("--out", default="runs/grpo", show_default=True, type=click.Path(), help="Run folder.")
+@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@settings_options(GRPOConfig, "evaluate", "betas", "rewards")
+def grpo_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
+    """Train a model on a task by reinforcement. CONFIG is a YAML file of these settings; options win over it."""
+    config = read_config(GRPOConfig, config_file, settings)
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import grpo
+
+    with training_bar("grpo") as show:
+        result = grpo.train(config, out, resume, show)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    best = "" if result.best_step is None else f", best at step {result.best_step}"
+    if result.accuracy is not None:
+        best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
+    click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
+    spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
+    click.echo(f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True)
 
 
 @click.command("fuse")
@@ -135,6 +160,14 @@ class training_bar:
         figures = [
             text.format(row[name])
             for name, text in (
+                ("reward/mean", "reward {:.3f}"),
+                ("rollout/length", "length {:.0f}"),
+                ("rollout/finished", "finished {:.0%}"),
+                ("rollout/zero_std_groups", "level groups {:.0%}"),
+                ("policy/kl_ref", "KL {:.3f}"),
+                ("policy/entropy", "entropy {:.2f}"),
+                ("time/sample", "sampling {:.1f} s"),
+                ("time/update", "update {:.1f} s"),
                 ("loss", "loss {:.4f}"),
                 ("correct", "{:.1f} % correct"),
                 ("tokens_per_second", "{:.0f} tokens/s"),

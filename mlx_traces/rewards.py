@@ -1,0 +1,153 @@
+"""Rewards of completions: the task's own grader, scores of the text, any Python function. No MLX.
+
+A function of one's own is named ``module:function`` and looked for in the working folder too. It is called with the
+list of completions (the assistant's whole turns, as texts) and, by name, with those of these lists that it takes:
+every column of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It
+returns a number for each completion, or None where it does not apply.
+"""
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.config import ScoreConfig
+from mlx_traces.errors import UserError, choices, did_you_mean, first_line
+from mlx_traces.evaluation import Completion, Plan
+from mlx_traces.quality import text_scores
+from mlx_traces.records import Problem
+
+BUILT_IN = ("correct", "format", "structure", "faithfulness", "length", "repetition")
+
+Sample = tuple[Problem, Completion]
+Parts = dict[str, float | None]
+
+
+def load(weights: Mapping[str, float], columns: Sequence[str]) -> dict[str, Callable]:
+    """Import the functions among the rewards' names, and check that the problems have what they ask for.
+
+    Args:
+        weights: by name, as in ``GRPOConfig.rewards``.
+        columns: of the problems.
+
+    Raises:
+        UserError: if there is no reward, or one that is not known, not to be imported, or not to be called so.
+    """
+    if not any(weights.values()):
+        raise UserError("rewards: none has a weight; as in {correct: 1}")
+    functions = {name: _imported(name) for name in weights if ":" in name}
+    for name in weights:
+        if name not in BUILT_IN and name not in functions:
+            hint = did_you_mean(name, BUILT_IN)
+            raise UserError(f"unknown reward {name!r}: choose {choices((*BUILT_IN, 'module:function'))}{hint}")
+    known = (*columns, *_own_columns([]))
+    for name, function in functions.items():
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD or parameter.default is not parameter.empty:
+                continue
+            if parameter.name not in known:
+                raise UserError(f"reward {name}: there is no column {parameter.name!r}; there are {', '.join(known)}")
+    return functions
+
+
+def score(
+    planned: Plan, samples: Sequence[Sample], functions: Mapping[str, Callable], weights: Mapping[str, float], tags: str
+) -> list[Parts]:
+    """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
+
+    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as in ``quality``.
+
+    Raises:
+        UserError: naming the function, if one fails or returns something else than a number for each completion.
+    """
+    settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
+    parts: list[Parts] = [{} for _ in samples]
+    for name in weights:
+        if name in functions:
+            values = _call(name, functions[name], samples)
+        elif name == "correct":
+            values = [float(_verdict(planned, *sample)) for sample in samples]
+        else:
+            values = [_text_score(planned, *sample, settings)[name] for sample in samples]
+        for part, value in zip(parts, values, strict=True):
+            part[name] = value
+    return parts
+
+
+def total(parts: Parts, weights: Mapping[str, float]) -> float:
+    """Return the weighted sum of the rewards that apply."""
+    return sum(weights[name] * value for name, value in parts.items() if value is not None)
+
+
+def _verdict(planned: Plan, problem: Problem, completion: Completion) -> bool:
+    return planned.task.grade(problem, completion.opened + completion.rollout.text)[planned.extractor].correct
+
+
+def _text_score(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:
+    rollout, asked = completion.rollout, planned.prompt.messages(problem)[-1]["content"]
+    text = completion.opened + rollout.text
+    return text_scores(text, rollout.finish_reason, len(rollout.completion_ids), settings, asked)
+
+
+def _own_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    return {
+        "prompts": [completion.prompt for _, completion in samples],
+        "completion_ids": [list(completion.rollout.completion_ids) for _, completion in samples],
+        "finish_reasons": [completion.rollout.finish_reason for _, completion in samples],
+    }
+
+
+def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[float | None]:
+    """Call a function of the user's own and check what it returns."""
+    columns = dict.fromkeys(column for problem, _ in samples for column in problem.columns)
+    lists = {column: [problem.columns.get(column) for problem, _ in samples] for column in columns}
+    lists |= _own_columns(samples)
+    parameters = inspect.signature(function).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        taken = {parameter.name for parameter in list(parameters)[1:]}
+        lists = {column: values for column, values in lists.items() if column in taken}
+    try:
+        values = function([completion.opened + completion.rollout.text for _, completion in samples], **lists)
+    except Exception as error:
+        raise UserError(f"reward {name} failed ({type(error).__name__}: {first_line(error)})") from error
+    try:
+        values = list(values)
+    except TypeError:
+        raise UserError(f"reward {name} returned a {type(values).__name__}, not a list of numbers") from None
+    if len(values) != len(samples):
+        raise UserError(f"reward {name} returned {len(values)} values for {len(samples)} completions")
+    return [None if value is None else _number(name, value) for value in values]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise UserError(f"reward {name} returned {str(value)[:40]!r}, not a finite number or None")
+    return number
+
+
+def _imported(name: str) -> Callable:
+    """Import ``module:function``."""
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except Exception as error:  # whatever the module runs into
+        raise UserError(
+            f"reward {name}: {module} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    if not callable(found):
+        raise UserError(f"reward {name}: {module} has no function {attribute!r}")
+    try:
+        if not inspect.signature(found).parameters:
+            raise UserError(f"reward {name}: takes no argument; the first is the list of completions")
+    except ValueError:
+        raise UserError(f"reward {name}: its arguments cannot be seen; wrap it in a Python function") from None
+    return found

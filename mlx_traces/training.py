@@ -1,0 +1,74 @@
+"""What the training loops share: how far they are, answers to held-out problems, numbers that are none."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import adapters, evaluation
+from mlx_traces.config import EvalConfig, OptimizerConfig, ValidationConfig
+from mlx_traces.errors import UserError
+from mlx_traces.models import LoadedModel
+
+SHOWN = 4  # validation completions kept in samples.jsonl
+
+
+@dataclass
+class Progress:
+    """Where a training is: steps done, the best validation so far, how many since were not better."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    seconds: float = 0.0
+
+    def better(self, value: float) -> bool:
+        """Take in a validation's value, higher is better; return whether it is the best so far."""
+        if self.best is not None and value <= self.best:
+            self.waited += 1
+            return False
+        self.best, self.best_step, self.waited = value, self.step, 0
+        return True
+
+
+def held_out_plan(model: str, settings: ValidationConfig | None) -> evaluation.Plan | None:
+    """Return the evaluation that is made at each validation, with its problems."""
+    if settings is None:
+        return None
+    return evaluation.plan(EvalConfig(model=model, **settings.model_dump()))
+
+
+def answer(loaded: LoadedModel, held_out: evaluation.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions."""
+    loaded.model.eval()
+    with adapters.merged(loaded.model):
+        samples = evaluation.measure(loaded, held_out)
+    row = {
+        "valid/accuracy": sum(sample["correct"] for sample in samples) / len(samples),
+        "valid/finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
+        "valid/length": sum(sample["tokens"] for sample in samples) / len(samples),
+    }
+    keys = ("id", "question", "completion", "finish_reason", "verdict", "correct", "gold")
+    return row, [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the 64-bit seed of a step's random numbers; it depends on nothing else in the run."""
+    return int.from_bytes(hashlib.sha256(f"{seed} step {step}".encode()).digest()[:8])
+
+
+def refuse_nonfinite(loss: float, norm: float, step: int, config: OptimizerConfig, advice: str) -> None:
+    """Raise UserError, before anything is changed, if a step's loss or gradient is not finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise UserError(
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was overwritten. "
+        f"Lower learning_rate ({config.learning_rate:g}) or {advice}"
+    )
+
+
+def digest(file: str | Path) -> str:
+    """Return 12 hexadecimal digits of a file's content."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
