@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
+TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")  # adapters that come with the repository
 
 
 def read_run(path: str | Path) -> Run:
@@ -45,10 +46,17 @@ def by_extractor(run: Run, extractor: str) -> Run:
 
 
 def default_evals() -> list[EvalConfig]:
-    """Return the comparison without arguments: nano, direct against thinking, on held-out Countdown problems."""
+    """Return the comparison without arguments: nano on held-out Countdown problems.
+
+    Direct against thinking, and thinking with the adapters that were trained on it, where the working folder or the
+    checkout that this package runs from has them.
+    """
+    homes = (Path("adapters"), Path(__file__).parent.parent / "adapters")
+    found = [next((home / name for home in homes if (home / name).is_dir()), None) for name in TRAINED]
+    settings = {"task": "countdown", "limit": DEFAULT_LIMIT, "max_tokens": 256, "rows": 128}
     return [
-        EvalConfig(model="nano", task="countdown", prompt=prompt, limit=DEFAULT_LIMIT, max_tokens=256, rows=128)
-        for prompt in ("direct", "thinking")
+        *(EvalConfig(prompt=prompt, **settings) for prompt in ("direct", "thinking")),
+        *(EvalConfig(prompt="thinking", adapter=str(folder), **settings) for folder in found if folder),
     ]
 
 
