@@ -274,7 +274,7 @@ class RoundsConfig(Config):
     task: str = Field("countdown", description="Task: gsm8k or countdown.")
     prompt: str = Field("thinking", description="Prompt style of generation and comparison.")
     raw: RawConfig = RawConfig()
-    epoch1: SFTSettings = SFTSettings()
+    epoch1: SFTSettings | None = Field(SFTSettings(), description="null: start from the model's own traces at once.")
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     filter: FilterConfig = FilterConfig()

@@ -60,7 +60,8 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     plan: list[Station] = []
     spec, adapter = models.split_adapter(config.model)
     local = spec == models.NANO or models.is_folder(spec)
-    before = [config.model, fingerprint(models.resolve(spec)[0]) if local else None]
+    before: list[Any] = [config.model, config.task, config.prompt]
+    before += [fingerprint(models.resolve(spec)[0])] if local else []
     before += [fingerprint(Path(adapter))] if adapter else []
 
     def add(name: str, folder: str, suffix: str, settings: Config, make: Callable[[Path], Any]) -> Path:
@@ -71,15 +72,16 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
         plan.append(Station(name, out, content, lambda: make(out)))
         return out
 
-    data, ask = Path(config.data_dir), {"task": config.task, "prompt": config.prompt}
-    raw = add("raw", data / "raw", ".jsonl", config.raw, lambda out: make_raw(config, out))
-    first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
-    one = add("epoch1", config.runs_dir, "", config.epoch1, lambda out: _sft(first, out, show))
-    drawn = _filled(GenerateConfig, config.generate, model=spec, adapter=str(one / "adapter"), **ask)
+    data, ask, start = Path(config.data_dir), {"task": config.task, "prompt": config.prompt}, adapter
+    if config.epoch1 is not None:
+        raw = add("raw", data / "raw", ".jsonl", config.raw, lambda out: make_raw(config, out))
+        first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
+        start = str(add("epoch1", config.runs_dir, "", config.epoch1, lambda out: _sft(first, out, show)) / "adapter")
+    drawn = _filled(GenerateConfig, config.generate, model=spec, adapter=start, **ask)
     own = add("generated", data / "generated", ".jsonl", config.generate, lambda out: _generate(drawn, out, show))
     scored = add("scored", data / "processed", ".jsonl", config.score, lambda out: _score(config.score, own, out))
     kept = add("filtered", data / "processed", ".jsonl", config.filter, lambda out: _filter(config.filter, scored, out))
-    second = _filled(SFTConfig, config.epoch2, model=spec, adapter=str(one / "adapter"), data=str(kept))
+    second = _filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept))
     add("epoch2", config.runs_dir, "", config.epoch2, lambda out: _sft(second, out, show))
     return plan
 
@@ -88,6 +90,8 @@ def _check(config: RoundsConfig) -> None:
     for name, own in (("generate", {"model", "adapter", "task", "prompt"}), ("compare", {"model", "adapter", "task"})):
         if given := sorted(own & getattr(config, name).model_fields_set):
             raise UserError(f"{name}.{given[0]}: the rounds fill this in; set it at the top, or leave it out")
+    if config.epoch1 is None:
+        return
     if config.raw.file is None and config.task not in SOLVED:
         raise unknown("task with worked solutions", config.task, SOLVED)
     if config.raw.file is not None and not Path(config.raw.file).exists():

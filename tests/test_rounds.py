@@ -70,6 +70,8 @@ def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):
     assert left(epoch2={"learning_rate": 2e-4, "valid_share": 0}) == ["epoch2"]
     assert left(filter={"per_problem": 1}) == ["filtered", "epoch2"]
     assert left(raw={"count": 25}) == NAMES
+    assert left(prompt="direct") == NAMES
+    assert left(epoch1=None) == NAMES[2:]
     assert left(generate={**TINY["generate"], "rows": 7}) == []  # does not decide what is sampled
 
 
