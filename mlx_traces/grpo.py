@@ -7,7 +7,7 @@ micro-batches change nothing; rows with an advantage of 0 are left out, which wi
 Dropout is off: what is trained is the policy that sampled.
 """
 
-import math
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +166,8 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
 
 def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     """Give the rows of one optimizer step their weights, and return those that can teach."""
+    if not rows:
+        return []
     mask = _padded([np.ones(row.example.count, np.float32) for row in rows])
     weights = np.array(policy.token_weights(mask, config.loss, max_tokens=config.max_tokens))
     for row, own in zip(rows, weights, strict=True):
@@ -247,7 +249,7 @@ def _places(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
 
 def _padded(arrays: Sequence[np.ndarray]) -> mx.array:
     """Return float32 arrays as the rows of one, padded right with 0."""
-    rows = np.zeros((len(arrays), max(len(array) for array in arrays)), np.float32)
+    rows = np.zeros((len(arrays), max(1, *map(len, arrays))), np.float32)
     for row, array in zip(rows, arrays, strict=True):
         row[: len(array)] = array
     return mx.array(rows)
@@ -281,9 +283,8 @@ def learn(
     draw = random.Random(f"{config.seed} step {step}")
     for _ in range(config.updates_per_batch):
         order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
-        size = math.ceil(len(rows) / config.minibatches)
-        for at in range(0, len(rows), size):
-            batch = weighed(order[at : at + size], config)
+        for part in range(config.minibatches):
+            batch = weighed(order[part :: config.minibatches], config)
             if not batch:
                 continue
             loss, grads, more = gradient(model, halves, batch, config)
@@ -500,7 +501,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
             break
         groups, kept_groups, seconds = collect(loaded, planned, functions, progress, step, config)
         began = perf_counter()
-        rows = rows_of(kept_groups, config) if kept_groups else []
+        rows = rows_of(kept_groups, config) if kept_groups else []  # resampling may have found none
         with forward.checkpointed(loaded.model.layers, config.checkpoint_layers):
             learned = learn(loaded.model, halves, rows, optimizer, reference, step, config)
         seconds["time/update"] = perf_counter() - began
@@ -605,7 +606,7 @@ def identity_of(config: GRPOConfig, planned: Plan, loaded: LoadedModel) -> dict[
     return {
         **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data"}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
-        "prompt": asdict(planned.prompt),
+        "prompt": json.loads(json.dumps(asdict(planned.prompt))),
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         "weights": loaded.backend.weights,

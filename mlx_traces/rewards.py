@@ -112,7 +112,7 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
     try:
         values = function([completion.opened + completion.rollout.text for _, completion in samples], **lists)
     except Exception as error:
-        raise UserError(f"reward {name} failed ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(f"reward {name} failed ({_told(error)})") from error
     try:
         values = list(values)
     except TypeError:
@@ -140,9 +140,7 @@ def _imported(name: str) -> Callable:
     try:
         found = getattr(import_module(module), attribute, None)
     except Exception as error:  # whatever the module runs into
-        raise UserError(
-            f"reward {name}: {module} cannot be imported ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        raise UserError(f"reward {name}: {module} cannot be imported ({_told(error)})") from error
     if not callable(found):
         raise UserError(f"reward {name}: {module} has no function {attribute!r}")
     try:
@@ -151,3 +149,9 @@ def _imported(name: str) -> Callable:
     except ValueError:
         raise UserError(f"reward {name}: its arguments cannot be seen; wrap it in a Python function") from None
     return found
+
+
+def _told(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    kind = f"{type(error).__name__}: "
+    return kind + first_line(error).removeprefix(kind)

@@ -1,0 +1,564 @@
+"""Reinforcement: the gradient of a step by plain formulas, what must not change it, runs cut off, wrong input."""
+
+import json
+from collections import Counter
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import make_config, make_model, make_tokenizer, wrap
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_traces import adapters, checkpoints, evaluation, forward, grpo, optim, policy, rewards, runs
+from mlx_traces.batching import Example
+from mlx_traces.config import AdapterConfig, GRPOConfig, build
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem
+from mlx_traces.records import Rollout as Sampled
+
+# ---------------------------------------------------------------------------------- rewards of these tests
+
+
+def capitals(completions):
+    return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]
+
+
+def level(completions):
+    return [0.5] * len(completions)
+
+
+def broken(completions):
+    return [float("nan")] * len(completions)
+
+
+# ---------------------------------------------------------------------------------- a step
+
+
+def lora(seed=0, scale=0.1):
+    model = make_model()
+    mx.random.seed(seed)
+    adapters.start(model, AdapterConfig(rank=4))
+    arrays = [(k, scale * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
+    model.load_weights(arrays, strict=False)
+    return model
+
+
+def settings_of(**changes):
+    return GRPOConfig(**{"group_size": 4, "max_tokens": 12, "temperature": 0.7, **changes})
+
+
+def some_rows(config, count=8, seed=0, off_policy=False):
+    """Return rows of unequal lengths with advantages of either sign and 0, weighed as one step."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        n = int(draw.integers(1, 12))
+        ids = tuple(draw.integers(0, 98, 5 + i % 3 + n).tolist())
+        flags = (False,) * (len(ids) - n) + (True,) * n
+        sampler = draw.normal(-4, 0.5, n).astype(np.float32)
+        rows.append(grpo.Row(Example(f"r{i}", ids, flags), [1.0, -0.7, 0.0, 0.4][i % 4], sampler))
+    for row, values in grpo.logprobs_of(forward.split(lora()), rows, config):
+        row.reference = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
+        if off_policy:  # near the policy's own, so that ratios are on both sides of the bounds
+            row.old = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
+    grpo.weighed(rows, config)
+    return rows
+
+
+def plainly(model, rows, config):
+    """Return loss and gradient by full logits and the papers' formulas, a row and a token at a time."""
+    low, high = 1 - config.clip_eps, 1 + (config.clip_eps_high or config.clip_eps)
+    tokens = sum(row.example.count for row in rows)
+
+    def loss_of():
+        total = mx.array(0.0)
+        for row in rows:
+            ids, n = row.example.ids, row.example.count
+            logits = model(mx.array([ids]))[0] / config.temperature
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            chosen = [logprobs[at - 1, ids[at]] for at in range(len(ids) - n, len(ids))]
+            losses = []
+            log_ratios = []
+            for j, value in enumerate(chosen):
+                old = mx.stop_gradient(value) if row.old is None else row.old[j].item()
+                log_ratios.append(value - old)
+            for j, value in enumerate(chosen):
+                ratio = mx.exp(sum(log_ratios) / n if config.loss == "gspo" else log_ratios[j])
+                gain = mx.minimum(ratio * row.advantage, mx.clip(ratio, low, high) * row.advantage)
+                if config.loss == "cispo":
+                    gain = mx.stop_gradient(mx.minimum(ratio, high)) * row.advantage * value
+                elif config.loss == "reinforce":
+                    gain = row.advantage * value
+                elif row.old is None:
+                    gain = ratio * row.advantage
+                gap = row.reference[j].item() - value
+                losses.append(-gain + config.kl_coef * (mx.exp(gap) - 1 - gap))
+            share = {
+                "dapo": 1 / tokens,
+                "bnpo": 1 / tokens,
+                "cispo": 1 / tokens,
+                "grpo": 1 / (n * len(rows)),
+                "gspo": 1 / (n * len(rows)),
+                "dr_grpo": 1 / (len(rows) * config.max_tokens),
+                "reinforce": 1 / len(rows),
+            }[config.loss]
+            total = total + share * sum(losses)
+        return total
+
+    loss, grads = nn.value_and_grad(model, loss_of)()
+    return loss.item(), grads
+
+
+def assert_close(a, b, tolerance=1e-5):
+    for (name, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True):
+        assert mx.abs(x - y).max().item() <= tolerance * max(mx.abs(y).max().item(), 1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "off_policy", "kl_coef"),
+    [("dapo", False, 0.0), ("dapo", True, 0.3), *((kind, True, 0.0) for kind in policy.KINDS if kind != "dapo")],
+)
+def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef):
+    config = settings_of(loss=kind, kl_coef=kl_coef, clip_eps_high=0.28, micro_tokens=40)
+    rows = some_rows(config, off_policy=off_policy)
+    model = lora()
+    loss, grads, sums = grpo.gradient(model, forward.split(model), rows, config)
+    expected, expected_grads = plainly(model, rows, config)
+    assert loss == pytest.approx(expected, abs=2e-5)
+    assert_close(grads, expected_grads, 2e-4)
+    assert sums["tokens"] == sum(row.example.count for row in rows)
+    if off_policy and kind in ("grpo", "dapo"):
+        assert sums["clip_low"] > 0 and sums["clip_high"] > 0
+
+
+def test_split_order_and_padding_change_nothing():
+    model = lora()
+    halves = forward.split(model)
+    results = []
+    for micro, order in ((9999, 1), (40, 1), (1, 1), (9999, -1), (60, -1)):
+        config = settings_of(micro_tokens=micro, kl_coef=0.1)
+        rows = some_rows(config, off_policy=True)[::order]
+        results.append(grpo.gradient(model, halves, rows, config))
+    for loss, grads, sums in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        assert_close(grads, results[0][1], 1e-5)
+        assert all(value == pytest.approx(results[0][2][name], rel=1e-4, abs=1e-5) for name, value in sums.items())
+
+
+def test_rows_without_advantage_can_be_left_out():
+    for kind in policy.KINDS:
+        config = settings_of(loss=kind)
+        model, rows = lora(), some_rows(config, off_policy=True)
+        useful = grpo.weighed(rows, config)
+        assert len(useful) == 6 and len(rows) == 8
+        (a, grads, _), (b, more, _) = (grpo.gradient(model, forward.split(model), r, config) for r in (useful, rows))
+        assert a == pytest.approx(b, abs=1e-6)
+        assert_close(grads, more)
+    assert len(grpo.weighed(rows, settings_of(kl_coef=0.1))) == 8  # the KL term teaches them too
+
+
+def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
+    loaded = wrap(make_tokenizer(), lora())
+
+    def gradient_of(values, **changes):
+        config = settings_of(group_size=2, **changes)
+        group = [made(reward, (20 + i, 30, 40)) for i, reward in enumerate(values)]
+        rows = grpo.weighed(grpo.rows_of([group], config), config)
+        return grpo.gradient(loaded.model, forward.split(loaded.model), rows, config)[1] if rows else None
+
+    assert gradient_of((0.3, 0.3)) is None
+    for advantage in ("std", "batch", "none", "rloo", "mean"):
+        one, other = gradient_of((1, 0), advantage=advantage), gradient_of((0, 1), advantage=advantage)
+        assert any(array.any() for _, array in tree_flatten(one))
+        assert_close(one, tree_map(lambda array: -array, other))
+
+
+def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
+    sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
+    return grpo.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
+
+
+def test_the_stop_token_is_learned():
+    loaded = wrap(make_tokenizer(), lora())
+    stop = min(loaded.stop_ids)
+    config = settings_of(group_size=2, temperature=1.0)
+    rows = grpo.rows_of([[made(1.0, (20, stop)), made(0.0, (20, 21))]], config)
+    assert rows[0].example.ids[-1] == stop and rows[0].example.count == 2
+
+    def logprob():
+        logits = loaded.model(mx.array([[1, 2, 3, 20]]))[0, -1]
+        return (logits[stop] - mx.logsumexp(logits)).item()
+
+    before = logprob()
+    optimizer = optim.make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
+    halves = forward.split(loaded.model)
+    row = grpo.learn(loaded.model, halves, rows, optimizer, grpo.reference_of(loaded.model, config), 1, config)
+    assert logprob() > before + 0.01 and row["optim/updates"] == 1
+    # A cut-off completion that is masked is not learned from, though its reward counts in the group.
+    masked = config.model_copy(update={"overlong": "mask"})
+    rows = grpo.rows_of([[made(1.0, (20, stop)), made(0.0, (20, 21), "length")]], masked)
+    useful = grpo.weighed(rows, masked)
+    assert useful == rows[:1] and useful[0].advantage > 0 and useful[0].weights.sum() == pytest.approx(1)
+    rows = grpo.rows_of([[made(1.0, (20, 22), "length"), made(0.0, (20, 21), "length")]], masked)
+    assert grpo.learn(loaded.model, halves, rows, optimizer, None, 1, masked) == {"optim/updates": 0}
+
+
+def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
+    config = settings_of(kl_coef=0.5, rank=4)
+    model = make_model()
+    mx.random.seed(0)
+    settings = adapters.start(model, config)  # changes nothing yet: the model is its reference
+    halves = forward.split(model)
+
+    def measured(reference):
+        rows = some_rows(config)
+        for row in rows:
+            row.advantage = 0.0
+        with reference():
+            for row, values in grpo.logprobs_of(halves, rows, config):
+                row.reference = values
+        return grpo.gradient(model, halves, rows, config)
+
+    loss, grads, sums = measured(grpo.reference_of(model, config))
+    assert abs(loss) < 1e-10 and abs(sums["kl_ref"]) < 1e-9
+    assert all(mx.abs(array).max() < 1e-6 for _, array in tree_flatten(grads))
+    # An adapter elsewhere: measured against itself 0, against the bare model not.
+    model.load_weights(
+        [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())], False
+    )
+    adapters.save(model, tmp_path / "adapter", settings)
+    here = config.model_copy(update={"reference": str(tmp_path / "adapter")})
+    assert abs(measured(grpo.reference_of(model, here))[2]["kl_ref"]) < 1e-6
+    assert measured(grpo.reference_of(model, config))[2]["kl_ref"] > 0.1
+    other = make_model()
+    adapters.start(other, AdapterConfig(rank=8))
+    with pytest.raises(UserError, match="the reference is not of the layers and rank that are trained here"):
+        grpo.reference_of(other, here)
+    full = make_model()
+    adapters.start(full, AdapterConfig(kind="full"))
+    with pytest.raises(UserError, match="kl_coef: fully trained layers have no adapter to leave out"):
+        grpo.reference_of(full, config)
+
+
+def test_importance_weights_are_of_the_sampler():
+    model = lora()
+    config = settings_of()
+    rows = some_rows(config)
+    truth = {id(row): values for row, values in grpo.logprobs_of(forward.split(model), rows, config)}
+    for row in rows:
+        row.sampler = truth[id(row)] - np.float32(np.log(1.5))
+    plain = grpo.gradient(model, forward.split(model), rows, config)
+    assert plain[2]["kl_sampler"] / plain[2]["tokens"] == pytest.approx(0.5 - np.log(1.5), abs=1e-4)
+    for cap, factor in ((2.0, 1.5), (1.2, 1.2)):
+        changed = config.model_copy(update={"importance": "token", "importance_cap": cap})
+        grads = grpo.gradient(model, forward.split(model), rows, changed)[1]
+        for (_, a), (_, b) in zip(tree_flatten(grads), tree_flatten(plain[1]), strict=True):
+            assert mx.abs(a - factor * b).max() <= 1e-4 * mx.abs(b).max()
+
+
+def test_problems_are_drawn_over_and_over():
+    pool = [Problem(str(i), {}, "1") for i in range(5)]
+    stream = grpo.drawn(pool, 3, 0)
+    ids = [next(stream).id for _ in range(15)]
+    assert all(sorted(ids[at : at + 5]) == list("01234") for at in (0, 5, 10))
+    assert len({tuple(ids[at : at + 5]) for at in (0, 5, 10)}) > 1
+    for start in (3, 5, 7, 11):
+        later = grpo.drawn(pool, 3, start)
+        assert [next(later).id for _ in range(15 - start)] == ids[start:]
+
+
+# ---------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo") / "tiny"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
+    (folder / "config.json").write_text(json.dumps(make_config()))
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(model_folder, tmp_path):
+    """Settings of a run of 4 steps of 3 problems out of 7, with a validation and a checkpoint every 2."""
+    file, valid = tmp_path / "problems.jsonl", tmp_path / "valid.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(7)))
+    valid.write_text(json.dumps({"question": "20+1", "answer": "21"}) + "\n")
+    return {
+        "model": str(model_folder),
+        "task": "qa",
+        "data": str(file),
+        "limit": 7,
+        "rewards": {"test_grpo:capitals": 1.0},
+        "num_steps": 4,
+        "prompts_per_step": 3,
+        "group_size": 4,
+        "max_tokens": 6,
+        "rank": 4,
+        "learning_rate": 0.01,
+        "warmup": 0,
+        "eval_every": 2,
+        "save_every": 2,
+        "evaluate": {"task": "qa", "data": str(valid), "limit": 1, "max_tokens": 4},
+        "device": "cpu",
+    }
+
+
+def outcome(out):
+    """Return what must not depend on interruptions: weights, metrics, samples, the result."""
+    lines = {
+        name: [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
+    timeless = [
+        {name: value for name, value in row.items() if not name.startswith(("time", "memory"))}
+        for row in lines["metrics.jsonl"]
+    ]
+    result = json.loads((out / "result.json").read_text())
+    arrays = {}
+    for file in ("adapter/adapters.safetensors", "checkpoint.safetensors"):
+        arrays |= {f"{file} {name}": np.array(array) for name, array in mx.load(str(out / file)).items()}
+    return arrays, timeless, lines["samples.jsonl"], {k: result[k] for k in ("steps", "best_step", "accuracy", "notes")}
+
+
+def assert_same_outcome(out, expected):
+    arrays, *rest = outcome(out)
+    assert rest == list(expected[1:])
+    assert arrays.keys() == expected[0].keys()
+    assert all(np.array_equal(arrays[name], expected[0][name]) for name in arrays)
+
+
+class Killed(BaseException):
+    """Stands for kill -9 within a test's own process."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"minibatches": 2, "updates_per_batch": 2, "max_resamples": 2, "kl_coef": 0.1}]
+)
+def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch, changes):
+    config = GRPOConfig(**{**settings, **changes})
+    grpo.train(config, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    assert expected[3]["steps"] == 4 and len(expected[1]) == 5
+    moments, wanted = [], None
+
+    def at_each(owner, name):
+        whole = getattr(owner, name)
+
+        def interrupted(*args, **kwargs):
+            moments.append(name)
+            if len(moments) == wanted:
+                raise Killed
+            result = whole(*args, **kwargs)
+            moments.append(name)
+            if len(moments) == wanted:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, interrupted)
+
+    at_each(grpo, "learn")
+    at_each(runs.RunFolder, "log")
+    at_each(runs.RunFolder, "conclude")
+    at_each(adapters, "save")
+    at_each(checkpoints, "save")
+    grpo.train(config, tmp_path / "counted")
+    assert_same_outcome(tmp_path / "counted", expected)
+    count = len(moments)
+    for place in [1, *range(6, count - 2, 5 if not changes else 11), count - 3, count]:
+        out, wanted = tmp_path / str(place), place
+        moments.clear()
+        with pytest.raises(Killed):
+            grpo.train(config, out)
+        wanted = None
+        grpo.train(config, out, resume=True)
+        assert_same_outcome(out, expected)
+
+
+def test_equal_rewards_leave_every_weight_as_it_was(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "rewards": {"test_grpo:level": 1.0}, "max_resamples": 1, "num_steps": 2})
+    grpo.train(config, tmp_path / "run")
+    model = grpo.models.load(config.model, device="cpu").model
+    mx.random.seed(config.seed)
+    adapters.start(model, config)
+    trained = mx.load(str(tmp_path / "run" / "checkpoint.safetensors"))
+    for name, array in tree_flatten(model.trainable_parameters()):
+        assert mx.array_equal(array, trained[checkpoints.WEIGHTS + name]), name
+    rows = outcome(tmp_path / "run")[1]
+    assert [row["optim/updates"] for row in rows[1:]] == [0, 0]
+    assert all(row["rollout/zero_std_groups"] == 1 and row["rollout/groups"] == 6 for row in rows[1:])
+
+
+def test_it_learns_and_says_what_it_did(settings, tmp_path):
+    changes = {"num_steps": 25, "prompts_per_step": 4, "group_size": 8, "learning_rate": 0.02, "eval_every": 100}
+    config = GRPOConfig(**{**settings, **changes})
+    result = grpo.train(config, tmp_path / "run")
+    _, metrics, samples, _ = outcome(tmp_path / "run")
+    rewards_ = [row["reward/mean"] for row in metrics if "reward/mean" in row]
+    assert np.mean(rewards_[-5:]) > np.mean(rewards_[:5]) + 0.2
+    names = {
+        *("reward/mean", "reward/test_grpo:capitals", "rollout/length", "rollout/finished", "rollout/zero_std_groups"),
+        *("policy/kl_sampler", "policy/entropy", "policy/clip_fraction", "optim/grad_norm", "optim/lr"),
+    }
+    assert all(names <= row.keys() for row in metrics if "reward/mean" in row)
+    assert all(abs(row["policy/kl_sampler"]) < 1e-6 for row in metrics if "reward/mean" in row)
+    for step in (1, 25):
+        shown = {
+            row["kind"]: row for row in samples if row["step"] == step and "kind" in row and row["kind"] != "held out"
+        }
+        assert shown.keys() == {"best", "worst", "random"}
+        assert shown["best"]["reward"] >= shown["random"]["reward"] >= shown["worst"]["reward"]
+        assert shown["best"]["rewards"] == {"test_grpo:capitals": shown["best"]["reward"]}
+    assert result.steps == 25 and result.sample_seconds > 0 and result.update_seconds > 0
+    written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert written["trained_by"] == "mlx-traces grpo" and written["lora_parameters"]["rank"] == 4
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, monkeypatch):
+    values = iter((0.2, 0.5, 0.5, 0.4, 0.9))
+    saved = []
+    monkeypatch.setattr(grpo.training, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
+    monkeypatch.setattr(adapters, "save", lambda model, *_: saved.append(tree_flatten(model.trainable_parameters())))
+    config = GRPOConfig(**{**settings, "num_steps": 20, "patience": 2})
+    result = grpo.train(config, tmp_path / "run")
+    assert (result.best_step, result.accuracy, result.accuracy_before, result.steps) == (2, 0.5, 0.2, 6)
+    assert len(saved) == 2
+
+
+def test_resampling_looks_for_groups_that_differ(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "max_resamples": 3})
+    planned, _, _ = grpo.prepare(config)
+    loaded = wrap(make_tokenizer(), make_model())
+    asked = []
+
+    def seldom(completions, question):
+        asked.append(len(completions))
+        return [float(i % 4 == 0 and text.startswith(("0", "1", "2"))) for i, text in enumerate(question)]
+
+    weights = {"x:y": 1.0}
+    config = config.model_copy(update={"rewards": weights})
+    progress = grpo.Progress()
+    groups, kept, _ = grpo.collect(loaded, planned, {"x:y": seldom}, progress, 1, config)
+    assert progress.drawn == len(groups) == sum(asked) // 4 and asked[0] == 12
+    assert len(kept) <= 3 and all(grpo.informative(group) for group in kept)
+    assert [grpo.informative(group) for group in groups].count(True) == len(kept)
+    seen = Counter(rollout.ids for group in groups for rollout in group)
+    assert len(seen) > len(groups)  # other numbers for every rollout
+
+
+def test_difficulty_is_measured_once(settings, tmp_path, monkeypatch):
+    def easy_first(planned, pairs, *_):  # the first problem is always solved, the others half of the time
+        return [{"correct": float(problem.id == pairs[0][0].id or i % 2)} for i, (problem, _) in enumerate(pairs)]
+
+    monkeypatch.setattr(rewards, "score", easy_first)
+    config = GRPOConfig(**{**settings, "pass_rate_high": 0.8})
+    planned, _, _ = grpo.prepare(config)
+    loaded = wrap(make_tokenizer(), make_model())
+    kept, notes = grpo.by_difficulty(loaded, planned, {}, config, tmp_path / "rates.json")
+    assert [p.id for p in kept.problems] == [p.id for p in planned.problems[1:]]
+    assert notes == ["1 of 7 problems are too easy or too hard"]
+    monkeypatch.setattr(grpo, "sample", None)
+    assert grpo.by_difficulty(loaded, planned, {}, config, tmp_path / "rates.json")[0] == kept
+    narrow = config.model_copy(update={"pass_rate_low": 0.6, "pass_rate_high": 0.7})
+    with pytest.raises(UserError, match="no problem has a pass rate from 0.6 to 0.7"):
+        grpo.by_difficulty(loaded, planned, {}, narrow, tmp_path / "rates.json")
+
+
+def test_overlong_completions_cost():
+    config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"length": 0.0})
+    task = evaluation.get_task("countdown")
+    planned = evaluation.Plan(build(grpo.EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
+    problem = task.parse({"nums": [1, 2], "target": 3}, "")
+    group = [made(0, range(n)).completion for n in (8, 10)]
+    ((short, long),) = grpo.scored(planned, [problem], [group], {}, config)
+    assert (short.reward, long.reward) == (0, -0.5) and long.parts["overlong"] == -0.5
+
+
+# ---------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": {"test_grpo:broken": 1}}, "reward test_grpo:broken returned 'nan', not a finite number or None"),
+        ({"rewards": {"corect": 1}}, "unknown reward 'corect': .*did you mean 'correct'"),
+        ({"rewards": {}}, "rewards: none has a weight"),
+        ({"max_tokens": 600}, r"problem qa-\w+: its prompt has \d+ tokens; 600 more pass the model's context of 512"),
+        ({"data": None}, "task qa has no questions of its own"),
+        ({"task": "countdown", "data": None, "split": "training"}, "unknown split 'training'"),
+        ({"limit": 8}, "--limit 8 is more than .* has: 7 problems"),
+    ],
+)
+def test_wrong_input(settings, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        grpo.train(GRPOConfig(**{**settings, **changes}), tmp_path / "run")
+
+
+def test_a_group_needs_two():
+    with pytest.raises(UserError, match="group_size: input should be greater than or equal to 2, not '1'"):
+        build(GRPOConfig, {"group_size": 1})
+
+
+def test_validation_problems_are_not_trained_on(settings, tmp_path):
+    evaluate = {**settings["evaluate"], "data": settings["data"], "limit": 2}
+    planned, held_out, notes = grpo.prepare(GRPOConfig(**{**settings, "evaluate": evaluate}))
+    assert len(planned.problems) == 5 and notes == ["2 training problems are validation problems and are left out"]
+    assert not {p.id for p in planned.problems} & {p.id for p in held_out.problems}
+    with pytest.raises(UserError, match="all its problems are validation problems"):
+        grpo.prepare(GRPOConfig(**{**settings, "evaluate": {**evaluate, "limit": 7}}))
+
+
+def test_fewer_problems_than_draws(settings):
+    planned, _, _ = grpo.prepare(GRPOConfig(**{**settings, "limit": None, "num_steps": 50}))
+    assert len(planned.problems) == 7
+    countdown = {"task": "countdown", "data": None, "limit": None, "num_steps": 50, "evaluate": None}
+    planned, _, _ = grpo.prepare(GRPOConfig(**{**settings, **countdown}))
+    assert len({p.id for p in planned.problems}) == 150
+
+
+def test_an_adapter_of_another_model(settings, tmp_path):
+    model = make_model(hidden_size=32)
+    adapters.save(model, tmp_path / "adapter", adapters.start(model, AdapterConfig(rank=4)))
+    with pytest.raises(UserError, match="the adapter does not fit this model"):
+        grpo.train(GRPOConfig(**{**settings, "adapter": str(tmp_path / "adapter")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "norm"])
+def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, where):
+    whole, clip, calls = grpo.gradient, optim.clip, []
+
+    def gradient(*args):
+        calls.append(1)
+        loss, grads, sums = whole(*args)
+        return float("inf") if where == "loss" and len(calls) == 3 else loss, grads, sums
+
+    def clipped(grads, most):
+        grads, norm = clip(grads, most)
+        return grads, norm * float("nan") if where == "norm" and len(calls) == 3 else norm
+
+    monkeypatch.setattr(grpo, "gradient", gradient)
+    monkeypatch.setattr(optim, "clip", clipped)
+    config = GRPOConfig(**settings)
+    with pytest.raises(UserError, match=r"step 3: the loss is .*Lower learning_rate \(0.01\) or max_grad_norm"):
+        grpo.train(config, tmp_path / "run")
+    state = json.loads(mx.load(str(tmp_path / "run" / "checkpoint.safetensors"), return_metadata=True)[1]["state"])
+    assert state["step"] == 2 and state["drawn"] == 6
+    monkeypatch.undo()
+    grpo.train(config, tmp_path / "run", resume=True)
+    grpo.train(config, tmp_path / "whole")
+    assert_same_outcome(tmp_path / "run", outcome(tmp_path / "whole"))
+
+
+def test_a_run_is_continued_by_its_own_settings_only(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "num_steps": 1, "evaluate": None})
+    grpo.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="exists; pass --resume"):
+        grpo.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="started with other settings .*group_size was 4, now 3"):
+        grpo.train(config.model_copy(update={"group_size": 3}), tmp_path / "run", resume=True)
+    # The last adapter is kept where nothing is validated.
+    assert (tmp_path / "run" / "adapter" / "adapters.safetensors").exists()
