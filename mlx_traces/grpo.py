@@ -4,7 +4,9 @@ A step draws problems, samples a group of rollouts for each, scores them, and ma
 its group. The log-probabilities are those of the exact sampled ids, their stop token included, given the prompt, at
 the sampling temperature, in float32. The formulas are those of ``policy``, weighed over the whole optimizer step, so
 micro-batches change nothing; rows with an advantage of 0 are left out, which without KL term changes nothing either.
-Dropout is off: what is trained is the policy that sampled.
+Dropout is off: what is trained is the policy that sampled. With ``top_p``, ``top_k`` or ``min_p`` it is not quite: the
+sampler's probabilities are then those of the filtered distribution, the update's are not, and ``policy/kl_sampler``
+shows by how much.
 """
 
 import json
@@ -376,9 +378,7 @@ def check_lengths(loaded: LoadedModel, planned: Plan) -> None:
             )
 
 
-def by_difficulty(
-    loaded: LoadedModel, planned: Plan, functions: Mapping[str, Callable], config: GRPOConfig, file: Path
-) -> tuple[Plan, list[str]]:
+def by_difficulty(loaded: LoadedModel, planned: Plan, config: GRPOConfig, file: Path) -> tuple[Plan, list[str]]:
     """Leave out problems that the model, as it is now, solves too seldom or too often; rates are kept in ``file``."""
     low, high = config.pass_rate_low, config.pass_rate_high
     if (low, high) == (0, 1):
@@ -463,7 +463,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
     settings = adapters.start(loaded.model, config, config.adapter)
     reference = reference_of(loaded.model, config)
     folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *notes]})
-    planned, more = by_difficulty(loaded, planned, functions, config, folder.path / "pass_rates.json")
+    planned, more = by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
     notes += more
 
     updates = config.num_steps * config.updates_per_batch * config.minibatches
@@ -616,7 +616,11 @@ def identity_of(config: GRPOConfig, planned: Plan, loaded: LoadedModel) -> dict[
 
 def about(config: GRPOConfig) -> dict[str, Any]:
     """Return what an adapter's settings file says beyond mlx_lm's own entries."""
-    return {"model": config.model, "trained_by": "mlx-traces grpo", "training": config.model_dump(mode="json")}
+    return {
+        "model": config.model,
+        "trained_by": "mlx-traces grpo",
+        "training": config.model_dump(mode="json", exclude_unset=True),
+    }
 
 
 def _result(folder: RunFolder, progress: Progress, metrics: list[dict[str, Any]], notes: list[str]) -> GRPOResult:

@@ -287,7 +287,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
 
 def about(config: SFTConfig) -> dict[str, Any]:
     """Return what an adapter's settings file says beyond mlx_lm's own entries."""
-    return {"model": config.model, "trained_by": "mlx-traces sft", "training": config.model_dump(mode="json")}
+    return {"model": config.model, "trained_by": "mlx-traces sft", "training": config.model_dump(mode="json", exclude_unset=True)}
 
 
 def _result(
