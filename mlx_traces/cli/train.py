@@ -61,9 +61,12 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
 @click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
 @click.option("--out", default="runs/grpo", show_default=True, type=click.Path(), help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help="Reward; give it once for each.")
 @settings_options(GRPOConfig, "evaluate", "betas", "rewards")
-def grpo_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
+def grpo_command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
     """Train a model on a task by reinforcement. CONFIG is a YAML file of these settings; options win over it."""
+    if rewards:
+        settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
     config = read_config(GRPOConfig, config_file, settings)
     from mlx_traces.device import import_mlx
 
