@@ -3,6 +3,7 @@
 import json
 import os
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +141,29 @@ def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
 def test_the_package_stays_small():
     folder, _ = models.resolve("nano")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
+
+
+def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better_than_the_base(monkeypatch, tmp_path):
+    """They fit nano, mlx_lm puts them on too, and each answers more of 300 held-out problems than nano alone."""
+    from mlx_lm import load
+
+    from mlx_traces import comparison, evaluation, models
+
+    monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
+    evals = comparison.default_evals()
+    assert [(settings.adapter is None, settings.prompt) for settings in evals[:2]] == [
+        (True, "direct"),
+        (True, "thinking"),
+    ]
+    names = [Path(settings.adapter).name for settings in evals[2:]]
+    assert names[:2] == ["nano-epoch1", "nano-epoch2"]
+
+    def correct(adapter):
+        settings = evals[1].model_copy(update={"limit": 300, "adapter": adapter})
+        loaded = models.load("nano", adapter)
+        return sum(row["correct"] for row in evaluation.measure(loaded, evaluation.plan(settings)))
+
+    base = correct(None)
+    for settings in evals[2:]:
+        assert correct(settings.adapter) > base
+        load(str(models.resolve("nano")[0]), adapter_path=settings.adapter)
