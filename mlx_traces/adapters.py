@@ -199,7 +199,9 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
         raise UserError(f"{folder}: no layer of this model takes the adapter; was it made for another one?")
     if any(faults.values()):
         summary = "; ".join(f"{len(names)} tensors {what}, e.g. {names[0]}" for what, names in faults.items() if names)
-        raise UserError(f"{folder}: the adapter does not fit this model ({summary})")
+        quantized = kind == "full" and any(name.endswith(".scales") for name in places)
+        way_out = "; it holds dense weights and the model's are quantized: pass --weights dense" if quantized else ""
+        raise UserError(f"{folder}: the adapter does not fit this model ({summary}){way_out}")
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
     mx.eval(model.parameters())

@@ -10,7 +10,7 @@ from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import read_json, to_json, whole_lines, write_atomic
-from mlx_traces.traces import manifest_path, write_traces
+from mlx_traces.traces import discard_unfinished, manifest_path, write_traces
 
 
 def generate(
@@ -34,6 +34,8 @@ def generate(
     """
     out = Path(out)
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
+    if resume and begun.exists():
+        discard_unfinished(out)
     for file in (out, manifest_path(out)):
         if file.exists():
             raise UserError(f"{file} exists; remove it, or choose another --out")

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import comparison, evaluation, generation, models, scoring, stats, tables, traces
+from mlx_traces import comparison, evaluation, generation, models, scoring, stats, tables, traces, training
 from mlx_traces.config import (
     CompareConfig,
     Config,
@@ -74,6 +74,7 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
 
     data, ask, start = Path(config.data_dir), {"task": config.task, "prompt": config.prompt}, adapter
     if config.epoch1 is not None:
+        before += [training.digest(config.raw.file)] if config.raw.file is not None else []
         raw = add("raw", data / "raw", ".jsonl", config.raw, lambda out: make_raw(config, out))
         first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
         start = str(add("epoch1", config.runs_dir, "", config.epoch1, lambda out: _sft(first, out, show)) / "adapter")
@@ -190,6 +191,8 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             say(f"{station.name}: {station.out} is there")
             continue
         say(f"{station.name}: making {station.out}")
+        if station.out.suffix == ".jsonl":
+            traces.discard_unfinished(station.out)
         for line in station.make():
             say(f"{station.name}: {line}")
     return comparison.compared(compared, progress)

@@ -37,13 +37,21 @@ FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
     """Yield (``file:line``, trace) of a JSON-lines file; UserError at the first line that is not one."""
-    for where, row in read_jsonl(Path(path), ("id", "messages", "completion")):
+    for where, row in read_jsonl(Path(path)):
+        if missing := [name for name in ("id", "messages", "completion") if name not in row]:
+            raise UserError(
+                f"{where}: {missing[0]!r} is missing; this row has {listed(row)}; "
+                "rows of another form are brought in by `mlx-traces data import`"
+            )
+        row = {name: value for name, value in row.items() if value is not None or name not in FIELDS}
         for name, (kind, types) in FIELDS.items():
             if row.get(name) is not None and (not isinstance(row[name], types) or isinstance(row[name], bool)):
                 raise UserError(f"{where}: {name!r} must be {kind}, not {type(row[name]).__name__}")
         for name in ("completion_ids", "logprobs"):
             if not all(isinstance(value, NUMBER) for value in row.get(name) or ()):
                 raise UserError(f"{where}: {name!r} must be a list of numbers")
+        if not all(value is None or isinstance(value, NUMBER) for value in row.get("scores", {}).values()):
+            raise UserError(f"{where}: 'scores' must be numbers or null, by name")
         yield where, Trace.from_row(row, where)
 
 
@@ -66,7 +74,7 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
             if file.exists():
                 raise UserError(f"{file} exists; remove it, or choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("x", encoding="utf-8") as file:
+        with scratch.open("w", encoding="utf-8") as file:
             for written, trace in enumerate(traces, 1):  # noqa: B007
                 row = {"id": trace.id, "messages": trace.messages, "completion": trace.completion, **trace.to_row()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -84,6 +92,12 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
             scratch.unlink()
     write_manifest(path, **{**manifest, "counts": {"written": written, **manifest["counts"]}})
     return written
+
+
+def discard_unfinished(path: Path) -> None:
+    """Remove a file without its manifest: its writer was stopped between the two."""
+    if not manifest_path(path).exists():
+        Path(path).unlink(missing_ok=True)
 
 
 def manifest_path(path: Path) -> Path:

@@ -161,6 +161,19 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
         assert result.exit_code == 1 and result.output.startswith("Error: ") and result.output.count("\n") == 1
 
 
+def test_options_show_true_defaults_and_lists_are_repeated(tmp_path):
+    for command in ("eval", "generate", "sft", "grpo", "score", "filter", "bench sft"):
+        assert "Undefined" not in call(*command.split(), "--help").output
+    assert re.search(r"--batch-size.*\[default: 8\]", call("bench", "sft", "--help").output)
+    traces = tmp_path / "raw.jsonl"
+    call("data", "countdown-traces", "--n", "4", "--out", traces)
+    targets = ["--targets", "self_attn.q_proj", "--targets", "mlp.up_proj"]
+    result = call("sft", "--data", traces, "--out", tmp_path / "run", "--valid-share", "0", *targets)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["lora_parameters"]["keys"] == ["self_attn.q_proj", "mlp.up_proj"]
+
+
 def test_settings_say_where_and_what_is_wrong(tmp_path):
     file = tmp_path / "eval.yaml"
     for content, message in (

@@ -8,7 +8,7 @@ from mlx_traces import generation, models
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import manifest_of, read_traces
+from mlx_traces.traces import manifest_of, manifest_path, read_traces
 
 CONFIG = GenerateConfig(limit=6, samples=3, max_tokens=96, rows=8, prompt="thinking")
 
@@ -74,6 +74,22 @@ def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(whole, tmp_path, m
     assert [trace.completion_ids for trace in rows(out)] == [trace.completion_ids for trace in rows(whole[0])]
     with pytest.raises(UserError, match="exists; remove it"):
         generation.generate(CONFIG, out)
+
+
+def test_cut_off_between_the_file_and_its_manifest(tmp_path, monkeypatch):
+    out, config = tmp_path / "own.jsonl", CONFIG.model_copy(update={"limit": 2, "max_tokens": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_traces.traces.write_manifest", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generation.generate(config, out)
+    content = out.read_bytes()
+    assert not manifest_path(out).exists()
+    generation.generate(config, out, resume=True)
+    assert out.read_bytes() == content and manifest_of(out) and not list(tmp_path.glob(".own*"))
+    manifest_path(out).unlink()
+    with pytest.raises(UserError, match="exists; remove it"):  # now it is somebody's
+        generation.generate(config, out, resume=True)
+    assert out.read_bytes() == content
 
 
 def test_a_line_of_the_file_is_plain_json(whole):

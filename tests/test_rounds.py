@@ -100,6 +100,28 @@ def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch
             assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_station_cut_off_before_its_manifest_is_made_again(finished):
+    config, said = config_in(finished[0]), []
+    plan = {station.name: station.out for station in rounds.stations(config, quiet)}
+    before = {name: plan[name].read_bytes() for name in ("raw", "filtered")}
+    for name in before:
+        manifest_path(plan[name]).unlink()
+    rounds.run(config, said.append, quiet)
+    assert made(said) == ["raw", "filtered"]
+    assert {name: plan[name].read_bytes() for name in before} == before
+
+
+def test_a_raw_file_counts_by_its_content(finished, tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(next((finished[0] / "data" / "raw").glob("*.jsonl")).read_bytes())
+    config = config_in(tmp_path, raw={"file": str(file)})
+    names = [[station.out for station in rounds.stations(config, quiet)] for _ in range(2)]
+    assert names[0] == names[1]
+    with file.open("a") as lines:
+        lines.write("\n")
+    assert not set(names[0]) & {station.out for station in rounds.stations(config, quiet)}
+
+
 def test_gains_are_paired():
     def run(name, outcomes):
         result = {"model": name, "adapter": None, "prompt": "thinking"}

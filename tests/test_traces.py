@@ -144,6 +144,7 @@ def test_nothing_is_overwritten_or_left_half(tmp_path):
         ({"logprobs": ["x"]}, "'logprobs' must be a list of numbers"),
         ({"score": "1"}, "'score' must be a number, not str"),
         ({"colour": 1}, "unknown field 'colour'"),
+        ({"scores": {"format": "x"}}, "'scores' must be numbers or null, by name"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, changes, message):
@@ -152,11 +153,20 @@ def test_a_malformed_line_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=re.escape(f"{path}:2: {message}")):
         list(read_traces(path))
     Path(path).write_text('{"id": "a"}\n')
-    with pytest.raises(UserError, match=r":1: 'messages' is missing; this row has id"):
+    with pytest.raises(UserError, match=r":1: 'messages' is missing; this row has id; .*`mlx-traces data import`"):
         list(read_traces(path))
     Path(path).write_text("{\n")
-    with pytest.raises(UserError, match=r":1: not JSON"):
+    with pytest.raises(UserError, match=r":1: not JSON \(.* at character \d+\); mend the line, or remove it"):
         list(read_traces(path))
+
+
+def test_null_is_as_if_left_out(tmp_path):
+    row = trace(scores={"format": None}).to_row()
+    nothing = dict.fromkeys(("task", "columns", "prompt", "source", "sample", "completion_ids", "finish_reason"))
+    path = write_lines(tmp_path / "file.jsonl", {**row, **nothing}, {**row, "scores": None, "score": None})
+    one, other = (trace for _, trace in read_traces(path))
+    assert (one.task, one.columns, one.sample, one.scores) == ("", {}, 0, {"format": None})
+    assert (other.scores, other.score) == ({}, None)
 
 
 # ---------------------------------------------------------------------------------- tags

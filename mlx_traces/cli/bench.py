@@ -87,7 +87,7 @@ def bench_generate_command(
 @click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed epochs of each, in turn.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON.")
-@settings_options(SFTConfig, *NOT_BENCHED)
+@settings_options(SFTConfig, *NOT_BENCHED, batch_size=8)
 def bench_sft_command(
     data: str | None,
     problems: str | None,
@@ -99,7 +99,7 @@ def bench_sft_command(
     settings: dict,
 ) -> None:
     """Time optimizer steps: real tokens per second, memory, and the ratio to a peer on the same sequences."""
-    config = build(SFTConfig, {"batch_size": 8, **settings, "data": data or ""})
+    config = build(SFTConfig, {**settings, "data": data or ""})
     from mlx_traces import models
     from mlx_traces.device import import_mlx
 

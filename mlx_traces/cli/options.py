@@ -29,30 +29,34 @@ class Commands(click.Group):
             ctx.exit(128 + signal.SIGPIPE)
 
 
-def settings_options(kind: type[Config], *leave_out: str) -> Callable:
-    """Add an option for every field of a recipe's settings; the function gets those given, as ``settings``."""
+def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:
+    """Add an option for every field of a recipe's settings; the function gets those given, as ``settings``.
+
+    ``defaults`` are shown, and given, in place of the settings' own.
+    """
 
     def decorate(function: Callable) -> Callable:
         names = [name for name in kind.model_fields if name not in leave_out]
 
         def call(**arguments: Any) -> Any:
-            given = {name: value for name in names if (value := arguments.pop(name)) is not None}
-            return function(settings=given, **arguments)
+            taken = {name: arguments.pop(name) for name in names}
+            given = {name: value for name, value in taken.items() if value not in (None, ())}
+            return function(settings={**defaults, **given}, **arguments)
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__click_params__ = list(getattr(function, "__click_params__", []))
         for name in reversed(names):
-            call = _option(name, kind)(call)
+            call = _option(name, kind, defaults)(call)
         return call
 
     return decorate
 
 
-def _option(name: str, kind: type[Config]) -> Callable:
+def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable:
     """Make the click option of one field; validation is the settings' own."""
     field = kind.model_fields[name]
     flag = "--" + name.replace("_", "-")
-    shown = field.get_default()
+    shown = None if field.is_required() else defaults.get(name, field.get_default())
     text = (field.description or "") + (f"  [default: {shown}]" if shown is not None else "")
     types = [
         get_args(part)[0] if get_origin(part) is Annotated else part
@@ -65,6 +69,8 @@ def _option(name: str, kind: type[Config]) -> Callable:
     if literal is not None:
         choices = [str(value) for value in get_args(literal)]
         return click.option(flag, name, type=click.Choice(choices), default=None, help=text)
+    if any(get_origin(part) is list for part in types):
+        return click.option(flag, name, multiple=True, help=text + "  Repeat for more.")
     if get_origin(field.annotation) is tuple:
         return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)
     simple = next((part for part in (int, float) if part in types), str)

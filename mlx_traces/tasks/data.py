@@ -39,7 +39,8 @@ def parse_row(line: str, where: str, columns: Sequence[str]) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({str(error)[:80]})") from None
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{where}: not JSON ({reason[:80]}); mend the line, or remove it") from None
     if _SURROGATE.search(line):
         try:
             json.dumps(row, ensure_ascii=False).encode()
