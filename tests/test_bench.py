@@ -1,7 +1,9 @@
 """The benches: shapes of what they print, and that ours and the peer do the same work."""
 
 import json
+import sys
 
+import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
@@ -75,3 +77,53 @@ def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
     bench_sft.bench_sft(tiny, rows, config, "mlx-lm", repeats=1)
     after = tree_flatten(tiny.model.parameters())
     assert all(a is b for (_, a), (_, b) in zip(before, after, strict=True))
+
+
+def run_grpo(*arguments):
+    return CliRunner().invoke(main, ["bench", "grpo", *(str(argument) for argument in arguments)])
+
+
+SIZES = ("--prompts", 2, "--group-size", 3, "--max-tokens", 12, "--repeats", 2)
+
+
+def test_bench_grpo_prints_a_row():
+    result = run_grpo(*SIZES, "--every-row", "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["prompts"], row["group_size"], row["max_tokens"], row["steps"]) == (2, 3, 12, 2)
+    assert row["completion_tokens"] == 72 and row["learned"] == 1  # nano never ends within 12 tokens
+    assert 0 < row["sample_seconds"] < row["seconds"] and row["update_seconds"] > 0
+    assert 0 < row["peak_memory_gb"] < 1 and row["estimated_memory_gb"] > 0 and row["ratio"] is None
+
+
+def test_bench_grpo_leaves_out_what_teaches_nothing_and_the_model_as_it_was(tiny):
+    from mlx.utils import tree_flatten
+
+    from mlx_traces import bench_grpo
+    from mlx_traces.config import GRPOConfig
+
+    before = tree_flatten(tiny.model.parameters())
+    config = GRPOConfig(prompts_per_step=1, group_size=2, max_tokens=8)
+    line = bench_grpo.bench_grpo(tiny, config, repeats=1)
+    assert line.learned == 0  # random text solves nothing
+    after = tree_flatten(tiny.model.parameters())
+    assert all(a is b for (_, a), (_, b) in zip(before, after, strict=True))
+
+
+def test_bench_grpo_says_how_to_install_its_peer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm_lora.trainer", None)
+    result = run_grpo(*SIZES, "--against", "mlx-lm-lora")
+    assert result.exit_code == 1 and "mlx-lm-lora is not installed" in result.output
+    assert "pip install 'mlx-traces[peers]'" in result.output
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_bench_grpo_beside_its_peer(shipped):
+    pytest.importorskip("mlx_lm_lora", reason="the extra `peers` is not installed")
+    result = run_grpo(*SIZES, "--against", "mlx-lm-lora", "--json", *(["--as-shipped"] if shipped else []))
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["peer_weights"] == ("as shipped" if shipped else "same")
+    assert row["completion_tokens"] == row["peer_completion_tokens"] == 72
+    assert row["ratio"] > 0 and row["tokens_ratio"] > 0 and 0 < row["peer_peak_memory_gb"] < 1
+    assert 0 < row["peer_sample_seconds"] < row["peer_seconds"]

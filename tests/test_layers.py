@@ -9,10 +9,10 @@ cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.train
 cli.options
 rounds doctor
-comparison
+comparison bench_grpo
 bench_sft fusing generation
 bench grpo sft scoring
-training rewards
+training rewards memory
 evaluation examples
 sampling report
 fallback nano

@@ -1,19 +1,24 @@
 """bench: measure this machine, beside a peer where one is named."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import LoadConfig, SFTConfig, build
+from mlx_traces.config import GRPOConfig, LoadConfig, SFTConfig, build
 from mlx_traces.errors import UserError
 
 NOT_BENCHED = (
     *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
     *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay"),
 )  # settings of sft that change no step's cost, or that the peer has no like of
+
+NOT_BENCHED_GRPO = (
+    *("adapter", "num_steps", "prompts_per_step", "max_resamples", "pass_rate_low", "pass_rate_high", "probe_samples"),
+    *("kl_coef", "reference", "eval_every", "evaluate", "patience", "save_every", "rewards"),
+)
 
 
 @click.group("bench")
@@ -104,7 +109,7 @@ def bench_sft_command(
     from mlx_traces.device import import_mlx
 
     import_mlx()
-    from mlx_traces import bench_sft
+    from mlx_traces import adapters, bench_sft, memory
 
     load = {name: getattr(config, name) for name in LoadConfig.model_fields}
     loaded = models.load(config.model, **load)
@@ -113,13 +118,17 @@ def bench_sft_command(
     line = bench_sft.bench_sft(
         loaded, rows, config, against, as_shipped, repeats, lambda line: click.echo(line, err=True)
     )
+    model = bench_sft.twin(loaded.model)
+    adapters.start(model, config)
+    estimated = memory.of_sft(replace(loaded, model=model), config, max(len(row.ids) for row in rows)).peak
     if as_json:
-        click.echo(json.dumps([asdict(line)], indent=1))
+        click.echo(json.dumps([asdict(line) | {"estimated_memory_gb": estimated}], indent=1))
         return
     click.echo(f"{config.model}, {loaded.backend.description}; {line.examples} traces, {line.batch_size} a step")
     click.echo(
         f"{line.tokens_per_second:8.1f} tokens/s  {line.seconds_per_step:7.3f} s a step  "
-        f"{line.peak_memory_gb:.2f} GB  padding {line.padding:.1%}  warm-up {line.warmup_seconds:.1f} s  "
+        f"{line.peak_memory_gb:.2f} GB ({estimated:.2f} estimated)  padding {line.padding:.1%}  "
+        f"warm-up {line.warmup_seconds:.1f} s  "
         f"({line.tokens:,} tokens an epoch, {line.learned:,} learned)"
     )
     if line.ratio is not None:
@@ -128,4 +137,56 @@ def bench_sft_command(
             f"{line.peer_peak_memory_gb:.2f} GB  padding {line.peer_padding:.1%}  "
             f"warm-up {line.peer_warmup_seconds:.1f} s  by {line.peer} ({line.peer_weights} weights): "
             f"ratio {line.ratio:.2f}"
+        )
+
+
+@bench_group.command("grpo")
+@click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step.")
+@click.option("--against", type=click.Choice(["mlx-lm-lora"]), help="Peer to measure in the same run, our weights.")
+@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
+@click.option("--every-row", is_flag=True, help="Learn from every rollout: rewards that all differ, not the grader's.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed steps of each, in turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON.")
+@settings_options(GRPOConfig, *NOT_BENCHED_GRPO)
+def bench_grpo_command(
+    prompts: int,
+    against: str | None,
+    as_shipped: bool,
+    every_row: bool,
+    repeats: int,
+    as_json: bool,
+    settings: dict,
+) -> None:
+    """Time steps of reinforcement learning: seconds of sampling and update, memory, and the ratio to a peer."""
+    config = build(GRPOConfig, {**settings, "prompts_per_step": prompts})
+    from mlx_traces import models
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import bench_grpo
+
+    if against:
+        bench_grpo.trainer()
+    loaded = models.load(config.model, **{name: getattr(config, name) for name in LoadConfig.model_fields})
+    line = bench_grpo.bench_grpo(
+        loaded, config, against, as_shipped, repeats, every_row, lambda line: click.echo(line, err=True)
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(line)], indent=1))
+        return
+    sizes = f"{line.prompts} x {line.group_size} x {line.max_tokens}"
+    click.echo(f"{config.model}, {loaded.backend.description}; {sizes} (problems, rollouts of each, most tokens)")
+    click.echo(
+        f"{line.seconds:8.2f} s a step (sampling {line.sample_seconds:.2f}, update {line.update_seconds:.2f})  "
+        f"{line.tokens_per_second:8.1f} tokens/s  {line.peak_memory_gb:.2f} GB ({line.estimated_memory_gb:.2f} "
+        f"estimated)  {line.completion_tokens:,.0f} tokens a step, {line.learned:.0%} of the rollouts learned  "
+        f"warm-up {line.warmup_seconds:.1f} s"
+    )
+    if line.ratio is not None:
+        click.echo(
+            f"{line.peer_seconds:8.2f} s a step (sampling {line.peer_sample_seconds:.2f}, "
+            f"update {line.peer_update_seconds:.2f})  {line.peer_tokens_per_second:8.1f} tokens/s  "
+            f"{line.peer_peak_memory_gb:.2f} GB  {line.peer_completion_tokens:,.0f} tokens a step  "
+            f"warm-up {line.peer_warmup_seconds:.1f} s  by {line.peer} ({line.peer_weights} weights): "
+            f"ratio {line.ratio:.2f} by seconds, {line.tokens_ratio:.2f} by tokens/s"
         )

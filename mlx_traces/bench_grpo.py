@@ -1,0 +1,347 @@
+"""How fast steps of reinforcement learning are here, beside mlx-lm-lora's GRPO trainer on the same problems.
+
+A step of ours is what ``mlx-traces grpo`` does: sample groups with the engine, grade them, update the adapter once.
+Ours and the peer's alternate within one call of the peer's ``train_grpo`` (its batches are drawn through a function
+that times them), so both work warm; the first step of each is the warm-up. The median step counts.
+
+Both get the same prompts as token ids, the same sizes, temperature and grader. Otherwise the peer keeps its defaults,
+and so differs from us: it decodes as many rows at once as it is given problems, filters by top-p 0.95 and top-k 20,
+ends a completion at ``</answer>`` too, always reads a reference model (KL 0.1), learns from every rollout, also those
+whose group was rewarded alike, with Adam at 1e-5, and computes the logits of all prompts and completions that it learns
+from. What the completions' ends make of the work is told in tokens.
+"""
+
+import contextlib
+import gc
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards
+from mlx_traces.bench_sft import twin
+from mlx_traces.config import AdapterConfig, GRPOConfig
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.models import LoadedModel
+from mlx_traces.records import Problem
+
+PEERS = ("mlx-lm-lora",)
+PEER_ADAPTER = AdapterConfig(rank=8, scale=10.0)  # its command's defaults, as its other settings below
+PEER_LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class GRPORow:
+    """What ``bench grpo`` found.
+
+    Seconds are medians over the steps: of whole ones, of what passes until the last completion is done
+    (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` are those
+    sampled, stop tokens included, a step on average, and ``tokens_per_second`` is them over the seconds of whole steps.
+    ``learned`` is the share of the rollouts that the update learns from: groups rewarded alike teach nothing and are
+    left out. ``ratio`` is the peer's seconds a step over ours, at the same numbers of problems and rollouts;
+    ``tokens_ratio`` is our tokens per second over the peer's, which unequal lengths do not move. Memory is the most
+    that MLX held, weights included, in 1e9 bytes; what belongs to the other tool alone is taken off. The estimate is
+    for completions as long as they may get, all of them learned.
+    """
+
+    prompts: int
+    group_size: int
+    max_tokens: int
+    steps: int
+    seconds: float
+    sample_seconds: float
+    update_seconds: float
+    completion_tokens: float
+    tokens_per_second: float
+    learned: float
+    peak_memory_gb: float
+    estimated_memory_gb: float
+    warmup_seconds: float
+    peer: str | None = None
+    peer_weights: str | None = None
+    peer_seconds: float | None = None
+    peer_sample_seconds: float | None = None
+    peer_update_seconds: float | None = None
+    peer_completion_tokens: float | None = None
+    peer_tokens_per_second: float | None = None
+    peer_peak_memory_gb: float | None = None
+    peer_warmup_seconds: float | None = None
+    ratio: float | None = None
+    tokens_ratio: float | None = None
+
+
+@dataclass
+class Step:
+    """A measured step: seconds, those of sampling, tokens sampled, share of rollouts learned from, memory."""
+
+    seconds: float = 0.0
+    sampling: float = 0.0
+    tokens: int = 0
+    learned: float = 1.0
+    memory_gb: float = 0.0
+    began: float = 0.0
+
+    def begin(self) -> "Step":
+        """Start the clock."""
+        gc.collect()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self.began = perf_counter()
+        return self
+
+    def end(self, tokens: int) -> None:
+        """Stop it; everything has been computed."""
+        self.seconds, self.memory_gb = perf_counter() - self.began, mx.get_peak_memory() / 1e9
+        self.tokens = tokens
+
+
+def bench_grpo(
+    loaded: LoadedModel,
+    config: GRPOConfig,
+    against: str | None = None,
+    as_shipped: bool = False,
+    repeats: int = 3,
+    every_row: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> GRPORow:
+    """Time steps on a new adapter; the model itself stays as it is.
+
+    Args:
+        loaded: the model, without adapter.
+        config: the settings; the number of steps follows from ``repeats``.
+        against: ``"mlx-lm-lora"`` for its ``train_grpo``, with our weights and our adapter's sizes.
+        as_shipped: let the peer load the weights as its user gets them instead, with its own adapter's sizes.
+        repeats: timed steps of each, in turn.
+        every_row: make all rewards of a group differ, so that every rollout is learned from, as the peer always does.
+        progress: is called with a line before each step.
+
+    Raises:
+        UserError: for an unknown peer, one that is not installed, or settings that do not fit the model.
+    """
+    if against not in (None, *PEERS):
+        raise unknown("peer", str(against), PEERS)
+    if against:
+        trainer()
+    config = config.model_copy(
+        update={"num_steps": repeats + 1, "evaluate": None, "max_resamples": 0, "adapter": None, "kl_coef": 0.0}
+    )
+    planned, _, _ = grpo.prepare(config)
+    grpo.check_lengths(loaded, planned)
+    ours, peers = [], []
+    mine = replace(loaded, model=twin(loaded.model))
+    stream = our_steps(mine, planned, config, every_row)
+    longest = max(len(loaded.render(planned.prompt, problem, config.thinking).ids) for problem in planned.problems)
+
+    def turns() -> Iterator[tuple[str, list[Problem]]]:
+        for turn in range(repeats + 1):
+            name = "warm-up" if turn == 0 else f"step {turn} of {repeats}"
+            progress(f"{name}, mlx-traces")
+            step, problems = next(stream)
+            ours.append(step)
+            yield name, problems
+
+    if against:
+        peer, reference = _peer_models(loaded, config, as_shipped)
+        peers += _run_peer(peer, reference, loaded, planned, config, turns, repeats + 1, progress)
+        for steps, tools, others in ((peers, [peer, reference], [mine.model]), (ours, [mine.model], [peer, reference])):
+            for step in steps:
+                step.memory_gb -= held_alone(others, tools) / 1e9
+    else:
+        for _ in turns():
+            pass
+    line = _line(config, ours, memory.of_grpo(mine, config, longest).peak)
+    if not against:
+        return line
+    warmup, *rest = peers
+    pairs = list(zip(ours[1:], rest, strict=True))
+    told = {
+        "peer": against,
+        "peer_weights": "as shipped" if as_shipped else "same",
+        "peer_seconds": median(step.seconds for step in rest),
+        "peer_sample_seconds": median(step.sampling for step in rest),
+        "peer_update_seconds": median(step.seconds - step.sampling for step in rest),
+        "peer_completion_tokens": sum(step.tokens for step in rest) / len(rest),
+        "peer_tokens_per_second": sum(step.tokens for step in rest) / sum(step.seconds for step in rest),
+        "peer_peak_memory_gb": max(step.memory_gb for step in rest),
+        "peer_warmup_seconds": warmup.seconds,
+        "ratio": median(theirs.seconds / own.seconds for own, theirs in pairs),
+        "tokens_ratio": median((own.tokens / own.seconds) / (b.tokens / b.seconds) for own, b in pairs),
+    }
+    return replace(line, **told)
+
+
+def _line(config: GRPOConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
+    """Sum our steps up, the first apart."""
+    warmup, *timed = steps
+    return GRPORow(
+        prompts=config.prompts_per_step,
+        group_size=config.group_size,
+        max_tokens=config.max_tokens,
+        steps=len(timed),
+        seconds=median(step.seconds for step in timed),
+        sample_seconds=median(step.sampling for step in timed),
+        update_seconds=median(step.seconds - step.sampling for step in timed),
+        completion_tokens=sum(step.tokens for step in timed) / len(timed),
+        tokens_per_second=sum(step.tokens for step in timed) / sum(step.seconds for step in timed),
+        learned=sum(step.learned for step in timed) / len(timed),
+        peak_memory_gb=max(step.memory_gb for step in timed),
+        estimated_memory_gb=estimated_gb,
+        warmup_seconds=warmup.seconds,
+    )
+
+
+def our_steps(
+    loaded: LoadedModel, planned: evaluation.Plan, config: GRPOConfig, every_row: bool
+) -> Iterator[tuple[Step, list[Problem]]]:
+    """Put a new adapter on the model, then make a step for each item that is drawn; tell what it took and asked."""
+    model = loaded.model
+    mx.random.seed(config.seed)
+    adapters.start(model, config)
+    mx.eval(model.parameters())
+    functions = rewards.load(config.rewards, list(planned.problems[0].columns))
+    optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
+    halves, reference = forward.split(model), grpo.reference_of(model, config)
+    progress, number = grpo.Progress(), 0
+    while True:
+        number += 1
+        step = Step().begin()
+        groups, _, seconds = grpo.collect(loaded, planned, functions, progress, number, config)
+        rows = grpo.rows_of([_all_differ(group) for group in groups] if every_row else groups, config)
+        with forward.checkpointed(model.layers, config.checkpoint_layers):
+            grpo.learn(model, halves, rows, optimizer, reference, number, config)
+        step.end(sum(len(rollout.ids) for group in groups for rollout in group))
+        step.sampling = seconds["time/sample"]
+        step.learned = sum(bool(row.advantage and row.example.count) for row in rows) / len(rows)
+        yield step, [group[0].problem for group in groups]
+
+
+def _all_differ(group: grpo.Group) -> grpo.Group:
+    """Return a group no two rewards of which are alike, nor at their mean; for a bench alone."""
+    return [replace(rollout, reward=place or 0.25) for place, rollout in enumerate(group)]
+
+
+# ------------------------------------------------------------------------------------------------ the peer
+
+
+def trainer() -> Any:
+    """Import and return mlx-lm-lora's GRPO trainer.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        from mlx_lm_lora.trainer import grpo_trainer
+    except ImportError as error:
+        raise UserError(
+            f"mlx-lm-lora is not installed ({' '.join(str(error).split())}): pip install 'mlx-traces[peers]'"
+        ) from None
+    return grpo_trainer
+
+
+def _peer_models(loaded: LoadedModel, config: GRPOConfig, as_shipped: bool) -> tuple[nn.Module, nn.Module]:
+    """Return the peer's model with an adapter, and its reference: the same arrays, or two loads as its user gets."""
+    if as_shipped:
+        import mlx_lm
+
+        peer, reference = (mlx_lm.load(str(loaded.path))[0] for _ in range(2))
+        adapters.start(peer, PEER_ADAPTER)
+    else:
+        peer, reference = twin(loaded.model), twin(loaded.model)
+        adapters.start(peer, config)
+    mx.eval(peer.parameters())
+    return peer, reference.freeze()
+
+
+def _run_peer(
+    peer: nn.Module,
+    reference: nn.Module,
+    loaded: LoadedModel,
+    planned: evaluation.Plan,
+    config: GRPOConfig,
+    turns: Callable,
+    count: int,
+    progress: Callable[[str], None],
+) -> list[Step]:
+    """Run ``train_grpo``, a step of ours before each of its own; return its steps."""
+    from mlx.optimizers import Adam
+    from mlx_lm.tuner.callbacks import TrainingCallback
+
+    module, steps, stderr = trainer(), [], sys.stderr
+    asked: list[Problem] = []
+    rendered: list[Any] = []
+
+    def batches(**_: Any) -> Iterator[Any]:
+        """Yield the problems of each of our steps as a batch of the peer's; its clock starts here."""
+        while True:
+            with contextlib.redirect_stderr(stderr):
+                name, problems = next(told)
+                progress(f"{name}, {PEERS[0]}")
+            asked[:] = problems
+            rendered[:] = [loaded.render(planned.prompt, problem, config.thinking) for problem in problems]
+            prompts = [list(one.ids) for one in rendered]
+            texts = [planned.prompt.messages(problem)[-1]["content"] for problem in problems]
+            steps.append(Step().begin())
+            yield prompts, [[0] for _ in problems], texts, [problem.gold for problem in problems], [*range(len(asked))]
+
+    def correct(prompts: list[str], completions: list[str], answer: list[Any], types: list[int]) -> list[float]:
+        """Grade as we do; being asked, the peer has sampled."""
+        steps[-1].sampling = perf_counter() - steps[-1].began
+        graded = (
+            planned.task.grade(asked[place], rendered[place].opened + text)[planned.extractor]
+            for place, text in zip(types, completions, strict=True)
+        )
+        return [float(score.correct) for score in graded]
+
+    class Clock(TrainingCallback):
+        """Stops at the report of each step, when its results are there."""
+
+        before = 0
+
+        def on_train_loss_report(self, train_info: dict) -> None:
+            steps[-1].end(train_info["trained_tokens"] - self.before)
+            self.before = train_info["trained_tokens"]
+
+    told = turns()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),  # its progress bar
+    ):
+        module.train_grpo(
+            model=peer,
+            ref_model=reference,
+            tokenizer=loaded.tokenizer,
+            optimizer=Adam(learning_rate=PEER_LEARNING_RATE),
+            train_dataset=[],
+            reward_funcs=[correct],
+            args=module.GRPOTrainingArgs(
+                batch_size=config.prompts_per_step,
+                group_size=config.group_size,
+                max_completion_length=config.max_tokens,
+                temperature=config.temperature,
+                iters=count,
+                steps_per_report=1,
+                steps_per_save=2**31,
+                adapter_file=str(Path(folder) / "adapters.safetensors"),
+            ),
+            iterate_batches=batches,
+            training_callback=Clock(),
+        )
+    return steps
+
+
+def held_alone(models: Sequence[nn.Module], others: Sequence[nn.Module]) -> int:
+    """Return the bytes of what models hold and the others do not, Adam's two averages of what is trained included."""
+    shared = {id(array) for other in others for _, array in tree_flatten(other.parameters())}
+    own = {id(array): array.nbytes for model in models for _, array in tree_flatten(model.parameters())}
+    trained = sum(array.nbytes for model in models for _, array in tree_flatten(model.trainable_parameters()))
+    return sum(size for key, size in own.items() if key not in shared) + 2 * trained

@@ -1,0 +1,259 @@
+"""How much memory a training will take, before it begins: by part, from sizes alone.
+
+Two phases take turns, and the greater one counts. Sampling holds the rows' keys and values; an update holds the
+activations of one micro-batch and a chunk of logits. What either leaves behind is little.
+
+The factors below are fitted to MLX's own peak of some fifty runs on a CPU (2 to 12 layers, 64 to 256 wide, 16 to 256
+tokens, ranks 4 to 64, with and without checkpointing), all of which they meet within 20 %. They count numbers of the
+activations' type that are alive at the peak, which is in the backward pass of the last layer: what every layer keeps
+for it, and what the layer at work needs beside that.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_traces.config import GRPOConfig, SFTSettings
+from mlx_traces.device import Backend
+from mlx_traces.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_traces.models import LoadedModel
+
+# Per token: (hidden, feed-forward, attention scores); a score is one head's for one earlier token.
+KEPT = (7.0, 5.0, 1.2)  # by each layer
+WORKING = (16.0, 4.5, 1.6)  # by the layer at work, beside what it keeps
+KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
+WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of it at once
+READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
+LOGITS = 3.6  # float32 buffers of a chunk: logits, their exponentials, their slopes
+DRAWN = 3.0  # float32 buffers of the rows' next-token logits
+ADAM = 2.0  # averages of each trained number
+GRADIENTS = 2.0  # a micro-batch's, and their sum
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes: counts, bytes of a number, and the bytes of three sets of weights.
+
+    ``weights`` is all that the model holds, adapter included, ``trained`` what is trained of it, ``merged`` the copies
+    that exist while sampling from an adapter in dense float32 weights. ``reading`` is how many prompt tokens are read
+    at once.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    itemsize: int
+    weights: int
+    trained: int
+    merged: int
+    reading: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory by part, in 1e9 bytes, and the settings that it follows from."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    merged: float
+    cache: float
+    reading: float
+    draw: float
+    activations: float
+    logits: float
+    rows: int
+    micro_tokens: int
+    micro_rows: int
+    checkpoint_layers: bool
+
+    @property
+    def sampling(self) -> float:
+        """The most while rollouts are sampled."""
+        return self.weights + self.optimizer + self.merged + self.cache + self.reading + self.draw
+
+    @property
+    def update(self) -> float:
+        """The most while a micro-batch is learned from."""
+        return self.weights + self.optimizer + self.gradients + self.activations + self.logits
+
+    @property
+    def peak(self) -> float:
+        """The most at any time."""
+        return max(self.sampling, self.update)
+
+
+def shape_of(loaded: "LoadedModel") -> Shape:
+    """Return the sizes of a model that is ready to train: its adapter is on it, the rest is frozen."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_traces.sampling import PREFILL_TOKENS
+
+    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
+    heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
+    weights = [array for _, array in tree_flatten(loaded.model.parameters())]
+    merged = 0
+    for _, module in loaded.model.named_modules():
+        if "lora_a" in module:
+            inner = module["linear"] if "linear" in module else module["embedding"]
+            merged += inner.weight.nbytes if "scales" not in inner and inner.weight.dtype == mx.float32 else 0
+    return Shape(
+        layers=len(loaded.model.layers),
+        hidden=hidden,
+        intermediate=config.get("intermediate_size") or 4 * hidden,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or hidden // heads,
+        vocabulary=config.get("vocab_size") or 0,
+        itemsize=max((array.dtype.size for array in _floating(loaded.model)), default=4),
+        weights=sum(array.nbytes for array in weights),
+        trained=sum(array.nbytes for _, array in tree_flatten(loaded.model.trainable_parameters())),
+        merged=merged,
+        reading=PREFILL_TOKENS[loaded.backend.name],
+    )
+
+
+def _floating(model: Any) -> list[Any]:
+    """Return what decides the type of activations: frozen numbers that are no integers, an adapter's left out."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    arrays = dict(tree_flatten(model.parameters()))
+    added = (".lora_a", ".lora_b", ".m")
+    return [a for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating) and not name.endswith(added)]
+
+
+def estimate(
+    shape: Shape,
+    *,
+    length: int,
+    learned: int,
+    micro_tokens: int,
+    sequences: int,
+    logits_mb: float,
+    checkpoint_layers: bool = False,
+    rows: int = 0,
+    completions: int = 0,
+    prompt: int = 0,
+) -> Estimate:
+    """Return the memory that training takes when every sequence is as long as the longest.
+
+    Args:
+        shape: the model's sizes.
+        length: tokens of the longest sequence, prompt included.
+        learned: how many of them have a loss.
+        micro_tokens: most tokens of a forward pass, padding included.
+        sequences: of an optimizer step.
+        logits_mb: most MiB of one vocabulary-wide float32 buffer.
+        checkpoint_layers: whether activations are computed twice.
+        rows: completions decoded at once; 0 if nothing is sampled.
+        completions: how many are sampled in all; more than ``rows`` take turns.
+        prompt: tokens of the longest prompt.
+    """
+    gb = 1e9
+    micro_rows = max(1, min(micro_tokens // max(length, 1), sequences))
+    tokens = micro_rows * length
+    sizes = (shape.hidden, shape.intermediate, shape.heads * length)
+    kept, working = (KEPT_CHECKPOINTED, WORKING_CHECKPOINTED) if checkpoint_layers else (KEPT, WORKING)
+    numbers = tokens * (shape.layers * _dot(kept, sizes) + _dot(working, sizes))
+    chunk = min(micro_rows * learned, max(1, int(logits_mb * 2**20 // (4 * max(shape.vocabulary, 1)))))
+    cache = reading = 0.0
+    rows = min(rows, completions)
+    if rows:
+        from mlx_traces.slots import STEP
+
+        token = 2 * shape.kv_heads * shape.head_size * shape.itemsize  # a layer's key and value
+        buffer = rows * token * -(-length // STEP) * STEP
+        read = min(shape.reading, completions * prompt)
+        read *= shape.itemsize * _dot(READING, (shape.hidden, shape.intermediate, shape.heads * prompt))
+        # Beside the buffers: a batch of prompts, then their keys and values; or, as the buffers grow or move, those of
+        # one layer, or of two where rows come and go.
+        beside = (1 if completions <= rows else 2) * buffer
+        cache, reading = shape.layers * buffer, max(read, rows * prompt * token * shape.layers, beside)
+    return Estimate(
+        weights=shape.weights / gb,
+        optimizer=ADAM * shape.trained / gb,
+        gradients=GRADIENTS * shape.trained / gb,
+        merged=shape.merged / gb if rows else 0.0,
+        cache=cache / gb,
+        reading=reading / gb,
+        draw=DRAWN * 4 * rows * shape.vocabulary / gb,
+        activations=numbers * shape.itemsize / gb,
+        logits=LOGITS * 4 * chunk * shape.vocabulary / gb,
+        rows=rows,
+        micro_tokens=micro_tokens,
+        micro_rows=micro_rows,
+        checkpoint_layers=checkpoint_layers,
+    )
+
+
+def _dot(factors: tuple[float, ...], sizes: tuple[int, ...]) -> float:
+    return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+
+
+def of_grpo(loaded: "LoadedModel", config: GRPOConfig, prompt: int) -> Estimate:
+    """Return the memory of a reinforcement step, for prompts of at most ``prompt`` tokens.
+
+    Rows are as many as the engine will decode at once, which takes fewer than ``rows`` where they do not fit.
+    """
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import rows_that_fit
+
+    fit = rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(config.max_tokens)], config.memory_limit)
+    completions = config.prompts_per_step * config.group_size
+    return estimate(
+        shape_of(loaded),
+        length=prompt + config.max_tokens,
+        learned=config.max_tokens,
+        micro_tokens=config.micro_tokens,
+        sequences=completions,
+        logits_mb=config.logits_mb,
+        checkpoint_layers=config.checkpoint_layers,
+        rows=min(config.rows, fit),
+        completions=completions,
+        prompt=prompt,
+    )
+
+
+def of_sft(loaded: "LoadedModel", config: SFTSettings, length: int) -> Estimate:
+    """Return the memory of a fine-tuning step on sequences of at most ``length`` tokens, all of them learned."""
+    return estimate(
+        shape_of(loaded),
+        length=length,
+        learned=length,
+        micro_tokens=config.micro_tokens,
+        sequences=config.batch_size,
+        logits_mb=config.logits_mb,
+        checkpoint_layers=config.checkpoint_layers,
+    )
+
+
+def fits(found: Estimate, backend: Backend) -> str | None:
+    """Return None if a training fits in the device's memory, else a line that names the setting to lower."""
+    if found.peak <= backend.memory_gb:
+        return None
+    fixed = found.weights + found.optimizer
+    if fixed > backend.memory_gb:
+        advice = "weights and optimizer alone pass it; take a smaller model, --weights quantized, or a lower rank"
+    elif found.sampling > found.update:
+        advice = f"lower rows ({found.rows})"
+    elif found.logits > found.activations:
+        advice = "lower logits_mb"
+    elif found.micro_rows > 1:
+        advice = f"lower micro_tokens ({found.micro_tokens})"
+        advice += "" if found.checkpoint_layers else " or set checkpoint_layers"
+    else:  # a micro-batch is one sequence already
+        advice = "shorten the sequences" if found.checkpoint_layers else "set checkpoint_layers"
+    return f"training would take about {found.peak:.1f} GB and the device has {backend.memory_gb:g}: {advice}"
+
+
+def check(found: Estimate, backend: Backend) -> None:
+    """Raise UserError for a training that does not fit; call it before the first step."""
+    if line := fits(found, backend):
+        raise UserError(line)

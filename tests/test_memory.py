@@ -1,0 +1,161 @@
+"""The memory estimate: within a quarter of MLX's own peak, part by part, and lines that name what to lower."""
+
+import gc
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import make_config, make_model, make_tokenizer, wrap
+
+from mlx_traces import adapters, forward, grpo, memory, optim
+from mlx_traces.batching import Example
+from mlx_traces.config import GRPOConfig, SFTConfig
+from mlx_traces.device import Backend
+from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.errors import UserError
+from mlx_traces.sampling import generate
+
+TOLERANCE = 0.25
+PROMPT = 16
+
+
+def made(config, **changes):
+    """Return a tiny model that is ready to train and never ends a completion."""
+    changes = {"max_position_embeddings": 2048, **changes}
+    loaded = wrap(make_tokenizer(), make_model(**changes))
+    adapters.start(loaded.model, config)
+    mx.eval(loaded.model.parameters())
+    return replace(loaded, config=make_config(**changes), context=2048, stop_ids=frozenset())
+
+
+def peak_of(work):
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    work()
+    return mx.get_peak_memory() / 1e9
+
+
+def close(measured, estimated):
+    return abs(estimated / measured - 1) < TOLERANCE
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "length", "rank", "changes"),
+    [
+        (32, 128, 16, {}),
+        (8, 256, 16, {}),
+        (16, 128, 64, {}),
+        (8, 128, 4, {"num_hidden_layers": 8, "intermediate_size": 512}),
+        (16, 96, 16, {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}),
+        (16, 128, 16, {"vocab_size": 4096}),
+    ],
+)
+def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpoint):
+    config = GRPOConfig(
+        rank=rank,
+        micro_tokens=rows * length,
+        max_tokens=length - PROMPT,
+        checkpoint_layers=checkpoint,
+        prompts_per_step=rows,
+        group_size=2,
+    )
+    loaded = made(config, **changes)
+    halves, optimizer = forward.split(loaded.model), optim.make_optimizer(config, 10)
+    optimizer.init(loaded.model.trainable_parameters())
+    mx.eval(optimizer.state)
+    draw = np.random.default_rng(0)
+    batch = []
+    for place in range(2 * rows):
+        ids = tuple(draw.integers(0, 128, length).tolist())
+        example = Example(str(place), ids, (False,) * PROMPT + (True,) * config.max_tokens)
+        batch.append(grpo.Row(example, 1.0 if place % 2 else -1.0, np.zeros(config.max_tokens, np.float32)))
+    held = mx.get_active_memory() / 1e9  # by other tests too
+
+    def work():
+        with forward.checkpointed(loaded.model.layers, checkpoint):
+            grpo.learn(loaded.model, halves, batch, optimizer, lambda: None, 1, config)
+
+    found = memory.of_grpo(loaded, config, PROMPT)
+    assert found.activations > 5 * found.weights
+    assert close(peak_of(work) - held, found.update - found.weights - found.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("completions", "rows", "prompt", "most", "changes"),
+    [
+        (32, 32, 64, 64, {"num_hidden_layers": 8}),
+        (32, 32, 64, 400, {"num_hidden_layers": 4}),
+        (64, 64, 64, 100, {}),
+        (32, 32, 200, 20, {}),
+        (64, 32, 200, 200, {"num_hidden_layers": 4}),
+        (32, 32, 64, 100, {"vocab_size": 20_000}),
+    ],
+)
+def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, changes):
+    config = GRPOConfig(prompts_per_step=completions // 8, group_size=8, max_tokens=most, rows=rows)
+    loaded = made(config, **changes)
+    draw = np.random.default_rng(0)
+    prompts = [tuple(draw.integers(0, 100, prompt).tolist()) for _ in range(completions // 8)]
+    requests = [Request(prompts[place // 8]) for place in range(completions)]
+    held = mx.get_active_memory() / 1e9
+
+    def work():
+        with adapters.merged(loaded.model):
+            for _ in generate(loaded, requests, SamplingParams(most, 1.0), rows, logprobs=True):
+                pass
+
+    found = memory.of_grpo(loaded, config, prompt)
+    assert found.cache + found.draw > found.weights
+    measured, estimated = peak_of(work) - held, found.sampling - found.weights - found.optimizer
+    assert close(measured, estimated), (measured, estimated)
+
+
+def test_the_estimate_adds_up():
+    config = GRPOConfig(prompts_per_step=4, group_size=4, max_tokens=32, rows=8, micro_tokens=256)
+    loaded = made(config)
+    found = memory.of_grpo(loaded, config, PROMPT)
+    shape = memory.shape_of(loaded)
+    assert (shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads) == (2, 64, 128, 4, 2)
+    assert shape.merged == 4 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # every linear layer's weights
+    assert found.cache == 8 * 2 * 2 * 2 * 16 * 4 * 256 / 1e9
+    assert found.micro_rows == 256 // 48 and found.peak == max(found.sampling, found.update)
+    assert found.optimizer == found.gradients == 2 * shape.trained / 1e9
+    fine = memory.of_sft(loaded, SFTConfig(data="", micro_tokens=256), 48)
+    assert fine.activations == found.activations and fine.cache == fine.draw == fine.merged == 0
+
+
+def test_more_of_anything_takes_more():
+    sizes = {"length": 512, "learned": 400, "micro_tokens": 4096, "sequences": 64, "logits_mb": 128}
+    sampled = {"rows": 32, "completions": 64, "prompt": 112}
+    shape = memory.Shape(24, 896, 4864, 14, 2, 64, 151_936, 4, 2 * 10**9, 10**7, 10**9, 512)
+    before = memory.estimate(shape, **sizes, **sampled)
+    for name in ("micro_tokens", "logits_mb"):
+        assert memory.estimate(shape, **{**sizes, name: 2 * sizes[name]}, **sampled).update > before.update
+    assert memory.estimate(shape, **sizes, **{**sampled, "rows": 64}).sampling > before.sampling
+    assert memory.estimate(shape, **sizes, **sampled, checkpoint_layers=True).update < before.update / 2
+    assert memory.estimate(shape, **{**sizes, "sequences": 10_000}, **sampled).update == before.update
+
+
+def test_what_does_not_fit_names_the_setting_to_lower():
+    parts = dict.fromkeys(
+        ("weights", "optimizer", "gradients", "merged", "cache", "reading", "draw", "activations", "logits"), 0.0
+    )
+    found = memory.Estimate(
+        **{**parts, "weights": 1.0}, rows=64, micro_tokens=4096, micro_rows=8, checkpoint_layers=False
+    )
+    backend = Backend("cuda", "dense", "bfloat16", 8.0, "test")
+    assert memory.fits(found, backend) is None
+    for changes, message in (
+        ({"cache": 9.0}, r"about 10\.0 GB and the device has 8: lower rows \(64\)"),
+        ({"activations": 9.0}, r"lower micro_tokens \(4096\) or set checkpoint_layers"),
+        ({"activations": 9.0, "checkpoint_layers": True}, r"lower micro_tokens \(4096\)$"),
+        ({"activations": 9.0, "micro_rows": 1}, "set checkpoint_layers"),
+        ({"activations": 9.0, "micro_rows": 1, "checkpoint_layers": True}, "shorten the sequences"),
+        ({"logits": 9.0}, "lower logits_mb"),
+        ({"weights": 9.0}, "smaller model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            memory.check(replace(found, **changes), backend)
