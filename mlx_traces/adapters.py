@@ -34,6 +34,8 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    if not -1 <= config.layers <= len(model.layers) or config.layers == 0:
+        raise UserError(f"layers: this model has {len(model.layers)}, not {config.layers}; -1 stands for all")
     model.freeze()
     settings: dict[str, Any] = {"fine_tune_type": config.kind, "num_layers": config.layers}
     if folder is not None:

@@ -76,7 +76,7 @@ class AdapterConfig(Config):
     rank: Positive = Field(16, description="Rank of the adapter's matrices.")
     scale: Annotated[float, Field(gt=0)] = Field(2.0, description="Factor on the adapter's output (alpha / rank).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of an adapter's inputs dropped.")
-    layers: int = Field(-1, description="Train the last so many layers; -1 for all.")
+    layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train the last so many layers; -1 for all.")
     targets: list[str] | None = Field(None, description="Modules, as in self_attn.q_proj; default: every linear one.")
 
 

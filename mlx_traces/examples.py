@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mlx_traces.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel, Rendered
+from mlx_traces.models import THINK_OPENERS, LoadedModel, Rendered
 from mlx_traces.records import Trace
+from mlx_traces.traces import parts
 
 
 @dataclass
@@ -57,8 +58,8 @@ def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
 
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn.
     An earlier turn is learned where the template leaves it as it was; templates of reasoning models strip thoughts
-    from them. What the template itself opens (a ``<think>``) is part of the prompt. A trace without messages is a
-    text, learned from its first token on.
+    from them. What the template itself opens (a ``<think>``) is part of the prompt; a completion without a thought
+    closes it first. A trace without messages is a text, learned from its first token on.
     """
     stop = () if trace.finish_reason == "length" else (end,)
     if not trace.messages:
@@ -69,6 +70,8 @@ def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
     completion = trace.completion
     if rendered.opened and completion.startswith(rendered.opened.strip()):
         completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())
+    elif rendered.opened.strip() in THINK_OPENERS and stop and parts(completion)[0] is None:
+        completion = f"\n</think>\n\n{completion}"  # or the model would learn to end its turn inside the thought
     ids, trained = list(rendered.ids), [False] * len(rendered.ids)
     if any(turn["role"] == "assistant" for turn in messages):
         ids, trained = _with_turns(loaded, messages, rendered)
@@ -87,11 +90,14 @@ def _with_turns(
         if turn["role"] != "assistant" or place == 0:
             continue
         start = len(before) if text.startswith(before := loaded.render_turns(messages[:place]).text) else -1
+        said = start  # a plain chat has a space before the turn, which is learned with it as in the last turn
+        if start >= 0 and not loaded.tokenizer.has_chat_template:
+            said += len(text[start:]) - len(text[start:].lstrip())
         # Templates differ in whether they strip a turn.
-        content = next((c for c in (turn["content"], turn["content"].strip()) if text.startswith(c, start)), None)
+        content = next((c for c in (turn["content"], turn["content"].strip()) if text.startswith(c, said)), None)
         if start < at or content is None:
             continue
-        stop = start + len(content)
+        stop = said + len(content)
         for piece, learned in ((text[at:start], False), (text[start:stop], True)):
             more = _ids(loaded, piece)
             ids, trained = ids + more, trained + [learned] * len(more)

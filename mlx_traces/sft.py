@@ -17,9 +17,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, batching, checkpoints, device, evaluation, examples, forward, models, optim, training
+from mlx_traces import (
+    adapters,
+    batching,
+    checkpoints,
+    device,
+    evaluation,
+    examples,
+    forward,
+    models,
+    optim,
+    sampling,
+    training,
+)
 from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
+from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.runs import RunFolder, fingerprint, provenance
@@ -164,6 +177,8 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)
+    if settings["fine_tune_type"] == "full" and "quantization" in loaded.config:
+        data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *data.notes]})
 
     lengths = [len(example.ids) for example in data.train]
@@ -210,7 +225,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
             began = perf_counter()
             loss, grads = step_gradient(loaded.model, halves, batch, config)
             grads, norm = optim.clip(grads, config.max_grad_norm)
-            ids = ", ".join(sorted({example.id for example in batch})[:5])
+            ids = ", ".join(sorted({example.id for example in batch}))
             training.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
             optimizer.update(loaded.model, grads)
             mx.eval(loaded.model.trainable_parameters(), optimizer.state)
@@ -265,7 +280,31 @@ def validation(
     if data.held_out:
         answers, shown = training.answer(loaded, data.held_out)
         row |= answers
+    elif data.valid:
+        shown = continued(loaded, data.valid[: training.SHOWN])
     return row, shown
+
+
+def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, Any]]:
+    """Complete the prompts of some validation traces greedily, at up to twice the trace's length, to look at."""
+    starts = [max((at + 1 for at, learned in enumerate(row.trained) if not learned), default=0) for row in rows]
+    asked = [(row, start) for row, start in zip(rows, starts, strict=True) if start]
+    params = [
+        SamplingParams(max_tokens=min(2 * (len(row.ids) - start), (loaded.context or 10**6) - start))
+        for row, start in asked
+    ]
+    shown: list[dict[str, Any]] = [{}] * len(asked)
+    with adapters.merged(loaded.model):
+        requests = [Request(row.ids[:start]) for row, start in asked]
+        for index, rollout in sampling.generate(loaded, requests, params, rows=training.SHOWN):
+            row, start = asked[index]
+            shown[index] = {
+                "id": row.id,
+                "completion": rollout.text,
+                "finish_reason": rollout.finish_reason,
+                "trace": decode(loaded.tokenizer, list(row.ids[start:])),
+            }
+    return shown
 
 
 def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -287,7 +326,8 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
 
 def about(config: SFTConfig) -> dict[str, Any]:
     """Return what an adapter's settings file says beyond mlx_lm's own entries."""
-    return {"model": config.model, "trained_by": "mlx-traces sft", "training": config.model_dump(mode="json", exclude_unset=True)}
+    own = config.model_dump(mode="json", exclude_unset=True)
+    return {"model": config.model, "trained_by": "mlx-traces sft", "training": own}
 
 
 def _result(

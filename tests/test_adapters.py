@@ -234,3 +234,9 @@ def test_targets_among_experts():
 def test_what_cannot_be_trained(make, settings, message):
     with pytest.raises(UserError, match=message):
         started(make(), **settings)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_only_as_many_layers_as_there_are(layers):
+    with pytest.raises(UserError, match=f"layers: this model has 2, not {layers}; -1 stands for all"):
+        adapters.start(make_model(), AdapterConfig(layers=layers))

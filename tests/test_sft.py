@@ -84,8 +84,9 @@ PROMPT = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
         (OPENING, ONE, "<think>\nb\n</think>\n2", PROMPT + "<think>\n|b\n</think>\n2<|im_end|>|"),
         (OPENING, ONE, "<think>b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
         (OPENING, ONE, "b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
+        (OPENING, ONE, "2", PROMPT + "<think>\n|\n</think>\n\n2<|im_end|>|"),  # none of its own: closed first
         (None, ONE, " 2", "User: 1+1\n\nAssistant:| 2<|endoftext|>|"),
-        (None, CHAT, " 4", "S\n\nUser: 1+1\n\nAssistant: 2\n\nUser: 2+2\n\nAssistant:| 4<|endoftext|>|"),
+        (None, CHAT, " 4", "S\n\nUser: 1+1\n\nAssistant:| 2\n\nUser: 2+2\n\nAssistant:| 4<|endoftext|>|"),
         (None, [], "Text 2.", "|Text 2.<|endoftext|>|"),
         (CHATML, [], "Text 2.", "|Text 2.<|im_end|>|"),
     ],
@@ -121,7 +122,10 @@ def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
     for messages in (ONE, CHAT):
         example = examples.encode(loaded, Trace("t", tuple(messages), " 4"), examples.turn_end(loaded))
         assert example.ids[0] == start and example.ids.count(start) == 1
-        assert example.trained.index(True) == len(loaded.render_turns([dict(turn) for turn in messages]).ids)
+        prompt = loaded.render_turns([dict(turn) for turn in messages]).ids
+        assert example.ids[: len(prompt)] == prompt and sum(example.trained[len(prompt) :]) == len(example.ids) - len(
+            prompt
+        )
 
 
 def test_turn_end_is_what_the_template_writes():
@@ -431,6 +435,16 @@ def test_problems_are_answered_at_validation(settings, tmp_path, layers):
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     ids = [[s["id"] for s in samples if s["step"] == row["step"]] for row in rows]
     assert ids[0] and all(each == ids[0] for each in ids)  # the same problems every time
+
+
+def test_without_a_task_some_validation_traces_are_continued(settings, tmp_path):
+    config = SFTConfig(**{**settings, "epochs": 1})
+    sft.train(config, tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    first = [sample for sample in samples if sample["step"] == 0]
+    assert first and {"id", "completion", "finish_reason", "trace"} <= first[0].keys()
+    told = {(trace.id, trace.completion) for _, trace in sft.read_traces(Path(config.data))}
+    assert all((sample["id"], sample["trace"].removesuffix("<|im_end|>")) in told for sample in first)
 
 
 def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):

@@ -152,7 +152,6 @@ class training_bar:
         self.bar = self.progress.add_task(name, total=None, figures="")
 
     def __enter__(self) -> Any:
-        self.progress.start()
         return self.show
 
     def __exit__(self, *_: Any) -> None:
@@ -178,6 +177,7 @@ class training_bar:
             )
             if name in row
         ]
+        self.progress.start()  # with the first line: no empty bar stands above an error
         self.progress.update(self.bar, completed=row["step"], total=steps, figures="  ".join(figures))
         held_out = [f"{name.removeprefix('valid/')} {value:.4g}" for name, value in row.items() if "valid/" in name]
         if held_out:
