@@ -66,7 +66,8 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
 
     def add(name: str, folder: str, suffix: str, settings: Config, make: Callable[[Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude={"rows", "device", "memory_limit", "save_every"})
-        before.append([name, content])
+        files = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
+        before.append([name, content, *(training.digest(file) for file in files if Path(file).is_file())])
         digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
         out = Path(folder) / f"{config.name}-{name}-{digest}{suffix}"
         plan.append(Station(name, out, content, lambda: make(out)))
@@ -74,7 +75,6 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
 
     data, ask, start = Path(config.data_dir), {"task": config.task, "prompt": config.prompt}, adapter
     if config.epoch1 is not None:
-        before += [training.digest(config.raw.file)] if config.raw.file is not None else []
         raw = add("raw", data / "raw", ".jsonl", config.raw, lambda out: make_raw(config, out))
         first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
         start = str(add("epoch1", config.runs_dir, "", config.epoch1, lambda out: _sft(first, out, show)) / "adapter")

@@ -427,7 +427,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=40).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_flexible_from_the_end(response):
     """The search from the end finds what all matches from the start end with."""
     matches = [max(groups, key=len) for groups in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", response)]
@@ -435,7 +435,7 @@ def test_flexible_from_the_end(response):
 
 
 @given(st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=60).map("".join)))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_nothing_raises(response):
     """Any text has a verdict, and what was found is not empty."""
     for find in (tolerant, last_number, strict, flexible):
@@ -446,7 +446,6 @@ def test_nothing_raises(response):
 
 
 @given(st.integers(-(10**9), 10**9), st.text("abc #.\n$<>\\{}", max_size=60))
-@settings(deadline=None)
 def test_marked_answers_are_found(number, noise):
     """A marked answer at the end is found whatever stands before it."""
     assert parse_number(tolerant(f"{noise} \\boxed{{{number:,}}}")) == number

@@ -288,7 +288,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.text(ALPHABET, max_size=20) | PIECES | st.text(max_size=8), max_size=12).map("".join),
     st.sampled_from(["think", "r1", "sky-t1", "none"]),

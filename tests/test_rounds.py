@@ -75,6 +75,21 @@ def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):
     assert left(generate={**TINY["generate"], "rows": 7}) == []  # does not decide what is sampled
 
 
+def test_another_content_of_a_file_of_problems_is_another_station(finished, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    generate = {**TINY["generate"], "data": str(file)}
+
+    def name():
+        plan = rounds.stations(config_in(finished[0], generate=generate), quiet)
+        return next(station.out.name for station in plan if station.name == "generated")
+
+    file.write_text('{"nums": [1, 2, 3], "target": 6}\n')
+    first = name()
+    assert name() == first
+    file.write_text('{"nums": [1, 2, 4], "target": 7}\n')
+    assert name() != first
+
+
 def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch):
     """Killed in the first epoch, then run again: the adapters are those of the uninterrupted rounds."""
     from mlx_traces import sft

@@ -93,7 +93,7 @@ def test_near_duplicates_of_many_traces_are_not_compared_pair_by_pair():
     traces = [trace(" ".join(f"w{i}x{j}" for j in range(40)) + " the end of every trace here") for i in range(4000)]
     start = perf_counter()
     assert len(rule(traces, near_duplicates=0.8)[1]) == 4000
-    assert perf_counter() - start < 5  # 0.8 s; all pairs take minutes
+    assert perf_counter() - start < 30  # 0.8 s on an idle machine; all pairs take minutes
 
 
 def test_evaluation_problems_by_id():

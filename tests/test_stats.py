@@ -98,7 +98,7 @@ def enumerated_sign_flip(values):
     return sum(total >= observed for total in sums) / len(sums)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(-6, 6), min_size=1, max_size=9))
 def test_sign_flip_is_the_enumeration_of_all_signs(values):
     assert stats.sign_flip(values) == pytest.approx(enumerated_sign_flip(values), abs=1e-12)
@@ -139,7 +139,7 @@ def test_holm_of_a_worked_example():
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
 def test_holm_is_the_closed_test_of_bonferroni_tests(ps):
     indices = range(len(ps))
