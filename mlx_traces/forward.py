@@ -83,7 +83,8 @@ def token_logprobs(
     temperature: float = 1.0,
     logits_mb: float = LOGITS_MB,
     slopes: bool = True,
-) -> tuple[mx.array, mx.array]:
+    entropies: bool = True,
+) -> tuple[mx.array, mx.array | None]:
     """Return the log-probabilities of some tokens of a right-padded batch, and the entropies they were drawn with.
 
     Args:
@@ -94,15 +95,16 @@ def token_logprobs(
         temperature: the logits are divided by it.
         logits_mb: most MiB of one vocabulary-wide float32 buffer.
         slopes: whether the log-probabilities will be differentiated.
+        entropies: whether those are wanted.
 
     Returns:
         (N,) float32 log-probabilities in nats, differentiable in the model's parameters if ``slopes``, and (N,)
-        float32 entropies in nats, which are not.
+        float32 entropies in nats, which are not; None if they are not wanted.
     """
     hidden = halves.trunk(ids[:, :-1])
     index = mx.array(positions)
     hidden = hidden.reshape(-1, hidden.shape[-1])[index]
-    return head_logprobs(halves, hidden, ids[:, 1:].reshape(-1)[index], temperature, logits_mb, slopes)
+    return head_logprobs(halves, hidden, ids[:, 1:].reshape(-1)[index], temperature, logits_mb, slopes, entropies)
 
 
 def head_logprobs(
@@ -112,17 +114,18 @@ def head_logprobs(
     temperature: float = 1.0,
     logits_mb: float = LOGITS_MB,
     slopes: bool = True,
-) -> tuple[mx.array, mx.array]:
+    entropies: bool = True,
+) -> tuple[mx.array, mx.array | None]:
     """Return (N,) log-probabilities and entropies of (N,) targets, given (N, D) hidden states; see `token_logprobs`."""
     count = rows_per_chunk(halves.head(hidden[:1]).shape[-1], logits_mb)  # a shape; it is never computed
-    logprobs, entropies, after = [], [], None
+    logprobs, spread, before = [], [], []
     for at in range(0, hidden.shape[0], count):
         states, wanted = hidden[at : at + count], targets[at : at + count]
-        if after is not None:  # one chunk after the other, or all their logits would be alive at once
-            states = mx.depends([states], [after])[0]
+        if before:  # one chunk after the other, or all their logits would be alive at once
+            states = mx.depends([states], before)[0]
         if slopes and not halves.frozen_head:
-            if after is not None:
-                states = states + 0 * after.sum()  # and backwards, where `depends` orders nothing
+            if before:
+                states = states + 0 * before[0].sum()  # and backwards, where `depends` orders nothing
             logprob, entropy = _trained_chunk(halves, states, wanted, temperature)
         else:
             logprob, entropy, slope = _frozen_chunk(halves.head, mx.stop_gradient(states), wanted, temperature, slopes)
@@ -130,9 +133,9 @@ def head_logprobs(
                 moved = (states - mx.stop_gradient(states)).astype(mx.float32)  # 0, with a gradient of 1
                 logprob = mx.stop_gradient(logprob) + (moved * mx.stop_gradient(slope)).sum(axis=-1)
         logprobs.append(logprob)
-        entropies.append(mx.stop_gradient(entropy))
-        after = logprob
-    return mx.concatenate(logprobs), mx.concatenate(entropies)
+        spread.append(mx.stop_gradient(entropy))
+        before = [logprob, spread[-1]] if entropies else [logprob]  # an entropy still to be computed holds its logits
+    return mx.concatenate(logprobs), mx.concatenate(spread) if entropies else None
 
 
 def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperature: float) -> tuple[mx.array, mx.array]:

@@ -230,6 +230,7 @@ def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) 
             temperature=config.temperature,
             logits_mb=config.logits_mb,
             slopes=False,
+            entropies=False,
         )
         ends = np.cumsum([row.example.count for row in micro])[:-1]
         yield from zip(micro, np.split(np.array(flat), ends), strict=True)

@@ -216,7 +216,7 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace]) -> list[float | Non
     for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
         members = [order[place] for place in batch]
         ids, positions = pad([examples[index] for index in members])
-        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False)
+        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
         rows = np.array(logprobs, np.float64)
         at = 0
         for index in members:

@@ -50,7 +50,7 @@ def step_gradient(
     total = sum(example.count for example in batch)
 
     def loss_of(ids: mx.array, positions: Any) -> mx.array:
-        logprobs, _ = forward.token_logprobs(halves, ids, positions, logits_mb=config.logits_mb)
+        logprobs, _ = forward.token_logprobs(halves, ids, positions, logits_mb=config.logits_mb, entropies=False)
         return -logprobs.sum() / total
 
     value_and_grad = nn.value_and_grad(model, loss_of)
@@ -70,7 +70,9 @@ def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig)
     total, lengths = 0.0, [len(example.ids) for example in rows]
     for micro in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
         ids, positions = batching.pad([rows[index] for index in micro])
-        logprobs, _ = forward.token_logprobs(halves, mx.array(ids), positions, logits_mb=config.logits_mb, slopes=False)
+        logprobs, _ = forward.token_logprobs(
+            halves, mx.array(ids), positions, logits_mb=config.logits_mb, slopes=False, entropies=False
+        )
         total -= logprobs.sum().item()
     return total / sum(example.count for example in rows)
 
