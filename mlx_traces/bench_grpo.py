@@ -135,11 +135,10 @@ def bench_grpo(
         update={"num_steps": repeats + 1, "evaluate": None, "max_resamples": 0, "adapter": None, "kl_coef": 0.0}
     )
     planned, _, _ = grpo.prepare(config)
-    grpo.check_lengths(loaded, planned)
+    longest = grpo.longest_prompt(loaded, planned)
     ours, peers = [], []
     mine = replace(loaded, model=twin(loaded.model))
     stream = our_steps(mine, planned, config, every_row)
-    longest = max(len(loaded.render(planned.prompt, problem, config.thinking).ids) for problem in planned.problems)
 
     def turns() -> Iterator[tuple[str, list[Problem]]]:
         for turn in range(repeats + 1):

@@ -31,6 +31,7 @@ from mlx_traces import (
     device,
     evaluation,
     forward,
+    memory,
     models,
     optim,
     policy,
@@ -367,16 +368,18 @@ def _training_plan(settings: EvalConfig, config: GRPOConfig) -> Plan:
     return evaluation.plan(settings)
 
 
-def check_lengths(loaded: LoadedModel, planned: Plan) -> None:
-    """Raise UserError for a prompt that leaves no room for a completion in the model's context."""
-    room, config = loaded.context, planned.config
-    for problem in planned.problems if room is not None else ():
+def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
+    """Return the most tokens of a prompt; UserError for one that leaves no room for a completion in the context."""
+    room, config, longest = loaded.context, planned.config, 0
+    for problem in planned.problems:
         length = len(loaded.render(planned.prompt, problem, config.thinking).ids)
-        if length + config.max_tokens > room:
+        longest = max(longest, length)
+        if room is not None and length + config.max_tokens > room:
             raise UserError(
                 f"problem {problem.id}: its prompt has {length} tokens; {config.max_tokens} more pass the model's "
                 f"context of {room}; lower max_tokens or leave it out of the data"
             )
+    return longest
 
 
 def by_difficulty(loaded: LoadedModel, planned: Plan, config: GRPOConfig, file: Path) -> tuple[Plan, list[str]]:
@@ -457,12 +460,13 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    check_lengths(loaded, planned)
+    longest = longest_prompt(loaded, planned)
     identity = identity_of(config, planned, loaded)
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)
     reference = reference_of(loaded.model, config)
+    notes += filter(None, [memory.fits(memory.of_grpo(loaded, config, longest), loaded.backend)])
     folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *notes]})
     planned, more = by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
     notes += more

@@ -4,9 +4,9 @@ Two phases take turns, and the greater one counts. Sampling holds the rows' keys
 activations of one micro-batch and a chunk of logits. What either leaves behind is little.
 
 The factors below are fitted to MLX's own peak of some fifty runs on a CPU (2 to 12 layers, 64 to 256 wide, 16 to 256
-tokens, ranks 4 to 64, with and without checkpointing), all of which they meet within 20 %. They count numbers of the
+tokens, ranks 4 to 64, with and without checkpointing), whose updates they meet within 20 %. They count numbers of the
 activations' type that are alive at the peak, which is in the backward pass of the last layer: what every layer keeps
-for it, and what the layer at work needs beside that.
+for it, and what the layer at work needs beside that. On a GPU, where attention is fused, they are not measured.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import GRPOConfig, SFTSettings
 from mlx_traces.device import Backend
-from mlx_traces.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_traces.models import LoadedModel
@@ -251,9 +250,3 @@ def fits(found: Estimate, backend: Backend) -> str | None:
     else:  # a micro-batch is one sequence already
         advice = "shorten the sequences" if found.checkpoint_layers else "set checkpoint_layers"
     return f"training would take about {found.peak:.1f} GB and the device has {backend.memory_gb:g}: {advice}"
-
-
-def check(found: Estimate, backend: Backend) -> None:
-    """Raise UserError for a training that does not fit; call it before the first step."""
-    if line := fits(found, backend):
-        raise UserError(line)

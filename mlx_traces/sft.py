@@ -25,6 +25,7 @@ from mlx_traces import (
     evaluation,
     examples,
     forward,
+    memory,
     models,
     optim,
     sampling,
@@ -181,6 +182,8 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     settings = adapters.start(loaded.model, config, config.adapter)
     if settings["fine_tune_type"] == "full" and "quantization" in loaded.config:
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
+    longest = max(len(example.ids) for example in data.train)
+    data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
     folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *data.notes]})
 
     lengths = [len(example.ids) for example in data.train]

@@ -1,6 +1,7 @@
 """The memory estimate: within a quarter of MLX's own peak, part by part, and lines that name what to lower."""
 
 import gc
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,7 +14,6 @@ from mlx_traces.batching import Example
 from mlx_traces.config import GRPOConfig, SFTConfig
 from mlx_traces.device import Backend
 from mlx_traces.drawing import Request, SamplingParams
-from mlx_traces.errors import UserError
 from mlx_traces.sampling import generate
 
 TOLERANCE = 0.25
@@ -157,5 +157,4 @@ def test_what_does_not_fit_names_the_setting_to_lower():
         ({"logits": 9.0}, "lower logits_mb"),
         ({"weights": 9.0}, "smaller model"),
     ):
-        with pytest.raises(UserError, match=message):
-            memory.check(replace(found, **changes), backend)
+        assert re.search(message, memory.fits(replace(found, **changes), backend))
