@@ -1,6 +1,8 @@
 """generate, sft and grpo: a model's own traces, an adapter trained on traces, or on rewards."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -140,45 +142,34 @@ def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None,
         click.echo(line)
 
 
-class training_bar:
-    """A progress bar on stderr; entered, it is the function that takes each line of metrics."""
+SHOWN = (
+    *(("reward/mean", "reward {:.3f}"), ("rollout/length", "length {:.0f}"), ("rollout/finished", "finished {:.0%}")),
+    *(("rollout/zero_std_groups", "level groups {:.0%}"), ("policy/kl_ref", "KL {:.3f}")),
+    *(("policy/entropy", "entropy {:.2f}"), ("time/sample", "sampling {:.1f} s"), ("time/update", "update {:.1f} s")),
+    *(("loss", "loss {:.4f}"), ("correct", "{:.1f} % correct"), ("tokens_per_second", "{:.0f} tokens/s")),
+    ("memory/peak_gb", "{:.2f} GB"),
+)
 
-    def __init__(self, name: str):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-        self.bar = self.progress.add_task(name, total=None, figures="")
+@contextmanager
+def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """Yield the function that takes each line of metrics and the number of steps; it drives a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __enter__(self) -> Any:
-        return self.show
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    bar = progress.add_task(name, total=None, figures="")
 
-    def __exit__(self, *_: Any) -> None:
-        self.progress.stop()
-
-    def show(self, row: dict[str, Any], steps: int) -> None:
-        """Show a line of metrics; validations stay on the screen."""
-        figures = [
-            text.format(row[name])
-            for name, text in (
-                ("reward/mean", "reward {:.3f}"),
-                ("rollout/length", "length {:.0f}"),
-                ("rollout/finished", "finished {:.0%}"),
-                ("rollout/zero_std_groups", "level groups {:.0%}"),
-                ("policy/kl_ref", "KL {:.3f}"),
-                ("policy/entropy", "entropy {:.2f}"),
-                ("time/sample", "sampling {:.1f} s"),
-                ("time/update", "update {:.1f} s"),
-                ("loss", "loss {:.4f}"),
-                ("correct", "{:.1f} % correct"),
-                ("tokens_per_second", "{:.0f} tokens/s"),
-                ("memory/peak_gb", "{:.2f} GB"),
-            )
-            if name in row
-        ]
-        self.progress.start()  # with the first line: no empty bar stands above an error
-        self.progress.update(self.bar, completed=row["step"], total=steps, figures="  ".join(figures))
-        held_out = [f"{name.removeprefix('valid/')} {value:.4g}" for name, value in row.items() if "valid/" in name]
+    def show(row: dict[str, Any], steps: int) -> None:
+        progress.start()  # with the first line: no empty bar stands above an error
+        figures = "  ".join(text.format(row[key]) for key, text in SHOWN if key in row)
+        progress.update(bar, completed=row["step"], total=steps, figures=figures)
+        held_out = [f"{key.removeprefix('valid/')} {value:.4g}" for key, value in row.items() if "valid/" in key]
         if held_out:
-            self.progress.console.print(f"step {row['step']}: held out: {', '.join(held_out)}", highlight=False)
+            progress.console.print(f"step {row['step']}: held out: {', '.join(held_out)}", highlight=False)
+
+    try:
+        yield show
+    finally:
+        progress.stop()
