@@ -28,6 +28,10 @@ class LoadConfig(Config):
     device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
+    def load_arguments(self) -> dict[str, Any]:
+        """Return these settings as `models.load` takes them."""
+        return {name: getattr(self, name) for name in LoadConfig.model_fields}
+
 
 class ProblemConfig(Config):
     """Which problems, asked how, judged by what."""

@@ -154,14 +154,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
 
     config, folder = planned.config, RunFolder(path)
     folder.refuse(resume)
-    loaded = load(
-        config.model,
-        config.adapter,
-        device=config.device,
-        weights=config.weights,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = load(config.model, config.adapter, **config.load_arguments())
     backend = loaded.backend
     identity = planned.identity() | {
         "revision": loaded.revision,

@@ -1,7 +1,6 @@
 """An adapter made part of its model: a folder of its own that needs no adapter, in 16 bits or fewer."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -18,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_traces import adapters, examples, forward, models, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.runs import provenance, to_json
+from mlx_traces.runs import provenance, scratch_folder, to_json
 from mlx_traces.traces import read_traces
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
@@ -87,7 +86,7 @@ def fuse(
     models.check(name, adapter)
     full = adapters.read_config(Path(adapter).expanduser()).get("fine_tune_type") == "full"
     traces = list(islice(read_traces(Path(data)), count)) if data else []
-    scratch = _scratch_folder(out)
+    scratch = scratch_folder(out)
     try:
         losses: dict[str, Any] = {}
         if traces:
@@ -222,18 +221,3 @@ def warning(result: Fused) -> str | None:
     text = f"{result.bits} bits round weights and adapter together: the loss changed by {change:+.4f} nats per token"
     gain = (result.loss_base or math.nan) - result.loss_unfused
     return f"{text}, {change / gain:.0%} of what the adapter had gained" if gain > 0 and change > 0 else text
-
-
-def _scratch_folder(out: Path) -> Path:
-    """Make the empty folder beside ``out`` that becomes it in the end; UserError if that cannot be written."""
-    try:
-        if out.exists():
-            raise UserError(f"{out} exists; remove it, or choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = out.with_name(f".{out.name}-{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
-    return scratch

@@ -89,14 +89,7 @@ def _traces(planned: evaluation.Plan, todo: list[tuple[Problem, int]]) -> Iterat
     from mlx_traces import adapters, models
 
     config = planned.config
-    loaded = models.load(
-        config.model,
-        config.adapter,
-        device=config.device,
-        weights=config.weights,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = models.load(config.model, config.adapter, **config.load_arguments())
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model):
         for index, completion in evaluation.completions_of(loaded, planned, logprobs=True)(todo):

@@ -452,14 +452,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
     config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
     planned, held_out, notes = prepare(config)
     functions = rewards.load(config.rewards, list(planned.problems[0].columns))
-    loaded = models.load(
-        config.model,
-        config.adapter,
-        device=config.device,
-        weights=config.weights,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = models.load(config.model, config.adapter, **config.load_arguments())
     longest = longest_prompt(loaded, planned)
     identity = identity_of(config, planned, loaded)
     folder.check(identity)

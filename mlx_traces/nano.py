@@ -9,7 +9,6 @@ search in a fixed order.
 
 import json
 import math
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import numpy as np
 
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError
+from mlx_traces.runs import scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
 from mlx_traces.tasks.solver import TRACE_LIMIT
 from mlx_traces.traces import solved
@@ -165,21 +165,6 @@ def check_sizes(config: NanoConfig) -> None:
             raise UserError(f"{name}: {size} is not a multiple of {what}; {-(-size // part) * part} is")
 
 
-def _scratch_folder(out: Path) -> Path:
-    """Make the empty folder beside ``out`` that becomes it in the end; UserError if that cannot be written."""
-    try:
-        if out.exists():
-            raise UserError(f"{out} exists; remove it, or choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = out.with_name(f".nano-{os.getpid()}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
-        why = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
-    return scratch
-
-
 def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     """Train nano and write it, quantized, to ``config.out`` as a folder that ``mlx_lm.load`` reads.
 
@@ -190,7 +175,7 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     """
     check_sizes(config)
     out = Path(config.out)
-    scratch = _scratch_folder(out)
+    scratch = scratch_folder(out)
     try:
         _train(config, scratch, progress)
         scratch.rename(out)

@@ -106,16 +106,15 @@ def _filled(kind: type[Config], settings: Config, **values: Any) -> Any:
 
 def make_raw(config: RoundsConfig, out: Path) -> list[str]:
     """Write the first station's traces: the task's solved problems, or a file's, checked."""
-    raw, skipped = config.raw, Counter()
+    raw, skipped, task = config.raw, Counter(), get_task(config.task)
+    styles = [task.prompt(name) for name in raw.prompts or [config.prompt]] if raw.file is None else []
     if raw.file is not None:
         made: Iterator[Trace] = (trace for _, trace in traces.read_traces(Path(raw.file)))
         source = raw.file
     elif config.task == "countdown":
-        styles = [_style(config, name) for name in raw.prompts or [config.prompt]]
         made = traces.countdown_traces(raw.count or 1000, raw.split, raw.seed, prompts=styles, skipped=skipped)
         source = "solver"
     else:
-        styles = [_style(config, name) for name in raw.prompts or [config.prompt]]
         made = (
             trace
             for style in styles
@@ -125,13 +124,6 @@ def make_raw(config: RoundsConfig, out: Path) -> list[str]:
     counts = {"skipped": skipped}
     manifest = {"source": source, "config": raw.model_dump(mode="json"), "counts": counts, "seed": raw.seed}
     return [f"{traces.write_traces(out, made, manifest):,} traces"]
-
-
-def _style(config: RoundsConfig, name: str) -> Any:
-    task = get_task(config.task)
-    if name not in task.prompts:
-        raise unknown(f"prompt of {task.name}", name, task.prompts)
-    return task.prompts[name]
 
 
 def _sft(config: SFTConfig, out: Path, show: Show) -> list[str]:
@@ -184,8 +176,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
     """
     plan = stations(config, show)
     compared = comparison_of(config, plan)
-    for planned in compared.evals[:1]:
-        evaluation.plan(planned)  # a fault in the comparison's settings is found before hours of training
+    evaluation.plan(compared.evals[0])  # a fault in the comparison's settings is found before hours of training
     for station in plan:
         if station.finished:
             say(f"{station.name}: {station.out} is there")

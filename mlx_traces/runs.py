@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -46,6 +47,25 @@ def write_new(path: Path, text: str) -> None:
         write_atomic(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def scratch_folder(out: Path) -> Path:
+    """Make the empty folder beside ``out`` that becomes it by a rename in the end.
+
+    Raises:
+        UserError: if ``out`` exists, or its folder cannot be written.
+    """
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f".{out.name}-{os.getpid()}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
+    return scratch
 
 
 def to_json(value: Any) -> str:

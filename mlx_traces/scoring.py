@@ -171,13 +171,7 @@ def model_scores(
 def _load(name: str, config: ScoreConfig) -> Any:
     from mlx_traces.models import load
 
-    return load(
-        name,
-        device=config.device,
-        weights=config.weights,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    return load(name, **config.load_arguments())
 
 
 def own_probability(trace: Trace) -> float | None:

@@ -167,14 +167,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     folder.refuse(resume)
     model_name, inner = models.split_adapter(config.model)
     config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
-    loaded = models.load(
-        config.model,
-        config.adapter,
-        device=config.device,
-        weights=config.weights,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
     identity = identity_of(config, loaded)
     folder.check(identity)

@@ -129,7 +129,7 @@ def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
     assert seen == [False] and not list(out.parent.iterdir())
 
     def fail(*_):
-        (out.parent / f".nano-{os.getpid()}.tmp" / "half").touch()
+        (out.parent / f".a-{os.getpid()}.tmp" / "half").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mlx_lm.utils.save_model", fail)

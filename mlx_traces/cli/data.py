@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from mlx_traces.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_traces.records import Trace
-    from mlx_traces.tasks import Task
-    from mlx_traces.tasks.prompts import Prompt
+
+
+OPERANDS = "Numbers per problem.  [default: 3 4]"
+SPLIT = "train, valid or test: never a shared set of numbers."
 
 
 @click.group("data")
@@ -21,20 +23,22 @@ def data_group() -> None:
     """Make and bring in data sets."""
 
 
+def generated_problems(command: Callable) -> Callable:
+    """Add the options that say which Countdown problems are generated."""
+    for option in (
+        click.option("--operands", nargs=2, type=int, default=(3, 4), metavar="LOW HIGH", help=OPERANDS),
+        click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems."),
+        click.option("--split", default="train", show_default=True, help=SPLIT),
+        click.option(
+            "--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @data_group.command("countdown")
-@click.option("--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems.")
-@click.option(
-    "--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers."
-)
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems.")
-@click.option(
-    "--operands",
-    nargs=2,
-    type=int,
-    default=(3, 4),
-    metavar="LOW HIGH",
-    help="Numbers per problem.  [default: 3 4]",
-)
+@generated_problems
 @click.option(
     "--numbers",
     nargs=2,
@@ -77,19 +81,7 @@ def data_countdown(
 
 
 @data_group.command("countdown-traces")
-@click.option("--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems.")
-@click.option(
-    "--split", default="train", show_default=True, help="train, valid or test: never a shared set of numbers."
-)
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems.")
-@click.option(
-    "--operands",
-    nargs=2,
-    type=int,
-    default=(3, 4),
-    metavar="LOW HIGH",
-    help="Numbers per problem.  [default: 3 4]",
-)
+@generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help="Prompt style; several give several.")
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
@@ -99,7 +91,7 @@ def data_countdown_traces(
     from mlx_traces import traces
     from mlx_traces.tasks import countdown
 
-    styles = [_prompt(countdown.TASK, name) for name in dict.fromkeys(prompts)]
+    styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
     skipped = Counter()
     made = traces.countdown_traces(count, split, seed, operands, styles, skipped)
@@ -129,7 +121,7 @@ def data_gsm8k(
 
     if style not in traces.GSM8K_STYLES:
         raise unknown("style", style, traces.GSM8K_STYLES)
-    asked = _prompt(gsm8k.TASK, prompt or traces.GSM8K_STYLES[style])
+    asked = gsm8k.TASK.prompt(prompt or traces.GSM8K_STYLES[style])
     config = {"split": split, "data": data, "limit": limit, "seed": seed, "style": style, "prompt": asked.name}
     skipped = Counter()
     made = traces.gsm8k_traces(split, data, limit, seed, asked, style, skipped)
@@ -165,18 +157,6 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
     skipped = Counter()
     made = traces.import_traces(data, form, grader, None if style == "keep" else style, split, skipped)
     _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None)
-
-
-def _prompt(task: "Task", name: str) -> "Prompt":
-    """Return a task's prompt style, or a file's."""
-    from mlx_traces.errors import unknown
-    from mlx_traces.tasks.prompts import load_prompt
-
-    if name.endswith((".yaml", ".yml")):
-        return load_prompt(Path(name))
-    if name not in task.prompts:
-        raise unknown(f"prompt of {task.name}", name, (*task.prompts, "FILE.yaml"))
-    return task.prompts[name]
 
 
 def _write(

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import unknown
 from mlx_traces.records import Problem, Score
-from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class Task:
     def styles(self) -> tuple[str, ...]:
         """Names of all prompt styles."""
         return (*self.prompts, *self.few_shot)
+
+    def prompt(self, name: str) -> Prompt:
+        """Return a built-in prompt without worked examples, or an own one's, ``FILE.yaml``; UserError if unknown."""
+        if name.endswith((".yaml", ".yml")):
+            return load_prompt(Path(name))
+        if name not in self.prompts:
+            raise unknown(f"prompt of {self.name}", name, (*self.prompts, "FILE.yaml"))
+        return self.prompts[name]
 
 
 TASKS = ("gsm8k", "countdown", "qa")
