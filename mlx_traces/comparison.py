@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
-TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")  # adapters that come with the repository
+TRAINED = ("nano-epoch1", "nano-epoch2")  # adapters that come with the repository
 
 
 def read_run(path: str | Path) -> Run:

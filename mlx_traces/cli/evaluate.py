@@ -91,7 +91,7 @@ def compare_command(
     """Evaluate what is missing, then print one table with intervals and paired p-values.
 
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
-    thinking.
+    thinking, and with its trained adapters where the checkout has them.
     """
     from mlx_traces import comparison, tables
 
