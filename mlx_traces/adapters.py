@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,38 @@ def switched_off(model: "nn.Module") -> Iterator[None]:
         yield
     finally:
         back()
+
+
+def reference(model: "nn.Module", folder: str | Path | None, used: bool = True) -> Callable[[], Any]:
+    """Return a context in which the model is the reference: its adapter left out, or replaced by that of ``folder``.
+
+    Raises:
+        UserError: if it is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same shapes.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    if folder is None:
+        if used and not any(name.endswith("lora_a") for name in trained):
+            raise UserError("kl_coef: fully trained layers have no adapter to leave out; pass reference, or kl_coef 0")
+        return lambda: switched_off(model)
+    folder = Path(folder).expanduser()
+    read_config(folder)
+    arrays = mx.load(str(folder / WEIGHTS))
+    if {name: array.shape for name, array in arrays.items()} != {name: trained[name].shape for name in trained}:
+        raise UserError(f"{folder}: the reference is not of the layers and rank that are trained here")
+
+    @contextmanager
+    def swapped() -> Iterator[None]:
+        before = tree_flatten(model.trainable_parameters())
+        model.load_weights(list(arrays.items()), strict=False)
+        try:
+            yield
+        finally:
+            model.load_weights(before, strict=False)
+
+    return swapped
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 POOL = 64  # batches that are sorted by length together
@@ -70,6 +71,22 @@ def pad(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         ids[row, : len(example.ids)] = example.ids
         trained[row, : len(example.ids) - 1] = example.trained[1:]
     return ids, np.flatnonzero(trained)
+
+
+def places(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """Return where rows' tokens are in the flat array of them all, (B, T) int32, and which of these are tokens."""
+    starts = np.cumsum([0, *counts[:-1]])[:, None]
+    column = np.arange(max(counts))[None]
+    mask = column < np.array(counts)[:, None]
+    return mx.array(np.where(mask, starts + column, 0)), mx.array(mask)
+
+
+def padded(arrays: Sequence[np.ndarray]) -> mx.array:
+    """Return float32 arrays as the rows of one, padded right with 0."""
+    rows = np.zeros((len(arrays), max(1, *map(len, arrays))), np.float32)
+    for row, array in zip(rows, arrays, strict=True):
+        row[: len(array)] = array
+    return mx.array(rows)
 
 
 def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:

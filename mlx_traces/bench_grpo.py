@@ -27,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards
+from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards, rollouts
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.errors import UserError, unknown
@@ -134,8 +134,8 @@ def bench_grpo(
     config = config.model_copy(
         update={"num_steps": repeats + 1, "evaluate": None, "max_resamples": 0, "adapter": None, "kl_coef": 0.0}
     )
-    planned, _, _ = grpo.prepare(config)
-    longest = grpo.longest_prompt(loaded, planned)
+    planned, _, _ = rollouts.prepare(config)
+    longest = rollouts.longest_prompt(loaded, planned)
     ours, peers = [], []
     mine = replace(loaded, model=twin(loaded.model))
     stream = our_steps(mine, planned, config, every_row)
@@ -157,7 +157,7 @@ def bench_grpo(
     else:
         for _ in turns():
             pass
-    line = _line(config, ours, memory.of_grpo(mine, config, longest).peak)
+    line = _line(config, ours, memory.of_reinforcement(mine, config, longest).peak)
     if not against:
         return line
     warmup, *rest = peers
@@ -208,12 +208,12 @@ def our_steps(
     mx.eval(model.parameters())
     functions = rewards.load(config.rewards, list(planned.problems[0].columns))
     optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
-    halves, reference = forward.split(model), grpo.reference_of(model, config)
-    progress, number = grpo.Progress(), 0
+    halves, reference = forward.split(model), adapters.reference(model, config.reference)
+    progress, number = rollouts.Progress(), 0
     while True:
         number += 1
         step = Step().begin()
-        groups, _, seconds = grpo.collect(loaded, planned, functions, progress, number, config)
+        groups, _, seconds = rollouts.collect(loaded, planned, functions, progress, number, config)
         rows = grpo.rows_of([_all_differ(group) for group in groups] if every_row else groups, config)
         with forward.checkpointed(model.layers, config.checkpoint_layers):
             grpo.learn(model, halves, rows, optimizer, reference, number, config)
@@ -223,7 +223,7 @@ def our_steps(
         yield step, [group[0].problem for group in groups]
 
 
-def _all_differ(group: grpo.Group) -> grpo.Group:
+def _all_differ(group: rollouts.Group) -> rollouts.Group:
     """Return a group no two rewards of which are alike, nor at their mean; for a bench alone."""
     return [replace(rollout, reward=place or 0.25) for place, rollout in enumerate(group)]
 

@@ -135,8 +135,8 @@ class SFTConfig(SFTSettings):
     valid: str | None = Field(None, description="File of traces for the validation loss.")
 
 
-class GRPOConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
-    """Settings of ``mlx-traces grpo``: reinforcement learning on a task's training problems, by its own grader."""
+class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
+    """Settings of reinforcement learning on a task's training problems, by its own grader, whatever the algorithm."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
@@ -166,6 +166,22 @@ class GRPOConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
         "keep", description="Cut-off completions: train on them, leave them out, or also lower the reward near the end."
     )
     overlong_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens over which the penalty grows to 1.")
+    pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems that the model solves less often.")
+    pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems that the model solves more often.")
+    probe_samples: Positive = Field(4, description="Completions per problem to find that out, before the first step.")
+
+    micro_tokens: Positive = Field(4096, description="Most tokens of a forward pass, padding included.")
+    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
+    eval_every: Positive = Field(10, description="Steps between validations.")
+    evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
+    save_every: Positive = Field(5, description="Steps between checkpoints.")
+
+
+class GRPOConfig(RLConfig):
+    """Settings of ``mlx-traces grpo``."""
+
     advantage: Literal["std", "batch", "none", "rloo", "mean"] = Field(
         "std",
         description="Reward minus its group's mean, over the group's or the batch's deviation, or neither; leave-one-"
@@ -174,10 +190,6 @@ class GRPOConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         0, description="Draw up to so many more times for groups with differing rewards (DAPO's dynamic sampling)."
     )
-    pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems that the model solves less often.")
-    pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems that the model solves more often.")
-    probe_samples: Positive = Field(4, description="Completions per problem to find that out, before the first step.")
-
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
         "dapo", description="How the tokens' losses are made and weighed; see the policy module."
     )
@@ -191,14 +203,6 @@ class GRPOConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
     importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Greatest of those weights.")
     updates_per_batch: Positive = Field(1, description="Times that each rollout is learned from.")
     minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
-
-    micro_tokens: Positive = Field(4096, description="Most tokens of a forward pass, padding included.")
-    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
-    eval_every: Positive = Field(10, description="Steps between validations.")
-    evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
-    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
-    save_every: Positive = Field(5, description="Steps between checkpoints.")
 
 
 class ScoreConfig(LoadConfig):

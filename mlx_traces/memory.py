@@ -12,7 +12,7 @@ for it, and what the layer at work needs beside that. On a GPU, where attention 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.config import GRPOConfig, SFTSettings
+from mlx_traces.config import RLConfig, SFTSettings
 from mlx_traces.device import Backend
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _dot(factors: tuple[float, ...], sizes: tuple[int, ...]) -> float:
     return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
 
 
-def of_grpo(loaded: "LoadedModel", config: GRPOConfig, prompt: int) -> Estimate:
+def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Estimate:
     """Return the memory of a reinforcement step, for prompts of at most ``prompt`` tokens.
 
     Rows are as many as the engine will decode at once, which takes fewer than ``rows`` where they do not fit.

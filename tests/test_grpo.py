@@ -10,9 +10,22 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import adapters, checkpoints, evaluation, forward, grpo, optim, policy, rewards, runs
+from mlx_traces import (
+    adapters,
+    checkpoints,
+    evaluation,
+    forward,
+    grpo,
+    models,
+    optim,
+    policy,
+    rewards,
+    rollouts,
+    runs,
+    training,
+)
 from mlx_traces.batching import Example
-from mlx_traces.config import AdapterConfig, GRPOConfig, build
+from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
@@ -176,7 +189,7 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
 
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
-    return grpo.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
+    return rollouts.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
 
 
 def test_the_stop_token_is_learned():
@@ -193,7 +206,7 @@ def test_the_stop_token_is_learned():
     before = logprob()
     optimizer = optim.make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
     halves = forward.split(loaded.model)
-    row = grpo.learn(loaded.model, halves, rows, optimizer, grpo.reference_of(loaded.model, config), 1, config)
+    row = grpo.learn(loaded.model, halves, rows, optimizer, adapters.reference(loaded.model, None), 1, config)
     assert logprob() > before + 0.01 and row["optim/updates"] == 1
     # A cut-off completion that is masked is not learned from, though its reward counts in the group.
     masked = config.model_copy(update={"overlong": "mask"})
@@ -220,7 +233,7 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
                 row.reference = values
         return grpo.gradient(model, halves, rows, config)
 
-    loss, grads, sums = measured(grpo.reference_of(model, config))
+    loss, grads, sums = measured(adapters.reference(model, config.reference))
     assert abs(loss) < 1e-10 and abs(sums["kl_ref"]) < 1e-9
     assert all(mx.abs(array).max() < 1e-6 for _, array in tree_flatten(grads))
     # An adapter elsewhere: measured against itself 0, against the bare model not.
@@ -228,20 +241,20 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
     model.load_weights(arrays, strict=False)
     adapters.save(model, tmp_path / "adapter", settings)
     here = config.model_copy(update={"reference": str(tmp_path / "adapter")})
-    assert abs(measured(grpo.reference_of(model, here))[2]["kl_ref"]) < 1e-6
-    assert measured(grpo.reference_of(model, config))[2]["kl_ref"] > 0.1
+    assert abs(measured(adapters.reference(model, here.reference))[2]["kl_ref"]) < 1e-6
+    assert measured(adapters.reference(model, config.reference))[2]["kl_ref"] > 0.1
     model.load_weights([(name, 2 * array) for name, array in arrays], strict=False)
-    assert measured(grpo.reference_of(model, here))[2]["kl_ref"] > 0.1
+    assert measured(adapters.reference(model, here.reference))[2]["kl_ref"] > 0.1
     now = dict(tree_flatten(model.trainable_parameters()))
     assert all(mx.array_equal(now[name], 2 * array) for name, array in arrays)  # it is itself again
     other = make_model()
     adapters.start(other, AdapterConfig(rank=8))
     with pytest.raises(UserError, match="the reference is not of the layers and rank that are trained here"):
-        grpo.reference_of(other, here)
+        adapters.reference(other, here.reference)
     full = make_model()
     adapters.start(full, AdapterConfig(kind="full"))
     with pytest.raises(UserError, match="kl_coef: fully trained layers have no adapter to leave out"):
-        grpo.reference_of(full, config)
+        adapters.reference(full, config.reference)
 
 
 def test_importance_weights_are_of_the_sampler():
@@ -262,12 +275,12 @@ def test_importance_weights_are_of_the_sampler():
 
 def test_problems_are_drawn_over_and_over():
     pool = [Problem(str(i), {}, "1") for i in range(5)]
-    stream = grpo.drawn(pool, 3, 0)
+    stream = rollouts.drawn(pool, 3, 0)
     ids = [next(stream).id for _ in range(15)]
     assert all(sorted(ids[at : at + 5]) == list("01234") for at in (0, 5, 10))
     assert len({tuple(ids[at : at + 5]) for at in (0, 5, 10)}) > 1
     for start in (3, 5, 7, 11):
-        later = grpo.drawn(pool, 3, start)
+        later = rollouts.drawn(pool, 3, start)
         assert [next(later).id for _ in range(15 - start)] == ids[start:]
 
 
@@ -384,7 +397,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
 def test_equal_rewards_leave_every_weight_as_it_was(settings, tmp_path):
     config = GRPOConfig(**{**settings, "rewards": {"test_grpo:level": 1.0}, "max_resamples": 1, "num_steps": 2})
     grpo.train(config, tmp_path / "run")
-    model = grpo.models.load(config.model, device="cpu").model
+    model = models.load(config.model, device="cpu").model
     mx.random.seed(config.seed)
     adapters.start(model, config)
     trained = mx.load(str(tmp_path / "run" / "checkpoint.safetensors"))
@@ -423,7 +436,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
 def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, monkeypatch):
     values = iter((0.2, 0.5, 0.5, 0.4, 0.9))
     saved = []
-    monkeypatch.setattr(grpo.training, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
+    monkeypatch.setattr(training, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
     monkeypatch.setattr(adapters, "save", lambda model, *_: saved.append(tree_flatten(model.trainable_parameters())))
     config = GRPOConfig(**{**settings, "num_steps": 20, "patience": 2})
     result = grpo.train(config, tmp_path / "run")
@@ -433,7 +446,7 @@ def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, m
 
 def test_resampling_looks_for_groups_that_differ(settings, tmp_path):
     config = GRPOConfig(**{**settings, "max_resamples": 3})
-    planned, _, _ = grpo.prepare(config)
+    planned, _, _ = rollouts.prepare(config)
     loaded = wrap(make_tokenizer(), make_model())
     asked = []
 
@@ -443,16 +456,16 @@ def test_resampling_looks_for_groups_that_differ(settings, tmp_path):
 
     weights = {"x:y": 1.0}
     config = config.model_copy(update={"rewards": weights})
-    progress = grpo.Progress()
-    groups, kept, _ = grpo.collect(loaded, planned, {"x:y": seldom}, progress, 1, config)
+    progress = rollouts.Progress()
+    groups, kept, _ = rollouts.collect(loaded, planned, {"x:y": seldom}, progress, 1, config, config.max_resamples)
     assert progress.drawn == len(groups) == sum(asked) // 4 > 3 and asked[0] == 12
-    assert len(kept) <= 3 and all(grpo.informative(group) for group in kept)
-    assert [grpo.informative(group) for group in groups].count(True) == len(kept)
+    assert len(kept) <= 3 and all(rollouts.informative(group) for group in kept)
+    assert [rollouts.informative(group) for group in groups].count(True) == len(kept)
     # One problem over and over: other random numbers for every rollout of the step.
     alone = replace(
         planned, problems=planned.problems[:1], config=planned.config.model_copy(update={"temperature": 9.0})
     )
-    groups, _, _ = grpo.collect(loaded, alone, {"x:y": level}, progress, 2, config)
+    groups, _, _ = rollouts.collect(loaded, alone, {"x:y": level}, progress, 2, config, config.max_resamples)
     assert len({rollout.ids for group in groups for rollout in group}) == 4 * 3 * 4
 
 
@@ -462,25 +475,25 @@ def test_difficulty_is_measured_once(settings, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rewards, "score", easy_first)
     config = GRPOConfig(**{**settings, "pass_rate_high": 0.8})
-    planned, _, _ = grpo.prepare(config)
+    planned, _, _ = rollouts.prepare(config)
     loaded = wrap(make_tokenizer(), make_model())
-    kept, notes = grpo.by_difficulty(loaded, planned, config, tmp_path / "rates.json")
+    kept, notes = rollouts.by_difficulty(loaded, planned, config, tmp_path / "rates.json")
     assert [p.id for p in kept.problems] == [p.id for p in planned.problems[1:]]
     assert notes == ["1 of 7 problems are too easy or too hard"]
-    monkeypatch.setattr(grpo, "sample", None)
-    assert grpo.by_difficulty(loaded, planned, config, tmp_path / "rates.json")[0] == kept
+    monkeypatch.setattr(rollouts, "sample", None)
+    assert rollouts.by_difficulty(loaded, planned, config, tmp_path / "rates.json")[0] == kept
     narrow = config.model_copy(update={"pass_rate_low": 0.6, "pass_rate_high": 0.7})
     with pytest.raises(UserError, match="no problem has a pass rate from 0.6 to 0.7"):
-        grpo.by_difficulty(loaded, planned, narrow, tmp_path / "rates.json")
+        rollouts.by_difficulty(loaded, planned, narrow, tmp_path / "rates.json")
 
 
 def test_overlong_completions_cost():
     config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"length": 0.0})
     task = evaluation.get_task("countdown")
-    planned = evaluation.Plan(build(grpo.EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
+    planned = evaluation.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
     problem = task.parse({"nums": [1, 2], "target": 3}, "")
     group = [made(0, range(n)).completion for n in (8, 10)]
-    ((short, long),) = grpo.scored(planned, [problem], [group], {}, config)
+    ((short, long),) = rollouts.scored(planned, [problem], [group], {}, config)
     assert (short.reward, long.reward) == (0, -0.5) and long.parts["overlong"] == -0.5
 
 
@@ -511,18 +524,18 @@ def test_a_group_needs_two():
 
 def test_validation_problems_are_not_trained_on(settings, tmp_path):
     evaluate = {**settings["evaluate"], "data": settings["data"], "limit": 2}
-    planned, held_out, notes = grpo.prepare(GRPOConfig(**{**settings, "evaluate": evaluate}))
+    planned, held_out, notes = rollouts.prepare(GRPOConfig(**{**settings, "evaluate": evaluate}))
     assert len(planned.problems) == 5 and notes == ["2 training problems are validation problems and are left out"]
     assert not {p.id for p in planned.problems} & {p.id for p in held_out.problems}
     with pytest.raises(UserError, match="all its problems are validation problems"):
-        grpo.prepare(GRPOConfig(**{**settings, "evaluate": {**evaluate, "limit": 7}}))
+        rollouts.prepare(GRPOConfig(**{**settings, "evaluate": {**evaluate, "limit": 7}}))
 
 
 def test_fewer_problems_than_draws(settings):
-    planned, _, _ = grpo.prepare(GRPOConfig(**{**settings, "limit": None, "num_steps": 50}))
+    planned, _, _ = rollouts.prepare(GRPOConfig(**{**settings, "limit": None, "num_steps": 50}))
     assert len(planned.problems) == 7
     countdown = {"task": "countdown", "data": None, "limit": None, "num_steps": 50, "evaluate": None}
-    planned, _, _ = grpo.prepare(GRPOConfig(**{**settings, **countdown}))
+    planned, _, _ = rollouts.prepare(GRPOConfig(**{**settings, **countdown}))
     assert len({p.id for p in planned.problems}) == 150
 
 

@@ -12,6 +12,8 @@ rounds doctor
 comparison bench_grpo
 bench_sft fusing generation
 bench grpo sft scoring
+reinforcement
+rollouts
 training rewards memory
 evaluation examples
 sampling report

@@ -78,7 +78,7 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
         with forward.checkpointed(loaded.model.layers, checkpoint):
             grpo.learn(loaded.model, halves, batch, optimizer, lambda: None, 1, config)
 
-    found = memory.of_grpo(loaded, config, PROMPT)
+    found = memory.of_reinforcement(loaded, config, PROMPT)
     assert found.activations > 5 * found.weights
     assert close(peak_of(work) - held, found.update - found.weights - found.optimizer)
 
@@ -107,7 +107,7 @@ def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, chan
             for _ in generate(loaded, requests, SamplingParams(most, 1.0), rows, logprobs=True):
                 pass
 
-    found = memory.of_grpo(loaded, config, prompt)
+    found = memory.of_reinforcement(loaded, config, prompt)
     assert found.cache + found.draw > found.weights
     measured, estimated = peak_of(work) - held, found.sampling - found.weights - found.optimizer
     assert close(measured, estimated), (measured, estimated)
@@ -116,7 +116,7 @@ def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, chan
 def test_the_estimate_adds_up():
     config = GRPOConfig(prompts_per_step=4, group_size=4, max_tokens=32, rows=8, micro_tokens=256)
     loaded = made(config)
-    found = memory.of_grpo(loaded, config, PROMPT)
+    found = memory.of_reinforcement(loaded, config, PROMPT)
     shape = memory.shape_of(loaded)
     assert (shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads) == (2, 64, 128, 4, 2)
     assert shape.merged == 4 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # every linear layer's weights

@@ -1,0 +1,203 @@
+"""A reinforcement run: rollouts, an algorithm's update, held-out accuracy, the best adapter; resumable at any moment.
+
+The algorithms (``grpo``, ``ppo``) say what a step's groups of rollouts change; all else about a run is here.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_traces import adapters, checkpoints, device, memory, models, rewards, rollouts, training
+from mlx_traces.config import RLConfig
+from mlx_traces.evaluation import Plan
+from mlx_traces.models import LoadedModel
+from mlx_traces.rollouts import Group
+from mlx_traces.runs import RunFolder, fingerprint, provenance
+from mlx_traces.tasks.data import is_file
+
+
+class Learner(Protocol):
+    """An algorithm at work on a model that has its adapter on.
+
+    ``module`` holds all that is trained and ``optimizer`` is its: what a checkpoint keeps. ``resamples`` says how often
+    problems may be drawn again in place of groups of equal reward.
+    """
+
+    module: nn.Module
+    optimizer: Any
+    resamples: int
+
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Update the module by a step's groups; return metrics.
+
+        Raises:
+            UserError: if the loss or the gradient is not finite; this update is not made.
+        """
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start."""
+
+    adapter: str
+    steps: int
+    best_step: int | None
+    accuracy: float | None
+    accuracy_before: float | None
+    seconds: float
+    sample_seconds: float
+    update_seconds: float
+    tokens_per_second: float
+    peak_memory_gb: float
+    notes: list[str] = field(default_factory=list)
+
+
+def train(
+    name: str,
+    config: RLConfig,
+    out: str | Path,
+    make_learner: Callable[[LoadedModel, Any], Learner],
+    resume: bool = False,
+    show: Callable | None = None,
+) -> Result:
+    """Train a model by reinforcement on a task.
+
+    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
+    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+
+    Args:
+        name: of the algorithm, for the adapter's settings file.
+        config: the settings.
+        out: the run folder.
+        make_learner: takes the model, its adapter on, and the settings.
+        resume: continue a run that was cut off; the result is that of an uninterrupted one.
+        show: called with each line of metrics and the number of steps.
+
+    Raises:
+        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
+    """
+    folder = RunFolder(Path(out))
+    folder.refuse(resume)
+    model_name, inner = models.split_adapter(config.model)
+    config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
+    planned, held_out, notes = rollouts.prepare(config)
+    functions = rewards.load(config.rewards, list(planned.problems[0].columns))
+    loaded = models.load(config.model, config.adapter, **config.load_arguments())
+    longest = rollouts.longest_prompt(loaded, planned)
+    identity = identity_of(config, planned, loaded)
+    folder.check(identity)
+    mx.random.seed(config.seed)
+    settings = adapters.start(loaded.model, config, config.adapter)
+    learner = make_learner(loaded, config)
+    notes += filter(None, [memory.fits(memory.of_reinforcement(loaded, config, longest), loaded.backend)])
+    folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *notes]})
+    planned, more = rollouts.by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
+    notes += more
+
+    progress, checkpoint = rollouts.Progress(), folder.path / "checkpoint.safetensors"
+    if checkpoint.exists():
+        progress = rollouts.Progress(**checkpoints.load(checkpoint, learner.module, learner.optimizer))
+    kept = progress.step if checkpoint.exists() else -1
+    metrics = folder.rewind("metrics.jsonl", kept)
+    folder.rewind("samples.jsonl", kept)
+
+    def validate() -> dict[str, Any]:
+        if held_out is None:
+            return {}
+        row, shown = training.answer(loaded, held_out)
+        if progress.better(row["valid/accuracy"]):
+            adapters.save(loaded.model, folder.path / "adapter", settings, about(name, config))
+        folder.log("samples.jsonl", *({"step": progress.step, "kind": "held out", **one} for one in shown))
+        return row
+
+    def log(row: dict[str, Any]) -> None:
+        row = {"step": progress.step, **row}
+        metrics.append(row)
+        folder.log("metrics.jsonl", row)
+        if show:
+            show(row, config.num_steps)
+
+    device.reset_peak_memory()
+    start = perf_counter() - progress.seconds
+    if not progress.step and (first := validate()):
+        log(first)
+    for step in range(progress.step + 1, config.num_steps + 1):
+        if config.patience and progress.waited >= config.patience:
+            break
+        groups, kept_groups, seconds = rollouts.collect(
+            loaded, planned, functions, progress, step, config, learner.resamples
+        )
+        began = perf_counter()
+        learned = learner.learn(kept_groups, step)
+        seconds["time/update"] = perf_counter() - began
+        progress.step, progress.seconds = step, perf_counter() - start
+        row = {
+            **rollouts.figures(groups),
+            **learned,
+            **seconds,
+            "memory/peak_gb": device.peak_memory_gb(),
+            "time/total": progress.seconds,
+        }
+        folder.log(
+            "samples.jsonl",
+            *({"step": step, **one} for one in rollouts.shown_of(groups, planned.task, step, config.seed)),
+        )
+        if step % config.eval_every == 0 or step == config.num_steps:
+            row |= validate()
+        log(row)
+        if step % config.save_every == 0 or step == config.num_steps:
+            checkpoints.save(checkpoint, learner.module, learner.optimizer, asdict(progress))
+    if progress.best is None:
+        adapters.save(loaded.model, folder.path / "adapter", settings, about(name, config))
+    result = _result(folder, progress, metrics, [*loaded.notes, *notes])
+    folder.conclude(asdict(result))
+    return result
+
+
+def identity_of(config: RLConfig, planned: Plan, loaded: LoadedModel) -> dict[str, Any]:
+    """Everything that decides what is learned; files by their content."""
+    return {
+        **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data"}),
+        "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
+        "prompt": json.loads(json.dumps(asdict(planned.prompt))),
+        "model_files": fingerprint(loaded.path),
+        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
+        "weights": loaded.backend.weights,
+        "dtype": loaded.backend.dtype,
+    }
+
+
+def about(name: str, config: RLConfig) -> dict[str, Any]:
+    """Return what an adapter's settings file says beyond mlx_lm's own entries."""
+    return {
+        "model": config.model,
+        "trained_by": f"mlx-traces {name}",
+        "training": config.model_dump(mode="json", exclude_unset=True),
+    }
+
+
+def _result(folder: RunFolder, progress: rollouts.Progress, metrics: list[dict[str, Any]], notes: list[str]) -> Result:
+    rows = [row for row in metrics if "tokens" in row]
+    accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
+    sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))
+    if progress.best_step == 0:
+        notes = [*notes, "no validation was better than the start; the adapter is the one training began with"]
+    return Result(
+        adapter=str(folder.path / "adapter"),
+        steps=progress.step,
+        best_step=progress.best_step,
+        accuracy=accuracies.get(progress.best_step),
+        accuracy_before=accuracies.get(0),
+        seconds=progress.seconds,
+        sample_seconds=sampling,
+        update_seconds=updating,
+        tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
+        peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
+        notes=notes,
+    )

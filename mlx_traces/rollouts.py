@@ -1,0 +1,245 @@
+"""Rollouts to learn from: problems drawn, groups of completions sampled and scored, what is told of them.
+
+Shared by the algorithms of reinforcement learning; what they make of the rewards is theirs.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_traces import adapters, evaluation, policy, rewards, training
+from mlx_traces.config import EvalConfig, RLConfig
+from mlx_traces.errors import UserError
+from mlx_traces.evaluation import Completion, Plan
+from mlx_traces.models import LoadedModel
+from mlx_traces.records import Problem
+from mlx_traces.runs import read_json, to_json, write_atomic
+from mlx_traces.tasks import Task
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum."""
+
+    problem: Problem
+    completion: Completion
+    parts: dict[str, float | None]
+    reward: float
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The exact sampled ids, the stop token included."""
+        return self.completion.rollout.completion_ids
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the limit ended it."""
+        return self.completion.rollout.finish_reason == "length"
+
+
+Group = list[Rollout]
+
+
+@dataclass
+class Progress(training.Progress):
+    """Where a training is, and how many problems were drawn."""
+
+    drawn: int = 0
+
+
+def sample(
+    loaded: LoadedModel, planned: Plan, problems: Sequence[Problem], size: int, seed: int, first: int = 0
+) -> list[list[Completion]]:
+    """Complete each problem ``size`` times; what is drawn follows from ``seed`` and the number, from ``first`` on."""
+    planned = replace(planned, config=planned.config.model_copy(update={"seed": seed}))
+    numbers = iter(range(first, first + size * len(problems)))
+    todo = [(problem, next(numbers)) for problem in problems for _ in range(size)]
+    done: list[Any] = [None] * len(todo)
+    loaded.model.eval()
+    with adapters.merged(loaded.model):
+        for index, completion in evaluation.completions_of(loaded, planned, logprobs=True)(todo):
+            done[index] = completion
+    return [done[at : at + size] for at in range(0, len(done), size)]
+
+
+def scored(
+    planned: Plan,
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Completion]],
+    functions: Mapping[str, Callable],
+    config: RLConfig,
+) -> list[Group]:
+    """Give every completion its rewards."""
+    pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
+    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags)
+    totals = [rewards.total(part, config.rewards) for part in parts]
+    if config.overlong == "penalty":
+        lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
+        slope = min(config.overlong_tokens, config.max_tokens)
+        for i, penalty in enumerate(policy.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
+            parts[i], totals[i] = parts[i] | {"overlong": penalty}, totals[i] + penalty
+    rollouts = [Rollout(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
+    return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
+
+
+def informative(group: Group) -> bool:
+    """Whether a group's rewards differ, without which there is nothing to prefer."""
+    return len({rollout.reward for rollout in group}) > 1
+
+
+def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
+    """Yield problems without end, from the ``start``-th on: the pool over and over, shuffled anew each time."""
+    epoch, place = divmod(start, len(pool))
+    while True:
+        order = list(pool)
+        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        yield from order[place:]
+        epoch, place = epoch + 1, 0
+
+
+# ------------------------------------------------------------------------------------------------ problems
+
+
+def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
+    """Return what is trained on and what is answered at validations, no problem in both; and notes."""
+    held_out = training.held_out_plan(config.model, config.evaluate)
+    shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
+    planned = _training_plan(EvalConfig(**shared), config)
+    asked = {problem.id for problem in held_out.problems} if held_out else set()
+    problems = [problem for problem in planned.problems if problem.id.partition("#")[0] not in asked]
+    notes = []
+    if left_out := len(planned.problems) - len(problems):
+        notes.append(f"{left_out} training problems are validation problems and are left out")
+    if not problems:
+        raise UserError(f"split {config.split}: all its problems are validation problems; choose another part for one")
+    return replace(planned, problems=problems), held_out, notes
+
+
+def _training_plan(settings: EvalConfig, config: RLConfig) -> Plan:
+    """Load as many problems as will be drawn; all there are, if that is fewer and no number was asked for."""
+    wanted = config.limit or config.num_steps * config.prompts_per_step
+    try:
+        return evaluation.plan(settings.model_copy(update={"limit": wanted}))
+    except UserError:
+        if config.limit is not None:
+            raise
+    return evaluation.plan(settings)
+
+
+def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
+    """Return the most tokens of a prompt; UserError for one that leaves no room for a completion in the context."""
+    room, config, longest = loaded.context, planned.config, 0
+    for problem in planned.problems:
+        length = len(loaded.render(planned.prompt, problem, config.thinking).ids)
+        longest = max(longest, length)
+        if room is not None and length + config.max_tokens > room:
+            raise UserError(
+                f"problem {problem.id}: its prompt has {length} tokens; {config.max_tokens} more pass the model's "
+                f"context of {room}; lower max_tokens or leave it out of the data"
+            )
+    return longest
+
+
+def by_difficulty(loaded: LoadedModel, planned: Plan, config: RLConfig, file: Path) -> tuple[Plan, list[str]]:
+    """Leave out problems that the model, as it is now, solves too seldom or too often; rates are kept in ``file``."""
+    low, high = config.pass_rate_low, config.pass_rate_high
+    if (low, high) == (0, 1):
+        return planned, []
+    if not file.exists():
+        groups = sample(loaded, planned, planned.problems, config.probe_samples, training.step_seed(config.seed, 0))
+        pairs = [(problem, one) for problem, group in zip(planned.problems, groups, strict=True) for one in group]
+        parts = rewards.score(planned, pairs, {}, {"correct": 1.0}, config.tags)
+        counts = Counter()
+        for (problem, _), part in zip(pairs, parts, strict=True):
+            counts[problem.id] += part["correct"]
+        rates = {problem.id: counts[problem.id] / config.probe_samples for problem in planned.problems}
+        write_atomic(file, to_json(rates))
+    rates = read_json(file)
+    kept = [problem for problem in planned.problems if low <= rates[problem.id] <= high]
+    if not kept:
+        raise UserError(f"no problem has a pass rate from {low:g} to {high:g}; widen pass_rate_low and pass_rate_high")
+    note = f"{len(planned.problems) - len(kept)} of {len(planned.problems)} problems are too easy or too hard"
+    return replace(planned, problems=kept), [note]
+
+
+# ------------------------------------------------------------------------------------------------ a step
+
+
+def collect(
+    loaded: LoadedModel,
+    planned: Plan,
+    functions: Mapping[str, Callable],
+    progress: Progress,
+    step: int,
+    config: RLConfig,
+    resamples: int = 0,
+) -> tuple[list[Group], list[Group], dict[str, float]]:
+    """Sample and score a step's groups; up to ``resamples`` more times in place of groups of equal reward.
+
+    Returns:
+        All groups; those to learn from; seconds of sampling and of scoring.
+    """
+    groups: list[Group] = []
+    kept: list[Group] = []
+    seconds = {"time/sample": 0.0, "time/reward": 0.0}
+    stream = drawn(planned.problems, config.seed, progress.drawn)
+    for _ in range(1 + resamples):
+        began = perf_counter()
+        problems = [next(stream) for _ in range(config.prompts_per_step - len(kept))]
+        first = len(groups) * config.group_size
+        seed = training.step_seed(config.seed, step)
+        completions = sample(loaded, planned, problems, config.group_size, seed, first)
+        sampled = perf_counter()
+        groups += scored(planned, problems, completions, functions, config)
+        kept = [group for group in groups if informative(group)] if resamples else groups
+        seconds["time/sample"] += sampled - began
+        seconds["time/reward"] += perf_counter() - sampled
+        if len(kept) == config.prompts_per_step:
+            break
+    progress.drawn += len(groups)
+    return groups, kept, seconds
+
+
+def figures(groups: Sequence[Group]) -> dict[str, float]:
+    """Return metrics of a step's rollouts."""
+    rollouts = [rollout for group in groups for rollout in group]
+    count = len(rollouts)
+    row = {"reward/mean": sum(rollout.reward for rollout in rollouts) / count}
+    for name in rollouts[0].parts:
+        values = [value for rollout in rollouts if (value := rollout.parts[name]) is not None]
+        row[f"reward/{name}"] = sum(values) / len(values) if values else None
+    return row | {
+        "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
+        "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
+        "rollout/zero_std_groups": sum(not informative(group) for group in groups) / len(groups),
+        "rollout/groups": len(groups),
+        "tokens": sum(len(rollout.ids) for rollout in rollouts),
+    }
+
+
+def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the best, the worst and a random rollout of a step as lines of ``samples.jsonl``."""
+    rollouts = [rollout for group in groups for rollout in group]
+    chosen = {
+        "best": max(rollouts, key=lambda rollout: rollout.reward),
+        "worst": min(rollouts, key=lambda rollout: rollout.reward),
+        "random": random.Random(f"{seed} shown {step}").choice(rollouts),
+    }
+    for kind, rollout in chosen.items():
+        yield {
+            "kind": kind,
+            "id": rollout.problem.id,
+            "question": evaluation.question_of(task, rollout.problem),
+            "completion": rollout.completion.rollout.text,
+            "finish_reason": rollout.completion.rollout.finish_reason,
+            "tokens": len(rollout.ids),
+            "reward": rollout.reward,
+            "rewards": rollout.parts,
+            "gold": rollout.problem.gold,
+        }
