@@ -4,7 +4,7 @@ The algorithms (``grpo``, ``ppo``) say what a step's groups of rollouts change; 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -90,7 +90,7 @@ def train(
     functions = rewards.load(config.rewards, list(planned.problems[0].columns))
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     longest = rollouts.longest_prompt(loaded, planned)
-    identity = identity_of(config, planned, loaded)
+    identity = identity_of(config, planned, loaded, functions)
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)
@@ -160,8 +160,11 @@ def train(
     return result
 
 
-def identity_of(config: RLConfig, planned: Plan, loaded: LoadedModel) -> dict[str, Any]:
-    """Everything that decides what is learned; files by their content."""
+def identity_of(
+    config: RLConfig, planned: Plan, loaded: LoadedModel, functions: Mapping[str, Callable]
+) -> dict[str, Any]:
+    """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
+    own = {name: rewards.sources(name, function) for name, function in functions.items()}
     return {
         **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data"}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
@@ -170,6 +173,7 @@ def identity_of(config: RLConfig, planned: Plan, loaded: LoadedModel) -> dict[st
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         "weights": loaded.backend.weights,
         "dtype": loaded.backend.dtype,
+        **{f"reward {name}": ", ".join(f"{file.name} {training.digest(file)}" for file in own[name]) for name in own},
     }
 
 

@@ -53,6 +53,16 @@ def load(weights: Mapping[str, float], columns: Sequence[str]) -> dict[str, Call
     return functions
 
 
+def sources(name: str, function: Callable) -> list[Path]:
+    """Return the files that a function of the user's own is written in: the named module's, and the defining one's.
+
+    What these import in turn is not looked at.
+    """
+    modules = dict.fromkeys((name.partition(":")[0], getattr(inspect.unwrap(function), "__module__", "")))
+    files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
+    return [Path(file) for file in files if file]
+
+
 def score(
     planned: Plan, samples: Sequence[Sample], functions: Mapping[str, Callable], weights: Mapping[str, float], tags: str
 ) -> list[Parts]:

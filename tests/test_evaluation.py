@@ -1,13 +1,9 @@
 """The evaluator end to end, on nano: run folders, resume, agreement of batched and single runs, comparison."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import killing
 import pytest
 
 import mlx_traces
@@ -74,22 +70,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(settings, tmp_path):
     settings = {**SMALL, "limit": 40, "rows": 4, **settings}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     folder = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-c",
-        "from mlx_traces.cli import main; main()",
-        "eval",
-        *flags,
-        "--out",
-        folder,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
-    deadline = time.time() + 120
-    while not (folder / "samples.jsonl").exists() or len(samples_of_partial(folder)) < 4:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = killing.start("eval", *flags, "--out", folder)
+    begun = (folder / "samples.jsonl").exists
+    assert killing.kill_when(process, lambda: begun() and len(samples_of_partial(folder)) >= 4)
     kept = samples_of_partial(folder)
     assert 4 <= len(kept) < 40 and not (folder / "result.json").exists()
     with (folder / "samples.jsonl").open("a") as file:

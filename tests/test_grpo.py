@@ -1,8 +1,12 @@
 """Reinforcement: the gradient of a step by plain formulas, what must not change it, runs cut off, wrong input."""
 
+import importlib
 import json
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
+import killing
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -392,6 +396,45 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
         wanted = None
         grpo.train(config, out, resume=True)
         assert_same_outcome(out, expected)
+
+
+def command_of(settings, folder, rewards):
+    """Write settings and a reward as files; return the words of the command."""
+    (folder / "own_reward.py").write_text(rewards)
+    own = {**settings, "num_steps": 6, "save_every": 1, "rewards": {"own_reward:digits": 1.0}}
+    (folder / "grpo.yaml").write_text(json.dumps(own))  # JSON is YAML
+    return "grpo", folder / "grpo.yaml"
+
+
+DIGITS = "def digits(completions): return [sum(c.isdigit() for c in text) / 6 for text in completions]\n"
+
+
+def test_kill_9_at_random_moments(settings, tmp_path):
+    command = command_of(settings, tmp_path, DIGITS)
+    whole = killing.watched(command, tmp_path / "whole", cwd=tmp_path)
+    expected = outcome(tmp_path / "whole")
+    assert expected[3]["steps"] == 6 and len({row["reward/mean"] for row in expected[1] if "reward/mean" in row}) > 1
+    runs, lines = killing.kill_again_and_again(command, tmp_path / "run", whole, seed=0, cwd=tmp_path)
+    assert len(lines) == killing.KILLS
+    for out in runs:
+        assert_same_outcome(out, expected)
+        for file in ("adapter/adapters.safetensors", "samples.jsonl"):
+            assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    print(f"{len(lines)} kills in {len(runs)} runs, after these lines of metrics: {lines}")
+
+
+def test_a_run_is_not_resumed_with_another_reward(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    own = {**settings, "num_steps": 1, "evaluate": None, "rewards": {"own_reward:digits": 1.0}}
+    config = GRPOConfig(**own)
+    for content, fault in ((DIGITS, None), (DIGITS.replace("6", "5"), "reward own_reward:digits was "), (DIGITS, None)):
+        (tmp_path / "own_reward.py").write_text(content)
+        monkeypatch.delitem(sys.modules, "own_reward", raising=False)
+        importlib.invalidate_caches()
+        with pytest.raises(UserError, match=fault) if fault else nullcontext():
+            grpo.train(config, tmp_path / "run", resume=True)
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert identity["reward own_reward:digits"].startswith("own_reward.py ")
 
 
 def test_equal_rewards_leave_every_weight_as_it_was(settings, tmp_path):

@@ -1,12 +1,10 @@
 """Fine-tuning: which tokens are learned, the gradient of a step, runs that are cut off, input that is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import killing
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -369,17 +367,12 @@ def test_kill_9(settings, tmp_path):
     sft.train(config, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     moments = [("replace", 1), ("write", 3)]  # before run.json is there; in the middle of the second checkpoint
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", KILL, name, str(count), config.model_dump_json(), str(tmp_path / name)],
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
-        for name, count in moments
+        killing.start(name, count, config.model_dump_json(), tmp_path / name, code=KILL) for name, count in moments
     ]
     for (name, _), process in zip(moments, started, strict=True):
-        assert process.wait() == -9
+        _, said = process.communicate()
+        assert process.returncode == -9, said
         out = tmp_path / name
         assert any(path.name.startswith(".") for path in out.rglob("*"))  # what a killed process leaves
         sft.train(config, out, resume=True)
