@@ -27,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards, rollouts
+from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards, rollouts, sharing
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.errors import UserError, unknown
@@ -208,7 +208,7 @@ def our_steps(
     mx.eval(model.parameters())
     functions = rewards.load(config.rewards, list(planned.problems[0].columns))
     optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
-    halves, reference = forward.split(model), adapters.reference(model, config.reference)
+    halves, reference = sharing.split(model), adapters.reference(model, config.reference)
     progress, number = rollouts.Progress(), 0
     while True:
         number += 1

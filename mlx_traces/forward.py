@@ -25,13 +25,15 @@ class Split:
     """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
 
     ``head_module`` returns the module that is the head just now, which a context may have swapped, ``None`` if none
-    is. ``frozen_head`` says that nothing in it is trained.
+    is. ``frozen_head`` says that nothing in it is trained, ``shares`` that rows may go on from the keys and values of
+    their prompt (``sharing.split``).
     """
 
     trunk: Callable[[mx.array], mx.array]
     head: Callable[[mx.array], mx.array]
     head_module: Callable[[], nn.Module | None]
     frozen_head: bool
+    shares: bool = False
 
 
 def split(model: nn.Module) -> Split:
@@ -101,10 +103,18 @@ def token_logprobs(
         (N,) float32 log-probabilities in nats, differentiable in the model's parameters if ``slopes``, and (N,)
         float32 entropies in nats, which are not; None if they are not wanted.
     """
+    hidden, targets = token_states(halves, ids, positions)
+    return head_logprobs(halves, hidden, targets, temperature, logits_mb, slopes, entropies)
+
+
+def token_states(halves: Split, ids: mx.array, positions: np.ndarray) -> tuple[mx.array, mx.array]:
+    """Return the (N, D) last hidden states that tokens are drawn from, and the (N,) tokens; see `token_logprobs`.
+
+    A token's state has seen what stands before the token, and not the token.
+    """
     hidden = halves.trunk(ids[:, :-1])
     index = mx.array(positions)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[index]
-    return head_logprobs(halves, hidden, ids[:, 1:].reshape(-1)[index], temperature, logits_mb, slopes, entropies)
+    return hidden.reshape(-1, hidden.shape[-1])[index], ids[:, 1:].reshape(-1)[index]
 
 
 def head_logprobs(
@@ -115,8 +125,13 @@ def head_logprobs(
     logits_mb: float = LOGITS_MB,
     slopes: bool = True,
     entropies: bool = True,
+    entropy_slopes: bool = False,
 ) -> tuple[mx.array, mx.array | None]:
-    """Return (N,) log-probabilities and entropies of (N,) targets, given (N, D) hidden states; see `token_logprobs`."""
+    """Return (N,) log-probabilities and entropies of (N,) targets, given (N, D) hidden states; see `token_logprobs`.
+
+    With ``entropy_slopes`` (and both others) the entropies are differentiable too, which costs one more product with
+    the head.
+    """
     count = rows_per_chunk(halves.head(hidden[:1]).shape[-1], logits_mb)  # a shape; it is never computed
     logprobs, spread, before = [], [], []
     for at in range(0, hidden.shape[0], count):
@@ -128,14 +143,19 @@ def head_logprobs(
                 states = states + 0 * before[0].sum()  # and backwards, where `depends` orders nothing
             logprob, entropy = _trained_chunk(halves, states, wanted, temperature)
         else:
-            logprob, entropy, slope = _frozen_chunk(halves.head, mx.stop_gradient(states), wanted, temperature, slopes)
-            if slope is not None:
-                moved = (states - mx.stop_gradient(states)).astype(mx.float32)  # 0, with a gradient of 1
-                logprob = mx.stop_gradient(logprob) + (moved * mx.stop_gradient(slope)).sum(axis=-1)
+            both = _frozen_chunk(
+                halves.head, mx.stop_gradient(states), wanted, temperature, slopes, slopes and entropy_slopes
+            )
+            moved = (states - mx.stop_gradient(states)).astype(mx.float32)  # 0, with a gradient of 1
+            logprob, entropy = (_with_slope(value, slope, moved) for value, slope in both)
         logprobs.append(logprob)
-        spread.append(mx.stop_gradient(entropy))
+        spread.append(entropy if entropy_slopes else mx.stop_gradient(entropy))
         before = [logprob, spread[-1]] if entropies else [logprob]  # an entropy still to be computed holds its logits
     return mx.concatenate(logprobs), mx.concatenate(spread) if entropies else None
+
+
+def _with_slope(value: mx.array, slope: mx.array | None, moved: mx.array) -> mx.array:
+    return value if slope is None else mx.stop_gradient(value) + (moved * mx.stop_gradient(slope)).sum(axis=-1)
 
 
 def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
@@ -163,9 +183,9 @@ def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperatu
 
 
 def _frozen_chunk(
-    head: Callable, states: mx.array, targets: mx.array, temperature: float, slopes: bool
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Return log-probabilities, entropies and, if wanted, (n, D) float32 slopes d log p / d states."""
+    head: Callable, states: mx.array, targets: mx.array, temperature: float, slopes: bool, entropy_slopes: bool
+) -> tuple[tuple[mx.array, mx.array | None], tuple[mx.array, mx.array | None]]:
+    """Return log-probabilities and entropies, each with its (n, D) float32 slopes d / d states if those are wanted."""
     raw = head(states)
     logits = raw.astype(mx.float32)
     if temperature != 1.0:
@@ -176,13 +196,17 @@ def _frozen_chunk(
     log_total = top[:, 0] + mx.log(total)
     logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
     entropy = log_total - (weights * logits).sum(axis=-1) / total
+
+    def slope(pull: mx.array) -> mx.array:
+        pull = pull / temperature if temperature != 1.0 else pull
+        return mx.vjp(head, [states], [pull.astype(raw.dtype)])[1][0].astype(mx.float32)
+
+    pull = weights * (-1 / total)[:, None]  # minus the probabilities
+    slant = slope(pull * (logits - (log_total - entropy)[:, None])) if entropy_slopes else None
     if not slopes:
-        return logprob, entropy, None
-    pull = weights * (-1 / total)[:, None]
+        return (logprob, None), (entropy, slant)
     pull = mx.put_along_axis(pull, targets[:, None], mx.take_along_axis(pull, targets[:, None], axis=-1) + 1, axis=-1)
-    pull = pull / temperature if temperature != 1.0 else pull
-    _, (slope,) = mx.vjp(head, [states], [pull.astype(raw.dtype)])
-    return logprob, entropy, slope.astype(mx.float32)
+    return (logprob, slope(pull)), (entropy, slant)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, training
+from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import GRPOConfig
 from mlx_traces.models import LoadedModel
@@ -38,7 +38,7 @@ class Learner:
 
     def __init__(self, loaded: LoadedModel, config: GRPOConfig) -> None:
         self.config, self.module, self.resamples = config, loaded.model, config.max_resamples
-        self.halves = forward.split(loaded.model)
+        self.halves = forward.split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
         self.optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
 
@@ -107,10 +107,9 @@ def gradient(
 ) -> tuple[float, Any, Counter]:
     """Return the loss of one optimizer step, its gradient, and the sums that its metrics are made of."""
 
-    def loss_of(ids: mx.array, positions: np.ndarray, micro: list[Row]) -> tuple[mx.array, dict[str, mx.array]]:
-        flat, entropies = forward.token_logprobs(
-            halves, ids, positions, temperature=config.temperature, logits_mb=config.logits_mb
-        )
+    def loss_of(states: mx.array, targets: mx.array, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
+        micro = [rows[index] for index in indices]
+        flat, entropies = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb)
         index, mask = batching.places([row.example.count for row in micro])
         logprobs = flat[index]
         old = mx.stop_gradient(logprobs) if micro[0].old is None else batching.padded([row.old for row in micro])
@@ -132,39 +131,19 @@ def gradient(
         )
         return loss, sums | {"entropy": entropies.sum(), "kl_sampler": policy.kl_sampler(old, sampler, mask)}
 
-    value_and_grad = nn.value_and_grad(model, loss_of)
-    loss, grads, sums = 0.0, None, Counter()
-    for micro in _micro_batches(rows, config):
-        ids, positions = batching.pad([row.example for row in micro])
-        (part, more_sums), more = value_and_grad(mx.array(ids), positions, micro)
-        grads = optim.add(grads, more)
-        mx.eval(part, more_sums, grads)
-        loss += part.item()
-        sums.update({name: value.item() for name, value in more_sums.items()})
-    return loss, grads, sums
+    return sharing.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
 
 
-def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
+def logprobs_of(
+    model: nn.Module, halves: forward.Split, rows: Sequence[Row], config: GRPOConfig
+) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
-    for micro in _micro_batches(rows, config):
-        ids, positions = batching.pad([row.example for row in micro])
-        flat, _ = forward.token_logprobs(
-            halves,
-            mx.array(ids),
-            positions,
-            temperature=config.temperature,
-            logits_mb=config.logits_mb,
-            slopes=False,
-            entropies=False,
-        )
+    examples = [row.example for row in rows]
+    for indices, states, targets in sharing.each_states(model, halves, examples, config.micro_tokens):
+        flat, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+        micro = [rows[index] for index in indices]
         ends = np.cumsum([row.example.count for row in micro])[:-1]
         yield from zip(micro, np.split(np.array(flat), ends), strict=True)
-
-
-def _micro_batches(rows: Sequence[Row], config: GRPOConfig) -> Iterator[list[Row]]:
-    lengths = [len(row.example.ids) for row in rows]
-    for indices in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
-        yield [rows[index] for index in indices]
 
 
 def learn(
@@ -186,10 +165,10 @@ def learn(
     useful = weighed(rows, config)
     if config.kl_coef:
         with reference():
-            for row, values in logprobs_of(halves, useful, config):
+            for row, values in logprobs_of(model, halves, useful, config):
                 row.reference = values
     if config.updates_per_batch * config.minibatches > 1:
-        for row, values in logprobs_of(halves, useful, config):
+        for row, values in logprobs_of(model, halves, useful, config):
             row.old = values
     losses, norms, sums = [], [], Counter()
     draw = random.Random(f"{config.seed} step {step}")

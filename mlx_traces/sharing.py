@@ -1,0 +1,247 @@
+"""Gradients of a step, micro-batch by micro-batch, with the prompt of several rows read once for all of them.
+
+Rows of a group repeat their prompt, which for short completions is half of the work or more. Where it pays, the prompts
+are read first, and each row goes on from its prompt's keys and values. The backward pass is cut at the same place: the
+micro-batches add up what they ask of the keys and values, and one pass more takes that sum through the prompts. The
+result is that of whole rows, up to float32's rounding, and memory is still that of a micro-batch, plus the prompts'
+keys and values and their gradient.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_traces import batching, forward, optim
+from mlx_traces.batching import Example
+from mlx_traces.forward import Split
+
+LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
+
+Arrays = list[mx.array]
+LossOf = Callable[[mx.array, mx.array, list[int]], tuple[mx.array, dict[str, mx.array]]]
+
+
+def split(model: nn.Module) -> Split:
+    """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
+    halves = forward.split(model)
+    return replace(halves, shares=_can_share(model, halves))
+
+
+def _can_share(model: nn.Module, halves: Split) -> bool:
+    """Try it on a few tokens."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
+        return False
+    rows = [Example("", (1, 2, 3, 4, 5), (False, False, True, True, True)), Example("", (1, 2, 3), (False, True, True))]
+    training = model.training
+    model.eval()
+    try:
+        prompts = Prompts(model, rows)
+        found, _ = prompts.states(halves, prompts.read(halves, 8), [0, 1])
+        ids, positions = batching.pad(rows)
+        wanted, _ = forward.token_states(halves, mx.array(ids), positions)
+        return mx.allclose(found, wanted, rtol=1e-2, atol=1e-2).item()
+    except (ValueError, TypeError, AttributeError):  # a trunk that takes no such cache
+        return False
+    finally:
+        model.train(training)
+
+
+def accumulate(
+    model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int, loss_of: LossOf
+) -> tuple[float, Any, Counter]:
+    """Return a loss, its gradient in the trained parameters, and sums, each added up over micro-batches.
+
+    Args:
+        model: what is trained.
+        halves: the same model, by `split`; prompts are read once where that ``shares`` and saves a tenth of the tokens.
+        examples: the rows, each with a trained token.
+        micro_tokens: most tokens of a forward pass, padding included.
+        loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
+            micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
+    """
+    loss, grads, sums = 0.0, None, Counter()
+    prompts = _shared(model, halves, examples)
+    if prompts is None:
+
+        def whole(indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
+            return loss_of(*_states(halves, examples, indices), indices)
+
+        value_and_grad = nn.value_and_grad(model, whole)
+        for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
+            (part, more), grad = value_and_grad(indices)
+            grads = optim.add(grads, grad)
+            mx.eval(part, more, grads)
+            loss += part.item()
+            sums.update(_items(more))
+        return loss, grads, sums
+
+    def continued(parameters: Any, memory: Arrays, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
+        model.update(parameters)
+        return loss_of(*prompts.states(halves, memory, indices), indices)
+
+    memory, asked = prompts.read(halves, micro_tokens), None
+    value_and_grads = mx.value_and_grad(continued, argnums=(0, 1))
+    for indices in _micro_batches(prompts.rest, micro_tokens):
+        (part, more), (grad, pulls) = value_and_grads(model.trainable_parameters(), memory, indices)
+        grads, asked = optim.add(grads, grad), optim.add(asked, pulls)
+        mx.eval(part, more, grads, asked)
+        loss += part.item()
+        sums.update(_items(more))
+    for grad in prompts.pull_back(model, halves, asked, micro_tokens):
+        grads = optim.add(grads, grad)
+        mx.eval(grads)
+    return loss, grads, sums
+
+
+def each_states(
+    model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int
+) -> Iterator[tuple[list[int], mx.array, mx.array]]:
+    """Yield for each micro-batch its rows' indices, and the states and tokens that `accumulate` hands on."""
+    prompts = _shared(model, halves, examples)
+    if prompts is None:
+        for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
+            yield indices, *_states(halves, examples, indices)
+        return
+    memory = prompts.read(halves, micro_tokens)
+    for indices in _micro_batches(prompts.rest, micro_tokens):
+        yield indices, *prompts.states(halves, memory, indices)
+
+
+class Prompts:
+    """The different prompts of some rows: all that stands before a row's first trained token.
+
+    What was read of them is a list of arrays, each with a row for each prompt: the keys and values of every layer,
+    (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D).
+    """
+
+    def __init__(self, model: nn.Module, examples: Sequence[Example]):
+        starts = [max(1, example.trained.index(True, 1)) for example in examples]
+        found: dict[tuple[int, ...], int] = {}
+        self.examples = examples
+        self.owner = [
+            found.setdefault(example.ids[:start], len(found)) for example, start in zip(examples, starts, strict=True)
+        ]
+        self.lengths = np.array([len(ids) for ids in found], np.int32)
+        self.rest = [len(example.ids) - start for example, start in zip(examples, starts, strict=True)]
+        self.ids = np.zeros((len(found), self.lengths.max()), np.int32)
+        for row, ids in zip(self.ids, found, strict=True):
+            row[: len(ids)] = ids
+        self.layers = len(model.layers)
+
+    @property
+    def saved(self) -> float:
+        """The share of the rows' tokens that is saved; a prompt's cost 4/3, as they are read again in `pull_back`."""
+        every = sum(len(example.ids) for example in self.examples)
+        return 1 - (sum(self.rest) + 4 / 3 * self.lengths.sum()) / every
+
+    def read(self, halves: Split, micro_tokens: int) -> Arrays:
+        """Read all prompts, ``micro_tokens`` at a time; without a gradient."""
+        parts = []
+        for chunk in self._chunks(micro_tokens):
+            parts.append(self._read(halves, chunk))
+            mx.eval(parts[-1])
+        return [mx.concatenate(arrays) for arrays in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
+    def states(self, halves: Split, memory: Arrays, indices: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Return the (N, D) states and (N,) trained tokens of some rows, from what was read of their prompts."""
+        owners = np.array([self.owner[index] for index in indices])
+        rows, lengths = mx.array(owners), self.lengths[owners]
+        most, width = int(lengths.max()), max(self.rest[index] for index in indices)
+        ids, trained = np.zeros((len(indices), width), np.int32), np.zeros((len(indices), width), bool)
+        for row, index in enumerate(indices):
+            example, rest = self.examples[index], self.rest[index]
+            ids[row, :rest], trained[row, :rest] = example.ids[-rest:], example.trained[-rest:]
+        states = memory[-1][rows][:, None]
+        if width > 1:
+            kept = [(keys[rows, :, :most], values[rows, :, :most]) for keys, values in _pairs(memory)]
+            hidden = halves.trunk(mx.array(ids[:, :-1]), cache=[_Continued(*pair, lengths) for pair in kept])
+            states = mx.concatenate([states, hidden], axis=1)
+        index = mx.array(np.flatnonzero(trained))
+        return states.reshape(-1, states.shape[-1])[index], mx.array(ids.reshape(-1))[index]
+
+    def pull_back(self, model: nn.Module, halves: Split, asked: Arrays, micro_tokens: int) -> Iterator[Any]:
+        """Yield parts of the parameters' gradient: what rows ask of the prompts, taken through another reading."""
+        for chunk in self._chunks(micro_tokens):
+
+            def product(chunk: slice = chunk) -> mx.array:  # its gradient is what was asked, taken through the prompts
+                read = self._read(halves, chunk)
+                return sum((array * pull[chunk]).sum() for array, pull in zip(read, asked, strict=True))
+
+            yield nn.value_and_grad(model, product)()[1]
+
+    def _chunks(self, micro_tokens: int) -> list[slice]:
+        size = max(1, micro_tokens // self.ids.shape[1])
+        return [slice(at, at + size) for at in range(0, len(self.ids), size)]
+
+    def _read(self, halves: Split, chunk: slice) -> Arrays:
+        caches = [_Read() for _ in range(self.layers)]
+        hidden = halves.trunk(mx.array(self.ids[chunk]), cache=caches)
+        lengths = self.lengths[chunk]
+        last = hidden[mx.arange(len(lengths)), mx.array(lengths - 1)]
+        return [array for cache in caches for array in (cache.keys, cache.values)] + [last]
+
+
+class _Read:
+    """The cache of a layer that reads from the start, behind the interface of mlx_lm's: it keeps what it is given."""
+
+    offset = 0
+
+    def make_mask(self, N: int, **_: Any) -> str | None:
+        return "causal" if N > 1 else None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class _Continued:
+    """The cache of a layer whose rows go on from (R, heads, L, size) keys and values, ``lengths`` of them a row's."""
+
+    def __init__(self, keys: mx.array, values: mx.array, lengths: np.ndarray):
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.uniform = len(set(lengths.tolist())) == 1
+        self.offset = int(lengths[0]) if self.uniform else mx.array(lengths)
+
+    def make_mask(self, N: int, **_: Any) -> mx.array | str | None:
+        if self.uniform:
+            return "causal" if N > 1 else None
+        before = np.arange(self.keys.shape[2])[None] < self.lengths[:, None]  # (R, L)
+        own = np.tril(np.ones((N, N), bool))
+        rows = len(self.lengths)
+        mask = [np.broadcast_to(before[:, None], (rows, N, before.shape[1])), np.broadcast_to(own, (rows, N, N))]
+        return mx.array(np.concatenate(mask, axis=2)[:, None])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+
+
+def _shared(model: nn.Module, halves: Split, examples: Sequence[Example]) -> Prompts | None:
+    """Return the prompts if they are to be read once."""
+    if not halves.shares or not examples:
+        return None
+    prompts = Prompts(model, examples)
+    return prompts if prompts.saved >= LEAST_SAVED else None
+
+
+def _states(halves: Split, examples: Sequence[Example], indices: Sequence[int]) -> tuple[mx.array, mx.array]:
+    ids, positions = batching.pad([examples[index] for index in indices])
+    return forward.token_states(halves, mx.array(ids), positions)
+
+
+def _micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    return batching.micro_batches(range(len(lengths)), lengths, micro_tokens)
+
+
+def _pairs(memory: Arrays) -> Iterator[tuple[mx.array, mx.array]]:
+    return zip(memory[:-1:2], memory[1:-1:2], strict=True)
+
+
+def _items(sums: dict[str, mx.array]) -> dict[str, float]:
+    return {name: value.item() for name, value in sums.items()}

@@ -1,0 +1,120 @@
+"""A prompt read once for its rows gives what whole rows give: states, losses, gradients."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import make_model
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, forward, sharing
+from mlx_traces.batching import Example
+from mlx_traces.config import AdapterConfig
+
+
+def lora(kind="lora"):
+    model = make_model()
+    mx.random.seed(1)
+    adapters.start(model, AdapterConfig(rank=4, kind=kind))
+    trained = tree_flatten(model.trainable_parameters())
+    arrays = [(name, array + 0.1 * mx.random.normal(array.shape)) for name, array in trained]
+    model.load_weights(arrays, strict=False)
+    return model
+
+
+def groups(lengths, size=3, seed=0, rest=9):
+    """Return rows with unequal completions, ``size`` to a prompt; some tokens in the middle are not trained."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for length in lengths:
+        prompt = tuple(draw.integers(0, 98, length).tolist())
+        for _ in range(size):
+            count = int(draw.integers(1, rest))
+            trained = [True] * count
+            if count > 4:
+                trained[2] = False
+            ids = prompt + tuple(draw.integers(0, 98, count).tolist())
+            rows.append(Example(f"{len(rows)}", ids, (False,) * length + tuple(trained)))
+    return rows
+
+
+def measured(model, rows, budget, shares):
+    halves = replace(forward.split(model), shares=shares)
+    draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
+    weights = [mx.array(draw.astype(np.float32)) for draw in draws]
+
+    def loss_of(states, targets, indices):
+        logprobs, entropies = forward.head_logprobs(halves, states, targets, 0.7)
+        return (logprobs * mx.concatenate([weights[i] for i in indices])).sum(), {"entropy": -entropies.sum()}
+
+    return sharing.accumulate(model, halves, rows, budget, loss_of)
+
+
+def distance(one, other):
+    pairs = zip(tree_flatten(one), tree_flatten(other), strict=True)
+    return max((mx.abs(a - b).max() / mx.abs(a).max()).item() for (_, a), (_, b) in pairs)
+
+
+@pytest.mark.parametrize("lengths", [(12, 9, 14, 7), (10, 10, 10), (11,), (1, 30)], ids=str)
+@pytest.mark.parametrize("budget", [16, 64, 4096])
+def test_gradient_is_that_of_whole_rows(lengths, budget):
+    model, rows = lora(), groups(lengths)
+    loss, grads, sums = measured(model, rows, budget, True)
+    plain_loss, plain_grads, plain_sums = measured(model, rows, 64, False)
+    assert loss == pytest.approx(plain_loss, rel=1e-5) and distance(plain_grads, grads) < 2e-5
+    assert sums["entropy"] == pytest.approx(plain_sums["entropy"], rel=1e-5) and sums["entropy"] < 0
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_other_adapters(kind):
+    model, rows = lora(kind), groups((12, 9))
+    assert distance(measured(model, rows, 64, False)[1], measured(model, rows, 64, True)[1]) < 2e-5
+
+
+def test_a_prompt_that_asks_for_nothing_is_seen(monkeypatch):
+    """The prompts' share of the gradient is not small: without it the comparison above fails."""
+    model, rows = lora(), groups((12, 9, 14, 7))
+    whole = measured(model, rows, 64, False)[1]
+    monkeypatch.setattr(sharing.Prompts, "pull_back", lambda *_: iter(()))
+    assert distance(whole, measured(model, rows, 64, True)[1]) > 0.01
+
+
+def test_each_prompt_is_read_once_where_that_saves_tokens(monkeypatch):
+    model, read = lora(), []
+    whole = sharing.Prompts._read
+
+    def counted(self, halves, chunk):
+        read.append(len(self.ids[chunk]))
+        return whole(self, halves, chunk)
+
+    monkeypatch.setattr(sharing.Prompts, "_read", counted)
+    measured(model, groups((12, 9, 14, 7)), 4096, True)
+    assert read == [4, 4]  # once forward, once more for the gradient
+    read.clear()
+    measured(model, groups((2, 3), size=1), 4096, True)
+    assert read == []
+
+
+def test_states_without_a_gradient():
+    model, rows = lora(), groups((12, 9, 14, 7))
+    found = {}
+    for shares in (False, True):
+        halves = replace(forward.split(model), shares=shares)
+        for indices, states, targets in sharing.each_states(model, halves, rows, 64):
+            ends = np.cumsum([rows[index].count for index in indices])[:-1]
+            for index, own, ids in zip(
+                indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
+            ):
+                assert ids.tolist() == [i for i, t in zip(rows[index].ids, rows[index].trained, strict=True) if t]
+                found.setdefault(index, []).append(own)
+    assert len(found) == len(rows)
+    for whole, shared in found.values():
+        np.testing.assert_allclose(shared, whole, atol=1e-5)
+
+
+def test_models_are_asked_whether_they_can(monkeypatch):
+    model = lora()
+    assert sharing.split(model).shares
+    monkeypatch.setattr(sharing._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
+    assert not sharing.split(model).shares
