@@ -135,7 +135,17 @@ class SFTConfig(SFTSettings):
     valid: str | None = Field(None, description="File of traces for the validation loss.")
 
 
-class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
+class JudgeConfig(Config):
+    """A model that grades traces by a rubric."""
+
+    judge: str | None = Field(None, description="Model that judges each trace by a rubric.")
+    judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
+    judge_max_tokens: Positive = Field(256, description="Longest reply of the judge, in tokens.")
+    judge_cache: str = Field("data/judge.jsonl", description="File of the judge's replies; none is asked for twice.")
+    judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")
+
+
+class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, JudgeConfig, ProblemConfig):
     """Settings of reinforcement learning on a task's training problems, by its own grader, whatever the algorithm."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
@@ -159,7 +169,8 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, ProblemConfig):
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to sample with; fewer rows.")
 
     rewards: dict[str, float] = Field(
-        {"correct": 1.0}, description="Weights of the rewards: correct, format, ... or module:function of your own."
+        {"correct": 1.0},
+        description="Weights of the rewards: correct, gated, flash, judge, format, ... or module:function of your own.",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field("think", description="Form that the format reward wants.")
     overlong: Literal["keep", "mask", "penalty"] = Field(
@@ -205,7 +216,7 @@ class GRPOConfig(RLConfig):
     minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
 
 
-class ScoreConfig(LoadConfig):
+class ScoreConfig(LoadConfig, JudgeConfig):
     """Settings of ``mlx-traces score``; ``mix`` weighs the components of the combined score, one left out weighs 0."""
 
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
@@ -221,11 +232,6 @@ class ScoreConfig(LoadConfig):
         description="Weights of the components in the combined score.",
     )
     model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
-    judge: str | None = Field(None, description="Model that judges each trace by a rubric.")
-    judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
-    judge_max_tokens: Positive = Field(256, description="Longest reply of the judge, in tokens.")
-    judge_cache: str = Field("data/judge.jsonl", description="File of the judge's replies; none is asked for twice.")
-    judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")
     rows: Positive = Field(16, description="Traces that the judge reads at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
 

@@ -11,8 +11,9 @@ from fractions import Fraction
 from itertools import islice
 
 from mlx_traces.config import ScoreConfig
-from mlx_traces.records import Problem, Score
-from mlx_traces.tasks import Task
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem, Score, Trace
+from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import THOUGHT_TAGS
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
@@ -65,6 +66,17 @@ def headline(task: Task, problem: Problem, completion: str) -> Score:
     return task.grade(problem, completion)[task.extractors[0]]
 
 
+def problem_of(trace: Trace, where: str) -> Problem | None:
+    """Return the problem that a trace answers, None without a task; UserError, starting with ``where``, if unknown."""
+    if not trace.task:
+        return None
+    try:
+        task = get_task(trace.task)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return task.parse(trace.columns, where)
+
+
 def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> float:
     """Return one score: 0 for a wrong trace, (1 + m) / 2 for a correct one, m for one that nothing judged.
 
@@ -106,8 +118,8 @@ def format_score(completion: str, finish_reason: str | None, tags: str, prompt: 
 
     As a reward it leaves nothing to exploit: every tag stands exactly once, in order, so no answer is repeated or hides
     in the thought; no tag of another style occurs; thought and answer have a letter or digit; the thought says more
-    than the prompt does; and the completion was not cut off. With tags ``"none"`` any text that was not cut off is
-    well-formed.
+    than the prompt does; and the completion was not cut off. A solution of Sky-T1's may mark its answer by one
+    ``<answer>…</answer>``. With tags ``"none"`` any text that was not cut off is well-formed.
     """
     if finish_reason == "length":
         return 0.0
@@ -116,15 +128,18 @@ def format_score(completion: str, finish_reason: str | None, tags: str, prompt: 
         return float(bool(text))
     style, lower = STYLES[tags], text.lower()
     wanted = (*style.thought, *(style.answer or ()))
+    if tags == "sky-t1" and "<answer>" in lower:
+        wanted = (*wanted[:3], *STYLES["think"].answer, wanted[3])
     if any(lower.count(tag) != 1 for tag in wanted) or any(tag in lower for tag in _ALL_TAGS - set(wanted)):
         return 0.0
     between = re.split("|".join(map(re.escape, wanted)), lower)
     before, thought, *rest = between
-    gap, answer, after = rest if style.answer else ("", *rest, "")
+    gap, *answer, after = rest if style.answer else ("", *rest, "")
     in_order = [lower.find(tag) for tag in wanted] == sorted(lower.find(tag) for tag in wanted)
     if not in_order or before.strip() or gap.strip() or after.strip():
         return 0.0
-    return float(bool(_WORD.search(answer)) and _adds(thought, prompt))
+    stated = answer[1] if len(answer) > 1 else answer[0]  # what the tags mark, or all of it
+    return float(bool(_WORD.search(stated)) and _adds(thought, prompt))
 
 
 _WORD = re.compile(r"\w")

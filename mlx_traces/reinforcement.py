@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, checkpoints, device, memory, models, rewards, rollouts, training
+from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, training
 from mlx_traces.config import RLConfig
 from mlx_traces.evaluation import Plan
 from mlx_traces.models import LoadedModel
@@ -82,12 +82,12 @@ def train(
     Raises:
         UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
     """
-    folder = RunFolder(Path(out))
+    folder = RunFolder(ranks.own_folder(Path(out)))
     folder.refuse(resume)
     model_name, inner = models.split_adapter(config.model)
     config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
     planned, held_out, notes = rollouts.prepare(config)
-    functions = rewards.load(config.rewards, list(planned.problems[0].columns))
+    functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     longest = rollouts.longest_prompt(loaded, planned)
     identity = identity_of(config, planned, loaded, functions)
@@ -164,9 +164,10 @@ def identity_of(
     config: RLConfig, planned: Plan, loaded: LoadedModel, functions: Mapping[str, Callable]
 ) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
-    own = {name: rewards.sources(name, function) for name, function in functions.items()}
+    own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
     return {
-        **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data"}),
+        **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data", "judge_cache"}),
+        **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
         "model_files": fingerprint(loaded.path),

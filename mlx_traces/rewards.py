@@ -1,4 +1,13 @@
-"""Rewards of completions: the task's own grader, scores of the text, any Python function. No MLX.
+"""Rewards of completions: the task's own grader, scores of the text, a judge, any Python function. No MLX.
+
+``correct`` is the task's verdict, 0 or 1. ``gated`` is 1 for a completion that is correct and whose form is exactly
+that of ``tags`` (``quality.format_score``), else 0. Two look at right completions only, those whose ``gated`` is 1, or
+``correct`` where ``gated`` is no reward, and are None for the others, so that a wrong answer earns nothing by them:
+``flash`` compares the lengths of a problem's right completions, 1 for its shortest, 0 for its longest, in between
+evenly by tokens, and None where all are of one length (after Sky-T1-Flash); ``judge`` is a model's grade by a rubric
+(without ``correct`` and ``gated`` it reads every completion). ``flash`` weighs less than these two, so a long right
+completion stays nearer to a short right one than to a wrong one. The others are scores of the text (``quality``), for
+wrong completions too.
 
 A function of one's own is named ``module:function`` and looked for in the working folder too. It is called with the
 list of completions (the assistant's whole turns, as texts) and, by name, with those of these lists that it takes:
@@ -14,27 +23,32 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import ScoreConfig
+from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.quality import text_scores
-from mlx_traces.records import Problem
+from mlx_traces.records import Problem, Trace
 
-BUILT_IN = ("correct", "format", "structure", "faithfulness", "length", "repetition")
+TEXT = ("format", "structure", "faithfulness", "length", "repetition")
+RIGHT = ("correct", "gated")  # these say whether a completion is right; the last one there is what counts
+FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
+BUILT_IN = (*RIGHT, "flash", "judge", *TEXT)
 
 Sample = tuple[Problem, Completion]
 Parts = dict[str, float | None]
 
 
-def load(weights: Mapping[str, float], columns: Sequence[str]) -> dict[str, Callable]:
-    """Import the functions among the rewards' names, and check that the problems have what they ask for.
+def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig | None = None) -> dict[str, Callable]:
+    """Import the functions among the rewards' names, load the judge, and check that the problems have what they need.
 
     Args:
         weights: by name, as in ``GRPOConfig.rewards``.
         columns: of the problems.
+        config: says which model judges, and how.
 
     Raises:
-        UserError: if there is no reward, or one that is not known, not to be imported, or not to be called so.
+        UserError: if there is no reward, or one that is not known, not to be imported, or not to be called so; if
+            ``flash`` does not weigh less than ``correct`` and ``gated``; if the judge is not named or not to be loaded.
     """
     if not any(weights.values()):
         raise UserError("rewards: none has a weight; as in {correct: 1}")
@@ -50,7 +64,20 @@ def load(weights: Mapping[str, float], columns: Sequence[str]) -> dict[str, Call
                 continue
             if parameter.name not in known:
                 raise UserError(f"reward {name}: there is no column {parameter.name!r}; there are {', '.join(known)}")
-    return functions
+    right = sum(weights.get(name, 0) for name in RIGHT)
+    if "flash" in weights and not 0 <= weights["flash"] < right:
+        raise UserError(
+            f"reward flash: its weight {weights['flash']:g} must be 0 or more and below that of correct and gated, "
+            f"{right:g}; as in {{gated: 1, flash: 0.2}}"
+        )
+    named = config.judge if config else None
+    if ("judge" in weights) != bool(named):
+        raise UserError(
+            f"judge: {named} is no reward yet; as in rewards: {{correct: 1, judge: 0.5}}"
+            if named
+            else "reward judge: no model is named; set judge: MODEL"
+        )
+    return functions | ({"judge": _judge_of(config)} if named else {})
 
 
 def sources(name: str, function: Callable) -> list[Path]:
@@ -68,23 +95,83 @@ def score(
 ) -> list[Parts]:
     """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
 
-    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as in ``quality``.
+    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as told above.
 
     Raises:
-        UserError: naming the function, if one fails or returns something else than a number for each completion.
+        UserError: naming the function, if one fails or returns something else than a number for each completion; if
+            more than the share ``judge_failures`` of the judge's replies are no grades.
     """
     settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
+    known: dict[str, list[float | None]] = {}
+    if set(weights) & {*TEXT, "gated"}:
+        texts = [_text_scores(planned, *sample, settings) for sample in samples]
+        known = {name: [text[name] for text in texts] for name in TEXT}
+    if set(weights) & {*RIGHT}:
+        known["correct"] = [float(_verdict(planned, *sample)) for sample in samples]
+    if "gated" in weights:
+        known["gated"] = [c * form for c, form in zip(known["correct"], known["format"], strict=True)]
+    # flash and judge look at those that are right
+    chosen = known.get("gated", known.get("correct", [1.0] * len(samples)))
+    right = [index for index, value in enumerate(chosen) if value == 1]
     parts: list[Parts] = [{} for _ in samples]
     for name in weights:
-        if name in functions:
-            values = _call(name, functions[name], samples)
-        elif name == "correct":
-            values = [float(_verdict(planned, *sample)) for sample in samples]
+        if name == "judge":
+            values = _placed(functions[name](planned, [samples[i] for i in right]), right, len(samples))
+        elif name == "flash":
+            values = _placed(_flash([samples[i] for i in right]), right, len(samples))
         else:
-            values = [_text_score(planned, *sample, settings)[name] for sample in samples]
+            values = _call(name, functions[name], samples) if name in functions else known[name]
         for part, value in zip(parts, values, strict=True):
             part[name] = value
     return parts
+
+
+def _placed(values: Sequence[float | None], places: Sequence[int], count: int) -> list[float | None]:
+    """Return a list of ``count`` with the values at their places and None elsewhere."""
+    found = dict(zip(places, values, strict=True))
+    return [found.get(index) for index in range(count)]
+
+
+def _flash(samples: Sequence[Sample]) -> list[float | None]:
+    """Return for each completion how short it is among those of its problem; see above."""
+    lengths = [len(completion.rollout.completion_ids) for _, completion in samples]
+    of_problem: dict[str, list[int]] = {}
+    for (problem, _), length in zip(samples, lengths, strict=True):
+        of_problem.setdefault(problem.id, []).append(length)
+    ends = {name: (min(own), max(own)) for name, own in of_problem.items()}
+    values = []
+    for (problem, _), length in zip(samples, lengths, strict=True):
+        low, high = ends[problem.id]
+        values.append((high - length) / (high - low) if high > low else None)
+    return values
+
+
+def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float | None]]:
+    """Load the judge; return the function that grades completions.
+
+    Its failures are counted over all of a run, from `FEWEST_JUDGED` completions on: a step may have few right ones.
+    """
+    from mlx_traces import asking, models
+
+    loaded = models.load(config.judge, **config.load_arguments())
+    failed = total = 0
+
+    def grades(planned: Plan, samples: Sequence[Sample]) -> list[float | None]:
+        nonlocal failed, total
+        problems = [problem for problem, _ in samples]
+        traces = [
+            Trace(problem.id, tuple(planned.prompt.messages(problem)), completion.opened + completion.rollout.text)
+            for problem, completion in samples
+        ]
+        said = asking.judgements(loaded, traces, problems, config)
+        found = [asking.parse_judgement(reply or "") for reply in said]
+        failed, total = failed + found.count(None), total + len(found)
+        if total >= FEWEST_JUDGED:
+            asking.refuse_failures(loaded, failed, total, said, config)
+        return found
+
+    grades.identity = asking.identity_of(loaded)
+    return grades
 
 
 def total(parts: Parts, weights: Mapping[str, float]) -> float:
@@ -96,7 +183,7 @@ def _verdict(planned: Plan, problem: Problem, completion: Completion) -> bool:
     return planned.task.grade(problem, completion.opened + completion.rollout.text)[planned.extractor].correct
 
 
-def _text_score(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:
+def _text_scores(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:
     rollout, asked = completion.rollout, planned.prompt.messages(problem)[-1]["content"]
     text = completion.opened + rollout.text
     return text_scores(text, rollout.finish_reason, len(rollout.completion_ids), settings, asked)

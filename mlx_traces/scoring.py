@@ -1,42 +1,21 @@
 """The recipe of ``score``: traces judged by their tasks, scored by their text, and by models where they are named."""
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_traces.asking import judge
 from mlx_traces.config import FilterConfig, ScoreConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import COMPONENTS, combined, headline, text_scores
+from mlx_traces.quality import COMPONENTS, combined, headline, problem_of, text_scores
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import fingerprint
 from mlx_traces.selection import Report, select
 from mlx_traces.tasks import get_task
-from mlx_traces.tasks.answers import answer_part
-from mlx_traces.tasks.data import read_jsonl
-from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.traces import manifest_path, read_traces, write_traces
 
 BATCH_TOKENS = 4096  # read at once for perplexity, padding included
-
-RUBRIC = Prompt(
-    name="rubric",
-    user="""You grade the reasoning of a solution.
-
-Question:
-{question}
-
-Reasoning and answer:
-{trace}
-
-Grade the reasoning from 0 to 1: are its steps correct, does each follow from the ones before, is nothing missing, and \
-is nothing there that does not help? Write one short paragraph, then end with one line of exactly this form:
-Score: 0.5""",
-)
 
 
 def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
@@ -98,7 +77,7 @@ def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[s
             a judge whose replies cannot be read more often than ``judge_failures`` allows.
     """
     places = where or [f"trace {trace.id}" for trace in traces]
-    problems = [_problem(trace, place) for trace, place in zip(traces, places, strict=True)]
+    problems = [problem_of(trace, place) for trace, place in zip(traces, places, strict=True)]
     own = [_own(trace, problem, config) for trace, problem in zip(traces, problems, strict=True)]
     models = model_scores(traces, problems, config)
     scored = []
@@ -110,16 +89,6 @@ def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[s
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
-
-
-def _problem(trace: Trace, where: str) -> Problem | None:
-    if not trace.task:
-        return None
-    try:
-        task = get_task(trace.task)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return task.parse(trace.columns, where)
 
 
 def _own(trace: Trace, problem: Problem | None, config: ScoreConfig) -> tuple[str | None, dict[str, float | None]]:
@@ -226,98 +195,3 @@ def _prompt_ids(loaded: Any, trace: Trace) -> tuple[tuple[int, ...], str]:
         rendered = loaded.render_turns([dict(turn) for turn in trace.messages])
         return rendered.ids, rendered.opened
     return tuple(loaded.tokenizer.encode(""))[:1] or tuple(sorted(loaded.stop_ids))[:1], ""
-
-
-# ---------------------------------------------------------------------------------- a judge
-
-_SCORE = re.compile(r"Score: ?(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
-_ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
-
-
-def parse_judgement(reply: str) -> float | None:
-    """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
-
-    Only what follows the judge's own thought is read; prose has no score.
-    """
-    reply = answer_part(reply).strip()
-    match = _SCORE.fullmatch(reply.rpartition("\n")[2].strip())
-    return float(match[1]) if match and len(_ANY_SCORE.findall(reply)) == 1 else None
-
-
-def judge(
-    loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig
-) -> list[float | None]:
-    """Ask a model to grade each trace by the rubric, greedily; None where its reply is no grade.
-
-    Replies are kept in ``config.judge_cache`` by a hash of the model, the tokens put to it and the most it may say, so
-    a trace is judged once. A trace too long for the judge's context has no grade.
-
-    Raises:
-        UserError: if more than the share ``judge_failures`` has none, or the rubric or the cache cannot be read.
-    """
-    from mlx_traces.drawing import Request, SamplingParams
-    from mlx_traces.sampling import generate
-
-    prompt = load_prompt(Path(config.judge_prompt)) if config.judge_prompt else RUBRIC
-    params = SamplingParams(max_tokens=config.judge_max_tokens, stop=prompt.stop)
-    cache = Cache(Path(config.judge_cache))
-    identity = [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), config.judge_max_tokens]
-    identity += [fingerprint(Path(loaded.adapter)) if loaded.adapter else None, list(prompt.stop)]
-    keys, requests = [], {}
-    for trace, problem in zip(traces, problems, strict=True):
-        question = str((problem.columns if problem else {}).get("question") or _asked(trace))
-        columns = {"question": question, "trace": trace.completion}
-        rendered = loaded.render(prompt, Problem(trace.id, columns, ""))
-        key = hashlib.sha256(json.dumps([*identity, rendered.ids]).encode()).hexdigest()[:24]
-        keys.append(key)
-        fits = loaded.context is None or len(rendered.ids) + config.judge_max_tokens <= loaded.context
-        if fits and key not in cache.replies:
-            requests[key] = Request(rendered.ids)
-    asked = list(requests)
-    replies = generate(loaded, list(requests.values()), params, config.rows, memory_gb=config.memory_limit)
-    for index, rollout in replies:
-        cache.add(asked[index], rollout.text)
-    grades = [None if key not in cache.replies else parse_judgement(cache.replies[key]) for key in keys]
-    failed = grades.count(None)
-    if failed > config.judge_failures * len(grades):
-        sample = next((cache.replies[key] for key in keys if key in cache.replies), "nothing: the traces are too long")
-        raise UserError(
-            f"{loaded.name} gave no 'Score: 0.8' line for {failed} of {len(grades)} traces (it says "
-            f"{sample.strip()[-60:]!r}); take another judge, or raise --judge-failures"
-        )
-    return grades
-
-
-class Cache:
-    """A judge's replies by key, in a file of JSON lines that grows as they come."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.replies: dict[str, str] = {}
-        if path.exists():
-            self._drop_cut_line()
-            for where, row in read_jsonl(path, ("key", "reply")):
-                if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
-                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to judge anew")
-                self.replies[row["key"]] = row["reply"]
-
-    def _drop_cut_line(self) -> None:
-        try:
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n") and content:
-                with self.path.open("r+b") as file:
-                    file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another --judge-cache") from None
-
-    def add(self, key: str, reply: str) -> None:
-        """Keep a reply, on disk too."""
-        self.replies[key] = reply
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "reply": reply}) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another --judge-cache"
-            ) from None

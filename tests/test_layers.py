@@ -15,7 +15,7 @@ bench grpo sft scoring
 reinforcement
 rollouts
 training rewards memory
-evaluation examples
+evaluation examples asking
 sampling report
 fallback nano
 drawing tables traces

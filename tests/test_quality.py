@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from fractions import Fraction
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -130,6 +130,17 @@ def test_format_of_the_other_styles():
     assert format_score(sky, None, "sky-t1") == 1
     assert format_score(sky + "!", None, "sky-t1") == format_score(sky, None, "think") == 0
     assert format_score(sky + sky, None, "sky-t1") == 0
+    for solution, expected in (
+        ("So <answer>5</answer>.", 1),
+        ("So <answer> </answer>.", 0),
+        ("So </answer>5<answer>.", 0),
+        ("<answer>5</answer><answer>6</answer>", 0),
+        ("<answer>5", 0),
+        ("5</answer>", 0),
+    ):
+        assert format_score(sky.replace("\n5\n", solution), None, "sky-t1") == expected, solution
+    assert format_score(sky.replace("\na\n", "a <answer>5</answer>"), None, "sky-t1") == 0
+    assert format_score(sky + "<answer>5</answer>", None, "sky-t1") == 0
     assert format_score("<think>a</think>\nIt is 5.", "stop", "r1") == 1
     assert format_score("<think>a</think>\n", "stop", "r1") == 0
     assert format_score(GOOD, "stop", "r1") == 0  # a tag of another style
@@ -309,12 +320,12 @@ def test_any_text_has_scores_from_0_to_1(text, tags, finish):
 )
 def test_a_megabyte_of_anything_is_quick(pattern):
     text = pattern * (1_000_000 // len(pattern))
-    start = perf_counter()
+    start = process_time()
     faithfulness(text)
-    assert perf_counter() - start < 0.5  # 4 to 35 ms; the bound leaves room for a busy machine
-    start = perf_counter()
+    assert process_time() - start < 0.5  # of the processor: 4 to 35 ms
+    start = process_time()
     structure(text), repetition(text), format_score(text, None, "think", text[:1000])
-    assert perf_counter() - start < 1
+    assert process_time() - start < 1
 
 
 def test_no_mlx():

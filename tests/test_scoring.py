@@ -11,20 +11,13 @@ from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
 import mlx_traces.sampling
+from mlx_traces.asking import Cache, judge, parse_judgement
 from mlx_traces.cli import main
 from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import COMPONENTS
 from mlx_traces.records import Rollout, Trace
-from mlx_traces.scoring import (
-    Cache,
-    judge,
-    mean_probabilities,
-    own_probability,
-    parse_judgement,
-    score_traces,
-    summary,
-)
+from mlx_traces.scoring import mean_probabilities, own_probability, score_traces, summary
 from mlx_traces.traces import manifest_of, read_traces
 
 COLUMNS = {"nums": [3, 4, 6], "target": 30}

@@ -1,0 +1,181 @@
+"""A model asked about traces: one greedy reply to each, batched by the engine, kept by a hash of the question.
+
+So that nothing is asked twice, a cut-off command included. The judge is here too; it grades a trace by a rubric.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.config import RLConfig, ScoreConfig
+from mlx_traces.errors import UserError
+from mlx_traces.records import Problem, Trace
+from mlx_traces.runs import fingerprint
+from mlx_traces.tasks.answers import answer_part
+from mlx_traces.tasks.data import read_jsonl
+from mlx_traces.tasks.prompts import Prompt, load_prompt
+
+
+class Cache:
+    """A model's replies by key, in a file of JSON lines that grows as they come."""
+
+    def __init__(self, path: Path, option: str = "--judge-cache"):
+        self.path, self.option = path, option
+        self.replies: dict[str, str] = {}
+        if path.exists():
+            self._drop_cut_line()
+            for where, row in read_jsonl(path, ("key", "reply")):
+                if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
+                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to ask anew")
+                self.replies[row["key"]] = row["reply"]
+
+    def _drop_cut_line(self) -> None:
+        try:
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n") and content:
+                with self.path.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another {self.option}") from None
+
+    def add(self, key: str, reply: str) -> None:
+        """Keep a reply, on disk too."""
+        self.replies[key] = reply
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another {self.option}"
+            ) from None
+
+
+def replies(
+    loaded: Any,
+    prompt: Prompt,
+    questions: Sequence[Mapping[str, Any]],
+    cache: Cache,
+    max_tokens: int,
+    rows: int,
+    memory_limit: float | None = None,
+) -> list[str | None]:
+    """Put a prompt to a model for each question, greedily; return its replies.
+
+    A reply is found again in the cache by a hash of the model, the tokens put to it and the most it may say.
+
+    Args:
+        loaded: the model.
+        prompt: with placeholders for the questions' columns.
+        questions: the columns.
+        cache: of the replies; grows by those that are made.
+        max_tokens: of a reply.
+        rows: replies made at once.
+        memory_limit: most GB to use.
+
+    Returns:
+        Texts, what the template opens not included; None where question and reply do not fit in the model's context.
+    """
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import generate
+
+    name, adapter, files, adapter_files = identity_of(loaded)
+    identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
+    keys, requests = [], {}
+    for columns in questions:
+        rendered = loaded.render(prompt, Problem("", dict(columns), ""))
+        key = hashlib.sha256(json.dumps([*identity, rendered.ids]).encode()).hexdigest()[:24]
+        keys.append(key)
+        fits = loaded.context is None or len(rendered.ids) + max_tokens <= loaded.context
+        if fits and key not in cache.replies:
+            requests[key] = Request(rendered.ids)
+    asked, params = list(requests), SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
+    for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
+        cache.add(asked[index], rollout.text)
+    return [cache.replies.get(key) for key in keys]
+
+
+def identity_of(loaded: Any) -> list[str | None]:
+    """Return a model's and its adapter's names, then what stands for their files."""
+    own = fingerprint(Path(loaded.adapter)) if loaded.adapter else None
+    return [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), own]
+
+
+# ---------------------------------------------------------------------------------- a judge
+
+RUBRIC = Prompt(
+    name="rubric",
+    user="""You grade the reasoning of a solution.
+
+Question:
+{question}
+
+Reasoning and answer:
+{trace}
+
+Grade the reasoning from 0 to 1: are its steps correct, does each follow from the ones before, is nothing missing, and \
+is nothing there that does not help? Write one short paragraph, then end with one line of exactly this form:
+Score: 0.5""",
+)
+_SCORE = re.compile(r"Score: ?(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
+_ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
+
+
+def parse_judgement(reply: str) -> float | None:
+    """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
+
+    Only what follows the judge's own thought is read; prose has no score.
+    """
+    reply = answer_part(reply).strip()
+    match = _SCORE.fullmatch(reply.rpartition("\n")[2].strip())
+    return float(match[1]) if match and len(_ANY_SCORE.findall(reply)) == 1 else None
+
+
+def judge(
+    loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
+) -> list[float | None]:
+    """Ask a model to grade each trace by the rubric; None where its reply is no grade, or does not fit its context.
+
+    Raises:
+        UserError: if more than the share ``judge_failures`` has none, or the rubric or the cache cannot be read.
+    """
+    said = judgements(loaded, traces, problems, config)
+    grades = [parse_judgement(reply or "") for reply in said]
+    refuse_failures(loaded, grades.count(None), len(grades), said, config)
+    return grades
+
+
+def judgements(
+    loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
+) -> list[str | None]:
+    """Return the judge's replies, None where trace and reply do not fit in its context; UserError as for `judge`."""
+    prompt = load_prompt(Path(config.judge_prompt)) if config.judge_prompt else RUBRIC
+    questions = [
+        {"question": question_of(trace, problem), "trace": trace.completion}
+        for trace, problem in zip(traces, problems, strict=True)
+    ]
+    cache = Cache(Path(config.judge_cache))
+    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, config.rows, config.memory_limit)
+
+
+def refuse_failures(
+    loaded: Any, failed: int, total: int, said: Sequence[str | None], config: ScoreConfig | RLConfig
+) -> None:
+    """Raise UserError if more than the share ``judge_failures`` of the judge's replies are no grades."""
+    if failed <= config.judge_failures * total:
+        return
+    bad = [reply for reply in said if reply is not None and parse_judgement(reply) is None]
+    sample = bad[0] if bad else "nothing: the traces are too long"
+    raise UserError(
+        f"{loaded.name} gave no 'Score: 0.8' line for {failed} of {total} traces (it says "
+        f"{sample.strip()[-60:]!r}); take another judge, or raise --judge-failures"
+    )
+
+
+def question_of(trace: Trace, problem: Problem | None) -> str:
+    """Return the problem's question; the last user's turn where it has none."""
+    asked = trace.messages[-1]["content"] if trace.messages else ""
+    return str((problem.columns if problem else {}).get("question") or asked)
