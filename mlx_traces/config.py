@@ -236,6 +236,20 @@ class ScoreConfig(LoadConfig, JudgeConfig):
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
 
 
+class ReformatConfig(LoadConfig):
+    """Settings of ``mlx-traces reformat``."""
+
+    to: Literal["sky-t1", "think"] = Field(
+        "sky-t1", description="Form to write: Sky-T1's thought and solution, or <think> and what follows it."
+    )
+    model: str | None = Field(None, description="Model that rewrites; default: by rule, only tags change.")
+    model_prompt: str | None = Field(None, description="FILE.yaml with what it is told, {question} and {trace} in it.")
+    max_tokens: Positive = Field(2048, description="Longest reply of the model, in tokens.")
+    cache: str = Field("data/reformat.jsonl", description="File of the model's replies; none is asked for twice.")
+    rows: Positive = Field(16, description="Traces that the model rewrites at once.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
+
+
 class FilterConfig(Config):
     """Settings of ``mlx-traces filter``: its rules, in the order in which they are applied."""
 

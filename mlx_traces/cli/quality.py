@@ -1,4 +1,4 @@
-"""score and filter."""
+"""score, filter and reformat."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import FilterConfig, ScoreConfig, read_config
+from mlx_traces.config import FilterConfig, ReformatConfig, ScoreConfig, read_config
 from mlx_traces.errors import UserError
 
 
@@ -50,6 +50,21 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
     report = filter_file(Path(source), Path(out), read_config(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])
     click.echo(f"{report[-1][2] if report else 'all'} traces written to {out}", err=True)
+
+
+@click.command("reformat")
+@click.argument("source", metavar="IN", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/z.jsonl.")
+@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@settings_options(ReformatConfig)
+def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
+    """Rewrite the traces of IN as a thought and a solution; keep those that are still correct."""
+    from mlx_traces.reformatting import reformat_file
+    from mlx_traces.traces import counted
+
+    written, dropped = reformat_file(Path(source), Path(out), read_config(ReformatConfig, config_file, settings))
+    left_out = counted({"dropped": dropped})
+    click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

@@ -1,0 +1,158 @@
+r"""The recipe of ``reformat``: traces rewritten as a thought and a solution, kept only if they are still correct.
+
+After Sky-T1, whose data are another model's answers brought into this form. By rule nothing but tags and the white
+space around them changes: the parts are those of ``traces.parts``; an answer without any tag is cut before the line of
+its last ``<answer>``, ``\boxed{}`` or ``####``. By a model the words change too: it is put ``REWRITING`` and its reply
+is taken only if it has exactly the form that is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import asking
+from mlx_traces.config import ReformatConfig
+from mlx_traces.errors import UserError
+from mlx_traces.quality import format_score, headline, problem_of
+from mlx_traces.records import Problem, Trace
+from mlx_traces.tasks import get_task
+from mlx_traces.tasks.prompts import Prompt, load_prompt
+from mlx_traces.traces import parts, read_traces, restyle, write_traces
+
+REWRITING = Prompt(
+    name="rewriting",
+    user="""Below are a question and a worked answer. Rewrite the answer as a thought and a solution.
+
+Question:
+{question}
+
+Answer:
+{trace}
+
+Keep every step, number and result; leave out only what is repeated. Reply with exactly this and nothing else:
+<|begin_of_thought|>
+the thinking, step by step
+<|end_of_thought|>
+<|begin_of_solution|>
+a short solution that ends with the final answer, written exactly as the answer above writes it
+<|end_of_solution|>""",
+)
+MARKS = ("<answer>", "\\boxed", "####")  # of a final answer
+
+
+def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int, Counter]:
+    """Rewrite the traces of a file into a new one with its manifest.
+
+    Returns:
+        How many traces were written, and how many were dropped for which reason.
+
+    Raises:
+        UserError: if ``out`` exists, before anything is read; if no trace is left; for a malformed trace, an unknown
+            task, or a model or prompt that cannot be loaded.
+    """
+    dropped: Counter[str] = Counter()
+    prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
+    settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
+    manifest = {"source": str(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
+    return write_traces(out, _rewritten(source, config, prompt, dropped), manifest), dropped
+
+
+def _rewritten(source: Path, config: ReformatConfig, prompt: Prompt, dropped: Counter) -> Iterator[Trace]:
+    located = list(read_traces(source))
+    if not located:
+        raise UserError(f"{source} has no traces")
+    problems = [problem_of(trace, where) for where, trace in located]
+    yield from reformat([trace for _, trace in located], problems, config, prompt, dropped)
+
+
+def reformat(
+    traces: Sequence[Trace],
+    problems: Sequence[Problem | None],
+    config: ReformatConfig,
+    prompt: Prompt = REWRITING,
+    dropped: Counter | None = None,
+) -> Iterator[Trace]:
+    """Yield the traces that are correct before and after, in their order, rewritten.
+
+    What belonged to the old text is gone: token ids, log-probabilities, scores.
+
+    Args:
+        traces: in any form.
+        problems: of the traces; None where no task can judge.
+        config: the form to write, and the model, if one rewrites.
+        prompt: that is put to the model.
+        dropped: gets the numbers of traces left out, by reason.
+    """
+    dropped = Counter() if dropped is None else dropped
+    judged = []
+    for trace, problem in zip(traces, problems, strict=True):
+        if fault := _fault(trace, problem):
+            dropped[fault] += 1
+        else:
+            judged.append((trace, problem))
+    texts = _by_model(judged, config, prompt) if config.model else [by_rule(_own_words(trace)) for trace, _ in judged]
+    for (trace, problem), text in zip(judged, texts, strict=True):
+        completion = restyle(text or "", config.to)
+        if fault := _fault_of(text, completion, trace, problem):
+            dropped[fault] += 1
+            continue
+        yield replace(
+            trace,
+            completion=completion,
+            source=f"{trace.source}, rewritten by {config.model}".lstrip(", ") if config.model else trace.source,
+            completion_ids=None,
+            logprobs=None,
+            verdict="correct",
+            scores={},
+            score=None,
+        )
+
+
+def by_rule(completion: str) -> str:
+    """Return a completion in Sky-T1's form; without a thought or a solution that part is empty or missing."""
+    thought, solution = parts(completion)
+    if thought is None:
+        mark = max(solution.rfind(mark) for mark in MARKS)
+        line = solution.rfind("\n", 0, max(0, mark)) + 1
+        thought, solution = solution[:line].strip(), solution[line:].strip()
+    return restyle(f"<think>\n{thought}\n</think>\n{solution}", "sky-t1")
+
+
+def _by_model(judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt) -> list[str | None]:
+    """Return a model's replies without its own thought; None where they do not fit in its context."""
+    from mlx_traces import models
+
+    loaded = models.load(config.model, **config.load_arguments())
+    questions: list[dict[str, Any]] = [
+        {"question": asking.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
+    ]
+    cache = asking.Cache(Path(config.cache), "--cache")
+    said = asking.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
+    return [reply and reply.rpartition("</think>")[2].strip() for reply in said]
+
+
+def _own_words(trace: Trace) -> str:
+    """Return the completion without what its prompt opened."""
+    prompts = get_task(trace.task).prompts
+    prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
+    return trace.completion.removeprefix(prefill)
+
+
+def _fault(trace: Trace, problem: Problem | None) -> str | None:
+    """Return why a trace cannot be kept whatever is made of it, or None."""
+    if problem is None:
+        return "no task can judge it"
+    if trace.finish_reason == "length":
+        return "cut off"
+    return None if headline(get_task(trace.task), problem, trace.completion).correct else "wrong before"
+
+
+def _fault_of(text: str | None, completion: str, trace: Trace, problem: Problem) -> str | None:
+    """Return why a text, to be in Sky-T1's form, and what is written of it cannot stand for a trace, or None."""
+    if text is None:
+        return "too long for the model"
+    if not format_score(text, None, "sky-t1", trace.messages[-1]["content"] if trace.messages else ""):
+        return "not a thought and a solution"
+    return None if headline(get_task(trace.task), problem, completion).correct else "wrong after"
