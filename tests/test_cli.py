@@ -162,7 +162,7 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
 
 
 def test_options_show_true_defaults_and_lists_are_repeated(tmp_path):
-    for command in ("eval", "generate", "sft", "grpo", "score", "filter", "bench sft"):
+    for command in ("eval", "generate", "sft", "grpo", "score", "filter", "reformat", "bench sft"):
         assert "Undefined" not in call(*command.split(), "--help").output
     assert re.search(r"--batch-size.*\[default: 8\]", call("bench", "sft", "--help").output)
     traces = tmp_path / "raw.jsonl"
