@@ -1,0 +1,53 @@
+"""report and watch: runs for readers, as a page and in the terminal."""
+
+import sys
+import time
+
+import click
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--out", default="report.html", show_default=True, type=click.Path(), help="HTML file, replaced.")
+@click.option("--png", type=click.Path(), help="Folder for the figures as PNG files too.")
+@click.option("--baseline", help="Run to compare the others with, by name.  [default: the first of its problems]")
+def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: str | None) -> None:
+    """Write runs as one HTML page: comparison, curves, accuracy by difficulty, traces to browse.
+
+    RUNS are run folders of evaluations and trainings in any mix, finished or not. The page needs no network.
+    """
+    from mlx_traces import webpage
+
+    page, *pictures = webpage.write(runs, out, png, baseline)
+    click.echo(f"written to {page}" + (f", {len(pictures)} pictures in {png}" if pictures else ""))
+
+
+@click.command("watch")
+@click.argument("run", type=click.Path())
+@click.option("--once", is_flag=True, help="Print and end; so it is where the output is no terminal.")
+@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")
+def watch_command(run: str, once: bool, every: float) -> None:
+    """Show a run's curves in the terminal, with first, last and best values, until it is finished."""
+    from rich.console import Console
+
+    from mlx_traces import curves
+
+    record = curves.read(run)
+    if once or not sys.stdout.isatty():
+        width = None if sys.stdout.isatty() else 100
+        console = Console(width=width, highlight=False)
+        console.print(curves.display(record, console.width, time.time()))
+        return
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    try:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            while True:
+                live.update(curves.display(record, console.width, time.time()), refresh=True)
+                if record.result is not None:
+                    break
+                time.sleep(every)
+                record = curves.read(run)
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,524 @@
+"""The page: evaluations and trainings as one HTML file that needs nothing but a browser. No MLX.
+
+What a model wrote is data to the page, never markup: it is embedded as escaped JSON and shown by setting text. A
+Content-Security-Policy in the page lets only its own script run and lets nothing be fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_traces import curves, figures, tables, traces
+from mlx_traces.curves import EVALUATION, Record
+from mlx_traces.errors import UserError, clean, unknown
+from mlx_traces.runs import now, to_json, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+MOST_TRACES = 3000  # samples embedded, of all runs together
+MOST_CHARACTERS = 8_000_000  # of their texts
+MOST_TEXT = 20_000  # characters of one text; its middle is left out
+OVERLAID = 7  # trainings in one panel, as many as there are colours
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write(
+    runs: Sequence[str | Path | tables.Run], out: str | Path, png: str | Path | None = None, baseline: str | None = None
+) -> list[Path]:
+    """Write runs as a page, and their figures as PNG.
+
+    Evaluations of the same problems are compared, each other evaluation stands alone, and trainings of a kind share
+    their panels. Runs may be unfinished; the page says so.
+
+    Args:
+        runs: run folders of evaluations and trainings, or evaluations already read, in any mix.
+        out: the HTML file, or a folder that gets ``report.html``; one that is there is replaced.
+        png: a folder for the figures as PNG files.
+        baseline: name of the run that others are compared with; default: the first of its problems.
+
+    Returns:
+        The files: the page first.
+
+    Raises:
+        UserError: if a run cannot be read, there is none, or the files cannot be written.
+    """
+    if not runs:
+        raise UserError("there are no runs to report; name at least one run folder")
+    given = [Path(run) if isinstance(run, str) else run for run in runs]
+    records = [_record(run) for i, run in enumerate(given) if run not in given[:i]]
+    page = Page()
+    sections = [*page.comparisons(records, baseline), *page.trainings(records)]
+    html = render(sections, records)
+    out = Path(out)
+    file = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, html)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); choose another --out") from None
+    if png is None:
+        return [file]
+    try:
+        Path(png).mkdir(parents=True, exist_ok=True)
+        for name, draw in page.pictures.items():
+            figures.save(draw(), Path(png) / name)
+    except OSError as error:
+        raise UserError(f"{png}: cannot be written ({error.strerror}); choose another --png") from None
+    return [file, *(Path(png) / name for name in page.pictures)]
+
+
+def _record(run: Path | tables.Run) -> Record:
+    if isinstance(run, tables.Run):
+        return Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
+    return curves.read(run)
+
+
+def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
+    """Fill in the page's template."""
+    environment = _environment()
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = embedded(records)
+    page = environment.get_template("report.html").render(
+        title=_heading(records),
+        sections=sections,
+        runs=[_provenance(record) for record in records],
+        traces=shown,
+        left_out=shown["total"] - len(shown["rows"]),
+        style=style,
+        script=script,
+        script_hash=digest,
+        written=now().replace("T", " ").removesuffix("+00:00") + " UTC",
+    )
+    return page.encode("utf-8", "replace").decode()
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mlx_traces"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False,
+        "allow_nan": False,
+        "separators": (",", ":"),
+    }
+    environment.filters |= {
+        "percent": tables.percent,
+        "interval": lambda row, name="ci": tables.interval(row[f"{name}_low"], row[f"{name}_high"]),
+        "p": tables.p_text,
+    }
+    return environment
+
+
+def _heading(records: Sequence[Record]) -> str:
+    """Name the page by what is in it: tasks of evaluations, models of trainings."""
+    tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
+    names = [clean(task) for task in dict.fromkeys(tasks) if isinstance(task, str)]
+    count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
+    return f"{count} on {', '.join(names)}" if names else count
+
+
+class Page:
+    """The sections of a page and the figures in them; a figure is drawn once for the page and once for a PNG."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, Callable[[], Figure]] = {}
+
+    def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
+        """Draw a figure for the page, where it has its heading in HTML, and remember it for a PNG with a title."""
+        count = sum(known.startswith(name) for known in self.pictures)
+        file = f"{name}-{count + 1}.png" if count else f"{name}.png"
+        self.pictures[file] = lambda: draw(title)
+        return {"title": title, "svg": figures.svg(draw(""), label), "note": note, "last": ""}
+
+    def comparisons(self, records: Sequence[Record], baseline: str | None = None) -> list[dict[str, Any]]:
+        """Return a section for the evaluations of each set of problems; unfinished ones have one each.
+
+        Raises:
+            UserError: if a finished evaluation is damaged, or no run is named ``baseline``.
+        """
+        groups: dict[Any, list[tables.Run]] = {}
+        states: dict[Any, str | None] = {}
+        empty = []
+        for i, record in enumerate(records):
+            if record.kind != EVALUATION:
+                continue
+            run, finished = evaluated(record), record.result is not None
+            if not run.samples:
+                empty.append({"kind": "empty", "title": record.name, "state": curves.state(record), "notes": []})
+                continue
+            problems = frozenset(row["id"] for row in run.samples)
+            key = (run.result.get("task"), problems) if finished else i
+            groups.setdefault(key, []).append(run)
+            states[key] = None if finished else curves.state(record)
+        names = [run.name for group in groups.values() for run in group]
+        if baseline is not None and baseline not in names:
+            raise unknown("baseline", baseline, names) if names else UserError("there is no evaluation to compare with")
+        sections = []
+        for key, group in groups.items():
+            first = next((i for i, run in enumerate(group) if run.name == baseline), 0)
+            sections.append(self._comparison(group, first, states[key]))
+        return [*sections, *empty]
+
+    def _comparison(self, runs: list[tables.Run], baseline: int, state: str | None) -> dict[str, Any]:
+        """Return the section of the evaluations of one set of problems."""
+        frame = tables.compare_runs(runs, baseline)
+        protocol = tables.protocol_line(frame)
+        rows = _rows(frame, runs, baseline)
+        several = len(runs) > 1
+        said = "; ".join(f"{row['name']} {row['notes']} {tables.percent(row['accuracy'])} %" for row in rows)
+        charts = [
+            self.picture(
+                "accuracy",
+                "Accuracy",
+                f"Accuracies: {said}",
+                lambda title: figures.accuracy(frame, title and f"{title}: {protocol}"),
+                "The dashed line is the baseline's." if several else "",
+            )
+        ]
+        if several:
+            others = [row for i, row in enumerate(rows) if i != baseline]
+            base = f"{rows[baseline]['name']}, {rows[baseline]['notes']}"
+            pairs = [
+                {"name": row["name"], "notes": _pair_notes(row), "won": row["wins"], "lost": row["losses"]}
+                for row in others
+            ]
+            charts.append(
+                self.picture(
+                    "wins",
+                    "Problems won and lost",
+                    "; ".join(f"{row['name']} won {row['won']} and lost {row['lost']}" for row in pairs),
+                    lambda title: figures.wins(pairs, title and f"{title} against {base}"),
+                    f"Against {base}, problem by problem; those both get right or both get wrong do not count.",
+                )
+            )
+        for name, title, parts, note in (
+            ("difficulty", "Accuracy by difficulty", tables.strata(runs), ""),
+            ("extractors", "Accuracy by extractor", tables.extractors(runs), _agreement(runs)),
+        ):
+            if parts is not None:
+                charts.append(
+                    self.picture(
+                        name,
+                        title,
+                        "; ".join(
+                            f"{row['label']}, {row['part']}: {tables.percent(row['accuracy'])} %"
+                            for row in parts.to_dict("records")
+                        ),
+                        lambda title, parts=parts: figures.parts(parts, title),
+                        note,
+                    )
+                )
+        task = clean(runs[0].result.get("task") or "task")
+        task = task[:1].upper() + task[1:]
+        return {
+            "kind": "comparison" if several else "evaluation",
+            "title": f"{task}: {len(runs)} runs on the same problems" if several else f"{task}: {rows[0]['name']}",
+            "state": state,
+            "protocol": protocol,
+            "summary": _summary(rows, baseline) if several else "",
+            "rows": rows,
+            "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
+            "several": several,
+            "warnings": tables.differences(runs),
+            "notes": [f"{run.name}: {clean(note)}" for run in runs for note in run.result.get("notes") or []],
+            "charts": charts,
+        }
+
+    def trainings(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Return a section for the trainings of each kind, at most ``OVERLAID`` in one."""
+        sections = []
+        for kind in (curves.REINFORCEMENT, curves.FINE_TUNING):
+            runs = [record for record in records if record.kind == kind]
+            for at in range(0, len(runs), OVERLAID):
+                sections.append(self._training(kind, runs[at : at + OVERLAID]))
+        return sections
+
+    def _training(self, kind: str, runs: Sequence[Record]) -> dict[str, Any]:
+        """Return the section of trainings of one kind: what came of them, and a panel for each metric."""
+        metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
+        for i, run in enumerate(runs):
+            for curve in curves.curves(run):
+                metrics.setdefault(curve.metric.key, []).append((i, curve))
+        order = [metric.key for metric in curves.METRICS]
+        keys = sorted(metrics, key=lambda key: order.index(key) if key in order else len(order))
+        panels, constant = [], []
+        for key in keys:
+            lines, metric = metrics[key], metrics[key][0][1].metric
+            if all(curve.constant for _, curve in lines) and len({curve.values[0] for _, curve in lines}) == 1:
+                constant.append(f"{metric.title} {lines[0][1].text(lines[0][1].values[0])}")
+                continue
+            drawn = [figures.Line(runs[i].name, c.steps, c.values, i, c.low, c.high) for i, c in lines]
+            ends = [f"{runs[i].name}: {c.text(c.values[0])} to {c.text(c.values[-1])}" for i, c in lines]
+            name = f"{kind.split()[0]}-{_file_name(key)}"
+            draw = lambda title, drawn=drawn, share=metric.share: figures.panel(drawn, share, title)  # noqa: E731
+            picture = self.picture(name, metric.title, f"{metric.title}, {'; '.join(ends)}", draw)
+            picture["last"] = lines[0][1].text(lines[0][1].values[-1]) if len(lines) == 1 else ""
+            panels.append(picture)
+        rows = [_training_row(i, run) for i, run in enumerate(runs)]
+        return {
+            "kind": "training",
+            "state": None,
+            "title": f"{kind[0].upper()}{kind[1:]}: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
+            "rows": rows,
+            "headings": [name for name in rows[0]["cells"] if any(row["cells"][name] != "–" for row in rows)],
+            "panels": panels,
+            "constant": constant,
+            "notes": [
+                f"{run.name}: {clean(note)}" for run in runs for note in (run.result or run.about).get("notes") or []
+            ],
+        }
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def evaluated(record: Record) -> tables.Run:
+    """Return an evaluation as the comparison takes it; an unfinished one has the problems that are complete.
+
+    Raises:
+        UserError: if result.json lacks what a comparison needs.
+    """
+    if record.result is not None:
+        if missing := [key for key in ("model", "prompt") if key not in record.result]:
+            raise UserError(f"{record.path}: result.json lacks {', '.join(missing)}; evaluate it anew")
+        return tables.Run(record.name, record.result, record.samples)
+    settings = record.settings
+    prompt = settings.get("prompt")
+    size = settings.get("samples") or 1
+    counts: dict[str, int] = {}
+    for row in record.samples:
+        counts[row["id"]] = counts.get(row["id"], 0) + 1
+    keys = ("model", "adapter", "task", "split", "max_tokens", "temperature")
+    result = {key: settings.get(key) for key in keys} | {"samples_per_problem": size}
+    result["model"] = str(result["model"])
+    result["prompt"] = str(prompt.get("name") if isinstance(prompt, dict) else prompt)
+    result["extractor"] = next((next(iter(row["verdicts"]), None) for row in record.samples), None)
+    return tables.Run(record.name, result, [row for row in record.samples if counts[row["id"]] == size])
+
+
+def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> list[dict[str, Any]]:
+    """Return the comparison's rows with names, colours and paired counts."""
+    rows = []
+    for i, row in enumerate(frame.to_dict("records")):
+        name, notes = figures.row_name(row)
+        pair = {"wins": 0, "losses": 0}
+        if i != baseline:
+            pair = {key: tables.paired(runs[i], runs[baseline])[key] for key in pair}
+        speed = row["tokens_per_second"]
+        known = isinstance(speed, int | float) and not math.isnan(speed)
+        rows.append(
+            {
+                **row,
+                **pair,
+                "name": name,
+                "notes": notes,
+                "n": tables.n_text(row),
+                "color": i % len(figures.COLORS),
+                "baseline": i == baseline and len(runs) > 1,
+                "speed": f"{speed:,.0f}" if known else "–",
+            }
+        )
+    return rows
+
+
+def _pair_notes(row: dict[str, Any]) -> str:
+    interval = tables.interval(row["diff_low"], row["diff_high"])
+    return f"{tables.percent(row['diff'], signed=True)} points {interval}, p {_is(row['p_value'])}"
+
+
+def _is(p: float) -> str:
+    text = tables.p_text(p)
+    return text.replace("<", "< ") if text.startswith("<") else f"= {text}"
+
+
+def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
+    """Say in a sentence which run is highest, and how it stands to the baseline."""
+    best = max(rows, key=lambda row: row["accuracy"])
+    base, share = rows[baseline], f"{tables.percent(best['accuracy'])} %"
+    names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
+    if best is base:
+        return f"No run is above the baseline, {names[1]}, at {share} of {best['n']}."
+    sure = "" if best["p_holm"] < 0.05 else ": within what chance may do"
+    return (
+        f"{names[0]} is highest with {share} of {best['n']}: {tables.percent(best['diff'], signed=True)} points "
+        f"{tables.interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
+        f"{best['losses']:,} lost, Holm-adjusted p {_is(best['p_holm'])}{sure}."
+    )
+
+
+def _agreement(runs: Sequence[tables.Run]) -> str:
+    """Say how often all extractors of each run judge a completion alike."""
+    parts = []
+    for run, name in zip(runs, tables.labels(runs), strict=True):
+        alike = sum(len({verdict == "correct" for verdict in row["verdicts"].values()}) == 1 for row in run.samples)
+        parts.append(f"{name} {tables.percent(alike / len(run.samples))} %")
+    return f"All extractors judge alike, as correct or not: {', '.join(parts)} of the completions."
+
+
+# ------------------------------------------------------------------------------------------------ trainings
+
+
+def _training_row(i: int, run: Record) -> dict[str, Any]:
+    """Sum a training up; ``cells`` by heading."""
+    result, found = run.result or {}, {curve.metric.key: curve for curve in curves.curves(run)}
+    adapter = run.settings.get("adapter")
+
+    def ends(key: str) -> str:
+        if (curve := found.get(key)) is None:
+            return "–"
+        return " → ".join(dict.fromkeys([curve.text(curve.values[0]), curve.text(curve.values[-1])]))
+
+    held_out = found.get("valid/accuracy") or found.get("valid/loss")
+    best, speed, memory = result.get("best_step"), result.get("tokens_per_second"), found.get("memory/peak_gb")
+    return {
+        "name": run.name,
+        "notes": tables.model_name(str(run.settings.get("model", "–")), adapter if isinstance(adapter, str) else None),
+        "color": i % len(figures.COLORS),
+        "baseline": False,
+        "finished": run.result is not None,
+        "state": curves.state(run).removeprefix("finished, "),
+        "cells": {
+            "held out": ends(held_out.metric.key) if held_out else "–",
+            "best": held_out.text(held_out.best) if held_out else "–",
+            "kept step": "–" if best is None else f"{best:,}",
+            "reward": ends("reward/mean"),
+            "loss": ends("loss") if run.kind == curves.FINE_TUNING else "–",
+            "tokens": ends("rollout/length"),
+            "tokens/s": f"{speed:,.0f}" if speed else "–",
+            "memory": f"{max(memory.values):.2f} GB" if memory else "–",
+        },
+    }
+
+
+def _file_name(key: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in key).strip("-").lower()[:60] or "metric"
+
+
+def _provenance(record: Record) -> dict[str, Any]:
+    """Return what made a run, for the end of the page."""
+    about = record.about
+    backend = about.get("backend")
+    versions = about.get("versions")
+    items = {
+        "folder": str(record.path),
+        "kind": record.kind,
+        "state": curves.state(record),
+        "command": about.get("command"),
+        "started": about.get("started"),
+        "device": backend.get("description") if isinstance(backend, dict) else None,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+        if isinstance(versions, dict)
+        else None,
+        "revision": about.get("git_revision"),
+    }
+    prompt = record.settings.get("prompt")
+    return {
+        "name": record.name,
+        "rows": {name: visible(str(value)) for name, value in items.items() if value},
+        "prompt": visible(str(prompt.get("user") or "")) if isinstance(prompt, dict) else "",
+        "settings": visible(to_json(record.settings)),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ traces
+
+
+def embedded(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the samples that the page holds, as JSON values, evenly from all runs up to a limit.
+
+    Evaluations give their first problems, the same ones where they were asked the same; trainings give lines spread
+    over their steps. ``total`` counts all samples there are.
+    """
+    total = sum(len(record.samples) for record in records)
+    quota = MOST_TRACES // max(1, sum(bool(record.samples) for record in records))
+    while True:
+        rows = [_trace(row, number) for number, record in enumerate(records) for row in _chosen(record, quota)]
+        if quota <= 1 or sum(len(str(value)) for row in rows for value in row.values()) <= MOST_CHARACTERS:
+            break
+        quota //= 2
+    return {"runs": [record.name for record in records], "rows": rows, "total": total}
+
+
+def _chosen(record: Record, most: int) -> list[dict[str, Any]]:
+    rows, count = record.samples, len(record.samples)
+    if count <= most:
+        return rows
+    if record.kind == EVALUATION:
+        return rows[:most]
+    return [rows[round(i * (count - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
+    """Return one sample for the page; keys without a value are left out."""
+    thought, solution = traces.parts(str(row.get("completion", "")))
+    rewards = row.get("rewards")
+    parts = {clean(name): value for name, value in rewards.items()} if isinstance(rewards, dict) else {}
+    verdict = row.get("verdict")
+    if verdict is None and isinstance(parts.get("correct"), int | float):
+        verdict = "correct" if parts["correct"] == 1 else "not correct"
+    values = {
+        "run": run,
+        "id": _text(row.get("id")),
+        "sample": row.get("sample") or None,
+        "step": row.get("step"),
+        "kind": _text(row.get("kind")),
+        "question": _text(row.get("question")),
+        "thought": _text(thought),
+        "solution": _text(solution),
+        "reference": _text(row.get("trace")),
+        "verdict": _text(verdict) or "not judged",
+        "extracted": _text(row.get("extracted")),
+        "gold": _text(row.get("gold")),
+        "tokens": row.get("tokens"),
+        "cut": row.get("finish_reason") == "length" or None,
+        "reward": _figure(row.get("reward")),
+        "rewards": {name: _figure(value) for name, value in parts.items()} or None,
+        "stratum": _text(row.get("stratum")),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _figure(value: Any) -> float | None:
+    return round(value, 4) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _text(value: Any) -> str | None:
+    """Return a text as the page shows it, its middle left out where it is very long; None for none."""
+    if value is None or value == "":
+        return None
+    text = str(value)
+    if len(text) > MOST_TEXT:
+        half = MOST_TEXT // 2
+        text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[-half:]}"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
+    return "".join(_visible(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
+
+
+def _visible(c: str) -> str:
+    if c in "\n\t\u200d\u00ad":  # line ends, tabs, the joiner of emoji, the soft hyphen
+        return c
+    if ord(c) < 0x20:
+        return chr(0x2400 + ord(c))
+    return "␡" if ord(c) == 0x7F else f"⟨U+{ord(c):04X}⟩"

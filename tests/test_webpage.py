@@ -1,0 +1,271 @@
+"""The page: what is in it, hostile completions in it, and what a real browser makes of it."""
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+from test_curves import write_training
+
+from mlx_traces import curves, figures, tables, webpage
+from mlx_traces.cli import main
+from mlx_traces.errors import UserError
+
+VOID = {"meta", "link", "br", "input", "img", "hr"}
+HOSTILE = [
+    "<script>document.title = 'taken'</script>",
+    "</script><script>document.title = 'taken'</script>",
+    "<!--<script>",
+    "]]> <!-- </style><img src=x onerror=\"document.title='taken'\">",
+    '"><svg onload="document.title=\'taken\'">',
+    "\x1b[31mred\x1b]0;title\x07 \u202eesrever \x00\x9b",
+    "\u2028\u2029 {{ 7 * 7 }} {% raw %} &lt;b&gt; `${1}`",
+]
+
+
+def write_evaluation(path, correct, completion="<think>\nhm\n</think>\n5", finished=True, samples=1, **settings):
+    """Write an evaluation of problems p0, p1, ...; every second one is of another difficulty."""
+    path.mkdir(parents=True)
+    identity = {"model": "nano", "adapter": None, "task": "countdown", "split": "test", "max_tokens": 64}
+    identity |= {"temperature": 0.0, "limit": len(correct), "samples": samples, "prompt": {"name": "thinking"}}
+    identity |= settings
+    rows = []
+    for i, right in enumerate(correct):
+        verdict = "correct" if right else "wrong_value"
+        rows.append(
+            {"id": f"p{i // samples}", "sample": i % samples, "question": f"question {i}", "prompt": "?"}
+            | {"completion": completion[i] if isinstance(completion, list) else completion, "tokens": 10 + i}
+            | {"finish_reason": "stop", "extracted": "5", "extractions": {"answer": "5", "tolerant": "5"}}
+            | {"verdicts": {"answer": verdict, "tolerant": "correct"}, "gold": "5", "correct": bool(right)}
+            | {"verdict": verdict, "stratum": f"{3 + i // samples % 2} operands", "elapsed": float(i)}
+        )
+    (path / "run.json").write_text(json.dumps({"identity": identity, "command": "mlx-traces eval"}))
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        result = {key: identity[key] for key in ("model", "adapter", "task", "split", "max_tokens", "temperature")}
+        result |= {"prompt": identity["prompt"]["name"], "extractor": "answer", "samples_per_problem": samples}
+        (path / "result.json").write_text(json.dumps(result | {"tokens_per_second": 100.0, "notes": []}))
+    return path
+
+
+class Page(HTMLParser):
+    """The texts, tags and scripts of a page, with a check that tags are closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.scripts, self.text = [], [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+def page_of(*runs, out, **more):
+    file, *_ = webpage.write(runs, out, **more)
+    return Page(file.read_text())
+
+
+BASE, BETTER = [1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 1, 0]
+
+
+def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
+    runs = [write_evaluation(tmp_path / "base", BASE), write_training(tmp_path / "rl", finished=True)]
+    runs += [write_evaluation(tmp_path / "better", BETTER, adapter="runs/sft-01")]
+    runs += [write_evaluation(tmp_path / "alone", [1, 0]), write_training(tmp_path / "rl2", evaluate={"limit": 40})]
+    page = page_of(*runs, out=tmp_path / "out" / "page.html")
+    frame = tables.compare_runs([webpage.evaluated(curves.read(run)) for run in (runs[0], runs[2])])
+    row = frame.to_dict("records")[1]
+    assert "Countdown: 2 runs on the same problems" in page.text and "Countdown: nano" in page.text
+    assert f"+50.0 points {tables.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text
+    assert "5 won and 1 lost, Holm-adjusted p = 0.219: within what chance may do" in page.text
+    assert "75.0 %[40.9, 92.9]" in page.text
+    assert "Reinforcement learning: 2 runs" in page.text and "step 6 of 10" in page.text
+    assert page.text.count("not finished") == 1 and "25.0 % → 50.0 %" in page.text
+    for title in ("Accuracy by difficulty", "Accuracy by extractor", "Problems won and lost", "Held-out accuracy"):
+        assert title in page.text
+    assert (
+        "All extractors judge alike, as correct or not: nano_thinking 25.0 %, nano+sft-01_thinking 75.0 %" in page.text
+    )
+    assert "Not drawn, the same at every step: Entropy, nats a token 0.5" in page.text
+    data = page.data
+    assert data["runs"] == ["base", "rl", "better", "alone", "rl2"] and data["total"] == len(data["rows"]) == 22
+    assert data["rows"][0] == {
+        **{"run": 0, "id": "p0", "question": "question 0", "thought": "hm", "solution": "5", "verdict": "correct"},
+        **{"extracted": "5", "gold": "5", "tokens": 10, "stratum": "3 operands"},
+    }
+    rollout, held_out = (row for row in data["rows"] if row["run"] == 1)
+    assert (rollout["verdict"], rollout["reward"], rollout["rewards"]) == (
+        "correct",
+        1.2,
+        {"correct": 1, "format": 0.2},
+    )
+    assert held_out["verdict"] == "wrong_value" and held_out["cut"] is True
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    runs = [write_evaluation(tmp_path / "a", BASE), write_training(tmp_path / "b", finished=True)]
+    html = webpage.write(runs, tmp_path / "page.html")[0].read_text()
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", html)
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in ("iframe", "object", "embed", "img", "base", "form", "foreignobject")
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+        link = attributes.get("href") or attributes.get("xlink:href") or "#"
+        assert link.startswith("#") or link == "data:,"
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    colors = set(re.findall(r"#[0-9a-f]{6}", html.partition("</style>")[2]))
+    assert not colors & set(figures.VARIABLES), "a figure has a colour that does not follow dark mode"
+
+
+def test_hostile_completions_stay_data(tmp_path):
+    run = write_evaluation(
+        tmp_path / "a", [1, 0] * 4, completion=[*HOSTILE, "x" * 50_000], model="<script>$a$</script>"
+    )
+    html = webpage.write([run], tmp_path / "page.html")[0].read_text()
+    page = Page(html)
+    assert len(page.scripts) == 2 and html.count("<script") == 2 and "<!--" not in html
+    texts = [row["solution"] for row in page.data["rows"]]
+    assert texts[:2] == HOSTILE[:2] and texts[4] == HOSTILE[4]
+    assert texts[5] == "␛[31mred␛]0;title␇ ⟨U+202E⟩esrever ␀⟨U+009B⟩"
+    assert len(texts[7]) < 20_100 and "[… 30,000 characters left out …]" in texts[7]
+    assert not set("\x1b\x07\x00\u202e\x9b") & set(html)
+    assert "<script>$a$" in page.text
+
+
+def test_many_samples_are_cut_down_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(webpage, "MOST_TRACES", 20)
+    runs = [write_evaluation(tmp_path / name, [1, 0] * 20, model=name) for name in "ab"]
+    page = page_of(*runs, out=tmp_path)
+    rows = page.data["rows"]
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(10)] * 2
+    assert "20 samples; 60 more are in the run folders" in page.text
+    monkeypatch.setattr(webpage, "MOST_CHARACTERS", 500)
+    assert len(webpage.embedded([curves.read(run) for run in runs])["rows"]) < 20
+
+
+def test_unfinished_and_empty_runs(tmp_path):
+    cut = write_evaluation(tmp_path / "cut", [1, 0, 1, 1, 1], finished=False, samples=2, limit=9)
+    with (cut / "samples.jsonl").open("a") as file:
+        file.write('{"id": "p2", "sam')
+    begun = write_evaluation(tmp_path / "begun", [], finished=False)
+    started = write_training(tmp_path / "started", steps=0)
+    (started / "metrics.jsonl").write_text("")
+    page = page_of(cut, begun, started, out=tmp_path)
+    assert "Not finished: samples 5 of 18" in page.text
+    assert "75.0 %" in page.text and "of 2 × 2" in page.text  # the third problem lacks a sample
+    assert "No sample is finished." in page.text and "No step yet." in page.text
+
+
+def test_runs_already_read_and_a_folder_to_write_to(tmp_path):
+    run = webpage.evaluated(curves.read(write_evaluation(tmp_path / "a", BASE)))
+    assert webpage.write([run], tmp_path / "out") == [tmp_path / "out" / "report.html"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_pictures(tmp_path):
+    runs = [write_evaluation(tmp_path / "a", BASE), write_evaluation(tmp_path / "b", BETTER, model="two")]
+    runs += [write_training(tmp_path / "c"), write_evaluation(tmp_path / "d", [1])]
+    _, *pictures = webpage.write(runs, tmp_path / "page.html", png=tmp_path / "png")
+    names = {path.name for path in pictures}
+    assert names >= {"accuracy.png", "accuracy-2.png", "wins.png", "difficulty.png", "reinforcement-reward-mean.png"}
+    assert names == {path.name for path in (tmp_path / "png").iterdir()}
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)
+
+
+def test_the_command_and_its_errors(tmp_path):
+    a, b = (write_evaluation(tmp_path / name, outcomes) for name, outcomes in (("a", BASE), ("b", BETTER)))
+    call = CliRunner().invoke
+    result = call(main, ["report", str(a), str(b), "--out", str(tmp_path / "p.html"), "--baseline", "b"])
+    assert result.exit_code == 0 and f"written to {tmp_path / 'p.html'}" in result.stdout
+    assert "No run is above the baseline" in (tmp_path / "p.html").read_text()
+    for arguments, message in (
+        ([a, "--baseline", "c"], "unknown baseline 'c'"),
+        ([tmp_path / "none"], "no such run folder"),
+        ([a, "--out", a / "run.json" / "x.html"], "cannot be written"),
+    ):
+        result = call(
+            main, ["report", *map(str, arguments), *(["--out", str(tmp_path)] if len(arguments) == 1 else [])]
+        )
+        assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="there are no runs"):
+        webpage.write([], tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ a browser
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Return a function from a file to (the page as the browser has it, what it logged)."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium to open the page in")
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000"
+
+    def open_(file):
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        done = subprocess.run(
+            [browser, *quiet.split(), profile, "--dump-dom", file.resolve().as_uri()],
+            capture_output=True,
+            timeout=120,
+        )
+        return done.stdout.decode(), done.stderr.decode("utf-8", "replace")
+
+    return open_
+
+
+def test_a_browser_shows_hostile_completions_as_text_and_fetches_nothing(tmp_path, browse):
+    asked = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    lures = [
+        f'<img src="{address}/a">',
+        f"<link rel=stylesheet href={address}/b>",
+        f"<script src={address}/c></script>",
+    ]
+    completions = [*HOSTILE, *lures, *["5"] * 30]
+    run = write_evaluation(tmp_path / "a", [1, 0] * (len(completions) // 2), completion=completions)
+    runs = [run, write_training(tmp_path / "b", finished=True)]
+    document, log = browse(webpage.write(runs, tmp_path / "page.html")[0])
+    server.shutdown()
+    assert asked == []
+    assert "CONSOLE" not in log, log
+    assert "<title>2 runs on countdown</title>" in document  # not taken
+    assert document.count("<article") == 20 and "20 of 42 shown" in document
+    assert "&lt;script&gt;document.title = 'taken'&lt;/script&gt;" in document
+    for count, verdict in ((42, "all"), (21, "correct"), (21, "wrong value")):
+        assert f">{verdict}<span>{count}</span></button>" in document
