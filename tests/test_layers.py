@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mlx_traces"
 FLOORS = """
 cli
-cli.evaluate cli.data cli.bench cli.machine cli.quality cli.train
+cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.train
 cli.options
 rounds doctor
 comparison bench_grpo
@@ -16,8 +16,9 @@ reinforcement
 rollouts
 training rewards memory
 evaluation examples asking
-sampling report
-fallback nano
+webpage
+sampling report curves
+fallback nano figures
 drawing tables traces
 models
 adapters forward
