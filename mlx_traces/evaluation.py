@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -225,12 +225,38 @@ def completions_of(loaded: Any, planned: Plan, logprobs: bool = False) -> Genera
         rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
-        rollouts = generate(loaded, requests, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
+
+        def sampled(indices: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
+            """Complete some requests."""
+            asked = [requests[index] for index in indices]
+            done = generate(loaded, asked, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
+            return ((indices[place], rollout) for place, rollout in done)
+
+        sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
-            (index, Completion(rendered[index].text, rendered[index].opened, rollout)) for index, rollout in rollouts
+            (index, Completion(rendered[index].text, rendered[index].opened, rollout))
+            for index, rollout in _shared_out(sampled, len(requests), 4 * config.rows)
         )
 
     return completions
+
+
+def _shared_out(
+    sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]], count: int, wave: int
+) -> Iterator[tuple[int, Rollout]]:
+    """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time."""
+    from mlx_traces import ranks
+
+    size = ranks.world().size()
+    if size == 1:
+        yield from sampled(range(count))
+        return
+    for start in range(0, count, wave * size):
+        part = range(start, min(count, start + wave * size))
+        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in ranks.share(len(part))])]
+        for index, fields in ranks.gather(own):
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            yield index, Rollout(**fields | lists)
 
 
 @contextmanager

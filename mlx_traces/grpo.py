@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, sharing, training
+from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import GRPOConfig
 from mlx_traces.models import LoadedModel
@@ -138,12 +138,17 @@ def logprobs_of(
     model: nn.Module, halves: forward.Split, rows: Sequence[Row], config: GRPOConfig
 ) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
-    examples = [row.example for row in rows]
-    for indices, states, targets in sharing.each_states(model, halves, examples, config.micro_tokens):
+    own = [rows[index] for index in ranks.share(len(rows))]
+    found: list[Any] = [None] * len(own)
+    for indices, states, targets in sharing.each_states(
+        model, halves, [row.example for row in own], config.micro_tokens
+    ):
         flat, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
-        micro = [rows[index] for index in indices]
-        ends = np.cumsum([row.example.count for row in micro])[:-1]
-        yield from zip(micro, np.split(np.array(flat), ends), strict=True)
+        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
+        for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
+            found[index] = values.tolist()
+    for row, values in zip(rows, ranks.gather(found), strict=True):
+        yield row, np.array(values, np.float32)
 
 
 def learn(

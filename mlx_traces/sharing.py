@@ -15,8 +15,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
-from mlx_traces import batching, forward, optim
+from mlx_traces import batching, forward, optim, ranks
 from mlx_traces.batching import Example
 from mlx_traces.forward import Split
 
@@ -56,7 +57,7 @@ def _can_share(model: nn.Module, halves: Split) -> bool:
 def accumulate(
     model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int, loss_of: LossOf
 ) -> tuple[float, Any, Counter]:
-    """Return a loss, its gradient in the trained parameters, and sums, each added up over micro-batches.
+    """Return a loss, its gradient in the trained parameters, and sums, each added up over micro-batches and ranks.
 
     Args:
         model: what is trained.
@@ -66,6 +67,22 @@ def accumulate(
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
             micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
     """
+    own = ranks.share(len(examples))
+    shifted = loss_of if own.start == 0 else lambda *given: loss_of(*given[:2], [own.start + i for i in given[2]])
+    loss, grads, sums = _accumulate(model, halves, [examples[i] for i in own], micro_tokens, shifted)
+    if ranks.world().size() == 1:
+        return loss, grads, sums
+    grads = tree_map(mx.zeros_like, model.trainable_parameters()) if grads is None else grads
+    every = Counter()
+    for part in ranks.gather([{"loss": loss, **sums}]):
+        every.update(part)
+    return every.pop("loss"), ranks.total(grads), every
+
+
+def _accumulate(
+    model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int, loss_of: LossOf
+) -> tuple[float, Any, Counter]:
+    """Do this rank's part."""
     loss, grads, sums = 0.0, None, Counter()
     prompts = _shared(model, halves, examples)
     if prompts is None:

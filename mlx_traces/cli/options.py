@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
@@ -16,17 +18,30 @@ class Commands(click.Group):
     """A group in whose commands a UserError prints as one line and Ctrl-C says how to go on."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command; of several ranks (``mlx.launch``) the first prints, the others only what went wrong."""
+        rank = os.environ.get("MLX_RANK", "0")
         try:
-            return super().invoke(ctx)
+            with _silent(rank != "0"):
+                return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(clean(error)) from None
+            raise click.ClickException(clean(error) if rank == "0" else f"rank {rank}: {clean(error)}") from None
         except KeyboardInterrupt:
             click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
             ctx.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
+
+
+@contextmanager
+def _silent(wanted: bool) -> Iterator[None]:
+    """Print nothing while the context lasts."""
+    with ExitStack() as stack:
+        if wanted:
+            nothing = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(nothing))
+            stack.enter_context(redirect_stderr(nothing))
+        yield
 
 
 def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:
