@@ -216,6 +216,36 @@ class GRPOConfig(RLConfig):
     minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
 
 
+class PPOConfig(RLConfig):
+    """Settings of ``mlx-traces ppo``."""
+
+    group_size: Positive = Field(4, description="Rollouts per problem.")
+    gamma: Fraction01 = Field(1.0, description="Discount of a token.")
+    gae_lambda: Fraction01 = Field(
+        0.95, description="Of the advantages: 0 trusts the values alone, 1 the rewards that were got."
+    )
+    whiten: bool = Field(True, description="Give the advantages mean 0 and variance 1 over the batch's tokens.")
+    epochs: Positive = Field(2, description="Times that each batch of rollouts is learned from.")
+    minibatches: Positive = Field(2, description="Optimizer steps that the rollouts are spread over, each time.")
+    clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Bound of the ratio, either side of 1.")
+    value_clip: Annotated[float, Field(gt=0)] | None = Field(
+        0.2, description="Bound of a value, either side of the old one; null for none."
+    )
+    value_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="Peak learning rate of the value head; its course is that of the adapter's."
+    )
+    value_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="First steps in which only the value head learns."
+    )
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the policy's entropy, to be kept up."
+    )
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Taken off the reward for each nat that a token is likelier than by the reference."
+    )
+    reference: str | None = Field(None, description="Adapter that is the reference; default: none, the bare model.")
+
+
 class ScoreConfig(LoadConfig, JudgeConfig):
     """Settings of ``mlx-traces score``; ``mix`` weighs the components of the combined score, one left out weighs 0."""
 

@@ -11,7 +11,16 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
-from mlx_traces.config import CompareConfig, EvalConfig, GRPOConfig, NanoConfig, RoundsConfig, SFTConfig, read_config
+from mlx_traces.config import (
+    CompareConfig,
+    EvalConfig,
+    GRPOConfig,
+    NanoConfig,
+    PPOConfig,
+    RoundsConfig,
+    SFTConfig,
+    read_config,
+)
 from mlx_traces.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +171,7 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
 
 
 def test_options_show_true_defaults_and_lists_are_repeated(tmp_path):
-    for command in ("eval", "generate", "sft", "grpo", "score", "filter", "reformat", "bench sft"):
+    for command in ("eval", "generate", "sft", "grpo", "ppo", "score", "filter", "reformat", "bench sft"):
         assert "Undefined" not in call(*command.split(), "--help").output
     assert re.search(r"--batch-size.*\[default: 8\]", call("bench", "sft", "--help").output)
     traces = tmp_path / "raw.jsonl"
@@ -199,6 +208,7 @@ def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
         "eval": EvalConfig,
         "grpo": GRPOConfig,
         "nano build": NanoConfig,
+        "ppo": PPOConfig,
         "rounds": RoundsConfig,
         "sft": SFTConfig,
     }

@@ -11,7 +11,7 @@ cli.options
 rounds doctor
 comparison bench_grpo
 bench_sft fusing generation
-bench grpo sft scoring reformatting
+bench grpo ppo sft scoring reformatting
 reinforcement
 rollouts
 training rewards memory

@@ -10,7 +10,14 @@ from mlx_traces.cli.machine import doctor_command, nano_group
 from mlx_traces.cli.options import Commands
 from mlx_traces.cli.quality import filter_command, reformat_command, score_command
 from mlx_traces.cli.show import report_command, watch_command
-from mlx_traces.cli.train import fuse_command, generate_command, grpo_command, rounds_command, sft_command
+from mlx_traces.cli.train import (
+    fuse_command,
+    generate_command,
+    grpo_command,
+    ppo_command,
+    rounds_command,
+    sft_command,
+)
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -25,7 +32,7 @@ def main() -> None:
 for command in (
     *(eval_command, compare_command, grade_command),
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
-    *(grpo_command, fuse_command),
+    *(grpo_command, ppo_command, fuse_command),
     *(report_command, watch_command),
     *(bench_group, nano_group, doctor_command),
 ):

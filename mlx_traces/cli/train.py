@@ -1,4 +1,4 @@
-"""generate, sft and grpo: a model's own traces, an adapter trained on traces, or on rewards."""
+"""generate, sft, grpo and ppo: a model's own traces, an adapter trained on traces, or on rewards."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import GenerateConfig, GRPOConfig, RoundsConfig, SFTConfig, read_config
+from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig, read_config
 
 
 @click.command("generate")
@@ -59,32 +59,47 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
 
-@click.command("grpo")
-@click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
-@click.option("--out", default="runs/grpo", show_default=True, type=click.Path(), help="Run folder.")
-@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
-@click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help="Reward; give it once for each.")
-@settings_options(GRPOConfig, "evaluate", "betas", "rewards")
-def grpo_command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
-    """Train a model on a task by reinforcement. CONFIG is a YAML file of these settings; options win over it."""
-    if rewards:
-        settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
-    config = read_config(GRPOConfig, config_file, settings)
-    from mlx_traces.device import import_mlx
+def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
+    """Make the command of an algorithm of reinforcement learning."""
 
-    import_mlx()
-    from mlx_traces import grpo
+    @click.command(name, help=f"{what} CONFIG is a YAML file of these settings; options win over it.")
+    @click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
+    @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
+    @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+    @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help="Reward; give it once for each.")
+    @settings_options(kind, "evaluate", "betas", "rewards")
+    def command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
+        if rewards:
+            settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
+        config = read_config(kind, config_file, settings)
+        from mlx_traces.device import import_mlx
 
-    with training_bar("grpo") as show:
-        result = grpo.train(config, out, resume, show)
-    for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    best = "" if result.best_step is None else f", best at step {result.best_step}"
-    if result.accuracy is not None:
-        best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
-    click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
-    spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
-    click.echo(f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True)
+        import_mlx()
+        from mlx_traces import grpo, ppo
+
+        train = {"grpo": grpo.train, "ppo": ppo.train}[name]
+        with training_bar(name) as show:
+            result = train(config, out, resume, show)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        best = "" if result.best_step is None else f", best at step {result.best_step}"
+        if result.accuracy is not None:
+            best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
+        click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
+        spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
+        click.echo(
+            f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True
+        )
+
+    return command
+
+
+grpo_command = reinforcement_command(
+    "grpo", GRPOConfig, "Train a model on a task by reinforcement: what was better than the rest of its group."
+)
+ppo_command = reinforcement_command(
+    "ppo", PPOConfig, "Train a model on a task by reinforcement: what was better than a learned value foresaw."
+)
 
 
 @click.command("fuse")
@@ -145,6 +160,7 @@ def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None,
 SHOWN = (
     *(("reward/mean", "reward {:.3f}"), ("rollout/length", "length {:.0f}"), ("rollout/finished", "finished {:.0%}")),
     *(("rollout/zero_std_groups", "level groups {:.0%}"), ("policy/kl_ref", "KL {:.3f}")),
+    ("value/explained_variance", "value explains {:.0%}"),
     *(("policy/entropy", "entropy {:.2f}"), ("time/sample", "sampling {:.1f} s"), ("time/update", "update {:.1f} s")),
     *(("loss", "loss {:.4f}"), ("correct", "{:.1f} % correct"), ("tokens_per_second", "{:.0f} tokens/s")),
     ("memory/peak_gb", "{:.2f} GB"),
@@ -163,7 +179,7 @@ def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
 
     def show(row: dict[str, Any], steps: int) -> None:
         progress.start()  # with the first line: no empty bar stands above an error
-        figures = "  ".join(text.format(row[key]) for key, text in SHOWN if key in row)
+        figures = "  ".join(text.format(row[key]) for key, text in SHOWN if row.get(key) is not None)
         progress.update(bar, completed=row["step"], total=steps, figures=figures)
         held_out = [f"{key.removeprefix('valid/')} {value:.4g}" for key, value in row.items() if "valid/" in key]
         if held_out:

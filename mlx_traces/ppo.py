@@ -1,0 +1,309 @@
+"""PPO (arXiv 1707.06347): the likelier becomes what was better than a learned value foresaw, token by token.
+
+A text is an episode: the state is all that stands before a token, the action is the token, and the reward comes with
+the last one, which is the stop token where the text ended by itself. ``kl_coef`` takes log p - log p_ref off each
+token's reward (arXiv 1909.08593, eq. 2). A value head foresees from the last hidden state, before the token is drawn,
+what is still to come. Advantages are generalized estimates (arXiv 1506.02438), whitened over the step's tokens, and
+stay as they are while the step's rollouts are learned from, ``epochs`` times in ``minibatches`` parts. A loss is a mean
+over a part's tokens, so micro-batches change nothing.
+
+The number of tokens is limited by the task, not by a clock that cuts something endless: a completion that was cut off
+gets the reward it earned and nothing is foreseen after it (``overlong: mask`` leaves it out altogether, for the value
+head too).
+
+No gradient flows from the value head into the adapter: each has its own loss, optimizer, learning rate and bound of the
+gradient's norm, so no weight between the two losses is to be set, and what the adapter learns is the policy's loss
+alone. The head stays in the checkpoint; the saved adapter is one like any other.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, training
+from mlx_traces.batching import Example
+from mlx_traces.config import PPOConfig
+from mlx_traces.errors import UserError
+from mlx_traces.models import LoadedModel
+from mlx_traces.reinforcement import Result
+from mlx_traces.rollouts import Group
+
+
+def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
+    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. See `reinforcement.train`."""
+    return reinforcement.train("ppo", config, out, Learner, resume, show)
+
+
+class ValueHead(nn.Module):
+    """A hidden layer and an output that is 0 before it has learned, in float32: (..., D) states to (...,) values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(size, size), nn.Linear(size, 1)
+        self.out.weight = mx.zeros_like(self.out.weight)
+        self.out.bias = mx.zeros_like(self.out.bias)
+
+    def __call__(self, states: mx.array) -> mx.array:
+        """Foresee; no gradient flows to the states."""
+        states = mx.stop_gradient(states).astype(mx.float32)
+        return self.out(nn.gelu(self.hidden(states)))[..., 0]
+
+
+class ActorCritic(nn.Module):
+    """All that is trained: the policy, a model with its adapter on, and the value head on its last hidden states."""
+
+    def __init__(self, model: nn.Module, halves: forward.Split) -> None:
+        super().__init__()
+        self.policy = model
+        self.value = ValueHead(halves.trunk(mx.array([[0]])).shape[-1])
+
+
+class Learner:
+    """What a step changes, and how: the model's adapter and a value head, each by its own AdamW."""
+
+    resamples = 0  # a group of equal rewards teaches too: the values, and what they did not foresee
+
+    def __init__(self, loaded: LoadedModel, config: PPOConfig) -> None:
+        warmup = config.value_warmup_steps
+        if warmup >= config.num_steps:
+            raise UserError(
+                f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}"
+            )
+        self.config = config
+        self.halves = forward.split(loaded.model)
+        self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
+        self.module = ActorCritic(loaded.model, self.halves)
+        updates = config.epochs * config.minibatches
+        critic = config.model_copy(update={"learning_rate": config.value_learning_rate})
+        self.optimizer = optim.of_parts(
+            {
+                "policy": optim.make_optimizer(config, (config.num_steps - warmup) * updates),
+                "value": optim.make_optimizer(critic, config.num_steps * updates),
+            }
+        )
+
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Update the module by a step's groups; return metrics."""
+        with forward.checkpointed(self.module.policy.layers, self.config.checkpoint_layers):
+            rows = rows_of(groups, self.config)
+            return learn(self.module, self.halves, rows, self.optimizer, self.reference, step, self.config)
+
+
+@dataclass
+class Row:
+    """A rollout as it is learned from; arrays have a float32 for each of its completion tokens.
+
+    ``sampler`` are the log-probabilities that it was sampled with; ``old`` and ``values`` the policy's and the value
+    head's before the step's first update, ``reference`` the reference's where there is one; ``advantages`` and
+    ``returns`` are what is learned from them, ``weights`` the update's.
+    """
+
+    example: Example
+    reward: float
+    sampler: np.ndarray
+    old: np.ndarray | None = None
+    values: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    returns: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+
+def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
+    """Make the step's rows, one for each rollout but the cut-off ones that are masked."""
+    rows = []
+    for rollout in (rollout for group in groups for rollout in group):
+        if rollout.cut_off and config.overlong == "mask":
+            continue
+        prompt, ids = rollout.completion.rollout.prompt_ids, rollout.ids
+        example = Example(rollout.problem.id, prompt + ids, (False,) * len(prompt) + (True,) * len(ids))
+        rows.append(Row(example, rollout.reward, np.array(rollout.completion.rollout.logprobs, np.float32)))
+    return [row for row in rows if row.example.count]
+
+
+def foresee(
+    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], reference: Callable, config: PPOConfig
+) -> None:
+    """Give the rows their log-probabilities and values before the step's first update, and the reference's."""
+    for micro in _micro_batches(rows, config):
+        logprobs, values = _read(module, halves, micro, config)
+        for row, own, foreseen in zip(micro, logprobs, values, strict=True):
+            row.old, row.values = own, foreseen
+    if config.kl_coef:
+        with reference():
+            for micro in _micro_batches(rows, config):
+                for row, own in zip(micro, _read(module, halves, micro, config)[0], strict=True):
+                    row.reference = own
+
+
+def _read(
+    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the rows' log-probabilities and values, computed as in `gradient`."""
+    ids, positions = batching.pad([row.example for row in rows])
+    states, targets = forward.token_states(halves, mx.array(ids), positions)
+    options = {"temperature": config.temperature, "logits_mb": config.logits_mb}
+    logprobs, _ = forward.head_logprobs(halves, states, targets, **options, slopes=False, entropies=False)
+    ends = np.cumsum([row.example.count for row in rows])[:-1]
+    return np.split(np.array(logprobs), ends), np.split(np.array(module.value(states)), ends)
+
+
+def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
+    """Give the rows their advantages and returns; return metrics of the values before the update.
+
+    ``value/explained_variance`` is of the discounted rewards that were got, not of the returns learned from, which with
+    ``gae_lambda`` below 1 hold the values themselves; None where those rewards do not vary.
+    """
+    _, mask = batching.places([row.example.count for row in rows])
+    old, sampler, values = (
+        batching.padded([getattr(row, name) for row in rows]) for name in ("old", "sampler", "values")
+    )
+    got = batching.padded([_rewards(row, config) for row in rows])
+    advantages, returns = policy.gae(got, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+    outcomes, _ = policy.gae(got, mx.zeros_like(values), mask, gamma=config.gamma, lam=1.0)
+    if config.whiten:
+        advantages = policy.whiten(advantages, mask)
+    for row, own, target in zip(rows, np.array(advantages), np.array(returns), strict=True):
+        row.advantages, row.returns = own[: row.example.count], target[: row.example.count]
+    explained = policy.explained_variance(values, outcomes, mask).item()
+    vary = mx.where(mask, outcomes, -math.inf).max().item() > mx.where(mask, outcomes, math.inf).min().item()
+    metrics = {
+        "value/explained_variance": explained if vary else None,
+        "value/mean": np.concatenate([row.values for row in rows]).mean().item(),
+        "policy/kl_sampler": policy.kl_sampler(old, sampler, mask).item() / mask.sum().item(),
+    }
+    if config.kl_coef:
+        metrics["policy/kl_ref"] = np.concatenate([row.old - row.reference for row in rows]).mean().item()
+    return metrics
+
+
+def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
+    """Return the reward after each token: the rollout's own after the last, less the KL penalty."""
+    rewards = -config.kl_coef * (row.old - row.reference) if config.kl_coef else np.zeros_like(row.old)
+    rewards[-1] += row.reward
+    return rewards
+
+
+def weighed(rows: Sequence[Row]) -> Sequence[Row]:
+    """Give the rows of one optimizer step their weights: a mean over all their tokens."""
+    tokens = sum(row.example.count for row in rows)
+    for row in rows:
+        row.weights = np.full(row.example.count, 1 / tokens, np.float32)
+    return rows
+
+
+def gradient(
+    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig, values_only: bool = False
+) -> tuple[float, dict[str, Any], Counter]:
+    """Return the loss of one optimizer step, its gradients by part, and the sums that its metrics are made of.
+
+    The loss is the clipped policy loss, less ``entropy_coef`` times the entropy, plus the clipped value loss; the last
+    alone if ``values_only``, and then there is no gradient of the policy.
+    """
+    options = {"temperature": config.temperature, "logits_mb": config.logits_mb}
+    bound = math.inf if config.value_clip is None else config.value_clip
+
+    def loss_of(ids: mx.array, positions: np.ndarray, micro: list[Row]) -> tuple[mx.array, dict[str, mx.array]]:
+        states, targets = forward.token_states(halves, ids, positions)
+        index, mask = batching.places([row.example.count for row in micro])
+        weights, old_values, returns, old, advantages = (
+            batching.padded([getattr(row, name) for row in micro])
+            for name in ("weights", "values", "returns", "old", "advantages")
+        )
+        loss, sums = policy.value_loss(module.value(states)[index], old_values, returns, mask, weights, clip_eps=bound)
+        sums |= {"value_loss": mx.stop_gradient(loss)}
+        if values_only:
+            return loss, sums
+        logprobs, entropies = forward.head_logprobs(
+            halves, states, targets, **options, entropy_slopes=bool(config.entropy_coef)
+        )
+        surrogate, more = policy.policy_loss(
+            logprobs[index], old, advantages, mask, weights, kind="dapo", clip_eps=config.clip_eps
+        )
+        loss = loss + surrogate
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * mx.where(mask, weights * entropies[index], 0).sum()
+        return loss, sums | more | {"entropy": mx.stop_gradient(entropies.sum())}
+
+    value_and_grad = nn.value_and_grad(module.value if values_only else module, loss_of)
+    loss, grads, sums = 0.0, None, Counter()
+    for micro in _micro_batches(rows, config):
+        ids, positions = batching.pad([row.example for row in micro])
+        (part, more_sums), more = value_and_grad(mx.array(ids), positions, micro)
+        grads = optim.add(grads, more)
+        mx.eval(part, more_sums, grads)
+        loss += part.item()
+        sums.update({name: value.item() for name, value in more_sums.items()})
+    return loss, {"value": grads} if values_only else grads, sums
+
+
+def _micro_batches(rows: Sequence[Row], config: PPOConfig) -> Iterator[list[Row]]:
+    lengths = [len(row.example.ids) for row in rows]
+    for indices in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
+        yield [rows[index] for index in indices]
+
+
+def learn(
+    module: ActorCritic,
+    halves: forward.Split,
+    rows: Sequence[Row],
+    optimizer: Any,
+    reference: Callable,
+    step: int,
+    config: PPOConfig,
+) -> dict[str, float]:
+    """Update policy and values by a step's rows, several times over; in the warm-up steps the values alone.
+
+    Without any row nothing happens, not even a step of the optimizers.
+
+    Raises:
+        UserError: if the loss or a gradient is not finite; this update is not made.
+    """
+    if not rows:
+        return {"optim/updates": 0}
+    foresee(module, halves, rows, reference, config)
+    metrics = aim(rows, config)
+    parts = dict(zip(("policy", "value"), optimizer.optimizers, strict=True))
+    losses, norms, sums = [], Counter(), Counter()
+    draw = random.Random(f"{config.seed} step {step}")
+    for _ in range(config.epochs):
+        order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
+        for at in range(min(config.minibatches, len(rows))):
+            batch = weighed(order[at :: config.minibatches])
+            loss, grads, more = gradient(module, halves, batch, config, step <= config.value_warmup_steps)
+            clipped = {name: optim.clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
+            total = math.hypot(*(norm.item() for _, norm in clipped.values()))
+            advice = f"value_learning_rate ({config.value_learning_rate:g})"
+            training.refuse_nonfinite(loss, total, step, config, advice)
+            for name, (own, norm) in clipped.items():
+                parts[name].update(module, own)
+                norms[name] += norm.item()
+            mx.eval(module.trainable_parameters(), optimizer.state)
+            losses.append(loss)
+            sums.update(more)
+    count = len(losses)
+    metrics |= {
+        "loss": sum(losses) / count,
+        "value/loss": sums["value_loss"] / count,
+        "value/clip_fraction": sums["value_clip"] / sums["tokens"],
+        "value/grad_norm": norms["value"] / count,
+        "value/lr": parts["value"].learning_rate.item(),
+        "optim/updates": count,
+    }
+    if "policy" not in norms:
+        return metrics
+    return metrics | {
+        "policy/entropy": sums["entropy"] / sums["tokens"],
+        "policy/clip_fraction": sums["clip"] / sums["ratios"],
+        "policy/kl_old": sums["kl_old"] / sums["tokens"],
+        "optim/grad_norm": norms["policy"] / count,
+        "optim/lr": parts["policy"].learning_rate.item(),
+    }
