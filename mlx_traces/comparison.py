@@ -15,6 +15,8 @@ from mlx_traces.tasks.data import read_jsonl
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mlx_traces.evaluation import Plan
+
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
 TRAINED = ("nano-epoch1", "nano-epoch2")  # adapters that come with the repository
 
@@ -113,7 +115,7 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are looked at before the first evaluation.
     """
-    from mlx_traces.evaluation import plan, run
+    from mlx_traces.evaluation import plan
 
     collected, evals = [read_run(path) for path in dict.fromkeys(config.runs)], config.evals
     if config.extractor:
@@ -121,11 +123,52 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
         evals = [settings.model_copy(update={"extractor": config.extractor}) for settings in evals]
     plans = {planned.label: planned for planned in map(plan, evals)}
     for label, planned in plans.items():
-        path = Path(config.runs_dir) / label
-        if not RunFolder(path).finished:
-            run(planned, path, resume=path.exists(), progress=progress)
-        collected.append(by_extractor(read_run(path), planned.extractor))
+        collected.append(obtain(planned, Path(config.runs_dir) / label, progress))
     return collected
+
+
+def obtain(planned: "Plan", path: Path, progress: bool = False, apart: bool = False) -> Run:
+    """Return a planned evaluation's run, made, or finished, in ``path`` unless it is there.
+
+    Args:
+        planned: the evaluation.
+        path: its run folder.
+        progress: show a progress bar on stderr.
+        apart: evaluate in a process of its own, so that the peak memory is that of this evaluation alone.
+
+    Raises:
+        UserError: if the input is wrong, or a process apart dies.
+    """
+    from mlx_traces.evaluation import run
+
+    if not RunFolder(path).finished:
+        if apart:
+            _run_apart(planned.config, path, progress)
+        else:
+            run(planned, path, resume=path.exists(), progress=progress)
+    return by_extractor(read_run(path), planned.extractor)
+
+
+def _run_apart(config: EvalConfig, path: Path, progress: bool) -> None:
+    """Evaluate in a process of its own, whose peak memory is that of this evaluation alone."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    settings = config.model_dump(exclude_unset=True)
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(_evaluate, settings, path, progress).result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"{path}: the process that evaluated it died, of too little memory perhaps; try fewer rows"
+        ) from None
+
+
+def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
+    from mlx_traces.evaluation import plan, run
+
+    run(plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
 def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":

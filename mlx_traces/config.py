@@ -353,6 +353,44 @@ class CompareConfig(Config):
     out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
 
 
+class StudyTask(EvalConfig):
+    """One set of problems of a study, asked in each of its prompts; model, adapter and prompt are filled in."""
+
+    prompts: Annotated[list[str], Field(min_length=1)] = Field(
+        ["direct", "thinking"], description="Prompt styles that each model is asked in."
+    )
+
+
+class StudyModel(Config):
+    """One model of a study: as it is, or made 16-bit or quantized anew first; with an adapter or without."""
+
+    model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
+    adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
+    label: str | None = Field(None, description="Name in the tables; default: the model's and the adapter's.")
+    bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(None, description="Convert to these; default: as it is.")
+    group_size: Literal[32, 64, 128] = Field(64, description="Weights that share a scale, below 16 bits.")
+    prompts: list[str] | None = Field(None, description="Prompt styles for this model; default: the task's.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Other settings of its evaluations: max_tokens, thinking, weights, ..."
+    )
+    optional: bool = Field(False, description="Leave it out as long as the folder of its adapter is not there.")
+
+
+class StudyConfig(Config):
+    """Settings of ``mlx-traces study``: every model on every task in every prompt, and what may be said of it."""
+
+    name: str = Field(..., description="Title of the study.")
+    tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(..., description="Problems, and how to ask them.")
+    models: Annotated[list[StudyModel], Field(min_length=1)] = Field(..., description="Models, in the tables' order.")
+    baseline: str | None = Field(
+        None, description="Label of the row that others are compared with; default: the first."
+    )
+    pairs: Literal["all", "baseline"] = Field("all", description="Test every pair, or each row with the baseline.")
+    apart: bool = Field(False, description="Evaluate each in a process of its own, so that its peak memory is its own.")
+    runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
+    out: str | None = Field(None, description="Folder of the tables; default: tables/ and the configuration's name.")
+
+
 class NanoConfig(Config):
     """Settings of ``mlx-traces nano build``, the embedded model."""
 

@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, choices
@@ -125,9 +126,21 @@ def peak_memory_gb() -> float:
     mx = import_mlx()
     peak = mx.get_peak_memory()
     if mx.default_device() == mx.Device(mx.cpu):
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-        peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        peak = max(peak, _peak_resident_bytes())
     return peak / _GB
+
+
+def _peak_resident_bytes() -> int:
+    """Return the most memory that this process has held; on Linux not its parent's, which ru_maxrss takes over."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_memory() -> None:

@@ -86,7 +86,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
 
     names = labels(runs)
     first = _baseline_index(runs, names, baseline)
-    outcomes = [_outcomes(run) for run in runs]
+    outcomes = [outcomes_of(run) for run in runs]
     for run, own in zip(runs, outcomes, strict=True):
         _require_same_problems(runs[first], run, outcomes[first], own)
     counts = [np.array([sum(own[id]) for id in outcomes[first]]) for own in outcomes]
@@ -97,9 +97,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
         overall = stats.accuracy(list(outcomes[i].values()))
         comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
         if i != first:
-            change = stats.paired_bootstrap(counts[i] / samples[i], counts[first] / samples[first])
-            comparison["diff"], comparison["diff_low"], comparison["diff_high"] = change
-            comparison["p_value"] = _paired_p_value(counts[i], samples[i], counts[first], samples[first])
+            comparison |= _paired(counts[i], samples[i], counts[first], samples[first])
         rows.append(
             {
                 "model": run.result["model"],
@@ -122,6 +120,25 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
         row["p_holm"] = adjusted
     return pd.DataFrame(rows)
+
+
+def paired(one: Run, two: Run) -> dict[str, float | int]:
+    """Compare two runs problem by problem, as ``compare_runs`` does.
+
+    Returns:
+        ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
+        ``diff``, ``diff_low``, ``diff_high`` and ``p_value`` of ``one`` minus ``two``.
+
+    Raises:
+        UserError: if a run has no or uneven samples, or the problems differ.
+    """
+    outcomes = [outcomes_of(run) for run in (one, two)]
+    _require_same_problems(one, two, *outcomes)
+    a, b = (np.array([sum(own[id]) for id in outcomes[0]]) for own in outcomes)
+    samples_a, samples_b = (len(next(iter(own.values()))) for own in outcomes)
+    more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
+    counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
+    return counts | _paired(a, samples_a, b, samples_b)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -297,7 +314,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
             *("–" if math.isnan(row[name]) else f"{percent(row[name])} %" for name in extra),
         ]
         lines.append(cells)
-    table = _markdown([*headings, *extra], lines, left=2)
+    table = markdown([*headings, *extra], lines, left=2)
     return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
 
 
@@ -326,7 +343,7 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    outcomes = [_outcomes(run) for run in runs]
+    outcomes = [outcomes_of(run) for run in runs]
     for run, own in zip(runs, outcomes, strict=True):
         _require_same_problems(runs[0], run, outcomes[0], own)
     first = {row["id"]: row for row in reversed(runs[0].samples)}
@@ -359,7 +376,7 @@ def source_results(runs: Sequence[Run]) -> dict[str, Any]:
     """
     models = []
     for run, name in zip(runs, labels(runs), strict=True):
-        overall = stats.accuracy(list(_outcomes(run).values()))
+        overall = stats.accuracy(list(outcomes_of(run).values()))
         models.append(
             {
                 "model_type": name,
@@ -403,7 +420,7 @@ def extractors_table(runs: Sequence[Run]) -> Table | None:
 def parts_to_markdown(frame: pd.DataFrame) -> str:
     """Return ``strata`` or ``extractors`` as a Markdown table: one row a run, one column a part."""
     headings, rows = _parts_cells(frame)
-    return _markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
+    return markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
 
 
 def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool]]) -> pd.DataFrame | None:
@@ -435,13 +452,19 @@ def _parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def _parts_table(frame: pd.DataFrame, title: str) -> Table:
+    return grid(title, *_parts_cells(frame))
+
+
+def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> Table:
+    """Lay rows of cells out for a terminal: the first column is a name, the others are numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    headings, rows = _parts_cells(frame)
     table = Table(
         title=Text(title, style="bold"),
+        caption=Text(caption) if caption else None,
+        caption_justify="left",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -450,11 +473,11 @@ def _parts_table(frame: pd.DataFrame, title: str) -> Table:
     for i, heading in enumerate(headings):
         table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
     for name, *cells in rows:
-        table.add_row(Text("\n".join(fold(name, 34))), *(Text(cell) for cell in cells))
+        table.add_row(Text("\n".join(line for part in name.split("\n") for line in fold(part, 34))), *map(Text, cells))
     return table
 
 
-def _outcomes(run: Run) -> dict[str, list[bool]]:
+def outcomes_of(run: Run) -> dict[str, list[bool]]:
     """Return whether each sample of each problem is correct, by problem id in the run's order.
 
     Raises:
@@ -508,6 +531,13 @@ def _baseline_index(runs: Sequence[Run], names: Sequence[str], baseline: int | s
     raise unknown("baseline", baseline, [run.name for run in runs])
 
 
+def _paired(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:
+    """Return difference, interval and p-value of two models on the same problems, from (P,) correct counts."""
+    change = stats.paired_bootstrap(a / samples_a, b / samples_b)
+    p_value = _paired_p_value(a, samples_a, b, samples_b)
+    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value}
+
+
 def _paired_p_value(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> float:
     """Test two models on the same problems, from (P,) correct counts: exact McNemar, or exact sign flips."""
     if samples_a == samples_b == 1:
@@ -535,7 +565,7 @@ def _speed(tokens_per_second: float | None) -> str:
     return f"{tokens_per_second:,.0f}"
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
     """Lay out a Markdown table whose first ``left`` columns are text and whose other columns are numbers."""
     lines = [headings, [":--" if i < left else "--:" for i in range(len(headings))]]
     lines += [[*(_escape_markdown(cell) for cell in row[:left]), *row[left:]] for row in rows]

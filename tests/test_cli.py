@@ -19,6 +19,7 @@ from mlx_traces.config import (
     PPOConfig,
     RoundsConfig,
     SFTConfig,
+    StudyConfig,
     read_config,
 )
 from mlx_traces.errors import UserError
@@ -211,6 +212,7 @@ def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
         "ppo": PPOConfig,
         "rounds": RoundsConfig,
         "sft": SFTConfig,
+        "study": StudyConfig,
     }
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert files

@@ -6,10 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "mlx_traces"
 FLOORS = """
 cli
-cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.train
+cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train
 cli.options
-rounds doctor
-comparison bench_grpo
+rounds doctor study
+comparison quantizing bench_grpo
 bench_sft fusing generation
 bench grpo ppo sft scoring reformatting
 reinforcement
@@ -17,7 +17,7 @@ rollouts
 training rewards memory
 evaluation examples asking
 webpage
-sampling report curves
+sampling report curves findings
 fallback nano figures
 drawing tables traces
 models

@@ -10,6 +10,7 @@ from mlx_traces.cli.machine import doctor_command, nano_group
 from mlx_traces.cli.options import Commands
 from mlx_traces.cli.quality import filter_command, reformat_command, score_command
 from mlx_traces.cli.show import report_command, watch_command
+from mlx_traces.cli.study import study_command
 from mlx_traces.cli.train import (
     fuse_command,
     generate_command,
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 for command in (
-    *(eval_command, compare_command, grade_command),
+    *(eval_command, compare_command, study_command, grade_command),
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
     *(grpo_command, ppo_command, fuse_command),
     *(report_command, watch_command),

@@ -1,0 +1,278 @@
+"""What a study found: the summary, every pair of runs tested, what may be said of each, what bits cost. No MLX.
+
+Frames hold fractions; texts and rendered tables hold percent and points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from mlx_traces import stats, tables
+from mlx_traces.tables import Run, interval, p_text, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table of pairs
+CUT_OFF = 0.02  # share of answers cut off at the token cap from which a sentence mentions it
+
+Cells = tuple[list[str], list[list[str]]]  # headings, rows
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs of a study on the same problems.
+
+    ``wins`` are problems that ``a`` answered right and ``b`` did not (with several samples: right more often),
+    ``losses`` the reverse. ``diff`` is a's accuracy minus b's, ``low`` and ``high`` its 95 % interval (paired
+    bootstrap), all fractions. ``p_holm`` is adjusted over the ``family`` pairs tested together. ``cut_a`` and ``cut_b``
+    are the shares of answers that were cut off at the token cap.
+    """
+
+    a: str
+    b: str
+    problems: int
+    wins: int
+    losses: int
+    diff: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    family: int
+    cut_a: float = 0.0
+    cut_b: float = 0.0
+
+    def swapped(self) -> Pair:
+        """Return the same pair seen from ``b``."""
+        turned = {"a": self.b, "b": self.a, "wins": self.losses, "losses": self.wins}
+        ends = {"diff": -self.diff, "low": -self.high, "high": -self.low}
+        return replace(self, **turned, **ends, cut_a=self.cut_b, cut_b=self.cut_a)
+
+
+def summary(runs: Sequence[Run]) -> pd.DataFrame:
+    """Count each run's answers.
+
+    Returns:
+        One row a run: ``model`` (its label), ``total_cases``, ``success_rate``, ``correct``, ``incorrect``,
+        ``ci_low``, ``ci_high`` (Wilson). Cases are samples where a problem has several.
+    """
+    import pandas as pd
+
+    rows = []
+    for run, name in zip(runs, tables.labels(runs), strict=True):
+        figures = stats.accuracy(list(tables.outcomes_of(run).values()))
+        total, correct = figures["total_questions"], figures["correct_count"]
+        rows.append(
+            {
+                "model": name,
+                "total_cases": total,
+                "success_rate": figures["accuracy"],
+                "correct": correct,
+                "incorrect": total - correct,
+                "ci_low": figures["ci_low"],
+                "ci_high": figures["ci_high"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
+    """Test every pair of runs, or each run with the baseline, on the problems they share.
+
+    The p-value is McNemar's exact one (with several samples a problem the exact sign-flip test), Holm's adjustment is
+    over all pairs returned. The later run stands first: ``diff`` is what it has over the earlier one, or the baseline.
+
+    Args:
+        runs: runs over the same problems.
+        baseline: index of the run that all others are paired with; None pairs everything with everything.
+
+    Raises:
+        UserError: if the problems differ, or a run has no or uneven samples.
+    """
+    names = tables.labels(runs)
+    indices = range(len(runs))
+    chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
+    found = [(i, j, tables.paired(runs[j], runs[i])) for i, j in chosen]
+    adjusted = stats.holm([figures["p_value"] for _, _, figures in found])
+    return [
+        Pair(
+            a=names[j],
+            b=names[i],
+            problems=figures["problems"],
+            wins=figures["wins"],
+            losses=figures["losses"],
+            diff=figures["diff"],
+            low=figures["diff_low"],
+            high=figures["diff_high"],
+            p=figures["p_value"],
+            p_holm=p_holm,
+            family=len(found),
+            cut_a=_cut_off(runs[j]),
+            cut_b=_cut_off(runs[i]),
+        )
+        for (i, j, figures), p_holm in zip(found, adjusted, strict=True)
+    ]
+
+
+def sentence(pair: Pair) -> str:
+    """Say what a pair shows, and no more than that.
+
+    One of two things: after Holm's adjustment one of the two is right more often, or no difference is shown. The
+    latter is not "they are equal", so it names the difference that the data leave open: the end of the 95 % interval
+    that is farther from zero, and never less than what two runs without a single disagreement would leave open (the
+    upper end of Wilson's interval of 0 in n), since the bootstrap of no disagreements has no width.
+    """
+    if pair.diff < 0:
+        pair = pair.swapped()
+    tested = f"p {_p(pair.p)}" + (f"; after Holm over {pair.family} pairs {_p(pair.p_holm)}" if pair.family > 1 else "")
+    change = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)} on {pair.problems:,} problems"
+    counts = f"{pair.wins:,} won and {pair.losses:,} lost"
+    if pair.p_holm < LEVEL:
+        text = f"{pair.a} is right more often than {pair.b}: {change}, {counts} ({tested})."
+    else:
+        reach = max(abs(pair.low), abs(pair.high), stats.wilson(0, pair.problems)[1])
+        seen = f"{change}, {counts} ({tested})"
+        if pair.wins == pair.losses == 0:
+            seen = f"they are right on the same ones of {pair.problems:,} problems"
+        either = "either way is compatible" if pair.low <= 0 else "is compatible, and so, after Holm, is none"
+        open_ = f"a difference of up to {percent(reach)} points {either}"
+        text = f"No difference shown between {pair.a} and {pair.b}: {seen}; {open_}."
+    cut = [(pair.a, pair.cut_a), (pair.b, pair.cut_b)]
+    cut = [f"{percent(share)} % of {name}" for name, share in cut if share >= CUT_OFF]
+    return f"{text} Cut off at the token cap: {' and '.join(cut)}." if cut else text
+
+
+def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Say what each run's bits cost in accuracy and buy in memory and speed.
+
+    Args:
+        runs: runs of one model in one prompt, that with the most bits among them.
+        about: for each run ``bits``, ``group_size``, ``bits_per_weight``, ``file_mb`` (1e6 bytes of weights on disk)
+            and ``ran_as`` (the weights and their type that computed the answers).
+
+    Returns:
+        One row a run, in their order: ``label``, what ``about`` says, ``peak_memory_gb``, ``tokens_per_second``,
+        ``accuracy``, ``correct_count``, ``total_questions``, ``ci_low``, ``ci_high``, and ``diff``, ``diff_low``,
+        ``diff_high``, ``p_value``, ``p_holm`` to the first row of the most bits; Holm's family are these rows.
+    """
+    import pandas as pd
+
+    most = max(range(len(runs)), key=lambda i: (about[i]["bits"] or 0, -i))
+    compared = tables.compare_runs(runs, most).to_dict("records")
+    kept = ("accuracy", "correct_count", "total_questions", "ci_low", "ci_high")
+    tested = ("diff", "diff_low", "diff_high", "p_value", "p_holm")
+    return pd.DataFrame(
+        [
+            {
+                "label": row["label"],
+                **facts,
+                "peak_memory_gb": run.result.get("peak_memory_gb"),
+                "tokens_per_second": row["tokens_per_second"],
+                **{key: row[key] for key in (*kept, *tested)},
+            }
+            for run, row, facts in zip(runs, compared, about, strict=True)
+        ]
+    )
+
+
+def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
+    """Return pairs as a frame, a row each, ``sentence`` last."""
+    import pandas as pd
+
+    return pd.DataFrame([{**asdict(pair), "sentence": sentence(pair)} for pair in found])
+
+
+def summary_cells(frame: pd.DataFrame) -> Cells:
+    """Lay ``summary`` out as the source documents print it, with Wilson's interval."""
+    rows = [
+        [
+            row["model"],
+            f"{row['total_cases']:,}",
+            f"{percent(row['success_rate'])} %",
+            interval(row["ci_low"], row["ci_high"]),
+            f"{row['correct']:,}",
+            f"{row['incorrect']:,}",
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"], rows
+
+
+def pairs_cells(found: Sequence[Pair]) -> Cells:
+    """Lay pairs out: who against whom, wins, losses, difference with its interval, p, Holm's p."""
+    rows = [
+        [
+            f"{pair.a}\nagainst {pair.b}",
+            f"{pair.wins:,}",
+            f"{pair.losses:,}",
+            percent(pair.diff, signed=True),
+            interval(pair.low, pair.high),
+            p_text(pair.p),
+            p_text(pair.p_holm),
+        ]
+        for pair in found
+    ]
+    return ["pair", "won", "lost", "difference", "95 % interval", "p", "p (Holm)"], rows
+
+
+def bits_cells(frame: pd.DataFrame) -> Cells:
+    """Lay ``bits_frame`` out, a line a run."""
+    rows = []
+    for row in frame.to_dict("records"):
+        base = math.isnan(row["diff"])
+        rows.append(
+            [
+                row["label"],
+                _number(row["bits"], ".0f"),
+                _number(row["group_size"], ".0f"),
+                _number(row["bits_per_weight"], ".2f"),
+                _number(row["file_mb"], ",.2f" if row["file_mb"] and row["file_mb"] < 10 else ",.0f"),
+                _number(row["peak_memory_gb"], ".2f"),
+                _number(row["tokens_per_second"], ",.0f"),
+                f"{percent(row['accuracy'])} %",
+                interval(row["ci_low"], row["ci_high"]),
+                "–" if base else percent(row["diff"], signed=True),
+                "–" if base else interval(row["diff_low"], row["diff_high"]),
+                p_text(row["p_value"]),
+                p_text(row["p_holm"]),
+            ]
+        )
+    headings = ["model", "bits", "group", "bits a weight", "file MB", "peak GB", "tokens/s", "accuracy"]
+    return [*headings, "95 % interval", "to most bits", "95 % interval", "p", "p (Holm)"], rows
+
+
+def bits_table(frame: pd.DataFrame, title: str) -> Table:
+    """Lay ``bits_frame`` out for a terminal of 100 columns: intervals below their values."""
+    headings, rows = bits_cells(frame)
+    stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
+    cells = [
+        ["\n".join(tables.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
+    ]
+    names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
+    return tables.grid(title, names, cells)
+
+
+def markdown(cells: Cells) -> str:
+    """Return cells as a Markdown table whose first column is text."""
+    headings, rows = cells
+    return tables.markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
+
+
+def _cut_off(run: Run) -> float:
+    return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
+
+
+def _p(p: float) -> str:
+    """Return ``= 0.012``, or ``< 1e-4``."""
+    text = p_text(p)
+    return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else format(value, form)

@@ -1,0 +1,147 @@
+"""A model at other bits: expanded to 16, or quantized from there, in a folder of its own that is made once."""
+
+import hashlib
+import json
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import fusing, models
+from mlx_traces.errors import UserError, first_line
+from mlx_traces.runs import fingerprint, provenance, scratch_folder, to_json
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model at ``bits`` per weight, ``group_size`` weights sharing a scale; ``path`` is its folder."""
+
+    model: str
+    bits: int
+    group_size: int
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """Name the result: ``nano-16bit``, ``nano-8bit-g32``."""
+        return _label(self.model, self.bits, self.group_size)
+
+
+def conversion(model: str, bits: int, group_size: int, folder: Path) -> Conversion:
+    """Name a conversion's folder in ``folder``: the label, and 8 digits that stand for the source.
+
+    A local source is its files, a hub id its name and revision; nothing is downloaded or made.
+    """
+    local = model == models.NANO or models.is_folder(model)
+    source = [model, fingerprint(models.resolve(model)[0])] if local else [model]
+    digest = hashlib.sha256(json.dumps([source, bits, group_size if bits < 16 else 0]).encode()).hexdigest()[:8]
+    return Conversion(model, bits, group_size, folder / f"{_label(model, bits, group_size)}-{digest}")
+
+
+def convert(wanted: Conversion, trust_remote_code: bool = False) -> Path:
+    """Make the converted model unless it is there; return its folder, which appears when it is complete.
+
+    Quantized weights are first expanded in float32 and rounded once to the model's own 16-bit type, then quantized by
+    mlx_lm as its ``convert`` does it. Layers that a quantized source keeps dense stay dense. Tokenizer and templates
+    are copied as they are.
+
+    Raises:
+        UserError: for a model that cannot be read or expanded, a group size that fits no layer, a disk that is full.
+    """
+    if wanted.path.is_dir():
+        return wanted.path
+    source, revision = models.resolve(wanted.model)
+    scratch = scratch_folder(wanted.path)
+    try:
+        origin = _write(scratch, source, wanted, trust_remote_code)
+        about = {"model": wanted.model, "revision": revision, "bits": wanted.bits, "group_size": wanted.group_size}
+        about |= {"origin": origin, **provenance()}
+        (scratch / "converted.json").write_text(to_json(about), encoding="utf-8")
+        scratch.rename(wanted.path)
+    except OSError as error:
+        raise UserError(f"{wanted.path} cannot be written ({error.strerror or error}); choose another --out") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return wanted.path
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return ``bits``, ``group_size`` (None for dense weights), ``bits_per_weight`` and ``file_mb`` of a model folder.
+
+    ``bits_per_weight`` counts scales, biases and what stays dense (mlx_lm's count); ``file_mb`` is the size of the
+    weights on disk in 1e6 bytes. No weights are read.
+    """
+    from mlx_lm.utils import compute_bits_per_weight
+
+    model, config = _lazy(folder, str(folder), False)
+    own = config.get("quantization") or {}
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    exact = compute_bits_per_weight(model)
+    return {
+        "bits": own.get("bits", round(exact)),
+        "group_size": own.get("group_size"),
+        "bits_per_weight": exact,
+        "file_mb": size / 1e6,
+    }
+
+
+def origin(model: str) -> dict[str, Any] | None:
+    """Return the quantization that a model on this disk comes with, None for dense weights and hub ids."""
+    if model != models.NANO and not models.is_folder(model):
+        return None
+    return _quantization(json.loads((models.resolve(model)[0] / "config.json").read_text(encoding="utf-8")))
+
+
+def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bool) -> dict[str, Any] | None:
+    """Write weights, configuration and the source's other files; return the source's own quantization."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    model, config = _lazy(source, wanted.model, trust_remote_code)
+    own, dtype = _quantization(config), fusing.own_dtype(source, config)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    kept = fusing.add_up(model)
+    model.set_dtype(dtype)
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+    if wanted.bits < 16:
+        chosen = (lambda path, _: path in kept) if kept else None
+        with redirect_stdout(StringIO()):
+            model, config = quantize_model(model, config, wanted.group_size, wanted.bits, quant_predicate=chosen)
+        if not any("scales" in module for _, module in model.named_modules()):
+            raise UserError(f"{wanted.model}: no layer's width is a multiple of the group size {wanted.group_size}")
+    try:
+        save_model(folder, model)
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(first_line(error)) from None
+    save_config(config, folder / "config.json", keep_vision_config=True)
+    left = {path for pattern in fusing.LEFT_BEHIND for path in source.glob(pattern)}
+    for path in sorted(set(source.iterdir()) - left):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    return own
+
+
+def _lazy(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """Load a model without reading its weights yet."""
+    from mlx_lm.utils import load_model
+
+    try:
+        model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
+        raise UserError(f"{name}: cannot be loaded ({first_line(error)}); copy or download it anew") from None
+    return model, dict(config)
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    own = config.get("quantization") or config.get("quantization_config")
+    return {"bits": own.get("bits"), "group_size": own.get("group_size")} if own else None
+
+
+def _label(model: str, bits: int, group_size: int) -> str:
+    short = Path(model.partition("@")[0]).name
+    return f"{short}-16bit" if bits == 16 else f"{short}-{bits}bit-g{group_size}"

@@ -1,0 +1,311 @@
+"""Studies: every model in every prompt on the same problems, and what may be said about each pair.
+
+Evaluations are those of ``compare``: one that is there, with the same settings, problems and model files, is not made
+again, and one that was cut off is continued. A model at other bits is converted once, into a folder beside the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_traces import comparison, evaluation, findings, models, quantizing, report, tables, webpage
+from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
+from mlx_traces.errors import UserError
+from mlx_traces.runs import RunFolder, read_json, to_json, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from mlx_traces.quantizing import Conversion
+    from mlx_traces.tables import Run
+
+ALONE = (
+    "Each row is one model answering once, greedily or from one seed: nothing here speaks of another training run, "
+    "prompt or token cap. Intervals of differences are each 95 % by themselves; the p-values after Holm allow for all "
+    "pairs of a table."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation of a study: its settings, the conversion that its model waits for, and its name in the tables."""
+
+    config: EvalConfig
+    conversion: Conversion | None
+    label: str | None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is there to be evaluated."""
+        return self.conversion is None or self.conversion.path.is_dir()
+
+    def plan(self) -> evaluation.Plan:
+        """Check the evaluation and load its problems; with the unconverted model as long as there is no other."""
+        config = self.config
+        if self.conversion is not None and self.ready:
+            config = config.model_copy(update={"model": str(self.conversion.path)})
+        return evaluation.plan(config)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The runs of one task of a study, in the tables' order, with what came of them.
+
+    ``bits`` has a frame for every model and prompt that was tried at several bits, else it is empty.
+    """
+
+    name: str
+    runs: list[Run]
+    comparison: pd.DataFrame
+    summary: pd.DataFrame
+    pairs: list[findings.Pair]
+    bits: list[pd.DataFrame]
+    notes: list[str]
+
+
+def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str]]:
+    """Lay out the evaluations of one task, models by prompts; also say which models are left out.
+
+    Raises:
+        UserError: for a wrong setting, or settings that a study fills in itself.
+    """
+    found, notes = [], []
+    shared = task.model_dump(exclude_unset=True, exclude={"prompts"})
+    for given in (name for name in ("model", "adapter", "prompt") if name in shared):
+        raise UserError(f"tasks: {given!r} is filled in by the study; name it under models or prompts")
+    for place, model in enumerate(config.models):
+        spec, adapter = _adapter(model)
+        if model.optional and adapter and not models.is_folder(adapter):
+            notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
+            continue
+        wanted = None
+        if model.bits is not None:
+            models.check(spec)
+            wanted = quantizing.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
+        for prompt in model.prompts or task.prompts:
+            own = {"model": spec, "adapter": adapter, "prompt": prompt}
+            if taken := sorted(own.keys() & model.settings.keys()):
+                raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
+            settings = build(EvalConfig, {**shared, **model.settings, **own}, f"models.{place}.settings")
+            found.append(Entry(settings, wanted, model.label))
+    if not found:
+        raise UserError(f"study {config.name}: no model is left to evaluate; {'; '.join(notes)}")
+    return found, notes
+
+
+def preview(config: StudyConfig) -> Iterator[str]:
+    """Say line by line what is there and what a study would make; make nothing."""
+    converted = set()
+    for task in config.tasks:
+        found, notes = entries(config, task)
+        yield from notes
+        for entry in found:
+            planned, wanted = entry.plan(), entry.conversion
+            if wanted is not None and wanted.path not in converted:
+                converted.add(wanted.path)
+                yield f"{'there     ' if entry.ready else 'to convert'} {wanted.path}"
+            if not entry.ready:
+                yield f"to make    {planned.task.name}, {wanted.label}, {planned.prompt.name}, once it is converted"
+                continue
+            path = Path(config.runs_dir) / planned.label
+            state = "there     " if RunFolder(path).finished else "to finish " if path.exists() else "to make   "
+            yield f"{state} {path}"
+
+
+def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> list[Part]:
+    """Carry a study out: convert, evaluate what is missing, compute, and write the files of `write`.
+
+    Args:
+        config: the study.
+        say: is called with a line before each model that is converted, and for each one that is left out.
+        progress: show progress bars on stderr.
+
+    Raises:
+        UserError: if the input is wrong; settings, models and problems are looked at before the first evaluation.
+    """
+    laid_out = [entries(config, task) for task in config.tasks]
+    for found, _ in laid_out:
+        for entry in found:
+            entry.plan()
+    for found, _ in laid_out:
+        for entry in found:
+            if not entry.ready:
+                say(f"converting {entry.conversion.model} to {entry.conversion.path}")
+                quantizing.convert(entry.conversion, entry.config.trust_remote_code)
+    parts = []
+    for (found, notes), name in zip(laid_out, _names(config), strict=True):
+        for note in notes:
+            say(note)
+        runs = [_obtain(config, entry, progress) for entry in found]
+        parts.append(_part(config, name, found, runs, notes))
+    write(config, parts)
+    return parts
+
+
+def _adapter(model: StudyModel) -> tuple[str, str | None]:
+    """Return a model's name and its adapter's folder, from wherever the adapter is named."""
+    spec, inner = models.split_adapter(model.model)
+    if inner and model.adapter:
+        raise UserError(f"two adapters, {inner} and {model.adapter}: give one")
+    return spec, inner or model.adapter
+
+
+def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
+    planned = entry.plan()
+    made = comparison.obtain(planned, Path(config.runs_dir) / planned.label, progress, config.apart)
+    if entry.label:
+        return replace(made, result=made.result | {"model": entry.label, "adapter": None})
+    return replace(made, result=made.result | {"model": entry.conversion.label}) if entry.conversion else made
+
+
+def _part(config: StudyConfig, name: str, found: list[Entry], runs: list[Run], notes: list[str]) -> Part:
+    """Compute the tables of one task."""
+    frame = tables.compare_runs(runs, 0 if config.baseline is None else config.baseline)
+    baseline = frame["diff"].isna().tolist().index(True)
+    chosen = findings.pairs(runs, baseline if config.pairs == "baseline" else None)
+    about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
+    origins = {entry.conversion.model: quantizing.origin(entry.conversion.model) for entry in found if entry.conversion}
+    notes = [*notes, *tables.differences(runs), *(_origin_note(*pair) for pair in origins.items() if pair[1])]
+    return Part(name, runs, frame, findings.summary(runs), chosen, _bits(found, runs, about), notes)
+
+
+def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> list[pd.DataFrame]:
+    """Make a frame for every model, adapter and prompt that is there at several bits."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, entry in enumerate(found):
+        groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
+    several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
+    return [findings.bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+
+
+def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
+    """Describe the weights of a run: on disk, and as they computed its answers."""
+    stored = read_json(Path(config.runs_dir) / made.name / "run.json")
+    folder = entry.conversion.path if entry.conversion else None
+    if folder is None and (entry.config.model == models.NANO or models.is_folder(entry.config.model)):
+        folder = models.resolve(entry.config.model)[0]
+    blank = dict.fromkeys(("bits", "group_size", "bits_per_weight", "file_mb"))
+    facts = quantizing.describe(folder) if folder else blank
+    identity, backend = stored["identity"], stored.get("backend") or {}
+    kind = "dense" if facts["bits"] and facts["group_size"] is None else identity.get("weights")
+    return {**facts, "ran_as": f"{kind} {identity.get('dtype') or 'as in the folder'} on {backend.get('name')}"}
+
+
+def _origin_note(model: str, own: dict[str, Any]) -> str:
+    return (
+        f"{model} comes with {own['bits']}-bit weights: the 16-bit model is what those expand to, rounded once, so the "
+        "table says what further rounding costs, not what the first one has cost already; for that, start from a "
+        "model's 16-bit weights"
+    )
+
+
+def _names(config: StudyConfig) -> list[str]:
+    """Name each task's part: ``countdown``, a second one of the same task ``countdown-2``."""
+    names: list[str] = []
+    for task in config.tasks:
+        same = sum(name == task.task or name.startswith(f"{task.task}-") for name in names)
+        names.append(f"{task.task}-{same + 1}" if same else task.task)
+    return names
+
+
+def write(config: StudyConfig, parts: list[Part]) -> None:
+    """Write a study's files into ``config.out``, or a folder per task there if it has several.
+
+    Those of a comparison (`report.write_all`), ``study.md`` and ``study.json`` with everything, and ``summary.csv``,
+    ``strata.csv``, ``pairs.csv`` and ``bits.csv`` where there is something to write; at the end ``report.html``, the
+    page of all runs, in ``config.out`` itself.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    if config.out is None:
+        return
+    for part in parts:
+        folder = Path(config.out) / part.name if len(parts) > 1 else Path(config.out)
+        report.write_all(part.runs, part.comparison, folder)
+        frames = {"summary": part.summary, "strata": tables.strata(part.runs)}
+        frames |= {"pairs": findings.pairs_frame(part.pairs)} if part.pairs else {}
+        frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
+        try:
+            for name, frame in frames.items():
+                if frame is not None:
+                    write_atomic(folder / f"{name}.csv", tables.to_csv(frame))
+            write_atomic(folder / "study.md", to_markdown(config.name, part))
+            write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    webpage.write([run for part in parts for run in part.runs], config.out)
+
+
+def to_markdown(name: str, part: Part) -> str:
+    """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
+    sections = [("Summary", findings.markdown(findings.summary_cells(part.summary)))]
+    sections.append(("Comparison", tables.to_markdown(part.comparison)))
+    if (strata := tables.strata(part.runs)) is not None:
+        sections.append(("By stratum", tables.parts_to_markdown(strata)))
+    if part.pairs:
+        sentences = "".join(f"* {line}\n" for line in said(part))
+        pairs = findings.markdown(findings.pairs_cells(part.pairs))
+        sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
+    for frame in part.bits:
+        sections.append(("Bits", f"{findings.markdown(findings.bits_cells(frame))}\n{ran_as(frame)}\n"))
+    if part.notes:
+        sections.append(("Notes", "".join(f"* {note}\n" for note in part.notes)))
+    return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)
+
+
+def to_terminal(part: Part) -> list[Table | str]:
+    """Return a part's tables and lines as a terminal shows them, in order."""
+    shown: list[Table | str | None] = [
+        tables.grid(f"{part.name}: summary", *findings.summary_cells(part.summary)),
+        tables.to_terminal(part.comparison),
+        tables.strata_table(part.runs),
+    ]
+    if part.pairs:
+        shown.append(tables.grid("pairs", *findings.pairs_cells(part.pairs)))
+        shown += [*said(part), ALONE]
+    for frame in part.bits:
+        shown += [findings.bits_table(frame, "bits"), ran_as(frame)]
+    return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
+
+
+def said(part: Part) -> list[str]:
+    """Return the sentence on each pair."""
+    return [findings.sentence(pair) for pair in part.pairs]
+
+
+def ran_as(frame: pd.DataFrame) -> str:
+    """Say which weights computed the answers of a table of bits, as speed and memory depend on that."""
+    kinds: dict[str, list[str]] = {}
+    for row in frame.to_dict("records"):
+        kinds.setdefault(row["ran_as"], []).append(row["label"])
+    text = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    text = f"{next(iter(kinds))} in every row" if len(kinds) == 1 else text
+    dense = all(kind.startswith("dense") for kind in kinds)
+    extra = " Expanded weights cost the same whatever their bits: speed and memory cannot differ here." if dense else ""
+    return f"Weights that computed the answers: {text}.{extra} File: weights on disk; peak: of the whole process."
+
+
+def as_json(name: str, part: Part) -> dict[str, Any]:
+    """Return a part as plain data; what is missing is None."""
+    strata = tables.strata(part.runs)
+    return {
+        "study": name,
+        "task": part.name,
+        "protocol": tables.protocol_line(part.comparison),
+        "runs": [run.name for run in part.runs],
+        "summary": _records(part.summary),
+        "comparison": tables.to_json(part.comparison)["rows"],
+        "strata": [] if strata is None else _records(strata),
+        "pairs": _records(findings.pairs_frame(part.pairs)) if part.pairs else [],
+        "bits": [_records(frame) for frame in part.bits],
+        "notes": part.notes,
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]

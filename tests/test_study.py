@@ -1,0 +1,453 @@
+"""Studies: tables and sentences against hand-computed values, conversions, and every kind of model end to end."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import CHATML, make_config, make_tokenizer, randomized
+from mlx.utils import tree_flatten
+from scipy.stats import binomtest
+from test_models import R1
+from test_tables import BASE, BETTER, make_run, rendered
+
+from mlx_traces import comparison, evaluation, findings, models, quantizing, study
+from mlx_traces.cli import main
+from mlx_traces.config import StudyConfig, build
+from mlx_traces.errors import UserError
+from mlx_traces.findings import Pair
+
+PHI4 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+QWEN25 = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
+IDS = mx.array([[5, 9, 30, 61, 12, 77, 20, 8]])
+
+
+def make_folder(folder: Path, template: str = CHATML, seed: int = 1, **changes) -> Path:
+    """Write a tiny random float16 model of any architecture that mlx_lm has."""
+    from mlx_lm.utils import _get_classes
+
+    config = make_config(max_position_embeddings=2048, **changes)
+    model_class, arguments = _get_classes(config)
+    model = randomized(model_class(arguments.from_dict(config)), seed)
+    model.set_dtype(mx.float16)
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("dense") / "dense")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def config_of(tmp_path, questions, *rows, **changes):
+    task = {"task": "qa", "data": str(questions), "prompts": ["plain", "boxed"], "max_tokens": 12, "rows": 4}
+    settings = {"name": "tiny", "tasks": [task], "models": list(rows), "runs_dir": str(tmp_path / "runs")}
+    return build(StudyConfig, {**settings, "out": str(tmp_path / "out"), **changes})
+
+
+# ------------------------------------------------------------------------------------------ findings
+
+
+def three_runs():
+    return [
+        make_run("base", BASE),
+        make_run("better", BETTER, prompt="thinking"),
+        make_run("same", BASE, prompt="boxed"),
+    ]
+
+
+def test_summary_by_hand():
+    first, second, _ = findings.summary(three_runs()).to_dict("records")
+    assert (first["total_cases"], first["correct"], first["incorrect"], first["success_rate"]) == (8, 2, 6, 0.25)
+    assert (first["ci_low"], first["ci_high"]) == pytest.approx((0.0715, 0.5907), abs=1e-4)
+    assert (second["model"], second["correct"], second["incorrect"]) == ("nano_thinking", 6, 2)
+    headings, rows = findings.summary_cells(findings.summary(three_runs()))
+    assert headings == ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"]
+    assert rows[0] == ["nano_plain", "8", "25.0 %", "[7.1, 59.1]", "2", "6"]
+
+
+def test_every_pair_by_hand_with_holm():
+    found = findings.pairs(three_runs())
+    names = [(pair.a, pair.b) for pair in found]
+    assert names == [
+        ("nano_thinking", "nano_plain"),
+        ("nano_boxed", "nano_plain"),
+        ("nano_boxed", "nano_thinking"),
+    ]
+    assert [(pair.wins, pair.losses, pair.diff) for pair in found] == [(5, 1, 0.5), (0, 0, 0.0), (1, 5, -0.5)]
+    p = binomtest(5, 6).pvalue  # the sign test on the six problems that tell the two apart
+    assert [pair.p for pair in found] == pytest.approx([p, 1, p])
+    assert [pair.p_holm for pair in found] == pytest.approx([3 * p, 1, 3 * p])  # 3 p, then max(3 p, 2 p)
+    assert {pair.family for pair in found} == {3} and {pair.cut_a for pair in found} == {1 / 8}
+    assert found[0].low < 0.5 < found[0].high and (found[2].low, found[2].high) == (-found[0].high, -found[0].low)
+
+
+def test_pairs_with_the_baseline_alone_are_a_smaller_family():
+    found = findings.pairs(three_runs(), baseline=1)
+    assert [(pair.a, pair.b) for pair in found] == [("nano_plain", "nano_thinking"), ("nano_boxed", "nano_thinking")]
+    assert [pair.p_holm for pair in found] == pytest.approx([2 * binomtest(5, 6).pvalue] * 2)
+    assert findings.pairs(three_runs()[:1]) == []
+
+
+def test_pairs_of_several_samples_count_problems():
+    one, two = make_run("a", [[1, 1], [1, 0], [0, 0], [1, 1]]), make_run("b", [[1, 0], [1, 1], [0, 0], [1, 0]])
+    (pair,) = findings.pairs([one, two])
+    assert (pair.wins, pair.losses, pair.problems, pair.diff) == (1, 2, 4, -0.125)
+    single = make_run("c", [1, 1, 0, 0])  # one sample against two: shares are compared, not counts
+    (pair,) = findings.pairs([single, one])
+    assert (pair.wins, pair.losses) == (1, 1)
+
+
+CLEAR = Pair("thinking", "direct", 1000, 150, 50, 0.1, 0.073, 0.128, 1e-12, 1.5e-11, 15)
+
+
+def test_the_sentence_on_a_difference():
+    text = (
+        "thinking is right more often than direct: +10.0 points [7.3, 12.8] on 1,000 problems, 150 won and 50 lost "
+        "(p < 1e-4; after Holm over 15 pairs < 1e-4)."
+    )
+    assert findings.sentence(CLEAR) == text
+    assert findings.sentence(CLEAR.swapped()) == text  # the better one is named first, whoever was `a`
+    assert CLEAR.swapped().swapped() == CLEAR and CLEAR.swapped().low == -0.128
+    alone = replace(CLEAR, family=1, p=0.03, p_holm=0.03)
+    assert findings.sentence(alone).endswith("150 won and 50 lost (p = 0.030).")
+
+
+def test_the_sentence_on_no_difference_says_what_is_still_possible():
+    close = replace(CLEAR, wins=60, losses=40, diff=0.02, low=-0.0005, high=0.04, p=0.0569, p_holm=0.85)
+    assert findings.sentence(close) == (
+        "No difference shown between thinking and direct: +2.0 points [-0.1, 4.0] on 1,000 problems, 60 won and 40 "
+        "lost (p = 0.057; after Holm over 15 pairs = 0.850); a difference of up to 4.0 points either way is compatible."
+    )
+    # p alone would do, Holm's does not: nothing is claimed
+    lucky = replace(CLEAR, p=0.01, p_holm=0.15)
+    text = findings.sentence(lucky)
+    assert text.startswith("No difference shown between thinking and direct: +10.0 points [7.3, 12.8]")
+    assert text.endswith("a difference of up to 12.8 points is compatible, and so, after Holm, is none.")
+    assert findings.sentence(replace(lucky, p_holm=0.0501)).startswith("No difference")
+    assert findings.sentence(replace(lucky, p_holm=0.0499)).startswith("thinking is right more often")
+
+
+def test_no_disagreement_is_not_called_equality():
+    same = replace(CLEAR, wins=0, losses=0, diff=0.0, low=0.0, high=0.0, p=1.0, p_holm=1.0)
+    assert findings.sentence(same) == (
+        "No difference shown between thinking and direct: they are right on the same ones of 1,000 problems; a "
+        "difference of up to 0.4 points either way is compatible."  # Wilson's upper end of 0 in 1,000: 0.38 %
+    )
+
+
+def test_the_sentence_names_answers_that_were_cut_off():
+    assert "Cut off" not in findings.sentence(replace(CLEAR, cut_a=0.019))
+    text = findings.sentence(replace(CLEAR, cut_a=0.3, cut_b=0.02))
+    assert text.endswith(". Cut off at the token cap: 30.0 % of thinking and 2.0 % of direct.")
+
+
+def test_bits_are_compared_with_the_most_of_them():
+    runs = [make_run("four", BETTER), make_run("sixteen", BASE, prompt="thinking")]
+    facts = [
+        {"bits": 4, "group_size": 64, "bits_per_weight": 4.5, "file_mb": 0.5, "ran_as": "quantized float32 on cpu"},
+        {"bits": 16, "group_size": None, "bits_per_weight": 16.0, "file_mb": 1700.4, "ran_as": "dense float32 on cpu"},
+    ]
+    frame = findings.bits_frame(runs, facts)
+    four, sixteen = frame.to_dict("records")
+    assert np.isnan(sixteen["diff"]) and (four["diff"], four["p_value"]) == (0.5, pytest.approx(0.21875))
+    headings, rows = findings.bits_cells(frame)
+    assert len(headings) == len(rows[0]) == 13
+    assert rows[0][:7] == ["nano_plain", "4", "64", "4.50", "0.50", "–", "123"]
+    assert rows[1][:5] == ["nano_thinking", "16", "–", "16.00", "1,700"] and rows[1][-1] == "–"
+    text = rendered(findings.bits_table(frame, "bits"))
+    assert "+50.0" in text and max(map(len, text.splitlines())) <= 100
+    assert study.ran_as(frame) == (
+        "Weights that computed the answers: quantized float32 on cpu: nano_plain; dense float32 on cpu: nano_thinking. "
+        "File: weights on disk; peak: of the whole process."
+    )
+    frame["ran_as"] = "dense float32 on cpu"
+    assert "speed and memory cannot differ here" in study.ran_as(frame)
+
+
+# ------------------------------------------------------------------------------------------ conversion
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_fewer_bits_are_smaller_files_and_greater_errors(dense, tmp_path, group_size):
+    truth = models.load(str(dense), weights="quantized", dtype="float32").model(IDS)
+    spread, errors, sizes = truth.std().item(), [], []
+    for bits in (8, 6, 4):
+        wanted = quantizing.conversion(str(dense), bits, group_size, tmp_path)
+        folder = quantizing.convert(wanted)
+        assert wanted.label == f"dense-{bits}bit-g{group_size}" and folder.name.startswith(wanted.label)
+        loaded = models.load(str(folder), weights="quantized", dtype="float32")
+        errors.append(mx.abs(loaded.model(IDS) - truth).mean().item() / spread)
+        facts = quantizing.describe(folder)
+        assert (facts["bits"], facts["group_size"]) == (bits, group_size)
+        # a float16 scale and bias for each group; norms and Qwen2's biases stay 16 bits
+        assert facts["bits_per_weight"] == pytest.approx(bits + 32 / group_size, rel=0.03)
+        sizes.append(facts["file_mb"])
+        assert loaded.tokenizer.chat_template == CHATML
+        about = json.loads((folder / "converted.json").read_text())
+        assert (about["bits"], about["origin"], about["model"]) == (bits, None, str(dense))
+    assert errors[0] < 0.05 < errors[2] and errors == sorted(errors), errors
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < 0.6 * quantizing.describe(dense)["file_mb"]
+
+
+def test_the_weights_are_what_mlx_makes_of_them(dense, tmp_path):
+    folder = quantizing.convert(quantizing.conversion(str(dense), 4, 32, tmp_path))
+    ours, own = (mx.load(str(path / "model.safetensors")) for path in (folder, dense))
+    name = "model.layers.0.mlp.up_proj"
+    for part, expected in zip(
+        ("weight", "scales", "biases"), mx.quantize(own[f"{name}.weight"], group_size=32, bits=4), strict=True
+    ):
+        assert mx.array_equal(ours[f"{name}.{part}"], expected), part
+
+
+def test_a_quantized_origin_is_expanded_and_named(tiny_folder, tmp_path):
+    own = models.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
+    assert quantizing.origin(str(tiny_folder)) == {"bits": 4, "group_size": 32}
+    wide = quantizing.convert(quantizing.conversion(str(tiny_folder), 16, 64, tmp_path))
+    assert quantizing.origin(str(wide)) is None and "quantization" not in json.loads((wide / "config.json").read_text())
+    assert json.loads((wide / "converted.json").read_text())["origin"] == {"bits": 4, "group_size": 32}
+    ours = models.load(str(wide)).model(IDS)
+    assert mx.abs(ours - own).max().item() < 0.02 * own.std().item()  # one float16 rounding
+    assert quantizing.describe(wide)["bits_per_weight"] == 16
+    assert quantizing.describe(wide)["group_size"] is None
+    eight = quantizing.convert(quantizing.conversion(str(tiny_folder), 8, 32, tmp_path))
+    ours = models.load(str(eight), weights="dense", dtype="float32").model(IDS)
+    assert mx.abs(ours - own).mean().item() < 0.05 * own.std().item()
+
+
+def test_a_conversion_is_made_once_and_follows_its_source(dense, tmp_path):
+    wanted = quantizing.conversion(str(dense), 4, 64, tmp_path / "models")
+    folder = quantizing.convert(wanted)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert quantizing.convert(wanted) == folder and (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]  # no scratch folder is left
+    # 16 bits have no groups; another group size, or other files, are another model
+    assert (
+        quantizing.conversion(str(dense), 16, 32, tmp_path).path
+        == quantizing.conversion(str(dense), 16, 64, tmp_path).path
+    )
+    assert quantizing.conversion(str(dense), 4, 32, tmp_path / "models").path != folder
+    changed = tmp_path / "dense"
+    shutil.copytree(dense, changed)
+    before = quantizing.conversion(str(changed), 4, 64, tmp_path).path
+    (changed / "chat_template.jinja").write_text(QWEN25)
+    assert quantizing.conversion(str(changed), 4, 64, tmp_path).path != before
+    hub = quantizing.conversion("Qwen/Qwen2.5-0.5B-Instruct@main", 8, 64, tmp_path)  # nothing is asked of the hub
+    assert hub.label == "Qwen2.5-0.5B-Instruct-8bit-g64"
+
+
+def test_conversions_that_cannot_be(dense, tmp_path):
+    folder = quantizing.conversion(str(dense), 4, 64, tmp_path)
+    narrow = make_folder(tmp_path / "narrow", hidden_size=32, intermediate_size=32, num_attention_heads=1,
+                         num_key_value_heads=1)  # fmt: skip
+    with pytest.raises(UserError, match="no layer's width is a multiple of the group size 128"):
+        quantizing.convert(quantizing.conversion(str(narrow), 4, 128, tmp_path))
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"broken: cannot be loaded \("):
+        quantizing.convert(quantizing.conversion(str(broken), 4, 64, tmp_path))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        quantizing.convert(replace(folder, path=file / "model"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"narrow", "broken", "file"}
+
+
+# ------------------------------------------------------------------------------------------ the study
+
+
+def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monkeypatch):
+    config = config_of(tmp_path, questions, {"model": str(tiny_folder)}, {"model": str(tiny_folder), "bits": 8})
+    lines = list(study.preview(config))
+    assert [line[:10].strip() for line in lines] == ["to make", "to make", "to convert", "to make", "to make"]
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+    made, run = [], evaluation.run
+    monkeypatch.setattr(
+        evaluation, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
+    )
+    said = []
+    (part,) = study.run(config, said.append)
+    assert len(made) == 4 and len(said) == 1 and said[0].startswith(f"converting {tiny_folder} to ")
+    assert part.comparison["total_questions"].tolist() == [6] * 4 and len(part.pairs) == 6
+    assert part.summary["model"].tolist() == [
+        "tiny-4bit_plain", "tiny-4bit_boxed", "tiny-4bit-8bit-g64_plain", "tiny-4bit-8bit-g64_boxed",
+    ]  # fmt: skip
+    assert len(part.bits) == 2 and part.bits[0]["bits"].tolist() == [4, 8]  # one for each prompt
+    assert any("comes with 4-bit weights" in note for note in part.notes)
+    assert all(line.startswith("there") for line in study.preview(config))
+
+    study.run(config, said.append)
+    assert len(made) == 4 and len(said) == 1  # nothing is made again
+    cut = made[2]
+    whole = (cut / "samples.jsonl").read_text().splitlines(keepends=True)
+    (cut / "result.json").unlink()
+    (cut / "samples.jsonl").write_text("".join(whole[:2]) + whole[2][:20])
+    assert [line[:10].strip() for line in study.preview(config)].count("to finish") == 1
+    study.run(config)
+    assert made[4:] == [cut]
+    without = [{k: v for k, v in json.loads(line).items() if k != "elapsed"} for line in whole]
+    again = [json.loads(line) for line in (cut / "samples.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "elapsed"} for row in again] == without
+
+
+def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
+    config = config_of(tmp_path, questions, {"model": str(tiny_folder)}, {"model": str(tiny_folder), "bits": 4})
+    (part,) = study.run(config)
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"summary.csv", "pairs.csv", "bits.csv", "bits-2.csv", "study.md", "study.json", "table.csv"} <= names
+    assert {"per_question.csv", "results.json", "accuracy.png"} <= names and "strata.csv" not in names
+    header = (out / "summary.csv").read_text().splitlines()[0]
+    assert header == "model,total_cases,success_rate,correct,incorrect,ci_low,ci_high"
+    assert (out / "table.csv").read_text().startswith("model,adapter,prompt,accuracy,correct_count,total_questions,")
+    page = (out / "study.md").read_text()
+    for line in ("# tiny: qa", "## Summary", "## Comparison", "## Pairs", "## Bits", "## Notes", *study.said(part)):
+        assert line in page
+    stored = json.loads((out / "study.json").read_text())
+    assert [row["sentence"] for row in stored["pairs"]] == study.said(part)
+    assert stored["summary"][0]["total_cases"] == 6 and stored["comparison"][0]["p_value"] is None
+    assert {"bits", "group_size", "bits_per_weight", "file_mb", "peak_memory_gb", "tokens_per_second"} <= set(
+        stored["bits"][0][0]
+    )
+    items = study.to_terminal(part)
+    text = "".join(item if isinstance(item, str) else rendered(item) for item in items)
+    assert "total cases" in text and "success rate" in text and study.said(part)[0] in text
+
+
+def test_several_tasks_have_a_folder_each_and_strata(tiny_folder, tmp_path, questions):
+    qa = {"task": "qa", "data": str(questions), "prompts": ["plain"], "max_tokens": 4}
+    countdown = {"task": "countdown", "prompts": ["direct"], "limit": 8, "max_tokens": 4}
+    folder = make_folder(tmp_path / "long", seed=3)
+    config = config_of(tmp_path, questions, {"model": str(folder)}, tasks=[qa, countdown, {**qa, "max_tokens": 5}])
+    parts = study.run(config)
+    assert [part.name for part in parts] == ["qa", "countdown", "qa-2"] and parts[0].pairs == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"qa", "countdown", "qa-2"}
+    strata = (tmp_path / "out" / "countdown" / "strata.csv").read_text()
+    assert "3 operands" in strata and "4 operands" in strata
+    assert "By stratum" in (tmp_path / "out" / "countdown" / "study.md").read_text()
+
+
+def test_labels_settings_and_adapters_that_are_not_there_yet(tiny_folder, tmp_path, questions):
+    rows = (
+        {"model": str(tiny_folder), "label": "short"},
+        {"model": str(tiny_folder), "label": "long", "settings": {"max_tokens": 20}, "prompts": ["boxed"]},
+        {"model": str(tiny_folder), "label": "later", "adapter": str(tmp_path / "none"), "optional": True},
+    )
+    said = []
+    (part,) = study.run(config_of(tmp_path, questions, *rows, pairs="baseline", baseline="long_boxed"), said.append)
+    assert part.summary["model"].tolist() == ["short_plain", "short_boxed", "long_boxed"]
+    assert part.comparison["max_tokens"].tolist() == [12, 12, 20]
+    assert [pair.b for pair in part.pairs] == ["long_boxed"] * 2
+    assert said == [f"later is left out: there is no adapter in {tmp_path / 'none'} yet"]
+    assert any(note.startswith("max_tokens differs: 12 in ") for note in part.notes)
+
+
+def test_apart_is_the_same_evaluation_with_its_own_memory(tiny_folder, tmp_path, questions):
+    config = config_of(tmp_path, questions, {"model": str(tiny_folder)})
+    plan = study.entries(config, config.tasks[0])[0][0].plan()
+    here = comparison.obtain(plan, tmp_path / "here")
+    there = comparison.obtain(plan, tmp_path / "there", apart=True)
+    assert [row["completion"] for row in here.samples] == [row["completion"] for row in there.samples]
+    assert 0 < there.result["peak_memory_gb"] < here.result["peak_memory_gb"]  # this process has run other tests
+    broken = replace(plan, config=plan.config.model_copy(update={"model": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="no such folder"):  # a UserError over there is one here
+        comparison.obtain(broken, tmp_path / "broken", apart=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "opened", "changes"),
+    [
+        (PHI4, "", {"model_type": "phi3", "tie_word_embeddings": False}),
+        (R1, "<think>\n", {"tie_word_embeddings": False}),
+        (QWEN25, "", {}),
+    ],
+    ids=["phi-4", "deepscaler", "qwen2.5"],
+)
+def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, changes, tmp_path, questions):
+    folder = make_folder(tmp_path / "tiny", template, seed=4, **changes)
+    rows = [{"model": str(folder)}, {"model": str(folder), "bits": 4, "group_size": 32}]
+    tasks = [
+        {"task": "countdown", "prompts": ["direct", "thinking"], "limit": 6, "max_tokens": 16},
+        {"task": "qa", "data": str(questions), "prompts": ["boxed"], "max_tokens": 16},
+    ]
+    config = config_of(tmp_path, questions, *rows, tasks=tasks)
+    parts = study.run(config)
+    assert [len(part.runs) for part in parts] == [4, 2] and [len(part.bits) for part in parts] == [2, 1]
+    loaded, plan = models.load(str(folder)), study.entries(config, config.tasks[0])[0][1].plan()
+    assert loaded.render(plan.prompt, plan.problems[0]).opened == opened
+    for part in parts:
+        for run in part.runs:
+            assert all(row["prompt"].endswith(opened) and row["tokens"] for row in run.samples)
+            assert len({row["completion"] for row in run.samples}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": []}, "tasks: .* at least 1 item"),
+        ({"models": []}, "models: .* at least 1 item"),
+        ({"tasks": [{"task": "qa", "prompts": ["plain"], "model": "nano"}]}, "'model' is filled in by the study"),
+        ({"tasks": [{"task": "qa", "promts": ["plain"]}]}, "unknown field 'tasks.0.promts'; did you mean 'prompts'"),
+        ({"models": [{"model": "nano", "bits": 7}]}, "models.0.bits: .* not '7'"),
+        ({"models": [{"model": "nano", "settings": {"max_tokns": 3}}]}, "models.0.settings: unknown field 'max_tokns'"),
+        ({"models": [{"model": "nano", "settings": {"prompt": "x"}}]}, "'prompt' has a place of its own"),
+        ({"models": [{"model": "nano+a", "adapter": "b"}]}, "two adapters, a and b"),
+        ({"models": [{"model": "nano", "adapter": "./none"}]}, "no such adapter folder"),
+        ({"models": [{"model": "nano", "adapter": "./none", "optional": True}]}, "no model is left to evaluate"),
+        ({"models": [{"model": "./none", "bits": 8}]}, "no such folder"),
+        ({"tasks": [{"task": "qa", "prompts": ["none"]}]}, "unknown prompt of qa 'none'|--data"),
+        ({"baseline": "nobody"}, "unknown baseline 'nobody'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(changes, message, tiny_folder, tmp_path, questions):
+    with pytest.raises(UserError, match=message):
+        study.run(config_of(tmp_path, questions, {"model": str(tiny_folder)}, **changes))
+    if "baseline" not in changes:
+        assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+def test_the_command(tiny_folder, tmp_path, questions, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"name: Mine\ntasks:\n- {{task: qa, data: {questions}, prompts: [plain, boxed], max_tokens: 8}}\n"
+        f"models:\n- {{model: {tiny_folder}}}\n"
+    )
+    shown = CliRunner().invoke(main, ["study", str(file), "--dry-run"])
+    assert shown.exit_code == 0 and shown.output.count("to make") == 2 and not (tmp_path / "tables").exists()
+    result = CliRunner().invoke(main, ["study", str(file)])
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for text in (
+        "qa: summary",
+        "total cases",
+        "incorrect",
+        "baseline",
+        "No difference shown between",
+        "Each row is one",
+    ):
+        assert text in result.stdout
+    assert (tmp_path / "tables" / "mine" / "study.md").exists() and "written to tables/mine" in result.stderr
+    elsewhere = CliRunner().invoke(main, ["study", str(file), "--out", "x", "--runs-dir", "y", "--dry-run"])
+    assert "y/qa-" in elsewhere.output
