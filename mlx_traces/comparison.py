@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mlx_traces.evaluation import Plan
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
-TRAINED = ("nano-epoch1", "nano-epoch2")  # adapters that come with the repository
+# Adapters that come with the repository, and the prompt each is shown with.
+TRAINED = (("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct"), ("nano-grpo", "direct"))
 
 
 def read_run(path: str | Path) -> Run:
@@ -54,11 +55,15 @@ def default_evals() -> list[EvalConfig]:
     checkout that this package runs from has them.
     """
     homes = (Path("adapters"), Path(__file__).parent.parent / "adapters")
-    found = [next((home / name for home in homes if (home / name).is_dir()), None) for name in TRAINED]
+    found = [
+        (prompt, folder)
+        for name, prompt in TRAINED
+        if (folder := next((home / name for home in homes if (home / name).is_dir()), None))
+    ]
     settings = {"task": "countdown", "limit": DEFAULT_LIMIT, "max_tokens": 256, "rows": 128}
     return [
         *(EvalConfig(prompt=prompt, **settings) for prompt in ("direct", "thinking")),
-        *(EvalConfig(prompt="thinking", adapter=str(folder), **settings) for folder in found if folder),
+        *(EvalConfig(prompt=prompt, adapter=str(folder), **settings) for prompt, folder in found),
     ]
 
 

@@ -144,7 +144,7 @@ def test_the_package_stays_small():
 
 
 def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better_than_the_base(monkeypatch, tmp_path):
-    """They fit nano, mlx_lm puts them on too, and each answers more of 300 held-out problems than nano alone."""
+    """They fit nano, mlx_lm puts them on too, and each answers more of 300 held-out problems than nano in its prompt."""
     from mlx_lm import load
 
     from mlx_traces import comparison, evaluation, models
@@ -155,15 +155,15 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
         (True, "direct"),
         (True, "thinking"),
     ]
-    names = [Path(settings.adapter).name for settings in evals[2:]]
-    assert names[:2] == ["nano-epoch1", "nano-epoch2"]
+    shown = [(Path(settings.adapter).name, settings.prompt) for settings in evals[2:]]
+    assert shown == list(comparison.TRAINED)
 
-    def correct(adapter):
-        settings = evals[1].model_copy(update={"limit": 300, "adapter": adapter})
-        loaded = models.load("nano", adapter)
+    def correct(settings):
+        settings = settings.model_copy(update={"limit": 300})
+        loaded = models.load("nano", settings.adapter)
         return sum(row["correct"] for row in evaluation.measure(loaded, evaluation.plan(settings)))
 
-    base = correct(None)
+    base = {settings.prompt: correct(settings) for settings in evals[:2]}
     for settings in evals[2:]:
-        assert correct(settings.adapter) > base
+        assert correct(settings) > base[settings.prompt]
         load(str(models.resolve("nano")[0]), adapter_path=settings.adapter)
