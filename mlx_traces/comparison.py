@@ -51,10 +51,10 @@ def by_extractor(run: Run, extractor: str) -> Run:
 def default_evals() -> list[EvalConfig]:
     """Return the comparison without arguments: nano on held-out Countdown problems.
 
-    Direct against thinking, and thinking with the adapters that were trained on it, where the working folder or the
-    checkout that this package runs from has them.
+    Direct against thinking, and the adapters that come along: from the working folder, the checkout that this package
+    runs from, or the installed package.
     """
-    homes = (Path("adapters"), Path(__file__).parent.parent / "adapters")
+    homes = (Path("adapters"), Path(__file__).parent.parent / "adapters", Path(__file__).parent / "shipped")
     found = [
         (prompt, folder)
         for name, prompt in TRAINED

@@ -1,0 +1,46 @@
+"""What a wheel holds: every package, the embedded model with its adapters, the report's templates, nothing heavy."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_package_is_listed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        str(file.parent.relative_to(ROOT)).replace("/", ".") for file in (ROOT / "mlx_traces").rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found | set(settings["package-dir"])
+
+
+def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
+    source = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    for name in files.stdout.splitlines():
+        if name.startswith(("mlx_traces/", "adapters/", "pyproject.toml", "README.md")) and (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.stat().st_size < 8e6
+    for needed in (
+        "mlx_traces/assets/nano/model.safetensors",
+        "mlx_traces/templates/report.html",
+        *(f"mlx_traces/shipped/{name}/adapters.safetensors" for name in ("nano-epoch1", "nano-epoch2", "nano-grpo")),
+        *(f"mlx_traces/shipped/{name}/adapter_config.json" for name in ("nano-epoch1", "nano-epoch2", "nano-grpo")),
+    ):
+        assert needed in names
+    assert not any(name.startswith(("tests/", "data/", "configs/")) for name in names)
