@@ -13,6 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from mlx_traces import ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 
@@ -25,7 +26,8 @@ class GenerateRow:
     """One line of ``bench generate``.
 
     ``tokens_per_second`` counts completion tokens, stop tokens included, over the seconds of the whole run, prompts
-    included; ``ratio`` is ours over the peer's. Memory is the most that MLX held, in 1e9 bytes.
+    included; ``ratio`` is ours over the peer's. Memory is the most that MLX held, in 1e9 bytes. Of several ranks tokens
+    are those of all, seconds those until the last is done, and the rest is the first rank's.
     """
 
     rows: int
@@ -39,6 +41,7 @@ class GenerateRow:
     occupancy: float
     peak_memory_gb: float
     warmup_seconds: float
+    ranks: int = 1
     peer: str | None = None
     peer_weights: str | None = None
     peer_completion_tokens: int | None = None
@@ -72,7 +75,7 @@ def bench_generate(
 
     Args:
         loaded: the model.
-        prompts: token ids.
+        prompts: token ids; shared out where there are several ranks.
         rows: completions decoded at once, one bench each.
         max_tokens: longest completion.
         against: ``"mlx-lm"`` for its ``batch_generate``, with our weights.
@@ -81,8 +84,10 @@ def bench_generate(
         progress: is called with a line before each run.
 
     Raises:
-        UserError: for an unknown peer.
+        UserError: for an unknown peer, or for one beside several ranks.
     """
+    if against and ranks.world().size() > 1:
+        raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against not in (None, *PEERS):
         raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
     peer_model, tokenizer, weights = loaded.model, loaded.tokenizer, "same"
@@ -126,6 +131,7 @@ def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: s
         "occupancy": usage.occupancy,
         "peak_memory_gb": run.memory_gb,
         "warmup_seconds": warmup.seconds,
+        "ranks": ranks.world().size(),
     }
     if against:
         first, *rest = peers
@@ -170,10 +176,10 @@ def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_to
     from mlx_traces.drawing import Request, SamplingParams
     from mlx_traces.sampling import Usage, generate
 
-    usage = Usage()
-    for _ in generate(loaded, [Request(ids) for ids in prompts], SamplingParams(max_tokens), rows, usage=usage):
+    usage, asked = Usage(), [Request(prompts[index]) for index in ranks.share(len(prompts))]
+    for _ in generate(loaded, asked, SamplingParams(max_tokens), rows, usage=usage):
         pass
-    return usage.completion_tokens, usage
+    return sum(ranks.gather([usage.completion_tokens])), usage
 
 
 def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> int:

@@ -27,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, rewards, rollouts, sharing
+from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, ranks, rewards, rollouts, sharing
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.errors import UserError, unknown
@@ -66,6 +66,7 @@ class GRPORow:
     peak_memory_gb: float
     estimated_memory_gb: float
     warmup_seconds: float
+    ranks: int = 1
     peer: str | None = None
     peer_weights: str | None = None
     peer_seconds: float | None = None
@@ -129,6 +130,8 @@ def bench_grpo(
     """
     if against not in (None, *PEERS):
         raise unknown("peer", str(against), PEERS)
+    if against and ranks.world().size() > 1:
+        raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against:
         trainer()
     config = config.model_copy(
@@ -195,6 +198,7 @@ def _line(config: GRPOConfig, steps: Sequence[Step], estimated_gb: float) -> GRP
         peak_memory_gb=max(step.memory_gb for step in timed),
         estimated_memory_gb=estimated_gb,
         warmup_seconds=warmup.seconds,
+        ranks=ranks.world().size(),
     )
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mlx_traces import stats
+from mlx_traces import ranks, stats
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.interrupts import Stopped
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, now, provenance
 from mlx_traces.tasks import Task, get_task
@@ -148,12 +149,21 @@ def evaluate(
 
 
 def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
-    """Carry out a plan in the run folder ``path``."""
+    """Carry out a plan in the run folder ``path``.
+
+    Raises:
+        UserError: if the input is wrong.
+        Stopped: after Ctrl-C; what was finished is kept.
+    """
+    with ranks.at_work(path, resume) as (folder, stop):
+        return _run(planned, folder, progress, stop)
+
+
+def _run(planned: Plan, folder: RunFolder, progress: bool, stop: Callable[[], bool]) -> EvalResult:
     from mlx_traces import device
     from mlx_traces.models import load
 
-    config, folder = planned.config, RunFolder(path)
-    folder.refuse(resume)
+    config = planned.config
     loaded = load(config.model, config.adapter, **config.load_arguments())
     backend = loaded.backend
     identity = planned.identity() | {
@@ -165,8 +175,9 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-    completions = completions_of(loaded, planned)(todo)  # refuses bad requests before anything is written
-    folder.begin(identity, {**provenance(), "backend": asdict(backend), "rows": config.rows})
+    completions = completions_of(loaded, planned, stop=stop)(todo)  # refuses bad requests before anything is written
+    ran = {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
+    folder.begin(identity, {**provenance(), **ran})
     before = max((row["elapsed"] for row in samples), default=0.0)
     device.reset_peak_memory()
     start = perf_counter()
@@ -178,9 +189,11 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             folder.append([row])
             samples.append(row)
             advance(row)
+    if len(samples) < len(wanted):
+        raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
     order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
     samples.sort(key=lambda row: order[row["id"], row["sample"]])
-    result = summarize(planned, samples, path.name, device.peak_memory_gb(), loaded.notes)
+    result = summarize(planned, samples, folder.path.name, device.peak_memory_gb(), loaded.notes)
     folder.finish(samples, asdict(result))
     return result
 
@@ -206,8 +219,10 @@ def measure(loaded: Any, planned: Plan) -> list[Sample]:
     return rows
 
 
-def completions_of(loaded: Any, planned: Plan, logprobs: bool = False) -> Generate:
-    """Make the plain function from (problem, sample) pairs to completions, as they finish."""
+def completions_of(
+    loaded: Any, planned: Plan, logprobs: bool = False, stop: Callable[[], bool] | None = None
+) -> Generate:
+    """Make the plain function from (problem, sample) pairs to completions, as they finish, until ``stop`` says so."""
     from mlx_traces.drawing import Request, SamplingParams
     from mlx_traces.sampling import generate
 
@@ -235,21 +250,28 @@ def completions_of(loaded: Any, planned: Plan, logprobs: bool = False) -> Genera
         sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
             (index, Completion(rendered[index].text, rendered[index].opened, rollout))
-            for index, rollout in _shared_out(sampled, len(requests), 4 * config.rows)
+            for index, rollout in _shared_out(sampled, len(requests), 4 * config.rows, stop)
         )
 
     return completions
 
 
 def _shared_out(
-    sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]], count: int, wave: int
+    sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]],
+    count: int,
+    wave: int,
+    stop: Callable[[], bool] | None,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time."""
-    from mlx_traces import ranks
+    """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time.
 
+    One process alone hands on each rollout at once. After what is handed on, ``stop`` is asked.
+    """
     size = ranks.world().size()
     if size == 1:
-        yield from sampled(range(count))
+        for found in sampled(range(count)):
+            yield found
+            if stop and stop():
+                return
         return
     for start in range(0, count, wave * size):
         part = range(start, min(count, start + wave * size))
@@ -257,6 +279,8 @@ def _shared_out(
         for index, fields in ranks.gather(own):
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
             yield index, Rollout(**fields | lists)
+        if stop and stop():
+            return
 
 
 @contextmanager

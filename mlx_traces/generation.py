@@ -1,15 +1,18 @@
 """The second station: a model's own completions of training problems, as traces, through the sampling engine."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import evaluation
+from mlx_traces import evaluation, ranks
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
+from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import read_json, to_json, whole_lines, write_atomic
+from mlx_traces.runs import held, read_json, to_json, whole_lines, write_atomic
 from mlx_traces.traces import discard_unfinished, manifest_path, write_traces
 
 
@@ -31,9 +34,59 @@ def generate(
 
     Raises:
         UserError: if the input is wrong, the file exists, or the part was begun with other settings.
+        Stopped: after Ctrl-C; what was finished is kept.
     """
     out = Path(out)
+    with ExitStack() as stack:
+        if ranks.first():
+            stack.enter_context(held(out.with_name(f".{out.stem}.lock")))
+        pressed = stack.enter_context(listening(say=ranks.first()))
+        return _generate(config, out, resume, show, lambda: ranks.any_of(pressed()))
+
+
+def _generate(
+    config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
+) -> dict[str, int]:
+    """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
+    if ranks.first():
+        _refuse(out, part, begun, resume)
+    planned = evaluation.plan(config)
+    identity, kept = planned.identity(), []
+    if ranks.first():
+        _begin(begun, identity, out)
+        kept = whole_lines(part, ("id",))
+    traces = [Trace.from_row(row, str(part)) for row in ranks.gather(kept)]
+    done = {(trace.id, trace.sample): trace for trace in traces}
+    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
+    todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+    for trace in done.values():
+        show and show(trace, len(wanted))
+    if todo:
+        with (part if ranks.first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
+            for trace in _traces(planned, todo, stop):
+                file.write(json.dumps(trace.to_row(), ensure_ascii=False) + "\n")
+                file.flush()
+                done[trace.id, trace.sample] = trace
+                show and show(trace, len(wanted))
+    if len(done) < len(wanted):
+        raise Stopped(f"stopped after {len(done):,} of {len(wanted):,} completions")
+    traces = [done[problem.id, sample] for problem, sample in wanted]
+    counts = {
+        "correct": sum(trace.verdict == "correct" for trace in traces),
+        "cut off": sum(trace.finish_reason == "length" for trace in traces),
+    }
+    if ranks.first():
+        source = "+".join(filter(None, (planned.config.model, planned.config.adapter)))
+        manifest = {"source": source, "config": {**planned.config.model_dump(mode="json"), **identity}}
+        write_traces(out, traces, {**manifest, "seed": config.seed, "counts": counts})
+        part.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
+    return {"written": len(traces), **counts}
+
+
+def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
+    """Raise UserError if the file is there, or was begun and is not to be continued."""
     if resume and begun.exists():
         discard_unfinished(out)
     for file in (out, manifest_path(out)):
@@ -41,33 +94,6 @@ def generate(
             raise UserError(f"{file} exists; remove it, or choose another --out")
     if part.exists() and not resume:
         raise UserError(f"{out} was begun and cut off; pass --resume to continue it, or remove {part}")
-    planned = evaluation.plan(config)
-    identity = planned.identity()
-    _begin(begun, identity, out)
-    kept = (Trace.from_row(row, str(part)) for row in whole_lines(part, ("id",)))
-    done = {(trace.id, trace.sample): trace for trace in kept}
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
-    todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-    for trace in done.values():
-        show and show(trace, len(wanted))
-    if todo:
-        with part.open("a", encoding="utf-8") as file:
-            for trace in _traces(planned, todo):
-                file.write(json.dumps(trace.to_row(), ensure_ascii=False) + "\n")
-                file.flush()
-                done[trace.id, trace.sample] = trace
-                show and show(trace, len(wanted))
-    traces = [done[problem.id, sample] for problem, sample in wanted]
-    counts = {
-        "correct": sum(trace.verdict == "correct" for trace in traces),
-        "cut off": sum(trace.finish_reason == "length" for trace in traces),
-    }
-    source = "+".join(filter(None, (planned.config.model, planned.config.adapter)))
-    manifest = {"source": source, "config": {**planned.config.model_dump(mode="json"), **identity}, "seed": config.seed}
-    written = write_traces(out, traces, {**manifest, "counts": counts})
-    part.unlink(missing_ok=True)
-    begun.unlink(missing_ok=True)
-    return {"written": written, **counts}
 
 
 def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
@@ -84,15 +110,15 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-def _traces(planned: evaluation.Plan, todo: list[tuple[Problem, int]]) -> Iterator[Trace]:
-    """Load the model, complete the problems, and yield each completion as a graded trace."""
+def _traces(planned: evaluation.Plan, todo: list[tuple[Problem, int]], stop: Callable[[], bool]) -> Iterator[Trace]:
+    """Load the model, complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
     from mlx_traces import adapters, models
 
     config = planned.config
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model):
-        for index, completion in evaluation.completions_of(loaded, planned, logprobs=True)(todo):
+        for index, completion in evaluation.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout
             text = completion.opened + rollout.text

@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, training
+from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, training
 from mlx_traces.batching import Example
 from mlx_traces.config import PPOConfig
 from mlx_traces.errors import UserError
@@ -133,15 +133,25 @@ def foresee(
     module: ActorCritic, halves: forward.Split, rows: Sequence[Row], reference: Callable, config: PPOConfig
 ) -> None:
     """Give the rows their log-probabilities and values before the step's first update, and the reference's."""
-    for micro in _micro_batches(rows, config):
-        logprobs, values = _read(module, halves, micro, config)
-        for row, own, foreseen in zip(micro, logprobs, values, strict=True):
-            row.old, row.values = own, foreseen
+    for row, own, foreseen in _read_all(module, halves, rows, config):
+        row.old, row.values = own, foreseen
     if config.kl_coef:
         with reference():
-            for micro in _micro_batches(rows, config):
-                for row, own in zip(micro, _read(module, halves, micro, config)[0], strict=True):
-                    row.reference = own
+            for row, own, _ in _read_all(module, halves, rows, config):
+                row.reference = own
+
+
+def _read_all(
+    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
+) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
+    """Yield each row with its log-probabilities and values; each rank reads its part."""
+    own = [rows[index] for index in ranks.share(len(rows))]
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for micro in _micro_batches(own, config):
+        found |= zip(map(id, micro), zip(*_read(module, halves, micro, config), strict=True), strict=True)
+    read = [[array.tolist() for array in found[id(row)]] for row in own]
+    for row, arrays in zip(rows, ranks.gather(read), strict=True):
+        yield row, *(np.array(values, np.float32) for values in arrays)
 
 
 def _read(
@@ -205,6 +215,7 @@ def gradient(
 ) -> tuple[float, dict[str, Any], Counter]:
     """Return the loss of one optimizer step, its gradients by part, and the sums that its metrics are made of.
 
+    Each rank has its part of the rows; what is returned is of all of them.
     The loss is the clipped policy loss, less ``entropy_coef`` times the entropy, plus the clipped value loss; the last
     alone if ``values_only``, and then there is no gradient of the policy.
     """
@@ -233,15 +244,17 @@ def gradient(
             loss = loss - config.entropy_coef * mx.where(mask, weights * entropies[index], 0).sum()
         return loss, sums | more | {"entropy": mx.stop_gradient(entropies.sum())}
 
-    value_and_grad = nn.value_and_grad(module.value if values_only else module, loss_of)
+    learned = module.value if values_only else module
+    value_and_grad = nn.value_and_grad(learned, loss_of)
     loss, grads, sums = 0.0, None, Counter()
-    for micro in _micro_batches(rows, config):
+    for micro in _micro_batches([rows[index] for index in ranks.share(len(rows))], config):
         ids, positions = batching.pad([row.example for row in micro])
         (part, more_sums), more = value_and_grad(mx.array(ids), positions, micro)
         grads = optim.add(grads, more)
         mx.eval(part, more_sums, grads)
         loss += part.item()
         sums.update({name: value.item() for name, value in more_sums.items()})
+    loss, grads, sums = ranks.total_step(loss, grads, sums, learned.trainable_parameters())
     return loss, {"value": grads} if values_only else grads, sums
 
 

@@ -2,28 +2,43 @@
 
 Completions are shared out and gathered, gradients are shared out and summed, so every rank holds the same model after
 each step. Rank 0 alone writes to the run folder; the others write to a folder of their own that is thrown away, and
-what a run goes on from they have from rank 0. In a single process nothing here does anything.
+what a run goes on from they have from rank 0. So how many ranks there are is no part of a run: another number goes on
+with it. In a single process nothing is sent anywhere.
 """
 
 import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mlx_traces.device import import_mlx
+from mlx_traces.errors import UserError, first_line
+from mlx_traces.interrupts import listening
+from mlx_traces.runs import RunFolder, held
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 
+class Lost(UserError):
+    """Another rank is gone; it, or what launched it, says why."""
+
+
 @cache
 def world() -> "mx.distributed.Group":
     """Return the group of all ranks; of this process alone where nothing else was launched."""
-    import mlx.core as mx
+    return import_mlx().distributed.init(strict=False)
 
-    return mx.distributed.init(strict=False)
+
+def first() -> bool:
+    """Whether this is the rank that writes and speaks."""
+    return world().rank() == 0
 
 
 def share(count: int) -> range:
@@ -40,10 +55,10 @@ def gather(rows: Sequence[Any]) -> list[Any]:
     if world().size() == 1:
         return list(rows)
     content = np.frombuffer(json.dumps(list(rows)).encode(), np.uint8)
-    sizes = np.array(mx.distributed.all_gather(mx.array([len(content)], mx.int32)))
+    sizes = np.array(_arrived(mx.distributed.all_gather(mx.array([len(content)], mx.int32))))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(content)] = content
-    every = np.array(mx.distributed.all_gather(mx.array(padded)[None]))
+    every = np.array(_arrived(mx.distributed.all_gather(mx.array(padded)[None])))
     return [row for size, part in zip(sizes, every, strict=True) for row in json.loads(part[:size].tobytes())]
 
 
@@ -55,7 +70,9 @@ def total(tree: Any) -> Any:
     if world().size() == 1:
         return tree
     flat = tree_flatten(tree)
-    whole = mx.distributed.all_sum(mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat]))
+    own = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
+    mx.eval(own)  # what goes wrong here is no other rank's affair
+    whole = _arrived(mx.distributed.all_sum(own))
     summed, at = [], 0
     for name, array in flat:
         summed.append((name, whole[at : at + array.size].reshape(array.shape).astype(array.dtype)))
@@ -63,26 +80,87 @@ def total(tree: Any) -> Any:
     return tree_unflatten(summed)
 
 
+def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: Any) -> tuple[float, Any, Counter]:
+    """Return a step's loss, gradient and further sums, each added up over the ranks.
+
+    Args:
+        loss: this rank's part.
+        grads: its part of the gradient; None if no row was this rank's.
+        sums: its parts of what metrics are made of.
+        parameters: the tree of what is trained, for a gradient of 0.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    if world().size() == 1:
+        return loss, grads, Counter(sums)
+    every = Counter()
+    for part in gather([{"loss": loss, **sums}]):
+        every.update(part)
+    return every.pop("loss"), total(tree_map(mx.zeros_like, parameters) if grads is None else grads), every
+
+
+def any_of(wish: bool) -> bool:
+    """Return whether any rank says yes; all ranks must ask."""
+    return any(gather([wish]))
+
+
+def _arrived(array: "mx.array") -> "mx.array":
+    """Wait for what the ranks send each other.
+
+    Raises:
+        Lost: if one of them is gone. The backend does not say which, so only of two it is known.
+    """
+    import mlx.core as mx
+
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        name = f"rank {1 - world().rank()}" if world().size() == 2 else "a rank"
+        raise Lost(f"{name} is gone ({first_line(error)}); what was finished is kept, go on with --resume") from None
+    return array
+
+
+@contextmanager
+def at_work(out: Path, resume: bool) -> Iterator[tuple[RunFolder, Callable[[], bool]]]:
+    """Begin or continue a run: yield its folder, which is held meanwhile, and whether Ctrl-C asks it to stop.
+
+    The folder is the run's on rank 0, and another on the others. All ranks must ask alike whether to stop, and get the
+    same answer.
+
+    Raises:
+        UserError: if a run cannot be written there.
+    """
+    with ExitStack() as stack:
+        if first():
+            RunFolder(out).refuse(resume)
+            stack.enter_context(held(out / ".lock"))
+        folder = RunFolder(own_folder(out))
+        pressed = stack.enter_context(listening(say=first()))
+        yield folder, lambda: any_of(pressed())
+
+
 def own_folder(path: Path) -> Path:
     """Return the folder that this rank works in: rank 0 in the run's, every other in a copy that goes with the process.
 
-    Only the files that stand in the folder itself are copied: what a run goes on from.
+    Only the files that stand in the folder itself are copied, hidden ones not: what a run goes on from.
     """
     import mlx.core as mx
     import numpy as np
 
     if world().size() == 1:
         return path
-    first, folder = world().rank() == 0, path
-    if not first:
+    writes, folder = first(), path
+    if not writes:
         scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}-rank{world().rank()}-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         folder = scratch / path.name
-    found = sorted(file for file in path.iterdir() if file.is_file()) if first and path.is_dir() else []
+    there = path.iterdir() if writes and path.is_dir() else ()
+    found = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
     for name, size in gather([(file.name, file.stat().st_size) for file in found]):
-        content = np.frombuffer((path / name).read_bytes(), np.uint8) if first else np.zeros(size, np.uint8)
-        content = np.array(mx.distributed.all_sum(mx.array(content)))  # the others' are zeros
-        if not first:
+        content = np.frombuffer((path / name).read_bytes(), np.uint8) if writes else np.zeros(size, np.uint8)
+        content = np.array(_arrived(mx.distributed.all_sum(mx.array(content))))  # the others' are zeros
+        if not writes:
             folder.mkdir(exist_ok=True)
             (folder / name).write_bytes(content.tobytes())
     return folder

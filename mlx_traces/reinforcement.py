@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, training
 from mlx_traces.config import RLConfig
 from mlx_traces.evaluation import Plan
+from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
 from mlx_traces.rollouts import Group
 from mlx_traces.runs import RunFolder, fingerprint, provenance
@@ -81,9 +82,20 @@ def train(
 
     Raises:
         UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
+        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
-    folder = RunFolder(ranks.own_folder(Path(out)))
-    folder.refuse(resume)
+    with ranks.at_work(Path(out), resume) as (folder, stop):
+        return _train(name, config, folder, make_learner, stop, show)
+
+
+def _train(
+    name: str,
+    config: RLConfig,
+    folder: RunFolder,
+    make_learner: Callable[[LoadedModel, Any], Learner],
+    stop: Callable[[], bool],
+    show: Callable | None,
+) -> Result:
     model_name, inner = models.split_adapter(config.model)
     config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
     planned, held_out, notes = rollouts.prepare(config)
@@ -96,7 +108,8 @@ def train(
     settings = adapters.start(loaded.model, config, config.adapter)
     learner = make_learner(loaded, config)
     notes += filter(None, [memory.fits(memory.of_reinforcement(loaded, config, longest), loaded.backend)])
-    folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *notes]})
+    ran = {"backend": asdict(loaded.backend), "ranks": ranks.world().size(), "notes": [*loaded.notes, *notes]}
+    folder.begin(identity, {**provenance(), **ran})
     planned, more = rollouts.by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
     notes += more
 
@@ -151,8 +164,11 @@ def train(
         if step % config.eval_every == 0 or step == config.num_steps:
             row |= validate()
         log(row)
-        if step % config.save_every == 0 or step == config.num_steps:
+        stopping = stop() and step < config.num_steps
+        if step % config.save_every == 0 or step == config.num_steps or stopping:
             checkpoints.save(checkpoint, learner.module, learner.optimizer, asdict(progress))
+        if stopping:
+            raise Stopped(f"stopped after step {step} of {config.num_steps}")
     if progress.best is None:
         adapters.save(loaded.model, folder.path / "adapter", settings, about(name, config))
     result = _result(folder, progress, metrics, [*loaded.notes, *notes])

@@ -1,5 +1,7 @@
 """Run folders: what was asked (``run.json``), every sample as it finished (``samples.jsonl``), the result. No MLX."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -7,7 +9,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -66,6 +69,79 @@ def scratch_folder(out: Path) -> Path:
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
     return scratch
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Keep other processes from what a run writes, by the file ``lock`` beside it, while the context lasts.
+
+    The file names the owner; the lock itself is the system's (``flock``), which ends with its process in whatever way.
+    So what a killed process left is taken over, by one alone where two find it, and a process number that was given
+    away again misleads nobody.
+
+    Raises:
+        UserError: if another process holds it, or may do so on another machine; if the file cannot be written.
+    """
+    made = [folder for folder in lock.parents if not folder.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _taken(lock)
+    except OSError as error:
+        raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):  # one of them is not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _taken(lock: Path) -> int:
+    """Return the open file of a lock that is now this process's."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            free = _try_lock(descriptor)
+            if free and not (lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())):
+                os.close(descriptor)  # its owner finished, and removed it, since it was opened
+                continue
+            _refuse_owner(lock, free)
+            owner = to_json({"pid": os.getpid(), "host": platform.node(), "since": now()})
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode(), 0)
+            os.fsync(descriptor)
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file unless another process has; a file system that knows no locks lets everybody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+    return True
+
+
+def _refuse_owner(lock: Path, free: bool) -> None:
+    """Raise UserError if a lock is another process's; one that is free is, if another machine's name is in it."""
+    try:
+        owner = json.loads(lock.read_text())
+        host, told = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it is new, or its owner was killed while writing
+        host, told = platform.node(), "another process"
+    if not free:
+        raise UserError(f"{lock.parent} is in use by {told}; wait until that has ended, or choose another --out")
+    if host != platform.node():
+        raise UserError(f"{lock.parent} is in use by {told}; if that has ended, remove {lock}")
 
 
 def to_json(value: Any) -> str:

@@ -28,6 +28,7 @@ from mlx_traces import (
     memory,
     models,
     optim,
+    ranks,
     sampling,
     training,
 )
@@ -35,6 +36,7 @@ from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
 from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
+from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
 from mlx_traces.runs import RunFolder, fingerprint, provenance
 from mlx_traces.traces import read_traces
@@ -46,7 +48,8 @@ def step_gradient(
 ) -> tuple[float, Any]:
     """Return the mean cross-entropy of a step's learned tokens, in nats, and its gradient.
 
-    The micro-batches' sums are divided by the tokens of the whole step: how it is split changes nothing but rounding.
+    The sums of micro-batches and ranks are divided by the tokens of the whole step: how it is split changes nothing but
+    rounding.
     """
     total = sum(example.count for example in batch)
 
@@ -56,26 +59,28 @@ def step_gradient(
 
     value_and_grad = nn.value_and_grad(model, loss_of)
     loss, grads = 0.0, None
-    lengths = [len(example.ids) for example in batch]
-    for micro in batching.micro_batches(range(len(batch)), lengths, config.micro_tokens):
-        ids, positions = batching.pad([batch[index] for index in micro])
+    own = [batch[index] for index in ranks.share(len(batch))]
+    lengths = [len(example.ids) for example in own]
+    for micro in batching.micro_batches(range(len(own)), lengths, config.micro_tokens):
+        ids, positions = batching.pad([own[index] for index in micro])
         part, more = value_and_grad(mx.array(ids), positions)
         grads = optim.add(grads, more)
         mx.eval(part, grads)
         loss += part.item()
-    return loss, grads
+    return ranks.total_step(loss, grads, {}, model.trainable_parameters())[:2]
 
 
 def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
-    """Return the mean cross-entropy of all learned tokens, in nats."""
-    total, lengths = 0.0, [len(example.ids) for example in rows]
-    for micro in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
-        ids, positions = batching.pad([rows[index] for index in micro])
+    """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
+    own = [rows[index] for index in ranks.share(len(rows))]
+    total, lengths = 0.0, [len(example.ids) for example in own]
+    for micro in batching.micro_batches(range(len(own)), lengths, config.micro_tokens):
+        ids, positions = batching.pad([own[index] for index in micro])
         logprobs, _ = forward.token_logprobs(
             halves, mx.array(ids), positions, logits_mb=config.logits_mb, slopes=False, entropies=False
         )
         total -= logprobs.sum().item()
-    return total / sum(example.count for example in rows)
+    return sum(ranks.gather([total])) / sum(example.count for example in rows)
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,13 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
 
     Raises:
         UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
+        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
-    folder = RunFolder(Path(out))
-    folder.refuse(resume)
+    with ranks.at_work(Path(out), resume) as (folder, stop):
+        return _train(config, folder, stop, show)
+
+
+def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show: Callable | None) -> SFTResult:
     model_name, inner = models.split_adapter(config.model)
     config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
@@ -177,11 +186,21 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     longest = max(len(example.ids) for example in data.train)
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
-    folder.begin(identity, {**provenance(), "backend": asdict(loaded.backend), "notes": [*loaded.notes, *data.notes]})
-
     lengths = [len(example.ids) for example in data.train]
     per_epoch = math.ceil(len(data.train) / config.batch_size)
     steps = config.epochs * per_epoch
+    notes = [*loaded.notes, *data.notes]
+    folder.begin(
+        identity,
+        {
+            **provenance(),
+            "backend": asdict(loaded.backend),
+            "steps": steps,
+            "ranks": ranks.world().size(),
+            "notes": notes,
+        },
+    )
+
     optimizer = optim.make_optimizer(config, steps)
     progress, checkpoint = Progress(), folder.path / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -241,8 +260,11 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
             if step % (config.eval_every or per_epoch) == 0 or step == steps:
                 row |= validate()
             log(row)
-            if step % config.save_every == 0 or step == steps:
+            stopping = stop() and step < steps
+            if step % config.save_every == 0 or step == steps or stopping:
                 checkpoints.save(checkpoint, loaded.model, optimizer, asdict(progress))
+            if stopping:
+                raise Stopped(f"stopped after step {step} of {steps}")
     if progress.best is None:
         adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
     batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]

@@ -8,6 +8,7 @@ FLOORS = """
 cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train
 cli.options
+forecast
 rounds doctor study
 comparison quantizing bench_grpo
 bench_sft fusing generation
@@ -21,8 +22,8 @@ sampling report curves findings
 fallback nano figures
 drawing tables traces
 models
-adapters forward
-checkpoints
+adapters sharing
+forward checkpoints ranks
 optim runs batching device policy slots
 selection
 quality
@@ -32,7 +33,7 @@ tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
 config stats hub
 records
-errors blas
+errors blas interrupts
 """
 
 

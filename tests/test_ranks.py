@@ -2,33 +2,23 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import several
+from click.testing import CliRunner
 
-from mlx_traces import ranks
+from mlx_traces import bench as bench_room
+from mlx_traces import models, ranks
+from mlx_traces.cli import main
 
 ROOT = Path(__file__).parent.parent
-GRPO = """
-model: nano
-adapter: {root}/adapters/nano-epoch1
-task: countdown
-prompt: thinking
-num_steps: 2
-prompts_per_step: 6
-group_size: 4
-max_tokens: 48
-micro_tokens: 512
-learning_rate: 0.001
-warmup: 0
-minibatches: 2
-eval_every: 2
-save_every: 1
-evaluate: {{task: countdown, prompt: thinking, limit: 9, max_tokens: 48}}
-"""
+MAIN = ("-c", "from mlx_traces.cli import main; main()")
 BAD = """
 import os
 
@@ -38,72 +28,161 @@ def reward(completions):
         raise ValueError("no")
     return [0.0] * len(completions)
 """
-EVAL = ("eval", "--model", "nano", "--task", "countdown", "--prompt", "thinking", "--max-tokens", "48", "--limit", "21")
+GRPO = ("grpo", "--model", "nano", "--max-tokens", "32", "--prompts-per-step", "4", "--group-size", "4")
 
 
-def mlx_traces(*arguments, ranks=1, cwd):
-    """Run a command in a process of its own, or in several; return its output."""
-    program = [sys.executable, "-c", "from mlx_traces.cli import main; main()"]
-    if ranks > 1:
-        launch = Path(sys.executable).with_name("mlx.launch")
-        if not launch.exists():
-            pytest.skip("mlx.launch is not beside this Python")
-        script = cwd / "main.py"
-        script.write_text("from mlx_traces.cli import main\n\nmain()\n")
-        program = [launch, "-n", str(ranks), "--env", f"PYTHONPATH={ROOT}", "--python", sys.executable, script]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, program), *map(str, arguments)],
+def launch(*arguments, cwd, count=2):
+    """Start Python with some arguments as several ranks; output and errors go to one pipe."""
+    command = Path(sys.executable).with_name("mlx.launch")
+    if not command.exists():
+        pytest.skip("mlx.launch is not beside this Python")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return subprocess.Popen(
+        [command, "-n", str(count), "-p", str(port), "--", sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=environment,
-        capture_output=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
     )
-    assert done.returncode == 0 or ranks > 1, done.stderr
-    return done.stdout + done.stderr
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_grpo_and_eval_are_those_of_one_process(tmp_path):
-    config = tmp_path / "grpo.yaml"
-    config.write_text(GRPO.format(root=ROOT))
-    mlx_traces("grpo", config, "--out", tmp_path / "one", cwd=tmp_path)
-    told = mlx_traces("grpo", config, "--out", tmp_path / "two", ranks=2, cwd=tmp_path)
-    one, two = (mx.load(str(tmp_path / name / "checkpoint.safetensors")) for name in ("one", "two"))
-    assert set(one) == set(two) and told.count("; adapter in ") == 1, told
+def assert_same_run(kind, folder, name):
+    """Check that a run has the outcome of the one that a single process made without a break."""
+    expected, found = (several.place(kind, folder, each) for each in ("one", name))
+    if kind == "generate":
+        assert [row | {"logprobs": 0} for row in lines(found)] == [row | {"logprobs": 0} for row in lines(expected)]
+        for a, b in zip(lines(expected), lines(found), strict=True):
+            assert b["logprobs"] == pytest.approx(a["logprobs"], abs=1e-4)
+        assert not list(folder.glob(f".{name}-*"))
+        return
+    assert not (found / ".lock").exists() and (found / "result.json").exists()
+    if kind == "eval":
+        a, b = (lines(path / "samples.jsonl") for path in (expected, found))
+        assert [row | {"elapsed": 0} for row in a] == [row | {"elapsed": 0} for row in b]
+        return
+    one, two = (mx.load(str(path / "checkpoint.safetensors")) for path in (expected, found))
+    assert set(one) == set(two)
+    for key, array in one.items():
+        assert mx.abs(array - two[key]).max().item() <= 1e-5, (name, kind, key)
+    one, two = (mx.load(str(path / "adapter" / "adapters.safetensors")) for path in (expected, found))
+    assert all(mx.allclose(array, two[key], rtol=0, atol=1e-5) for key, array in one.items())
+    for a, b in zip(lines(expected / "metrics.jsonl"), lines(found / "metrics.jsonl"), strict=True):
+        for key in {*a, *b} - {"memory/peak_gb", "tokens_per_second"}:
+            assert key.startswith("time/") or b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (name, kind, key)
+
+
+def test_two_are_one_and_go_on_with_what_another_number_began(tmp_path):
+    several.prepare(tmp_path)
+    for kind in several.SETTINGS:
+        several.make(kind, tmp_path, "one")
+        assert several.stopped(kind, tmp_path, "first").startswith("stopped after ")
+    process = launch(several.__file__, tmp_path, cwd=tmp_path)
+    said, _ = process.communicate(timeout=300)
+    assert (tmp_path / "said.json").exists(), said
+    assert json.loads((tmp_path / "said.json").read_text()) == {
+        **dict.fromkeys(("grpo", "ppo"), "stopped after step 2 of 3"),
+        **{"sft": "stopped after step 2 of 3", "eval": "stopped after 16 of 19 completions"},
+        "generate": "stopped after 16 of 20 completions",
+    }
+    assert json.loads((several.place("sft", tmp_path, "second") / "run.json").read_text())["ranks"] == 2
+    for kind in several.SETTINGS:
+        several.make(kind, tmp_path, "second", resume=True)
+        for name in ("first", "second"):
+            assert_same_run(kind, tmp_path, name)
     start = mx.load(str(ROOT / "adapters/nano-epoch1/adapters.safetensors"))
-    trained = {name.removeprefix("weights."): array for name, array in one.items() if name.startswith("weights.")}
-    assert max(mx.abs(array - start[name]).max().item() for name, array in trained.items()) > 1e-3
-    for name, array in one.items():
-        assert mx.abs(array - two[name]).max().item() <= 1e-5, name
-    for a, b in zip(lines(tmp_path / "one/metrics.jsonl"), lines(tmp_path / "two/metrics.jsonl"), strict=True):
-        for key in {*a, *b} - {"memory/peak_gb"}:
-            assert key.startswith("time/") or b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
-
-    # The run of two goes on in one, and that of one in two; a finished one has nothing to do.
-    (tmp_path / "two/result.json").unlink()
-    mlx_traces("grpo", config, "--out", tmp_path / "two", "--resume", cwd=tmp_path)
-    assert (tmp_path / "two/result.json").exists()
-
-    mlx_traces(*EVAL, "--out", tmp_path / "a", cwd=tmp_path)
-    mlx_traces(*EVAL, "--out", tmp_path / "b", ranks=2, cwd=tmp_path)
-    a, b = (lines(tmp_path / name / "samples.jsonl") for name in "ab")
-    assert len(a) == 21 and [row | {"elapsed": 0} for row in a] == [row | {"elapsed": 0} for row in b]
+    for kind in ("grpo", "ppo"):
+        trained = mx.load(str(several.place(kind, tmp_path, "one") / "checkpoint.safetensors"))
+        moved = [
+            mx.abs(trained[key] - start[key.split("policy.")[-1].removeprefix("weights.")]).max().item()
+            for key in trained
+            if key.startswith("weights.") and "lora" in key
+        ]
+        assert max(moved) > 1e-4
 
 
 def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path):
-    config = tmp_path / "grpo.yaml"
-    config.write_text(GRPO.format(root=ROOT) + "rewards: {'bad:reward': 1}\n")
     (tmp_path / "bad.py").write_text(BAD)
-    told = mlx_traces("grpo", config, "--out", tmp_path / "run", ranks=2, cwd=tmp_path)
-    assert "rank 1: reward bad:reward failed (ValueError: no)" in told
+    process = launch(*MAIN, *GRPO, "--reward", "bad:reward", "--out", tmp_path / "run", cwd=tmp_path)
+    said, _ = process.communicate(timeout=120)
+    assert "rank 1: reward bad:reward failed (ValueError: no)" in said
+
+
+def test_a_rank_that_is_killed_is_named_and_ends_the_others_in_time(tmp_path):
+    out = tmp_path / "run"
+    process = launch(*MAIN, *GRPO, "--num-steps", "400", "--save-every", "1", "--out", out, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not (out / "checkpoint.safetensors").exists():
+        assert time.time() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    began = time.time()
+    os.kill(rank_of(process, 1), 9)
+    said, _ = process.communicate(timeout=60)
+    assert time.time() - began < 30 and "rank 1 " in said
+    assert "Traceback" not in said
+
+
+def rank_of(launched, rank):
+    """Return the process number of one of the ranks that a process launched, which start in order."""
+    told = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in told.splitlines()]
+    return sorted(pid for pid, parent in pairs if parent == launched.pid)[rank]
+
+
+def test_a_lost_rank_is_named_without_a_launcher_too(tmp_path):
+    """What MLX raises becomes one line; nobody but the ranks themselves is there to end them."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in (one, two)]
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    code = (
+        "import os, time\nfrom mlx_traces import ranks\n"
+        "try:\n    for turn in range(10**6):\n        ranks.gather([turn])\n"
+        "        turn == 3 and ranks.world().rank() == 1 and os._exit(9)\n"
+        "except ranks.Lost as lost:\n    print('lost:', lost)\n"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "MLX_HOSTFILE": tmp_path / "hosts.json", "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert said[0].startswith("lost: rank 1 is gone ([ring] ") and said[0].rstrip().endswith("go on with --resume")
+
+
+def test_bench_counts_the_tokens_of_all_ranks(tmp_path):
+    bench = ("bench", "generate", "--count", "9", "--rows", "4", "--max-tokens", "8", "--repeats", "1", "--json")
+    process = launch(*MAIN, *bench, cwd=tmp_path)
+    said, _ = process.communicate(timeout=120)
+    row = json.loads(said[said.index("[\n") :])[0]
+    assert (row["ranks"], row["prompts"]) == (2, 9)
+    loaded = models.load("nano")
+    prompts = bench_room.bench_prompts(loaded, None, 9)
+    assert (
+        row["completion_tokens"] == bench_room.bench_generate(loaded, prompts, [4], 8, repeats=1)[0].completion_tokens
+    )
+
+
+def test_what_ranks_do_not_share_is_refused(monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "0")
+    said = CliRunner().invoke(main, ["compare"]).output
+    assert "compare is for one process; several, by mlx.launch, share the work of eval, generate, sft" in said
 
 
 def test_one_process_is_left_alone(tmp_path):
     assert ranks.world().size() == 1 and list(ranks.share(5)) == [0, 1, 2, 3, 4]
     tree = {"a": mx.ones(3)}
     assert ranks.gather([1, 2]) == [1, 2] and ranks.total(tree) is tree and ranks.own_folder(tmp_path) == tmp_path
+    assert ranks.total_step(1.0, tree, {"n": 2.0}, tree) == (1.0, tree, {"n": 2.0}) and ranks.any_of(True)

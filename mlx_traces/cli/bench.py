@@ -26,6 +26,11 @@ def bench_group() -> None:
     """Measure this machine, beside a peer where one is named."""
 
 
+def _by(ranks: int) -> str:
+    """Say how many processes there were, if several."""
+    return f", {ranks} ranks" if ranks > 1 else ""
+
+
 @bench_group.command("generate")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--rows", default="32", show_default=True, help="Completions decoded at once; several as in 32,128.")
@@ -69,7 +74,8 @@ def bench_generate_command(
     if as_json:
         click.echo(json.dumps(bench.to_rows(lines), indent=1))
         return
-    click.echo(f"{model}, {loaded.backend.description}; {count} prompts, at most {max_tokens} tokens each, greedy")
+    where = f"{model}, {loaded.backend.description}{_by(lines[0].ranks)}"
+    click.echo(f"{where}; {count} prompts, at most {max_tokens} tokens each, greedy")
     for line in lines:
         click.echo(
             f"{line.rows:>5} rows  {line.tokens_per_second:8.1f} tokens/s  {line.ms_per_step:7.1f} ms a step  "
@@ -175,7 +181,8 @@ def bench_grpo_command(
         click.echo(json.dumps([asdict(line)], indent=1))
         return
     sizes = f"{line.prompts} x {line.group_size} x {line.max_tokens}"
-    click.echo(f"{config.model}, {loaded.backend.description}; {sizes} (problems, rollouts of each, most tokens)")
+    where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
+    click.echo(f"{where}; {sizes} (problems, rollouts of each, most tokens)")
     click.echo(
         f"{line.seconds:8.2f} s a step (sampling {line.sample_seconds:.2f}, update {line.update_seconds:.2f})  "
         f"{line.tokens_per_second:8.1f} tokens/s  {line.peak_memory_gb:.2f} GB ({line.estimated_memory_gb:.2f} "

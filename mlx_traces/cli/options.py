@@ -11,7 +11,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import click
 
 from mlx_traces.config import Config
-from mlx_traces.errors import UserError, clean
+from mlx_traces.errors import UserError, choices, clean
+from mlx_traces.interrupts import Stopped
+from mlx_traces.ranks import Lost
+
+SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks do together
 
 
 class Commands(click.Group):
@@ -23,6 +27,13 @@ class Commands(click.Group):
         try:
             with _silent(rank != "0"):
                 return super().invoke(ctx)
+        except Stopped as stopped:
+            click.echo(f"\n{stopped}; go on with {_again(ctx)}", err=True)
+            ctx.exit(128 + signal.SIGINT)
+        except Lost as error:
+            if rank == "0":
+                raise click.ClickException(clean(error)) from None
+            ctx.exit(1)  # what happened is said by the lost one, or by its launcher
         except UserError as error:
             raise click.ClickException(clean(error) if rank == "0" else f"rank {rank}: {clean(error)}") from None
         except KeyboardInterrupt:
@@ -31,6 +42,21 @@ class Commands(click.Group):
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        """Find the command; refuse one that several ranks would all do at once."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if "MLX_RANK" in os.environ and ctx.parent is None and name not in SHARED and "--help" not in rest:
+            raise UserError(f"{name} is for one process; several, by mlx.launch, share the work of {choices(SHARED)}")
+        return name, command, rest
+
+
+def _again(ctx: click.Context) -> str:
+    """Say how the command that was stopped is continued."""
+    name = ctx.invoked_subcommand or ""
+    command = ctx.command.get_command(ctx, name) if isinstance(ctx.command, click.Group) else None
+    resumes = command is not None and any(option.name == "resume" for option in command.params)
+    return "--resume" if resumes else "the same command"
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""One small run of each kind that several ranks share, whole or stopped on the way: shared by the tests of ranks.
+
+Started by ``mlx.launch``, it goes on with each run that a single process began and stopped, and begins another that a
+single process will go on with.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import mlx_traces
+from mlx_traces import config, generation, grpo, ppo, ranks, sft, traces
+from mlx_traces.interrupts import Stopped
+from mlx_traces.tasks import countdown
+
+ADAPTER = str(Path(__file__).parents[1] / "adapters/nano-epoch1")
+ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 32}
+RL = {
+    **ASKED,
+    **{"adapter": ADAPTER, "num_steps": 3, "prompts_per_step": 5, "group_size": 4, "micro_tokens": 512, "warmup": 0},
+    **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 5}},
+}
+SETTINGS = {
+    "grpo": {**RL, "kl_coef": 0.01},
+    "ppo": {**RL, "kl_coef": 0.01, "epochs": 1, "value_warmup_steps": 1},
+    "sft": {"batch_size": 5, "micro_tokens": 200, "learning_rate": 5e-5, "warmup": 0, "eval_every": 1},
+    "eval": {**ASKED, "adapter": ADAPTER, "limit": 19, "rows": 2},
+    "generate": {**ASKED, "limit": 5, "samples": 4, "temperature": 1.0, "rows": 2},
+}
+
+
+def prepare(folder):
+    """Write what is trained on."""
+    problems = countdown.TASK.prompt("thinking")
+    made = traces.countdown_traces(14, "train", 3, prompts=[problems])
+    traces.write_traces(folder / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+
+
+def place(kind, folder, name):
+    """Return where a run writes."""
+    return folder / f"{name}-{kind}{'.jsonl' if kind == 'generate' else ''}"
+
+
+def make(kind, folder, name, resume=False, stop=False):
+    """Make a run or go on with it; ``stop`` presses Ctrl-C after its first unit."""
+    units = 0
+
+    def show(*_):
+        nonlocal units
+        units += 1
+        if stop and units == 3 and ranks.world().rank() == ranks.world().size() - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out, settings = place(kind, folder, name), SETTINGS[kind]
+    if kind == "eval":
+        whole, mlx_traces.evaluation.grade_sample = mlx_traces.evaluation.grade_sample, counted(show)
+        try:
+            return mlx_traces.evaluate(out=out, resume=resume, **settings)
+        finally:
+            mlx_traces.evaluation.grade_sample = whole
+    if kind == "sft":
+        settings = {**settings, "data": str(folder / "data.jsonl"), "valid_share": 0.2}
+    if kind == "generate":
+        return generation.generate(config.GenerateConfig(**settings), out, resume, show)
+    recipe, form = {"grpo": (grpo, "GRPOConfig"), "ppo": (ppo, "PPOConfig"), "sft": (sft, "SFTConfig")}[kind]
+    return recipe.train(getattr(config, form)(**settings), out, resume, show)
+
+
+def counted(show, grade=mlx_traces.evaluation.grade_sample):
+    """Return the grader that calls ``show`` each time."""
+
+    def graded(*args):
+        show()
+        return grade(*args)
+
+    return graded
+
+
+def stopped(kind, folder, name):
+    """Begin a run and stop it; return what it says."""
+    try:
+        make(kind, folder, name, stop=True)
+    except Stopped as error:
+        return str(error)
+    raise AssertionError(f"{kind} was not stopped")
+
+
+def main(folder):
+    """Do what several ranks do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = {}
+    for kind in SETTINGS:
+        make(kind, folder, "first", resume=True)
+        said[kind] = stopped(kind, folder, "second")
+    if ranks.first():
+        (folder / "said.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

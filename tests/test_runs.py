@@ -1,0 +1,125 @@
+"""Run folders: one process at a time, and what a killed one left."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+
+import killing
+import pytest
+import several
+
+from mlx_traces import runs
+from mlx_traces.errors import UserError
+from mlx_traces.runs import held
+
+HOLD = "import sys, time; from pathlib import Path; from mlx_traces import runs\n"
+HOLD += "with runs.held(Path(sys.argv[1])):\n    Path(sys.argv[1] + '.on').touch()\n    time.sleep(600)\n"
+RACE = """
+import os, sys; from pathlib import Path; from mlx_traces import runs, errors
+folder = Path(sys.argv[1])
+(folder / f"ready-{os.getpid()}").touch()
+while not (folder / "go").exists():
+    pass
+for turn in range(300):
+    try:
+        with runs.held(folder / "run" / ".lock"):
+            mark = folder / "mark"
+            mark.touch(exist_ok=False)
+            mark.unlink()
+    except errors.UserError as error:
+        assert "in use by" in str(error), error
+"""
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+
+
+def test_a_second_process_is_refused_and_a_killed_one_is_followed(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    process = killing.start(lock, code=HOLD)
+    wait_for(tmp_path / "run" / ".lock.on", process)
+    content = lock.read_bytes()
+    for _ in range(2):
+        told = f"run is in use by process {process.pid} on .*; wait until that has ended"
+        with pytest.raises(UserError, match=told), held(lock):
+            pass
+    assert lock.read_bytes() == content
+    process.kill()
+    process.communicate()
+    assert lock.read_bytes() == content  # what it left
+    with held(lock):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {platform.node()}, since 20"), held(lock):
+            pass
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("kind", several.SETTINGS)
+def test_every_long_command_respects_the_lock(kind, tmp_path):
+    out = several.place(kind, tmp_path, "run")
+    lock = tmp_path / f".{out.stem}.lock" if kind == "generate" else out / ".lock"
+    with held(lock):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match="is in use by process"):
+            several.make(kind, tmp_path, "run")
+        assert sorted(tmp_path.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_was_given_away_again_misleads_nobody(tmp_path):
+    """The owner's number is this living process's, but nobody holds the lock."""
+    lock = tmp_path / ".lock"
+    for content in ({"pid": os.getpid(), "host": platform.node(), "since": "2020-01-01"}, "", "[]", "{", {"pid": 1}):
+        lock.write_text(content if isinstance(content, str) else json.dumps(content))
+        with held(lock):
+            assert json.loads(lock.read_text())["since"] > "2025"
+        assert not lock.exists()
+
+
+def test_another_machines_lock_is_kept(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2020-01-01"}))
+    content = lock.read_bytes()
+    with pytest.raises(UserError) as caught, held(lock):
+        pass
+    told = "process 1 on elsewhere, since 2020-01-01"
+    assert str(caught.value) == f"{lock.parent} is in use by {told}; if that has ended, remove {lock}"
+    assert lock.read_bytes() == content
+
+
+def test_many_at_once_hold_it_one_after_the_other(tmp_path):
+    started = [killing.start(tmp_path, code=RACE) for _ in range(3)]
+    for process in started:
+        wait_for(tmp_path / f"ready-{process.pid}", process)
+    (tmp_path / "go").touch()
+    for process in started:
+        killing.finish(process)
+
+
+def test_nothing_is_left_of_a_run_that_did_not_begin(tmp_path):
+    with pytest.raises(ZeroDivisionError), held(tmp_path / "a" / "b" / ".lock"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with held(tmp_path / "a" / "b" / ".lock"):
+        (tmp_path / "a" / "file").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+    (tmp_path / "file").touch()
+    told = r"file: cannot be written \(.*\); choose another --out"
+    with pytest.raises(UserError, match=told), held(tmp_path / "file" / ".lock"):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").exists()
+    assert runs.fcntl is fcntl and not (tmp_path / ".lock").exists()
