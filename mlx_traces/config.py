@@ -181,7 +181,9 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, JudgeConfig, ProblemC
     pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems that the model solves more often.")
     probe_samples: Positive = Field(4, description="Completions per problem to find that out, before the first step.")
 
-    micro_tokens: Positive = Field(4096, description="Most tokens of a forward pass, padding included.")
+    micro_tokens: Positive = Field(
+        1024, description="Most tokens of a forward pass, padding included; a GPU can be faster with more."
+    )
     checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
     logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
     eval_every: Positive = Field(10, description="Steps between validations.")
@@ -324,6 +326,13 @@ class RawConfig(Config):
     seed: int = Field(1, description="Seed of the problems.")
 
 
+class Round3Config(Config):
+    """The third round: reinforcement by the one algorithm whose settings are given."""
+
+    grpo: GRPOConfig | None = Field(None, description="Settings of `mlx-traces grpo`.")
+    ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
+
+
 class RoundsConfig(Config):
     """Settings of ``mlx-traces rounds``: each station's own; model, adapter, task and files are filled in."""
 
@@ -336,7 +345,10 @@ class RoundsConfig(Config):
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     filter: FilterConfig = FilterConfig()
-    epoch2: SFTSettings = SFTSettings()
+    epoch2: SFTSettings | None = Field(SFTSettings(), description="null: no round on the model's own traces.")
+    round3: Round3Config | None = Field(
+        None, description="Reinforcement on top, by grpo or ppo; its reference is what it starts from, unless named."
+    )
     compare: EvalConfig = EvalConfig()
     data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
     runs_dir: str = Field("runs", description="Where run folders are kept.")

@@ -9,7 +9,7 @@ activations' type that are alive at the peak, which is in the backward pass of t
 for it, and what the layer at work needs beside that. On a GPU, where attention is fused, they are not measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import RLConfig, SFTSettings
@@ -201,10 +201,7 @@ def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Es
 
     Rows are as many as the engine will decode at once, which takes fewer than ``rows`` where they do not fit.
     """
-    from mlx_traces.drawing import Request, SamplingParams
-    from mlx_traces.sampling import rows_that_fit
-
-    fit = rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(config.max_tokens)], config.memory_limit)
+    fit = _rows_that_fit(loaded, prompt, config.max_tokens, config.memory_limit)
     completions = config.prompts_per_step * config.group_size
     return estimate(
         shape_of(loaded),
@@ -218,6 +215,30 @@ def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Es
         completions=completions,
         prompt=prompt,
     )
+
+
+def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_limit: float | None) -> int:
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import rows_that_fit
+
+    return rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(max_tokens)], memory_limit)
+
+
+def of_sampling(
+    loaded: "LoadedModel", prompt: int, max_tokens: int, rows: int, completions: int, memory_limit: float | None = None
+) -> float:
+    """Return the memory, in 1e9 bytes, of sampling alone, no optimizer beside it; otherwise as `of_reinforcement`."""
+    return estimate(
+        replace(shape_of(loaded), trained=0),
+        length=prompt + max_tokens,
+        learned=0,
+        micro_tokens=0,
+        sequences=1,
+        logits_mb=1,
+        rows=min(rows, _rows_that_fit(loaded, prompt, max_tokens, memory_limit)),
+        completions=completions,
+        prompt=prompt,
+    ).sampling
 
 
 def of_sft(loaded: "LoadedModel", config: SFTSettings, length: int) -> Estimate:

@@ -1,4 +1,7 @@
-"""The rounds: raw traces, epoch 1, the model's own traces, scored and filtered, epoch 2, and the table of them all.
+"""The rounds: from raw traces to the table and the report.
+
+Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 reinforcement by GRPO
+or PPO. The base model and the adapter of every round answer the same problems. Each round may be left out.
 
 Every station's output is named by a hash of its settings and of all that came before it. What is there already is not
 made again, what was cut off is continued, and changed settings make new files beside the old ones.
@@ -9,17 +12,32 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlx_traces import comparison, evaluation, generation, models, scoring, stats, tables, traces, training
+from mlx_traces import (
+    comparison,
+    evaluation,
+    generation,
+    models,
+    rewards,
+    scoring,
+    stats,
+    tables,
+    traces,
+    training,
+    webpage,
+)
 from mlx_traces.config import (
     CompareConfig,
     Config,
     EvalConfig,
     FilterConfig,
     GenerateConfig,
+    PPOConfig,
+    RLConfig,
     RoundsConfig,
     ScoreConfig,
     SFTConfig,
@@ -37,11 +55,11 @@ Show = Callable[[str], Any]  # takes a station's name, returns a context whose v
 
 @dataclass(frozen=True)
 class Station:
-    """One step of the rounds: its name, what it writes, its complete settings, and whether the output is there."""
+    """One step of the rounds: its name, what it writes, its recipe's complete settings, and what makes it."""
 
     name: str
     out: Path
-    settings: dict[str, Any]
+    recipe: Config
     make: Callable[[], Any]
 
     @property
@@ -64,33 +82,71 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     before += [fingerprint(models.resolve(spec)[0])] if local else []
     before += [fingerprint(Path(adapter))] if adapter else []
 
-    def add(name: str, folder: str, suffix: str, settings: Config, make: Callable[[Path], Any]) -> Path:
+    def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude={"rows", "device", "memory_limit", "save_every"})
         files = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
         before.append([name, content, *(training.digest(file) for file in files if Path(file).is_file())])
+        before[-1] += _read_by(settings) if isinstance(settings, RLConfig) else []
         digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
-        out = Path(folder) / f"{config.name}-{name}-{digest}{suffix}"
-        plan.append(Station(name, out, content, lambda: make(out)))
+        out = folder / f"{config.name}-{name}-{digest}{'' if folder == runs else '.jsonl'}"
+        plan.append(Station(name, out, recipe, lambda: make(recipe, out)))
         return out
 
-    data, ask, start = Path(config.data_dir), {"task": config.task, "prompt": config.prompt}, adapter
+    data, runs, start = Path(config.data_dir), Path(config.runs_dir), adapter
+    ask = {"task": config.task, "prompt": config.prompt}
     if config.epoch1 is not None:
-        raw = add("raw", data / "raw", ".jsonl", config.raw, lambda out: make_raw(config, out))
+        raw = add("raw", data / "raw", config.raw, config.raw, lambda _, out: make_raw(config, out))
         first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
-        start = str(add("epoch1", config.runs_dir, "", config.epoch1, lambda out: _sft(first, out, show)) / "adapter")
-    drawn = _filled(GenerateConfig, config.generate, model=spec, adapter=start, **ask)
-    own = add("generated", data / "generated", ".jsonl", config.generate, lambda out: _generate(drawn, out, show))
-    scored = add("scored", data / "processed", ".jsonl", config.score, lambda out: _score(config.score, own, out))
-    kept = add("filtered", data / "processed", ".jsonl", config.filter, lambda out: _filter(config.filter, scored, out))
-    second = _filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept))
-    add("epoch2", config.runs_dir, "", config.epoch2, lambda out: _sft(second, out, show))
+        start = str(add("epoch1", runs, config.epoch1, first, lambda recipe, out: _sft(recipe, out, show)) / "adapter")
+    if config.epoch2 is not None:
+        drawn = _filled(GenerateConfig, config.generate, model=spec, adapter=start, **ask)
+        own = add("generated", data / "generated", config.generate, drawn, lambda *given: _generate(*given, show))
+        scored = add("scored", data / "processed", config.score, config.score, lambda *given: _score(own, *given))
+        kept = add("filtered", data / "processed", config.filter, config.filter, lambda *given: _filter(scored, *given))
+        second = _filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept))
+        start = str(add("epoch2", runs, config.epoch2, second, lambda *given: _sft(*given, show)) / "adapter")
+    if config.round3 is not None:
+        settings = config.round3.grpo or config.round3.ppo
+        reference = start if settings.kl_coef and "reference" not in settings.model_fields_set else settings.reference
+        third = _filled(type(settings), settings, model=spec, adapter=start, reference=reference, **ask)
+        add("round3", runs, settings, third, lambda *given: _reinforce(*given, show))
     return plan
 
 
+def _read_by(settings: RLConfig) -> list[str]:
+    """Stand for the files that a reinforcement reads beside the problems: functions of rewards, rubric, reference."""
+    files = [_file_of(name.partition(":")[0]) for name in settings.rewards if ":" in name]
+    files += [Path(settings.judge_prompt)] if settings.judge_prompt else []
+    folder = settings.reference and Path(settings.reference)
+    digests = [training.digest(file) for file in files if file and file.is_file()]
+    return [*digests, *([fingerprint(folder)] if folder and folder.is_dir() else [])]
+
+
+def _file_of(module: str) -> Path | None:
+    """Find the file of a module, in the working folder or where Python looks; it is not run."""
+    here = Path(*module.split(".")).with_suffix(".py")
+    if here.is_file():
+        return here
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found and found.origin else None
+
+
 def _check(config: RoundsConfig) -> None:
-    for name, own in (("generate", {"model", "adapter", "task", "prompt"}), ("compare", {"model", "adapter", "task"})):
-        if given := sorted(own & getattr(config, name).model_fields_set):
+    filled_in = [("generate", config.generate, {"model", "adapter", "task", "prompt"})]
+    filled_in += [("compare", config.compare, {"model", "adapter", "task"})]
+    if config.round3 is not None:
+        given = [(f"round3.{name}", own) for name in ("grpo", "ppo") if (own := getattr(config.round3, name))]
+        if len(given) != 1:
+            raise UserError("round3: give grpo or ppo, one of them; as in {grpo: {num_steps: 100}}")
+        filled_in += [(name, own, {"model", "adapter", "task", "prompt"}) for name, own in given]
+    for name, settings, own in filled_in:
+        if given := sorted(own & settings.model_fields_set):
             raise UserError(f"{name}.{given[0]}: the rounds fill this in; set it at the top, or leave it out")
+    if config.epoch1 is config.epoch2 is config.round3 is None:
+        raise UserError("epoch1, epoch2 and round3 are all null: no round is left; give settings to one of them")
     if config.epoch1 is None:
         return
     if config.raw.file is None and config.task not in SOLVED:
@@ -106,24 +162,28 @@ def _filled(kind: type[Config], settings: Config, **values: Any) -> Any:
 
 def make_raw(config: RoundsConfig, out: Path) -> list[str]:
     """Write the first station's traces: the task's solved problems, or a file's, checked."""
-    raw, skipped, task = config.raw, Counter(), get_task(config.task)
-    styles = [task.prompt(name) for name in raw.prompts or [config.prompt]] if raw.file is None else []
-    if raw.file is not None:
-        made: Iterator[Trace] = (trace for _, trace in traces.read_traces(Path(raw.file)))
-        source = raw.file
-    elif config.task == "countdown":
-        made = traces.countdown_traces(raw.count or 1000, raw.split, raw.seed, prompts=styles, skipped=skipped)
-        source = "solver"
-    else:
-        made = (
-            trace
-            for style in styles
-            for trace in traces.gsm8k_traces(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
-        )
-        source = raw.data or gsm8k.HUB
+    raw, skipped = config.raw, Counter()
+    made, source = raw_traces(config, skipped)
     counts = {"skipped": skipped}
     manifest = {"source": source, "config": raw.model_dump(mode="json"), "counts": counts, "seed": raw.seed}
     return [f"{traces.write_traces(out, made, manifest):,} traces"]
+
+
+def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace], str]:
+    """Return the first station's traces as they are made, and where they are from; ``skipped`` counts the others."""
+    raw, task = config.raw, get_task(config.task)
+    if raw.file is not None:
+        return (trace for _, trace in traces.read_traces(Path(raw.file))), raw.file
+    styles = [task.prompt(name) for name in raw.prompts or [config.prompt]]
+    if config.task == "countdown":
+        count = raw.count or 1000
+        return traces.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
+    made = (
+        trace
+        for style in styles
+        for trace in traces.gsm8k_traces(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
+    )
+    return made, raw.data or gsm8k.HUB
 
 
 def _sft(config: SFTConfig, out: Path, show: Show) -> list[str]:
@@ -148,19 +208,41 @@ def _generate(config: GenerateConfig, out: Path, show: Show) -> list[str]:
     return [", ".join(f"{count:,} {name}" for name, count in counts.items())]
 
 
-def _score(config: ScoreConfig, source: Path, out: Path) -> list[str]:
+def _reinforce(config: RLConfig, out: Path, show: Show) -> list[str]:
+    from mlx_traces import grpo, ppo
+
+    train = ppo.train if isinstance(config, PPOConfig) else grpo.train
+    with show(out.name) as advance:
+        result = train(config, out, resume=out.exists(), show=advance)
+    spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
+    best = "" if result.best_step is None else f"; best at step {result.best_step}"
+    return [
+        f"{result.steps} steps in {result.seconds:.0f} s ({spent}){best}",
+        *(f"note: {note}" for note in result.notes),
+    ]
+
+
+def _score(source: Path, config: ScoreConfig, out: Path) -> list[str]:
     scored = scoring.score_file(source, out, config)
     means = [(name, mean) for name, mean, _ in scoring.summary(scored) if mean is not None]
     return [", ".join(f"{name} {mean:.3f}" for name, mean in means)]
 
 
-def _filter(config: FilterConfig, source: Path, out: Path) -> list[str]:
+def _filter(source: Path, config: FilterConfig, out: Path) -> list[str]:
     report = scoring.filter_file(source, out, config)
     return [f"{rule}: {removed:,} removed, {left:,} left" for rule, removed, left in report]
 
 
-def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: bool = False) -> Any:
-    """Carry out what is missing, then compare base, epoch 1 and epoch 2 on the same problems.
+class Outcome(NamedTuple):
+    """What the rounds end with: the comparison's table, its runs, and the report's file."""
+
+    frame: Any
+    runs: list[tables.Run]
+    page: Path
+
+
+def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: bool = False) -> Outcome:
+    """Carry out what is missing, then compare the base model and every round on the same problems.
 
     Args:
         config: the settings.
@@ -168,15 +250,12 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         show: see `Show`.
         progress: show the evaluations' progress bars.
 
-    Returns:
-        The comparison's table and its runs.
-
     Raises:
         UserError: if the input is wrong; finished stations stay.
     """
     plan = stations(config, show)
     compared = comparison_of(config, plan)
-    evaluation.plan(compared.evals[0])  # a fault in the comparison's settings is found before hours of training
+    check(plan, compared)
     for station in plan:
         if station.finished:
             say(f"{station.name}: {station.out} is there")
@@ -186,13 +265,43 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             traces.discard_unfinished(station.out)
         for line in station.make():
             say(f"{station.name}: {line}")
-    return comparison.compared(compared, progress)
+    frame, runs = comparison.compared(compared, progress)
+    trained = [station.out for station in trainings(plan)]
+    answered = [Path(config.runs_dir) / run.name for run in runs]
+    return Outcome(frame, runs, webpage.write([*answered, *trained], Path(compared.out) / "report.html")[0])
+
+
+def check(plan: list[Station], compared: CompareConfig) -> None:
+    """Find what is wrong with the settings of later stations before hours are spent on earlier ones.
+
+    Raises:
+        UserError: for a comparison or a third round that could not begin, or one that trains on the comparison's
+            problems.
+    """
+    asked = {problem.id.partition("#")[0] for problem in evaluation.plan(compared.evals[0]).problems}
+    third = plan[-1].recipe
+    if not isinstance(third, RLConfig) or plan[-1].finished:
+        return
+    from mlx_traces import rollouts
+
+    planned, _, _ = rollouts.prepare(third.model_copy(update={"adapter": None}))  # which may not be there yet
+    weights = {name: weight for name, weight in third.rewards.items() if name != "judge" or not third.judge}
+    if weights:  # the judge itself is not loaded
+        rewards.load(weights, list(planned.problems[0].columns))
+    if shared := sum(problem.id.partition("#")[0] in asked for problem in planned.problems):
+        count = f"{shared} of its {len(planned.problems)} problems are the comparison's"
+        raise UserError(f"round3: {count}; choose another split or data for one of them")
+
+
+def trainings(plan: list[Station]) -> list[Station]:
+    """Return the stations that end with an adapter, in order."""
+    return [station for station in plan if isinstance(station.recipe, (SFTConfig, RLConfig))]
 
 
 def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
-    """Return the comparison at the end: the base model and each epoch's adapter, all on the same problems."""
+    """Return the comparison at the end: the base model and each round's adapter, all on the same problems."""
     spec, adapter = models.split_adapter(config.model)
-    adapters = [adapter, *(str(station.out / "adapter") for station in plan if station.name.startswith("epoch"))]
+    adapters = [adapter, *(str(station.out / "adapter") for station in trainings(plan))]
     prompt = config.compare.prompt or config.prompt
     evals = [
         _filled(EvalConfig, config.compare, model=spec, adapter=name, task=config.task, prompt=prompt)

@@ -1,12 +1,16 @@
 """The rounds as a whole on the embedded model: what is there is not made again, what changes is made anew."""
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
-from mlx_traces import rounds
-from mlx_traces.config import RoundsConfig, build
+from mlx_traces import evaluation, forecast, models, rounds
+from mlx_traces.cli import main
+from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
 from mlx_traces.tables import Run
 from mlx_traces.traces import manifest_path
@@ -20,6 +24,9 @@ TINY = {
     "epoch2": {"learning_rate": 1e-4, "valid_share": 0},
     "compare": {"limit": 8, "max_tokens": 96, "rows": 8},
 }
+STEPS = {"num_steps": 2, "prompts_per_step": 2, "max_tokens": 64, "rows": 8, "micro_tokens": 512, "save_every": 1}
+GRPO = {"grpo": {**STEPS, "group_size": 4, "advantage": "none", "rewards": {"length": 1}}}
+PPO = {"ppo": {**STEPS, "group_size": 2, "epochs": 1, "minibatches": 1, "rewards": {"length": 1}}}
 NAMES = ["raw", "epoch1", "generated", "scored", "filtered", "epoch2"]
 
 
@@ -39,8 +46,16 @@ def made(said):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("rounds"), []
-    frame, runs = rounds.run(config_in(folder), said.append, quiet)
+    frame, runs, page = rounds.run(config_in(folder), said.append, quiet)
+    assert page == folder / "runs" / "try-comparison" / "report.html" and "epoch2" in page.read_text()
     return folder, said, frame, runs
+
+
+@pytest.fixture(scope="module")
+def third(finished):
+    """The same rounds with a third one by GRPO on top."""
+    folder, said = finished[0], []
+    return said, rounds.run(config_in(folder, round3=GRPO), said.append, quiet)
 
 
 def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finished):
@@ -50,7 +65,9 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     assert "epoch1" in runs[1].result["adapter"] and "epoch2" in runs[2].result["adapter"]
     assert len({tuple(row["id"] for row in run.samples) for run in runs}) == 1 and len(frame) == 3
     plan = {station.name: station for station in rounds.stations(config_in(folder), quiet)}
-    settings = json.loads((plan["epoch2"].out / "run.json").read_text())["identity"]
+    about = json.loads((plan["epoch2"].out / "run.json").read_text())
+    assert about["steps"] == json.loads((plan["epoch2"].out / "result.json").read_text())["steps"]
+    settings = about["identity"]
     assert settings["adapter"] == str(plan["epoch1"].out / "adapter")  # the second epoch goes on from the first
     assert json.loads(manifest_path(plan["filtered"].out).read_text())["source"] == str(plan["scored"].out)
 
@@ -73,6 +90,86 @@ def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):
     assert left(prompt="direct") == NAMES
     assert left(epoch1=None) == NAMES[2:]
     assert left(generate={**TINY["generate"], "rows": 7}) == []  # does not decide what is sampled
+
+
+def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished, third):
+    folder, (said, outcome) = finished[0], third
+    config, again = config_in(folder, round3=GRPO), []
+    assert made(said) == ["round3"]  # the others keep their names, and their results
+    station = rounds.stations(config, quiet)[-1]
+    settings = json.loads((station.out / "run.json").read_text())["identity"]
+    before = next(s for s in rounds.stations(config, quiet) if s.name == "epoch2")
+    assert settings["adapter"] == str(before.out / "adapter") and settings["prompt"]["name"] == "thinking"
+    weights = [(s.out / "adapter" / "adapters.safetensors").read_bytes() for s in (before, station)]
+    assert weights[0] != weights[1]
+    assert [run.result["adapter"] for run in outcome.runs][2:] == [str(s.out / "adapter") for s in (before, station)]
+    assert len({tuple(row["id"] for row in run.samples) for run in outcome.runs}) == 1 and len(outcome.frame) == 4
+    assert len(rounds.gains(outcome.runs)) == 3
+    page = outcome.page.read_text()
+    assert all(name in page for name in ("epoch1", "epoch2", "round3", "reinforcement learning"))
+    rounds.run(config, again.append, quiet)
+    assert made(again) == []
+    longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
+    left = [s.name for s in rounds.stations(config_in(folder, round3=longer), quiet) if not s.finished]
+    assert left == ["round3"]
+
+
+def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatch):
+    """Killed in its second step, then run again: the adapter is that of the uninterrupted one."""
+    from mlx_traces import grpo
+
+    settings = {"grpo": {**GRPO["grpo"], "rewards": {"length": 1.0, "format": 0}}}  # another name, the same rewards
+    config, real, steps, said = config_in(finished[0], round3=settings), grpo.learn, [], []
+
+    def dying(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError
+        return real(*arguments)
+
+    monkeypatch.setattr(grpo, "learn", dying)
+    with pytest.raises(RuntimeError):
+        rounds.run(config, said.append, quiet)
+    monkeypatch.setattr(grpo, "learn", real)
+    rounds.run(config, said.append, quiet)
+    assert made(said) == ["round3", "round3"] and len(steps) == 2
+    files = [
+        rounds.stations(c, quiet)[-1].out / "adapter" / "adapters.safetensors"
+        for c in (config, config_in(finished[0], round3=GRPO))
+    ]
+    assert files[0] != files[1] and files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_round_of_ppo_alone_starts_from_the_model_itself(tmp_path):
+    config, said = config_in(tmp_path, epoch1=None, epoch2=None, round3=PPO), []
+    outcome = rounds.run(config, said.append, quiet)
+    assert made(said) == ["round3"] and [run.result["adapter"] is None for run in outcome.runs] == [True, False]
+    (station,) = rounds.stations(config, quiet)
+    settings = json.loads((station.out / "run.json").read_text())["identity"]
+    assert settings["adapter"] is None and settings["gae_lambda"] == 0.95
+
+
+def test_the_reference_is_what_the_third_round_starts_from_unless_it_is_named(finished):
+    def third_of(**changes):
+        settings = {"grpo": {**GRPO["grpo"], **changes}}
+        return rounds.stations(config_in(finished[0], round3=settings), quiet)[-1].recipe
+
+    assert third_of(kl_coef=0.1).reference == third_of().adapter and "epoch2" in third_of().adapter
+    assert third_of().reference is None and third_of(kl_coef=0.1, reference=None).reference is None
+
+
+def test_a_reward_counts_by_the_content_of_its_file(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"grpo": {**GRPO["grpo"], "rewards": {"own_reward:short": 1}}}
+
+    def names():
+        return [s.out.name for s in rounds.stations(config_in(finished[0], round3=settings), quiet)]
+
+    before = names()
+    (tmp_path / "own_reward.py").write_text("def short(completions): return [0 for c in completions]\n")
+    first = names()
+    (tmp_path / "own_reward.py").write_text("def short(completions): return [1 for c in completions]\n")
+    assert len({before[-1], first[-1], names()[-1]}) == 3 and before[:-1] == first[:-1] == names()[:-1]
 
 
 def test_another_content_of_a_file_of_problems_is_another_station(finished, tmp_path):
@@ -155,6 +252,13 @@ def test_gains_are_paired():
         ({"raw": {"file": "nowhere.jsonl"}}, "raw.file: nowhere.jsonl does not exist"),
         ({"compare": {"extractor": "best"}}, "unknown extractor of countdown 'best'"),
         ({"prompt": "slow"}, "unknown prompt of countdown 'slow'"),
+        ({"round3": {}}, "round3: give grpo or ppo, one of them"),
+        ({"round3": {**GRPO, **PPO}}, "round3: give grpo or ppo, one of them"),
+        ({"round3": {"grpo": {"adapter": "x"}}}, "round3.grpo.adapter: the rounds fill this in"),
+        ({"round3": {"ppo": {"prompt": "direct"}}}, "round3.ppo.prompt: the rounds fill this in"),
+        ({"round3": {"grpo": {"rewards": {"corect": 1}}}}, "unknown reward 'corect': .*; did you mean 'correct'"),
+        ({"round3": {"grpo": {**STEPS, "split": "test"}}}, "round3: . of its 4 problems are the comparison's"),
+        ({"epoch1": None, "epoch2": None}, "epoch1, epoch2 and round3 are all null"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(tmp_path, changes, message):
@@ -166,3 +270,126 @@ def test_bad_settings_are_refused_before_anything_is_made(tmp_path, changes, mes
 def test_a_filter_that_takes_everything_names_its_rule(finished):
     with pytest.raises(UserError, match=r"min score|min_score|score"):
         rounds.run(config_in(finished[0], filter={"min_score": 1.0}), lambda line: None, quiet)
+
+
+def test_a_wrong_field_of_the_third_round_is_named_with_its_place(tmp_path):
+    file = tmp_path / "rounds.yaml"
+    for settings, message in (
+        ({"grpo": {"learning_rte": 1}}, r"unknown field 'round3.grpo.learning_rte'; did you mean 'learning_rate'"),
+        ({"dpo": {}}, r"unknown field 'round3.dpo'; did you mean 'ppo'"),
+        ({"ppo": {"gamma": 2}}, r"round3.ppo.gamma: input should be less than or equal to 1, not '2'"),
+        ({"ppo": {"clip_eps_high": 0.3}}, r"unknown field 'round3.ppo.clip_eps_high'; did you mean 'clip_eps'"),
+    ):
+        file.write_text(yaml.safe_dump({"name": "x", "round3": settings}))
+        with pytest.raises(UserError, match=message):
+            read_config(RoundsConfig, file, {})
+
+
+# ------------------------------------------------------------------------------------------------ the dry run
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def column(lines, place):
+    """Return a column of the table by station."""
+    rows = [line.split("  ") for line in lines[: lines.index("") if "" in lines else None]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[0]: row[place] for row in rows[1:]}
+
+
+def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finished, third, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "PROBE_SECONDS", 0.05)
+    folder = finished[0]
+    longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
+    file = tmp_path / "rounds.yaml"
+    folders = {"data_dir": str(folder / "data"), "runs_dir": str(folder / "runs")}
+    file.write_text(yaml.safe_dump({**TINY, **folders, "round3": longer}))
+    before = tree(folder)
+    result = CliRunner().invoke(main, ["rounds", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert tree(folder) == before and [path.name for path in tmp_path.iterdir()] == ["rounds.yaml"]
+    said = result.output.splitlines()
+    assert column(said, 1) == {**dict.fromkeys(NAMES, "there"), "round3": "to make", "comparison": "to make"}
+    assert column(said, 4)["round3"].endswith(" GB") and column(said, 4)["epoch1"] == "–"
+    assert any(line.startswith("round3: 3 steps of 2 problems x 4, about ") for line in said)
+    assert any(line.startswith("comparison: 1 of 4 evaluations, each of 8 problems") for line in said)
+    assert (
+        re.search(r"the mean of \d earlier runs", result.output)
+        and "at most: all of them reach max_tokens" in result.output
+    )
+
+
+def test_a_dry_run_of_what_is_there_measures_nothing(finished, monkeypatch):
+    monkeypatch.setattr(models, "load", None)
+    said = forecast.lines(config_in(finished[0]))
+    assert set(column(said, 1).values()) == {"there"} and "" not in said
+
+
+def test_a_dry_run_of_a_model_that_is_not_here_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", None)
+    said = forecast.lines(config_in(tmp_path, model="someone/some-model-4bit", round3=PPO))
+    assert set(column(said, 1).values()) == {"to make"} and not list(tmp_path.iterdir())
+    assert said[-1].startswith("no estimates: someone/some-model-4bit is not on this machine yet")
+
+
+def test_a_dry_run_says_what_would_stop_the_rounds(tmp_path):
+    said = forecast.lines(config_in(tmp_path, round3={"grpo": {**STEPS, "split": "test"}}))
+    assert set(column(said, 1).values()) == {"to make"} and "round3" in column(said, 1)
+    assert "no estimates, and the rounds would end with: round3: " in said[-1]
+
+
+def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monkeypatch):
+    """By hand: prompts at 1,000 tokens/s, completions at 500, gradients at 2,000."""
+    monkeypatch.setattr(forecast.Probe, "sampling", lambda *_: (1000.0, 500.0))
+    monkeypatch.setattr(forecast.Probe, "training", lambda *_: 2000.0)
+    grpo = {**STEPS, "group_size": 4, "num_steps": 10, "updates_per_batch": 2, "kl_coef": 0.1, "limit": 2}
+    config = config_in(tmp_path, round3={"grpo": grpo})
+    plan = rounds.stations(config, quiet)
+    outlook, by_name = forecast.Outlook(config, plan), {station.name: station for station in plan}
+    loaded = models.load("nano")
+
+    def prompt_of(**settings):
+        planned = evaluation.plan(EvalConfig(prompt="thinking", **settings))
+        lengths = [len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems]
+        return sum(lengths) / len(lengths)
+
+    generated, third = outlook.of(by_name["generated"]), outlook.of(by_name["round3"])
+    prompt = prompt_of(split="train", limit=16)
+    assert generated.seconds == pytest.approx(16 * prompt / 1000 + 64 * 48 / 500)  # half of max_tokens
+    assert generated.most == pytest.approx(16 * prompt / 1000 + 64 * 96 / 500)
+    prompt = prompt_of(split="train", limit=2)
+    for tokens, seconds in ((32, third.seconds), (64, third.most)):
+        sampled = 2 * prompt / 1000 + 8 * tokens / 500
+        learned = (2 * prompt + 8 * tokens) * (2 + 1 / 3 + 1 / 3) / 2000  # a group's prompt is read once
+        assert seconds == pytest.approx(10 * (sampled + learned))
+    own = outlook.of(by_name["epoch2"])
+    prompt = prompt_of(split="train", limit=16)
+    assert own.seconds == pytest.approx(32 * (prompt + 48) / 2000)  # two of four, by the filter and by half
+    first = outlook.of(by_name["epoch1"])
+    assert first.seconds == first.most and "24 traces of about" in first.told
+    assert all(one.memory_gb > 0.001 for one in (generated, third, own, first))
+    assert outlook.of(by_name["filtered"]).seconds is None and not list(tmp_path.iterdir())
+
+
+def test_the_lengths_of_earlier_runs_are_what_is_expected(finished):
+    found = forecast.earlier(finished[0] / "runs", "nano", "countdown", {"thinking"})
+    assert len(found) >= 3 and all(0 < run["mean_tokens"] <= 96 for run in found)
+    assert not forecast.earlier(finished[0] / "runs", "nano", "countdown", {"direct"})
+    assert not forecast.earlier(finished[0] / "runs", "other", "countdown", {"thinking"})
+
+
+def test_a_probe_leaves_the_weights_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "PROBE_SECONDS", 0.05)
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    config = config_in(tmp_path)
+    outlook = forecast.Outlook(config, rounds.stations(config, quiet))
+    probe = outlook.probe
+    before = {name: mx.array(array) for name, array in tree_flatten(probe.loaded.model.parameters())}
+    read, sampled = probe.sampling(4, 96, None)
+    assert min(read, sampled, probe.training(outlook.first, 40, 20)) > 1
+    after = dict(tree_flatten(probe.loaded.model.parameters()))
+    assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)

@@ -131,9 +131,11 @@ def fuse_command(**arguments: Any) -> None:
 @click.argument("config_file", metavar="CONFIG", type=click.Path())
 @click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--dry-run", is_flag=True, help="Print the stations and which are there; make nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the stations, and the time and memory of those to make; make nothing."
+)
 def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None, dry_run: bool) -> None:
-    """Raw traces, SFT, the model's own traces, scored and filtered, SFT on those, and the table of it all.
+    """SFT on raw traces, SFT on the model's own filtered traces, GRPO or PPO; then the table and report of it all.
 
     Repeat the command after it was cut off: what is there is not made again.
     """
@@ -144,17 +146,17 @@ def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None,
     import_mlx()
     from rich.console import Console
 
-    from mlx_traces import rounds, tables
+    from mlx_traces import forecast, rounds, tables
 
     if dry_run:
-        for station in rounds.stations(config, training_bar):
-            click.echo(f"{station.name:<10} {'there  ' if station.finished else 'to make'} {station.out}")
+        click.echo("\n".join(forecast.lines(config)))
         return
-    frame, runs = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
+    frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(tables.to_terminal(frame))
     for line in rounds.gains(runs):
         click.echo(line)
+    click.echo(f"report: {page}")
 
 
 SHOWN = (
