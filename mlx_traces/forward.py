@@ -25,15 +25,15 @@ class Split:
     """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
 
     ``head_module`` returns the module that is the head just now, which a context may have swapped, ``None`` if none
-    is. ``frozen_head`` says that nothing in it is trained, ``shares`` that rows may go on from the keys and values of
-    their prompt (``sharing.split``).
+    is. ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows
+    may go on from, 0 if they may not (``sharing.split`` finds out).
     """
 
     trunk: Callable[[mx.array], mx.array]
     head: Callable[[mx.array], mx.array]
     head_module: Callable[[], nn.Module | None]
     frozen_head: bool
-    shares: bool = False
+    caches: int = 0
 
 
 def split(model: nn.Module) -> Split:

@@ -134,15 +134,11 @@ def gradient(
     return sharing.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
 
 
-def logprobs_of(
-    model: nn.Module, halves: forward.Split, rows: Sequence[Row], config: GRPOConfig
-) -> Iterator[tuple[Row, np.ndarray]]:
+def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
     own = [rows[index] for index in ranks.share(len(rows))]
     found: list[Any] = [None] * len(own)
-    for indices, states, targets in sharing.each_states(
-        model, halves, [row.example for row in own], config.micro_tokens
-    ):
+    for indices, states, targets in sharing.each_states(halves, [row.example for row in own], config.micro_tokens):
         flat, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
@@ -170,10 +166,10 @@ def learn(
     useful = weighed(rows, config)
     if config.kl_coef:
         with reference():
-            for row, values in logprobs_of(model, halves, useful, config):
+            for row, values in logprobs_of(halves, useful, config):
                 row.reference = values
     if config.updates_per_batch * config.minibatches > 1:
-        for row, values in logprobs_of(model, halves, useful, config):
+        for row, values in logprobs_of(halves, useful, config):
             row.old = values
     losses, norms, sums = [], [], Counter()
     draw = random.Random(f"{config.seed} step {step}")

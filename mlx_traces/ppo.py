@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, training
+from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import PPOConfig
 from mlx_traces.errors import UserError
@@ -78,7 +78,7 @@ class Learner:
                 f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}"
             )
         self.config = config
-        self.halves = forward.split(loaded.model)
+        self.halves = forward.split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
         self.module = ActorCritic(loaded.model, self.halves)
         updates = config.epochs * config.minibatches
@@ -144,26 +144,17 @@ def foresee(
 def _read_all(
     module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
-    """Yield each row with its log-probabilities and values; each rank reads its part."""
+    """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
     own = [rows[index] for index in ranks.share(len(rows))]
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for micro in _micro_batches(own, config):
-        found |= zip(map(id, micro), zip(*_read(module, halves, micro, config), strict=True), strict=True)
-    read = [[array.tolist() for array in found[id(row)]] for row in own]
+    read: list[Any] = [None] * len(own)
+    for indices, states, targets in sharing.each_states(halves, [row.example for row in own], config.micro_tokens):
+        logprobs, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
+        arrays = (np.split(np.array(array), ends) for array in (logprobs, module.value(states)))
+        for index, *both in zip(indices, *arrays, strict=True):
+            read[index] = [array.tolist() for array in both]
     for row, arrays in zip(rows, ranks.gather(read), strict=True):
         yield row, *(np.array(values, np.float32) for values in arrays)
-
-
-def _read(
-    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the rows' log-probabilities and values, computed as in `gradient`."""
-    ids, positions = batching.pad([row.example for row in rows])
-    states, targets = forward.token_states(halves, mx.array(ids), positions)
-    options = {"temperature": config.temperature, "logits_mb": config.logits_mb}
-    logprobs, _ = forward.head_logprobs(halves, states, targets, **options, slopes=False, entropies=False)
-    ends = np.cumsum([row.example.count for row in rows])[:-1]
-    return np.split(np.array(logprobs), ends), np.split(np.array(module.value(states)), ends)
 
 
 def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
@@ -222,8 +213,8 @@ def gradient(
     options = {"temperature": config.temperature, "logits_mb": config.logits_mb}
     bound = math.inf if config.value_clip is None else config.value_clip
 
-    def loss_of(ids: mx.array, positions: np.ndarray, micro: list[Row]) -> tuple[mx.array, dict[str, mx.array]]:
-        states, targets = forward.token_states(halves, ids, positions)
+    def loss_of(states: mx.array, targets: mx.array, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
+        micro = [rows[index] for index in indices]
         index, mask = batching.places([row.example.count for row in micro])
         weights, old_values, returns, old, advantages = (
             batching.padded([getattr(row, name) for row in micro])
@@ -245,23 +236,9 @@ def gradient(
         return loss, sums | more | {"entropy": mx.stop_gradient(entropies.sum())}
 
     learned = module.value if values_only else module
-    value_and_grad = nn.value_and_grad(learned, loss_of)
-    loss, grads, sums = 0.0, None, Counter()
-    for micro in _micro_batches([rows[index] for index in ranks.share(len(rows))], config):
-        ids, positions = batching.pad([row.example for row in micro])
-        (part, more_sums), more = value_and_grad(mx.array(ids), positions, micro)
-        grads = optim.add(grads, more)
-        mx.eval(part, more_sums, grads)
-        loss += part.item()
-        sums.update({name: value.item() for name, value in more_sums.items()})
-    loss, grads, sums = ranks.total_step(loss, grads, sums, learned.trainable_parameters())
+    examples = [row.example for row in rows]
+    loss, grads, sums = sharing.accumulate(learned, halves, examples, config.micro_tokens, loss_of)
     return loss, {"value": grads} if values_only else grads, sums
-
-
-def _micro_batches(rows: Sequence[Row], config: PPOConfig) -> Iterator[list[Row]]:
-    lengths = [len(row.example.ids) for row in rows]
-    for indices in batching.micro_batches(range(len(rows)), lengths, config.micro_tokens):
-        yield [rows[index] for index in indices]
 
 
 def learn(

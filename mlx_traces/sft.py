@@ -30,6 +30,7 @@ from mlx_traces import (
     optim,
     ranks,
     sampling,
+    sharing,
     training,
 )
 from mlx_traces.batching import Example
@@ -53,31 +54,20 @@ def step_gradient(
     """
     total = sum(example.count for example in batch)
 
-    def loss_of(ids: mx.array, positions: Any) -> mx.array:
-        logprobs, _ = forward.token_logprobs(halves, ids, positions, logits_mb=config.logits_mb, entropies=False)
-        return -logprobs.sum() / total
+    def loss_of(states: mx.array, targets: mx.array, _: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
+        logprobs, _ = forward.head_logprobs(halves, states, targets, logits_mb=config.logits_mb, entropies=False)
+        return -logprobs.sum() / total, {}
 
-    value_and_grad = nn.value_and_grad(model, loss_of)
-    loss, grads = 0.0, None
-    own = [batch[index] for index in ranks.share(len(batch))]
-    lengths = [len(example.ids) for example in own]
-    for micro in batching.micro_batches(range(len(own)), lengths, config.micro_tokens):
-        ids, positions = batching.pad([own[index] for index in micro])
-        part, more = value_and_grad(mx.array(ids), positions)
-        grads = optim.add(grads, more)
-        mx.eval(part, grads)
-        loss += part.item()
-    return ranks.total_step(loss, grads, {}, model.trainable_parameters())[:2]
+    return sharing.accumulate(model, halves, batch, config.micro_tokens, loss_of)[:2]
 
 
 def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
     own = [rows[index] for index in ranks.share(len(rows))]
-    total, lengths = 0.0, [len(example.ids) for example in own]
-    for micro in batching.micro_batches(range(len(own)), lengths, config.micro_tokens):
-        ids, positions = batching.pad([own[index] for index in micro])
-        logprobs, _ = forward.token_logprobs(
-            halves, mx.array(ids), positions, logits_mb=config.logits_mb, slopes=False, entropies=False
+    total = 0.0
+    for _, states, targets in sharing.each_states(halves, own, config.micro_tokens):
+        logprobs, _ = forward.head_logprobs(
+            halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False
         )
         total -= logprobs.sum().item()
     return sum(ranks.gather([total])) / sum(example.count for example in rows)

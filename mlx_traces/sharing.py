@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from mlx_traces import batching, forward, optim, ranks
 from mlx_traces.batching import Example
@@ -29,21 +28,22 @@ LossOf = Callable[[mx.array, mx.array, list[int]], tuple[mx.array, dict[str, mx.
 
 def split(model: nn.Module) -> Split:
     """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
-    halves = forward.split(model)
-    return replace(halves, shares=_can_share(model, halves))
-
-
-def _can_share(model: nn.Module, halves: Split) -> bool:
-    """Try it on a few tokens."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
-        return False
+    halves, caches = forward.split(model), make_prompt_cache(model)
+    if not all(type(cache) is KVCache for cache in caches):
+        return halves
+    able = replace(halves, caches=len(caches))
+    return able if _right(model, able) else halves
+
+
+def _right(model: nn.Module, halves: Split) -> bool:
+    """Try it on a few tokens."""
     rows = [Example("", (1, 2, 3, 4, 5), (False, False, True, True, True)), Example("", (1, 2, 3), (False, True, True))]
     training = model.training
     model.eval()
     try:
-        prompts = Prompts(model, rows)
+        prompts = Prompts(halves, rows)
         found, _ = prompts.states(halves, prompts.read(halves, 8), [0, 1])
         ids, positions = batching.pad(rows)
         wanted, _ = forward.token_states(halves, mx.array(ids), positions)
@@ -61,7 +61,7 @@ def accumulate(
 
     Args:
         model: what is trained.
-        halves: the same model, by `split`; prompts are read once where that ``shares`` and saves a tenth of the tokens.
+        halves: the model in two, by `split` for prompts to be read once, where that saves a tenth of the tokens.
         examples: the rows, each with a trained token.
         micro_tokens: most tokens of a forward pass, padding included.
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
@@ -70,13 +70,7 @@ def accumulate(
     own = ranks.share(len(examples))
     shifted = loss_of if own.start == 0 else lambda *given: loss_of(*given[:2], [own.start + i for i in given[2]])
     loss, grads, sums = _accumulate(model, halves, [examples[i] for i in own], micro_tokens, shifted)
-    if ranks.world().size() == 1:
-        return loss, grads, sums
-    grads = tree_map(mx.zeros_like, model.trainable_parameters()) if grads is None else grads
-    every = Counter()
-    for part in ranks.gather([{"loss": loss, **sums}]):
-        every.update(part)
-    return every.pop("loss"), ranks.total(grads), every
+    return ranks.total_step(loss, grads, sums, model.trainable_parameters())
 
 
 def _accumulate(
@@ -84,7 +78,7 @@ def _accumulate(
 ) -> tuple[float, Any, Counter]:
     """Do this rank's part."""
     loss, grads, sums = 0.0, None, Counter()
-    prompts = _shared(model, halves, examples)
+    prompts = _shared(halves, examples)
     if prompts is None:
 
         def whole(indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
@@ -118,10 +112,10 @@ def _accumulate(
 
 
 def each_states(
-    model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int
+    halves: Split, examples: Sequence[Example], micro_tokens: int
 ) -> Iterator[tuple[list[int], mx.array, mx.array]]:
     """Yield for each micro-batch its rows' indices, and the states and tokens that `accumulate` hands on."""
-    prompts = _shared(model, halves, examples)
+    prompts = _shared(halves, examples)
     if prompts is None:
         for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
             yield indices, *_states(halves, examples, indices)
@@ -138,7 +132,7 @@ class Prompts:
     (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D).
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example]):
+    def __init__(self, halves: Split, examples: Sequence[Example]):
         starts = [max(1, example.trained.index(True, 1)) for example in examples]
         found: dict[tuple[int, ...], int] = {}
         self.examples = examples
@@ -150,7 +144,6 @@ class Prompts:
         self.ids = np.zeros((len(found), self.lengths.max()), np.int32)
         for row, ids in zip(self.ids, found, strict=True):
             row[: len(ids)] = ids
-        self.layers = len(model.layers)
 
     @property
     def saved(self) -> float:
@@ -198,7 +191,7 @@ class Prompts:
         return [slice(at, at + size) for at in range(0, len(self.ids), size)]
 
     def _read(self, halves: Split, chunk: slice) -> Arrays:
-        caches = [_Read() for _ in range(self.layers)]
+        caches = [_Read() for _ in range(halves.caches)]
         hidden = halves.trunk(mx.array(self.ids[chunk]), cache=caches)
         lengths = self.lengths[chunk]
         last = hidden[mx.arange(len(lengths)), mx.array(lengths - 1)]
@@ -239,11 +232,11 @@ class _Continued:
         return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
 
 
-def _shared(model: nn.Module, halves: Split, examples: Sequence[Example]) -> Prompts | None:
+def _shared(halves: Split, examples: Sequence[Example]) -> Prompts | None:
     """Return the prompts if they are to be read once."""
-    if not halves.shares or not examples:
+    if not halves.caches or not examples:
         return None
-    prompts = Prompts(model, examples)
+    prompts = Prompts(halves, examples)
     return prompts if prompts.saved >= LEAST_SAVED else None
 
 

@@ -75,7 +75,7 @@ def some_rows(config, count=8, seed=0, off_policy=False):
         flags = (False,) * (len(ids) - n) + (True,) * n
         sampler = draw.normal(-4, 0.5, n).astype(np.float32)
         rows.append(grpo.Row(Example(f"r{i}", ids, flags), [1.0, -0.7, 0.0, 0.4][i % 4], sampler))
-    for row, values in grpo.logprobs_of(lora(), forward.split(lora()), rows, config):
+    for row, values in grpo.logprobs_of(forward.split(lora()), rows, config):
         row.reference = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
         if off_policy:  # near the policy's own, so that ratios are on both sides of the bounds
             row.old = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
@@ -233,7 +233,7 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
         for row in rows:
             row.advantage = 0.0
         with reference():
-            for row, values in grpo.logprobs_of(model, halves, rows, config):
+            for row, values in grpo.logprobs_of(halves, rows, config):
                 row.reference = values
         return grpo.gradient(model, halves, rows, config)
 
@@ -265,7 +265,7 @@ def test_importance_weights_are_of_the_sampler():
     model = lora()
     config = settings_of()
     rows = some_rows(config)
-    truth = {id(row): values for row, values in grpo.logprobs_of(model, forward.split(model), rows, config)}
+    truth = {id(row): values for row, values in grpo.logprobs_of(forward.split(model), rows, config)}
     for row in rows:
         row.sampler = truth[id(row)] - np.float32(np.log(1.5))
     plain = grpo.gradient(model, forward.split(model), rows, config)

@@ -144,7 +144,7 @@ def test_the_package_stays_small():
 
 
 def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better_than_the_base(monkeypatch, tmp_path):
-    """They fit nano, mlx_lm puts them on too, and each answers more of 300 held-out problems than nano in its prompt."""
+    """They fit nano, mlx_lm puts them on too, and each answers more of 300 problems than nano in its prompt."""
     from mlx_lm import load
 
     from mlx_traces import comparison, evaluation, models

@@ -1,7 +1,5 @@
 """A prompt read once for its rows gives what whole rows give: states, losses, gradients."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -40,7 +38,7 @@ def groups(lengths, size=3, seed=0, rest=9):
 
 
 def measured(model, rows, budget, shares):
-    halves = replace(forward.split(model), shares=shares)
+    halves = sharing.split(model) if shares else forward.split(model)
     draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
     weights = [mx.array(draw.astype(np.float32)) for draw in draws]
 
@@ -90,18 +88,18 @@ def test_each_prompt_is_read_once_where_that_saves_tokens(monkeypatch):
 
     monkeypatch.setattr(sharing.Prompts, "_read", counted)
     measured(model, groups((12, 9, 14, 7)), 4096, True)
-    assert read == [4, 4]  # once forward, once more for the gradient
+    assert read == [2, 4, 4]  # to try it out on two rows; once forward; once more for the gradient
     read.clear()
     measured(model, groups((2, 3), size=1), 4096, True)
-    assert read == []
+    assert read == [2]
 
 
 def test_states_without_a_gradient():
     model, rows = lora(), groups((12, 9, 14, 7))
     found = {}
     for shares in (False, True):
-        halves = replace(forward.split(model), shares=shares)
-        for indices, states, targets in sharing.each_states(model, halves, rows, 64):
+        halves = sharing.split(model) if shares else forward.split(model)
+        for indices, states, targets in sharing.each_states(halves, rows, 64):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
                 indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
@@ -115,6 +113,6 @@ def test_states_without_a_gradient():
 
 def test_models_are_asked_whether_they_can(monkeypatch):
     model = lora()
-    assert sharing.split(model).shares
+    assert sharing.split(model).caches == len(model.layers)
     monkeypatch.setattr(sharing._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
-    assert not sharing.split(model).shares
+    assert not sharing.split(model).caches
