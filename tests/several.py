@@ -80,6 +80,7 @@ def counted(show, grade=mlx_traces.evaluation.grade_sample):
 
 def stopped(kind, folder, name):
     """Begin a run and stop it; return what it says."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have begun deaf to it
     try:
         make(kind, folder, name, stop=True)
     except Stopped as error:
@@ -89,7 +90,6 @@ def stopped(kind, folder, name):
 
 def main(folder):
     """Do what several ranks do."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     said = {}
     for kind in SETTINGS:
         make(kind, folder, "first", resume=True)
