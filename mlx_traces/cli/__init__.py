@@ -5,7 +5,7 @@ import click
 import mlx_traces
 from mlx_traces.cli.bench import bench_group
 from mlx_traces.cli.data import data_group
-from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command
+from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command, verify_command
 from mlx_traces.cli.machine import doctor_command, nano_group
 from mlx_traces.cli.options import Commands
 from mlx_traces.cli.quality import filter_command, reformat_command, score_command
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 for command in (
-    *(eval_command, compare_command, study_command, grade_command),
+    *(eval_command, compare_command, study_command, grade_command, verify_command),
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
     *(grpo_command, ppo_command, fuse_command),
     *(report_command, watch_command),

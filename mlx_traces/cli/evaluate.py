@@ -1,4 +1,4 @@
-"""eval, compare and grade."""
+"""eval, compare, grade and verify."""
 
 import json
 import sys
@@ -165,3 +165,28 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     low, high = wilson(correct, len(lines))
     share = f"{100 * correct / len(lines):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     click.echo(f"{correct} of {len(lines)} correct by {name}: {share}", err=True)
+
+
+@click.command("verify")
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+def verify_command(runs: tuple[str, ...]) -> None:
+    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo.
+
+    Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
+    and its adapter. Exits with 1 if anything differs.
+    """
+    from mlx_traces import verifying
+
+    differ = False
+    for run in runs:
+        agrees, lines = verifying.verify(run)
+        click.echo(
+            f"{run}: {len(lines):,} {'difference' if len(lines) == 1 else 'differences'}"
+            if lines
+            else f"{run}: {agrees}"
+        )
+        for line in verifying.shown(lines):
+            click.echo(f"  {line}")
+        differ = differ or bool(lines)
+    if differ:
+        sys.exit(1)
