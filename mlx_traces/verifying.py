@@ -1,0 +1,317 @@
+"""Run folders checked against themselves: completions graded anew, figures computed anew, files whole."""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import adapters, comparison, evaluation, models
+from mlx_traces.config import EvalConfig, build
+from mlx_traces.errors import UserError, clean, first_line
+from mlx_traces.models import NANO, THINK_OPENERS, is_folder
+from mlx_traces.records import EvalResult, Problem
+from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
+from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks.data import read_jsonl
+from mlx_traces.tasks.prompts import Prompt
+
+SHOWN = 10  # lines of differences of a run
+NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
+FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # of metrics.jsonl
+KINDS = {"id": str, "sample": int, "question": str, "prompt": str, "completion": str, "gold": str, "tokens": int} | {
+    "finish_reason": str,
+    "verdicts": dict,
+    "extractions": dict,
+    "stratum": str,
+    "elapsed": (int, float),
+}
+
+
+def verify(path: str | Path) -> tuple[str, list[str]]:
+    """Check a finished run, of an evaluation or a training; ``mlx-traces verify`` from Python.
+
+    Returns:
+        What agrees, as one clause, and a line for each thing that differs; none if all is well.
+
+    Raises:
+        UserError: if the folder is no finished run, or a file of it cannot be read.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    for name, way_out in (
+        ("run.json", "name a folder that eval, sft, grpo or ppo wrote"),
+        ("result.json", "finish the run with --resume"),
+    ):
+        if not (folder.path / name).exists():
+            raise UserError(f"{path}: no {name}; {way_out}")
+    identity = read_json(folder.path / "run.json").get("identity")
+    if not isinstance(identity, dict):
+        raise UserError(f"{folder.path / 'run.json'}: 'identity' is missing; the file is damaged")
+    result = read_json(folder.path / "result.json")
+    if "best_step" in result:
+        return _training(folder, identity, result)
+    if "problems" not in identity:
+        raise UserError(f"{path}: neither an evaluation nor a training by sft, grpo or ppo; verify knows no others")
+    return _evaluation(folder, identity)
+
+
+def shown(lines: list[str]) -> list[str]:
+    """Return at most `SHOWN` lines; the last one then says how many more there are."""
+    if len(lines) <= SHOWN:
+        return lines
+    return [*lines[: SHOWN - 1], f"and {len(lines) - SHOWN + 1:,} more"]
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
+    result = comparison.read_run(folder.path).result
+    planned = _plan(folder, identity, result)
+    columns = (*SAMPLE_COLUMNS, "prompt", "completion")
+    samples, found, lines = [], [], []
+    for where, row in read_jsonl(folder.samples_path, columns):
+        _check_kinds(row, where)
+        new = regraded(planned, row, where)
+        samples.append(row)
+        found.append(new)
+        lines += _verdict_lines(row, new)
+    if not samples:
+        raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
+    lines += _problem_lines(planned, samples, identity["problems"])
+    lines += _figure_lines(planned, found, result)
+    return f"{len(samples):,} samples, verdicts and figures agree", lines
+
+
+def _figure_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
+    """Say which figures of a result are not those of its samples."""
+    if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
+        return ["result.json: its figures were not checked, as not every problem has all its samples once"]
+    summary = asdict(evaluation.summarize(planned, samples, "", 0.0, []))
+    return [
+        f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
+        for key in EvalResult.__dataclass_fields__
+        if key not in NOT_COMPUTED
+        for name, stored, computed in _differing(key, result[key], summary[key])
+    ]
+
+
+def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluation.Plan:
+    """Rebuild the plan of a run from its identity; its problems are those of the samples, so it holds none."""
+    where = f"{folder.path / 'run.json'}"
+    prompt = identity.get("prompt")
+    if not isinstance(prompt, dict) or not {"name", "user"} <= set(prompt):
+        raise UserError(f"{where}: 'prompt' is missing; the file is damaged")
+    settings = {name: identity[name] for name in EvalConfig.model_fields if name in identity}
+    config = build(EvalConfig, {**settings, "prompt": prompt["name"]}, where)
+    task = get_task(config.task)
+    if result["extractor"] not in task.extractors:
+        raise UserError(f"{folder.path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
+    try:
+        return evaluation.Plan(config, task, Prompt(**prompt), result["extractor"], [])
+    except TypeError as error:
+        raise UserError(f"{where}: 'prompt' is not one ({first_line(error)})") from None
+
+
+def _check_kinds(row: dict[str, Any], where: str) -> None:
+    for name, kind in KINDS.items():
+        if not isinstance(row[name], kind):
+            raise UserError(f"{where}: {name!r} must not be {type(row[name]).__name__}; the line is damaged")
+
+
+def regraded(planned: evaluation.Plan, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone."""
+    problem = problem_of(planned.task, row, where)
+    scores = planned.task.grade(problem, opened_of(planned.prompt, problem, row["prompt"]) + row["completion"])
+    judged = {
+        "extractions": {name: score.extracted for name, score in scores.items()},
+        "verdicts": {name: score.verdict for name, score in scores.items()},
+    }
+    return evaluation.rehead({**row, **judged, "gold": problem.gold, "stratum": problem.stratum}, planned.extractor)
+
+
+def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
+    """Make a sample's problem of its question, as `evaluation.question_of` wrote it, and its gold answer.
+
+    Raises:
+        UserError: if the question is not one, or its content is not what the sample's id stands for.
+    """
+    columns: dict[str, Any] = {"question": row["question"], "answer": row["gold"]}
+    if "question" not in task.columns:
+        match = re.fullmatch(", ".join(rf"{name} (?P<{name}>.+)" for name in task.columns), row["question"])
+        try:
+            columns = {name: json.loads(text) for name, text in match.groupdict().items()} if match else {}
+        except ValueError:
+            columns = {}
+    problem = task.parse(columns, where)
+    if problem.id != row["id"].partition("#")[0]:
+        raise UserError(f"{where}: {row['id']} has the question of {problem.id}; the line was changed")
+    return problem
+
+
+def opened_of(prompt: Prompt, problem: Problem, text: str) -> str:
+    """Return what the assistant's turn holds before the completion, by a prompt's text: a thought opened, a prefill."""
+    try:
+        asked = prompt.messages(problem)[-1]["content"].strip()
+    except UserError:  # a column that samples do not keep
+        asked = str(problem.columns.get("question", "")).strip()
+    turn = text.removesuffix(prompt.prefill).rpartition(asked)[2] if prompt.chat else ""
+    starts = [start for opener in THINK_OPENERS if (start := turn.find(opener)) >= 0]
+    return (turn[min(starts) :] if starts else "") + prompt.prefill
+
+
+def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Say where a stored sample and the one graded now differ; a line at most."""
+    name = row["id"] if not row["sample"] else f"{row['id']} sample {row['sample']}"
+    for key in ("verdicts", "extractions"):
+        for extractor in dict.fromkeys((*new[key], *row[key])):
+            stored, found = (part[key].get(extractor, "none") for part in (row, new))
+            if stored != found:
+                return [f"{name}: {key.removesuffix('s')} by {extractor} is {_brief(stored)}, found {_brief(found)}"]
+    for key in ("verdict", "correct", "extracted", "gold", "stratum"):
+        if row[key] != new[key]:
+            return [f"{name}: {key} is {_brief(row[key])}, found {_brief(new[key])}"]
+    return []
+
+
+def _problem_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], digest: str) -> list[str]:
+    """Say which samples are missing, too many, or of other problems than ``run.json`` says."""
+    config, lines = planned.config, []
+    golds = {row["id"]: row["gold"] for row in samples}
+    counts = Counter((row["id"], row["sample"]) for row in samples)
+    wanted = {(name, number) for name in golds for number in range(config.samples)}
+    lines += [f"{name}: sample {number} is missing" for name, number in sorted(wanted - set(counts))]
+    lines += [f"{name}: sample {number} is one too many" for name, number in sorted(set(counts) - wanted)]
+    lines += [f"{name}: sample {number} is there {n} times" for (name, number), n in counts.items() if n > 1]
+    lines += [
+        f"{row['id']}: {row['tokens']} tokens, and max_tokens is {config.max_tokens}"
+        for row in samples
+        if not 0 <= row["tokens"] <= config.max_tokens
+    ]
+    if _digest(list(golds.items())) == digest:
+        return lines
+    try:
+        asked = planned.task.load(config.split, config.data, config.limit, config.seed)
+    except UserError:  # the data are not here
+        asked = []
+    pairs = [(problem.id, problem.gold) for problem in asked]
+    if _digest(pairs) != digest:
+        return [*lines, f"the {len(golds):,} problems are not those of run.json, or not in their order"]
+    missing = [name for name, _ in pairs if name not in golds]
+    strange = sorted(set(golds) - {name for name, _ in pairs})
+    lines += [f"{name}: no sample of this problem" for name in missing]
+    lines += [f"{name}: not a problem of this run" for name in strange]
+    return lines if missing or strange else [*lines, "the samples are not in the order of the problems"]
+
+
+def _digest(pairs: list[tuple[str, str]]) -> str:
+    """Return what `evaluation.Plan.identity` calls ``problems``."""
+    return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()[:12]
+
+
+def _differing(name: str, stored: Any, computed: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, stored, computed) of each figure that differs by more than rounding; dictionaries entry by entry."""
+    if isinstance(stored, dict) and isinstance(computed, dict):
+        for key in dict.fromkeys((*computed, *stored)):
+            yield from _differing(f"{name} {key}", stored.get(key), computed.get(key))
+    elif not _same(stored, computed):
+        yield name, stored, computed
+
+
+def _same(stored: Any, computed: Any) -> bool:
+    if isinstance(stored, float) and isinstance(computed, int | float):
+        return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12)
+    return stored == computed
+
+
+def _brief(value: Any) -> str:
+    return clean(f"{value:.6g}" if isinstance(value, float) else value)[:60]
+
+
+# -------------------------------------------------------------------------------------------------- trainings
+
+
+def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
+    metrics = []
+    for where, row in read_jsonl(folder.path / "metrics.jsonl", ("step",)):
+        if strange := [name for name in ("step", *FIGURES) if not isinstance(row.get(name, 0), int | float)]:
+            raise UserError(f"{where}: {strange[0]!r} must be a number, not {_brief(row[strange[0]])}")
+        metrics.append(row)
+    steps = [row["step"] for row in metrics]
+    lines = _step_lines(steps, result.get("steps"))
+    planned = identity.get("num_steps") or read_json(folder.path / "run.json").get("steps")
+    if planned and steps and (steps[-1] > planned or (steps[-1] < planned and not identity.get("patience"))):
+        lines.append(f"metrics.jsonl: it ends with step {steps[-1]}, and {planned} were planned")
+    lines += [
+        f"result.json: {name} is {_brief(result.get(name))}, metrics.jsonl gives {_brief(value)}"
+        for name, value in figures_of(metrics).items()
+        if name in result and not _same(result[name], value)
+    ]
+    lines += _adapter_lines(folder.path / "adapter", identity)
+    return f"{result.get('steps')} steps, figures and adapter agree", lines
+
+
+def _step_lines(steps: list[Any], last: Any) -> list[str]:
+    """Say where steps are not 1, 2, ... to the last one, perhaps with a validation before them as step 0."""
+    wanted = list(range(0 if steps[:1] == [0] else 1, last + 1)) if isinstance(last, int) else []
+    for place, step in enumerate(steps):
+        if place >= len(wanted) or step != wanted[place]:
+            expected = f"step {wanted[place]}" if place < len(wanted) else "the end"
+            return [f"metrics.jsonl: row {place + 1} is of step {_brief(step)}, expected {expected}"]
+    return [f"metrics.jsonl: step {wanted[len(steps)]} is missing"] if len(steps) < len(wanted) else []
+
+
+def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compute a training's figures from its metrics: the first of the best validations, time and memory.
+
+    A validation's value is its accuracy, or without one its negative loss, as `training.Progress` takes it.
+    """
+    best_value, best = None, {}
+    for row in metrics:
+        value = row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
+        if value is not None and (best_value is None or value > best_value):
+            best_value, best = value, row
+    start = metrics[0] if metrics and metrics[0]["step"] == 0 else {}
+    return {
+        "best_step": best.get("step"),
+        "accuracy": best.get("valid/accuracy"),
+        "accuracy_before": start.get("valid/accuracy"),
+        "valid_loss": best.get("valid/loss"),
+        "seconds": next((row["time/total"] for row in reversed(metrics) if "time/total" in row), 0.0),
+        "peak_memory_gb": max((row.get("memory/peak_gb", 0.0) for row in metrics), default=0.0),
+    }
+
+
+def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
+    """Say what is wrong with an adapter; it is put on its model too, where that is here: nano, or a folder."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        adapters.read_config(folder)
+        try:
+            with safe_open(folder / adapters.WEIGHTS, "numpy") as file:  # checks that it is as long as it says
+                names = list(file.keys())
+        except SafetensorError as error:
+            return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
+        if not names:
+            return [f"{adapters.WEIGHTS}: no weights in it"]
+        from mlx_traces.device import import_mlx
+
+        import_mlx()
+        import mlx.core as mx
+
+        weights = mx.load(str(folder / adapters.WEIGHTS))
+        if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
+            return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
+        model = str(identity.get("model"))
+        if model == NANO or is_folder(model):
+            models.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
+    except UserError as error:
+        return [f"adapter: {error}"]
+    return []
