@@ -9,6 +9,7 @@ activations' type that are alive at the peak, which is in the backward pass of t
 for it, and what the layer at work needs beside that. On a GPU, where attention is fused, they are not measured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -201,20 +202,24 @@ def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Es
 
     Rows are as many as the engine will decode at once, which takes fewer than ``rows`` where they do not fit.
     """
+    return estimate(shape_of(loaded), **sizes_of_reinforcement(loaded, config, prompt))
+
+
+def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> dict[str, Any]:
+    """Return what `estimate` takes for `of_reinforcement`."""
     fit = _rows_that_fit(loaded, prompt, config.max_tokens, config.memory_limit)
     completions = config.prompts_per_step * config.group_size
-    return estimate(
-        shape_of(loaded),
-        length=prompt + config.max_tokens,
-        learned=config.max_tokens,
-        micro_tokens=config.micro_tokens,
-        sequences=completions,
-        logits_mb=config.logits_mb,
-        checkpoint_layers=config.checkpoint_layers,
-        rows=min(config.rows, fit),
-        completions=completions,
-        prompt=prompt,
-    )
+    return {
+        "length": prompt + config.max_tokens,
+        "learned": config.max_tokens,
+        "micro_tokens": config.micro_tokens,
+        "sequences": completions,
+        "logits_mb": config.logits_mb,
+        "checkpoint_layers": config.checkpoint_layers,
+        "rows": min(config.rows, fit),
+        "completions": completions,
+        "prompt": prompt,
+    }
 
 
 def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_limit: float | None) -> int:
@@ -243,15 +248,72 @@ def of_sampling(
 
 def of_sft(loaded: "LoadedModel", config: SFTSettings, length: int) -> Estimate:
     """Return the memory of a fine-tuning step on sequences of at most ``length`` tokens, all of them learned."""
-    return estimate(
-        shape_of(loaded),
-        length=length,
-        learned=length,
-        micro_tokens=config.micro_tokens,
-        sequences=config.batch_size,
-        logits_mb=config.logits_mb,
-        checkpoint_layers=config.checkpoint_layers,
-    )
+    return estimate(shape_of(loaded), **sizes_of_sft(config, length))
+
+
+def sizes_of_sft(config: SFTSettings, length: int) -> dict[str, Any]:
+    """Return what `estimate` takes for `of_sft`."""
+    return {
+        "length": length,
+        "learned": length,
+        "micro_tokens": config.micro_tokens,
+        "sequences": config.batch_size,
+        "logits_mb": config.logits_mb,
+        "checkpoint_layers": config.checkpoint_layers,
+    }
+
+
+@dataclass(frozen=True)
+class Most:
+    """The largest value of a setting that fits, None if not even 1 does, and ``top``: more would change nothing."""
+
+    value: int | None
+    top: int
+
+
+def largest(shape: Shape, sizes: dict[str, Any], limit: float, context: int) -> dict[str, Most]:
+    """Return the largest rows, micro_tokens and max_tokens (or max_length) that fit, each with the others as they are.
+
+    Args:
+        shape: the model's sizes.
+        sizes: the other arguments of `estimate`.
+        limit: the memory, in 1e9 bytes.
+        context: tokens of the longest sequence that the model takes.
+    """
+    prompt, rows = sizes.get("prompt", 0), sizes.get("rows", 0)
+
+    def fit(**changes: int) -> bool:
+        return estimate(shape, **{**sizes, **changes}).peak <= limit
+
+    def long(tokens: int) -> bool:
+        return fit(length=prompt + tokens, learned=tokens)
+
+    found = {}
+    if rows:
+        top = sizes["completions"]  # where all are decoded at once, and none take turns, less is needed than just below
+        value = top if fit(rows=top) else _bisect(lambda count: fit(rows=count), 1, top - 1)
+        found["rows"] = Most(value, top)
+    top = sizes["length"] * sizes["sequences"]
+    found["micro_tokens"] = Most(_bisect(lambda count: fit(micro_tokens=count), 1, top), top)
+    # A longer sequence takes more as long as as many go into a micro-batch, and less where one fewer does.
+    top, value = context - prompt, None
+    for micro_rows in range(1, max(1, sizes["sequences"]) + 1):
+        low = sizes["micro_tokens"] // (micro_rows + 1) + 1 - prompt if micro_rows < sizes["sequences"] else 1
+        high = sizes["micro_tokens"] // micro_rows - prompt if micro_rows > 1 else top
+        if (value := _bisect(long, max(1, low), min(high, top))) is not None:
+            break
+    found["max_tokens" if rows else "max_length"] = Most(value, top)
+    return found
+
+
+def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
+    """Return the largest number from ``low`` to ``high`` that fits, None if ``low`` does not: more never fits better."""
+    if low > high or not fit(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle - 1)
+    return low
 
 
 def fits(found: Estimate, backend: Backend) -> str | None:

@@ -9,7 +9,7 @@ cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train
 cli.options
 forecast
-rounds doctor study verifying
+rounds doctor study verifying planning
 comparison quantizing bench_grpo
 bench_sft fusing generation
 bench grpo ppo sft scoring reformatting

@@ -158,3 +158,27 @@ def test_what_does_not_fit_names_the_setting_to_lower():
         ({"weights": 9.0}, "smaller model"),
     ):
         assert re.search(message, memory.fits(replace(found, **changes), backend))
+
+
+SIZES = {"length": 96, "learned": 64, "micro_tokens": 700, "sequences": 12, "logits_mb": 1.0}
+
+
+@pytest.mark.parametrize("sampled", [{}, {"rows": 5, "completions": 12, "prompt": 32}], ids=["sft", "grpo"])
+@pytest.mark.parametrize("limit", [0.001, 0.004, 0.006, 0.008, 0.012, 0.02, 0.05, 1.0])
+def test_the_largest_that_fits_is_that_of_trying_all(limit, sampled):
+    shape = memory.Shape(4, 64, 128, 4, 2, 16, 128, 4, 10**6, 10**5, 10**5, 64)
+    sizes, context = SIZES | sampled, 2000
+    prompt = sizes.get("prompt", 0)
+
+    def tried(values, change):
+        fitting = [v for v in values if memory.estimate(shape, **(sizes | change(v))).peak <= limit]
+        return max(fitting, default=None)
+
+    found = memory.largest(shape, sizes, limit, context)
+    expected = {"micro_tokens": tried(range(1, 12 * 96 + 1), lambda v: {"micro_tokens": v})}
+    name = "max_tokens" if sampled else "max_length"
+    expected[name] = tried(range(1, context - prompt + 1), lambda v: {"length": prompt + v, "learned": v})
+    if sampled:
+        expected["rows"] = tried(range(1, 13), lambda v: {"rows": v})
+    assert {name: most.value for name, most in found.items()} == expected
+    assert found["micro_tokens"].top == 12 * 96 and found[name].top == context - prompt

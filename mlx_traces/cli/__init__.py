@@ -6,7 +6,7 @@ import mlx_traces
 from mlx_traces.cli.bench import bench_group
 from mlx_traces.cli.data import data_group
 from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command, verify_command
-from mlx_traces.cli.machine import doctor_command, nano_group
+from mlx_traces.cli.machine import doctor_command, nano_group, plan_command
 from mlx_traces.cli.options import Commands
 from mlx_traces.cli.quality import filter_command, reformat_command, score_command
 from mlx_traces.cli.show import report_command, watch_command
@@ -35,6 +35,6 @@ for command in (
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
     *(grpo_command, ppo_command, fuse_command),
     *(report_command, watch_command),
-    *(bench_group, nano_group, doctor_command),
+    *(bench_group, nano_group, doctor_command, plan_command),
 ):
     main.add_command(command)

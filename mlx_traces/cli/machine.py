@@ -1,4 +1,4 @@
-"""nano and doctor."""
+"""nano, doctor and plan."""
 
 import click
 
@@ -42,3 +42,20 @@ def doctor_command() -> None:
     from mlx_traces import doctor
 
     doctor.show()
+
+
+@click.command("plan")
+@click.argument("config_file", metavar="CONFIG", type=click.Path())
+@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: as the file's first line says.")
+def plan_command(config_file: str, kind: str | None) -> None:
+    """Say what memory the training of CONFIG will take, by part, and the largest settings that still fit.
+
+    CONFIG is a YAML file of sft, grpo or ppo. The model is loaded; nothing is trained, downloaded or written.
+    """
+    from mlx_traces.device import import_mlx
+
+    import_mlx()
+    from mlx_traces import planning
+
+    for line in planning.plan(config_file, kind).lines():
+        click.echo(line)
