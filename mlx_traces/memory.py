@@ -307,7 +307,7 @@ def largest(shape: Shape, sizes: dict[str, Any], limit: float, context: int) -> 
 
 
 def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
-    """Return the largest number from ``low`` to ``high`` that fits, None if ``low`` does not: more never fits better."""
+    """Return the largest number from ``low`` to ``high`` that fits, None if ``low`` does not; more never fit better."""
     if low > high or not fit(low):
         return None
     while low < high:

@@ -7,13 +7,16 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import adapters, forward, grpo, memory, optim
+from mlx_traces import adapters, forward, grpo, memory, models, optim, planning
 from mlx_traces.batching import Example
+from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, SFTConfig
 from mlx_traces.device import Backend
 from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.errors import UserError
 from mlx_traces.sampling import generate
 
 TOLERANCE = 0.25
@@ -182,3 +185,67 @@ def test_the_largest_that_fits_is_that_of_trying_all(limit, sampled):
         expected["rows"] = tried(range(1, 13), lambda v: {"rows": v})
     assert {name: most.value for name, most in found.items()} == expected
     assert found["micro_tokens"].top == 12 * 96 and found[name].top == context - prompt
+
+
+GRPO = "task: countdown\nprompt: direct\nnum_steps: 2\nprompts_per_step: 4\ngroup_size: 4\nmax_tokens: 32\nrank: 4\n"
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
+    file = write(tmp_path / "grpo.yaml", f"# mlx-traces grpo {tmp_path}/grpo.yaml\nmodel: nano\n{GRPO}")
+    made = planning.plan(file)
+    loaded = models.load("nano")
+    config = GRPOConfig(rank=4, prompts_per_step=4, group_size=4, max_tokens=32)
+    adapters.start(loaded.model, config)
+    prompt = int(re.search(r"prompts of (\d+) tokens", made.told)[1])
+    assert made.estimate == memory.of_reinforcement(loaded, config, prompt) and made.fault is None
+    assert made.most["rows"] == memory.Most(16, 16)
+    printed = CliRunner().invoke(main, ["plan", str(file)]).output
+    assert printed.splitlines() == made.lines() and "largest rows: 16 (all of a step)" in printed
+    assert CliRunner().invoke(main, ["plan", str(file), "--kind", "ppo"]).output.startswith("ppo of nano on ")
+    small = made.estimate.weights + made.estimate.optimizer
+    real = models.load
+
+    def cramped(*given, **named):
+        found = real(*given, **named)
+        return replace(found, backend=replace(found.backend, memory_gb=small))
+
+    monkeypatch.setattr(models, "load", cramped)
+    made = planning.plan(file)
+    assert made.fault and made.lines()[-3:] == [
+        "  largest rows: none fits",
+        "  largest micro_tokens: none fits",
+        "  largest max_tokens: none fits",
+    ]
+
+
+def test_a_plan_of_sft_takes_the_traces_or_max_length(tmp_path):
+    text = f"# mlx-traces sft {tmp_path}/sft.yaml\nmodel: nano\ndata: {tmp_path}/traces.jsonl\nmax_length: 300\n"
+    file = write(tmp_path / "sft.yaml", text)
+    assert "sequences of 300 tokens (max_length, as " in planning.plan(file).told
+    row = '{"id": "a", "messages": [{"role": "user", "content": "1 + 2"}], "completion": "3"}\n'
+    write(tmp_path / "traces.jsonl", row * 3)
+    made = planning.plan(file)
+    assert "(the longest of 3)" in made.told and set(made.most) == {"micro_tokens", "max_length"}
+    assert "key-value cache" not in "".join(made.lines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: nano\n", "its first line names no command; plan knows sft, grpo and ppo: pass --kind"),
+        ("# mlx-traces rounds x.yaml\n", "its first line names 'rounds'"),
+        ("# mlx-traces grpo x.yaml\nmodel: nobody/nothing\n", "nobody/nothing is not on this machine"),
+        ("# mlx-traces grpo x.yaml\nmodel: ./none\n", "none"),
+        ("# mlx-traces grpo x.yaml\nrow: 3\n", "unknown field 'row'; did you mean 'rows'"),
+    ],
+)
+def test_a_plan_refuses_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        planning.plan(write(tmp_path / "x.yaml", text))
+    with pytest.raises(UserError, match="cannot be read"):
+        planning.plan(tmp_path / "missing.yaml")
