@@ -7,14 +7,16 @@ from dataclasses import asdict
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from conftest import CHATML, make_tokenizer, wrap
 
 from mlx_traces import evaluation, sft, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion
-from mlx_traces.records import Rollout, Trace
+from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runs import RunFolder
+from mlx_traces.tasks.prompts import Prompt
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 
@@ -78,6 +80,18 @@ def test_whole_evaluations_agree(qa, countdown):
     ]
     verdicts = [row["verdict"] for row in map(json.loads, (qa / "samples.jsonl").read_text().splitlines())]
     assert {"correct", "wrong_value", "no_answer"} == set(verdicts)  # the thought that never ends has no answer
+
+
+@pytest.mark.parametrize("opener", ["", "<think>\n", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("prefill", ["", "Let me see.", "<think>\nI"])
+@pytest.mark.parametrize("user", ["{question}", "Think in <think> and </think>: {question} \n", "{question} <think>"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_was_opened_is_found_in_the_prompt_as_the_model_found_it(opener, prefill, user, chat):
+    template = CHATML.replace("assistant\n{% endif", f"assistant\n{opener}{{% endif") if opener else CHATML
+    prompt, problem = Prompt("p", user, prefill=prefill, chat=chat), Problem("x", {"question": "1 + 2?"}, "3")
+    rendered = wrap(make_tokenizer(template)).render(prompt, problem)
+    assert not chat or not opener or "<think>" in rendered.text.rpartition("assistant")[2]
+    assert verifying.opened_of(prompt, problem, rendered.text) == rendered.opened
 
 
 def test_a_folder_may_be_moved(countdown, tmp_path):
