@@ -82,20 +82,16 @@ def plan(config: EvalConfig) -> Plan:
         UserError: for an unknown task, prompt or extractor, with the choices; for a missing model or adapter; for bad
             problems; for several samples without a temperature.
     """
-    from mlx_traces.models import check, split_adapter
+    from mlx_traces.models import check, with_adapter
 
-    model, adapter = split_adapter(config.model)
-    if adapter and config.adapter:
-        raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
-    adapter = adapter or (config.adapter and str(Path(config.adapter).expanduser()))
-    config = config.model_copy(update={"model": model, "adapter": adapter})
+    config = with_adapter(config)
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
-    check(model, adapter)
+    check(config.model, config.adapter)
     problems = task.load(config.split, config.data, config.limit, config.seed)
     return Plan(config, task, _prompt(task, config, problems), extractor, problems)
 

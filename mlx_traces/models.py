@@ -149,6 +149,19 @@ def is_folder(spec: str) -> bool:
     return bool(spec) and _is(spec, Path.is_dir)
 
 
+def with_adapter(config: Any) -> Any:
+    """Return settings whose ``adapter`` is the one that ``model`` names too, as in MODEL+ADAPTER.
+
+    Raises:
+        UserError: if both name one.
+    """
+    model, inner = split_adapter(config.model)
+    if inner and config.adapter:
+        raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
+    adapter = inner or (config.adapter and str(Path(config.adapter).expanduser()))
+    return config.model_copy(update={"model": model, "adapter": adapter})
+
+
 def split_adapter(spec: str) -> tuple[str, str | None]:
     """Split ``MODEL+ADAPTER``; a folder whose own name has a ``+`` is that folder, ``~`` is expanded in folders."""
     if "+" not in spec or is_folder(spec):

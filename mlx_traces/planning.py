@@ -95,9 +95,8 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
     config = read_config(KINDS[kind], path, {})
     from mlx_traces import adapters, models
 
-    name, inner = models.split_adapter(config.model)
-    config = config.model_copy(update={"model": name, "adapter": config.adapter or inner})
-    _refuse_absent(name)
+    config = models.with_adapter(config)
+    _refuse_absent(config.model)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     adapters.start(loaded.model, config, config.adapter)
     if isinstance(config, RLConfig):

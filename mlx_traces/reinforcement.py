@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, training
 from mlx_traces.config import RLConfig
+from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
@@ -96,8 +97,7 @@ def _train(
     stop: Callable[[], bool],
     show: Callable | None,
 ) -> Result:
-    model_name, inner = models.split_adapter(config.model)
-    config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
+    config = models.with_adapter(config)
     planned, held_out, notes = rollouts.prepare(config)
     functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
@@ -148,6 +148,7 @@ def _train(
         )
         began = perf_counter()
         learned = learner.learn(kept_groups, step)
+        _refuse_broken(loaded, step, config)
         seconds["time/update"] = perf_counter() - began
         progress.step, progress.seconds = step, perf_counter() - start
         row = {
@@ -174,6 +175,15 @@ def _train(
     result = _result(folder, progress, metrics, [*loaded.notes, *notes])
     folder.conclude(asdict(result))
     return result
+
+
+def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
+    """Raise UserError, before anything is saved, if the model's outputs are no numbers: no loss would tell."""
+    if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
+        raise UserError(
+            f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
+            f"Lower learning_rate ({config.learning_rate:g})"
+        )
 
 
 def identity_of(
@@ -207,6 +217,8 @@ def _result(folder: RunFolder, progress: rollouts.Progress, metrics: list[dict[s
     rows = [row for row in metrics if "tokens" in row]
     accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
     sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))
+    if rows and not any(row.get("optim/updates") for row in rows):
+        notes = [*notes, "no step had anything to learn from; see rollout/zero_std_groups: the adapter is as it began"]
     if progress.best_step == 0:
         notes = [*notes, "no validation was better than the start; the adapter is the one training began with"]
     return Result(

@@ -208,7 +208,8 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
         lists = {column: values for column, values in lists.items() if column in taken}
     try:
         values = function([completion.opened + completion.rollout.text for _, completion in samples], **lists)
-    except Exception as error:
+        values = list(values) if inspect.isgenerator(values) else values
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name} failed ({_told(error)})") from error
     try:
         values = list(values)
@@ -222,7 +223,7 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, str) or not math.isfinite(number):
         raise UserError(f"reward {name} returned {str(value)[:40]!r}, not a finite number or None")

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import adapters, evaluation, policy, rewards, training
+from mlx_traces import adapters, evaluation, policy, ranks, rewards, training
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
@@ -77,7 +77,9 @@ def scored(
 ) -> list[Group]:
     """Give every completion its rewards."""
     pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
-    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags)
+    # By the first rank alone: a reward need not say the same twice, and all must learn from the same.
+    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags) if ranks.first() else []
+    parts = ranks.gather(parts)
     totals = [rewards.total(part, config.rewards) for part in parts]
     if config.overlong == "penalty":
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
@@ -113,17 +115,20 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     planned = _training_plan(EvalConfig(**shared), config)
     asked = {problem.id for problem in held_out.problems} if held_out else set()
     problems = [problem for problem in planned.problems if problem.id.partition("#")[0] not in asked]
-    notes = []
-    if left_out := len(planned.problems) - len(problems):
+    left_out, notes = len(planned.problems) - len(problems), []
+    if left_out and config.limit is None:  # as many others in their place, where there are such
+        more = _training_plan(EvalConfig(**shared), config, len(asked)).problems
+        problems = [problem for problem in more if problem.id.partition("#")[0] not in asked][: len(planned.problems)]
+    if left_out:
         notes.append(f"{left_out} training problems are validation problems and are left out")
     if not problems:
         raise UserError(f"split {config.split}: all its problems are validation problems; choose another part for one")
     return replace(planned, problems=problems), held_out, notes
 
 
-def _training_plan(settings: EvalConfig, config: RLConfig) -> Plan:
-    """Load as many problems as will be drawn; all there are, if that is fewer and no number was asked for."""
-    wanted = config.limit or config.num_steps * config.prompts_per_step
+def _training_plan(settings: EvalConfig, config: RLConfig, more: int = 0) -> Plan:
+    """Load as many problems as will be drawn, and some more; all there are, if none were asked for by number."""
+    wanted = config.limit or config.num_steps * config.prompts_per_step + more
     try:
         return evaluation.plan(settings.model_copy(update={"limit": wanted}))
     except UserError:

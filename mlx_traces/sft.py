@@ -164,8 +164,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
 
 
 def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show: Callable | None) -> SFTResult:
-    model_name, inner = models.split_adapter(config.model)
-    config = config.model_copy(update={"model": model_name, "adapter": config.adapter or inner})
+    config = models.with_adapter(config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
     identity = identity_of(config, loaded)

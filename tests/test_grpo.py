@@ -625,3 +625,52 @@ def test_a_run_is_continued_by_its_own_settings_only(settings, tmp_path):
         grpo.train(config.model_copy(update={"group_size": 3}), tmp_path / "run", resume=True)
     # The last adapter is kept where nothing is validated.
     assert (tmp_path / "run" / "adapter" / "adapters.safetensors").exists()
+
+
+def generated(completions):
+    for text in completions:
+        yield float(text)
+
+
+def endless(completions):
+    return [10**400] * len(completions)
+
+
+def leaving(completions):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("generated", "failed"), ("endless", "not a finite number"), ("leaving", "failed")]
+)
+def test_rewards_that_go_wrong_are_one_line(settings, tmp_path, name, said):
+    with pytest.raises(UserError, match=f"reward {__name__}:{name} .*{said}"):
+        grpo.train(GRPOConfig(**{**settings, "rewards": {f"{__name__}:{name}": 1}}), tmp_path / "run")
+
+
+def test_a_policy_that_breaks_is_noticed_before_anything_is_saved(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "learning_rate": 1e30, "warmup": 0, "rewards": {f"{__name__}:capitals": 1}})
+    with pytest.raises(UserError, match=r"step 1: the model's outputs are no longer finite numbers.*learning_rate"):
+        grpo.train(config, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_nothing_to_learn_from_is_said(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "rewards": {f"{__name__}:level": 1}, "evaluate": None})
+    assert any(
+        "nothing" in note or "no step had anything" in note for note in grpo.train(config, tmp_path / "run").notes
+    )
+
+
+def test_two_adapters_are_refused(settings, tmp_path):
+    config = GRPOConfig(**{**settings, "model": settings["model"] + "+some", "adapter": "other"})
+    with pytest.raises(UserError, match="already names an adapter"):
+        grpo.train(config, tmp_path / "run")
+
+
+def test_problems_come_in_place_of_those_that_are_held_out(settings):
+    asked = {"task": "countdown", "data": None, "limit": None, "num_steps": 2, "prompts_per_step": 2, "prompt": None}
+    held_out = {"task": "countdown", "split": "train", "limit": 5}
+    planned, plan, notes = rollouts.prepare(GRPOConfig(**{**settings, **asked, "evaluate": held_out}))
+    assert len(planned.problems) == 4 and notes
+    assert not {problem.id for problem in planned.problems} & {problem.id for problem in plan.problems}

@@ -22,10 +22,11 @@ MAIN = ("-c", "from mlx_traces.cli import main; main()")
 BAD = """
 import os
 
+if os.environ["MLX_RANK"] == "1":
+    raise ValueError("no")
+
 
 def reward(completions):
-    if os.environ["MLX_RANK"] == "1":
-        raise ValueError("no")
     return [0.0] * len(completions)
 """
 GRPO = ("grpo", "--model", "nano", "--max-tokens", "32", "--prompts-per-step", "4", "--group-size", "4")
@@ -112,7 +113,7 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
     process = launch(*MAIN, *GRPO, "--reward", "bad:reward", "--out", tmp_path / "run", cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
-    assert "rank 1: reward bad:reward failed (ValueError: no)" in said
+    assert "rank 1: reward bad:reward: bad cannot be imported (ValueError: no)" in said
 
 
 def test_a_rank_that_is_killed_is_named_and_ends_the_others_in_time(tmp_path):
