@@ -24,7 +24,6 @@ from mlx_traces import (
     models,
     rewards,
     scoring,
-    stats,
     tables,
     traces,
     training,
@@ -312,15 +311,17 @@ def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
 
 
 def gains(runs: list[tables.Run]) -> list[str]:
-    """Say what each round changed against the one before, by McNemar's exact test on the same problems."""
+    """Say what each round changed against the one before, by the paired test of the comparison (`tables.paired`).
+
+    Won and lost are problems that the later round answered right more, or less, often.
+    """
     lines = []
     for before, after in pairwise(runs):
-        pairs = {row["id"]: row["correct"] for row in before.samples}
-        won = sum(row["correct"] and not pairs[row["id"]] for row in after.samples)
-        lost = sum(pairs[row["id"]] and not row["correct"] for row in after.samples)
-        share = (won - lost) / len(after.samples)
+        pair = tables.paired(after, before)
+        test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
-            f"{tables.label(after)} against {tables.label(before)}: {tables.percent(share, signed=True)} points, "
-            f"{won} won, {lost} lost of {len(after.samples)}, exact McNemar {tables.p_text(stats.mcnemar(won, lost))}"
+            f"{tables.label(after)} against {tables.label(before)}: {tables.percent(pair['diff'], signed=True)} "
+            f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
+            f"{tables.p_text(pair['p_value'])}"
         )
     return lines

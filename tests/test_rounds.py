@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import yaml
@@ -241,6 +242,25 @@ def test_gains_are_paired():
 
     (line,) = rounds.gains([run("one", [1, 0, 0, 0, 0, 0, 0]), run("two", [0, 1, 1, 1, 1, 1, 1])])
     assert "two_thinking against one_thinking: +71.4 points, 6 won, 1 lost of 7, exact McNemar 0.125" in line
+
+
+def test_gains_count_every_sample_of_a_problem():
+    """Three samples a problem; the p-value is that of all 2^4 flips of the signs of 2, 2, 2, -1."""
+
+    def run(name, outcomes):
+        rows = [{"id": str(i), "sample": j, "correct": bool(c)} for i, own in enumerate(outcomes) for j, c in own]
+        return Run(name, {"model": name, "adapter": None, "prompt": "thinking"}, rows)
+
+    def samples(*counts):
+        return [[(j, j < count) for j in range(3)] for count in counts]  # the last sample is right in all of three
+
+    changes = (2, 2, 2, -1)
+    sums = [
+        sum(sign * change for sign, change in zip(signs, changes, strict=True)) for signs in product((1, -1), repeat=4)
+    ]
+    p = sum(abs(total) >= 5 for total in sums) / 16
+    (line,) = rounds.gains([run("one", samples(0, 0, 1, 2)), run("two", samples(2, 2, 3, 1))])
+    assert f"two_thinking against one_thinking: +41.7 points, 3 won, 1 lost of 4, exact sign-flip {p:.3f}" in line
 
 
 @pytest.mark.parametrize(
