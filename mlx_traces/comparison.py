@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
 # Adapters that come with the repository, and the prompt each is shown with.
-TRAINED = (("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct"), ("nano-grpo", "direct"))
+TRAINED = (
+    *(("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct")),
+    *(("nano-grpo", "direct"), ("nano-ppo", "direct")),
+)
 
 
 def read_run(path: str | Path) -> Run:

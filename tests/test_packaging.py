@@ -39,8 +39,14 @@ def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
     for needed in (
         "mlx_traces/assets/nano/model.safetensors",
         "mlx_traces/templates/report.html",
-        *(f"mlx_traces/shipped/{name}/adapters.safetensors" for name in ("nano-epoch1", "nano-epoch2", "nano-grpo")),
-        *(f"mlx_traces/shipped/{name}/adapter_config.json" for name in ("nano-epoch1", "nano-epoch2", "nano-grpo")),
+        *(
+            f"mlx_traces/shipped/{name}/adapters.safetensors"
+            for name in ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
+        ),
+        *(
+            f"mlx_traces/shipped/{name}/adapter_config.json"
+            for name in ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
+        ),
     ):
         assert needed in names
     assert not any(name.startswith(("tests/", "data/", "configs/")) for name in names)
