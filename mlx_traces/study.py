@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces import comparison, evaluation, findings, models, quantizing, report, tables, webpage
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, unknown
 from mlx_traces.runs import RunFolder, read_json, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -32,11 +32,15 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation of a study: its settings, the conversion that its model waits for, and its name in the tables."""
+    """One evaluation of a study: its settings, the conversion that its model waits for, and its name in the tables.
+
+    ``where`` is the model's place in the configuration: ``models.0``.
+    """
 
     config: EvalConfig
     conversion: Conversion | None
     label: str | None
+    where: str
 
     @property
     def ready(self) -> bool:
@@ -49,6 +53,23 @@ class Entry:
         if self.conversion is not None and self.ready:
             config = config.model_copy(update={"model": str(self.conversion.path)})
         return evaluation.plan(config)
+
+    def named(self, made: Run) -> Run:
+        """Return its run under the name that it has in the tables."""
+        if self.label:
+            return replace(made, result=made.result | {"model": self.label, "adapter": None})
+        return replace(made, result=made.result | {"model": self.conversion.label}) if self.conversion else made
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One task of a study before anything is made: its evaluations, which is the baseline, and what is left out."""
+
+    name: str
+    entries: list[Entry]
+    plans: list[evaluation.Plan]
+    baseline: int
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -91,20 +112,71 @@ def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str
             if taken := sorted(own.keys() & model.settings.keys()):
                 raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
             settings = build(EvalConfig, {**shared, **model.settings, **own}, f"models.{place}.settings")
-            found.append(Entry(settings, wanted, model.label))
+            found.append(Entry(settings, wanted, model.label, f"models.{place}"))
     if not found:
         raise UserError(f"study {config.name}: no model is left to evaluate; {'; '.join(notes)}")
     return found, notes
 
 
+def lay_out(config: StudyConfig) -> list[Layout]:
+    """Check the whole study and lay it out, task by task; nothing is made.
+
+    Raises:
+        UserError: for a wrong setting, a missing model, bad problems, models that are asked different problems, and a
+            baseline that no row of a task is called.
+    """
+    found = []
+    for place, (name, task) in enumerate(zip(_names(config), config.tasks, strict=True)):
+        own, notes = entries(config, task)
+        plans = [entry.plan() for entry in own]
+        _require_same_problems(own, plans)
+        found.append(Layout(name, own, plans, _baseline(config, f"tasks.{place}", own, plans), notes))
+    return found
+
+
+def _require_same_problems(found: list[Entry], plans: list[evaluation.Plan]) -> None:
+    """Refuse models that are asked different problems, as only the same ones can be compared."""
+    asked = [{problem.id for problem in planned.problems} for planned in plans]
+    for entry, planned, own in zip(found, plans, asked, strict=True):
+        if own != asked[0]:
+            raise UserError(
+                f"{entry.where}: its {len(own):,} problems of {planned.task.name} are not the {len(asked[0]):,} of "
+                f"{found[0].where}, and rows are compared on the same problems; set split, data, limit and seed under "
+                "tasks, not under a model's settings"
+            )
+
+
+def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluation.Plan]) -> int:
+    """Find the baseline among a task's evaluations: the first whose label, label and prompt, or run is called so."""
+    if config.baseline is None:
+        return 0
+    rows = [
+        tables.Run(planned.label, {**planned.config.model_dump(), "prompt": planned.prompt.name}, [])
+        for planned in plans
+    ]
+    rows = [entry.named(row) for entry, row in zip(found, rows, strict=True)]
+    shown, choices = tables.labels(rows), []
+    for i, (entry, row) in enumerate(zip(found, rows, strict=True)):
+        names = [entry.label, f"{entry.label}_{row.result['prompt']}"] if entry.label else []
+        names += [tables.label(row), shown[i]] + ([row.name] if entry.ready else [])  # a converted model's run is new
+        if config.baseline in names:
+            return i
+        choices += names
+    wrong = unknown("baseline", config.baseline, list(dict.fromkeys(choices)))
+    raise UserError(f"{where}: {wrong}") if len(config.tasks) > 1 else wrong
+
+
 def preview(config: StudyConfig) -> Iterator[str]:
-    """Say line by line what is there and what a study would make; make nothing."""
+    """Say line by line what is there and what a study would make; make nothing.
+
+    Raises:
+        UserError: as `lay_out` does.
+    """
     converted = set()
-    for task in config.tasks:
-        found, notes = entries(config, task)
-        yield from notes
-        for entry in found:
-            planned, wanted = entry.plan(), entry.conversion
+    for part in lay_out(config):
+        yield from part.notes
+        for entry, planned in zip(part.entries, part.plans, strict=True):
+            wanted = entry.conversion
             if wanted is not None and wanted.path not in converted:
                 converted.add(wanted.path)
                 yield f"{'there     ' if entry.ready else 'to convert'} {wanted.path}"
@@ -125,23 +197,19 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: if the input is wrong; settings, models and problems are looked at before the first evaluation.
+        UserError: if the input is wrong; all that `lay_out` finds is said before the first evaluation.
     """
-    laid_out = [entries(config, task) for task in config.tasks]
-    for found, _ in laid_out:
-        for entry in found:
-            entry.plan()
-    for found, _ in laid_out:
-        for entry in found:
+    laid_out = lay_out(config)
+    for layout in laid_out:
+        for entry in layout.entries:
             if not entry.ready:
                 say(f"converting {entry.conversion.model} to {entry.conversion.path}")
                 quantizing.convert(entry.conversion, entry.config.trust_remote_code)
     parts = []
-    for (found, notes), name in zip(laid_out, _names(config), strict=True):
-        for note in notes:
+    for layout in laid_out:
+        for note in layout.notes:
             say(note)
-        runs = [_obtain(config, entry, progress) for entry in found]
-        parts.append(_part(config, name, found, runs, notes))
+        parts.append(_part(config, layout, [_obtain(config, entry, progress) for entry in layout.entries]))
     write(config, parts)
     return parts
 
@@ -155,22 +223,20 @@ def _adapter(model: StudyModel) -> tuple[str, str | None]:
 
 
 def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
-    planned = entry.plan()
-    made = comparison.obtain(planned, Path(config.runs_dir) / planned.label, progress, config.apart)
-    if entry.label:
-        return replace(made, result=made.result | {"model": entry.label, "adapter": None})
-    return replace(made, result=made.result | {"model": entry.conversion.label}) if entry.conversion else made
+    planned = entry.plan()  # anew, as its model may have been converted meanwhile
+    return entry.named(comparison.obtain(planned, Path(config.runs_dir) / planned.label, progress, config.apart))
 
 
-def _part(config: StudyConfig, name: str, found: list[Entry], runs: list[Run], notes: list[str]) -> Part:
+def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
-    frame = tables.compare_runs(runs, 0 if config.baseline is None else config.baseline)
-    baseline = frame["diff"].isna().tolist().index(True)
-    chosen = findings.pairs(runs, baseline if config.pairs == "baseline" else None)
+    found = layout.entries
+    frame = tables.compare_runs(runs, layout.baseline)
+    chosen = findings.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     origins = {entry.conversion.model: quantizing.origin(entry.conversion.model) for entry in found if entry.conversion}
-    notes = [*notes, *tables.differences(runs), *(_origin_note(*pair) for pair in origins.items() if pair[1])]
-    return Part(name, runs, frame, findings.summary(runs), chosen, _bits(found, runs, about), notes)
+    told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
+    notes = [*layout.notes, *tables.differences(runs), *told]
+    return Part(layout.name, runs, frame, findings.summary(runs), chosen, _bits(found, runs, about), notes)
 
 
 def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> list[pd.DataFrame]:

@@ -423,8 +423,50 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
 def test_bad_input_is_one_line(changes, message, tiny_folder, tmp_path, questions):
     with pytest.raises(UserError, match=message):
         study.run(config_of(tmp_path, questions, {"model": str(tiny_folder)}, **changes))
-    if "baseline" not in changes:
-        assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("baseline", "row"),
+    [("base", 2), ("base_boxed", 3), ("other", 0), ("other_boxed", 1), ("tiny-4bit-8bit-g64_boxed", 5), (None, 0)],
+)
+def test_the_baseline_is_found_by_what_its_row_is_called(baseline, row, tiny_folder, tmp_path, questions):
+    rows = [{"model": str(tiny_folder), "label": name} for name in ("other", "base")]
+    rows.append({"model": str(tiny_folder), "bits": 8})
+    config = config_of(tmp_path, questions, *rows, baseline=baseline)
+    (part,) = study.lay_out(config)
+    assert part.baseline == row
+    named = config.model_copy(update={"baseline": part.plans[1].label})
+    assert study.lay_out(named)[0].baseline == 1  # the name of its run
+
+
+def test_the_baseline_of_the_tables_is_the_one_that_was_named(tiny_folder, tmp_path, questions):
+    rows = [{"model": str(tiny_folder), "label": name, "settings": {"seed": i}} for i, name in enumerate("ab")]
+    task = {"task": "qa", "data": str(questions), "prompts": ["plain"], "max_tokens": 2, "rows": 4}
+    parts = study.run(config_of(tmp_path, questions, *rows, tasks=[task, {**task, "max_tokens": 3}], baseline="b"))
+    for part in parts:
+        assert part.comparison["diff"].isna().tolist() == [False, True]
+
+
+def test_a_baseline_that_one_task_lacks_is_refused_with_its_place(tiny_folder, tmp_path, questions):
+    qa = {"task": "qa", "data": str(questions), "prompts": ["plain"]}
+    tasks = [qa, {"task": "countdown", "prompts": ["direct"], "limit": 2}]
+    rows = {"model": str(tiny_folder), "label": "base"}
+    config = config_of(tmp_path, questions, rows, tasks=tasks, baseline="base_plain")
+    for look in (study.run, lambda config: list(study.preview(config))):
+        with pytest.raises(UserError, match=r"tasks\.1: unknown baseline 'base_plain'.*base_direct"):
+            look(config)
+    assert [part.baseline for part in study.lay_out(config.model_copy(update={"baseline": "base"}))] == [0, 0]
+
+
+@pytest.mark.parametrize("look", [study.run, lambda config: list(study.preview(config))], ids=["run", "preview"])
+def test_what_the_plan_shows_is_refused_before_anything_is_evaluated(look, tiny_folder, tmp_path, questions):
+    whole, few = {"model": str(tiny_folder)}, {"model": str(tiny_folder), "settings": {"limit": 5}}
+    with pytest.raises(UserError, match=r"models\.1: its 5 problems of qa are not the 6 of models\.0"):
+        look(config_of(tmp_path, questions, whole, few))
+    with pytest.raises(UserError, match="unknown baseline 'nobody'"):
+        look(config_of(tmp_path, questions, whole, baseline="nobody"))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
 
 def test_the_command(tiny_folder, tmp_path, questions, monkeypatch):
