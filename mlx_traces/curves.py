@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -135,20 +135,30 @@ class Record:
         if self.result is not None:
             return self.step
         if self.kind == EVALUATION:
-            limit, samples = self.settings.get("limit"), self.settings.get("samples") or 1
-            return limit * samples if limit else None
-        return self.settings.get("num_steps") or self.about.get("steps")
+            limit, samples = whole(self.settings.get("limit")), whole(self.settings.get("samples") or 1)
+            return limit * samples if limit and samples else None
+        return whole(self.settings.get("num_steps")) or whole(self.about.get("steps"))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is an evaluation that has its result, and no sample to show for it."""
+        return self.kind == EVALUATION and self.result is not None and not self.samples
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of its result, or of its beginning as long as there is none, each on one line."""
+        return notes_of(self.about if self.result is None else self.result)
 
     @property
     def seconds(self) -> float:
         """How long it has run."""
         key, rows = ("elapsed", self.samples) if self.kind == EVALUATION else ("time/total", self.metrics)
-        return float(max((row[key] for row in rows if _is_number(row.get(key))), default=0.0))
+        return float(max((row[key] for row in rows if is_number(row.get(key))), default=0.0))
 
     @property
     def remaining(self) -> float | None:
         """Seconds that the rest will take at the pace of the last 20 lines; None where that cannot be said."""
-        timed = [(row["step"], row["time/total"]) for row in self.metrics if _is_number(row.get("time/total"))]
+        timed = [(row["step"], row["time/total"]) for row in self.metrics if is_number(row.get("time/total"))]
         if self.kind == EVALUATION:
             timed = [(0, 0.0), (self.step, self.seconds)]
         timed = timed[-20:]
@@ -203,7 +213,7 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     for line_number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             rows.append(parse_row(line, f"{path}:{line_number}", columns))
-            if "step" in columns and not _is_number(rows[-1]["step"]):
+            if "step" in columns and not is_number(rows[-1]["step"]):
                 raise UserError(f"{path}:{line_number}: 'step' is no number; the file is damaged")
     return rows
 
@@ -234,22 +244,22 @@ def _loss(kind: str) -> Metric:
 def _derived(row: dict[str, Any]) -> dict[str, Any]:
     """Add tokens a second and seconds a step where a line has what they follow from."""
     parts = [row.get(key) for key in ("time/sample", "time/update")]
-    if not all(map(_is_number, parts)):
+    if not all(map(is_number, parts)):
         return row
-    seconds = sum(parts) + (row.get("time/reward") or 0)
-    speed = {"tokens_per_second": row["tokens"] / sum(parts)} if _is_number(row.get("tokens")) and sum(parts) else {}
+    seconds = sum(parts) + (row["time/reward"] if is_number(row.get("time/reward")) else 0)
+    speed = {"tokens_per_second": row["tokens"] / sum(parts)} if is_number(row.get("tokens")) and sum(parts) else {}
     return {"time/step": seconds, **speed, **row}
 
 
 def _curve(rows: Sequence[dict[str, Any]], metric: Metric) -> Curve:
-    points = [(row["step"], float(row[metric.key])) for row in rows if _is_number(row.get(metric.key))]
+    points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
     return Curve(metric, [step for step, _ in points], [value for _, value in points], [], [])
 
 
 def _with_intervals(curve: Curve, record: Record) -> Curve:
     """Give held-out accuracies their Wilson intervals, where the number of problems is known."""
     held_out = record.settings.get("evaluate")
-    count = held_out.get("limit") if isinstance(held_out, dict) else None
+    count = whole(held_out.get("limit")) if isinstance(held_out, dict) else None
     if curve.metric.key != "valid/accuracy" or not count:
         return curve
     correct = [value * count for value in curve.values]
@@ -273,8 +283,20 @@ def _title(key: str) -> str:
     return clean(TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " "))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that can be computed with and shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def notes_of(content: dict[str, Any]) -> list[str]:
+    """Return the notes of a file's content, each on one line; none where they are no list."""
+    notes = content.get("notes")
+    return [clean(note) for note in notes] if isinstance(notes, list) else []
+
+
+def whole(value: Any) -> int | None:
+    """Return a count from a file; None for what is none."""
+    return int(value) if is_number(value) and value >= 1 else None
 
 
 # ------------------------------------------------------------------------------------------------ terminal
@@ -305,6 +327,8 @@ def duration(seconds: float) -> str:
 
 def state(record: Record) -> str:
     """Say in one line how far a run is: ``step 37 of 55, 2:10, about 1:03 to go``."""
+    if record.lost:
+        return "finished, but its samples are gone: result.json is there, samples.jsonl is missing or empty"
     what = "samples" if record.kind == EVALUATION else "step"
     parts = [f"{what} {record.step:,}" + (f" of {record.steps:,}" if record.steps else "")]
     if record.seconds:
@@ -347,10 +371,10 @@ def display(record: Record, width: int, now: float | None = None) -> RenderableT
         lines.append(Text(_verdicts(record)))
     if held_out := next((curve for curve in shown if curve.metric.key == "valid/accuracy"), None):
         lines.append(Text(_held_out(held_out)))
-    lines += [Text(f"note: {clean(note)}", style="dim") for note in (record.result or {}).get("notes") or []]
+    lines += [Text(f"note: {note}", style="dim") for note in (record.notes if record.result else [])]
     if now is not None and record.result is None and (age := now - _touched(record.path)) > 60:
         lines.append(Text(f"nothing new for {duration(age)}", style="yellow"))
-    return Group(*lines, table if shown else Text("no step yet"))
+    return Group(*lines, *([table] if shown else [] if record.lost else [Text("no step yet")]))
 
 
 def _what(record: Record) -> str:

@@ -162,7 +162,10 @@ class Page:
                 continue
             run, finished = evaluated(record), record.result is not None
             if not run.samples:
-                empty.append({"kind": "empty", "title": record.name, "state": curves.state(record), "notes": []})
+                state = curves.state(record)
+                told = f"{state[:1].upper()}{state[1:]}." if record.lost else "No sample is finished."
+                section = {"kind": "empty", "title": record.name, "told": told, "notes": []}
+                empty.append(section | {"state": None if record.lost else state})
                 continue
             problems = frozenset(row["id"] for row in run.samples)
             key = (run.result.get("task"), problems) if finished else i
@@ -238,7 +241,7 @@ class Page:
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
             "warnings": tables.differences(runs),
-            "notes": [f"{run.name}: {clean(note)}" for run in runs for note in run.result.get("notes") or []],
+            "notes": [f"{run.name}: {note}" for run in runs for note in curves.notes_of(run.result)],
             "charts": charts,
         }
 
@@ -281,9 +284,7 @@ class Page:
             "headings": [name for name in rows[0]["cells"] if any(row["cells"][name] != "–" for row in rows)],
             "panels": panels,
             "constant": constant,
-            "notes": [
-                f"{run.name}: {clean(note)}" for run in runs for note in (run.result or run.about).get("notes") or []
-            ],
+            "notes": [f"{run.name}: {note}" for run in runs for note in run.notes],
         }
 
 
@@ -302,7 +303,7 @@ def evaluated(record: Record) -> tables.Run:
         return tables.Run(record.name, record.result, record.samples)
     settings = record.settings
     prompt = settings.get("prompt")
-    size = settings.get("samples") or 1
+    size = curves.whole(settings.get("samples")) or 1
     counts: dict[str, int] = {}
     for row in record.samples:
         counts[row["id"]] = counts.get(row["id"], 0) + 1
@@ -387,7 +388,8 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
         return " → ".join(dict.fromkeys([curve.text(curve.values[0]), curve.text(curve.values[-1])]))
 
     held_out = found.get("valid/accuracy") or found.get("valid/loss")
-    best, speed, memory = result.get("best_step"), result.get("tokens_per_second"), found.get("memory/peak_gb")
+    best, speed = (_number(result.get(key)) for key in ("best_step", "tokens_per_second"))
+    memory = found.get("memory/peak_gb")
     return {
         "name": run.name,
         "notes": tables.model_name(str(run.settings.get("model", "–")), adapter if isinstance(adapter, str) else None),
@@ -406,6 +408,11 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
             "memory": f"{max(memory.values):.2f} GB" if memory else "–",
         },
     }
+
+
+def _number(value: Any) -> float | None:
+    """Return a number from a file; None for what is none."""
+    return value if curves.is_number(value) else None
 
 
 def _file_name(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -91,6 +92,43 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
         curves.read(tmp_path / "none")
     with pytest.raises(UserError, match=r"it has no run\.json"):
         curves.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["many", None, True, [3], {"x": 1}, float("nan"), 10**400, -5])
+def test_what_is_no_number_in_a_foreign_folder_is_taken_as_unknown(tmp_path, value):
+    run = write_training(tmp_path / "run", num_steps=value, evaluate={"limit": value})
+    with (run / "metrics.jsonl").open("a") as file:
+        row = {"step": 7, "time/sample": 2.0, "time/update": 1.0, "time/reward": value, "loss": value}
+        file.write(json.dumps(row | {"time/total": value}) + "\n")
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"steps": value}))
+    record = curves.read(run)
+    assert (record.step, record.steps, record.remaining) == (7, None, None)
+    assert "step 7, 0:24" in shown(record) and "held-out accuracy 50.0 % at step 4" in shown(record)
+    (run / "result.json").write_text(json.dumps({"notes": value if value != [3] else 3}))
+    assert "finished, step 7 of 7" in shown(curves.read(run)) and "note:" not in shown(curves.read(run))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"limit": "y", "samples": "x"}, None),
+        ({"limit": 6, "samples": "x"}, None),
+        ({"limit": "y", "samples": 2}, None),
+        ({"limit": None}, None),
+        ({"limit": 6, "samples": None}, 6),
+        ({"limit": 6, "samples": 2}, 12),
+        ({"limit": 6.0}, 6),
+    ],
+)
+def test_how_many_samples_there_will_be(settings, steps):
+    record = curves.Record(Path("run"), curves.EVALUATION, {"identity": settings}, [], [], None)
+    assert record.steps == steps and curves.state(record) == "samples 0" + (f" of {steps}" if steps else "")
+
+
+def test_a_finished_evaluation_without_its_samples_says_so():
+    record = curves.Record(Path("run"), curves.EVALUATION, {}, [], [], {"model": "nano"})
+    text = " ".join(shown(record).split())
+    assert "result.json is there, samples.jsonl is missing or empty" in text and "no step yet" not in text
 
 
 def test_blocks_by_hand():

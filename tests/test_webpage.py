@@ -183,6 +183,35 @@ def test_unfinished_and_empty_runs(tmp_path):
     assert "No sample is finished." in page.text and "No step yet." in page.text
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_finished_evaluation_without_its_samples_is_not_called_unfinished(tmp_path, gone):
+    run = write_evaluation(tmp_path / "a", BASE)
+    (run / "samples.jsonl").unlink() if gone else (run / "samples.jsonl").write_text("")
+    text = page_of(run, write_evaluation(tmp_path / "b", BASE), out=tmp_path).text
+    assert text.count("its samples are gone: result.json is there, samples.jsonl is missing or empty.") == 1
+    assert "Not finished" not in text and "No sample is finished" not in text
+
+
+def test_texts_in_the_place_of_numbers_are_left_out(tmp_path):
+    trained = write_training(tmp_path / "t", finished=True, num_steps="many")
+    changes = {"best_step": "three", "tokens_per_second": "fast", "notes": 5}
+    (trained / "result.json").write_text(json.dumps(changes))
+    row = webpage._training_row(0, curves.read(trained))
+    assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("–", "–")
+    (trained / "result.json").write_text(json.dumps({"best_step": 1200, "tokens_per_second": 0}))
+    row = webpage._training_row(0, curves.read(trained))
+    assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("1,200", "–")
+    cut = write_evaluation(tmp_path / "e", BASE, finished=False)
+    about = json.loads((cut / "run.json").read_text())
+    about["identity"] |= {"samples": "x", "limit": "y"}
+    (cut / "run.json").write_text(json.dumps(about))
+    done = write_evaluation(tmp_path / "d", BASE)
+    result = json.loads((done / "result.json").read_text())
+    (done / "result.json").write_text(json.dumps(result | {"tokens_per_second": "fast", "notes": 5}))
+    text = page_of(trained, cut, done, out=tmp_path).text
+    assert f"Not finished: samples {len(BASE)}, " in text
+
+
 def test_runs_already_read_and_a_folder_to_write_to(tmp_path):
     run = webpage.evaluated(curves.read(write_evaluation(tmp_path / "a", BASE)))
     assert webpage.write([run], tmp_path / "out") == [tmp_path / "out" / "report.html"]
