@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter, process_time
@@ -412,7 +412,12 @@ class Outlook:
 
     def _reinforcement(self, config: RLConfig) -> Forecast:
         planned, _, _ = rollouts.prepare(config.model_copy(update={"adapter": None}))
+        try:
+            longest = rollouts.longest_prompt(self.probe.loaded, planned)
+        except UserError as error:
+            raise UserError(f"round3: {error}") from None
         asked = self._asked(planned, config, config.group_size, config.prompts_per_step)
+        asked = replace(asked, longest=longest)
         shared = isinstance(config, GRPOConfig) and not config.checkpoint_layers
         prompts = asked.prompt / (config.group_size if shared else 1)  # a group's prompt is read once
         length = max(2, round(asked.prompt + asked.tokens[0]))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_traces import (
+    adapters,
     comparison,
     evaluation,
     generation,
@@ -30,6 +31,7 @@ from mlx_traces import (
     webpage,
 )
 from mlx_traces.config import (
+    AdapterConfig,
     CompareConfig,
     Config,
     EvalConfig,
@@ -274,9 +276,10 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     """Find what is wrong with the settings of later stations before hours are spent on earlier ones.
 
     Raises:
-        UserError: for a comparison or a third round that could not begin, or one that trains on the comparison's
-            problems.
+        UserError: for a comparison or a third round that could not begin, one that trains on the comparison's
+            problems, or a round that asks for another adapter than the one it goes on with.
     """
+    _refuse_other_adapters(trainings(plan))
     asked = {problem.id.partition("#")[0] for problem in evaluation.plan(compared.evals[0]).problems}
     third = plan[-1].recipe
     if not isinstance(third, RLConfig) or plan[-1].finished:
@@ -290,6 +293,39 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     if shared := sum(problem.id.partition("#")[0] in asked for problem in planned.problems):
         count = f"{shared} of its {len(planned.problems)} problems are the comparison's"
         raise UserError(f"round3: {count}; choose another split or data for one of them")
+
+
+def _refuse_other_adapters(trained: list[Station]) -> None:
+    """Refuse a round that sets what the adapter it goes on with has otherwise; `adapters.start` would do so later."""
+    first = trained[0].recipe
+    if first.adapter is None:
+        origin, own, later = trained[0].name, _adapter_settings(first), trained[1:]
+    else:
+        origin, own, later = first.adapter, _stored_settings(Path(first.adapter)), trained
+    for station in later:
+        for name in AdapterConfig.model_fields:
+            given = getattr(station.recipe, name)
+            if not station.finished and name in station.recipe.model_fields_set & own.keys() and given != own[name]:
+                raise UserError(
+                    f"{station.name}: {name} {given} is not that of {origin} ({own[name]}), which it goes on with; "
+                    "leave it out"
+                )
+
+
+def _adapter_settings(config: AdapterConfig) -> dict[str, Any]:
+    """Return what an adapter that begins with these settings will have; all weights have neither rank nor scale."""
+    names = ("kind", "layers") if config.kind == "full" else ("kind", "layers", "rank", "scale", "dropout")
+    targets = None if config.kind == "full" else config.targets or None
+    return {**{name: getattr(config, name) for name in names}, "targets": targets}
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    """Return the same of an adapter's folder."""
+    stored = adapters.read_config(folder)
+    parameters = stored.get("lora_parameters") or {}
+    found = {"kind": stored.get("fine_tune_type", "lora"), "layers": stored.get("num_layers")}
+    found |= {name: parameters[name] for name in ("rank", "scale", "dropout") if name in parameters}
+    return found | {"targets": parameters.get("keys")}
 
 
 def trainings(plan: list[Station]) -> list[Station]:

@@ -252,7 +252,7 @@ def test_gains_count_every_sample_of_a_problem():
         return Run(name, {"model": name, "adapter": None, "prompt": "thinking"}, rows)
 
     def samples(*counts):
-        return [[(j, j < count) for j in range(3)] for count in counts]  # the last sample is right in all of three
+        return [[(j, j < count) for j in range(3)] for count in counts]  # the last one is right only where all are
 
     changes = (2, 2, 2, -1)
     sums = [
@@ -285,6 +285,47 @@ def test_bad_settings_are_refused_before_anything_is_made(tmp_path, changes, mes
     with pytest.raises(UserError, match=message):
         rounds.run(config_in(tmp_path, **changes), lambda line: None, quiet)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch2": {"rank": 8}}, r"epoch2: rank 8 is not that of epoch1 \(4\)"),
+        ({"epoch2": {"kind": "dora"}}, r"epoch2: kind dora is not that of epoch1 \(lora\)"),
+        ({"epoch2": {"layers": 2}}, r"epoch2: layers 2 is not that of epoch1 \(-1\)"),
+        ({"epoch2": {"targets": ["mlp.up_proj"]}}, r"epoch2: targets \['mlp.up_proj'\] is not that of epoch1 \(None\)"),
+        ({"round3": {"grpo": {**STEPS, "scale": 4.0}}}, r"round3: scale 4.0 is not that of epoch1 \(2.0\)"),
+        ({"epoch1": None, "epoch2": {"rank": 4}, "round3": {"ppo": {"rank": 8}}}, r"round3: rank 8 .* epoch2 \(4\)"),
+        ({"epoch1": {"kind": "full"}, "epoch2": {"kind": "lora"}}, r"epoch2: kind lora is not that of epoch1 \(full\)"),
+    ],
+)
+def test_another_adapter_than_the_one_a_round_goes_on_with_is_refused_at_the_start(tmp_path, changes, message):
+    config = config_in(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        rounds.run(config, lambda line: None, quiet)
+    assert "the rounds would end with: " in forecast.lines(config)[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(finished, tmp_path):
+    folder = next(s for s in rounds.stations(config_in(finished[0]), quiet) if s.name == "epoch1").out / "adapter"
+
+    def check(**changes):
+        config = config_in(tmp_path, model=f"nano+{folder}", **changes)
+        plan = rounds.stations(config, quiet)
+        rounds.check(plan, rounds.comparison_of(config, plan))
+
+    check()
+    check(epoch2={"rank": 4, "scale": 2.0, "kind": "lora", "layers": -1, "dropout": 0.0})
+    with pytest.raises(UserError, match=r"epoch1: rank 8 is not that of .*adapter \(4\)"):
+        check(epoch1={"rank": 8})
+
+
+def test_a_dry_run_tells_completions_that_pass_the_context(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast.Probe, "sampling", lambda *_: (1000.0, 500.0))
+    room = models.load("nano").context
+    config = config_in(tmp_path, epoch1=None, epoch2=None, round3={"grpo": {**STEPS, "max_tokens": room}})
+    said = forecast.lines(config)[-1]
+    assert "the rounds would end with: round3: problem " in said and f"context of {room}" in said
 
 
 def test_a_filter_that_takes_everything_names_its_rule(finished):
