@@ -73,14 +73,20 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
     return settings
 
 
-def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
-    """Raise UserError if a setting was given that is not the adapter's own."""
+def own_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's settings file, as `read_config` gives it, in the names of ``AdapterConfig``."""
     own = {
-        "kind": settings["fine_tune_type"],
+        "kind": settings.get("fine_tune_type", "lora"),
         "layers": settings.get("num_layers"),
-        **settings.get("lora_parameters", {}),
+        **(settings.get("lora_parameters") or {}),
     }
     own["targets"] = own.pop("keys", None)
+    return own
+
+
+def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
+    """Raise UserError if a setting was given that is not the adapter's own."""
+    own = own_settings(settings)
     for name in AdapterConfig.model_fields.keys() & config.model_fields_set:
         if name in own and getattr(config, name) != own[name]:
             given = getattr(config, name)

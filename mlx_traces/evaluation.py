@@ -243,16 +243,17 @@ def completions_of(
             done = generate(loaded, asked, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
             return ((indices[place], rollout) for place, rollout in done)
 
-        sampled(range(len(requests)))  # refuses bad requests, on every rank alike
+        whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
             (index, Completion(rendered[index].text, rendered[index].opened, rollout))
-            for index, rollout in _shared_out(sampled, len(requests), 4 * config.rows, stop)
+            for index, rollout in _shared_out(whole, sampled, len(requests), 4 * config.rows, stop)
         )
 
     return completions
 
 
 def _shared_out(
+    whole: Iterator[tuple[int, Rollout]],
     sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]],
     count: int,
     wave: int,
@@ -260,11 +261,11 @@ def _shared_out(
 ) -> Iterator[tuple[int, Rollout]]:
     """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time.
 
-    One process alone hands on each rollout at once. After what is handed on, ``stop`` is asked.
+    One process alone completes the ``whole`` and hands on each rollout at once. ``stop`` is asked after what is handed on.
     """
     size = ranks.world().size()
     if size == 1:
-        for found in sampled(range(count)):
+        for found in whole:
             yield found
             if stop and stop():
                 return

@@ -84,9 +84,7 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
     rows = []
     rollouts = [rollout for group in groups for rollout in group]
     for rollout, advantage in zip(rollouts, advantages(groups, config).tolist(), strict=True):
-        prompt, ids = rollout.completion.rollout.prompt_ids, rollout.ids
-        learned = not (rollout.cut_off and config.overlong == "mask")
-        example = Example(rollout.problem.id, prompt + ids, (False,) * len(prompt) + (learned,) * len(ids))
+        example = rollout.example(learned=not (rollout.cut_off and config.overlong == "mask"))
         rows.append(Row(example, advantage, np.array(rollout.completion.rollout.logprobs, np.float32)))
     return rows
 

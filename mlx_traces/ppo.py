@@ -123,9 +123,7 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     for rollout in (rollout for group in groups for rollout in group):
         if rollout.cut_off and config.overlong == "mask":
             continue
-        prompt, ids = rollout.completion.rollout.prompt_ids, rollout.ids
-        example = Example(rollout.problem.id, prompt + ids, (False,) * len(prompt) + (True,) * len(ids))
-        rows.append(Row(example, rollout.reward, np.array(rollout.completion.rollout.logprobs, np.float32)))
+        rows.append(Row(rollout.example(), rollout.reward, np.array(rollout.completion.rollout.logprobs, np.float32)))
     return [row for row in rows if row.example.count]
 
 

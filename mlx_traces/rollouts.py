@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_traces import adapters, evaluation, policy, ranks, rewards, training
+from mlx_traces.batching import Example
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
@@ -36,6 +37,11 @@ class Rollout:
     def ids(self) -> tuple[int, ...]:
         """The exact sampled ids, the stop token included."""
         return self.completion.rollout.completion_ids
+
+    def example(self, learned: bool = True) -> Example:
+        """Return prompt and completion as a row to learn from: every token of the completion, or none."""
+        prompt = self.completion.rollout.prompt_ids
+        return Example(self.problem.id, prompt + self.ids, (False,) * len(prompt) + (learned,) * len(self.ids))
 
     @property
     def cut_off(self) -> bool:

@@ -301,7 +301,7 @@ def _refuse_other_adapters(trained: list[Station]) -> None:
     if first.adapter is None:
         origin, own, later = trained[0].name, _adapter_settings(first), trained[1:]
     else:
-        origin, own, later = first.adapter, _stored_settings(Path(first.adapter)), trained
+        origin, own, later = first.adapter, adapters.own_settings(adapters.read_config(Path(first.adapter))), trained
     for station in later:
         for name in AdapterConfig.model_fields:
             given = getattr(station.recipe, name)
@@ -317,15 +317,6 @@ def _adapter_settings(config: AdapterConfig) -> dict[str, Any]:
     names = ("kind", "layers") if config.kind == "full" else ("kind", "layers", "rank", "scale", "dropout")
     targets = None if config.kind == "full" else config.targets or None
     return {**{name: getattr(config, name) for name in names}, "targets": targets}
-
-
-def _stored_settings(folder: Path) -> dict[str, Any]:
-    """Return the same of an adapter's folder."""
-    stored = adapters.read_config(folder)
-    parameters = stored.get("lora_parameters") or {}
-    found = {"kind": stored.get("fine_tune_type", "lora"), "layers": stored.get("num_layers")}
-    found |= {name: parameters[name] for name in ("rank", "scale", "dropout") if name in parameters}
-    return found | {"targets": parameters.get("keys")}
 
 
 def trainings(plan: list[Station]) -> list[Station]:
