@@ -261,7 +261,8 @@ def _shared_out(
 ) -> Iterator[tuple[int, Rollout]]:
     """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time.
 
-    One process alone completes the ``whole`` and hands on each rollout at once. ``stop`` is asked after what is handed on.
+    One process alone completes the ``whole``, and hands on each rollout at once. After what is handed on, ``stop`` is
+    asked.
     """
     size = ranks.world().size()
     if size == 1:
