@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, one thread each
 
 import json
 from dataclasses import replace
