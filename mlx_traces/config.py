@@ -104,7 +104,15 @@ class ValidationConfig(ProblemConfig):
     rows: Positive = Field(64, description="Completions decoded at once.")
 
 
-class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig):
+class TrackingConfig(Config):
+    """Where a training's metrics are sent too; no part of what is learned."""
+
+    report_to: Literal["trackio", "wandb"] | None = Field(
+        None, description="Send every line of metrics to this client too, which must be installed."
+    )
+
+
+class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     """How a model is fine-tuned, whatever it is fine-tuned on."""
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -145,7 +153,7 @@ class JudgeConfig(Config):
     judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")
 
 
-class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, JudgeConfig, ProblemConfig):
+class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
     """Settings of reinforcement learning on a task's training problems, by its own grader, whatever the algorithm."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
@@ -333,7 +341,7 @@ class Round3Config(Config):
     ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
 
 
-class RoundsConfig(Config):
+class RoundsConfig(TrackingConfig):
     """Settings of ``mlx-traces rounds``: each station's own; model, adapter, task and files are filled in."""
 
     name: str = Field(..., description="Begins the names of all files and folders.")

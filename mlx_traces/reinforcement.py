@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, training
+from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, tracking, training
 from mlx_traces.config import RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
@@ -22,6 +22,8 @@ from mlx_traces.models import LoadedModel
 from mlx_traces.rollouts import Group
 from mlx_traces.runs import RunFolder, fingerprint, provenance
 from mlx_traces.tasks.data import is_file
+
+NOT_IDENTITY = {"device", "save_every", "memory_limit", "report_to", "data", "judge_cache"}  # or by their content
 
 
 class Learner(Protocol):
@@ -85,7 +87,10 @@ def train(
         UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
         Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
-    with ranks.at_work(Path(out), resume) as (folder, stop):
+    with (
+        ranks.at_work(Path(out), resume) as (folder, stop),
+        tracking.reported(config, folder, show) as show,
+    ):
         return _train(name, config, folder, make_learner, stop, show)
 
 
@@ -192,7 +197,7 @@ def identity_of(
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
     return {
-        **config.model_dump(mode="json", exclude={"device", "save_every", "memory_limit", "data", "judge_cache"}),
+        **config.model_dump(mode="json", exclude=NOT_IDENTITY),
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
@@ -209,7 +214,7 @@ def about(name: str, config: RLConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "trained_by": f"mlx-traces {name}",
-        "training": config.model_dump(mode="json", exclude_unset=True),
+        "training": config.model_dump(mode="json", exclude_unset=True, exclude={"report_to"}),
     }
 
 

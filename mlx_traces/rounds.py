@@ -27,6 +27,7 @@ from mlx_traces import (
     scoring,
     tables,
     traces,
+    tracking,
     training,
     webpage,
 )
@@ -49,6 +50,7 @@ from mlx_traces.records import Trace
 from mlx_traces.runs import RunFolder, fingerprint
 from mlx_traces.tasks import get_task, gsm8k
 
+NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 SOLVED = ("countdown", "gsm8k")  # tasks whose problems come with worked solutions
 
 Show = Callable[[str], Any]  # takes a station's name, returns a context whose value takes a line of metrics and a total
@@ -84,7 +86,7 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     before += [fingerprint(Path(adapter))] if adapter else []
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
-        content = settings.model_dump(mode="json", exclude={"rows", "device", "memory_limit", "save_every"})
+        content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)
         files = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
         before.append([name, content, *(training.digest(file) for file in files if Path(file).is_file())])
         before[-1] += _read_by(settings) if isinstance(settings, RLConfig) else []
@@ -95,21 +97,22 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
 
     data, runs, start = Path(config.data_dir), Path(config.runs_dir), adapter
     ask = {"task": config.task, "prompt": config.prompt}
+    told = {"report_to": config.report_to} if config.report_to else {}
     if config.epoch1 is not None:
         raw = add("raw", data / "raw", config.raw, config.raw, lambda _, out: make_raw(config, out))
-        first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw))
+        first = _filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw), **told)
         start = str(add("epoch1", runs, config.epoch1, first, lambda recipe, out: _sft(recipe, out, show)) / "adapter")
     if config.epoch2 is not None:
         drawn = _filled(GenerateConfig, config.generate, model=spec, adapter=start, **ask)
         own = add("generated", data / "generated", config.generate, drawn, lambda *given: _generate(*given, show))
         scored = add("scored", data / "processed", config.score, config.score, lambda *given: _score(own, *given))
         kept = add("filtered", data / "processed", config.filter, config.filter, lambda *given: _filter(scored, *given))
-        second = _filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept))
+        second = _filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept), **told)
         start = str(add("epoch2", runs, config.epoch2, second, lambda *given: _sft(*given, show)) / "adapter")
     if config.round3 is not None:
         settings = config.round3.grpo or config.round3.ppo
         reference = start if settings.kl_coef and "reference" not in settings.model_fields_set else settings.reference
-        third = _filled(type(settings), settings, model=spec, adapter=start, reference=reference, **ask)
+        third = _filled(type(settings), settings, model=spec, adapter=start, reference=reference, **ask, **told)
         add("round3", runs, settings, third, lambda *given: _reinforce(*given, show))
     return plan
 
@@ -280,6 +283,8 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
             problems, or a round that asks for another adapter than the one it goes on with.
     """
     _refuse_other_adapters(trainings(plan))
+    for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
+        tracking.client(name)
     asked = {problem.id.partition("#")[0] for problem in evaluation.plan(compared.evals[0]).problems}
     third = plan[-1].recipe
     if not isinstance(third, RLConfig) or plan[-1].finished:

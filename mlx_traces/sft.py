@@ -31,6 +31,7 @@ from mlx_traces import (
     ranks,
     sampling,
     sharing,
+    tracking,
     training,
 )
 from mlx_traces.batching import Example
@@ -159,7 +160,10 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
         Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
-    with ranks.at_work(Path(out), resume) as (folder, stop):
+    with (
+        ranks.at_work(Path(out), resume) as (folder, stop),
+        tracking.reported(config, folder, show) as show,
+    ):
         return _train(config, folder, stop, show)
 
 
@@ -324,7 +328,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
         if file is not None
     }
     return {
-        **config.model_dump(mode="json", exclude={"device", "save_every", "data", "valid"}),
+        **config.model_dump(mode="json", exclude={"device", "save_every", "report_to", "data", "valid"}),
         **digests,
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
@@ -335,7 +339,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
 
 def about(config: SFTConfig) -> dict[str, Any]:
     """Return what an adapter's settings file says beyond mlx_lm's own entries."""
-    own = config.model_dump(mode="json", exclude_unset=True)
+    own = config.model_dump(mode="json", exclude_unset=True, exclude={"report_to"})
     return {"model": config.model, "trained_by": "mlx-traces sft", "training": own}
 
 

@@ -20,7 +20,7 @@ evaluation examples asking
 webpage
 sampling report curves findings
 fallback nano figures
-drawing tables traces
+drawing tables traces tracking
 models
 adapters sharing
 forward checkpoints ranks

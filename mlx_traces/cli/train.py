@@ -131,16 +131,19 @@ def fuse_command(**arguments: Any) -> None:
 @click.argument("config_file", metavar="CONFIG", type=click.Path())
 @click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
+@click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
 @click.option(
     "--dry-run", is_flag=True, help="Print the stations, and the time and memory of those to make; make nothing."
 )
-def rounds_command(config_file: str, data_dir: str | None, runs_dir: str | None, dry_run: bool) -> None:
+def rounds_command(
+    config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
+) -> None:
     """SFT on raw traces, SFT on the model's own filtered traces, GRPO or PPO; then the table and report of it all.
 
     Repeat the command after it was cut off: what is there is not made again.
     """
-    folders = {"data_dir": data_dir, "runs_dir": runs_dir}
-    config = read_config(RoundsConfig, config_file, {name: value for name, value in folders.items() if value})
+    given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
+    config = read_config(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
     from mlx_traces.device import import_mlx
 
     import_mlx()

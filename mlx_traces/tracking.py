@@ -1,0 +1,154 @@
+"""A training's metrics sent to a tracking client as they are made: trackio or wandb, where the user has it.
+
+The client is imported only where one is asked for. What it gets is the run's ``metrics.jsonl``: its rows, under their
+names and steps, once each. ``tracked.json`` in the run folder keeps the tracked run's id and the last step that each
+client got, so a run that is continued goes on in the same tracked run, and rows made before the client was asked for
+are sent too. A client that fails is left alone from then on; the training goes on.
+"""
+
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_traces import ranks
+from mlx_traces.config import TrackingConfig
+from mlx_traces.errors import UserError, choices, clean, first_line
+from mlx_traces.runs import RunFolder, read_json, to_json, whole_lines, write_atomic
+
+PROJECT = "mlx-traces"  # unless the client's own environment variable names another
+STATE = "tracked.json"
+
+Row = dict[str, Any]
+Show = Callable[[Row, int], Any]
+
+
+def client(name: str) -> ModuleType:
+    """Import a tracking client; UserError if it is not installed, or breaks while it is imported."""
+    if name not in CLIENTS:
+        raise UserError(f"report_to: {name!r} is not known; choose {choices(CLIENTS)}")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave report_to out") from None
+        raise UserError(f"report_to: {name} needs {error.name}; pip install --upgrade {name}") from None
+    except Exception as error:  # a client's import runs whatever code it likes
+        raise UserError(f"report_to: {name} cannot be imported ({first_line(error)}); leave report_to out") from None
+
+
+@contextmanager
+def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> Iterator[Show | None]:
+    """Yield ``show``, made to send each row of metrics on its way to the client of ``report_to``; without one, itself.
+
+    Of several ranks the first one sends. The tracked run begins with the first row: the settings are checked by then.
+
+    Args:
+        config: the training's settings; the client gets them, and what ``run.json`` says, as its run's configuration.
+        folder: the run folder.
+        show: takes each line of metrics, which is in ``metrics.jsonl`` by then, and the number of steps; or None.
+
+    Raises:
+        UserError: if the client is not installed.
+    """
+    if config.report_to is None or not ranks.first():
+        yield show
+        return
+    tracker = Tracker(client(config.report_to), config, folder)
+
+    def sent(row: Row, steps: int) -> None:
+        tracker.send(row)
+        if show:
+            show(row, steps)
+
+    failed = True
+    try:
+        yield sent
+        failed = False
+    finally:
+        tracker.finish(failed)
+
+
+class Tracker:
+    """One run at a client, from its first row to its end; after the client's first failure, nothing any more."""
+
+    def __init__(self, module: ModuleType, config: TrackingConfig, folder: RunFolder) -> None:
+        self.module, self.config, self.folder = module, config, folder
+        self.state, self.run, self.off = folder.path / STATE, None, False
+
+    def send(self, row: Row) -> None:
+        """Send a row; the first time, all rows of ``metrics.jsonl`` that the tracked run does not have yet."""
+        if self.off:
+            return
+        with self._leaving():
+            rows = [row]
+            if self.run is None:
+                self._begin()
+                rows = whole_lines(self.folder.path / "metrics.jsonl", ("step",))
+            for one in rows:
+                if one["step"] > self.last:
+                    self.run.log({name: value for name, value in one.items() if name != "step"}, step=one["step"])
+                    self.last = one["step"]
+            self.sent[self.module.__name__] = self.last
+            write_atomic(self.state, to_json({"id": self.id, "sent": self.sent}))
+
+    def finish(self, failed: bool) -> None:
+        """End the tracked run; it can be continued."""
+        if self.run is not None and not self.off:
+            with self._leaving():
+                CLIENTS[self.module.__name__][1](self.module, failed)
+
+    def _begin(self) -> None:
+        about = read_json(self.folder.path / "run.json")
+        self.id, self.sent = run_id(self.folder.path), {}
+        if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
+            self.sent = dict(state["sent"])
+        self.last = self.sent.get(self.module.__name__, -1)
+        made = {name: about.get(name) for name in ("versions", "git_revision", "platform", "backend", "ranks")}
+        settings = {**self.config.model_dump(mode="json"), **about["identity"], **made}
+        self.run = CLIENTS[self.module.__name__][0](self.module, self.id, self.folder.path.name, settings)
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        """Let the client print to stderr, and leave it alone after an error, which is told in a line."""
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        except Exception as error:  # what a client, its server or the network does must not end a training
+            self.off = True
+            name = self.module.__name__
+            print(f"warning: {name} failed ({clean(first_line(error))}); nothing is sent any more", file=sys.stderr)
+
+
+def run_id(folder: Path) -> str:
+    """Return the 12 hexadecimal digits that a run folder's tracked run is known by.
+
+    They follow from ``run.json``, which is written once, with its time: moving the folder keeps them, and a new run in
+    the place of a removed one gets others.
+    """
+    return hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()[:12]
+
+
+def _begin_trackio(trackio: Any, identity: str, name: str, settings: dict[str, Any]) -> Any:
+    """Begin or go on with a run; trackio knows it by its name."""
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    return trackio.init(project=project, name=f"{name}-{identity}", config=settings, resume="allow", embed=False)
+
+
+def _begin_wandb(wandb: Any, identity: str, name: str, settings: dict[str, Any]) -> Any:
+    """Begin or go on with a run; nothing that is printed is recorded."""
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return wandb.init(
+        project=project, id=identity, name=name, config=settings, resume="allow", settings={"console": "off"}
+    )
+
+
+CLIENTS: dict[str, tuple[Callable[[Any, str, str, dict[str, Any]], Any], Callable[[Any, bool], None]]] = {
+    "trackio": (_begin_trackio, lambda trackio, failed: trackio.finish()),
+    "wandb": (_begin_wandb, lambda wandb, failed: wandb.finish(exit_code=int(failed))),
+}
