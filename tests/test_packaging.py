@@ -1,5 +1,6 @@
 """What a wheel holds: every package, the embedded model with its adapters, the report's templates, nothing heavy."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,6 +19,25 @@ def test_every_package_is_listed():
         str(file.parent.relative_to(ROOT)).replace("/", ".") for file in (ROOT / "mlx_traces").rglob("__init__.py")
     }
     assert set(settings["packages"]) == found | set(settings["package-dir"])
+
+
+def test_every_import_is_a_dependency_with_a_lower_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["cpu"]]
+    unbound = [str(one) for one in asked if not any(part.operator == ">=" for part in one.specifier)]
+    assert not unbound, "tests/wheel.sh lowest-direct has nothing to test"
+    linux = {one.name for one in asked if one.marker and not one.marker.evaluate({"sys_platform": "darwin"})}
+    assert linux == {"mlx", "cmeel-openblas"}  # of the extra `cpu`; on a Mac plain mlx alone
+    known = {one.name.lower().replace("-", "_").replace("pyyaml", "yaml") for one in asked} | {"mlx_lm_lora"}
+    optional = {"trackio", "wandb"}
+    found = set()
+    for file in (ROOT / "mlx_traces").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    assert found - set(sys.stdlib_module_names) - {"mlx_traces"} - optional <= known
 
 
 def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
