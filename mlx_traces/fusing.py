@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import adapters, examples, forward, models, sft
+from mlx_traces import adapters, cards, examples, forward, models, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.runs import provenance, scratch_folder, to_json
@@ -105,6 +105,8 @@ def fuse(
         result = Fused(str(out), bits, dtype, **losses)
         about = {"model": name, "adapter": str(adapter), **asdict(result), **provenance()}
         (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
+        weights, own = (scratch, f"{bits} bits, {dtype}"), Path(adapter).expanduser()
+        cards.write(own, base=cards.base_of(name), fused=weights, title=cards.title_of(out))
         scratch.rename(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None

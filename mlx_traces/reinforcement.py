@@ -130,7 +130,7 @@ def _train(
             return {}
         row, shown = training.answer(loaded, held_out)
         if progress.better(row["valid/accuracy"]):
-            adapters.save(loaded.model, folder.path / "adapter", settings, about(name, config))
+            training.keep(loaded, folder, settings, about(name, config), {"step": progress.step, **row})
         folder.log("samples.jsonl", *({"step": progress.step, "kind": "held out", **one} for one in shown))
         return row
 
@@ -176,7 +176,7 @@ def _train(
         if stopping:
             raise Stopped(f"stopped after step {step} of {config.num_steps}")
     if progress.best is None:
-        adapters.save(loaded.model, folder.path / "adapter", settings, about(name, config))
+        training.keep(loaded, folder, settings, about(name, config))
     result = _result(folder, progress, metrics, [*loaded.notes, *notes])
     folder.conclude(asdict(result))
     return result

@@ -210,7 +210,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
                 f"Lower learning_rate ({config.learning_rate:g})"
             )
         if row and progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
-            adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
+            training.keep(loaded, folder, settings, about(config), {"step": progress.step, **row})
         folder.log("samples.jsonl", *({"step": progress.step, **sample} for sample in shown))
         return row
 
@@ -259,7 +259,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
             if stopping:
                 raise Stopped(f"stopped after step {step} of {steps}")
     if progress.best is None:
-        adapters.save(loaded.model, folder.path / "adapter", settings, about(config))
+        training.keep(loaded, folder, settings, about(config))
     batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]
     result = _result(folder, progress, metrics, batching.padding_share(batches, lengths), [*loaded.notes, *data.notes])
     folder.conclude(asdict(result))

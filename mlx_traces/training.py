@@ -2,14 +2,16 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, evaluation
+from mlx_traces import adapters, cards, evaluation
 from mlx_traces.config import EvalConfig, OptimizerConfig, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
+from mlx_traces.runs import RunFolder
 
 SHOWN = 4  # validation completions kept in samples.jsonl
 
@@ -52,6 +54,26 @@ def answer(loaded: LoadedModel, held_out: evaluation.Plan) -> tuple[dict[str, An
     }
     keys = ("id", "question", "completion", "finish_reason", "verdict", "correct", "gold")
     return row, [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
+
+
+def keep(
+    loaded: LoadedModel,
+    folder: RunFolder,
+    settings: dict[str, Any],
+    about: dict[str, Any],
+    row: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a run's adapter as it is now, with its model card: the one place where trainings do.
+
+    Args:
+        loaded: the model, its adapter on.
+        folder: the run's; the adapter is in ``adapter/``.
+        settings: as `adapters.start` returned them.
+        about: further entries of the adapter's settings file.
+        row: the line of metrics of the validation that chose it; default: the run's last line tells.
+    """
+    adapters.save(loaded.model, folder.path / "adapter", settings, about)
+    cards.write(folder.path / "adapter", row and [row], cards.base_of(loaded.name, loaded.path))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -19,7 +19,7 @@ training rewards memory
 evaluation examples asking
 webpage
 sampling report curves findings
-fallback nano figures
+fallback nano figures cards
 drawing tables traces tracking
 models
 adapters sharing

@@ -1,4 +1,4 @@
-"""report and watch: runs for readers, as a page and in the terminal."""
+"""report, watch and card: runs for readers, as a page and in the terminal; an adapter, as its model card."""
 
 import sys
 import time
@@ -20,6 +20,21 @@ def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: s
 
     page, *pictures = webpage.write(runs, out, png, baseline)
     click.echo(f"written to {page}" + (f", {len(pictures)} pictures in {png}" if pictures else ""))
+
+
+@click.command("card")
+@click.argument("adapter", type=click.Path())
+@click.option("--run", "runs", multiple=True, type=click.Path(), help="Evaluation to put in.  Repeat for more.")
+def card_command(adapter: str, runs: tuple[str, ...]) -> None:
+    """Write the model card of an adapter anew, with evaluations of it and of its base model.
+
+    Trainings write one as they save; what this adds are figures measured since. The hub takes the folder as it is.
+    """
+    from pathlib import Path
+
+    from mlx_traces import cards
+
+    click.echo(f"written to {cards.rewrite(Path(adapter), [Path(run) for run in runs])}")
 
 
 @click.command("watch")

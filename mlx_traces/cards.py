@@ -1,0 +1,530 @@
+"""Model cards: the README.md of an adapter's folder, as the model hub reads it, and for people. No MLX.
+
+A card says what the adapter is for which base model, on what data and with which settings it was made, what was
+measured, and the base's licence. All of that is in the folder and in the run that it stands in, so a card can be
+written anew at any time. Texts of users and models are quoted as code; the machine's paths are cut to their ends.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import adapters, hub, models, tables
+from mlx_traces.errors import UserError, clean
+from mlx_traces.runs import fingerprint, read_json, whole_lines, write_atomic
+from mlx_traces.tasks import TASKS, gsm8k
+from mlx_traces.traces import manifest_path
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+MARK = "<!-- Written by mlx-traces"
+GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that are called after the one they are in
+KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "set of fully trained weights"}
+METHODS = {
+    "sft": "supervised fine-tuning on traces",
+    "grpo": "reinforcement learning (GRPO)",
+    "ppo": "reinforcement learning (PPO)",
+}
+FILES = (
+    "model",
+    "adapter",
+    "data",
+    "valid",
+    "reference",
+    "judge",
+    "judge_prompt",
+    "judge_cache",
+    "shots_data",
+    "prompt",
+)
+# The hub's identifiers of licences (hub documentation, "Licenses", and those it has taken up since).
+IDENTIFIERS = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0
+openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+other
+"""
+LICENCES = frozenset(IDENTIFIERS.split())
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as a card names it.
+
+    ``name`` is without the machine's paths, ``hub_id`` None for what is not on the hub. ``licence`` holds the hub's
+    fields ``license``, ``license_name`` and ``license_link``, and is empty where nothing is known. ``made_of`` is what
+    the base's own card names as its base.
+    """
+
+    name: str
+    hub_id: str | None
+    licence: dict[str, str] = field(default_factory=dict)
+    language: Any = None
+    made_of: str | None = None
+
+
+def base_of(spec: str, folder: Path | None = None) -> Base:
+    """Find out about a base model, from its own card where it has one.
+
+    Args:
+        spec: ``nano``, a folder, or a hub id with a revision or without.
+        folder: where the model is, if it was loaded.
+    """
+    if spec == models.NANO:
+        return Base(spec, None, {"license": "mit"}, "en")
+    if models.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
+        return _described(last_parts(spec), None, _front_matter(folder or Path(spec).expanduser()))
+    name, _, revision = spec.partition("@")
+    front = _front_matter(folder) if folder and (folder / CARD).is_file() else _front_matter_of(name, revision or None)
+    return _described(spec, name, front)
+
+
+def _described(name: str, hub_id: str | None, front: Mapping[str, Any]) -> Base:
+    made_of, language = front.get("base_model"), front.get("language")
+    languages = [language] if isinstance(language, str) else language
+    fits = isinstance(languages, list) and all(
+        isinstance(one, str) and re.fullmatch("[a-z-]+", one) for one in languages
+    )
+    return Base(
+        name,
+        hub_id,
+        _licence(front, hub_id),
+        language if fits else None,
+        clean(made_of)[:100] if isinstance(made_of, str) else None,
+    )
+
+
+def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
+    """Return the hub's fields of a licence; one that the hub's list does not have is ``other``, by its name."""
+    given = front.get("license")
+    if not isinstance(given, str) or not given.strip() or given == "unknown":
+        return {}
+    if given in LICENCES - {"other"}:
+        return {"license": given}
+    name = front.get("license_name") if given == "other" else given
+    fields = {"license": "other"}
+    if isinstance(name, str) and (slug := re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip("-")[:60]):
+        fields["license_name"] = slug
+    link = front.get("license_link")
+    if isinstance(link, str) and re.fullmatch(r"https?://\S+", link):
+        fields["license_link"] = link
+    elif isinstance(link, str) and hub_id and re.fullmatch(r"[\w.-]+", link):
+        fields["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+    return fields
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a folder's card; empty where there is none, or none that can be read."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+
+
+@cache
+def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
+    """Return the metadata of a card on the hub, which mlx_lm leaves there; empty if it is out of reach."""
+    from huggingface_hub import errors, hf_hub_download
+
+    offline = hub.switched_off() or bool(hub.fault())
+    try:
+        return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=offline)).parent)
+    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError):
+        return {}
+
+
+def write(
+    adapter: Path,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    base: Base | None = None,
+    runs: Sequence[Path] = (),
+    fused: tuple[Path, str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the card of an adapter's folder, or of a model that it was made part of.
+
+    Args:
+        adapter: the folder, complete but for its card.
+        rows: lines of metrics of its training; default: those of the run that it stands in.
+        base: what is known of the base model; default: what its name and the hub tell.
+        runs: finished evaluations with the adapter, and of the base model alone.
+        fused: the folder of the model that base and adapter were made, which gets the card, and its kind of weights.
+        title: default: the folder's name, or that of the run it stands in.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: if the folder is no adapter, or an evaluation is unfinished or of another adapter.
+    """
+    config = adapters.read_config(adapter)
+    training = config.get("training") if isinstance(config.get("training"), dict) else {}
+    base = base or base_of(str(config.get("model") or "an unknown model"))
+    title = title or title_of(adapter)
+    method = str(config.get("trained_by", "")).rpartition(" ")[2]
+    results = [_evaluation(Path(run), adapter, config) for run in runs]
+    row, chosen = kept_row(_lines(adapter.parent) if rows is None else rows)
+    measured = [*(result for result in results if result["adapter"]), *_validation(row, training)]
+    content = {
+        "title": _plain(title),
+        "summary": _summary(config, base, method, fused[1] if fused else None),
+        "uses": list(_uses(base, title, training, fused is not None)),
+        "evaluations": [_table_row(result, title) for result in results],
+        "measured": [(code(name), f"{value:.4g}") for name, value in row.items() if _tells(name, value)],
+        "moment": f"at step {row.get('step', 0):,}, the one that was kept" if chosen else "at its last step",
+        "chosen": chosen,
+        "data": list(_data_lines(training, method)),
+        "versions": _versions(adapter.parent),
+        "settings": (settings := _yaml(shown(training))),
+        "fence": fence_for(settings),
+        "licence": _licence_text(base),
+    }
+    metadata = _metadata(base, config, training, method, title, measured)
+    if fused and "base_model" in metadata:
+        metadata["base_model_relation"] = "finetune"
+    return _write((fused[0] if fused else adapter) / CARD, metadata, content)
+
+
+def _write(path: Path, metadata: dict[str, Any], content: dict[str, Any]) -> Path:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    card = ModelCard.from_template(ModelCardData(**metadata), template_path=str(TEMPLATE), **content)
+    write_atomic(path, f"{card}\n")
+    return path
+
+
+def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
+    """Write a finished adapter's card anew: ``mlx-traces card``. Metrics are those of the run that it stands in.
+
+    Raises:
+        UserError: as `write`; if there is a card that somebody else wrote.
+    """
+    adapter = adapter.expanduser()
+    adapters.read_config(adapter)
+    there = adapter / CARD
+    if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{there}: not written by mlx-traces; move it away first, it would be lost")
+    return write(adapter, runs=runs)
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics of a run folder; none of a folder that is no run's."""
+    return whole_lines(run / "metrics.jsonl", ("step",)) if (run / "run.json").exists() else []
+
+
+def kept_row(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Return the line of metrics at the step that an adapter is from, and whether a validation chose it.
+
+    It is the first of the best: by accuracy, else by loss, as the trainings keep it; the last line without validation.
+    """
+    for name, sign in (("valid/accuracy", 1), ("valid/loss", -1)):
+        if judged := [row for row in rows if name in row]:
+            return dict(max(judged, key=lambda row: sign * row[name])), True
+    return dict(rows[-1]) if rows else {}, False
+
+
+def _tells(name: str, value: Any) -> bool:
+    """Whether a metric tells about the adapter, not about the machine."""
+    about = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")
+    return name.startswith(about) and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def title_of(adapter: Path) -> str:
+    """Return a folder's name, or the name of the run that it stands in."""
+    folder = adapter.resolve()
+    named = folder.parent if folder.name in GENERIC and folder.parent.name else folder
+    return clean(named.name) or "adapter"
+
+
+def _metadata(
+    base: Base, config: dict[str, Any], training: dict[str, Any], method: str, title: str, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the card's front matter: only what the hub knows, and names only what is there."""
+    from huggingface_hub import EvalResult
+
+    kind = config.get("fine_tune_type", "lora")
+    tags = ["mlx", "mlx-traces", *([] if kind == "full" else [kind]), *([method] if method in METHODS else [])]
+    task = _task_of(training)
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=result["dataset"],
+            dataset_name=result["dataset_name"],
+            dataset_config=gsm8k.CONFIG if result["dataset"] == gsm8k.HUB else None,
+            dataset_split=result["split"],
+            metric_type="accuracy",
+            metric_value=round(100 * result["accuracy"], 1),
+            metric_name=result["metric"],
+        )
+        for result in results
+    ]
+    return {
+        "language": base.language,
+        **base.licence,
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        **(
+            {"base_model": base.hub_id, "base_model_relation": "finetune" if kind == "full" else "adapter"}
+            if base.hub_id
+            else {}
+        ),
+        "datasets": datasets_of(training, method) or None,
+        "tags": [*tags, *([task] if task else [])],
+        **({"model_name": title, "eval_results": found, "metrics": ["accuracy"]} if found else {}),
+    }
+
+
+def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None) -> str:
+    kind = config.get("fine_tune_type", "lora")
+    settings = config.get("lora_parameters") or {}
+    size = f", rank {settings['rank']}, scale {settings['scale']:g}" if "rank" in settings else ""
+    layers = config.get("num_layers", -1)
+    on = "all layers" if layers in (-1, None) else f"the last {layers} layers"
+    made = METHODS.get(method, "training")
+    whole = f"One model ({fused}) of a base and an adapter, which is a" if fused else "A"
+    what = f"{whole} {KINDS[kind]} ({on}{size}) for {_base_text(base)}, made by {made} with mlx-traces"
+    return f"{what} and MLX." + (
+        f" Training began with the adapter {code(start)}." if (start := _start(config)) else ""
+    )
+
+
+def _start(config: dict[str, Any]) -> str | None:
+    given = (config.get("training") or {}).get("adapter") if isinstance(config.get("training"), dict) else None
+    return last_parts(given) if isinstance(given, str) else None
+
+
+def _base_text(base: Base) -> str:
+    if base.hub_id:
+        return f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
+    if base.name == models.NANO:
+        return "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
+    return f"the model in a folder {code(base.name)}" + (f", made of {code(base.made_of)}" if base.made_of else "")
+
+
+def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
+    """Yield (language, code) of how the adapter, or the fused model, is used by mlx_lm and by mlx_traces."""
+    folder = f"path/to/{_slug(title)}"
+    spec = base.name if base.hub_id or base.name == models.NANO else f"path/to/{_slug(Path(base.name).name)}"
+    plain = base.hub_id or spec
+    first = ["from mlx_lm import generate, load", ""]
+    model = json.dumps(plain)
+    if base.name == models.NANO and not fused:
+        first = ["from mlx_lm import generate, load", "from mlx_traces import models", ""]
+        model = 'str(models.resolve("nano")[0])'
+    asked = [
+        f"model, tokenizer = load({json.dumps(folder) if fused else f'{model}, adapter_path={json.dumps(folder)}'})",
+        'messages = [{"role": "user", "content": "your question"}]',
+        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)",
+        "print(generate(model, tokenizer, prompt, max_tokens=256))",
+    ]
+    yield "python", "\n".join([*first, *asked])
+    words = ["mlx-traces", "eval", "--model", *([folder] if fused else [spec, "--adapter", folder])]
+    if task := _task_of(training):
+        words += ["--task", task]
+        prompt = (training.get("evaluate") or {}).get("prompt") or training.get("prompt")
+        if isinstance(prompt, str) and re.fullmatch(r"[\w-]+", prompt):
+            words += ["--prompt", prompt]
+    yield "bash", shlex.join(words)
+
+
+def _task_of(training: Mapping[str, Any]) -> str | None:
+    """Return the task that a training was for, or validated with; None where its settings do not say."""
+    task = training.get("task") or (training.get("evaluate") or {}).get("task")
+    return task if task in TASKS else None
+
+
+def datasets_of(training: Mapping[str, Any], method: str) -> list[str]:
+    """Return the hub data sets that a training learned from, as far as its settings and its files' manifests tell."""
+    if method in ("grpo", "ppo"):
+        data = training.get("data")
+        if data is None:
+            return [gsm8k.HUB] if training.get("task") == "gsm8k" else []
+        return [str(data).partition("@")[0]] if _is_hub_set(data) else []
+    found, data = [], training.get("data")
+    for _ in range(8):  # raw, generated, scored, filtered: a chain of files
+        manifest = _manifest(data)
+        config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
+        named = [manifest.get("source"), config.get("data"), config.get("hub")]
+        if config.get("task") == "gsm8k" and not config.get("data"):
+            named.append(gsm8k.HUB)
+        found += [str(name).partition("@")[0] for name in named if _is_hub_set(name)]
+        data = manifest.get("source")
+        if not data:
+            break
+    own = str(training.get("model")).partition("@")[0]  # the source of its own completions, and no data set
+    return [name for name in dict.fromkeys(found) if name != own]
+
+
+def _manifest(data: Any) -> dict[str, Any]:
+    try:
+        return (
+            read_json(manifest_path(Path(data))) if isinstance(data, str) and manifest_path(Path(data)).exists() else {}
+        )
+    except (UserError, OSError, ValueError):
+        return {}
+
+
+def _is_hub_set(name: Any) -> bool:
+    """Whether a text has the form of a hub id and is no file here."""
+    from mlx_traces.tasks.data import is_file
+
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name)) and not is_file(name)
+
+
+def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
+    """Yield what was learned from."""
+    data = training.get("data")
+    if method in ("grpo", "ppo"):
+        task = training.get("task") or "countdown"
+        own = f"the data set {code(gsm8k.HUB)}" if task == "gsm8k" else "generated problems"
+        source = own if data is None else f"the data of {code(last_parts(data))}"
+        prompt = training.get("prompt")
+        yield f"Problems of the task {code(task)}, from {source}, graded by the task's own checker" + (
+            f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."
+        )
+    elif isinstance(data, str):
+        counts = _manifest(data).get("counts")
+        written = counts.get("written") if isinstance(counts, dict) else None
+        number = f"{written:,} traces" if isinstance(written, int) else "Traces"
+        yield f"{number}, from the file {code(last_parts(data))}."
+    else:
+        yield "The settings do not say what data it was trained on."
+
+
+def _validation(row: Mapping[str, Any], training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the held-out accuracy of a training's kept step as a result for the hub; none without one."""
+    settings = training.get("evaluate")
+    if "valid/accuracy" not in row or not isinstance(settings, dict):
+        return []
+    task, data = settings.get("task", "countdown"), settings.get("data")
+    dataset, name = _dataset(task, data)
+    metric = f"accuracy in %, on the validation problems that chose the step, {settings.get('limit', 200)} at most"
+    split = str(settings.get("split", "valid")).partition("[")[0]
+    accuracy = row["valid/accuracy"]
+    return [{"dataset": dataset, "dataset_name": name, "split": split, "accuracy": accuracy, "metric": metric}]
+
+
+def _dataset(task: Any, data: Any) -> tuple[str, str]:
+    """Return a data set's identifier and a name for readers."""
+    if _is_hub_set(data):
+        own = data.partition("@")[0]
+        return own, own
+    if data is not None:
+        return clean(task), f"{clean(task)}, {last_parts(data)}"
+    return (gsm8k.HUB, "GSM8K") if task == "gsm8k" else (clean(task), f"{clean(task)}, generated by mlx-traces")
+
+
+def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Read a finished evaluation of the adapter, or of its base alone.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    about, result = read_json(run / "run.json").get("identity"), read_json(run / "result.json")
+    if not isinstance(about, dict) or "problems" not in about:
+        raise UserError(f"{run}: not an evaluation; make one with: mlx-traces eval --adapter {adapter}")
+    own = about.get("adapter_files")
+    if own not in (None, fingerprint(adapter)):
+        raise UserError(f"{run}: an evaluation of another adapter, {about.get('adapter')}, or of other weights in it")
+    if own is None and str(about.get("model")) != str(config.get("model")):
+        raise UserError(f"{run}: an evaluation of {about.get('model')}, not of this adapter or its base")
+    dataset, name = _dataset(result["task"], about.get("data"))
+    greedy = "greedy" if not result["temperature"] else f"temperature {result['temperature']:g}"
+    decoding = f"{greedy}, at most {result['max_tokens']:,} tokens"
+    prompt, number = last_parts(result["prompt"]), f"n = {result['total_questions']:,}"
+    interval = f"95 % interval {tables.interval(result['ci_low'], result['ci_high'])}"
+    metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {interval}"
+    split = str(result["split"]).partition("[")[0]
+    told = {"dataset": dataset, "dataset_name": name, "split": split, "decoding": decoding, "metric": clean(metric)}
+    return {**result, **told, "prompt": prompt, "adapter": own is not None}
+
+
+def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
+    name = code(title) if result["adapter"] else "none, the base model"
+    task, prompt, extractor = (code(clean(result[key])).replace("|", "\\|") for key in ("task", "prompt", "extractor"))
+    accuracy, interval = f"{tables.percent(result['accuracy'])} %", tables.interval(result["ci_low"], result["ci_high"])
+    counts = f"{result['correct_count']:,}", f"{result['total_questions']:,}"
+    return name.replace("|", "\\|"), task, prompt, extractor, accuracy, interval, *counts, result["decoding"]
+
+
+def _versions(run: Path) -> str:
+    """Say by which version a run was made, if the adapter stands in one."""
+    try:
+        versions = read_json(run / "run.json").get("versions") or {}
+    except UserError:
+        return ""
+    known = [f"{name} {clean(versions[name])}" for name in ("mlx-traces", "mlx", "mlx-lm") if versions.get(name)]
+    return f" of {known[0]} ({', '.join(known[1:])})" if known else ""
+
+
+def _licence_text(base: Base) -> str:
+    if not base.licence:
+        return "The licence of the base model is not known here; look it up before you share or use this adapter."
+    name = base.licence.get("license_name") or base.licence["license"]
+    link = base.licence.get("license_link")
+    return f"That of the base model: {code(name)}" + (f", see <{link}>." if link else ".")
+
+
+def shown(value: Any, name: str = "") -> Any:
+    """Return settings without the paths of the machine: a file keeps its last parts, a text loses the home folder."""
+    if isinstance(value, dict):
+        return {clean(key): shown(one, str(key)) for key, one in value.items() if one is not None}
+    if isinstance(value, (list, tuple)):
+        return [shown(one, name) for one in value]
+    if not isinstance(value, str):
+        return value
+    text = last_parts(value) if name in FILES and "\n" not in value else value
+    for folder, short in ((Path.cwd(), "."), (Path.home(), "~")):
+        text = text.replace(str(folder), short) if len(folder.parts) > 2 else text
+    return text
+
+
+def last_parts(path: str) -> str:
+    """Cut a path of this machine to its last parts; names, hub ids and paths from here stay as they are."""
+    text = clean(path)
+    if not text.startswith(("/", "~", "\\")) and ".." not in Path(text).parts and text[1:2] != ":":
+        return text
+    parts = [part for part in re.split(r"[/\\]+", text) if part not in ("", "~", "..")]
+    return "/".join(parts[-2:] if parts and parts[-1] in GENERIC else parts[-1:]) or "folder"
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
+
+
+def fence_for(text: str) -> str:
+    """Return a fence of code that nothing in ``text`` can close."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def code(text: str) -> str:
+    """Quote foreign text as code: neither Markdown nor HTML in it means anything."""
+    text = clean(text)
+    marks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{marks}{pad}{text}{pad}{marks}"
+
+
+def _plain(text: str) -> str:
+    """Escape what Markdown and HTML would read as their own."""
+    return re.sub(r"([\\`*_\[\]<>#|~&$!])", r"\\\1", clean(text))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "folder"
