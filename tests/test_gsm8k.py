@@ -224,13 +224,14 @@ def test_prompt_styles():
     """Each style puts the question, and asks for what the grader reads."""
     problem = parse({"question": "How many {jars}?", "answer": "18"}, "x:1")
     assert TASK.default_prompt == "plain"
-    assert TASK.styles == ("plain", "boxed", "hash", "thinking", "fewshot", "fewshot-chat")
+    assert TASK.styles == ("plain", "boxed", "hash", "brief", "thinking", "fewshot", "fewshot-chat")
     asked = {name: prompt.messages(problem) for name, prompt in TASK.prompts.items()}
     assert asked["plain"] == [{"role": "user", "content": "How many {jars}?"}]
     system = "Please reason step by step, and put your final answer within \\boxed{}."
     assert asked["boxed"] == [{"role": "system", "content": system}, *asked["plain"]]
     for name, words in {
         "hash": ["####"],
+        "brief": ["one or two short sentences", "####"],
         "thinking": ["<think>", "</think>", "<answer>", "</answer>"],
     }.items():
         (turn,) = asked[name]

@@ -94,6 +94,10 @@ PROMPTS = {
             "Then end with one line: #### followed by the answer as a number.",
         ),
         Prompt(
+            name="brief",
+            user="{question}\n\nSolve it in one or two short sentences, then write #### and the number.",
+        ),
+        Prompt(
             name="thinking",
             user="{question}\n\nThink first, between <think> and </think>. "
             "Then give the answer alone, as a number: <answer>number</answer>.",
