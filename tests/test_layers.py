@@ -10,7 +10,7 @@ cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.t
 cli.options
 forecast
 rounds doctor study verifying planning
-comparison quantizing bench_grpo
+comparison quantizing bench_grpo selftest
 bench_sft fusing generation
 bench grpo ppo sft scoring reformatting
 reinforcement
@@ -25,7 +25,7 @@ models
 adapters sharing
 forward checkpoints ranks
 optim runs batching device policy slots
-selection
+selection endpoint
 quality
 tasks.qa
 tasks.gsm8k tasks.countdown

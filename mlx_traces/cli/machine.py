@@ -1,5 +1,8 @@
 """nano, doctor and plan."""
 
+import json
+from pathlib import Path
+
 import click
 
 from mlx_traces.cli.options import settings_options
@@ -36,12 +39,38 @@ def nano_build(config_file: str | None, settings: dict) -> None:
     click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown")
 
 
+@nano_group.command("reference")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; it is replaced.")
+def nano_reference(out: Path) -> None:
+    """Write the numbers that doctor's self-test compares with: nano in float32 on this CPU.
+
+    To be repeated whenever nano was built anew: --out mlx_traces/assets/selftest.json.
+    """
+    from mlx_traces import selftest
+
+    content = selftest.write_reference(out)
+    tokens = sum(len(completion["tokens"]) for completion in content["completions"])
+    click.echo(f"written to {out}: {tokens} log-probabilities and a training step")
+
+
 @click.command("doctor")
-def doctor_command() -> None:
-    """Say what this machine runs on, how fast, and what to do about what is wrong."""
+@click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
+@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step against stored numbers.")
+def doctor_command(as_json: bool, self_test: bool) -> None:
+    """Say what this machine runs on, how fast, whether right, and what to do about what is wrong.
+
+    Looks at versions, device, memory, BLAS, disk and the hub, and tests generation and a training step of the
+    embedded model against stored numbers. Exit status 1 if commands would fail, or results could not be trusted.
+    """
     from mlx_traces import doctor
 
-    doctor.show()
+    lines = doctor.report(self_test)
+    if as_json:
+        click.echo(json.dumps(doctor.as_rows(lines), indent=1))
+    else:
+        doctor.show(lines)
+    if any(line.failed for line in lines):
+        raise SystemExit(1)
 
 
 @click.command("plan")

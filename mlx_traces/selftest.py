@@ -1,0 +1,223 @@
+"""Whether this machine computes what it should: a short generation and one training step of nano, against a reference.
+
+The reference, ``assets/selftest.json``, is nano in float32 on a CPU, computed by plain forward passes (`reference`);
+what is tested is the way that every command goes: `models.load` with this machine's own weights and dtype, the chat
+template, the sampling engine, an SFT step with its adapter, clipping and AdamW.
+
+Log-probabilities are compared rather than tokens: where the two likeliest tokens are nearer to each other than twice
+the tolerance, another one may be taken, and that completion is compared up to there. Rounding is all that devices may
+differ by, so `TOLERANCES` are per dtype of the computation: four times `DEVIATIONS` or more, what this test deviated
+by on a CPU in that dtype, 4-bit weights included, which deviate most. A GPU may multiply float32 at lower precision
+(TF32), so float32 there is held to float16's. What that catches, tried on each of nano's 29 matrices in turn: one 10 %
+too large always in float32 on a CPU and 19 times in float16; one 50 % too large always in float16, 14 times in
+bfloat16.
+"""
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from mlx_traces.config import SFTConfig
+from mlx_traces.errors import UserError
+from mlx_traces.models import NANO, LoadedModel
+from mlx_traces.runs import fingerprint, provenance, read_json, to_json, write_atomic
+
+PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
+MAX_TOKENS = 24
+RANK, SCALE, RATE = 8, 2.0, 1e-3
+# Log-probability in nats; loss and gradient norm as shares of themselves.
+DEVIATIONS = {"float32": (1e-5, 3e-7), "float16": (0.026, 0.0026), "bfloat16": (0.11, 0.017)}
+TOLERANCES = {"float32": (0.001, 0.001), "float16": (0.105, 0.0105), "bfloat16": (0.45, 0.07)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a self-test found: ``wrong`` names what is out of tolerance, and is empty if all is well.
+
+    ``nats`` is the largest deviation of a log-probability, ``share`` that of loss and gradient norm, relative;
+    ``tolerance`` holds the largest allowed of both.
+    """
+
+    wrong: list[str]
+    nats: float
+    share: float
+    tolerance: tuple[float, float]
+    dtype: str
+    seconds: float
+
+
+def load_reference() -> dict[str, Any]:
+    """Return the stored numbers; UserError if they are missing or damaged."""
+    return read_json(Path(str(resources.files("mlx_traces") / "assets" / "selftest.json")))
+
+
+def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None) -> Outcome:
+    """Generate and train one step with nano, as it is loaded here, and compare with the stored numbers.
+
+    Args:
+        loaded: nano; it is trained, so it is of no use afterwards. Default: as every command loads it.
+        stored: the reference; default: the package's.
+
+    Raises:
+        UserError: if nano or the reference cannot be read, or are not of each other.
+    """
+    from mlx_traces import models
+
+    start = perf_counter()
+    stored = load_reference() if stored is None else stored
+    loaded = models.load(NANO) if loaded is None else loaded
+    try:
+        if stored["nano"] != fingerprint(loaded.path):
+            raise UserError("nano's files are not those that the self-test's numbers were made with")
+        dtype = str(loaded.model.model.norm.weight.dtype).rpartition(".")[2]
+        allowed = TOLERANCES["float16" if dtype == "float32" and loaded.backend.name != "cpu" else dtype]
+        wrong, nats = _generation(loaded, stored["completions"], allowed[0])
+        # A model whose outputs are no numbers is not trained.
+        lines, share = _training(loaded, stored["training"], allowed[1]) if math.isfinite(nats) else ([], math.inf)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the self-test's numbers are damaged ({error!r})") from None
+    return Outcome(wrong + lines, nats, share, allowed, dtype, perf_counter() - start)
+
+
+def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: float) -> tuple[list[str], float]:
+    """Complete the prompts by the engine; return what is wrong, and the largest deviation in nats."""
+    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.sampling import generate
+
+    prompts = prompts_of(loaded)
+    for number, (ids, known) in enumerate(zip(prompts, stored, strict=True), 1):
+        if list(ids) != known["prompt"]:
+            return [f"prompt {number} is encoded as other tokens than it should be"], math.inf
+    wrong, worst = [], 0.0
+    rollouts = generate(loaded, [Request(ids) for ids in prompts], SamplingParams(MAX_TOKENS), logprobs=True)
+    for index, rollout in sorted(rollouts, key=lambda pair: pair[0]):
+        known, found = stored[index], rollout.model_logprobs or ()
+        if not all(map(math.isfinite, found)):
+            return [f"completion {index + 1} has log-probabilities that are no numbers"], math.inf
+        for place, token in enumerate(known["tokens"]):
+            if place >= len(rollout.completion_ids):
+                wrong.append(f"completion {index + 1} ends after {place} tokens, not {len(known['tokens'])}")
+                break
+            if rollout.completion_ids[place] != token:
+                if not known["gaps"][place] < 2 * allowed:
+                    wrong.append(f"completion {index + 1} has another token {place + 1} than it should")
+                break
+            off = abs(found[place] - known["logprobs"][place])
+            worst = max(worst, off)
+            if not off <= allowed:
+                where = f"completion {index + 1}, token {place + 1}"
+                wrong.append(f"{where}: log-probability {found[place]:.4f} for {known['logprobs'][place]:.4f}")
+                break
+    return wrong, worst
+
+
+def _training(loaded: LoadedModel, stored: dict[str, float], allowed: float) -> tuple[list[str], float]:
+    """Train one step; return what is wrong, and the largest relative deviation."""
+    found = step_of(loaded)
+    shares = {name: abs(found[name] - stored[name]) / abs(stored[name]) for name in stored}
+    shares = {name: share if math.isfinite(share) else math.inf for name, share in shares.items()}
+    wrong = [
+        f"training step: {name} {found[name]:.5f} for {stored[name]:.5f}"
+        for name, share in shares.items()
+        if not share <= allowed
+    ]
+    return wrong, max(shares.values())
+
+
+def prompts_of(loaded: LoadedModel) -> list[tuple[int, ...]]:
+    """Return the token ids of the self-test's prompts."""
+    from mlx_traces.tasks import countdown
+
+    asked = [
+        (countdown.PROMPTS[style], countdown.parse({"nums": list(nums), "target": target}, "self-test"))
+        for style, nums, target in PROBLEMS
+    ]
+    return [loaded.render(prompt, problem).ids for prompt, problem in asked]
+
+
+def step_of(loaded: LoadedModel) -> dict[str, float]:
+    """Train a LoRA adapter one step on the solver's traces; return loss before and after, and the gradient's norm.
+
+    The adapter's weights are sines, the same on every device and in every version, and none is 0, so that every matrix
+    has a gradient.
+    """
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_flatten
+
+    from mlx_traces import adapters, forward, optim, sft
+
+    config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
+    adapters.start(loaded.model, config)
+    waves = [
+        (name, mx.array(0.05 * np.sin(1 + 0.7 * np.arange(array.size) + at), array.dtype).reshape(array.shape))
+        for at, (name, array) in enumerate(sorted(tree_flatten(loaded.model.trainable_parameters())))
+    ]
+    loaded.model.load_weights(waves, strict=False)
+    loaded.model.train()
+    batch = _examples(loaded)
+    halves, optimizer = forward.split(loaded.model), optim.make_optimizer(config, 10)
+    loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
+    grads, norm = optim.clip(grads, config.max_grad_norm)
+    optimizer.update(loaded.model, grads)
+    mx.eval(loaded.model.trainable_parameters(), optimizer.state, norm)
+    loaded.model.eval()
+    after = sft.mean_loss(halves, batch, config)
+    return {"loss": float(loss), "gradient norm": norm.item(), "loss after the step": after}
+
+
+def _examples(loaded: LoadedModel) -> list[Any]:
+    from mlx_traces import examples
+    from mlx_traces.traces import countdown_traces
+
+    traces = countdown_traces(4, "train", seed=0)
+    return [examples.encode(loaded, trace, examples.turn_end(loaded)) for trace in traces]
+
+
+# -------------------------------------------------------------------------------------------------- the reference
+
+
+def write_reference(path: Path) -> dict[str, Any]:
+    """Write the numbers of nano in float32 on this CPU, by plain forward passes; ``mlx-traces nano reference``."""
+    content = reference()
+    try:
+        write_atomic(path, to_json(content))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    return content
+
+
+def reference() -> dict[str, Any]:
+    """Compute the reference: greedy tokens, their log-probabilities, their lead over the next likeliest (nats), a step.
+
+    No cache, no batch, no engine: each token is the likeliest of a forward pass over all tokens before it.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_traces import models
+
+    loaded = models.load(NANO, device="cpu", weights="dense", dtype="float32")
+    completions = []
+    for prompt in prompts_of(loaded):
+        ids, logprobs, gaps = list(prompt), [], []
+        while len(logprobs) < MAX_TOKENS and ids[-1] not in (loaded.stop_ids if logprobs else ()):
+            logits = np.array(loaded.model(mx.array([ids]))[0, -1], np.float64)
+            values = logits - np.logaddexp.reduce(logits)
+            second, first = np.sort(values)[-2:]
+            ids.append(int(values.argmax()))
+            logprobs.append(round(float(first), 6))
+            gaps.append(round(float(first - second), 6))
+        tokens = ids[len(prompt) :]
+        completions.append({"prompt": list(prompt), "tokens": tokens, "logprobs": logprobs, "gaps": gaps})
+    made = provenance()
+    return {
+        "made_by": "mlx-traces nano reference",
+        "versions": made["versions"],
+        "nano": fingerprint(loaded.path),
+        "training": {name: round(value, 7) for name, value in step_of(loaded).items()},
+        "completions": completions,
+    }
