@@ -49,8 +49,22 @@ class ProblemConfig(Config):
     seed: int = Field(0, description="Seed of problems, worked examples and sampling.")
 
 
-class EvalConfig(LoadConfig, ProblemConfig):
-    """Settings of ``mlx-traces eval``."""
+class EndpointConfig(Config):
+    """A server that answers in place of a model that is loaded here."""
+
+    endpoint: str | None = Field(
+        None, description="Address of an OpenAI-compatible server that answers, http://host:port; --model is its name."
+    )
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Requests under way there at once.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(
+        4, description="Times that a request is repeated after 429, 5xx, a lost connection or a broken reply."
+    )
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Most seconds for one reply.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the server's key.")
+
+
+class AnswerConfig(LoadConfig, ProblemConfig):
+    """A model that answers problems, and how its answers are sampled."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -65,7 +79,11 @@ class EvalConfig(LoadConfig, ProblemConfig):
     thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
 
 
-class GenerateConfig(EvalConfig):
+class EvalConfig(AnswerConfig, EndpointConfig):
+    """Settings of ``mlx-traces eval``."""
+
+
+class GenerateConfig(AnswerConfig):
     """Settings of ``mlx-traces generate``: those of an evaluation, sampled, on training problems."""
 
     split: str = Field("train", description="Split of the data; a slice as in 'train[:64]' takes a part.")

@@ -10,21 +10,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mlx_traces import ranks, stats
-from mlx_traces.config import EvalConfig, build
+from mlx_traces import endpoint, ranks, stats
+from mlx_traces.config import AnswerConfig, EndpointConfig, EvalConfig, build
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.interrupts import Stopped
+from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
-from mlx_traces.runs import RunFolder, fingerprint, now, provenance
+from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import vote_of
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
-NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"}
+NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"} | set(EndpointConfig.model_fields)
 
 Sample = dict[str, Any]
 Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,53 @@ class Completion:
     opened: str
     rollout: Rollout
 
+    @property
+    def text(self) -> str:
+        """What the model said, without the stop token."""
+        return self.rollout.text
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens that took, the stop token included."""
+        return len(self.rollout.completion_ids)
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended."""
+        return self.rollout.finish_reason
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a server answered: the prompt and the text of it; ``tokens`` is None where it does not count them."""
+
+    prompt: str
+    opened: str
+    text: str
+    tokens: int | None
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where completions come from: the engine with a loaded model, or a server.
+
+    ``identity`` is what it adds to that of the run, ``details`` what ``run.json`` says besides, ``notes`` are lines
+    for the user, some of which come up on the way. ``memory`` tells the peak in 1e9 bytes, None if that is not known.
+    """
+
+    generate: Generate
+    identity: dict[str, Any]
+    details: dict[str, Any]
+    notes: list[str]
+    memory: Callable[[], float | None]
+
 
 @dataclass(frozen=True)
 class Plan:
     """An evaluation whose settings are complete and checked, with its problems; no model is loaded yet."""
 
-    config: EvalConfig
+    config: AnswerConfig
     task: Task
     prompt: Prompt
     extractor: str
@@ -59,44 +101,60 @@ class Plan:
         name = "-".join(part for part in parts if part)
         return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
 
+    @property
+    def model(self) -> str:
+        """The model's name in results: with its server's, where it is behind one."""
+        return endpoint.named(self.config) if endpoint.behind(self.config) else self.config.model
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
-        from mlx_traces.models import NANO, is_folder, resolve
-
         config = self.config
-        local = config.model == NANO or is_folder(config.model)
         asked = [[problem.id, problem.gold] for problem in self.problems]
-        return {
+        shared = {
             **config.model_dump(mode="json", exclude=NOT_IDENTITY),
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+        }
+        if endpoint.behind(config):
+            return {**shared, "endpoint": config.endpoint}
+        from mlx_traces.models import NANO, is_folder, resolve
+
+        local = config.model == NANO or is_folder(config.model)
+        return {
+            **shared,
             "model_files": fingerprint(resolve(config.model)[0]) if local else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }
 
 
-def plan(config: EvalConfig) -> Plan:
+def plan(config: AnswerConfig) -> Plan:
     """Fill in what the settings leave to the task, check names, and load the problems.
 
     Raises:
         UserError: for an unknown task, prompt or extractor, with the choices; for a missing model or adapter; for bad
-            problems; for several samples without a temperature.
+            problems; for several samples without a temperature; for settings that do not go with a server, or need one.
     """
-    from mlx_traces.models import check, with_adapter
+    config = endpoint.settled(config)
+    if not endpoint.behind(config):
+        from mlx_traces.models import check, with_adapter
 
-    config = with_adapter(config)
+        config = with_adapter(config)
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
-    check(config.model, config.adapter)
+    if not endpoint.behind(config):
+        check(config.model, config.adapter)
     problems = task.load(config.split, config.data, config.limit, config.seed)
-    return Plan(config, task, _prompt(task, config, problems), extractor, problems)
+    prompt = _prompt(task, config, problems)
+    if endpoint.behind(config):
+        endpoint.refuse_prefill(prompt)
+    return Plan(config, task, prompt, extractor, problems)
 
 
-def _prompt(task: Task, config: EvalConfig, problems: list[Problem]) -> Prompt:
+def _prompt(task: Task, config: AnswerConfig, problems: list[Problem]) -> Prompt:
     """Find the prompt by name or file, and apply ``system`` and ``prefill``; no problem is its own worked example."""
     name = config.prompt or task.default_prompt
     if name in task.prompts:
@@ -151,31 +209,78 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         UserError: if the input is wrong.
         Stopped: after Ctrl-C; what was finished is kept.
     """
+    if endpoint.behind(planned.config):
+        with _alone(path, resume) as (folder, stop):
+            folder.check(planned.identity())
+            with _server(planned, stop) as source:
+                return _run(planned, folder, progress, source)
     with ranks.at_work(path, resume) as (folder, stop):
-        return _run(planned, folder, progress, stop)
+        return _run(planned, folder, progress, _engine(planned, stop))
 
 
-def _run(planned: Plan, folder: RunFolder, progress: bool, stop: Callable[[], bool]) -> EvalResult:
+@contextmanager
+def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
+    """Begin or continue a run as `ranks.at_work` does, in the one process that asks a server and needs no MLX."""
+    RunFolder(path).refuse(resume)
+    with held(path / ".lock"), listening() as pressed:
+        yield RunFolder(path), pressed
+
+
+def _engine(planned: Plan, stop: Stop) -> Source:
+    """Load the model of a plan."""
     from mlx_traces import device
     from mlx_traces.models import load
 
     config = planned.config
     loaded = load(config.model, config.adapter, **config.load_arguments())
     backend = loaded.backend
-    identity = planned.identity() | {
-        "revision": loaded.revision,
-        "weights": backend.weights,
-        "dtype": backend.dtype,
-    }
+    device.reset_peak_memory()
+    return Source(
+        completions_of(loaded, planned, stop=stop),
+        {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype},
+        {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()},
+        loaded.notes,
+        device.peak_memory_gb,
+    )
+
+
+@contextmanager
+def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
+    """Reach the server of a plan."""
+    config = planned.config
+    server = endpoint.Server(config)
+
+    def generate(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Answered]]:
+        """Yield the server's answers as they come."""
+        opened = "" if planned.prompt.chat else planned.prompt.prefill
+        seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
+        pairs = zip(todo, seeds, strict=True)
+        asks = [endpoint.ask(config, planned.prompt, problem, seed) for (problem, _), seed in pairs]
+        return (
+            (index, Answered(asks[index].text, opened, reply.text, reply.tokens, reply.finish_reason))
+            for index, reply in endpoint.answers(server, asks, stop)
+        )
+
+    try:
+        known = server.models()
+        details = {"server": {"url": server.url, "models": known}, "concurrency": config.concurrency}
+        if known and config.model not in known:
+            server.notes.append(f"the server's list of models does not name {config.model}")
+        yield Source(generate, {}, details, server.notes, lambda: None)
+    finally:
+        server.close()
+
+
+def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> EvalResult:
+    config = planned.config
+    identity = planned.identity() | source.identity
     samples = [rehead(row, planned.extractor) for row in folder.recover(identity)]
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-    completions = completions_of(loaded, planned, stop=stop)(todo)  # refuses bad requests before anything is written
-    ran = {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
-    folder.begin(identity, {**provenance(), **ran})
+    completions = source.generate(todo)  # refuses bad requests before anything is written
+    folder.begin(identity, {**provenance(), **source.details})
     before = max((row["elapsed"] for row in samples), default=0.0)
-    device.reset_peak_memory()
     start = perf_counter()
     with _bar(progress, len(wanted), samples) as advance:
         for index, completion in completions:
@@ -189,7 +294,7 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, stop: Callable[[], bo
         raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
     order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
     samples.sort(key=lambda row: order[row["id"], row["sample"]])
-    result = summarize(planned, samples, folder.path.name, device.peak_memory_gb(), loaded.notes)
+    result = summarize(planned, samples, folder.path.name, source.memory(), source.notes)
     folder.finish(samples, asdict(result))
     return result
 
@@ -298,7 +403,7 @@ def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sa
 
         def advance(row: Sample) -> None:
             nonlocal correct, tokens, done
-            correct, tokens, done = correct + row["correct"], tokens + row["tokens"], done + 1
+            correct, tokens, done = correct + row["correct"], tokens + (row["tokens"] or 0), done + 1
             speed = tokens / (perf_counter() - start)
             progress.update(bar, completed=done, figures=f"{100 * correct / done:.1f} % correct  {speed:.0f} tokens/s")
 
@@ -311,19 +416,18 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8])
 
 
-def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion) -> Sample:
+def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion | Answered) -> Sample:
     """Judge one completion and make its line of ``samples.jsonl``."""
-    rollout = completion.rollout
-    scores = planned.task.grade(problem, completion.opened + rollout.text)
+    scores = planned.task.grade(problem, completion.opened + completion.text)
     headline = scores[planned.extractor]
     return {
         "id": problem.id,
         "sample": sample,
         "question": question_of(planned.task, problem),
         "prompt": completion.prompt,
-        "completion": rollout.text,
-        "tokens": len(rollout.completion_ids),
-        "finish_reason": rollout.finish_reason,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
         "extracted": headline.extracted,
         "extractions": {name: score.extracted for name, score in scores.items()},
         "verdicts": {name: score.verdict for name, score in scores.items()},
@@ -341,16 +445,22 @@ def question_of(task: Task, problem: Problem) -> str:
     return ", ".join(f"{column} {problem.columns[column]}" for column in task.columns)
 
 
-def summarize(planned: Plan, samples: list[Sample], run_name: str, memory_gb: float, notes: list[str]) -> EvalResult:
-    """Compute a result from graded samples, in any order."""
+def summarize(
+    planned: Plan, samples: list[Sample], run_name: str, memory_gb: float | None, notes: list[str]
+) -> EvalResult:
+    """Compute a result from graded samples, in any order; figures of tokens are None if not all were counted."""
     config = planned.config
-    tokens = sum(row["tokens"] for row in samples)
+    counts = [row["tokens"] for row in samples]
+    tokens = None if None in counts else sum(counts)
+    uncounted, unsaid = counts.count(None), sum(row["finish_reason"] == "unknown" for row in samples)
+    said = [f"the server gave no count of tokens for {uncounted:,} of {len(counts):,} completions"] if uncounted else []
+    said += [f"the server did not say why {unsaid:,} of {len(counts):,} completions ended"] if unsaid else []
     seconds = max(row["elapsed"] for row in samples)
     overall = accuracy_of(samples, lambda row: row["correct"])
     strata = sorted({row["stratum"] for row in samples} - {""})
     return EvalResult(
         run=run_name,
-        model=config.model,
+        model=planned.model,
         adapter=config.adapter,
         task=planned.task.name,
         prompt=planned.prompt.name,
@@ -362,8 +472,8 @@ def summarize(planned: Plan, samples: list[Sample], run_name: str, memory_gb: fl
         max_tokens=config.max_tokens,
         seed=config.seed,
         truncated=sum(row["finish_reason"] == "length" for row in samples) / len(samples),
-        mean_tokens=tokens / len(samples),
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        mean_tokens=None if tokens is None else tokens / len(samples),
+        tokens_per_second=None if tokens is None else tokens / seconds if seconds else 0.0,
         wall_seconds=seconds,
         peak_memory_gb=memory_gb,
         timestamp=now(),
@@ -377,7 +487,7 @@ def summarize(planned: Plan, samples: list[Sample], run_name: str, memory_gb: fl
             for name in planned.task.extractors
         },
         **_at_k(samples, config.samples),
-        notes=notes,
+        notes=[*notes, *said],
     )
 
 

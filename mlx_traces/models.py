@@ -13,7 +13,7 @@ from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.tasks.answers import THOUGHT_TAGS
-from mlx_traces.tasks.prompts import Message, Prompt
+from mlx_traces.tasks.prompts import Message, Prompt, as_text
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -76,7 +76,7 @@ class LoadedModel:
         """
         messages = prompt.messages(problem)
         if not prompt.chat:
-            text = _as_text(messages) + prompt.prefill
+            text = as_text(messages) + prompt.prefill
             return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
         return self.render_turns(messages, prompt.prefill, thinking)
 
@@ -412,17 +412,6 @@ def _context(config: dict[str, Any]) -> int | None:
             if isinstance(settings.get(key), int):
                 return settings[key]
     return None
-
-
-def _as_text(messages: list[Message]) -> str:
-    """Join turns as one text, as lm-eval does: a blank line between pairs, a space before an answer."""
-    text = ""
-    for message in messages:
-        if message["role"] == "assistant":
-            text += ("" if text[-1:].isspace() else " ") + message["content"]
-        else:
-            text += ("\n\n" if text else "") + message["content"]
-    return text
 
 
 def _as_plain_chat(messages: list[Message]) -> str:

@@ -124,7 +124,9 @@ class EvalResult:
 
     Shares are fractions from 0 to 1; ``accuracy`` is the mean over problems and samples with its 95 % interval;
     ``correct_count`` of ``total_questions`` counts completions. ``mean_tokens`` is per completion, its stop token
-    included. ``tokens_per_second`` counts completion tokens over ``wall_seconds`` of generation (loading excluded).
+    included. ``tokens_per_second`` counts completion tokens over ``wall_seconds`` of generation (loading excluded). A
+    model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens where the
+    server does not count them.
     ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for the other extractors.
     """
 
@@ -145,10 +147,10 @@ class EvalResult:
     max_tokens: int
     seed: int
     truncated: float
-    mean_tokens: float
-    tokens_per_second: float
+    mean_tokens: float | None
+    tokens_per_second: float | None
     wall_seconds: float
-    peak_memory_gb: float
+    peak_memory_gb: float | None
     timestamp: str
     verdicts: dict[str, int]
     by_stratum: dict[str, dict[str, Any]]

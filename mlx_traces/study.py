@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import comparison, evaluation, findings, models, quantizing, report, tables, webpage
+from mlx_traces import comparison, endpoint, evaluation, findings, models, quantizing, report, tables, webpage
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.runs import RunFolder, read_json, to_json, write_atomic
@@ -103,7 +103,9 @@ def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str
         if model.optional and adapter and not models.is_folder(adapter):
             notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
             continue
-        wanted = None
+        wanted, served = None, bool(model.settings.get("endpoint"))
+        if model.bits is not None and (served or task.endpoint):
+            raise UserError(f"models.{place}: a model behind a server has the bits that it has; leave bits out")
         if model.bits is not None:
             models.check(spec)
             wanted = quantizing.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
@@ -111,7 +113,10 @@ def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str
             own = {"model": spec, "adapter": adapter, "prompt": prompt}
             if taken := sorted(own.keys() & model.settings.keys()):
                 raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
-            settings = build(EvalConfig, {**shared, **model.settings, **own}, f"models.{place}.settings")
+            kept = shared
+            if served:  # what the task says of models that are loaded here is not for it
+                kept = {name: value for name, value in shared.items() if name not in endpoint.LOCAL}
+            settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
             found.append(Entry(settings, wanted, model.label, f"models.{place}"))
     if not found:
         raise UserError(f"study {config.name}: no model is left to evaluate; {'; '.join(notes)}")
@@ -151,7 +156,9 @@ def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[e
     if config.baseline is None:
         return 0
     rows = [
-        tables.Run(planned.label, {**planned.config.model_dump(), "prompt": planned.prompt.name}, [])
+        tables.Run(
+            planned.label, {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}, []
+        )
         for planned in plans
     ]
     rows = [entry.named(row) for entry, row in zip(found, rows, strict=True)]
@@ -252,11 +259,14 @@ def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     """Describe the weights of a run: on disk, and as they computed its answers."""
     stored = read_json(Path(config.runs_dir) / made.name / "run.json")
     folder = entry.conversion.path if entry.conversion else None
-    if folder is None and (entry.config.model == models.NANO or models.is_folder(entry.config.model)):
+    loaded = not endpoint.behind(entry.config)
+    if loaded and folder is None and (entry.config.model == models.NANO or models.is_folder(entry.config.model)):
         folder = models.resolve(entry.config.model)[0]
     blank = dict.fromkeys(("bits", "group_size", "bits_per_weight", "file_mb"))
     facts = quantizing.describe(folder) if folder else blank
     identity, backend = stored["identity"], stored.get("backend") or {}
+    if not loaded:
+        return {**facts, "ran_as": f"as served at {entry.config.endpoint}"}
     kind = "dense" if facts["bits"] and facts["group_size"] is None else identity.get("weights")
     return {**facts, "ran_as": f"{kind} {identity.get('dtype') or 'as in the folder'} on {backend.get('name')}"}
 

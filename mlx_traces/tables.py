@@ -105,7 +105,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
                 "prompt": run.result["prompt"],
                 **overall,
                 **comparison,
-                "tokens_per_answer": sum(row["tokens"] for row in run.samples) / len(run.samples),
+                "tokens_per_answer": _mean([row["tokens"] for row in run.samples]),
                 "tokens_per_second": run.result.get("tokens_per_second"),
                 "run": run.name,
                 "label": names[i],
@@ -269,7 +269,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
             f"{row['correct_count']:,}\nof {n_text(row)}",
             difference,
             p,
-            f"{row['tokens_per_answer']:,.0f}\n{_speed(row['tokens_per_second'])}/s",
+            f"{whole(row['tokens_per_answer'])}\n{whole(row['tokens_per_second'])}/s",
             f"{percent(row['truncated'])} %",
         )
         table.add_row(*(Text(cell) for cell in cells))
@@ -308,8 +308,8 @@ def to_markdown(frame: pd.DataFrame) -> str:
             "–" if none else interval(row["diff_low"], row["diff_high"]),
             p_text(row["p_value"]),
             p_text(row["p_holm"]),
-            f"{row['tokens_per_answer']:,.0f}",
-            _speed(row["tokens_per_second"]),
+            whole(row["tokens_per_answer"]),
+            whole(row["tokens_per_second"]),
             f"{percent(row['truncated'])} %",
             *("–" if math.isnan(row[name]) else f"{percent(row[name])} %" for name in extra),
         ]
@@ -559,10 +559,14 @@ def _caption(frame: pd.DataFrame) -> str:
     return f"{text}, paired bootstrap for the difference in points to {base}; p: exact {test} test, then Holm-adjusted."
 
 
-def _speed(tokens_per_second: float | None) -> str:
-    if tokens_per_second is None or math.isnan(tokens_per_second):
-        return "–"
-    return f"{tokens_per_second:,.0f}"
+def _mean(counts: Sequence[int | None]) -> float:
+    """Return the mean of counts; not a number if one is not known."""
+    return math.nan if None in counts else sum(counts) / len(counts)
+
+
+def whole(number: float | None) -> str:
+    """Format a number without decimals; a dash if there is none."""
+    return "–" if number is None or math.isnan(number) else f"{number:,.0f}"
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

@@ -23,7 +23,8 @@ from mlx_traces.tasks.prompts import Prompt
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
 FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # of metrics.jsonl
-KINDS = {"id": str, "sample": int, "question": str, "prompt": str, "completion": str, "gold": str, "tokens": int} | {
+KINDS = {"id": str, "sample": int, "question": str, "prompt": str, "completion": str, "gold": str} | {
+    "tokens": (int, type(None)),  # a server may not count them
     "finish_reason": str,
     "verdicts": dict,
     "extractions": dict,
@@ -192,7 +193,7 @@ def _problem_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], dige
     lines += [
         f"{row['id']}: {row['tokens']} tokens, and max_tokens is {config.max_tokens}"
         for row in samples
-        if not 0 <= row["tokens"] <= config.max_tokens
+        if row["tokens"] is not None and not 0 <= row["tokens"] <= config.max_tokens
     ]
     if _digest(list(golds.items())) == digest:
         return lines

@@ -324,7 +324,6 @@ def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> lis
         if i != baseline:
             pair = {key: tables.paired(runs[i], runs[baseline])[key] for key in pair}
         speed = row["tokens_per_second"]
-        known = isinstance(speed, int | float) and not math.isnan(speed)
         rows.append(
             {
                 **row,
@@ -334,7 +333,8 @@ def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> lis
                 "n": tables.n_text(row),
                 "color": i % len(figures.COLORS),
                 "baseline": i == baseline and len(runs) > 1,
-                "speed": f"{speed:,.0f}" if known else "–",
+                "tokens": tables.whole(row["tokens_per_answer"]),
+                "speed": tables.whole(speed if isinstance(speed, int | float) else None),
             }
         )
     return rows
@@ -422,7 +422,7 @@ def _file_name(key: str) -> str:
 def _provenance(record: Record) -> dict[str, Any]:
     """Return what made a run, for the end of the page."""
     about = record.about
-    backend = about.get("backend")
+    backend, server = about.get("backend"), about.get("server")
     versions = about.get("versions")
     items = {
         "folder": str(record.path),
@@ -431,6 +431,7 @@ def _provenance(record: Record) -> dict[str, Any]:
         "command": about.get("command"),
         "started": about.get("started"),
         "device": backend.get("description") if isinstance(backend, dict) else None,
+        "server": server.get("url") if isinstance(server, dict) else None,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number)
         if isinstance(versions, dict)
         else None,

@@ -24,7 +24,10 @@ FORMATS = ("table", "markdown", "csv", "json")
 def eval_command(
     config_file: str | None, out: str | None, runs_dir: str, resume: bool, as_json: bool, settings: dict
 ) -> None:
-    """Evaluate one model on one task; write a run folder with every sample and the result."""
+    """Evaluate one model on one task; write a run folder with every sample and the result.
+
+    With --endpoint the model is behind a server that speaks OpenAI's protocol, and nothing is loaded here.
+    """
     from mlx_traces.evaluation import evaluate
 
     config = read_config(EvalConfig, config_file, settings)
@@ -59,10 +62,19 @@ def _summary(result: Any) -> list[str]:
         *(f"  maj@{k:<8} {100 * value:.1f} %" for k, value in result.maj_at_k.items()),
         f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
         f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",
-        f"  speed        {result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer, "
-        f"{result.wall_seconds:.1f} s, {result.peak_memory_gb:.2f} GB",
+        f"  speed        {', '.join(_speed(result))}",
     ]
     return [*lines, *(f"  note         {note}" for note in result.notes)]
+
+
+def _speed(result: Any) -> list[str]:
+    """Say what an evaluation took, as far as that is known; a server tells no memory, and not always its tokens."""
+    counted = result.mean_tokens is not None
+    return [
+        *([f"{result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer"] if counted else []),
+        f"{result.wall_seconds:.1f} s",
+        *([f"{result.peak_memory_gb:.2f} GB"] if result.peak_memory_gb is not None else []),
+    ]
 
 
 @click.command("compare")

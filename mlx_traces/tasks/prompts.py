@@ -55,6 +55,17 @@ def fill(template: str, columns: Mapping[str, Any], name: str) -> str:
     return _PLACEHOLDER.sub(value, template)
 
 
+def as_text(messages: list[Message]) -> str:
+    """Join turns as one text, as lm-eval does: a blank line between pairs, a space before an answer."""
+    text = ""
+    for message in messages:
+        if message["role"] == "assistant":
+            text += ("" if text[-1:].isspace() else " ") + message["content"]
+        else:
+            text += ("\n\n" if text else "") + message["content"]
+    return text
+
+
 def load_prompt(path: Path) -> Prompt:
     """Read an own prompt: a YAML mapping with ``user`` and, if wanted, ``system``, ``prefill``, ``stop`` and ``chat``.
 
