@@ -1,7 +1,7 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,9 @@ def read_run(path: str | Path) -> Run:
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    return Run(folder.path.name, result, [row for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)])
+    about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
+    samples = [row for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
+    return Run(folder.path.name, result, samples, about)
 
 
 def by_extractor(run: Run, extractor: str) -> Run:
@@ -48,7 +50,7 @@ def by_extractor(run: Run, extractor: str) -> Run:
     from mlx_traces.evaluation import rehead
 
     samples = [rehead(row, extractor) for row in run.samples]
-    return Run(run.name, run.result | {"extractor": extractor}, samples)
+    return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
 
 
 def default_evals() -> list[EvalConfig]:

@@ -10,12 +10,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_traces import stats
+from mlx_traces import origins, stats
 from mlx_traces.errors import UserError, clean, unknown
 from mlx_traces.tasks.answers import vote_of
 
@@ -52,12 +52,14 @@ _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>|~])")
 class Run:
     """A finished evaluation as its run folder holds it.
 
-    ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem.
+    ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
+    run.json, as far as it is known: what the run was made with.
     """
 
     name: str
     result: dict[str, Any]
     samples: list[dict[str, Any]]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
@@ -142,7 +144,10 @@ def paired(one: Run, two: Run) -> dict[str, float | int]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each setting, prompts apart, in which the runs differ and so are hard to compare."""
+    """Return a line for each setting, prompts apart, in which the runs differ and so are hard to compare.
+
+    Then one for each thing that they were made with and that differs: versions, device, weights, files, prompt texts.
+    """
     lines = []
     for key in PROTOCOL:
         groups: dict[str, list[str]] = {}
@@ -151,7 +156,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
         if len(groups) > 1:
             shown = "; ".join(f"{value} in {', '.join(names)}" for value, names in groups.items())
             lines.append(clean(f"{key} differs: {shown}"))
-    return lines
+    seen = Counter(run.name for run in runs)
+    names = [f"{run.name} (row {i})" if seen[run.name] > 1 else run.name for i, run in enumerate(runs, start=1)]
+    return lines + origins.differences(dict(zip(names, (run.about for run in runs), strict=True)))
 
 
 def label(run: Run) -> str:

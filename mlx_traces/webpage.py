@@ -300,7 +300,7 @@ def evaluated(record: Record) -> tables.Run:
     if record.result is not None:
         if missing := [key for key in ("model", "prompt") if key not in record.result]:
             raise UserError(f"{record.path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-        return tables.Run(record.name, record.result, record.samples)
+        return tables.Run(record.name, record.result, record.samples, record.about)
     settings = record.settings
     prompt = settings.get("prompt")
     size = curves.whole(settings.get("samples")) or 1
@@ -312,7 +312,7 @@ def evaluated(record: Record) -> tables.Run:
     result["model"] = str(result["model"])
     result["prompt"] = str(prompt.get("name") if isinstance(prompt, dict) else prompt)
     result["extractor"] = next((next(iter(row["verdicts"]), None) for row in record.samples), None)
-    return tables.Run(record.name, result, [row for row in record.samples if counts[row["id"]] == size])
+    return tables.Run(record.name, result, [row for row in record.samples if counts[row["id"]] == size], record.about)
 
 
 def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> list[dict[str, Any]]:

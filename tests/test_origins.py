@@ -1,0 +1,88 @@
+"""What runs were made with: each thing changed, one at a time, and pointed out; nothing said where nothing differs."""
+
+import copy
+import json
+
+import pytest
+
+from mlx_traces import comparison, origins, tables
+
+ABOUT = {
+    "identity": {
+        **{"model": "nano", "adapter": None, "temperature": 0.7, "top_p": 1.0, "thinking": True},
+        **{"weights": "dense", "dtype": "float32", "model_files": "aa", "adapter_files": None, "revision": None},
+        "prompt": {"name": "thinking", "user": "Q: {question}", "system": None, "prefill": ""},
+    },
+    "versions": {"python": "3.11.2", "mlx-traces": "0.1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2", "transformers": "5.7"},
+    "git_revision": "abc",
+    "backend": {"name": "cpu", "description": "AMD EPYC (CPU), 25 GB, dense weights, float32"},
+}
+
+
+def changed(*path, to):
+    about = copy.deepcopy(ABOUT)
+    part = about
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = to
+    return about
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "line"),
+    [
+        (("versions", "mlx"), "0.33", "versions differ: mlx 0.32.4 in a; mlx 0.33 in b"),
+        (("git_revision",), "def", "versions differ: mlx-traces 0.1.0 at abc in a; mlx-traces 0.1.0 at def in b"),
+        (("backend", "description"), "M3 (Metal), 16 GB", "device differs: AMD EPYC (CPU) in a; M3 (Metal) in b"),
+        (("identity", "dtype"), "bfloat16", "weights differ: dense float32 in a; dense bfloat16 in b"),
+        (("identity", "top_p"), 0.9, "top_p differs: 1.0 in a; 0.9 in b"),
+        (("identity", "thinking"), False, "thinking switch differs: True in a; False in b"),
+        (("identity", "prompt", "user"), "{question}", "prompt thinking is another one (its user) in a than in b"),
+        (("identity", "prompt", "prefill"), "x", "prompt thinking is another one (its prefill) in a than in b"),
+        (("identity", "model_files"), "bb", "model nano is another one (model_files) in a than in b"),
+        (("identity", "revision"), "f00", "model nano is another one (revision) in a than in b"),
+    ],
+)
+def test_each_difference_is_pointed_out(path, to, line):
+    assert origins.differences({"a": ABOUT, "b": changed(*path, to=to)}) == [line]
+
+
+def test_what_is_the_same_or_not_known_or_in_the_table_is_not():
+    assert origins.differences({"a": ABOUT, "b": ABOUT}) == []
+    assert origins.differences({"a": ABOUT, "b": {}, "c": {"identity": 3, "versions": [], "backend": "x"}}) == []
+    for path, to in (
+        (("versions", "python"), "3.12"),  # moves no result
+        (("identity", "model"), "other"),  # a column of the table
+        (("identity", "prompt"), {"name": "direct", "user": "other"}),
+        (("started",), "later"),
+    ):
+        assert origins.differences({"a": ABOUT, "b": changed(*path, to=to)}) == []
+    greedy = changed("identity", "temperature", to=0.0)
+    other = copy.deepcopy(greedy)
+    other["identity"]["top_p"] = 0.5
+    assert origins.differences({"a": greedy, "b": other}) == []
+
+
+def test_three_runs_and_hostile_names():
+    other = changed("versions", "mlx", to="0.33\x1b[31m")
+    assert origins.differences({"a": ABOUT, "b\n": other, "c": ABOUT}) == [
+        "versions differ: mlx 0.32.4 in a, c; mlx 0.33[31m in b"
+    ]
+
+
+def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
+    fields = comparison.fields(comparison.EvalResult)
+    for name, about in (("a", ABOUT), ("b", changed("versions", "mlx", to="0.33"))):
+        (tmp_path / name).mkdir()
+        result = {field.name: 0 for field in fields} | {"model": "nano", "adapter": None, "prompt": "thinking"}
+        result |= {"extractor": "answer", "task": "countdown", "split": "test", "timestamp": "x", "run": name}
+        result |= {"pass_at_k": {}, "maj_at_k": {}, "notes": []}
+        row = {key: "x" for key in comparison.SAMPLE_COLUMNS} | {"sample": 0, "tokens": 3, "correct": True}
+        row |= {"elapsed": 0.1, "verdicts": {"answer": "correct"}, "extractions": {"answer": "x"}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        (tmp_path / name / "run.json").write_text(json.dumps(about))
+        (tmp_path / name / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    runs = [comparison.by_extractor(comparison.read_run(tmp_path / name), "answer") for name in "ab"]
+    assert tables.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
+    (tmp_path / "b" / "run.json").unlink()
+    assert comparison.read_run(tmp_path / "b").about == {}
