@@ -1,6 +1,9 @@
-"""How fast steps of reinforcement learning are here, beside mlx-lm-lora's GRPO trainer on the same problems.
+"""How fast steps of reinforcement learning are here: GRPO beside mlx-lm-lora's trainer, PPO beside our own GRPO.
 
-A step of ours is what ``mlx-traces grpo`` does: sample groups with the engine, grade them, update the adapter once.
+A step of ours is what ``mlx-traces grpo`` or ``ppo`` does: sample groups with the engine, grade them, update the
+adapter, PPO the values too. PPO has no peer on MLX: what mlx-lm-lora calls so learns from pairs that a judge prefers,
+without rewards and values. Beside it GRPO runs with the same sizes, on the same problems, by the same engine.
+
 Ours and the peer's alternate within one call of the peer's ``train_grpo`` (its batches are drawn through a function
 that times them), so both work warm; the first step of each is the warm-up. The median step counts.
 
@@ -27,21 +30,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, forward, grpo, memory, optim, ranks, rewards, rollouts, sharing
+from mlx_traces import adapters, evaluation, grpo, memory, ppo, ranks, rewards, rollouts
 from mlx_traces.bench_sft import twin
-from mlx_traces.config import AdapterConfig, GRPOConfig
+from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Problem
+from mlx_traces.reinforcement import Learner
 
 PEERS = ("mlx-lm-lora",)
+OURS = ("grpo",)  # what PPO is timed beside
 PEER_ADAPTER = AdapterConfig(rank=8, scale=10.0)  # its command's defaults, as its other settings below
 PEER_LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class GRPORow:
-    """What ``bench grpo`` found.
+    """What ``bench grpo`` or ``bench ppo`` found.
 
     Seconds are medians over the steps: of whole ones, of what passes until the last completion is done
     (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` are those
@@ -107,7 +112,7 @@ class Step:
 
 def bench_grpo(
     loaded: LoadedModel,
-    config: GRPOConfig,
+    config: RLConfig,
     against: str | None = None,
     as_shipped: bool = False,
     repeats: int = 3,
@@ -118,8 +123,10 @@ def bench_grpo(
 
     Args:
         loaded: the model, without adapter.
-        config: the settings; the number of steps follows from ``repeats``.
-        against: ``"mlx-lm-lora"`` for its ``train_grpo``, with our weights and our adapter's sizes.
+        config: the settings, of GRPO or of PPO, which decide what is timed; the number of steps follows from
+            ``repeats``. PPO's steps are whole ones from the first: it has no warm-up of the values alone.
+        against: beside GRPO ``"mlx-lm-lora"`` for its ``train_grpo``, with our weights and our adapter's sizes;
+            beside PPO ``"grpo"`` for ours, with the same settings where both have them.
         as_shipped: let the peer load the weights as its user gets them instead, with its own adapter's sizes.
         repeats: timed steps of each, in turn.
         every_row: make all rewards of a group differ, so that every rollout is learned from, as the peer always does.
@@ -128,39 +135,42 @@ def bench_grpo(
     Raises:
         UserError: for an unknown peer, one that is not installed, or settings that do not fit the model.
     """
-    if against not in (None, *PEERS):
-        raise unknown("peer", str(against), PEERS)
+    peers_of = OURS if isinstance(config, PPOConfig) else PEERS
+    if against not in (None, *peers_of):
+        raise unknown("peer", str(against), peers_of)
     if against and ranks.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
-    if against:
+    if against in PEERS:
         trainer()
-    config = config.model_copy(
-        update={"num_steps": repeats + 1, "evaluate": None, "max_resamples": 0, "adapter": None, "kl_coef": 0.0}
-    )
+    config = _alone(config, repeats + 1)
     planned, _, _ = rollouts.prepare(config)
     longest = rollouts.longest_prompt(loaded, planned)
     ours, peers = [], []
-    mine = replace(loaded, model=twin(loaded.model))
-    stream = our_steps(mine, planned, config, every_row)
+    stream = OurSteps(loaded, planned, config, every_row)
 
     def turns() -> Iterator[tuple[str, list[Problem]]]:
         for turn in range(repeats + 1):
             name = "warm-up" if turn == 0 else f"step {turn} of {repeats}"
             progress(f"{name}, mlx-traces")
-            step, problems = next(stream)
+            step, problems = stream.make()
             ours.append(step)
             yield name, problems
 
-    if against:
-        peer, reference = _peer_models(loaded, config, as_shipped)
-        peers += _run_peer(peer, reference, loaded, planned, config, turns, repeats + 1, progress)
-        for steps, tools, others in ((peers, [peer, reference], [mine.model]), (ours, [mine.model], [peer, reference])):
-            for step in steps:
-                step.memory_gb -= held_alone(others, tools) / 1e9
+    mine, theirs = [stream.learner.module], []
+    if against in PEERS:
+        theirs = [*_peer_models(loaded, config, as_shipped)]
+        peers += _run_peer(*theirs, loaded, planned, config, turns, repeats + 1, progress)
     else:
-        for _ in turns():
-            pass
-    line = _line(config, ours, memory.of_reinforcement(mine, config, longest).peak)
+        other = OurSteps(loaded, planned, _of_grpo(config), every_row) if against else None
+        theirs = [other.learner.module] if other else []
+        for name, _ in turns():
+            if other:
+                progress(f"{name}, {against}")
+                peers.append(other.make()[0])
+    for steps, tools, others in ((peers, theirs, mine), (ours, mine, theirs)):
+        for step in steps:
+            step.memory_gb -= held_alone(others, tools) / 1e9
+    line = _line(config, ours, memory.of_reinforcement(stream.loaded, config, longest).peak)
     if not against:
         return line
     warmup, *rest = peers
@@ -181,7 +191,19 @@ def bench_grpo(
     return replace(line, **told)
 
 
-def _line(config: GRPOConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
+def _alone(config: RLConfig, steps: int) -> RLConfig:
+    """Return the settings of so many steps that are whole ones, each of them, and nothing besides."""
+    changes = {"num_steps": steps, "evaluate": None, "adapter": None, "kl_coef": 0.0}
+    own = {"value_warmup_steps": 0} if isinstance(config, PPOConfig) else {"max_resamples": 0}
+    return config.model_copy(update=changes | own)
+
+
+def _of_grpo(config: RLConfig) -> GRPOConfig:
+    """Return the settings of GRPO that are like another algorithm's, where both have them."""
+    return build(GRPOConfig, {name: value for name, value in config if name in GRPOConfig.model_fields})
+
+
+def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
     """Sum our steps up, the first apart."""
     warmup, *timed = steps
     return GRPORow(
@@ -202,29 +224,35 @@ def _line(config: GRPOConfig, steps: Sequence[Step], estimated_gb: float) -> GRP
     )
 
 
-def our_steps(
-    loaded: LoadedModel, planned: evaluation.Plan, config: GRPOConfig, every_row: bool
-) -> Iterator[tuple[Step, list[Problem]]]:
-    """Put a new adapter on the model, then make a step for each item that is drawn; tell what it took and asked."""
-    model = loaded.model
-    mx.random.seed(config.seed)
-    adapters.start(model, config)
-    mx.eval(model.parameters())
-    functions = rewards.load(config.rewards, list(planned.problems[0].columns))
-    optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
-    halves, reference = sharing.split(model), adapters.reference(model, config.reference)
-    progress, number = rollouts.Progress(), 0
-    while True:
-        number += 1
+class OurSteps:
+    """A new adapter on a second tree of the model's arrays, and the steps that it learns from."""
+
+    def __init__(self, loaded: LoadedModel, planned: evaluation.Plan, config: RLConfig, every_row: bool) -> None:
+        self.loaded, self.planned, self.config = replace(loaded, model=twin(loaded.model)), planned, config
+        self.every_row, self.progress, self.number = every_row, rollouts.Progress(), 0
+        mx.random.seed(config.seed)
+        adapters.start(self.loaded.model, config)
+        self.room = ppo if isinstance(config, PPOConfig) else grpo
+        self.learner: Learner = self.room.Learner(self.loaded, config)
+        mx.eval(self.learner.module.parameters())
+        self.functions = rewards.load(config.rewards, list(planned.problems[0].columns))
+
+    def make(self) -> tuple[Step, list[Problem]]:
+        """Make a step; return what it took, and the problems that it asked."""
+        self.number += 1
         step = Step().begin()
-        groups, _, seconds = rollouts.collect(loaded, planned, functions, progress, number, config)
-        rows = grpo.rows_of([_all_differ(group) for group in groups] if every_row else groups, config)
-        with forward.checkpointed(model.layers, config.checkpoint_layers):
-            grpo.learn(model, halves, rows, optimizer, reference, number, config)
-        step.end(sum(len(rollout.ids) for group in groups for rollout in group))
+        groups, _, seconds = rollouts.collect(
+            self.loaded, self.planned, self.functions, self.progress, self.number, self.config
+        )
+        learned = [_all_differ(group) for group in groups] if self.every_row else groups
+        self.learner.learn(learned, self.number)
+        every = [rollout for group in groups for rollout in group]
+        step.end(sum(len(rollout.ids) for rollout in every))
         step.sampling = seconds["time/sample"]
-        step.learned = sum(bool(row.advantage and row.example.count) for row in rows) / len(rows)
-        yield step, [group[0].problem for group in groups]
+        rows = self.room.rows_of(learned, self.config)
+        taught = sum(bool(getattr(row, "advantage", True) and row.example.count) for row in rows)  # values teach PPO
+        step.learned = taught / len(every)
+        return step, [group[0].problem for group in groups]
 
 
 def _all_differ(group: rollouts.Group) -> rollouts.Group:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, batching, examples, forward, optim, sft
+from mlx_traces import adapters, batching, examples, forward, optim, ranks, sft
 from mlx_traces.batching import Example
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
@@ -36,7 +36,7 @@ class SFTRow:
     ``tokens`` are the real tokens of an epoch, prompts included, ``learned`` those with a loss; ``tokens_per_second``
     counts real tokens over the seconds of an epoch's optimizer steps, and ``ratio`` is ours over the peer's. Memory is
     the most that MLX held, model included, in 1e9 bytes; what belongs to the other tool alone is taken off. ``padding``
-    is the share of cells without a token.
+    is the share of cells without a token. Of several ranks memory is the first one's, all else is of all.
     """
 
     examples: int
@@ -50,6 +50,7 @@ class SFTRow:
     peak_memory_gb: float
     padding: float
     warmup_seconds: float
+    ranks: int = 1
     peer: str | None = None
     peer_weights: str | None = None
     peer_tokens_per_second: float | None = None
@@ -85,6 +86,8 @@ def bench_sft(
     """
     if against not in (None, *PEERS):
         raise unknown("peer", str(against), PEERS)
+    if against and ranks.world().size() > 1:
+        raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     rows = rows[: len(rows) // config.batch_size * config.batch_size]
     if not rows:
         raise UserError(f"batch_size: {config.batch_size} traces make a batch, and there are fewer; give more or lower")
@@ -162,6 +165,7 @@ def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow
         peak_memory_gb=run.memory_gb,
         padding=batching.padding_share(parts, lengths),
         warmup_seconds=warmup.seconds,
+        ranks=ranks.world().size(),
     )
 
 

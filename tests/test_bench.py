@@ -1,4 +1,4 @@
-"""The benches: shapes of what they print, and that ours and the peer do the same work."""
+"""The benches: shapes of what they print, and that ours and the peer do the same work, by one process or several."""
 
 import json
 import sys
@@ -6,7 +6,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from mlx_traces import bench_ranks
 from mlx_traces.cli import main
+from mlx_traces.cli.bench import _without_ranks
+from mlx_traces.errors import UserError
 
 
 def test_bench_generate_prints_a_row_per_number_of_rows():
@@ -128,3 +131,74 @@ def test_bench_grpo_beside_its_peer(shipped):
     assert row["completion_tokens"] == row["peer_completion_tokens"] == 24
     assert row["ratio"] > 0 and row["tokens_ratio"] > 0 and 0 < row["peer_peak_memory_gb"] < 1
     assert 0 < row["peer_sample_seconds"] < row["peer_seconds"]
+
+
+def test_bench_ppo_beside_grpo():
+    sizes = ("--prompts", 2, "--group-size", 3, "--max-tokens", 8, "--repeats", 1, "--epochs", 1)
+    result = CliRunner().invoke(main, ["bench", "ppo", *map(str, sizes), "--against", "grpo", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["prompts"], row["group_size"], row["max_tokens"], row["steps"], row["peer"]) == (2, 3, 8, 1, "grpo")
+    assert row["completion_tokens"] == row["peer_completion_tokens"] == 48 and row["learned"] == 1
+    assert 0 < row["sample_seconds"] < row["seconds"] and 0 < row["peer_sample_seconds"] < row["peer_seconds"]
+    assert row["estimated_memory_gb"] > 0 and row["peak_memory_gb"] > 0 and row["ratio"] > 0
+    refused = CliRunner().invoke(main, ["bench", "ppo", "--against", "mlx-lm-lora"])
+    assert refused.exit_code == 2 and "'grpo'" in refused.output
+
+
+def test_a_ppo_step_of_the_bench_moves_policy_and_values_and_not_the_model(tiny):
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_traces import bench_grpo, rollouts
+    from mlx_traces.config import PPOConfig
+
+    before = tree_flatten(tiny.model.parameters())
+    config = PPOConfig(prompts_per_step=1, group_size=2, max_tokens=8, value_warmup_steps=3, num_steps=9)
+    config = bench_grpo._alone(config, 2)
+    steps = bench_grpo.OurSteps(tiny, rollouts.prepare(config)[0], config, every_row=True)
+    start = [mx.array(array) for _, array in tree_flatten(steps.learner.module.trainable_parameters())]
+    step, problems = steps.make()
+    assert step.tokens and step.learned == 1 and len(problems) == 1 and 0 < step.sampling < step.seconds
+    moved = [
+        name
+        for old, (name, new) in zip(start, tree_flatten(steps.learner.module.trainable_parameters()), strict=True)
+        if not mx.array_equal(old, new).item()
+    ]
+    assert any("lora_b" in name for name in moved) and any(name.startswith("value.") for name in moved)
+    after = tree_flatten(tiny.model.parameters())
+    assert all(a is b for (_, a), (_, b) in zip(before, after, strict=True))
+
+
+def test_bench_times_one_process_and_two(monkeypatch):
+    """The one test that starts them: three processes."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    arguments = "bench generate --count 6 --rows 2,3 --max-tokens 4 --repeats 1 --json --ranks 2"
+    result = CliRunner().invoke(main, arguments.split())
+    assert result.exit_code == 0, result.output
+    lines = json.loads(result.stdout)
+    assert [line["one"]["rows"] for line in lines] == [2, 3]
+    for line in lines:
+        assert (line["ranks"], line["threads"], line["one"]["ranks"], line["several"]["ranks"]) == (2, [1, 1], 1, 2)
+        assert line["one"]["completion_tokens"] == line["several"]["completion_tokens"] == 24
+        assert line["ratio"] == pytest.approx(line["one"]["seconds"] / line["several"]["seconds"]) and line["ratio"] > 0
+    assert "1 process, 1 BLAS thread each" in result.stderr and "2 processes" in result.stderr
+
+
+def test_what_ranks_cannot_do_is_said_before_anything_is_timed(monkeypatch):
+    result = CliRunner().invoke(main, ["bench", "sft", "--ranks", "2", "--against", "mlx-lm"])
+    assert result.exit_code == 1 and "leave out --against" in result.output
+    with pytest.raises(UserError, match="give numbers from 1 up"):  # the process's own fault, in its words
+        bench_ranks.scaling(["bench", "generate", "--rows", "x"], 2, lambda line: None)
+    monkeypatch.setenv("MLX_RANK", "0")
+    with pytest.raises(UserError, match="leave out mlx.launch"):
+        bench_ranks.scaling(["bench", "sft"], 2, lambda line: None)
+
+
+def test_blas_threads_are_split(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    assert [bench_ranks.threads_of(count, 8) for count in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    assert bench_ranks.threads_of(2, 8) == 3
+    given = ["--rows", "2", "--ranks", "4", "--json", "--ranks=3", "--count", "5"]
+    assert _without_ranks(given) == ["--rows", "2", "--count", "5"]

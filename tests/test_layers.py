@@ -12,7 +12,7 @@ forecast
 rounds doctor study verifying planning
 comparison quantizing bench_grpo selftest
 bench_sft fusing generation
-bench grpo ppo sft scoring reformatting
+bench bench_ranks grpo ppo sft scoring reformatting
 reinforcement
 rollouts
 training rewards memory

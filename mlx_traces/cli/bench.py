@@ -1,13 +1,15 @@
 """bench: measure this machine, beside a peer where one is named."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_traces.cli.options import settings_options
-from mlx_traces.config import GRPOConfig, LoadConfig, SFTConfig, build
+from mlx_traces.config import GRPOConfig, LoadConfig, PPOConfig, RLConfig, SFTConfig, build
 from mlx_traces.errors import UserError
 
 NOT_BENCHED = (
@@ -15,9 +17,10 @@ NOT_BENCHED = (
     *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay", "report_to"),
 )  # settings of sft that change no step's cost, or that the peer has no like of
 
-NOT_BENCHED_GRPO = (
+NOT_BENCHED_RL = (
     *("adapter", "num_steps", "prompts_per_step", "max_resamples", "pass_rate_low", "pass_rate_high", "probe_samples"),
     *("kl_coef", "reference", "eval_every", "evaluate", "patience", "save_every", "rewards", "report_to"),
+    "value_warmup_steps",
 )
 
 
@@ -26,12 +29,55 @@ def bench_group() -> None:
     """Measure this machine, beside a peer where one is named."""
 
 
+class Ranked(click.Command):
+    """A bench that ``--ranks`` repeats: the same command by one process, then by several ranks on this machine."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        text = "Time one process, then so many that share the work, all on this machine; print both and the ratio."
+        self.params.append(click.Option(["--ranks"], type=click.IntRange(2), help=text))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments as they were given: other processes get them too."""
+        ctx.meta["given"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the bench here, or leave it to other processes."""
+        ranks = ctx.params.pop("ranks")
+        if ranks is None:
+            return super().invoke(ctx)
+        if ctx.params.get("against"):
+            raise UserError("--ranks times our own work alone; leave out --against")
+        from mlx_traces import bench_ranks
+
+        arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
+        found = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
+        if ctx.params["as_json"]:
+            click.echo(json.dumps([asdict(line) for line in found], indent=1))
+            return None
+        for line in found:
+            click.echo(bench_ranks.told(line))
+        return None
+
+
+def _without_ranks(arguments: list[str]) -> list[str]:
+    """Return arguments without ``--ranks`` and its value, and without ``--json``, which the other processes get."""
+    kept, left = [], iter(arguments)
+    for argument in left:
+        if argument == "--ranks":
+            next(left)
+        elif argument != "--json" and not argument.startswith("--ranks="):
+            kept.append(argument)
+    return kept
+
+
 def _by(ranks: int) -> str:
     """Say how many processes there were, if several."""
     return f", {ranks} ranks" if ranks > 1 else ""
 
 
-@bench_group.command("generate")
+@bench_group.command("generate", cls=Ranked)
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--rows", default="32", show_default=True, help="Completions decoded at once; several as in 32,128.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest completion.")
@@ -90,7 +136,7 @@ def bench_generate_command(
             )
 
 
-@bench_group.command("sft")
+@bench_group.command("sft", cls=Ranked)
 @click.option("--data", type=click.Path(), help="File of traces.  [default: traces of Countdown's solver]")
 @click.option("--problems", type=click.Path(), help="File of GSM8K-like problems, whose solutions become traces.")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many traces.")
@@ -130,7 +176,8 @@ def bench_sft_command(
     if as_json:
         click.echo(json.dumps([asdict(line) | {"estimated_memory_gb": estimated}], indent=1))
         return
-    click.echo(f"{config.model}, {loaded.backend.description}; {line.examples} traces, {line.batch_size} a step")
+    where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
+    click.echo(f"{where}; {line.examples} traces, {line.batch_size} a step")
     click.echo(
         f"{line.tokens_per_second:8.1f} tokens/s  {line.seconds_per_step:7.3f} s a step  "
         f"{line.peak_memory_gb:.2f} GB ({estimated:.2f} estimated)  padding {line.padding:.1%}  "
@@ -146,32 +193,59 @@ def bench_sft_command(
         )
 
 
-@bench_group.command("grpo")
-@click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step.")
-@click.option("--against", type=click.Choice(["mlx-lm-lora"]), help="Peer to measure in the same run, our weights.")
+def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Callable:
+    """Add the options that the benches of reinforcement share."""
+    options = (
+        click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step."),
+        click.option("--against", type=click.Choice([peer]), help=of_peer),
+        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed steps of each."),
+        click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON."),
+        settings_options(form, *NOT_BENCHED_RL),
+    )
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@bench_group.command("grpo", cls=Ranked)
 @click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
 @click.option("--every-row", is_flag=True, help="Learn from every rollout: rewards that all differ, not the grader's.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed steps of each, in turn.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON.")
-@settings_options(GRPOConfig, *NOT_BENCHED_GRPO)
-def bench_grpo_command(
+@_reinforcement_options(GRPOConfig, "mlx-lm-lora", "Peer to measure in the same run, our weights.")
+def bench_grpo_command(as_shipped: bool, every_row: bool, **given: Any) -> None:
+    """Time steps of reinforcement learning: seconds of sampling and update, memory, and the ratio to a peer."""
+    _bench_reinforcement(GRPOConfig, as_shipped=as_shipped, every_row=every_row, **given)
+
+
+@bench_group.command("ppo", cls=Ranked)
+@_reinforcement_options(PPOConfig, "grpo", "Time our GRPO on the same sizes and problems in the same run.")
+def bench_ppo_command(**given: Any) -> None:
+    """Time steps of PPO: seconds of sampling and update, memory, and the ratio to GRPO; no peer on MLX has PPO."""
+    _bench_reinforcement(PPOConfig, **given)
+
+
+def _bench_reinforcement(
+    form: type[RLConfig],
     prompts: int,
     against: str | None,
-    as_shipped: bool,
-    every_row: bool,
     repeats: int,
     as_json: bool,
     settings: dict,
+    as_shipped: bool = False,
+    every_row: bool = False,
 ) -> None:
-    """Time steps of reinforcement learning: seconds of sampling and update, memory, and the ratio to a peer."""
-    config = build(GRPOConfig, {**settings, "prompts_per_step": prompts})
+    """Time steps of an algorithm and print what was found."""
+    config = build(form, {**settings, "prompts_per_step": prompts})
     from mlx_traces import models
     from mlx_traces.device import import_mlx
 
     import_mlx()
     from mlx_traces import bench_grpo
 
-    if against:
+    if against in bench_grpo.PEERS:
         bench_grpo.trainer()
     loaded = models.load(config.model, **{name: getattr(config, name) for name in LoadConfig.model_fields})
     line = bench_grpo.bench_grpo(

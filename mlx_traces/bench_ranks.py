@@ -1,0 +1,160 @@
+"""What several processes on this machine gain: a bench by one process, then by ranks that share the same work.
+
+The ranks are started here, by ``MLX_RANK`` and ``MLX_HOSTFILE`` over the loopback interface (MLX's ring), as
+``mlx.launch`` starts them, which keeps a core busy by watching them, and so would stand in the figures. Both runs are
+processes of their own, one after the other. On a CPU the BLAS threads are split: of C cores that this process may use
+one process gets C, each of N ranks C / N, at least one; ``OPENBLAS_NUM_THREADS`` in the environment wins over that, for
+both. Ranks on one GPU share it.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError, clean
+
+COMMAND = "from mlx_traces.cli import main; main()"
+THREADS = "OPENBLAS_NUM_THREADS"
+PATIENCE = 0.05  # seconds between two looks at the ranks, which costs nothing beside what they do
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A bench's line by one process (``one``) and by several (``several``), as JSON has them.
+
+    ``seconds`` are those of the same work: a whole run of generation, an epoch of fine-tuning, a step of reinforcement.
+    ``ratio`` is those of one process over those of ``ranks``: above 1 the ranks are faster. ``threads`` are the BLAS
+    threads of one process, and of each rank.
+    """
+
+    ranks: int
+    threads: tuple[int, int]
+    seconds: tuple[float, float]
+    ratio: float
+    one: dict[str, Any]
+    several: dict[str, Any]
+
+
+def scaling(arguments: Sequence[str], count: int, progress: Callable[[str], None]) -> list[Scaling]:
+    """Run a bench by one process, then by ``count`` ranks; return a line for each of its own.
+
+    Args:
+        arguments: of ``mlx-traces``, from ``bench`` on, without ``--json``.
+        count: how many ranks.
+        progress: is called with a line before each.
+
+    Raises:
+        UserError: if a process fails, with the last line that it wrote.
+    """
+    if "MLX_RANK" in os.environ:
+        raise UserError("--ranks starts its ranks itself; leave out mlx.launch, or --ranks")
+    cores, found = usable_cores(), []
+    for size in (1, count):
+        threads = threads_of(size, cores)
+        progress(f"{size} process{'es' if size > 1 else ''}, {threads} BLAS thread{'s' if threads > 1 else ''} each")
+        found.append((threads, _rows(arguments, size, threads)))
+    (alone, one), (each, several) = found
+    return [
+        Scaling(count, (alone, each), (a["seconds"], b["seconds"]), a["seconds"] / b["seconds"], a, b)
+        for a, b in zip(one, several, strict=True)
+    ]
+
+
+def told(line: Scaling) -> str:
+    """Return a line of the terminal."""
+    rows = f"{line.one['rows']:>5} rows  " if "rows" in line.one else ""
+    sizes = (
+        f"{size} x {threads} threads {seconds:.3f} s {found['tokens_per_second']:.0f} tokens/s "
+        f"{found['peak_memory_gb']:.2f} GB"
+        for size, threads, seconds, found in zip(
+            (1, line.ranks), line.threads, line.seconds, (line.one, line.several), strict=True
+        )
+    )
+    return f"{rows}{'; '.join(sizes)} a rank: ratio {line.ratio:.2f}"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_of(processes: int, cores: int) -> int:
+    """Return the BLAS threads of each of some processes that work side by side; what the environment says wins."""
+    given = os.environ.get(THREADS, "")
+    return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
+
+
+def _rows(arguments: Sequence[str], count: int, threads: int) -> list[dict[str, Any]]:
+    """Run a bench by some ranks, one being a process alone; return what the first printed."""
+    with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, threads, Path(scratch)) as started:
+        while any(process.poll() is None for process in started):
+            if any(process.returncode for process in started):
+                break  # the others would wait for the lost one
+            time.sleep(PATIENCE)
+        faults = [
+            _fault(Path(scratch) / f"{rank}.err", rank, process.returncode)
+            for rank, process in enumerate(started)
+            if process.returncode
+        ]
+        if faults:  # what one of them did wrong before what the others say of that
+            raise UserError(min(faults, key=lambda fault: "is gone" in fault))
+        return json.loads((Path(scratch) / "0.out").read_text())
+
+
+def _fault(file: Path, rank: int, code: int) -> str:
+    """Return the last line that a rank wrote."""
+    said = file.read_text(errors="replace").strip().splitlines()
+    return clean(said[-1]).removeprefix("Error: ") if said else f"rank {rank} ended with {code} and said nothing"
+
+
+@contextmanager
+def ranks(arguments: Sequence[str], count: int, threads: int, scratch: Path) -> Iterator[list[subprocess.Popen]]:
+    """Start ``mlx-traces`` with some arguments and ``--json`` as ranks of a ring, one being a process alone.
+
+    What they write is in ``RANK.out`` and ``RANK.err`` of the folder. Those that still run at the end are ended.
+    """
+    command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
+    environment = {
+        **os.environ,
+        THREADS: str(threads),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    started: list[subprocess.Popen] = []
+    if count > 1:
+        hosts = scratch / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
+        environment["MLX_HOSTFILE"] = str(hosts)
+    try:
+        for rank in range(count):
+            own = {"MLX_RANK": str(rank)} if count > 1 else {}
+            with ExitStack() as stack:
+                out, err = (stack.enter_context((scratch / f"{rank}.{end}").open("w")) for end in ("out", "err"))
+                started.append(
+                    subprocess.Popen(command, env=environment | own, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+                )
+        yield started
+    finally:
+        for process in started:
+            with suppress(OSError):
+                process.kill()
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens at; all are held until the last is found."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
