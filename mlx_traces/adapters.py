@@ -263,7 +263,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: not an adapter folder, {name} is missing")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: not JSON ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: expected a JSON object, not a {type(config).__name__}")

@@ -1,12 +1,13 @@
 """Every setting, once: a model per recipe. The command line, YAML files and Python calls are all read into these."""
 
 import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mlx_traces.errors import UserError, did_you_mean
+from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -362,7 +363,9 @@ class Round3Config(Config):
 class RoundsConfig(TrackingConfig):
     """Settings of ``mlx-traces rounds``: each station's own; model, adapter, task and files are filled in."""
 
-    name: str = Field(..., description="Begins the names of all files and folders.")
+    name: str = Field(
+        ..., pattern=r"^\w[\w .+-]{0,79}$", description="Begins the names of all files and folders: no / in it."
+    )
     model: str = Field("nano", description="nano, a folder, or a hub id.")
     task: str = Field("countdown", description="Task: gsm8k or countdown.")
     prompt: str = Field("thinking", description="Prompt style of generation and comparison.")
@@ -463,28 +466,73 @@ def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str
 
 
 def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
-    """Read a YAML mapping; UserError if it is not one."""
+    """Read a YAML mapping; UserError if it is not one, or larger or deeper than any that is honest."""
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where libyaml is there
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        if _sprawls(yaml.parse(text, loader)):
+            raise UserError(f"{path}: more than {MOST_VALUES:,} values, or {MOST_DEPTH} within each other")
+        content = yaml.load(text, loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError for a date such as 2001-99-99 too
         raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
     return content
 
 
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
+MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
+
+
+def _sprawls(events: Iterable[Any]) -> bool:
+    """Whether a YAML file is too large or too deep, its aliases written out; 50 characters of a text count as a value.
+
+    So what is read is bounded although an alias may stand for others, and a value never holds itself.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what an anchor names
+    around: list[tuple[str | None, int]] = [(None, 0)]  # the collections that are open: anchor, size so far
+    for event in events:
+        anchor, size = getattr(event, "anchor", None), 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            around.append((anchor, 1))
+            sizes.pop(anchor, None)
+            if len(around) > MOST_DEPTH:
+                return True
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = around.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == outer for outer, _ in around):
+                return True
+            size = sizes.get(anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1 + len(event.value) // 50
+        if anchor is not None:
+            sizes[anchor] = size
+        around[-1] = (around[-1][0], around[-1][1] + size)
+        if around[-1][1] > MOST_VALUES:
+            return True
+    return False
+
+
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
     """Validate settings; the UserError names ``where``, the field, what is wrong, and a likely spelling."""
+    place = f"{where}: " if where else ""
+    if giant := next(_giants(values), ""):
+        raise UserError(f"{place}{giant}: a whole number of more than 18 digits")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = f"{where}: " if where else ""
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part)[:MOST_NAME] for part in first["loc"])
         if first["type"] == "extra_forbidden":
             names = _fields_at(kind, first["loc"][:-1])
             hint = did_you_mean(str(first["loc"][-1]), names) or f"; there are {', '.join(names)}"
@@ -492,10 +540,20 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
         raise UserError(f"{place}{field}: {first['msg'].lower()}, not {str(first['input'])[:60]!r}") from None
 
 
+def _giants(value: Any, name: str = "") -> Iterator[str]:
+    """Yield the names of whole numbers beyond `MOST_WHOLE` in a setting."""
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        yield name or "it"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in items:
+        key = "a key" if isinstance(key, int) and abs(key) > MOST_WHOLE else str(key)[:MOST_NAME]
+        yield from [key] if key == "a key" else _giants(inner, f"{name}.{key}".lstrip("."))
+
+
 def _fields_at(kind: type[Config], location: tuple[str | int, ...]) -> list[str]:
     """List the fields of the settings that ``location`` leads to."""
     for part in location:
-        if isinstance(part, str):
+        if part in kind.model_fields:
             kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)
     return list(kind.model_fields)
 

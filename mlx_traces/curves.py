@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from mlx_traces import stats
 from mlx_traces.errors import UserError, clean
 from mlx_traces.figures import number
 from mlx_traces.runs import SAMPLE_COLUMNS, read_json
+from mlx_traces.tables import check_samples, is_number
 from mlx_traces.tasks.data import parse_row
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ def read(path: str | Path) -> Record:
     metrics = lines_so_far(path / "metrics.jsonl", ("step",))
     if not trained:
         samples = lines_so_far(path / "samples.jsonl", SAMPLE_COLUMNS)
+        check_samples(samples, str(path / "samples.jsonl"))
         return Record(path, EVALUATION, about, [], samples, result)
     reinforced = "group_size" in settings or any("reward/mean" in row for row in metrics)
     kind = REINFORCEMENT if reinforced else FINE_TUNING
@@ -281,11 +282,6 @@ def _running_accuracy(record: Record) -> list[Curve]:
 def _title(key: str) -> str:
     prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
     return clean(TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " "))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that can be computed with and shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def notes_of(content: dict[str, Any]) -> list[str]:

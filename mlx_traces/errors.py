@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+MOST_NAME = 100  # characters of an unknown name that are looked at and shown
+
 
 class UserError(Exception):
     """The input is wrong. The message is one line: where, what, and the way out."""
@@ -18,20 +20,45 @@ def choices(names: Iterable[str]) -> str:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean 'close'?`` for a likely slip of the keyboard, else an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    close = difflib.get_close_matches(name[:MOST_NAME], list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
     """Build the error for a name that is not among the known ones."""
     names = list(names)
-    return UserError(f"unknown {what} {name!r}: choose {choices(names)}{did_you_mean(name, names)}")
+    return UserError(f"unknown {what} {name[:MOST_NAME]!r}: choose {choices(names)}{did_you_mean(name, names)}")
 
 
 def clean(text: Any) -> str:
     """Put foreign text on one line, without the control and direction characters that could forge a display."""
     spaced = " ".join(str(text).split())
-    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    if spaced.isprintable():
+        return spaced
+    return "".join(c for c in spaced if not _acts(c))
+
+
+def _acts(c: str) -> bool:
+    """Whether a character controls a display, or how others are shown, or is half of one."""
+    return not c.isprintable() and unicodedata.category(c) in ("Cc", "Cf", "Cs")
+
+
+def visible(text: str) -> str:
+    """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
+    return "".join(_visible(c) if _acts(c) else c for c in text)
+
+
+def _visible(c: str) -> str:
+    if c in "\n\t\u200d\u00ad":  # line ends, tabs, the joiner of emoji, the soft hyphen
+        return c
+    if ord(c) < 0x20:
+        return chr(0x2400 + ord(c))
+    return "␡" if ord(c) == 0x7F else f"⟨U+{ord(c):04X}⟩"
+
+
+def inert(json_text: str) -> str:
+    """Write the control and direction characters that JSON leaves as they are as its escapes: it means the same."""
+    return "".join(f"\\u{ord(c):04x}" if c != "\n" and _acts(c) and ord(c) < 0x10000 else c for c in json_text)
 
 
 def first_line(error: Exception) -> str:

@@ -90,7 +90,7 @@ def svg(figure: Figure, label: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=unsaid)
     text = re.sub(r"\s*\n\s*", "\n", _ASIDE.sub("", buffer.getvalue()))
     opening, end, rest = text.partition(">")
-    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(label)}"'
+    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(tables.clean(label))}"'
     return _in_tags(opening + end + rest).strip()
 
 

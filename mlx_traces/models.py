@@ -376,7 +376,7 @@ def _checked(folder: Path, name: str) -> Path:
             raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: config.json is not JSON ({first_line(error)}); {_ANEW}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_traces import origins, stats
-from mlx_traces.errors import UserError, clean, unknown
+from mlx_traces.errors import UserError, clean, unknown, visible
 from mlx_traces.tasks.answers import vote_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ JSON_KEYS = (
 PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
 
 _GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
-_FORMULA_START = tuple("=+-@\t\r\n")
+_FORMULA_START = tuple("=+-@\t\r\n＝＋－＠")
 _NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
 _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>|~])")
 
@@ -60,6 +61,63 @@ class Run:
     result: dict[str, Any]
     samples: list[dict[str, Any]]
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse, by UserError, values of another kind than an evaluation writes."""
+        _check_kinds(self.result, _RESULT_KINDS, f"run {clean(self.name)}: result.json")
+        check_samples(self.samples, f"run {clean(self.name)}")
+
+
+def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
+    """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
+    for number, row in enumerate(rows, 1):
+        _check_kinds(row, _SAMPLE_KINDS, f"{where}: sample {number}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that can be computed with and shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _are_shares(value: Any) -> bool:
+    return isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", k) and is_number(v) for k, v in value.items())
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_TEXT: _Kind = ("a text", _is_text)
+_COUNT: _Kind = ("a whole number", _is_whole)
+_FIGURE: _Kind = ("a number", is_number)
+_SHARES: _Kind = ("shares by number of samples", _are_shares)
+_SAMPLE_KINDS = {
+    **dict.fromkeys(("id", "question", "gold", "finish_reason", "verdict"), _TEXT),
+    **{"sample": _COUNT, "tokens?": _COUNT, "correct": ("true or false", lambda value: isinstance(value, bool))},
+    **{"verdicts": ("an object of texts", _are_texts), "extracted?": _TEXT, "stratum?": _TEXT},
+}
+_RESULT_KINDS = {
+    **dict.fromkeys(("model", "prompt"), _TEXT),
+    **dict.fromkeys(("adapter?", "task?", "split?", "extractor?", "timestamp?"), _TEXT),
+    **dict.fromkeys(("max_tokens?", "temperature?"), _FIGURE),
+    **dict.fromkeys(("pass_at_k?", "maj_at_k?"), _SHARES),
+}  # with ? it may be null
+
+
+def _check_kinds(row: dict[str, Any], kinds: dict[str, _Kind], where: str) -> None:
+    for key, (what, right) in kinds.items():
+        name = key.removesuffix("?")
+        if name in row and not right(row[name]) and (row[name] is not None or name == key):
+            raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}; evaluate it anew")
 
 
 def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
@@ -108,7 +166,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
                 **overall,
                 **comparison,
                 "tokens_per_answer": _mean([row["tokens"] for row in run.samples]),
-                "tokens_per_second": run.result.get("tokens_per_second"),
+                "tokens_per_second": speed if is_number(speed := run.result.get("tokens_per_second")) else None,
                 "run": run.name,
                 "label": names[i],
                 "truncated": sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples),
@@ -578,7 +636,10 @@ def whole(number: float | None) -> str:
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
     """Lay out a Markdown table whose first ``left`` columns are text and whose other columns are numbers."""
-    lines = [headings, [":--" if i < left else "--:" for i in range(len(headings))]]
+    lines = [
+        [_escape_markdown(clean(heading)) for heading in headings],
+        [":--" if i < left else "--:" for i in range(len(headings))],
+    ]
     lines += [[*(_escape_markdown(cell) for cell in row[:left]), *row[left:]] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -588,10 +649,9 @@ def _escape_markdown(text: str) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """Make text safe for spreadsheets: no formula, no carriage return, nothing that UTF-8 cannot hold."""
+    """Make text safe for spreadsheets and terminals: no formula, no control characters, nothing beyond UTF-8."""
     if not isinstance(value, str):
         return value
-    text = value.encode("utf-8", "replace").decode()
-    if text.startswith(_FORMULA_START) and not _NUMBER.fullmatch(text):
-        text = f"'{text}"
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # pandas does not quote a bare \r, readers split at it
+    text = f"'{value}" if value.startswith(_FORMULA_START) and not _NUMBER.fullmatch(value) else value
+    # pandas does not quote a bare \r, and readers split at it.
+    return visible(text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces import curves, figures, tables, traces
 from mlx_traces.curves import EVALUATION, Record
-from mlx_traces.errors import UserError, clean, unknown
+from mlx_traces.errors import UserError, clean, unknown, visible
 from mlx_traces.runs import now, to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -412,7 +411,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """Return a number from a file; None for what is none."""
-    return value if curves.is_number(value) else None
+    return value if tables.is_number(value) else None
 
 
 def _file_name(key: str) -> str:
@@ -517,16 +516,3 @@ def _text(value: Any) -> str | None:
         half = MOST_TEXT // 2
         text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[-half:]}"
     return visible(text)
-
-
-def visible(text: str) -> str:
-    """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
-    return "".join(_visible(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
-
-
-def _visible(c: str) -> str:
-    if c in "\n\t\u200d\u00ad":  # line ends, tabs, the joiner of emoji, the soft hyphen
-        return c
-    if ord(c) < 0x20:
-        return chr(0x2400 + ord(c))
-    return "␡" if ord(c) == 0x7F else f"⟨U+{ord(c):04X}⟩"

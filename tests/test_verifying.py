@@ -166,7 +166,7 @@ def test_what_is_no_finished_run_is_refused(countdown, tmp_path):
     for edit, message in (
         ({"question": "nums [1, 2, 3], target 6"}, r"has the question of countdown-1-2-3-to-6; the line was changed"),
         ({"question": "what?"}, "'nums' must be a list"),
-        ({"verdicts": []}, "'verdicts' must not be list; the line is damaged"),
+        ({"verdicts": []}, "'verdicts' must be an object of texts, not list"),
     ):
         change(countdown, "samples.jsonl", 0, lambda row, edit=edit: row | edit)
         with pytest.raises(UserError, match=message):

@@ -9,7 +9,7 @@ import click
 
 from mlx_traces.cli.options import settings_options
 from mlx_traces.config import CompareConfig, EvalConfig, read_config
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, clean, inert
 
 FORMATS = ("table", "markdown", "csv", "json")
 
@@ -173,7 +173,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     if out:
         write_new(Path(out), "".join(lines))
     else:
-        click.echo("".join(lines), nl=False)
+        click.echo("".join(map(inert, lines)), nl=False)
     low, high = wilson(correct, len(lines))
     share = f"{100 * correct / len(lines):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     click.echo(f"{correct} of {len(lines)} correct by {name}: {share}", err=True)
@@ -198,7 +198,7 @@ def verify_command(runs: tuple[str, ...]) -> None:
             else f"{run}: {agrees}"
         )
         for line in verifying.shown(lines):
-            click.echo(f"  {line}")
+            click.echo(f"  {clean(line)}")
         differ = differ or bool(lines)
     if differ:
         sys.exit(1)

@@ -66,12 +66,11 @@ def listed(columns: Iterable[str]) -> str:
 def is_file(data: str) -> bool:
     """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
     name = data.partition("@")[0]
-    return (
-        Path(data).exists()
-        or name.count("/") != 1
-        or name.startswith((".", "/", "~"))
-        or data.lower().endswith(SUFFIXES)
-    )
+    try:
+        there = Path(data).exists()
+    except OSError:  # too long for a name
+        there = True
+    return there or name.count("/") != 1 or name.startswith((".", "/", "~")) or data.lower().endswith(SUFFIXES)
 
 
 def hub_rows(
@@ -167,9 +166,9 @@ def split_slice(split: str) -> tuple[str, slice]:
     Raises:
         UserError: for another form, such as a step or a percentage.
     """
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    match = re.fullmatch(r"(\w+)(?:\[([0-9]{0,15}):([0-9]{0,15})\])?", split)
     if match is None:
-        raise UserError(f"unknown split {split!r}: give a name, or a part of it as in 'test[:64]' or 'test[64:128]'")
+        raise UserError(f"unknown split {split[:60]!r}: give a name, or a part as in 'test[:64]' or 'test[64:128]'")
     return match[1], slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
 
 
