@@ -254,7 +254,7 @@ BROKEN = {
     "content": (200, {}, {"choices": [{"message": {"content": {"a": 1}}}]}),
     "error": (200, {}, {"error": {"message": "overloaded\x1b[31m"}}),
     "not gzip": (200, {"Content-Encoding": "gzip"}, b"no"),
-    "huge": (200, {}, b"x" * (2 << 20)),
+    "huge": said("x" * (2 << 20)),
     "short": (200, {"Content-Length": "999"}, b"{}"),
     "header": (200, {"Content-Length": "x"}, b"{}"),
 }
@@ -425,6 +425,8 @@ def test_the_second_ctrl_c_waits_for_nothing(fake, tmp_path, ctrl_c):
         with pytest.raises(KeyboardInterrupt):
             evaluated(fake, tmp_path / "run", concurrency=2)
         assert time.monotonic() - start < 5
+        others = set(threading.enumerate()) - {threading.main_thread()}
+        assert others and all(thread.daemon for thread in others)  # the process would end now
     finally:
         release.set()
 
