@@ -15,7 +15,7 @@ from mlx_traces.config import AnswerConfig, EndpointConfig, EvalConfig, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
-from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance
+from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import vote_of
 from mlx_traces.tasks.prompts import Prompt, load_prompt
@@ -238,10 +238,18 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     return Source(
         completions_of(loaded, planned, stop=stop),
         {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype},
-        {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()},
+        {
+            **{"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()},
+            **_settled(planned, loaded.path),
+        },
         loaded.notes,
         device.peak_memory_gb,
     )
+
+
+def _settled(planned: Plan, model: Path | None) -> dict[str, Any]:
+    settings = {**planned.config.model_dump(mode="json"), "prompt": planned.prompt.name, "extractor": planned.extractor}
+    return settled(settings, model, planned.config.adapter, problems=[problem.id for problem in planned.problems])
 
 
 @contextmanager
@@ -264,6 +272,7 @@ def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
     try:
         known = server.models()
         details = {"server": {"url": server.url, "models": known}, "concurrency": config.concurrency}
+        details |= _settled(planned, None)
         if known and config.model not in known:
             server.notes.append(f"the server's list of models does not name {config.model}")
         yield Source(generate, {}, details, server.notes, lambda: None)

@@ -20,7 +20,7 @@ from mlx_traces.evaluation import Plan
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
 from mlx_traces.rollouts import Group
-from mlx_traces.runs import RunFolder, fingerprint, provenance
+from mlx_traces.runs import RunFolder, fingerprint, provenance, settled
 from mlx_traces.tasks.data import is_file
 
 NOT_IDENTITY = {"device", "save_every", "memory_limit", "report_to", "data", "judge_cache"}  # or by their content
@@ -114,7 +114,10 @@ def _train(
     learner = make_learner(loaded, config)
     notes += filter(None, [memory.fits(memory.of_reinforcement(loaded, config, longest), loaded.backend)])
     ran = {"backend": asdict(loaded.backend), "ranks": ranks.world().size(), "notes": [*loaded.notes, *notes]}
-    folder.begin(identity, {**provenance(), **ran})
+    asked = {"problems": [problem.id for problem in planned.problems]}
+    asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
+    read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
+    folder.begin(identity, {**provenance(), **read, **ran})
     planned, more = rollouts.by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
     notes += more
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlx_traces import figures, tables
 from mlx_traces.errors import UserError
-from mlx_traces.runs import to_json, write_atomic
+from mlx_traces.runs import provenance, to_json, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def write_all(runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path) -> list[Path]:
     """Write a comparison to a folder: table.md, .csv and .json, per_question.csv, results.json, accuracy.png.
+
+    And provenance.json: what the table was made with, and each run's ``run.json`` by the run's label.
 
     Args:
         runs: the compared runs.
@@ -33,12 +35,14 @@ def write_all(runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path) -> lis
         markdown += f"\n{tables.parts_to_markdown(strata)}"
     if warnings := tables.differences(runs):
         markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
+    abouts = [{"run": run.name, **run.about} for run in runs]
     texts = {
         "table.md": markdown,
         "table.csv": tables.to_csv(frame),
         "table.json": to_json(tables.to_json(frame)),
         "per_question.csv": tables.to_csv(tables.per_question(runs)),
         "results.json": to_json(tables.source_results(runs)),
+        "provenance.json": to_json({**provenance(), "runs": dict(zip(tables.labels(runs), abouts, strict=True))}),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)

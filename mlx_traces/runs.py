@@ -278,6 +278,28 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def settled(
+    config: dict[str, Any], model: Path | None, adapter: str | Path | None, **ids: Iterable[str]
+) -> dict[str, Any]:
+    """Return every setting as it was used, and fingerprints of what a run read, for ``run.json``.
+
+    Args:
+        config: the settings, filled in; plain JSON.
+        model: the model's folder, downloaded ones too; None for one that is not here.
+        adapter: the adapter's folder.
+        **ids: the ids of problems or traces, in order, by what they were used for.
+    """
+    found = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
+    found |= {name: _digest(own) for name, own in ids.items()}
+    return {"config": config, "fingerprints": found}
+
+
+def _digest(ids: Iterable[str]) -> str | None:
+    """Return 12 hexadecimal digits that stand for ids in their order; None without any."""
+    listed = list(ids)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12] if listed else None
+
+
 def now() -> str:
     """Return the time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -40,7 +40,7 @@ from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
-from mlx_traces.runs import RunFolder, fingerprint, provenance
+from mlx_traces.runs import RunFolder, fingerprint, provenance, settled
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
 
@@ -187,6 +187,14 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
         identity,
         {
             **provenance(),
+            **settled(
+                config.model_dump(mode="json"),
+                loaded.path,
+                config.adapter,
+                traces=[example.id for example in data.train],
+                valid=[example.id for example in data.valid],
+                held_out=[problem.id for problem in data.held_out.problems] if data.held_out else [],
+            ),
             "backend": asdict(loaded.backend),
             "steps": steps,
             "ranks": ranks.world().size(),

@@ -290,6 +290,7 @@ def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
         "table.md",
         "table.csv",
         "table.json",
+        "provenance.json",
         "per_question.csv",
         "results.json",
         "accuracy.png",

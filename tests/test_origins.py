@@ -2,10 +2,14 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 
+import mlx_traces
 from mlx_traces import comparison, origins, tables
+from mlx_traces.models import resolve
+from mlx_traces.runs import settled
 
 ABOUT = {
     "identity": {
@@ -86,3 +90,40 @@ def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
     assert tables.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
     (tmp_path / "b" / "run.json").unlink()
     assert comparison.read_run(tmp_path / "b").about == {}
+
+
+def test_fingerprints_change_with_a_weight_an_adapter_and_a_problem(tmp_path):
+
+    model, adapter = tmp_path / "nano", tmp_path / "adapter"
+    shutil.copytree(resolve("nano")[0], model)
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"x")
+
+    def now(*ids):
+        return settled({"seed": 3}, model, adapter, problems=ids, held_out=[])["fingerprints"]
+
+    first = now("a", "b")
+    assert first == now("a", "b") and first["held_out"] is None
+    assert settled({"seed": 3}, None, None)["fingerprints"] == {"model": None, "adapter": None}
+    other = now("b", "a")
+    assert {key for key in first if first[key] != other[key]} == {"problems"}
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    other = now("a", "b")
+    assert {key for key in first if first[key] != other[key]} == {"model"}
+    (adapter / "adapters.safetensors").write_bytes(b"y")
+    assert now("a", "b")["adapter"] != first["adapter"]
+
+
+def test_run_and_table_say_what_they_were_made_with(tmp_path):
+
+    out = tmp_path / "table"
+    frame = mlx_traces.compare(model="nano", prompt="direct", limit=2, max_tokens=4, runs_dir=tmp_path, out=out)
+    (name,) = frame["run"]
+    about = json.loads((tmp_path / name / "run.json").read_text())
+    assert {"versions", "git_revision", "platform", "command", "started", "backend"} <= set(about)
+    assert about["config"]["seed"] == 0 and about["config"]["extractor"] == "answer" and about["config"]["rows"]
+    assert about["fingerprints"]["model"] == about["identity"]["model_files"] and about["fingerprints"]["problems"]
+    table = json.loads((out / "provenance.json").read_text())
+    assert table["versions"] == about["versions"] and table["runs"] == {"nano_direct": {"run": name, **about}}

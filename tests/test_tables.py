@@ -400,7 +400,15 @@ def test_write_all_leaves_whole_files_only(tmp_path, count):
     out = tmp_path / "new" / "folder"
     written = report.write_all(runs, frame, out)
     assert written == report.write_all(runs, frame, out)
-    names = ["accuracy.png", "per_question.csv", "results.json", "table.csv", "table.json", "table.md"]
+    names = [
+        "accuracy.png",
+        "per_question.csv",
+        "provenance.json",
+        "results.json",
+        "table.csv",
+        "table.json",
+        "table.md",
+    ]
     assert sorted(path.name for path in out.iterdir()) == names
     assert sorted(path.name for path in written) == names
     assert (out / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

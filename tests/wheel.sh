@@ -16,13 +16,13 @@ uv build -q -o "$work/dist" "$root"
 uv venv -q -p "$python" "$work/venv"
 uv pip compile -q --resolution "$resolution" --extra cpu -p "$work/venv/bin/python" -o "$work/pins.txt" "$root/pyproject.toml"
 uv pip install -q -p "$work/venv/bin/python" -r "$work/pins.txt" "$work"/dist/*.whl
-cp -r "$root/tests" "$root/configs" "$root/README.md" "$root/data" "$work"
+cp -r "$root/tests" "$root/configs" "$root/README.md" "$root/pyproject.toml" "$root/data" "$work"
 cd "$work"
 venv/bin/mlx-traces doctor
 venv/bin/mlx-traces compare --prompt direct --prompt thinking --limit 20 --runs-dir runs
 venv/bin/mlx-traces verify runs/*
 if [ $# -gt 0 ]; then
   uv pip install -q -p venv/bin/python pytest hypothesis setuptools
-  venv/bin/pytest -q -p no:cacheprovider -W ignore "$@"
+  venv/bin/pytest -c /dev/null --rootdir . -q -p no:cacheprovider -W ignore "$@"
 fi
 echo "passed: $(venv/bin/python --version), $(grep -E '^(mlx|mlx-lm|transformers|numpy)==' pins.txt | tr '\n' ' ')"
