@@ -3,6 +3,8 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ WEIGHTS = ("quantized", "dense")
 DTYPES = ("float32", "bfloat16", "float16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
+_OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
+_CACHE_SHARE = 0.5  # of the device's memory that MLX may keep of what was freed
+_limited = 0  # contexts of `limits` that are open
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,11 @@ def peak_memory_gb() -> float:
     mx = import_mlx()
     peak = mx.get_peak_memory()
     if mx.default_device() == mx.Device(mx.cpu):
-        peak = max(peak, _peak_resident_bytes())
+        peak = max(peak, peak_resident_bytes())
     return peak / _GB
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
     """Return the most memory that this process has held; on Linux not its parent's, which ru_maxrss takes over."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -146,6 +151,43 @@ def _peak_resident_bytes() -> int:
 def reset_peak_memory() -> None:
     """Start `peak_memory_gb` afresh, where the backend can."""
     import_mlx().reset_peak_memory()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether MLX could not allocate what it needed.
+
+    Metal and CUDA say so by an exception, of these words; a Mac that runs out in the middle of a command buffer ends
+    the process instead, and so does Linux where a CPU's memory is at its end.
+    """
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Set MLX's limits while the context lasts, and put them back as they were; contexts within it change nothing.
+
+    On Metal the recommended working set is wired, so that weights stay where the GPU reads them, as mlx_lm has it too.
+    Buffers that were freed are kept for the next of their size: up to half of the device's memory, where MLX would go
+    on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
+    """
+    global _limited
+    mx = import_mlx()
+    _limited += 1
+    outermost, wired, cached = _limited == 1, None, 0
+    try:
+        if outermost:
+            if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
+                wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+            cached = mx.set_cache_limit(0)
+            mx.set_cache_limit(min(cached, int(_CACHE_SHARE * memory_bytes())))
+        yield
+    finally:
+        _limited -= 1
+        if outermost:
+            mx.set_cache_limit(cached)
+            if wired is not None:
+                mx.synchronize()  # what is under way may still read what was wired
+                mx.set_wired_limit(wired)
 
 
 def _device_name() -> str:

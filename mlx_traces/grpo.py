@@ -136,11 +136,14 @@ def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) 
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
     own = [rows[index] for index in ranks.share(len(rows))]
     found: list[Any] = [None] * len(own)
-    for indices, states, targets in sharing.each_states(halves, [row.example for row in own], config.micro_tokens):
+
+    def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
         flat, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
             found[index] = values.tolist()
+
+    sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
     for row, values in zip(rows, ranks.gather(found), strict=True):
         yield row, np.array(values, np.float32)
 

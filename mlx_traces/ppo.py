@@ -144,14 +144,17 @@ def _read_all(
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
     """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
     own = [rows[index] for index in ranks.share(len(rows))]
-    read: list[Any] = [None] * len(own)
-    for indices, states, targets in sharing.each_states(halves, [row.example for row in own], config.micro_tokens):
+    found: list[Any] = [None] * len(own)
+
+    def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
         logprobs, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         arrays = (np.split(np.array(array), ends) for array in (logprobs, module.value(states)))
         for index, *both in zip(indices, *arrays, strict=True):
-            read[index] = [array.tolist() for array in both]
-    for row, arrays in zip(rows, ranks.gather(read), strict=True):
+            found[index] = [array.tolist() for array in both]
+
+    sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
+    for row, arrays in zip(rows, ranks.gather(found), strict=True):
         yield row, *(np.array(values, np.float32) for values in arrays)
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.device import import_mlx
+from mlx_traces.device import import_mlx, limits, out_of_memory
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.interrupts import listening
 from mlx_traces.runs import RunFolder, held
@@ -129,15 +129,31 @@ def at_work(out: Path, resume: bool) -> Iterator[tuple[RunFolder, Callable[[], b
     same answer.
 
     Raises:
-        UserError: if a run cannot be written there.
+        UserError: if a run cannot be written there, or memory runs out where nothing smaller is left to try.
     """
     with ExitStack() as stack:
+        stack.enter_context(_told())
         if first():
             RunFolder(out).refuse(resume)
             stack.enter_context(held(out / ".lock"))
         folder = RunFolder(own_folder(out))
+        stack.enter_context(limits())
         pressed = stack.enter_context(listening(say=first()))
         yield folder, lambda: any_of(pressed())
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell of memory that ran out in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume when other programs "
+            "are closed, or begin anew with a smaller model, a lower rank or shorter sequences"
+        ) from None
 
 
 def own_folder(path: Path) -> Path:

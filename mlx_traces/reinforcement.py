@@ -13,27 +13,41 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, checkpoints, device, memory, models, ranks, rewards, rollouts, tracking, training
+from mlx_traces import (
+    adapters,
+    checkpoints,
+    device,
+    forward,
+    memory,
+    models,
+    ranks,
+    rewards,
+    rollouts,
+    tracking,
+    training,
+)
 from mlx_traces.config import RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
 from mlx_traces.rollouts import Group
-from mlx_traces.runs import RunFolder, fingerprint, provenance, settled
+from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.tasks.data import is_file
 
-NOT_IDENTITY = {"device", "save_every", "memory_limit", "report_to", "data", "judge_cache"}  # or by their content
+NOT_IDENTITY = training.NOT_IDENTITY | {"rows", "memory_limit", "data", "judge_cache"}  # or by their content
 
 
 class Learner(Protocol):
     """An algorithm at work on a model that has its adapter on.
 
-    ``module`` holds all that is trained and ``optimizer`` is its: what a checkpoint keeps. ``resamples`` says how often
-    problems may be drawn again in place of groups of equal reward.
+    ``module`` holds all that is trained and ``optimizer`` is its: what a checkpoint keeps. ``halves`` are the model's,
+    which know what fits in the memory. ``resamples`` says how often problems may be drawn again in place of groups of
+    equal reward.
     """
 
     module: nn.Module
+    halves: forward.Split
     optimizer: Any
     resamples: int
 
@@ -125,8 +139,8 @@ def _train(
     if checkpoint.exists():
         progress = rollouts.Progress(**checkpoints.load(checkpoint, learner.module, learner.optimizer))
     kept = progress.step if checkpoint.exists() else -1
-    metrics = folder.rewind("metrics.jsonl", kept)
-    folder.rewind("samples.jsonl", kept)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        folder.rewind(file, kept)
 
     def validate() -> dict[str, Any]:
         if held_out is None:
@@ -139,7 +153,6 @@ def _train(
 
     def log(row: dict[str, Any]) -> None:
         row = {"step": progress.step, **row}
-        metrics.append(row)
         folder.log("metrics.jsonl", row)
         if show:
             show(row, config.num_steps)
@@ -165,6 +178,7 @@ def _train(
             **seconds,
             "memory/peak_gb": device.peak_memory_gb(),
             "time/total": progress.seconds,
+            **learner.halves.room.metrics(),
         }
         folder.log(
             "samples.jsonl",
@@ -180,7 +194,7 @@ def _train(
             raise Stopped(f"stopped after step {step} of {config.num_steps}")
     if progress.best is None:
         training.keep(loaded, folder, settings, about(name, config))
-    result = _result(folder, progress, metrics, [*loaded.notes, *notes])
+    result = _result(folder, progress, [*loaded.notes, *learner.halves.room.notes, *notes])
     folder.conclude(asdict(result))
     return result
 
@@ -221,7 +235,8 @@ def about(name: str, config: RLConfig) -> dict[str, Any]:
     }
 
 
-def _result(folder: RunFolder, progress: rollouts.Progress, metrics: list[dict[str, Any]], notes: list[str]) -> Result:
+def _result(folder: RunFolder, progress: rollouts.Progress, notes: list[str]) -> Result:
+    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
     rows = [row for row in metrics if "tokens" in row]
     accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
     sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))

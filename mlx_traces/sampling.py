@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_traces.device import limits, out_of_memory
 from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, stop_ids, uniforms_of
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, first_line
 from mlx_traces.fallback import generate_plainly
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
@@ -29,7 +30,6 @@ MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is re
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
-OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
@@ -166,17 +166,24 @@ def _run(
             stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage).run()
         else:
             stream = generate_plainly(loaded, asked, settings, rows)
-        done = set()
+        done, failed = set(), False
         try:
-            for place, rollout in stream:
-                done.add(left[place])
-                yield left[place], rollout
+            with limits():
+                for place, rollout in stream:
+                    done.add(left[place])
+                    yield left[place], rollout
         except RuntimeError as error:
-            if rows == 1 or not any(word in str(error).lower() for word in OUT_OF_MEMORY):
+            if not out_of_memory(error):
                 raise
-            rows //= 2
+            if rows == 1:
+                raise UserError(
+                    f"memory ran out with a single row ({first_line(error)}): lower --max-tokens, shorten the prompt, "
+                    "or take a smaller model or fewer bits"
+                ) from None
+            rows, failed = rows // 2, True
             _note(loaded, f"out of memory: {rows} rows at once from here on")
-            mx.clear_cache()
+        if failed:
+            mx.clear_cache()  # not before: the error held the arrays
         left = [index for index in left if index not in done]
 
 

@@ -40,7 +40,7 @@ from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
-from mlx_traces.runs import RunFolder, fingerprint, provenance, settled
+from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
 
@@ -65,12 +65,14 @@ def step_gradient(
 def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
     own = [rows[index] for index in ranks.share(len(rows))]
-    total = 0.0
-    for _, states, targets in sharing.each_states(halves, own, config.micro_tokens):
+
+    def read(_: list[int], states: mx.array, targets: mx.array) -> float:
         logprobs, _ = forward.head_logprobs(
             halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False
         )
-        total -= logprobs.sum().item()
+        return logprobs.sum().item()
+
+    total = -sum(sharing.each(halves, own, config.micro_tokens, read))
     return sum(ranks.gather([total])) / sum(example.count for example in rows)
 
 
@@ -207,8 +209,8 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
     if checkpoint.exists():
         progress = Progress(**checkpoints.load(checkpoint, loaded.model, optimizer))
     kept = progress.step if checkpoint.exists() else -1  # without one, the first validation is made again too
-    metrics = folder.rewind("metrics.jsonl", kept)
-    folder.rewind("samples.jsonl", kept)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        folder.rewind(name, kept)
 
     def validate() -> dict[str, Any]:
         row, shown = validation(loaded, halves, data, config)
@@ -224,7 +226,6 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
 
     def log(row: dict[str, Any]) -> None:
         row = {"step": progress.step, **row}
-        metrics.append(row)
         folder.log("metrics.jsonl", row)
         if show:
             show(row, steps)
@@ -257,6 +258,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
                 "tokens_per_second": tokens / (perf_counter() - began),
                 "memory/peak_gb": device.peak_memory_gb(),
                 "time/total": progress.seconds,
+                **halves.room.metrics(),
             }
             if step % (config.eval_every or per_epoch) == 0 or step == steps:
                 row |= validate()
@@ -269,7 +271,8 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
     if progress.best is None:
         training.keep(loaded, folder, settings, about(config))
     batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]
-    result = _result(folder, progress, metrics, batching.padding_share(batches, lengths), [*loaded.notes, *data.notes])
+    notes = [*loaded.notes, *halves.room.notes, *data.notes]
+    result = _result(folder, progress, batching.padding_share(batches, lengths), notes)
     folder.conclude(asdict(result))
     return result
 
@@ -336,7 +339,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
         if file is not None
     }
     return {
-        **config.model_dump(mode="json", exclude={"device", "save_every", "report_to", "data", "valid"}),
+        **config.model_dump(mode="json", exclude=training.NOT_IDENTITY | {"data", "valid"}),
         **digests,
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
@@ -351,9 +354,8 @@ def about(config: SFTConfig) -> dict[str, Any]:
     return {"model": config.model, "trained_by": "mlx-traces sft", "training": own}
 
 
-def _result(
-    folder: RunFolder, progress: Progress, metrics: list[dict[str, Any]], padding: float, notes: list[str]
-) -> SFTResult:
+def _result(folder: RunFolder, progress: Progress, padding: float, notes: list[str]) -> SFTResult:
+    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
     rows = [row for row in metrics if "tokens" in row]
     at_best = next((row for row in metrics if row["step"] == progress.best_step), {})
     seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)

@@ -10,7 +10,7 @@ keys and values and their gradient.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with 
 
 Arrays = list[mx.array]
 LossOf = Callable[[mx.array, mx.array, list[int]], tuple[mx.array, dict[str, mx.array]]]
+T = TypeVar("T")
 
 
 def split(model: nn.Module) -> Split:
@@ -63,22 +64,32 @@ def accumulate(
         model: what is trained.
         halves: the model in two, by `split` for prompts to be read once, where that saves a tenth of the tokens.
         examples: the rows, each with a trained token.
-        micro_tokens: most tokens of a forward pass, padding included.
+        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`forward.Room`).
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
             micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
     """
     own = ranks.share(len(examples))
     shifted = loss_of if own.start == 0 else lambda *given: loss_of(*given[:2], [own.start + i for i in given[2]])
-    loss, grads, sums = _accumulate(model, halves, [examples[i] for i in own], micro_tokens, shifted)
+    rows = [examples[i] for i in own]
+    prompts = _shared(halves, rows)
+
+    def part(tokens: int) -> tuple[float, Any, Counter]:
+        return _accumulate(model, halves, rows, prompts, tokens, shifted)
+
+    loss, grads, sums = halves.room.fit(micro_tokens, _lengths(rows, prompts), part)
     return ranks.total_step(loss, grads, sums, model.trainable_parameters())
 
 
 def _accumulate(
-    model: nn.Module, halves: Split, examples: Sequence[Example], micro_tokens: int, loss_of: LossOf
+    model: nn.Module,
+    halves: Split,
+    examples: Sequence[Example],
+    prompts: "Prompts | None",
+    micro_tokens: int,
+    loss_of: LossOf,
 ) -> tuple[float, Any, Counter]:
     """Do this rank's part."""
     loss, grads, sums = 0.0, None, Counter()
-    prompts = _shared(halves, examples)
     if prompts is None:
 
         def whole(indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
@@ -111,11 +122,28 @@ def _accumulate(
     return loss, grads, sums
 
 
-def each_states(
-    halves: Split, examples: Sequence[Example], micro_tokens: int
+def each(
+    halves: Split,
+    examples: Sequence[Example],
+    micro_tokens: int,
+    take: Callable[[list[int], mx.array, mx.array], T],
+) -> list[T]:
+    """Return what ``take`` makes of each micro-batch: of its rows' indices, and states and tokens as `LossOf` has them.
+
+    ``take`` computes all that it returns: where memory runs out, it is asked again for all rows, in smaller batches.
+    """
+    prompts = _shared(halves, examples)
+
+    def all_of_them(tokens: int) -> list[T]:
+        return [take(*micro) for micro in _each_states(halves, examples, prompts, tokens)]
+
+    return halves.room.fit(micro_tokens, _lengths(examples, prompts), all_of_them)
+
+
+def _each_states(
+    halves: Split, examples: Sequence[Example], prompts: "Prompts | None", micro_tokens: int
 ) -> Iterator[tuple[list[int], mx.array, mx.array]]:
     """Yield for each micro-batch its rows' indices, and the states and tokens that `accumulate` hands on."""
-    prompts = _shared(halves, examples)
     if prompts is None:
         for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
             yield indices, *_states(halves, examples, indices)
@@ -238,6 +266,13 @@ def _shared(halves: Split, examples: Sequence[Example]) -> Prompts | None:
         return None
     prompts = Prompts(halves, examples)
     return prompts if prompts.saved >= LEAST_SAVED else None
+
+
+def _lengths(examples: Sequence[Example], prompts: Prompts | None) -> list[int]:
+    """Return the tokens of each row that is read: whole ones, or prompts and what follows them."""
+    if prompts is None:
+        return [len(example.ids) for example in examples]
+    return [*prompts.rest, *prompts.lengths.tolist()]
 
 
 def _states(halves: Split, examples: Sequence[Example], indices: Sequence[int]) -> tuple[mx.array, mx.array]:

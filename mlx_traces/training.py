@@ -14,6 +14,9 @@ from mlx_traces.models import LoadedModel
 from mlx_traces.runs import RunFolder
 
 SHOWN = 4  # validation completions kept in samples.jsonl
+# Settings that a run may go on with others of: they decide where it runs and what is told, or how a step is parted,
+# which must give where memory runs out, and changes rounding alone (and the masks of dropout).
+NOT_IDENTITY = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 @dataclass

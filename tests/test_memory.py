@@ -1,6 +1,7 @@
 """The memory estimate: within a quarter of MLX's own peak, part by part, and lines that name what to lower."""
 
 import gc
+import json
 import re
 from dataclasses import replace
 
@@ -10,14 +11,15 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import adapters, forward, grpo, memory, models, optim, planning
+from mlx_traces import adapters, device, forward, grpo, memory, models, optim, planning, ppo, ranks, sft, traces
 from mlx_traces.batching import Example
 from mlx_traces.cli import main
-from mlx_traces.config import GRPOConfig, SFTConfig
+from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.device import Backend
 from mlx_traces.drawing import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.sampling import generate
+from mlx_traces.tasks import countdown
 
 TOLERANCE = 0.25
 PROMPT = 16
@@ -163,6 +165,48 @@ def test_what_does_not_fit_names_the_setting_to_lower():
         assert re.search(message, memory.fits(replace(found, **changes), backend))
 
 
+STEPS = {"num_steps": 2, "prompts_per_step": 2, "group_size": 4, "max_tokens": 12, "minibatches": 2, "warmup": 0}
+SHORT = {"task": "countdown", "prompt": "direct", **STEPS, "rank": 4, "rewards": {"uneven:reward": 1.0}}
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo", "ppo"])
+def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind, tmp_path, monkeypatch):
+    made = traces.countdown_traces(8, "train", 3, prompts=[countdown.TASK.prompt("direct")])
+    traces.write_traces(tmp_path / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+    (tmp_path / "uneven.py").write_text(
+        "def reward(completions):\n    return [i % 4 for i in range(len(completions))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {
+        "sft": SFTConfig(data=str(tmp_path / "data.jsonl"), batch_size=4, rank=4, valid_share=0.3, warmup=0),
+        "grpo": GRPOConfig(**SHORT, kl_coef=0.01, temperature=1.0),
+        "ppo": PPOConfig(**SHORT, kl_coef=0.01, temperature=1.0),
+    }[kind]
+    recipe, whole = {"sft": sft, "grpo": grpo, "ppo": ppo}[kind], forward.head_logprobs
+    results = {}
+    for name, fits in (("whole", 10**9), ("halved", 20)):
+
+        def logprobs(halves, states, *given, most=fits, **named):
+            if len(states) > most:
+                raise RuntimeError(f"[metal::malloc] Attempting to allocate {len(states)} bytes")
+            return whole(halves, states, *given, **named)
+
+        monkeypatch.setattr(forward, "head_logprobs", logprobs)
+        results[name] = recipe.train(settings, tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        results[name] = results[name], [row for row in rows if "loss" in row]
+    (one, rows), (other, halved) = results["whole"], results["halved"]
+    assert not any("out of memory" in note for note in one.notes) and "memory/micro_tokens" not in rows[-1]
+    assert any("micro-batches of at most" in note for note in other.notes)
+    assert halved[-1]["memory/micro_tokens"] < settings.micro_tokens and len(rows) == len(halved) == 2
+    for before, after in zip(rows, halved, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4, abs=1e-6)
+        assert after["optim/grad_norm"] == pytest.approx(before["optim/grad_norm"], rel=1e-4)
+    one, other = (mx.load(f"{result.adapter}/adapters.safetensors") for result in (one, other))
+    assert all(mx.allclose(array, other[name], rtol=0, atol=2e-5).item() for name, array in one.items())
+    assert max(mx.abs(array).max().item() for name, array in one.items() if name.endswith("lora_b")) > 5e-5
+
+
 SIZES = {"length": 96, "learned": 64, "micro_tokens": 700, "sequences": 12, "logits_mb": 1.0}
 
 
@@ -249,3 +293,56 @@ def test_a_plan_refuses_in_one_line(tmp_path, text, message):
         planning.plan(write(tmp_path / "x.yaml", text))
     with pytest.raises(UserError, match="cannot be read"):
         planning.plan(tmp_path / "missing.yaml")
+
+
+def cache_limit():
+    """Return MLX's limit, which only setting it tells."""
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+@pytest.fixture
+def roomy():
+    """Let MLX keep as much as a GPU's memory; on a CPU it would keep little."""
+    before = mx.set_cache_limit(10**12)
+    yield 10**12
+    mx.set_cache_limit(before)
+
+
+def test_limits_are_set_once_and_put_back(roomy, monkeypatch):
+    wired = []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or 77)
+    with device.limits():
+        assert cache_limit() == device.memory_bytes() // 2 < roomy
+        with device.limits():
+            mx.set_cache_limit(10**9)
+        assert cache_limit() == 10**9  # inner contexts change nothing
+    assert cache_limit() == roomy and not wired
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11.0, "memory_size": 10**9})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with pytest.raises(KeyError), device.limits():
+        assert cache_limit() == 5 * 10**8
+        raise KeyError
+    assert cache_limit() == roomy and wired == [11, 77]
+    mx.set_cache_limit(10**8)
+    with device.limits():
+        assert cache_limit() == 10**8  # never more than MLX's own
+
+
+def test_runs_and_samples_are_made_within_the_limits(roomy, tiny, tmp_path):
+    for _ in generate(tiny, [Request((1, 2, 3))], SamplingParams(2)):
+        assert cache_limit() < roomy
+    assert cache_limit() == roomy
+    with ranks.at_work(tmp_path / "run", False):
+        assert cache_limit() < roomy
+    assert cache_limit() == roomy
+
+
+def test_memory_that_ran_out_anywhere_in_a_run_is_told_in_a_line(tmp_path):
+    told = r"memory ran out \(.malloc. Unable to allocate 3 bytes.\); .* --resume"
+    with pytest.raises(UserError, match=told), ranks.at_work(tmp_path / "run", False):
+        raise RuntimeError("[malloc] Unable to allocate 3 bytes.")
+    with pytest.raises(RuntimeError, match="another"), ranks.at_work(tmp_path / "run", False):
+        raise RuntimeError("another")

@@ -383,6 +383,13 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
     assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
     assert tiny.notes == ["out of memory: 4 rows at once from here on"]
+    failed.clear()
+    with pytest.raises(UserError, match="memory ran out with a single row"):
+        monkeypatch.setattr(
+            sampling._Engine, "_begin_step", lambda engine: (_ for _ in ()).throw(RuntimeError("CUDA: out of memory"))
+        )
+        run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))
+    monkeypatch.undo()
     monkeypatch.setattr(sampling._Engine, "_take", lambda engine, step: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # any other fault stays one
         run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_traces import adapters, forward, sharing
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig
+from mlx_traces.errors import UserError
 
 
 def lora(kind="lora"):
@@ -99,7 +100,7 @@ def test_states_without_a_gradient():
     found = {}
     for shares in (False, True):
         halves = sharing.split(model) if shares else forward.split(model)
-        for indices, states, targets in sharing.each_states(halves, rows, 64):
+        for indices, states, targets in sharing.each(halves, rows, 64, lambda *micro: micro):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
                 indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
@@ -116,3 +117,69 @@ def test_models_are_asked_whether_they_can(monkeypatch):
     assert sharing.split(model).caches == len(model.layers)
     monkeypatch.setattr(sharing._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
     assert not sharing.split(model).caches
+
+
+def failing(monkeypatch, above):
+    """Let memory run out for every forward pass of more than so many tokens to learn; return what was asked for."""
+    whole, asked = forward.head_logprobs, []
+
+    def logprobs(halves, states, targets, *given):
+        asked.append(states.shape[0])
+        if states.shape[0] > above:
+            raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum")
+        return whole(halves, states, targets, *given)
+
+    monkeypatch.setattr(forward, "head_logprobs", logprobs)
+    return asked
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monkeypatch, shares):
+    model, rows = lora(), groups((12, 9, 14, 7))
+    loss, grads, sums = measured(model, rows, 4096, shares)
+    before = dict(tree_flatten(model.trainable_parameters()))
+    asked = failing(monkeypatch, above=12)
+    again_loss, again, again_sums = measured(model, rows, 4096, shares)
+    assert max(asked) > 12 and asked[-1] <= 12 and len(asked) > 4
+    assert again_loss == pytest.approx(loss, rel=1e-5) and distance(grads, again) < 2e-5
+    assert again_sums["entropy"] == pytest.approx(sums["entropy"], rel=1e-5)
+    after = dict(tree_flatten(model.trainable_parameters()))
+    assert all(mx.array_equal(array, after[name]).item() for name, array in before.items())
+
+
+def test_what_does_not_fit_is_remembered_and_told():
+    model, rows = lora(), groups((12, 9, 14, 7))
+    halves = forward.split(model)
+    read = [states.shape[0] for _, states, _ in sharing.each(halves, rows, 4096, lambda *micro: micro)]
+    assert halves.room.metrics() == {} and len(read) == 1
+    asked = []
+
+    def take(indices, states, targets):
+        asked.append(len(indices))
+        if len(asked) == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return indices
+
+    found = sharing.each(halves, rows, 4096, take)
+    assert (
+        asked[0] == len(rows)
+        and len(asked) > 2
+        and sorted(row for part in found for row in part) == [*range(len(rows))]
+    )
+    most = halves.room.metrics()["memory/micro_tokens"]
+    width = max(len(row.ids) for row in rows)
+    assert most == len(rows) * width // 2
+    assert halves.room.notes == [
+        f"out of memory (CUDA error: out of memory): micro-batches of at most {most} tokens from here on"
+    ]
+    assert len(sharing.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
+
+
+def test_memory_that_does_not_hold_one_row_is_told_in_a_line(monkeypatch):
+    model, rows = lora(), groups((12, 9))
+    failing(monkeypatch, above=0)
+    with pytest.raises(UserError, match=r"memory ran out on one sequence of \d+ tokens alone \(.metal::malloc"):
+        measured(model, rows, 64, False)
+    monkeypatch.setattr(forward, "head_logprobs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # any other fault stays one
+        measured(model, rows, 64, False)
