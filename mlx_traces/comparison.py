@@ -1,5 +1,6 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -41,8 +42,22 @@ def read_run(path: str | Path) -> Run:
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
     about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
-    samples = [row for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
+    samples = [_shared(row) for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
     return Run(folder.path.name, result, samples, about)
+
+
+def _shared(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample whose repeated texts are one object with their equals in all samples and runs.
+
+    Keys, ids, questions and prompts repeat from run to run; twenty runs so take half of the memory.
+    """
+    return {sys.intern(key): _one(value) if key != "completion" else value for key, value in row.items()}
+
+
+def _one(value: Any) -> Any:
+    if type(value) is str:
+        return sys.intern(value)
+    return _shared(value) if type(value) is dict else value
 
 
 def by_extractor(run: Run, extractor: str) -> Run:
