@@ -1,5 +1,6 @@
 """Every setting, once: a model per recipe. The command line, YAML files and Python calls are all read into these."""
 
+import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -474,8 +475,8 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
-        if _sprawls(yaml.parse(text, loader)):
-            raise UserError(f"{path}: more than {MOST_VALUES:,} values, or {MOST_DEPTH} within each other")
+        if sprawl := _sprawl(yaml.parse(text, loader)):
+            raise UserError(f"{path}: {sprawl}")
         content = yaml.load(text, loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
@@ -490,13 +491,14 @@ MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
 MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
 
 
-def _sprawls(events: Iterable[Any]) -> bool:
-    """Whether a YAML file is too large or too deep, its aliases written out; 50 characters of a text count as a value.
+def _sprawl(events: Iterable[Any]) -> str:
+    """Say in what a YAML file is too large, its aliases written out; 50 characters of a text count as a value.
 
     So what is read is bounded although an alias may stand for others, and a value never holds itself.
     """
     import yaml
 
+    deep = f"more than {MOST_DEPTH} values within each other"
     sizes: dict[str, int] = {}  # of what an anchor names
     around: list[tuple[str | None, int]] = [(None, 0)]  # the collections that are open: anchor, size so far
     for event in events:
@@ -505,22 +507,28 @@ def _sprawls(events: Iterable[Any]) -> bool:
             around.append((anchor, 1))
             sizes.pop(anchor, None)
             if len(around) > MOST_DEPTH:
-                return True
+                return deep
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = around.pop()
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == outer for outer, _ in around):
-                return True
+                return deep
             size = sizes.get(anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
+            if event.implicit[0] and len(event.value) > MOST_NAME and _LOOKS_LIKE_A_NUMBER.fullmatch(event.value):
+                return f"a number of more than {MOST_NAME} characters"
             size = 1 + len(event.value) // 50
         if anchor is not None:
             sizes[anchor] = size
         around[-1] = (around[-1][0], around[-1][1] + size)
         if around[-1][1] > MOST_VALUES:
-            return True
-    return False
+            return f"more than {MOST_VALUES:,} values"
+    return ""
+
+
+# In base 60 too, which takes quadratic time to read.
+_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
 
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:

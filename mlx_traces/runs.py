@@ -227,7 +227,10 @@ class RunFolder:
     def rewind(self, name: str, step: int) -> list[dict[str, Any]]:
         """Drop the rows of later steps than ``step``, which are about to be made again; return the others."""
         path = self.path / name
-        rows = [row for row in whole_lines(path, ("step",)) if row["step"] <= step]
+        rows = whole_lines(path, ("step",))
+        if strange := [row["step"] for row in rows if not isinstance(row["step"], int | float)]:
+            raise UserError(f"{path}: 'step' must be a number, not {type(strange[0]).__name__}; the file is damaged")
+        rows = [row for row in rows if row["step"] <= step]
         if path.exists():
             write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows

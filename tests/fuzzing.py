@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from mlx_traces.tasks.data import is_file, parse_row, split_slice
 CHARACTERS = 100_000  # of the longest input that has to keep to the bounds; of a longer one they grow in proportion
 SECONDS = 0.05  # of the processor, for a call
 MEMORY = 48 * 2**20  # bytes that a call may hold at a time
+ROWS_READ = 1_000  # of files that are read row by row
 
 PART = "\n=====\n"  # between the files, or the arguments, of one input
 
@@ -58,72 +59,28 @@ class Target:
 
 # ------------------------------------------------------------------------------------------------ pieces of input
 
+# fmt: off
 TOKENS = (
-    *("<think>", "</think>", "<answer>", "</answer>", "<|begin_of_thought|>", "<|end_of_thought|>", "[THINK]"),
-    *("<|begin_of_solution|>", "<|end_of_solution|>", "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-    *("<|end|>", "<|start|>assistant", "<thinking>", "</reasoning>", "<solution>", "####", "#### 18", "\\boxed{", "}"),
-    *("\\frac{1}{2}", "\\frac", "\\text{", "\\left(", "\\times", "\\div", "\\circ", "**", "^", "{,}", "\\$", "\\%"),
-    *(
-        "=",
-        "= ",
-        " = 12",
-        "1,000",
-        "3/4",
-        "1 1/2",
-        "1e9",
-        "9" * 50,
-        "-",
-        "−",
-        "×",
-        "(",
-        ")",
-        "((",
-        "x",
-        "%",
-        "…",
-        "...",
-        ".",
-    ),
-    *("\n", "\n\n", "\r\n", "\r", "\t", " ", "\u2028", "\x00", "\x1b[31m", "\u202e", "\u200b", "\ufeff", "İ", "ﬁ"),
-    *("\ud83d", "\ud83d\ude00", "é", "٣", "²", "Ⅷ", "\U0001f600", "\x85", "\x9b", "\x7f"),
-    *('"', "'", "\\", "\\u0000", "\\ud800", "[", "]", "{", "}", ",", ":", "null", "true", "NaN", "Infinity", "-1e999"),
-    *("[[", "{}", '{"', '":', "1" * 5000, "0", "-0", "1e400", '""', "[]", '"id"', '"sample"', '"step"'),
-    *(
-        "&a ",
-        "*a",
-        "<<: *a",
-        "- ",
-        "? ",
-        ": ",
-        "|\n",
-        ">-\n",
-        "!!python/object/apply:os.system",
-        "!!binary ",
-        "%YAML 9",
-    ),
-    *("2001-99-99", "0x" + "f" * 6000, "1:2:3", "0o7", ".inf", "~", "#", "---\n", "...\n", "!!set ", "!!timestamp "),
-    *(
-        "../../x",
-        "/etc/passwd",
-        "~",
-        "C:\\x",
-        "con",
-        "Score: 0.5",
-        "Score: ",
-        "check.",
-        "wait",
-        "of ",
-        "times ",
-        "[:64]",
-    ),
-    *("=1+1", "@SUM(A1)", "|", "`", "<script>", "</script>", "<!--", "$x$", "os:system", "module:function"),
-    PART,
+    "<think>", "</think>", "<answer>", "</answer>", "<|begin_of_thought|>", "<|end_of_thought|>", "[THINK]",
+    "<|begin_of_solution|>", "<|end_of_solution|>", "<|channel|>analysis<|message|>", "<|channel|>final<|message|>",
+    "<|end|>", "<|start|>assistant", "<thinking>", "</reasoning>", "<solution>", "####", "#### 18", "\\boxed{", "}",
+    "\\frac{1}{2}", "\\frac", "\\text{", "\\left(", "\\times", "\\div", "\\circ", "**", "^", "{,}", "\\$", "\\%", "=",
+    "= ", " = 12", "1,000", "3/4", "1 1/2", "1e9", "9" * 50, "-", "−", "×", "(", ")", "((", "x", "%", "…", "...", ".",
+    "\n", "\n\n", "\r\n", "\r", "\t", " ", "\u2028", "\x00", "\x1b[31m", "\u202e", "\u200b", "\ufeff", "İ", "ﬁ",
+    "\ud83d", "\ud83d\ude00", "é", "٣", "²", "Ⅷ", "\U0001f600", "\x85", "\x9b", "\x7f", '"', "'", "\\", "\\u0000",
+    "\\ud800", "[", "]", "{", "}", ",", ":", "null", "true", "NaN", "Infinity", "-1e999", "[[", "{}", '{"', '":',
+    "1" * 5000, "0", "-0", "1e400", '""', "[]", '"id"', '"sample"', '"step"', "&a ", "*a", "<<: *a", "- ", "? ", ": ",
+    "|\n", ">-\n", "!!python/object/apply:os.system", "!!binary ", "%YAML 9", "2001-99-99", "0x" + "f" * 6000,
+    "1:2:3", "0o7", ".inf", "~", "#", "---\n", "...\n", "!!set ", "!!timestamp ", "../../x", "/etc/passwd", "~",
+    "C:\\x", "con", "Score: 0.5", "Score: ", "check.", "wait", "of ", "times ", "[:64]", "=1+1", "@SUM(A1)", "|", "`",
+    "<script>", "</script>", "<!--", "$x$", "os:system", "module:function", PART,
 )
 VALUES = (
-    *(None, True, False, 0, -1, 1, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "correct"),
-    *("\x00", "\x1b[31m\u202e", "../../x", "a" * 300, "1", "=1+1", [], {}, [[]], [None], [1, "x"], {"a": 1}, {"": {}}),
-    *({"role": "user", "content": 1}, [{"role": "user", "content": "q"}], {"tolerant": None}, "length"),
+    None, True, False, 0, -1, 1, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "correct",
+    "\x00", "\x1b[31m\u202e", "../../x", "a" * 300, "1", "=1+1", [], {}, [[]], [None], [1, "x"], {"a": 1}, {"": {}},
+    {"role": "user", "content": 1}, [{"role": "user", "content": "q"}], {"tolerant": None}, "length",
 )
+# fmt: on
 
 
 def mutated(text: str, random: random.Random, seeds: tuple[str, ...] = ()) -> str:
@@ -255,7 +212,7 @@ def _row(task: str, text: str) -> None:
 
 
 def _read_traces(text: str) -> None:
-    for where, trace in traces.read_traces(_file("traces.jsonl", text)):
+    for where, trace in islice(traces.read_traces(_file("traces.jsonl", text)), ROWS_READ):
         problem = quality.problem_of(trace, where)
         if problem is not None:
             quality.headline(get_task(trace.task), problem, trace.completion)
@@ -263,12 +220,12 @@ def _read_traces(text: str) -> None:
 
 
 def _imported(suffix: str, form: str, task: Task | None, text: str) -> None:
-    for trace in traces.import_traces(str(_file(f"import{suffix}", text)), form, task):
+    for trace in islice(traces.import_traces(str(_file(f"import{suffix}", text)), form, task), ROWS_READ):
         assert isinstance(trace, Trace) and trace.completion.encode("utf-8") is not None
 
 
 def _csv(text: str) -> None:
-    for where, row in qa.read_csv(_file("questions.csv", text)):
+    for where, row in islice(qa.read_csv(_file("questions.csv", text)), ROWS_READ):
         qa.parse(row, where)
 
 
@@ -354,12 +311,23 @@ def _data_names(text: str) -> None:
 
 
 def _shown(text: str) -> None:
-    for shown in (clean(text), webpage.visible(text)):
-        assert not set(shown) & set("\x00\x07\x1b\x7f\x85\x9b\u200f\u202e\u2066")
+    assert not set(webpage.visible(text)) & set(ACTING)
+
+
+def _shown_line(text: str) -> None:
+    line = clean(text)
+    assert not set(line) & set(ACTING + "\n\r\t")
+    table = tables.markdown(["a", "b"], [[line, "1"]], left=1).splitlines()
+    assert len(table) == 3 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", table[2])) == 3
+
+
+def _shown_cell(text: str) -> None:
     cell = tables._csv_cell(text)
+    assert not set(cell) & set(ACTING)
     assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or tables._NUMBER.fullmatch(cell)
-    table = tables.markdown(["a", "b"], [[clean(text), "1"]], left=1)
-    assert len(table.splitlines()) == 3 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", table.splitlines()[2])) == 3
+
+
+ACTING = "\x00\x07\x1b\x7f\x85\x9b\u200f\u202e\u2066"  # some of the characters that control a display
 
 
 def _jsonl(*rows: object) -> str:
@@ -538,7 +506,9 @@ TARGETS = (
     Target("judge's cache", _cache, (_jsonl({"key": "a", "reply": "Score: 1"}),), 0.3),
     Target("split", _names, ("test[:64]", "train[10:20]")),
     Target("data name", _data_names, ("openai/gsm8k", "data/x.jsonl", "a/b@main")),
-    Target("shown text", _shown, RESPONSES),
+    Target("shown text", _shown, RESPONSES, 0.5),
+    Target("shown line", _shown_line, RESPONSES, 0.5),
+    Target("shown cell", _shown_cell, RESPONSES, 0.5),
 )
 
 
@@ -634,7 +604,8 @@ def long_inputs(target: Target, size: int) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------------------------ the search
 
-_CHILD = """
+_PLAIN = "import sys; from tests import fuzzing; fuzzing.lengthen(sys.argv[1], int(sys.argv[2]), sys.argv[4])"
+_GUIDED = """
 import sys, atheris
 with atheris.instrument_imports(include=["mlx_traces"]):
     from tests import fuzzing
@@ -642,29 +613,31 @@ fuzzing.search(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
 """
 
 
-def search(name: str, inputs: int, seed: int, report: str) -> None:
-    """Try inputs of one target and write the tally; runs in a process of its own, which it ends.
+def lengthen(name: str, inputs: int, report: str) -> None:
+    """Try long inputs of one target, ``inputs`` at most, and write the tally; every 4th is weighed too."""
+    target = next(target for target in TARGETS if target.name == name)
+    tally, start = Tally(), time.process_time()
+    longest = islice(long_inputs(target, 10 * CHARACTERS), 60)
+    for index, text in enumerate(islice(chain(long_inputs(target, CHARACTERS), longest), inputs)):
+        tried(target, text, tally, weigh=index % 4 == 0)
+    Path(report).write_text(json.dumps({**asdict(tally), "seconds": time.process_time() - start}))
 
-    First long inputs, a tenth of all at most, then what libFuzzer makes of the seeds, guided by the branches of the
-    package that inputs reach. Every 20th input, and every long one, is weighed too.
+
+def search(name: str, inputs: int, seed: int, report: str) -> None:
+    """Try what libFuzzer makes of a target's seeds, guided by the branches of the package that inputs reach.
+
+    Runs in a process of its own, which it ends; the tally is written as it goes. Every 20th input is weighed too.
     """
     import atheris
 
     target = next(target for target in TARGETS if target.name == name)
     tally, start = Tally(), time.process_time()
 
-    def done() -> None:
-        Path(report).write_text(json.dumps({**asdict(tally), "wall": time.process_time() - start}))
-
-    for index, text in enumerate(islice(_long_and_longer(target), inputs // 10)):
-        tried(target, text, tally, weigh=index % 4 == 0)
-    done()
-
     def one(data: bytes) -> None:
         text = data.decode("utf-8", "surrogateescape")
-        tried(target, text, tally, weigh=tally.inputs % 20 == 0 or len(text) > 4_000)
+        tried(target, text, tally, weigh=tally.inputs % 20 == 0)
         if tally.inputs >= inputs or tally.inputs % 5_000 == 0:
-            done()
+            Path(report).write_text(json.dumps({**asdict(tally), "seconds": time.process_time() - start}))
 
     def other(data: bytes, most: int, seed: int) -> bytes:
         draw = random.Random(seed)
@@ -680,27 +653,31 @@ def search(name: str, inputs: int, seed: int, report: str) -> None:
     for index, text in enumerate(target.seeds):
         (corpus / f"seed{index}").write_bytes(text.encode())
     limits = ("-max_len=1500", "-len_control=0", "-rss_limit_mb=4096", "-timeout=60", "-verbosity=0")
-    arguments = ["fuzzing", str(corpus), f"-seed={seed + 1}", f"-atheris_runs={max(1, inputs - tally.inputs)}", *limits]
+    arguments = ["fuzzing", str(corpus), f"-seed={seed + 1}", f"-atheris_runs={inputs}", *limits]
     atheris.Setup(arguments, one, custom_mutator=other)
     atheris.Fuzz()
 
 
-def _long_and_longer(target: Target) -> Iterator[str]:
-    """Yield inputs of the longest length that the bounds are for, and of ten times that."""
-    yield from long_inputs(target, CHARACTERS)
-    yield from islice(long_inputs(target, 10 * CHARACTERS), 60)
-
-
 def _searched(target: Target, inputs: int, seed: int) -> dict:
-    """Search one target in a process of its own; return its tally, with what it said if it died."""
-    with tempfile.TemporaryDirectory() as folder:
-        report, said = Path(folder) / "report.json", Path(folder) / "said"
-        command = [sys.executable, "-c", _CHILD, target.name, str(inputs), str(seed), str(report)]
-        with said.open("w") as file:
-            status = subprocess.run(command, stdout=file, stderr=file).returncode
-        found = json.loads(report.read_text()) if report.exists() else {**asdict(Tally()), "wall": 0.0}
-        if status:
-            found["failures"][f"the process ended with {status}"] = said.read_text(errors="replace")[-2000:]
+    """Search one target in processes of its own, a tenth of the inputs at most being long; return what they came to.
+
+    The long ones go first, to a process whose code is not slowed down by counting branches.
+    """
+    found = {**asdict(Tally()), "seconds": 0.0}
+    for code, count in ((_PLAIN, inputs // 10), (_GUIDED, inputs)):
+        with tempfile.TemporaryDirectory() as folder:
+            report, said = Path(folder) / "report.json", Path(folder) / "said"
+            command = [sys.executable, "-c", code, target.name, str(count - found["inputs"]), str(seed), str(report)]
+            with said.open("w") as file:
+                status = subprocess.run(command, stdout=file, stderr=file).returncode
+            part = json.loads(report.read_text()) if report.exists() else {}
+            if status:
+                found["failures"][f"the process ended with {status}"] = said.read_text(errors="replace")[-2000:]
+        found["inputs"] += part.get("inputs", 0)
+        found["seconds"] += part.get("seconds", 0.0)
+        found["slowest"] = max(found["slowest"], part.get("slowest", 0.0))
+        found["memory"] = max(found["memory"], part.get("memory", 0))
+        found["failures"] |= part.get("failures", {})
     return found
 
 
@@ -725,7 +702,7 @@ def main() -> int:
         for target, found in zip(chosen, done, strict=True):
             total += found["inputs"]
             failed += [(target.name, kind, text) for kind, text in found["failures"].items()]
-            figures = f"{found['inputs']:>9,} {found['wall']:>8.0f} {1000 * found['slowest']:>10.1f}"
+            figures = f"{found['inputs']:>9,} {found['seconds']:>8.0f} {1000 * found['slowest']:>10.1f}"
             figures += f" {found['memory'] / 2**20:>8.1f}"
             print(f"{target.name:<24} {figures}  {len(found['failures'])}", flush=True)
     for name, kind, text in failed:

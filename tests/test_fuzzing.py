@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import adapters, curves, evaluation, quality, rewards, tables, traces, webpage
+from mlx_traces import adapters, curves, evaluation, quality, rewards, runs, tables, traces, webpage
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, clean, inert, unknown, visible
@@ -112,7 +112,9 @@ def test_faults_are_found(monkeypatch):
     ("content", "message"),
     [
         ("limit: 2001-99-99", "not a YAML file"),
-        ("limit: 0x" + "f" * 6000, "limit: a whole number of more than 18 digits"),
+        ("limit: 0x" + "f" * 6000, "a number of more than 100 characters"),
+        ("limit: 0x" + "f" * 20, "limit: a whole number of more than 18 digits"),
+        ("limit: 1" + ":2:31" * 20_000, "a number of more than 100 characters"),
         ("model: [" + "[" * 40 + "]" * 41, "within each other"),
         ("seed: " + "[" * 100_000, "within each other"),
         ("model: &a [*a]", "within each other"),
@@ -159,6 +161,12 @@ def test_json_too_deep_is_no_json(tmp_path):
     (tmp_path / adapters.WEIGHTS).touch()
     with pytest.raises(UserError, match="not JSON"):
         adapters.read_config(tmp_path)
+
+
+def test_a_step_that_is_no_number_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": "2"}\n')
+    with pytest.raises(UserError, match="'step' must be a number, not str"):
+        runs.RunFolder(tmp_path).rewind("metrics.jsonl", 1)
 
 
 @pytest.mark.parametrize(
