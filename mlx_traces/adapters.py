@@ -118,11 +118,13 @@ def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict
     from mlx.utils import tree_flatten
 
     from mlx_traces.checkpoints import write_arrays
-    from mlx_traces.runs import to_json, write_atomic
+    from mlx_traces.runs import on_the_way, to_json, write_atomic
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with on_the_way(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_arrays(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
-    write_atomic(folder / CONFIG, to_json({**settings, **(about or {})}))
+    with on_the_way(folder / CONFIG):
+        write_atomic(folder / CONFIG, to_json({**settings, **(about or {})}))
 
 
 def _swap(model: "nn.Module", change: Any) -> Any:

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from mlx_traces import adapters, hub, models, tables
 from mlx_traces.errors import UserError, clean
-from mlx_traces.runs import fingerprint, read_json, whole_lines, write_atomic
+from mlx_traces.runs import fingerprint, on_the_way, read_json, whole_lines, write_atomic
 from mlx_traces.tasks import TASKS, gsm8k
 from mlx_traces.traces import manifest_path
 
@@ -195,7 +196,9 @@ def write(
     metadata = _metadata(base, config, training, method, title, measured)
     if fused and "base_model" in metadata:
         metadata["base_model_relation"] = "finetune"
-    return _write((fused[0] if fused else adapter) / CARD, metadata, content)
+    path = (fused[0] if fused else adapter) / CARD
+    with nullcontext() if fused else on_the_way(path):
+        return _write(path, metadata, content)
 
 
 def _write(path: Path, metadata: dict[str, Any], content: dict[str, Any]) -> Path:

@@ -1,7 +1,6 @@
 """The state of a training run in one file: trained weights, optimizer, step. Written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,31 @@ from mlx.utils import tree_flatten
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.optim import restore, state_of
+from mlx_traces.runs import on_the_way, replacing, sync
 
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     """Replace a safetensors file all at once: temporary file, fsync, rename."""
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    mx.eval(list(arrays.values()))  # what goes wrong in computing them is no fault of the disk
     try:
-        mx.save_safetensors(str(scratch), arrays, metadata or {})
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        with on_the_way(path), replacing(path) as scratch:
+            mx.save_safetensors(str(scratch), arrays, metadata or {})
     except RuntimeError as error:  # MLX's word for a disk that is full
         raise UserError(
             f"{path}: cannot be written ({first_line(error)}); make room, then go on with --resume"
         ) from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def save(path: Path, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write the trained weights, the optimizer and ``state`` (plain JSON values, ``step`` among them)."""
+    """Write the trained weights, the optimizer and ``state`` (plain JSON values, ``step`` among them).
+
+    The lines that were logged before are on the disk before it: without them a run would go on with a gap.
+    """
+    for lines in path.parent.glob("*.jsonl"):
+        with on_the_way(lines):
+            sync(lines)
     arrays = {WEIGHTS + name: array for name, array in tree_flatten(model.trainable_parameters())}
     arrays |= {OPTIMIZER + name: array for name, array in state_of(optimizer).items()}
     write_arrays(path, arrays, {"state": json.dumps(state)})

@@ -8,7 +8,6 @@ so that the page decides about light and dark.
 from __future__ import annotations
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces import tables
+from mlx_traces.runs import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,12 +106,8 @@ def _in_tags(text: str) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, all at once."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         scratch.write_bytes(png(figure))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def number(value: float) -> str:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_traces import adapters, cards, examples, forward, models, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.runs import provenance, scratch_folder, to_json
+from mlx_traces.runs import provenance, put_in_place, scratch_folder, to_json
 from mlx_traces.traces import read_traces
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
@@ -107,7 +107,7 @@ def fuse(
         (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
         weights, own = (scratch, f"{bits} bits, {dtype}"), Path(adapter).expanduser()
         cards.write(own, base=cards.base_of(name), fused=weights, title=cards.title_of(out))
-        scratch.rename(out)
+        put_in_place(scratch, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
     finally:

@@ -12,8 +12,8 @@ from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import held, read_json, to_json, whole_lines, write_atomic
-from mlx_traces.traces import discard_unfinished, manifest_path, write_traces
+from mlx_traces.runs import held, on_the_way, read_json, to_json, whole_lines, write_atomic
+from mlx_traces.traces import discard_unfinished, manifest_of, manifest_path, refuse_written, write_traces
 
 
 def generate(
@@ -26,7 +26,7 @@ def generate(
     Args:
         config: the settings; ``samples`` completions of each problem.
         out: ``NAME.jsonl``.
-        resume: continue what was cut off; a sample does not depend on when it was drawn.
+        resume: continue what was cut off; a sample does not depend on when it was drawn. What is finished stays.
         show: called with each trace and the number of them all.
 
     Returns:
@@ -49,11 +49,14 @@ def _generate(
 ) -> dict[str, int]:
     """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
-    if ranks.first():
-        _refuse(out, part, begun, resume)
     planned = evaluation.plan(config)
     identity, kept = planned.identity(), []
+    if ranks.gather([resume and _made(out, identity)] if ranks.first() else [])[0]:
+        part.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
+        return manifest_of(out)["counts"]
     if ranks.first():
+        _refuse(out, part, begun, resume)
         _begin(begun, identity, out)
         kept = whole_lines(part, ("id",))
     traces = [Trace.from_row(row, str(part)) for row in ranks.gather(kept)]
@@ -63,12 +66,12 @@ def _generate(
     for trace in done.values():
         show and show(trace, len(wanted))
     if todo:
-        with (part if ranks.first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
-            for trace in _traces(planned, todo, stop):
+        lines = part if ranks.first() else Path(os.devnull)
+        for trace in _traces(planned, todo, stop):
+            with on_the_way(lines), lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(trace.to_row(), ensure_ascii=False) + "\n")
-                file.flush()
-                done[trace.id, trace.sample] = trace
-                show and show(trace, len(wanted))
+            done[trace.id, trace.sample] = trace
+            show and show(trace, len(wanted))
     if len(done) < len(wanted):
         raise Stopped(f"stopped after {len(done):,} of {len(wanted):,} completions")
     traces = [done[problem.id, sample] for problem, sample in wanted]
@@ -85,13 +88,19 @@ def _generate(
     return {"written": len(traces), **counts}
 
 
+def _made(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether the file is there and whole, and was made with these settings."""
+    if not (out.exists() and manifest_path(out).exists()):
+        return False
+    made = manifest_of(out)["config"]
+    return all(made.get(name) == value for name, value in identity.items())
+
+
 def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
     """Raise UserError if the file is there, or was begun and is not to be continued."""
     if resume and begun.exists():
         discard_unfinished(out)
-    for file in (out, manifest_path(out)):
-        if file.exists():
-            raise UserError(f"{file} exists; remove it, or choose another --out")
+    refuse_written(out)
     if part.exists() and not resume:
         raise UserError(f"{out} was begun and cut off; pass --resume to continue it, or remove {part}")
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError
-from mlx_traces.runs import scratch_folder
+from mlx_traces.runs import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
 from mlx_traces.tasks.solver import TRACE_LIMIT
 from mlx_traces.traces import solved
@@ -178,7 +178,7 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     scratch = scratch_folder(out)
     try:
         _train(config, scratch, progress)
-        scratch.rename(out)
+        put_in_place(scratch, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_traces import fusing, models
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.runs import fingerprint, provenance, scratch_folder, to_json
+from mlx_traces.runs import fingerprint, provenance, put_in_place, scratch_folder, to_json
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def convert(wanted: Conversion, trust_remote_code: bool = False) -> Path:
         about = {"model": wanted.model, "revision": revision, "bits": wanted.bits, "group_size": wanted.group_size}
         about |= {"origin": origin, **provenance()}
         (scratch / "converted.json").write_text(to_json(about), encoding="utf-8")
-        scratch.rename(wanted.path)
+        put_in_place(scratch, wanted.path)
     except OSError as error:
         raise UserError(f"{wanted.path} cannot be written ({error.strerror or error}); choose another --out") from None
     finally:

@@ -20,7 +20,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Problem
-from mlx_traces.runs import read_json, to_json, write_atomic
+from mlx_traces.runs import on_the_way, read_json, to_json, write_atomic
 from mlx_traces.tasks import Task
 
 
@@ -170,7 +170,8 @@ def by_difficulty(loaded: LoadedModel, planned: Plan, config: RLConfig, file: Pa
         for (problem, _), part in zip(pairs, parts, strict=True):
             counts[problem.id] += part["correct"]
         rates = {problem.id: counts[problem.id] / config.probe_samples for problem in planned.problems}
-        write_atomic(file, to_json(rates))
+        with on_the_way(file):
+            write_atomic(file, to_json(rates))
     rates = read_json(file)
     kept = [problem for problem in planned.problems if low <= rates[problem.id] <= high]
     if not kept:

@@ -28,17 +28,78 @@ SAMPLE_COLUMNS = (
 PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that takes a file's place, all at once, when the context ends well.
+
+    It is on the disk before it is renamed, and the renaming too before this returns. Where the context fails nothing is
+    left of it; what a killed process left of the same file's making goes first.
+    """
+    for left in leftovers(path):
+        with suppress(OSError):
+            left.unlink()
+    scratch = path.with_name(f".{os.getpid()}-{platform.node()}.tmp-{path.name}")
+    try:
+        yield scratch
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return the temporary files in which processes of this machine that are gone were writing ``path``."""
+    mark = f"-{platform.node()}.tmp-{path.name}"
+    found = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
+    return [file for file in found if not _lives(file.name.removesuffix(mark)[1:])]
+
+
+def _lives(number: str) -> bool:
+    """Whether a process number is somebody's; what is no number belongs to nobody that we know."""
+    if not number.isdecimal():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk; some file systems know no such thing for folders."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content all at once: temporary file, fsync, rename."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def unwritable(path: Path, error: OSError, again: str = "go on with --resume") -> UserError:
+    """Build the error for a file that could not be written on the way; what was there before is whole."""
+    first = {errno.ENOSPC: "make room", errno.EDQUOT: "make room"}.get(error.errno or 0, "make it writable")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); {first}, then {again}")
+
+
+@contextmanager
+def on_the_way(path: Path) -> Iterator[None]:
+    """Say in one line, while the context lasts, that a file of a run cannot be written, and how the run goes on."""
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def write_new(path: Path, text: str) -> None:
@@ -71,6 +132,15 @@ def scratch_folder(out: Path) -> Path:
     return scratch
 
 
+def put_in_place(scratch: Path, out: Path) -> None:
+    """Give a finished folder its name, its files being on the disk."""
+    for path in scratch.rglob("*"):
+        sync(path)
+    sync(scratch)
+    scratch.rename(out)
+    sync(out.parent)
+
+
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
     """Keep other processes from what a run writes, by the file ``lock`` beside it, while the context lasts.
@@ -83,19 +153,25 @@ def held(lock: Path) -> Iterator[None]:
         UserError: if another process holds it, or may do so on another machine; if the file cannot be written.
     """
     made = [folder for folder in lock.parents if not folder.exists()]
+
+    def tidy() -> None:
+        with suppress(OSError):  # one of them is not empty
+            for folder in made:
+                folder.rmdir()
+
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _taken(lock)
     except OSError as error:
+        tidy()
         raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another --out") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is read-only by now: the lock itself ends all the same
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
-        with suppress(OSError):  # one of them is not empty
-            for folder in made:
-                folder.rmdir()
+        tidy()
 
 
 def _taken(lock: Path) -> int:
@@ -109,9 +185,13 @@ def _taken(lock: Path) -> int:
                 continue
             _refuse_owner(lock, free)
             owner = to_json({"pid": os.getpid(), "host": platform.node(), "since": now()})
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner.encode(), 0)
-            os.fsync(descriptor)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, owner.encode(), 0)
+                os.fsync(descriptor)
+            except OSError:
+                lock.unlink(missing_ok=True)
+                raise
         except BaseException:
             with suppress(OSError):
                 os.close(descriptor)
@@ -216,12 +296,13 @@ class RunFolder:
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add finished samples; once this returns, a killed process does not lose them."""
-        with self.samples_path.open("a", encoding="utf-8") as file:
+        with on_the_way(self.samples_path), self.samples_path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def log(self, name: str, *rows: dict[str, Any]) -> None:
         """Add rows to ``metrics.jsonl`` or another file of JSON lines."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        path = self.path / name
+        with on_the_way(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def rewind(self, name: str, step: int) -> list[dict[str, Any]]:
@@ -232,17 +313,22 @@ class RunFolder:
             raise UserError(f"{path}: 'step' must be a number, not {type(strange[0]).__name__}; the file is damaged")
         rows = [row for row in rows if row["step"] <= step]
         if path.exists():
-            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the run, all at once."""
+        with on_the_way(self.path / name):
+            write_atomic(self.path / name, text)
 
     def finish(self, samples: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Write the samples in their final order, then the result."""
-        write_atomic(self.samples_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        self.write(self.samples_path.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
         self.conclude(result)
 
     def conclude(self, result: dict[str, Any]) -> None:
         """Write the result: the run is finished."""
-        write_atomic(self.path / "result.json", to_json(result))
+        self.write("result.json", to_json(result))
 
 
 def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -252,7 +338,7 @@ def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        with path.open("r+b") as file:
+        with on_the_way(path), path.open("r+b") as file:
             file.truncate(whole)
     return [row for _, row in read_jsonl(path, columns)]
 

@@ -11,9 +11,10 @@ from mlx_traces.config import FilterConfig, ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import COMPONENTS, combined, headline, problem_of, text_scores
 from mlx_traces.records import Problem, Trace
+from mlx_traces.runs import held
 from mlx_traces.selection import Report, select
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import manifest_path, read_traces, write_traces
+from mlx_traces.traces import read_traces, refuse_written, write_traces
 
 BATCH_TOKENS = 4096  # read at once for perplexity, padding included
 
@@ -24,13 +25,14 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
     Raises:
         UserError: if ``out`` exists, before anything is read; for a malformed trace; as ``score_traces`` does.
     """
-    _refuse(out)
+    refuse_written(out)
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
-    traces = score_traces([trace for _, trace in located], config, [where for where, _ in located])
-    manifest = {"source": str(source), "config": config.model_dump(mode="json"), "counts": {}, "seed": None}
-    write_traces(out, traces, manifest)
+    with held(out.with_name(f".{out.stem}.lock")):
+        traces = score_traces([trace for _, trace in located], config, [where for where, _ in located])
+        manifest = {"source": str(source), "config": config.model_dump(mode="json"), "counts": {}, "seed": None}
+        write_traces(out, traces, manifest)
     return traces
 
 
@@ -40,7 +42,7 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     Raises:
         UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
     """
-    _refuse(out)
+    refuse_written(out)
     traces = [trace for _, trace in read_traces(source)]
     if not traces:
         raise UserError(f"{source} has no traces")
@@ -56,12 +58,6 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     settings = config.model_dump(mode="json")
     write_traces(out, kept, {"source": str(source), "config": settings, "counts": counts, "seed": config.seed})
     return report
-
-
-def _refuse(out: Path) -> None:
-    for path in (out, manifest_path(out)):
-        if path.exists():
-            raise UserError(f"{path} exists; remove it, or choose another --out")
 
 
 def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[str] = ()) -> list[Trace]:

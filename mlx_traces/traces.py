@@ -6,7 +6,6 @@ and ``####`` stay where they stand in the solution.
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import provenance, read_json, to_json, write_new
+from mlx_traces.runs import leftovers, provenance, read_json, replacing, sync, to_json
 from mlx_traces.tasks import Task, countdown, gsm8k
 from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
@@ -61,37 +60,54 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
     Args:
         path: ``NAME.jsonl``; its folders are made.
         traces: may be a generator; nothing is drawn from it if the file exists.
-        manifest: arguments of ``write_manifest``. Its counts are read at the end, so a generator may still add to
-            them; the number ``written`` is put first.
+        manifest: ``source``, where the content is from: a file, a data set, a model; ``config``, every setting, filled
+            in; ``counts``, what was skipped for which reason; ``seed``, None where nothing was drawn. The counts are
+            read at the end, so a generator may still add to them; the number ``written`` is put first.
 
     Raises:
         UserError: if the file or its manifest exists, it cannot be written, or there are no traces.
     """
     path, written = Path(path), 0
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    refuse_written(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(manifest_path(path)) as about, replacing(path) as scratch:  # renamed from right to left
+            with scratch.open("w", encoding="utf-8") as file:
+                for written, trace in enumerate(traces, 1):  # noqa: B007
+                    row = {"id": trace.id, "messages": trace.messages, "completion": trace.completion, **trace.to_row()}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if not written:
+                raise UserError(
+                    f"{path}: there are no traces to write; counted: {counted(manifest['counts']) or 'nothing'}"
+                )
+            own = {**manifest, "counts": {"written": written, **manifest["counts"]}}
+            about.write_text(to_json(_manifest(path.name, _sha256(scratch), **own)), encoding="utf-8")
+            sync(about)
+    except OSError as error:
+        with suppress(OSError):
+            discard_unfinished(path)  # it was not there before
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    return written
+
+
+def refuse_written(path: Path) -> None:
+    """Raise UserError if a file of traces or its manifest is there.
+
+    A writer that was killed between the file and its manifest has left the manifest, under the name of a temporary
+    file, with the file's hash in it: it is put in its place.
+    """
+    try:
+        if path.exists() and not manifest_path(path).exists():
+            for left in leftovers(manifest_path(path)):
+                with suppress(UserError):
+                    if read_json(left).get("sha256") == _sha256(path):
+                        left.replace(manifest_path(path))
+                        break
         for file in (path, manifest_path(path)):
             if file.exists():
                 raise UserError(f"{file} exists; remove it, or choose another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
-            for written, trace in enumerate(traces, 1):  # noqa: B007
-                row = {"id": trace.id, "messages": trace.messages, "completion": trace.completion, **trace.to_row()}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if not written:
-            raise UserError(
-                f"{path}: there are no traces to write; counted: {counted(manifest['counts']) or 'nothing'}"
-            )
-        scratch.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
-    write_manifest(path, **{**manifest, "counts": {"written": written, **manifest["counts"]}})
-    return written
 
 
 def discard_unfinished(path: Path) -> None:
@@ -105,22 +121,14 @@ def manifest_path(path: Path) -> Path:
     return Path(path).with_suffix(".manifest.json")
 
 
-def write_manifest(
-    path: Path, *, source: str, config: dict[str, Any], counts: dict[str, Any], seed: int | None
-) -> None:
-    """Write beside a finished file what it is and how it was made.
-
-    Args:
-        path: the file.
-        source: where its content is from: a file, a data set, a model.
-        config: every setting, filled in; plain JSON.
-        counts: what was written, and skipped for which reason.
-        seed: None where nothing was drawn.
-    """
+def _manifest(
+    file: str, sha256: str, *, source: str, config: dict[str, Any], counts: dict[str, Any], seed: int | None
+) -> dict[str, Any]:
+    """Say what a file of traces is and how it was made."""
     made = provenance()
-    content = {
-        "file": Path(path).name,
-        "sha256": _sha256(path),
+    return {
+        "file": file,
+        "sha256": sha256,
         "source": source,
         "command": made["command"],
         "seed": seed,
@@ -132,7 +140,6 @@ def write_manifest(
         "platform": made["platform"],
         "time": made["started"],
     }
-    write_new(manifest_path(path), to_json(content))
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Options made from the recipes' settings, and a click group whose errors are one line."""
 
+import errno
 import os
 import signal
 import sys
@@ -42,6 +43,14 @@ class Commands(click.Group):
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise  # these three are the disk's fault wherever they come up
+            file = error.filename or "the output"
+            if error.filename is None:  # what is still to be written there would fail again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            told = f"{clean(file)} cannot be written ({error.strerror}); make room, then repeat the command"
+            raise click.ClickException(told) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         """Find the command; refuse one that several ranks would all do at once."""
