@@ -165,7 +165,7 @@ def test_what_does_not_fit_names_the_setting_to_lower():
         assert re.search(message, memory.fits(replace(found, **changes), backend))
 
 
-STEPS = {"num_steps": 2, "prompts_per_step": 2, "group_size": 4, "max_tokens": 12, "minibatches": 2, "warmup": 0}
+STEPS = {"num_steps": 2, "prompts_per_step": 2, "group_size": 4, "max_tokens": 8, "warmup": 0}
 SHORT = {"task": "countdown", "prompt": "direct", **STEPS, "rank": 4, "rewards": {"uneven:reward": 1.0}}
 
 
@@ -179,12 +179,12 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
     monkeypatch.syspath_prepend(tmp_path)
     settings = {
         "sft": SFTConfig(data=str(tmp_path / "data.jsonl"), batch_size=4, rank=4, valid_share=0.3, warmup=0),
-        "grpo": GRPOConfig(**SHORT, kl_coef=0.01, temperature=1.0),
-        "ppo": PPOConfig(**SHORT, kl_coef=0.01, temperature=1.0),
+        "grpo": GRPOConfig(**SHORT, kl_coef=0.01),
+        "ppo": PPOConfig(**SHORT, epochs=1),
     }[kind]
     recipe, whole = {"sft": sft, "grpo": grpo, "ppo": ppo}[kind], forward.head_logprobs
     results = {}
-    for name, fits in (("whole", 10**9), ("halved", 20)):
+    for name, fits in (("whole", 10**9), ("halved", 16)):
 
         def logprobs(halves, states, *given, most=fits, **named):
             if len(states) > most:
@@ -202,6 +202,9 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
     for before, after in zip(rows, halved, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4, abs=1e-6)
         assert after["optim/grad_norm"] == pytest.approx(before["optim/grad_norm"], rel=1e-4)
+    if kind != "ppo":
+        less = settings.model_copy(update={"micro_tokens": 64, "logits_mb": 8.0, "checkpoint_layers": True})
+        assert recipe.train(less, tmp_path / "halved", resume=True).steps == 2  # a run may go on with less
     one, other = (mx.load(f"{result.adapter}/adapters.safetensors") for result in (one, other))
     assert all(mx.allclose(array, other[name], rtol=0, atol=2e-5).item() for name, array in one.items())
     assert max(mx.abs(array).max().item() for name, array in one.items() if name.endswith("lora_b")) > 5e-5
