@@ -480,7 +480,7 @@ def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, m
     values = iter((0.2, 0.5, 0.5, 0.4, 0.9))
     saved = []
     monkeypatch.setattr(training, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
-    monkeypatch.setattr(adapters, "save", lambda model, *_: saved.append(tree_flatten(model.trainable_parameters())))
+    monkeypatch.setattr(training, "keep", lambda *_: saved.append(1))
     config = GRPOConfig(**{**settings, "num_steps": 20, "patience": 2})
     result = grpo.train(config, tmp_path / "run")
     assert (result.best_step, result.accuracy, result.accuracy_before, result.steps) == (2, 0.5, 0.2, 6)
