@@ -23,7 +23,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_traces.config import NanoConfig
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, first_line
 from mlx_traces.runs import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
 from mlx_traces.tasks.solver import TRACE_LIMIT
@@ -212,6 +212,9 @@ def _train(config: NanoConfig, folder: Path, progress) -> None:
     model.set_dtype(mx.float16)
     nn.quantize(model, config.quant_group_size, config.bits)
     settings["quantization"] = {"group_size": config.quant_group_size, "bits": config.bits, "mode": "affine"}
-    save_model(folder, model)
+    try:
+        save_model(folder, model)
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(first_line(error)) from None
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     tokenizer.save_pretrained(folder)

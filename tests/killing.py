@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("MLX_TRACES_KILLS", "5"))  # of a suite's run; more for a longer one
-POLL = 0.002  # seconds between two looks at a folder
+POLL = 0.005  # seconds between two looks at a folder
 
 
 def start(*arguments, cwd=None, code="from mlx_traces.cli import main; main()"):
@@ -301,10 +301,10 @@ ROUNDS = {
     "round3": {"grpo": {**STEPS, "num_steps": 2, "max_tokens": 32, "rows": 8, "rewards": {"length": 1}}},
     "compare": {"limit": 4, "max_tokens": 32, "rows": 4},
 }
-ASK = ("--task", "countdown", "--prompt", "thinking", "--rows", "4", "--max-tokens", "48")
+ASK = ("--task", "countdown", "--prompt", "thinking", "--rows", "4", "--max-tokens", "32")
 WORDS = {
     "eval": (*ASK, "--limit", "40", "--out", "run"),
-    "generate": (*ASK, "--limit", "8", "--samples", "4", "--temperature", "1", "--out", "own.jsonl"),
+    "generate": (*ASK, "--limit", "5", "--samples", "4", "--temperature", "1", "--out", "own.jsonl"),
     "score": ("data.jsonl", "--model", "nano", "--out", "scored.jsonl"),
     **{name: ("settings.yaml", "--out", "run") for name in ("sft", "grpo", "ppo")},
     "rounds": ("settings.yaml",),

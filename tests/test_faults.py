@@ -94,7 +94,7 @@ def recipes(data, tiny_folder, monkeypatch):
             loaded[name] = load(name, *args, **kwargs)
         return loaded[name]
 
-    training = {"model": str(tiny_folder), "data": str(data), "rank": 2, "batch_size": 2, "micro_tokens": 200}
+    training = {"model": str(tiny_folder), "data": str(data), "rank": 2, "batch_size": 3, "micro_tokens": 200}
     training |= {"valid_share": 0.2, "eval_every": 2, "save_every": 1, "device": "cpu", "learning_rate": 1e-2}
     asked = {**ASKED, "model": str(tiny_folder), "limit": 3, "device": "cpu", "rows": 2}
 
@@ -156,6 +156,9 @@ def test_a_full_disk_at_every_kind_of_write(name, recipes, tmp_path, monkeypatch
     recipes[name](tmp_path / "whole", False)
     moments, disk.seen = list(disk.seen), []
     assert len(moments) >= 5
+    if name in ("sft", "generate") and not LONG:  # one kind of write for each file, another for the next
+        files = [[moment for moment in moments if moment[1] == file] for file in dict.fromkeys(m[1] for m in moments)]
+        moments = [kinds[place % len(kinds)] for place, kinds in enumerate(files)]
     for place, moment in enumerate(moments):
         folder = tmp_path / str(place)
         disk.wanted = moment
