@@ -480,7 +480,8 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
         content = yaml.load(text, loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError for a date such as 2001-99-99 too
+    # PyYAML meets a wrong date, or a tag that its text does not fit, with whatever its code runs into.
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")

@@ -3,6 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 MOST_NAME = 100  # characters of an unknown name that are looked at and shown
@@ -35,17 +36,22 @@ def clean(text: Any) -> str:
     spaced = " ".join(str(text).split())
     if spaced.isprintable():
         return spaced
-    return "".join(c for c in spaced if not _acts(c))
+    return spaced.translate(dict.fromkeys(_acting()))
 
 
-def _acts(c: str) -> bool:
-    """Whether a character controls a display, or how others are shown, or is half of one."""
-    return not c.isprintable() and unicodedata.category(c) in ("Cc", "Cf", "Cs")
+@cache
+def _acting() -> dict[int, str]:
+    """Return what stands for each character that controls a display, or how others are shown, or is half of one.
+
+    Unicode has none of them outside of these two ranges.
+    """
+    codes = (*range(0x20000), *range(0xE0000, 0xE1000))
+    return {code: _visible(chr(code)) for code in codes if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs")}
 
 
 def visible(text: str) -> str:
     """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
-    return "".join(_visible(c) if _acts(c) else c for c in text)
+    return text if text.isprintable() else text.translate(_acting())
 
 
 def _visible(c: str) -> str:
@@ -58,7 +64,7 @@ def _visible(c: str) -> str:
 
 def inert(json_text: str) -> str:
     """Write the control and direction characters that JSON leaves as they are as its escapes: it means the same."""
-    return "".join(f"\\u{ord(c):04x}" if c != "\n" and _acts(c) and ord(c) < 0x10000 else c for c in json_text)
+    return json_text.translate({code: f"\\u{code:04x}" for code in _acting() if code < 0x10000 and code != 0x0A})
 
 
 def first_line(error: Exception) -> str:

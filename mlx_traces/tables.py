@@ -46,7 +46,7 @@ PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_
 _GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
 _FORMULA_START = tuple("=+-@\t\r\n＝＋－＠")
 _NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
-_MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]<>|~])")
+_MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 @dataclass(frozen=True)
@@ -645,7 +645,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) 
 
 
 def _escape_markdown(text: str) -> str:
-    return _MARKDOWN_SYNTAX.sub(r"\\\1", text)
+    return text.translate(_MARKDOWN_SYNTAX)
 
 
 def _csv_cell(value: Any) -> Any:

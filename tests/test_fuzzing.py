@@ -112,6 +112,9 @@ def test_faults_are_found(monkeypatch):
     ("content", "message"),
     [
         ("limit: 2001-99-99", "not a YAML file"),
+        ("limit: !!timestamp x", "not a YAML file"),
+        ("limit: !!bool x", "not a YAML file"),
+        ("limit: !!int ''", "not a YAML file"),
         ("limit: 0x" + "f" * 6000, "a number of more than 100 characters"),
         ("limit: 0x" + "f" * 20, "limit: a whole number of more than 18 digits"),
         ("limit: 1" + ":2:31" * 20_000, "a number of more than 100 characters"),
@@ -161,6 +164,8 @@ def test_json_too_deep_is_no_json(tmp_path):
     (tmp_path / adapters.WEIGHTS).touch()
     with pytest.raises(UserError, match="not JSON"):
         adapters.read_config(tmp_path)
+    with pytest.raises(UserError, match="not JSON"):
+        parse_row("[" * 100_000, "x:1", ())
 
 
 def test_a_step_that_is_no_number_is_refused(tmp_path):
@@ -501,6 +506,13 @@ def test_a_json_line_keeps_its_meaning_without_control_characters():
     assert json.loads(inert(line)) == json.loads(line)
     assert_plain(inert(line).replace("\U000e0001", ""))
     assert "é😀" in inert(line)
+
+
+def test_every_character_that_acts_is_known():
+    categories = ("Cc", "Cf", "Cs")
+    acting = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in categories]
+    assert not clean("".join(acting)).strip()
+    assert set(visible("".join(acting))) & set(acting) == set("\n\t\u200d\u00ad")
 
 
 @settings(max_examples=100)
