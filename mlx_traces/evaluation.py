@@ -23,6 +23,8 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
 NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"} | set(EndpointConfig.model_fields)
 
+LABEL_BYTES = 150  # of a folder's name, before its digits; file systems take 255
+
 Sample = dict[str, Any]
 Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
 Stop = Callable[[], bool]
@@ -99,7 +101,8 @@ class Plan:
             self.prompt.name,
         )
         name = "-".join(part for part in parts if part)
-        return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".") + f"-{digest}"
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lower().lstrip(".")
+        return name.encode()[:LABEL_BYTES].decode(errors="ignore") + f"-{digest}"
 
     @property
     def model(self) -> str:

@@ -236,6 +236,10 @@ def test_changed_data_or_template_is_another_evaluation(tmp_path):
     template.write_text(template.read_text().replace("assistant", "helper"))
     labels.append(label())
     assert len(set(labels)) == 3 and label() == labels[-1]
+    prompt = tmp_path / f"{'ä' * 100}.yaml"
+    prompt.write_text("user: '{question}'\n")
+    settings["prompt"] = str(prompt)
+    assert 150 < len(label().encode()) < 200  # a file system takes 255 bytes of a name
 
 
 def test_compare_takes_the_flags_and_nothing_else(batched, tmp_path):
