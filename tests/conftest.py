@@ -72,6 +72,20 @@ def make_model(seed: int = 6, **changes) -> nn.Module:
     return randomized(qwen2.Model(qwen2.ModelArgs.from_dict(make_config(**changes))), seed)
 
 
+def save_model(folder: Path) -> Path:
+    """Write the tiny random model and its tokenizer as a model folder; return it."""
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
+    (folder / "config.json").write_text(json.dumps(make_config()))
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
 def randomized(model: nn.Module, seed: int) -> nn.Module:
     """Give a model large random weights, so that its greedy text wanders."""
     random = np.random.default_rng(seed)

@@ -8,10 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
-from conftest import make_config, make_model, make_tokenizer
+from conftest import save_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
-from mlx.utils import tree_flatten
 
 from mlx_traces import cards, evaluation, fusing, grpo, sft
 from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
@@ -70,11 +69,7 @@ def adapter_in(folder, model="nano", **training):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cards") / "tiny"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config()))
-    make_tokenizer().save_pretrained(folder)
+    folder = save_model(tmp_path_factory.mktemp("cards") / "tiny")
     (folder / "README.md").write_text(
         "---\nlicense: other\nlicense_name: Tiny Licence\nlicense_link: https://example.org/l\nlanguage: [en, fr]\n"
         "base_model: tiny/parent\n---\n# Tiny\n"

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_config, make_model, make_tokenizer, wrap
+from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_traces import (
@@ -289,16 +289,6 @@ def test_problems_are_drawn_over_and_over():
 
 
 # ---------------------------------------------------------------------------------- runs
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grpo") / "tiny"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config()))
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

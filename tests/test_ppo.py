@@ -439,16 +439,6 @@ def test_an_entropy_bonus_keeps_the_odds_even():
 # ---------------------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ppo") / "tiny"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config()))
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def settings(model_folder, tmp_path):
     """Settings of a run of 4 steps of 3 problems out of 7, with a validation and a checkpoint every 2."""

@@ -8,7 +8,7 @@ import killing
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
+from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces import adapters, checkpoints, examples, forward, optim, runs, sft
@@ -239,16 +239,6 @@ def write_traces(path, count=24, per_problem=2):
         lines.append({"id": f"p{i // per_problem}", "messages": ONE, "completion": text, "sample": i % per_problem})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sft") / "tiny"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config()))
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 import json
 import sys
 
-import mlx.core as mx
 import pytest
-from conftest import make_config, make_model, make_tokenizer
-from mlx.utils import tree_flatten
 
 from mlx_traces import grpo, ranks, rounds, sft, tracking
 from mlx_traces.config import GRPOConfig, RoundsConfig, SFTConfig, build
@@ -41,16 +38,6 @@ def client(request, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, request.param, raising=False)
     yield request.param
     sys.modules.pop(request.param, None)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tracked") / "tiny"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(make_model().parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config()))
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
