@@ -192,7 +192,8 @@ def merged(model: "nn.Module") -> Iterator[None]:
         return layer.fuse() if "scales" not in inner and inner.weight.dtype == mx.float32 else layer
 
     back = _swap(model, dense)
-    mx.eval(model.parameters())
+    # Each new layer drew weights that nobody asks for: without the state the graph of all draws would grow for ever.
+    mx.eval(model.parameters(), list(mx.random.state))
     try:
         yield
     finally:

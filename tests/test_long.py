@@ -26,6 +26,8 @@ from mlx_traces.tasks import countdown
 pytestmark = pytest.mark.skipif(
     os.environ.get("MLX_TRACES_LONG") != "1", reason="takes minutes; MLX_TRACES_LONG=1 runs it"
 )
+KEPT = 33.6  # MB of freed buffers that MLX keeps on a CPU
+NOISE = 1.0  # MB: where little is held, a batch longer than all before is some per cent
 GROWTH = 1.05  # the most that memory may be after the warm-up, over what it was then
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +56,8 @@ class Gauge:
             growth = f"{100 * (after / before - 1):+.1f} %" if before else ""
             told = f"{before:9.2f} MB at {medians[0][0]:,}, {after:9.2f} at {medians[1][0]:,}"
             print(f"\n{name}: {what:8} {told} {growth}", end="")
-            assert after <= GROWTH * before + 0.01, (name, what, before, after)
+            most = KEPT if what == "cache" else GROWTH * before + NOISE
+            assert after <= most, (name, what, before, after)
 
 
 def direct(folder, count):

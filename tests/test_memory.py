@@ -349,3 +349,21 @@ def test_memory_that_ran_out_anywhere_in_a_run_is_told_in_a_line(tmp_path):
         raise RuntimeError("[malloc] Unable to allocate 3 bytes.")
     with pytest.raises(RuntimeError, match="another"), ranks.at_work(tmp_path / "run", False):
         raise RuntimeError("another")
+
+
+def test_adding_the_adapter_in_leaves_no_graph_behind(tmp_path):
+    loaded = made(GRPOConfig(rank=4))
+
+    def operations():
+        """Return how many operations wait until somebody asks for MLX's random state."""
+        mx.export_to_dot(str(tmp_path / "graph"), *mx.random.state)
+        return (tmp_path / "graph").read_text().count("label")
+
+    mx.random.normal((2,))
+    waiting = operations()
+    mx.eval(list(mx.random.state))
+    nothing = operations()
+    assert waiting > nothing
+    for _ in range(3):
+        with adapters.merged(loaded.model):
+            assert operations() == nothing
