@@ -19,6 +19,7 @@ from mlx_traces import adapters, hub, models, tables
 from mlx_traces.errors import UserError, clean
 from mlx_traces.runs import fingerprint, on_the_way, read_json, whole_lines, write_atomic
 from mlx_traces.tasks import TASKS, gsm8k
+from mlx_traces.tasks.data import is_file
 from mlx_traces.traces import manifest_path
 
 CARD = "README.md"
@@ -383,8 +384,6 @@ def _manifest(data: Any) -> dict[str, Any]:
 
 def _is_hub_set(name: Any) -> bool:
     """Whether a text has the form of a hub id and is no file here."""
-    from mlx_traces.tasks.data import is_file
-
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name)) and not is_file(name)
 
 
@@ -513,13 +512,18 @@ def _yaml(value: Any) -> str:
 
 def fence_for(text: str) -> str:
     """Return a fence of code that nothing in ``text`` can close."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return "`" * max(3, 1 + _longest_run(text))
+
+
+def _longest_run(text: str) -> int:
+    """Return how many backticks stand together in a text at most."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def code(text: str) -> str:
     """Quote foreign text as code: neither Markdown nor HTML in it means anything."""
     text = clean(text)
-    marks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    marks = "`" * (1 + _longest_run(text))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{marks}{pad}{text}{pad}{marks}"
 

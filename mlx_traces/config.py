@@ -13,6 +13,11 @@ from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
+MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
+# In base 60 too, which takes quadratic time to read.
+_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
+
 
 class Config(BaseModel):
     """Base of the recipes' settings: unknown fields are refused, values are immutable."""
@@ -488,10 +493,6 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     return content
 
 
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
-MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
-
-
 def _sprawl(events: Iterable[Any]) -> str:
     """Say in what a YAML file is too large, its aliases written out; 50 characters of a text count as a value.
 
@@ -526,10 +527,6 @@ def _sprawl(events: Iterable[Any]) -> str:
         if around[-1][1] > MOST_VALUES:
             return f"more than {MOST_VALUES:,} values"
     return ""
-
-
-# In base 60 too, which takes quadratic time to read.
-_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
 
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:

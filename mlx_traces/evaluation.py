@@ -241,10 +241,8 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     return Source(
         completions_of(loaded, planned, stop=stop),
         {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype},
-        {
-            **{"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()},
-            **_settled(planned, loaded.path),
-        },
+        {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
+        | _settled(planned, loaded.path),
         loaded.notes,
         device.peak_memory_gb,
     )

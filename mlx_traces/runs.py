@@ -305,8 +305,8 @@ class RunFolder:
         with on_the_way(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def rewind(self, name: str, step: int) -> list[dict[str, Any]]:
-        """Drop the rows of later steps than ``step``, which are about to be made again; return the others."""
+    def rewind(self, name: str, step: int) -> None:
+        """Drop the rows of later steps than ``step``, which are about to be made again."""
         path = self.path / name
         rows = whole_lines(path, ("step",))
         if strange := [row["step"] for row in rows if not isinstance(row["step"], int | float)]:
@@ -314,7 +314,6 @@ class RunFolder:
         rows = [row for row in rows if row["step"] <= step]
         if path.exists():
             self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return rows
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the run, all at once."""

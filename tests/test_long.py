@@ -83,7 +83,7 @@ HELD_OUT = {"task": "countdown", "prompt": "direct", "max_tokens": 8, "limit": 4
 
 
 @pytest.mark.parametrize(("recipe", "form", "steps"), [(grpo, "GRPOConfig", 2000), (ppo, "PPOConfig", 500)])
-def test_memory_stays_flat_over_thousands_of_steps_of_reinforcement(tmp_path, recipe, form, steps):
+def test_memory_stays_flat_over_a_long_reinforcement(tmp_path, recipe, form, steps):
     # A reward that always differs, so that every step has an update.
     (tmp_path / "uneven.py").write_text(
         "def reward(completions):\n    return [(place + len(text)) % 7 for place, text in enumerate(completions)]\n"
