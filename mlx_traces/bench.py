@@ -7,7 +7,7 @@ first run of each, which compiles kernels and touches memory, is reported apart.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -198,8 +198,3 @@ def bench_prompts(loaded: LoadedModel, file: Path | None, count: int, seed: int 
     task = get_task("gsm8k" if file else SOURCE)
     problems = task.load("test", str(file) if file else None, count, seed)
     return [loaded.render(task.prompts[task.default_prompt], problem).ids for problem in problems]
-
-
-def to_rows(lines: list[GenerateRow]) -> list[dict[str, Any]]:
-    """Return lines as JSON has them."""
-    return [asdict(line) for line in lines]

@@ -109,7 +109,7 @@ def _rows(arguments: Sequence[str], count: int, threads: int) -> list[dict[str, 
         ]
         if faults:  # what one of them did wrong before what the others say of that
             raise UserError(min(faults, key=lambda fault: "is gone" in fault))
-        return json.loads((Path(scratch) / "0.out").read_text())
+        return json.loads((Path(scratch) / "0.out").read_text())["rows"]
 
 
 def _fault(file: Path, rank: int, code: int) -> str:

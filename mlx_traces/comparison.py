@@ -203,7 +203,7 @@ def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFra
     runs = collect(config, progress)
     frame = tables.compare_runs(runs, config.baseline or 0)
     if config.out:
-        report.write_all(runs, frame, Path(config.out))
+        report.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))
     return frame, runs
 
 

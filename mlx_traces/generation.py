@@ -48,6 +48,8 @@ def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
     """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
+    from mlx_traces import models
+
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned = evaluation.plan(config)
     identity, kept = planned.identity(), []
@@ -65,9 +67,10 @@ def _generate(
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
+    loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     if todo:
         lines = part if ranks.first() else Path(os.devnull)
-        for trace in _traces(planned, todo, stop):
+        for trace in _traces(planned, loaded, todo, stop):
             with on_the_way(lines), lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(trace.to_row(), ensure_ascii=False) + "\n")
             done[trace.id, trace.sample] = trace
@@ -82,7 +85,8 @@ def _generate(
     if ranks.first():
         source = "+".join(filter(None, (planned.config.model, planned.config.adapter)))
         manifest = {"source": source, "config": {**planned.config.model_dump(mode="json"), **identity}}
-        write_traces(out, traces, {**manifest, "seed": config.seed, "counts": counts})
+        manifest |= {"seed": config.seed, "counts": counts, "problems": planned.problems}
+        write_traces(out, traces, {**manifest, "models": {"model": loaded.about()}})
         part.unlink(missing_ok=True)
         begun.unlink(missing_ok=True)
     return {"written": len(traces), **counts}
@@ -119,12 +123,13 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-def _traces(planned: evaluation.Plan, todo: list[tuple[Problem, int]], stop: Callable[[], bool]) -> Iterator[Trace]:
-    """Load the model, complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
-    from mlx_traces import adapters, models
+def _traces(
+    planned: evaluation.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
+) -> Iterator[Trace]:
+    """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
+    from mlx_traces import adapters
 
     config = planned.config
-    loaded = models.load(config.model, config.adapter, **config.load_arguments())
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model):
         for index, completion in evaluation.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):

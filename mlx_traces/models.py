@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from mlx_traces import device as devices
 from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
+from mlx_traces.runs import fingerprint
 from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 
@@ -68,6 +69,17 @@ class LoadedModel:
     context: int | None
     stop_strings: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    def about(self) -> dict[str, Any]:
+        """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": fingerprint(self.path),
+            "adapter": self.adapter,
+            "adapter_fingerprint": fingerprint(Path(self.adapter)) if self.adapter else None,
+            "backend": asdict(self.backend),
+        }
 
     def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
         """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.

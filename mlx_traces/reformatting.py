@@ -55,16 +55,19 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     dropped: Counter[str] = Counter()
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
     settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
-    manifest = {"source": str(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
-    return write_traces(out, _rewritten(source, config, prompt, dropped), manifest), dropped
+    used: dict[str, Any] = {}
+    manifest = {"source": str(source), "config": settings, "counts": {"dropped": dropped}, "seed": None, "models": used}
+    return write_traces(out, _rewritten(source, config, prompt, dropped, used), manifest), dropped
 
 
-def _rewritten(source: Path, config: ReformatConfig, prompt: Prompt, dropped: Counter) -> Iterator[Trace]:
+def _rewritten(
+    source: Path, config: ReformatConfig, prompt: Prompt, dropped: Counter, used: dict[str, Any]
+) -> Iterator[Trace]:
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
     problems = [problem_of(trace, where) for where, trace in located]
-    yield from reformat([trace for _, trace in located], problems, config, prompt, dropped)
+    yield from reformat([trace for _, trace in located], problems, config, prompt, dropped, used)
 
 
 def reformat(
@@ -73,6 +76,7 @@ def reformat(
     config: ReformatConfig,
     prompt: Prompt = REWRITING,
     dropped: Counter | None = None,
+    used: dict[str, Any] | None = None,
 ) -> Iterator[Trace]:
     """Yield the traces that are correct before and after, in their order, rewritten.
 
@@ -84,6 +88,7 @@ def reformat(
         config: the form to write, and the model, if one rewrites.
         prompt: that is put to the model.
         dropped: gets the numbers of traces left out, by reason.
+        used: gets what there is to know of the ``model`` if one was loaded.
     """
     dropped = Counter() if dropped is None else dropped
     judged = []
@@ -92,7 +97,10 @@ def reformat(
             dropped[fault] += 1
         else:
             judged.append((trace, problem))
-    texts = _by_model(judged, config, prompt) if config.model else [by_rule(_own_words(trace)) for trace, _ in judged]
+    if config.model:
+        texts = _by_model(judged, config, prompt, {} if used is None else used)
+    else:
+        texts = [by_rule(_own_words(trace)) for trace, _ in judged]
     for (trace, problem), text in zip(judged, texts, strict=True):
         completion = restyle(text or "", config.to)
         if fault := _fault_of(text, completion, trace, problem):
@@ -120,11 +128,14 @@ def by_rule(completion: str) -> str:
     return restyle(f"<think>\n{thought}\n</think>\n{solution}", "sky-t1")
 
 
-def _by_model(judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt) -> list[str | None]:
+def _by_model(
+    judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt, used: dict[str, Any]
+) -> list[str | None]:
     """Return a model's replies without its own thought; None where they do not fit in its context."""
     from mlx_traces import models
 
     loaded = models.load(config.model, **config.load_arguments())
+    used["model"] = loaded.about()
     questions: list[dict[str, Any]] = [
         {"question": asking.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
     ]

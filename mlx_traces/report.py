@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_traces import figures, tables
 from mlx_traces.errors import UserError
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def write_all(runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path) -> list[Path]:
+def write_all(
+    runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path, config: dict[str, Any] | None = None
+) -> list[Path]:
     """Write a comparison to a folder: table.md, .csv and .json, per_question.csv, results.json, accuracy.png.
 
-    And provenance.json: what the table was made with, and each run's ``run.json`` by the run's label.
+    And provenance.json: what the table was made with, every setting, and each run's ``run.json`` by the run's label.
 
     Args:
         runs: the compared runs.
         frame: from ``tables.compare_runs(runs)``.
         out: the folder; it is made, and files of an earlier comparison in it are replaced one by one.
+        config: the settings of what ends with the table, filled in.
 
     Returns:
         The files.
@@ -42,7 +45,9 @@ def write_all(runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path) -> lis
         "table.json": to_json(tables.to_json(frame)),
         "per_question.csv": tables.to_csv(tables.per_question(runs)),
         "results.json": to_json(tables.source_results(runs)),
-        "provenance.json": to_json({**provenance(), "runs": dict(zip(tables.labels(runs), abouts, strict=True))}),
+        "provenance.json": to_json(
+            {**provenance(), "config": config, "runs": dict(zip(tables.labels(runs), abouts, strict=True))}
+        ),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)

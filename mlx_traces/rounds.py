@@ -47,7 +47,7 @@ from mlx_traces.config import (
 )
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Trace
-from mlx_traces.runs import RunFolder, fingerprint
+from mlx_traces.runs import RunFolder, fingerprint, provenance, to_json, write_atomic
 from mlx_traces.tasks import get_task, gsm8k
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
@@ -270,6 +270,12 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         for line in station.make():
             say(f"{station.name}: {line}")
     frame, runs = comparison.compared(compared, progress)
+    made = [
+        {"name": station.name, "out": str(station.out), "config": station.recipe.model_dump(mode="json")}
+        for station in plan
+    ]
+    about = {**provenance(), "config": config.model_dump(mode="json"), "stations": made}
+    write_atomic(Path(compared.out) / "rounds.json", to_json(about))
     trained = [station.out for station in trainings(plan)]
     answered = [Path(config.runs_dir) / run.name for run in runs]
     return Outcome(frame, runs, webpage.write([*answered, *trained], Path(compared.out) / "report.html")[0])

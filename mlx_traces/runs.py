@@ -378,11 +378,11 @@ def settled(
         **ids: the ids of problems or traces, in order, by what they were used for.
     """
     found = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
-    found |= {name: _digest(own) for name, own in ids.items()}
+    found |= {name: ids_digest(own) for name, own in ids.items()}
     return {"config": config, "fingerprints": found}
 
 
-def _digest(ids: Iterable[str]) -> str | None:
+def ids_digest(ids: Iterable[str]) -> str | None:
     """Return 12 hexadecimal digits that stand for ids in their order; None without any."""
     listed = list(ids)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12] if listed else None

@@ -30,8 +30,10 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
     if not located:
         raise UserError(f"{source} has no traces")
     with held(out.with_name(f".{out.stem}.lock")):
-        traces = score_traces([trace for _, trace in located], config, [where for where, _ in located])
+        models: dict[str, Any] = {}
+        traces = score_traces([trace for _, trace in located], config, [where for where, _ in located], models)
         manifest = {"source": str(source), "config": config.model_dump(mode="json"), "counts": {}, "seed": None}
+        manifest |= {"models": models}
         write_traces(out, traces, manifest)
     return traces
 
@@ -56,17 +58,24 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     kept, report = select(traces, config, problems)
     counts = {"removed": {rule: removed for rule, removed, _ in report}}
     settings = config.model_dump(mode="json")
-    write_traces(out, kept, {"source": str(source), "config": settings, "counts": counts, "seed": config.seed})
+    manifest = {"source": str(source), "config": settings, "counts": counts, "seed": config.seed}
+    write_traces(out, kept, {**manifest, "problems": problems})
     return report
 
 
-def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[str] = ()) -> list[Trace]:
+def score_traces(
+    traces: Sequence[Trace],
+    config: ScoreConfig,
+    where: Sequence[str] = (),
+    used: dict[str, Any] | None = None,
+) -> list[Trace]:
     """Return the traces with verdict, ``scores`` and ``score``.
 
     Args:
         traces: in any state; earlier scores are replaced.
         config: what a trace should look like, the mix, and the models.
         where: places of the traces, for messages; default: their ids.
+        used: gets what there is to know of the models that were loaded, ``model`` and ``judge``.
 
     Raises:
         UserError: for a trace whose task is unknown or cannot read its columns; for a model that cannot be loaded; for
@@ -75,7 +84,7 @@ def score_traces(traces: Sequence[Trace], config: ScoreConfig, where: Sequence[s
     places = where or [f"trace {trace.id}" for trace in traces]
     problems = [problem_of(trace, place) for trace, place in zip(traces, places, strict=True)]
     own = [_own(trace, problem, config) for trace, problem in zip(traces, problems, strict=True)]
-    models = model_scores(traces, problems, config)
+    models = model_scores(traces, problems, config, {} if used is None else used)
     scored = []
     for trace, (verdict, scores), extra in zip(traces, own, models, strict=True):
         scores = {name: _rounded({**scores, **extra}[name]) for name in COMPONENTS}
@@ -120,23 +129,25 @@ def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
 
 
 def model_scores(
-    traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig
+    traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig, used: dict[str, Any]
 ) -> list[dict[str, float | None]]:
-    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time."""
+    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; tell ``used`` of them."""
+
+    def load(part: str) -> Any:
+        from mlx_traces import models
+
+        loaded = models.load(getattr(config, part), **config.load_arguments())
+        used[part] = loaded.about()
+        return loaded
+
     if config.model:
-        certainty = mean_probabilities(_load(config.model, config), traces)
+        certainty = mean_probabilities(load("model"), traces)
     else:
         certainty = [own_probability(trace) for trace in traces]
     judged: list[float | None] = [None] * len(traces)
     if config.judge:
-        judged = judge(_load(config.judge, config), traces, problems, config)
+        judged = judge(load("judge"), traces, problems, config)
     return [{"perplexity": p, "judge": j} for p, j in zip(certainty, judged, strict=True)]
-
-
-def _load(name: str, config: ScoreConfig) -> Any:
-    from mlx_traces.models import load
-
-    return load(name, **config.load_arguments())
 
 
 def own_probability(trace: Trace) -> float | None:

@@ -302,7 +302,7 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         return
     for part in parts:
         folder = Path(config.out) / part.name if len(parts) > 1 else Path(config.out)
-        report.write_all(part.runs, part.comparison, folder)
+        report.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
         frames = {"summary": part.summary, "strata": tables.strata(part.runs)}
         frames |= {"pairs": findings.pairs_frame(part.pairs)} if part.pairs else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}

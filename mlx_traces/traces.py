@@ -8,15 +8,16 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import leftovers, provenance, read_json, replacing, sync, to_json
+from mlx_traces.runs import ids_digest, leftovers, provenance, read_json, replacing, sync, to_json
 from mlx_traces.tasks import Task, countdown, gsm8k
 from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
@@ -61,8 +62,10 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
         path: ``NAME.jsonl``; its folders are made.
         traces: may be a generator; nothing is drawn from it if the file exists.
         manifest: ``source``, where the content is from: a file, a data set, a model; ``config``, every setting, filled
-            in; ``counts``, what was skipped for which reason; ``seed``, None where nothing was drawn. The counts are
-            read at the end, so a generator may still add to them; the number ``written`` is put first.
+            in; ``counts``, what was skipped for which reason; ``seed``, None where nothing was drawn; and where there
+            were any, ``models`` that were used, by their part (`LoadedModel.about`), and ``problems``, whose ids are
+            kept as a fingerprint. Counts and models are read at the end, so a generator may still add to them; the
+            number ``written`` is put first, and the hash of ``source`` if that is a file.
 
     Raises:
         UserError: if the file or its manifest exists, it cannot be written, or there are no traces.
@@ -122,14 +125,28 @@ def manifest_path(path: Path) -> Path:
 
 
 def _manifest(
-    file: str, sha256: str, *, source: str, config: dict[str, Any], counts: dict[str, Any], seed: int | None
+    file: str,
+    sha256: str,
+    *,
+    source: str,
+    config: dict[str, Any],
+    counts: dict[str, Any],
+    seed: int | None,
+    models: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    problems: Iterable[Problem] = (),
 ) -> dict[str, Any]:
     """Say what a file of traces is and how it was made."""
     made = provenance()
+    read: dict[str, Any] = {}
+    with suppress(OSError):  # the source is no file, but a model or a data set
+        read = {"source_sha256": _sha256(Path(source))}
+    read |= {"problems": ids_digest(own)} if (own := [problem.id for problem in problems]) else {}
+    read |= {"models": dict(models)} if models else {}
     return {
         "file": file,
         "sha256": sha256,
         "source": source,
+        **read,
         "command": made["command"],
         "seed": seed,
         "counts": counts,

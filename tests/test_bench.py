@@ -6,7 +6,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_traces import bench_ranks
+from mlx_traces import bench_ranks, models
 from mlx_traces.cli import main
 from mlx_traces.cli.bench import _without_ranks
 from mlx_traces.errors import UserError
@@ -16,8 +16,11 @@ def test_bench_generate_prints_a_row_per_number_of_rows():
     arguments = "bench generate --rows 2,4 --count 6 --max-tokens 12 --repeats 1 --against mlx-lm --json"
     result = CliRunner().invoke(main, arguments.split())
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    told = json.loads(result.stdout)
+    rows = told["rows"]
     assert [row["rows"] for row in rows] == [2, 4]
+    assert told["versions"]["mlx"] and told["model"] == models.load("nano").about()
+    assert told["config"]["count"] == 6 and told["config"]["weights"] is None  # as the device likes them
     for row in rows:
         assert row["completion_tokens"] == row["peer_completion_tokens"] == 72  # nano never ends within 12 tokens
         assert row["ratio"] > 0 and 0 < row["occupancy"] <= 1 and row["peer_weights"] == "same"
@@ -37,7 +40,7 @@ def run(*arguments):
 def test_bench_sft_prints_a_row():
     result = run("--count", 4, "--batch-size", 2, "--repeats", 2, "--against", "mlx-lm", "--layers", 1, "--json")
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
+    (row,) = json.loads(result.stdout)["rows"]
     assert (row["examples"], row["steps"], row["peer_weights"]) == (4, 2, "same")
     assert row["tokens"] > row["learned"] > 0 and row["ratio"] > 0 and row["padding"] < row["peer_padding"] < 1
     assert abs(row["tokens_per_second"] - row["tokens"] / row["seconds"]) < 1e-6
@@ -45,7 +48,7 @@ def test_bench_sft_prints_a_row():
 
 
 def test_bench_sft_leaves_out_what_fills_no_batch_and_needs_one_batch():
-    (row,) = json.loads(run("--count", 5, "--batch-size", 2, "--repeats", 1, "--layers", 1, "--json").stdout)
+    (row,) = json.loads(run("--count", 5, "--batch-size", 2, "--repeats", 1, "--layers", 1, "--json").stdout)["rows"]
     assert row["examples"] == 4 and row["ratio"] is None
     for arguments, message in (
         (("--count", 2, "--batch-size", 4), "batch_size: 4 traces make a batch"),
@@ -92,7 +95,9 @@ SIZES = ("--prompts", 2, "--group-size", 3, "--max-tokens", 12, "--repeats", 2)
 def test_bench_grpo_prints_a_row():
     result = run_grpo(*SIZES, "--every-row", "--json")
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
+    told = json.loads(result.stdout)
+    (row,) = told["rows"]
+    assert told["config"]["group_size"] == 3 and told["config"]["every_row"] and told["model"]["name"] == "nano"
     assert (row["prompts"], row["group_size"], row["max_tokens"], row["steps"]) == (2, 3, 12, 2)
     assert row["completion_tokens"] == 72 and row["learned"] == 1  # nano never ends within 12 tokens
     assert 0 < row["sample_seconds"] < row["seconds"] and row["update_seconds"] > 0
@@ -126,7 +131,7 @@ def test_bench_grpo_beside_its_peer(shipped):
     sizes = ("--prompts", 2, "--group-size", 2, "--max-tokens", 6, "--repeats", 1)  # 4-bit weights are slow on a CPU
     result = run_grpo(*sizes, "--against", "mlx-lm-lora", "--json", *(["--as-shipped"] if shipped else []))
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
+    (row,) = json.loads(result.stdout)["rows"]
     assert row["peer_weights"] == ("as shipped" if shipped else "same")
     assert row["completion_tokens"] == row["peer_completion_tokens"] == 24
     assert row["ratio"] > 0 and row["tokens_ratio"] > 0 and 0 < row["peer_peak_memory_gb"] < 1
@@ -137,7 +142,7 @@ def test_bench_ppo_beside_grpo():
     sizes = ("--prompts", 2, "--group-size", 3, "--max-tokens", 8, "--repeats", 1, "--epochs", 1)
     result = CliRunner().invoke(main, ["bench", "ppo", *map(str, sizes), "--against", "grpo", "--json"])
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
+    (row,) = json.loads(result.stdout)["rows"]
     assert (row["prompts"], row["group_size"], row["max_tokens"], row["steps"], row["peer"]) == (2, 3, 8, 1, "grpo")
     assert row["completion_tokens"] == row["peer_completion_tokens"] == 48 and row["learned"] == 1
     assert 0 < row["sample_seconds"] < row["seconds"] and 0 < row["peer_sample_seconds"] < row["peer_seconds"]
@@ -176,7 +181,7 @@ def test_bench_times_one_process_and_two(monkeypatch):
     arguments = "bench generate --count 4 --rows 2,3 --max-tokens 2 --repeats 1 --json --ranks 2"
     result = CliRunner().invoke(main, arguments.split())
     assert result.exit_code == 0, result.output
-    lines = json.loads(result.stdout)
+    lines = json.loads(result.stdout)["rows"]
     assert [line["one"]["rows"] for line in lines] == [2, 3]
     for line in lines:
         assert (line["ranks"], line["threads"], line["one"]["ranks"], line["several"]["ranks"]) == (2, [1, 1], 1, 2)

@@ -8,6 +8,7 @@ import pytest
 from mlx_traces import generation, models
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
+from mlx_traces.runs import ids_digest
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import manifest_of, manifest_path, read_traces
 
@@ -35,7 +36,10 @@ def test_every_problem_gets_its_samples_in_order_and_is_graded(whole):
         assert trace.verdict == task.grade(problem, trace.completion)["answer"].verdict
         assert trace.messages[-1]["content"] == task.prompts["thinking"].messages(problem)[-1]["content"]
         assert len(trace.logprobs) == len(trace.completion_ids) and max(trace.logprobs) <= 0
-    assert manifest_of(out)["counts"]["written"] == 18
+    manifest = manifest_of(out)
+    assert manifest["counts"]["written"] == 18
+    assert manifest["models"] == {"model": models.load("nano").about()} and "source_sha256" not in manifest
+    assert manifest["problems"] == ids_digest([p.id for p in problems])
     assert not list(out.parent.glob(".own*"))
 
 

@@ -167,7 +167,7 @@ def test_bench_counts_the_tokens_of_all_ranks(tmp_path):
     bench = ("bench", "generate", "--count", "9", "--rows", "4", "--max-tokens", "8", "--repeats", "1", "--json")
     process = launch(*MAIN, *bench, cwd=tmp_path)
     said, _ = process.communicate(timeout=120)
-    row = json.loads(said[said.index("[\n") :])[0]
+    (row,) = json.loads(said[said.index("{\n") :])["rows"]
     assert (row["ranks"], row["prompts"]) == (2, 9)
     loaded = models.load("nano")
     prompts = bench_room.bench_prompts(loaded, None, 9)

@@ -71,6 +71,10 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     settings = about["identity"]
     assert settings["adapter"] == str(plan["epoch1"].out / "adapter")  # the second epoch goes on from the first
     assert json.loads(manifest_path(plan["filtered"].out).read_text())["source"] == str(plan["scored"].out)
+    told = json.loads((folder / "runs" / "try-comparison" / "rounds.json").read_text())
+    assert told["config"] == config_in(folder).model_dump(mode="json") and told["versions"]["mlx"]
+    assert {station["name"]: station["out"] for station in told["stations"]} == {n: str(s.out) for n, s in plan.items()}
+    assert told["stations"][-1]["config"]["adapter"] == settings["adapter"]
 
 
 def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):

@@ -1,5 +1,6 @@
 """The recipes of score and filter: what models say of a trace, files in and out, the commands."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -11,13 +12,16 @@ from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
 import mlx_traces.sampling
+from mlx_traces import models
 from mlx_traces.asking import Cache, judge, parse_judgement
 from mlx_traces.cli import main
 from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import COMPONENTS
 from mlx_traces.records import Rollout, Trace
+from mlx_traces.runs import ids_digest
 from mlx_traces.scoring import mean_probabilities, own_probability, score_traces, summary
+from mlx_traces.tasks import get_task
 from mlx_traces.traces import manifest_of, read_traces
 
 COLUMNS = {"nums": [3, 4, 6], "target": 30}
@@ -215,6 +219,8 @@ def test_a_trace_too_long_for_the_judge_has_no_grade(tiny, rubric, replies):
 
 def test_a_real_model_judges(tiny, rubric):
     lenient = rubric.model_copy(update={"judge_failures": 1.0})
+    score_traces([trace("x")], lenient.model_copy(update={"judge": "nano"}), used=(used := {}))
+    assert used == {"judge": models.load("nano").about()}
     assert judge(tiny, [trace("x"), trace("xx")], [None] * 2, lenient) == [None, None]  # random weights talk nonsense
     with pytest.raises(UserError, match="for 2 of 2 traces"):
         judge(tiny, [trace("x"), trace("xx")], [None] * 2, rubric)
@@ -253,7 +259,9 @@ def test_score_then_filter(raw, tmp_path):
     assert "3 scored traces written" in result.output
     traces = [each for _, each in read_traces(scored)]
     assert traces[0].score == pytest.approx((1 + (1 + 0.45) / 2) / 2)
-    assert manifest_of(scored)["config"]["mix"] == {"format": 1, "structure": 1}
+    manifest = manifest_of(scored)
+    assert manifest["config"]["mix"] == {"format": 1, "structure": 1} and "models" not in manifest
+    assert manifest["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
     result = call("filter", scored, "--out", kept, "--well-formed", "--min-score", "0.5", "--eval-task", "countdown")
     assert result.exit_code == 0, result.output
     assert [each for _, each in read_traces(kept)] == traces[:1]
@@ -266,6 +274,9 @@ def test_score_then_filter(raw, tmp_path):
         "evaluation problems": 0,
     }
     assert manifest_of(kept)["counts"] == {"written": 1, "removed": removed}
+    assert manifest_of(kept)["source_sha256"] == manifest["sha256"]
+    loaded = get_task("countdown").load("test", None, None, 0)
+    assert manifest_of(kept)["problems"] == ids_digest([problem.id for problem in loaded])
     assert "duplicates" in result.output
 
 

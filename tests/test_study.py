@@ -324,6 +324,7 @@ def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
     page = (out / "study.md").read_text()
     for line in ("# tiny: qa", "## Summary", "## Comparison", "## Pairs", "## Bits", "## Notes", *study.said(part)):
         assert line in page
+    assert json.loads((out / "provenance.json").read_text())["config"] == config.model_dump(mode="json")
     stored = json.loads((out / "study.json").read_text())
     assert [row["sentence"] for row in stored["pairs"]] == study.said(part)
     assert stored["summary"][0]["total_cases"] == 6 and stored["comparison"][0]["p_value"] is None

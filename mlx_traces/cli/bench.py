@@ -1,7 +1,6 @@
 """bench: measure this machine, beside a peer where one is named."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 from mlx_traces.cli.options import settings_options
 from mlx_traces.config import GRPOConfig, LoadConfig, PPOConfig, RLConfig, SFTConfig, build
 from mlx_traces.errors import UserError
+from mlx_traces.runs import provenance, to_json
 
 NOT_BENCHED = (
     *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
@@ -54,7 +54,7 @@ class Ranked(click.Command):
         arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
         found = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
         if ctx.params["as_json"]:
-            click.echo(json.dumps([asdict(line) for line in found], indent=1))
+            click.echo(to_json({**provenance(), "rows": [asdict(line) for line in found]}), nl=False)
             return None
         for line in found:
             click.echo(bench_ranks.told(line))
@@ -72,6 +72,12 @@ def _without_ranks(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _print(lines: Sequence[dict[str, Any]], config: dict[str, Any], loaded: Any) -> None:
+    """Print what was measured as JSON, with what it was measured on: versions, device, every setting, the model."""
+    about = {**provenance(), "config": config, "model": loaded.about()}
+    click.echo(to_json({**about, "rows": list(lines)}), nl=False)
+
+
 def _by(ranks: int) -> str:
     """Say how many processes there were, if several."""
     return f", {ranks} ranks" if ranks > 1 else ""
@@ -86,7 +92,7 @@ def _by(ranks: int) -> str:
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to measure in the same run, with our weights.")
 @click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of each, in turn.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of rows as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows and provenance as JSON.")
 @settings_options(LoadConfig)
 def bench_generate_command(
     model: str,
@@ -118,7 +124,9 @@ def bench_generate_command(
         lambda line: click.echo(line, err=True),
     )
     if as_json:
-        click.echo(json.dumps(bench.to_rows(lines), indent=1))
+        asked_for = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats}
+        config = {**build(LoadConfig, settings).model_dump(mode="json"), **asked_for, "as_shipped": as_shipped}
+        _print([asdict(line) for line in lines], config, loaded)
         return
     where = f"{model}, {loaded.backend.description}{_by(lines[0].ranks)}"
     click.echo(f"{where}; {count} prompts, at most {max_tokens} tokens each, greedy")
@@ -143,7 +151,7 @@ def bench_generate_command(
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to measure in the same run, with our weights.")
 @click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed epochs of each, in turn.")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the row and its provenance as JSON.")
 @settings_options(SFTConfig, *NOT_BENCHED, batch_size=8)
 def bench_sft_command(
     data: str | None,
@@ -174,7 +182,9 @@ def bench_sft_command(
     adapters.start(model, config)
     estimated = memory.of_sft(replace(loaded, model=model), config, max(len(row.ids) for row in rows)).peak
     if as_json:
-        click.echo(json.dumps([asdict(line) | {"estimated_memory_gb": estimated}], indent=1))
+        asked_for = {"problems": problems, "count": count, "repeats": repeats, "as_shipped": as_shipped}
+        row = asdict(line) | {"estimated_memory_gb": estimated}
+        _print([row], {**config.model_dump(mode="json"), **asked_for}, loaded)
         return
     where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
     click.echo(f"{where}; {line.examples} traces, {line.batch_size} a step")
@@ -199,7 +209,7 @@ def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Cal
         click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step."),
         click.option("--against", type=click.Choice([peer]), help=of_peer),
         click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed steps of each."),
-        click.option("--json", "as_json", is_flag=True, help="Print a list of one row as JSON."),
+        click.option("--json", "as_json", is_flag=True, help="Print the row and its provenance as JSON."),
         settings_options(form, *NOT_BENCHED_RL),
     )
 
@@ -252,7 +262,8 @@ def _bench_reinforcement(
         loaded, config, against, as_shipped, repeats, every_row, lambda line: click.echo(line, err=True)
     )
     if as_json:
-        click.echo(json.dumps([asdict(line)], indent=1))
+        asked_for = {"repeats": repeats, "as_shipped": as_shipped, "every_row": every_row}
+        _print([asdict(line)], {**config.model_dump(mode="json"), **asked_for}, loaded)
         return
     sizes = f"{line.prompts} x {line.group_size} x {line.max_tokens}"
     where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
