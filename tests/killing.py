@@ -236,7 +236,11 @@ def _apart(one: Any, other: Any, where: str) -> float:
         assert apart <= 1e-6, f"{where}: weights differ by {apart}"
         return apart
     near = " logprobs:" in where or where.endswith((" perplexity", " score"))
-    same = one == other or (near and abs(one - other) < 2.5e-5) or where.endswith((" sha256", " data_files"))
+    same = (
+        one == other
+        or (near and abs(one - other) < 2.5e-5)
+        or where.endswith((" sha256", " source_sha256", " data_files"))
+    )
     assert same, f"{where}: {str(one)[:200]!r} is not {str(other)[:200]!r}"
     return 0.0
 

@@ -51,6 +51,21 @@ def quantized(tied):
     return model
 
 
+class Capped(nn.Module):
+    """A model whose head is not linear: soft-capped logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.model, self.lm_head = inner.model, inner.lm_head
+
+    def __call__(self, ids):
+        return 4 * mx.tanh(self.lm_head(self.model(ids)) / 4)
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+
 MODELS = {
     "tied": lambda: trained(),
     "untied": lambda: trained(tie_word_embeddings=False),
@@ -61,6 +76,8 @@ MODELS = {
     "4-bit tied": lambda: trained(model=quantized(True)),
     "4-bit": lambda: trained(model=quantized(False)),
     "trained 4-bit head": lambda: trained(["lm_head"], model=quantized(False)),
+    "soft-capped": lambda: trained(model=Capped(make_model(tie_word_embeddings=False))),
+    "soft-capped, trained head": lambda: trained(["lm_head"], model=Capped(make_model(tie_word_embeddings=False))),
 }
 
 
@@ -224,18 +241,6 @@ def test_rows_per_chunk():
 
 
 # ---------------------------------------------------------------------------------- halves
-
-
-class Capped(nn.Module):
-    """A model whose head is not linear: soft-capped logits."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-        self.model, self.lm_head = inner.model, inner.lm_head
-
-    def __call__(self, ids):
-        return 4 * mx.tanh(self.inner(ids) / 4)
 
 
 def test_halves():
