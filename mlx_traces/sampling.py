@@ -158,12 +158,18 @@ def _run(
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+    from mlx_traces.slots import mask_axes
+
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
+    axes = mask_axes(loaded.model) if plain and rows > 1 else 4
+    if axes is None:
+        _note(loaded, f"{loaded.name} takes no masks of single rows: one row at once")
+        rows = 1
     left = list(range(len(requests)))
     while left:
         asked, settings = [requests[i] for i in left], [params[i] for i in left]
         if plain:
-            stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage).run()
+            stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage, axes or 4).run()
         else:
             stream = generate_plainly(loaded, asked, settings, rows)
         done, failed = set(), False
@@ -212,6 +218,7 @@ class _Engine:
         rows: int,
         logprobs: bool,
         usage: Usage,
+        axes: int,
     ):
         import mlx.core as mx
 
@@ -234,7 +241,7 @@ class _Engine:
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
-        self.window = Window(rows)
+        self.window = Window(rows, axes)
         self.window.write = len(requests[self.pending[0]].prompt_ids) - 1
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 STEP = 256  # positions by which the buffers grow
+KEPT = "_mask_axes"
 
 
 class Window:
@@ -22,11 +25,13 @@ class Window:
         start: (R,) first index of each row's own keys.
         offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
         low: first index that any row still needs.
+        axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).
     """
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, axes: int = 4):
         self.write = 0
         self.low = 0
+        self.axes = axes
         self.start = np.zeros(rows, np.int32)
         self.refresh()
 
@@ -34,7 +39,7 @@ class Window:
         """Bring the device's copies up to date after ``start`` or ``write`` changed on the host."""
         self.low = int(self.start.min())
         self.offset = mx.array(self.write - self.start)
-        self._starts = mx.array(self.start)[:, None, None, None]
+        self._starts = mx.array(self.start).reshape(-1, *[1] * (self.axes - 1))
         self._uniform = bool((self.start == self.low).all())
 
     def advance(self) -> None:
@@ -110,6 +115,42 @@ class SlotCache:
         """Keep these rows alone."""
         if self.keys is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def mask_axes(model: nn.Module) -> int | None:
+    """Find out how many axes a mask of rows that began apart has for a model; None if it decodes none rightly.
+
+    Four, (R, 1, 1, K), for attention by ``mx.fast``; five for what parts the heads by key-value head itself, as
+    mlx_lm's Gemma 2 does: there four fail, or are misread where there are as many rows as such heads. So rows that
+    began apart are decoded here, and compared with each alone. The answer is kept with the model.
+    """
+    if not hasattr(model, KEPT):
+        setattr(model, KEPT, next((axes for axes in (4, 5) if _decodes(model, axes)), None))
+    return getattr(model, KEPT)
+
+
+def _decodes(model: nn.Module, axes: int) -> bool:
+    """Whether rows of two lengths, not as many as any model has key-value heads, are decoded as each alone is."""
+    prompts, token = [(1, 2, 3), (2, 3)] * 3 + [(1, 2, 3)], 4
+    window = Window(len(prompts), axes)
+    caches = [SlotCache(window) for _ in model.layers]
+    window.write = max(map(len, prompts))
+    alone = []
+    for row, prompt in enumerate(prompts[:2]):
+        read = make_prompt_cache(model)
+        model(mx.array([prompt]), cache=read)
+        for cache, own in zip(caches, read, strict=True):
+            slots = list(range(row, len(prompts), 2))
+            cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
+        alone.append(model(mx.array([[token]]), cache=read)[:, -1])
+    window.start[:] = [window.write - len(prompt) for prompt in prompts]
+    window.refresh()
+    try:
+        found = model(mx.full((len(prompts), 1), token), cache=caches)[:, -1]
+    except ValueError:  # shapes that do not go together
+        return False
+    expected = mx.concatenate([*alone * 3, alone[0]])
+    return mx.allclose(found, expected, rtol=0, atol=0.05 * mx.abs(expected).max().item(), equal_nan=True).item()
 
 
 def align_right(array: mx.array, lengths: Sequence[int]) -> mx.array:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_config, randomized
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
@@ -336,21 +335,6 @@ def test_the_window_moves_and_rows_are_dropped(tiny, monkeypatch):
         one_by_one(tiny, request.prompt_ids, params.max_tokens) for request, params in zip(requests, each, strict=True)
     ]
     assert moved and kept and usage.occupancy > 0.7
-
-
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3_text"])
-def test_other_architectures_equal_one_by_one(architecture, tiny):
-    """gemma3 has a sliding window: it takes the plain way and says so."""
-    from importlib import import_module
-
-    module = import_module(f"mlx_lm.models.{architecture}")
-    config = make_config(model_type=architecture, head_dim=16, rope_theta=10_000.0, sliding_window=16)
-    config |= {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16, "original_max_position_embeddings": 512}
-    loaded = replace(tiny, model=randomized(module.Model(module.ModelArgs.from_dict(config)), 3), notes=[])
-    rollouts = run(loaded, [Request(p) for p in prompts()], SamplingParams(max_tokens=24), rows=5)
-    assert [r.completion_ids for r in rollouts] == [one_by_one(loaded, p, 24) for p in prompts()]
-    assert any("special cache" in note for note in loaded.notes) == (architecture == "gemma3_text")
-    assert len({token for r in rollouts for token in r.completion_ids}) > 20
 
 
 def test_rows_follow_from_the_memory(tiny):

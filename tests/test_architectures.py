@@ -1,0 +1,124 @@
+"""Any model of mlx_lm: tiny random ones of many architectures, sampled and differentiated by ours and plainly.
+
+What they differ in is what ours has to find out by itself: where the head is and whether it is linear (Gemma 2 caps
+its logits, Cohere and Granite scale them, Phi's has a bias), how the layers are called, which caches they keep.
+"""
+
+from dataclasses import replace
+from importlib import import_module
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import make_config, make_tokenizer, randomized, wrap
+from mlx.utils import tree_flatten
+
+from mlx_traces import adapters, forward, sampling, sharing
+from mlx_traces.batching import Example, pad
+from mlx_traces.config import AdapterConfig
+
+HALVED = (
+    "llama",
+    "phi3",
+    "gemma",
+    "qwen3",
+    "qwen3_moe",
+    "olmo2",
+    "minicpm",
+    "glm4",
+    "starcoder2",
+    "mixtral",
+    "nemotron",
+)
+WHOLE = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt_neox", "gpt2")  # their heads do more, or sit elsewhere
+WINDOWED = ("gemma3_text", "cohere2")  # a sliding window: special caches
+SETTINGS = {
+    **{"head_dim": 16, "rope_theta": 10_000.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
+    **{"layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "norm_eps": 1e-5},
+    **{"attention_bias": False, "mlp_bias": False, "bias": False, "use_qk_norm": False, "hidden_act": "silu"},
+    **{"sliding_window": 16, "sliding_window_pattern": 2, "layer_types": ["full_attention"] * 2},
+    **{"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 4.0},
+    **{"logit_scale": 0.25, "logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 2.0},
+    **{"residual_multiplier": 0.5, "dim_model_base": 32, "scale_depth": 1.0, "scale_emb": 2.0},
+    **{"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    **{"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 512, "n_ctx": 512, "rotary_pct": 0.5},
+    **{"rotary_emb_base": 10_000, "use_parallel_residual": True},
+}
+
+
+def tiny(architecture):
+    """Return a tiny random model of an architecture."""
+    config = make_config(**SETTINGS, model_type=architecture)
+    if architecture == "phi3":
+        del config["head_dim"]
+    module = import_module(f"mlx_lm.models.{architecture}")
+    return randomized(module.Model(module.ModelArgs.from_dict(config)), 3)
+
+
+def greedy(model, ids, count, stop_ids):
+    """Return a greedy completion, every token by a forward pass over all before it."""
+    found = list(ids)
+    while len(found) < len(ids) + count and not (len(found) > len(ids) and found[-1] in stop_ids):
+        found.append(mx.argmax(model(mx.array([found]))[0, -1]).item())
+    return tuple(found[len(ids) :])
+
+
+@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *WINDOWED])
+def test_sampled_as_one_by_one(architecture):
+    loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
+    prompts = [tuple(range(at, at + length)) for at, length in enumerate((5, 21, 3, 12))]
+    params = sampling.SamplingParams(max_tokens=20)
+    requests = [sampling.Request(prompt) for prompt in prompts]
+    found = dict(sampling.generate(loaded, requests, [params] * 4, 3))
+    for at, prompt in enumerate(prompts):
+        assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
+    assert any("special cache" in note for note in loaded.notes) == (architecture in ("gemma3_text", "cohere2"))
+
+
+@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *WINDOWED])
+def test_the_gradient_is_the_plain_one(architecture):
+    """Of a weighted sum of log-probabilities, prompts shared where that can be, against cross-entropy of all logits."""
+    model, draw = tiny(architecture), np.random.default_rng(0)
+    prompt = tuple(draw.integers(0, 90, 14).tolist())
+    rows = [
+        Example(f"row-{count}", prompt + tuple(draw.integers(0, 90, count).tolist()), (False,) * 14 + (True,) * count)
+        for count in (5, 3, 7, 4)
+    ]
+    ids, positions = pad(rows)
+    weights = mx.array(draw.normal(size=len(positions)).astype(np.float32))
+    starts = np.cumsum([0, *(row.count for row in rows)]).tolist()
+    mx.random.seed(3)
+    adapters.start(model, AdapterConfig(rank=4))
+    shaken = [(name, array + 0.05 * mx.random.normal(array.shape)) for name, array in arrays(model)]
+    model.load_weights(shaken, strict=False)
+    model.train()
+    halves = sharing.split(model)
+    assert (halves.trunk is model) == (architecture in WHOLE or architecture == "cohere2")
+
+    def ours(hidden, targets, indices):
+        logprobs, _ = forward.head_logprobs(halves, hidden, targets, logits_mb=0.001)
+        own = mx.concatenate([weights[starts[i] : starts[i + 1]] for i in indices])
+        return (logprobs * own).sum(), {}
+
+    def plain():
+        logits = model(mx.array(ids[:, :-1])).astype(mx.float32)
+        targets = mx.array(ids[:, 1:].reshape(-1)[positions])
+        losses = nn.losses.cross_entropy(logits.reshape(-1, logits.shape[-1])[mx.array(positions)], targets)
+        return -(losses * weights).sum()
+
+    total, found, _ = sharing.accumulate(model, halves, rows, 40, ours)
+    wanted, expected = nn.value_and_grad(model, plain)()
+    assert total == pytest.approx(wanted.item(), abs=1e-4)
+    found = dict(tree_flatten(found))
+    compared = 0
+    for name, array in tree_flatten(expected):
+        if size := float(mx.abs(array).max()):
+            compared += 1
+            assert float(mx.abs(found[name] - array).max()) < 1e-4 * max(size, 1e-3), name
+    assert compared >= 4
+
+
+def arrays(model):
+    return tree_flatten(model.trainable_parameters())
