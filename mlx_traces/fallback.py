@@ -1,6 +1,7 @@
 """Generation by mlx_lm's BatchGenerator, for models whose cache is not a plain one (sliding window, state space)."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
 
 
 def generate_plainly(
-    loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], rows: int
+    loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], rows: int, logprobs: bool
 ) -> Iterator[tuple[int, Rollout]]:
-    """Do what ``sampling.generate`` does, without log-probabilities and at mlx_lm's speed; same random numbers."""
+    """Do what ``sampling.generate`` does, at mlx_lm's speed; same random numbers."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
 
@@ -30,20 +31,20 @@ def generate_plainly(
         prefill_batch_size=min(rows, PREFILL_ROWS),
         stream=mx.default_stream(mx.default_device()),  # the library's own was made at its import
     )
+    samplers = [RowSampler(requests[index], params[index], logprobs) for index in order]
     try:
         uids = batch.insert(
             [list(requests[index].prompt_ids) for index in order],
             [params[index].max_tokens for index in order],
-            samplers=[row_sampler(requests[index], params[index]) for index in order],
+            samplers=samplers,
         )
-        index_of = dict(zip(uids, order, strict=True))
-        drawn: dict[int, list[int]] = {uid: [] for uid in uids}
+        rows_of = dict(zip(uids, zip(order, samplers, strict=True), strict=True))
         while responses := batch.next_generated():
             finished = []
             for response in responses:
-                index, ids = index_of[response.uid], drawn[response.uid]
-                ids.append(response.token)
-                rollout = finish(loaded, requests[index], params[index], ids)
+                index, sampler = rows_of[response.uid]
+                sampler.take(response.token)
+                rollout = sampler.finished(loaded, requests[index], params[index])
                 if rollout is not None:
                     if response.finish_reason is None:
                         batch.remove([response.uid])
@@ -54,17 +55,36 @@ def generate_plainly(
         batch.close()
 
 
-def row_sampler(request: Request, params: SamplingParams) -> Callable[[Any], Any]:
-    """Return a sampler of one row, (1, V) log-probabilities to (1,) ids, that counts its own draws."""
-    import mlx.core as mx
+class RowSampler:
+    """Draws the tokens of one row, (1, V) log-probabilities to (1,) ids, and counts its own draws."""
 
-    uniforms, settings, count = uniforms_of(request, params), settings_of(params)[None], 0
+    def __init__(self, request: Request, params: SamplingParams, logprobs: bool):
+        self.uniforms, self.settings = uniforms_of(request, params), settings_of(params)[None]
+        self.wanted, self.count = logprobs, 0
+        self.ids: list[int] = []  # that were looked at; one draw runs ahead of them
+        self.logprobs: list[np.ndarray] = []  # (1, 2) each, as ``draw`` returns them
+        self.ahead: deque[Any] = deque()  # of the draws that were not looked at yet, on the device
 
-    def sample(logprobs: Any) -> Any:
-        nonlocal count
-        # One draw runs ahead of the last token that is kept.
-        number = uniforms[min(count, len(uniforms) - 1)]
-        count += 1
-        return draw(logprobs.astype(mx.float32), np.array([number]), settings, False)[0]
+    def __call__(self, logprobs: Any) -> Any:
+        """Draw the next token."""
+        import mlx.core as mx
 
-    return sample
+        number = self.uniforms[min(self.count, len(self.uniforms) - 1)]
+        self.count += 1
+        token, own = draw(logprobs.astype(mx.float32), np.array([number]), self.settings, self.wanted)
+        self.ahead.append(own)
+        return token
+
+    def take(self, token: int) -> None:
+        """Look at the next token."""
+        own = self.ahead.popleft()
+        self.ids.append(token)
+        if own is not None:
+            self.logprobs.append(np.array(own))
+
+    def finished(self, loaded: LoadedModel, request: Request, params: SamplingParams) -> Rollout | None:
+        """Return the rollout if its newest token ended it."""
+        rollout = finish(loaded, request, params, self.ids)
+        if rollout is None or not self.wanted:
+            return rollout
+        return finish(loaded, request, params, self.ids, np.concatenate(self.logprobs))

@@ -171,7 +171,7 @@ def _run(
         if plain:
             stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage, axes or 4).run()
         else:
-            stream = generate_plainly(loaded, asked, settings, rows)
+            stream = generate_plainly(loaded, asked, settings, rows, logprobs)
         done, failed = set(), False
         try:
             with limits():

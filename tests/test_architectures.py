@@ -4,6 +4,7 @@ What they differ in is what ours has to find out by itself: where the head is an
 its logits, Cohere and Granite scale them, Phi's has a bias), how the layers are called, which caches they keep.
 """
 
+import json
 from dataclasses import replace
 from importlib import import_module
 
@@ -14,9 +15,9 @@ import pytest
 from conftest import make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, forward, sampling, sharing
+from mlx_traces import adapters, forward, grpo, sampling, sharing
 from mlx_traces.batching import Example, pad
-from mlx_traces.config import AdapterConfig
+from mlx_traces.config import AdapterConfig, GRPOConfig
 
 HALVED = (
     "llama",
@@ -77,6 +78,22 @@ def test_sampled_as_one_by_one(architecture):
     assert any("special cache" in note for note in loaded.notes) == (architecture in ("gemma3_text", "cohere2"))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", *WINDOWED])
+def test_logprobs_are_those_of_a_full_forward_pass(architecture):
+    loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
+    each = [sampling.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
+    requests = [sampling.Request(tuple(range(3, 3 + length)), seed) for seed, length in enumerate((6, 11, 4))]
+    found = dict(sampling.generate(loaded, requests, each, 2, logprobs=True))
+    for at, (request, params) in enumerate(zip(requests, each, strict=True)):
+        ids = (*request.prompt_ids, *found[at].completion_ids)
+        logits = np.array(loaded.model(mx.array([ids[:-1]]))[0], np.float64)[len(request.prompt_ids) - 1 :]
+        for temperature, stored in ((1.0, found[at].model_logprobs), (params.temperature, found[at].logprobs)):
+            own = logits / (temperature or 1.0)
+            own -= own.max(-1, keepdims=True) + np.log(np.exp(own - own.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            expected = own[np.arange(len(own)), found[at].completion_ids] if temperature else np.zeros(len(own))
+            np.testing.assert_allclose(stored, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *WINDOWED])
 def test_the_gradient_is_the_plain_one(architecture):
     """Of a weighted sum of log-probabilities, prompts shared where that can be, against cross-entropy of all logits."""
@@ -122,3 +139,21 @@ def test_the_gradient_is_the_plain_one(architecture):
 
 def arrays(model):
     return tree_flatten(model.trainable_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_reinforcement_takes_them_too(architecture, tmp_path, monkeypatch):
+    """Several updates, so that the sampler's log-probabilities are compared with the trainer's: the same model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(tiny(architecture).parameters())))
+    (folder / "config.json").write_text(json.dumps(make_config(**SETTINGS, model_type=architecture)))
+    make_tokenizer("{% for turn in messages %}{{ turn['content'] }}{% endfor %}").save_pretrained(folder)
+    (tmp_path / "uneven.py").write_text("def reward(completions):\n    return list(range(len(completions)))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"prompt": "direct", "prompts_per_step": 2, "group_size": 3, "max_tokens": 8, "rank": 4, "num_steps": 2}
+    settings |= {"temperature": 1.0, "rewards": {"uneven:reward": 1.0}, "updates_per_batch": 2, "kl_coef": 0.1}
+    result = grpo.train(GRPOConfig(model=str(folder), task="countdown", **settings), tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert result.steps == 2 and all(abs(row["policy/kl_sampler"]) < 1e-4 for row in metrics)
+    assert all(row["optim/grad_norm"] > 0 for row in metrics)

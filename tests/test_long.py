@@ -82,7 +82,7 @@ TINY = {"task": "countdown", "prompt": "direct", "prompts_per_step": 2, "group_s
 HELD_OUT = {"task": "countdown", "prompt": "direct", "max_tokens": 8, "limit": 4}
 
 
-@pytest.mark.parametrize(("recipe", "form", "steps"), [(grpo, "GRPOConfig", 2000), (ppo, "PPOConfig", 500)])
+@pytest.mark.parametrize(("recipe", "form", "steps"), [(grpo, "GRPOConfig", 2000), (ppo, "PPOConfig", 2000)])
 def test_memory_stays_flat_over_a_long_reinforcement(tmp_path, recipe, form, steps):
     # A reward that always differs, so that every step has an update.
     (tmp_path / "uneven.py").write_text(
