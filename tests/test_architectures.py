@@ -20,17 +20,8 @@ from mlx_traces.batching import Example, pad
 from mlx_traces.config import AdapterConfig, GRPOConfig
 
 HALVED = (
-    "llama",
-    "phi3",
-    "gemma",
-    "qwen3",
-    "qwen3_moe",
-    "olmo2",
-    "minicpm",
-    "glm4",
-    "starcoder2",
-    "mixtral",
-    "nemotron",
+    *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),
+    *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
 WHOLE = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt_neox", "gpt2")  # their heads do more, or sit elsewhere
 WINDOWED = ("gemma3_text", "cohere2")  # a sliding window: special caches
