@@ -44,8 +44,10 @@ class Scaling:
     several: dict[str, Any]
 
 
-def scaling(arguments: Sequence[str], count: int, progress: Callable[[str], None]) -> list[Scaling]:
-    """Run a bench by one process, then by ``count`` ranks; return a line for each of its own.
+def scaling(
+    arguments: Sequence[str], count: int, progress: Callable[[str], None]
+) -> tuple[list[Scaling], dict[str, Any]]:
+    """Run a bench by one process, then by ``count`` ranks; return a line for each of its own, and what it ran on.
 
     Args:
         arguments: of ``mlx-traces``, from ``bench`` on, without ``--json``.
@@ -61,12 +63,13 @@ def scaling(arguments: Sequence[str], count: int, progress: Callable[[str], None
     for size in (1, count):
         threads = threads_of(size, cores)
         progress(f"{size} process{'es' if size > 1 else ''}, {threads} BLAS thread{'s' if threads > 1 else ''} each")
-        found.append((threads, _rows(arguments, size, threads)))
+        found.append((threads, _told(arguments, size, threads)))
     (alone, one), (each, several) = found
-    return [
+    lines = [
         Scaling(count, (alone, each), (a["seconds"], b["seconds"]), a["seconds"] / b["seconds"], a, b)
-        for a, b in zip(one, several, strict=True)
+        for a, b in zip(one.pop("rows"), several["rows"], strict=True)
     ]
+    return lines, one
 
 
 def told(line: Scaling) -> str:
@@ -95,7 +98,7 @@ def threads_of(processes: int, cores: int) -> int:
     return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
 
 
-def _rows(arguments: Sequence[str], count: int, threads: int) -> list[dict[str, Any]]:
+def _told(arguments: Sequence[str], count: int, threads: int) -> dict[str, Any]:
     """Run a bench by some ranks, one being a process alone; return what the first printed."""
     with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, threads, Path(scratch)) as started:
         while any(process.poll() is None for process in started):
@@ -109,7 +112,7 @@ def _rows(arguments: Sequence[str], count: int, threads: int) -> list[dict[str, 
         ]
         if faults:  # what one of them did wrong before what the others say of that
             raise UserError(min(faults, key=lambda fault: "is gone" in fault))
-        return json.loads((Path(scratch) / "0.out").read_text())["rows"]
+        return json.loads((Path(scratch) / "0.out").read_text())
 
 
 def _fault(file: Path, rank: int, code: int) -> str:

@@ -73,7 +73,7 @@ class RowSampler:
         self.count += 1
         token, own = draw(logprobs.astype(mx.float32), np.array([number]), self.settings, self.wanted)
         self.ahead.append(own)
-        return token
+        return token if own is None else mx.depends([token], [own])[0]  # computed with it, or the logits would stay
 
     def take(self, token: int) -> None:
         """Look at the next token."""

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_traces import adapters, cards, examples, forward, models, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.runs import provenance, put_in_place, scratch_folder, to_json
-from mlx_traces.traces import read_traces
+from mlx_traces.runs import fingerprint, provenance, put_in_place, scratch_folder, to_json
+from mlx_traces.traces import read_traces, source_of
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 GROUP = 64  # weights that share a scale, where the base is not quantized itself
@@ -103,7 +103,10 @@ def fuse(
             progress("loss after")
             losses["loss_fused"] = mean_loss(models.load(str(scratch), trust_remote_code=trust_remote_code), traces)[0]
         result = Fused(str(out), bits, dtype, **losses)
-        about = {"model": name, "adapter": str(adapter), **asdict(result), **provenance()}
+        folder, revision = models.resolve(name)
+        about = {"model": name, "revision": revision, "adapter": str(adapter), **asdict(result), **provenance()}
+        about["fingerprints"] = {"model": fingerprint(folder), "adapter": fingerprint(Path(adapter).expanduser())}
+        about |= {"data": source_of(data)} if data else {}
         (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
         weights, own = (scratch, f"{bits} bits, {dtype}"), Path(adapter).expanduser()
         cards.write(own, base=cards.base_of(name), fused=weights, title=cards.title_of(out))

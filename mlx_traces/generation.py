@@ -51,12 +51,18 @@ def _generate(
     from mlx_traces import models
 
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
-    planned = evaluation.plan(config)
-    identity, kept = planned.identity(), []
-    if ranks.gather([resume and _made(out, identity)] if ranks.first() else [])[0]:
-        part.unlink(missing_ok=True)
-        begun.unlink(missing_ok=True)
-        return manifest_of(out)["counts"]
+    planned, kept = evaluation.plan(config), []
+    if ranks.first() and not resume:
+        _refuse(out, part, begun, resume)
+    loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
+    weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
+    identity = {**planned.identity(), **weights}
+    made = ranks.gather([manifest_of(out)["counts"]] if ranks.first() and resume and _made(out, identity) else [])
+    if made:
+        if ranks.first():
+            part.unlink(missing_ok=True)
+            begun.unlink(missing_ok=True)
+        return made[0]
     if ranks.first():
         _refuse(out, part, begun, resume)
         _begin(begun, identity, out)
@@ -67,7 +73,6 @@ def _generate(
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
-    loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     if todo:
         lines = part if ranks.first() else Path(os.devnull)
         for trace in _traces(planned, loaded, todo, stop):

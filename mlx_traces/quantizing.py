@@ -57,7 +57,7 @@ def convert(wanted: Conversion, trust_remote_code: bool = False) -> Path:
     try:
         origin = _write(scratch, source, wanted, trust_remote_code)
         about = {"model": wanted.model, "revision": revision, "bits": wanted.bits, "group_size": wanted.group_size}
-        about |= {"origin": origin, **provenance()}
+        about |= {"origin": origin, "fingerprints": {"model": fingerprint(source)}, **provenance()}
         (scratch / "converted.json").write_text(to_json(about), encoding="utf-8")
         put_in_place(scratch, wanted.path)
     except OSError as error:

@@ -19,7 +19,7 @@ from mlx_traces.quality import format_score, headline, problem_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
-from mlx_traces.traces import parts, read_traces, restyle, write_traces
+from mlx_traces.traces import parts, read_traces, refuse_written, restyle, source_of, write_traces
 
 REWRITING = Prompt(
     name="rewriting",
@@ -56,7 +56,9 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
     settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
     used: dict[str, Any] = {}
-    manifest = {"source": str(source), "config": settings, "counts": {"dropped": dropped}, "seed": None, "models": used}
+    refuse_written(out)
+    told = {**source_of(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
+    manifest = {**told, "models": used}
     return write_traces(out, _rewritten(source, config, prompt, dropped, used), manifest), dropped
 
 

@@ -47,7 +47,7 @@ from mlx_traces.config import (
 )
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Trace
-from mlx_traces.runs import RunFolder, fingerprint, provenance, to_json, write_atomic
+from mlx_traces.runs import RunFolder, fingerprint, on_the_way, provenance, to_json, write_atomic
 from mlx_traces.tasks import get_task, gsm8k
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
@@ -169,7 +169,8 @@ def make_raw(config: RoundsConfig, out: Path) -> list[str]:
     raw, skipped = config.raw, Counter()
     made, source = raw_traces(config, skipped)
     counts = {"skipped": skipped}
-    manifest = {"source": source, "config": raw.model_dump(mode="json"), "counts": counts, "seed": raw.seed}
+    origin = traces.source_of(source) if source in (raw.file, raw.data) else {"source": source}
+    manifest = {**origin, "config": raw.model_dump(mode="json"), "counts": counts, "seed": raw.seed}
     return [f"{traces.write_traces(out, made, manifest):,} traces"]
 
 
@@ -275,7 +276,9 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         for station in plan
     ]
     about = {**provenance(), "config": config.model_dump(mode="json"), "stations": made}
-    write_atomic(Path(compared.out) / "rounds.json", to_json(about))
+    file = Path(compared.out) / "rounds.json"
+    with on_the_way(file, "repeat the command"):
+        write_atomic(file, to_json(about))
     trained = [station.out for station in trainings(plan)]
     answered = [Path(config.runs_dir) / run.name for run in runs]
     return Outcome(frame, runs, webpage.write([*answered, *trained], Path(compared.out) / "report.html")[0])

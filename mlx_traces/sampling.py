@@ -161,9 +161,9 @@ def _run(
     from mlx_traces.slots import mask_axes
 
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    axes = mask_axes(loaded.model) if plain and rows > 1 else 4
+    axes = mask_axes(loaded.model) if plain else 4
     if axes is None:
-        _note(loaded, f"{loaded.name} takes no masks of single rows: one row at once")
+        _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
     left = list(range(len(requests)))
     while left:

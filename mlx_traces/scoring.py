@@ -14,7 +14,7 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import held
 from mlx_traces.selection import Report, select
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import read_traces, refuse_written, write_traces
+from mlx_traces.traces import read_traces, refuse_written, source_of, write_traces
 
 BATCH_TOKENS = 4096  # read at once for perplexity, padding included
 
@@ -26,14 +26,14 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
         UserError: if ``out`` exists, before anything is read; for a malformed trace; as ``score_traces`` does.
     """
     refuse_written(out)
+    origin = source_of(source)
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
     with held(out.with_name(f".{out.stem}.lock")):
         models: dict[str, Any] = {}
         traces = score_traces([trace for _, trace in located], config, [where for where, _ in located], models)
-        manifest = {"source": str(source), "config": config.model_dump(mode="json"), "counts": {}, "seed": None}
-        manifest |= {"models": models}
+        manifest = {**origin, "config": config.model_dump(mode="json"), "counts": {}, "seed": None, "models": models}
         write_traces(out, traces, manifest)
     return traces
 
@@ -45,6 +45,7 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
         UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
     """
     refuse_written(out)
+    origin = source_of(source)
     traces = [trace for _, trace in read_traces(source)]
     if not traces:
         raise UserError(f"{source} has no traces")
@@ -58,8 +59,8 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     kept, report = select(traces, config, problems)
     counts = {"removed": {rule: removed for rule, removed, _ in report}}
     settings = config.model_dump(mode="json")
-    manifest = {"source": str(source), "config": settings, "counts": counts, "seed": config.seed}
-    write_traces(out, kept, {**manifest, "problems": problems})
+    manifest = {**origin, "config": settings, "counts": counts, "seed": config.seed, "problems": problems}
+    write_traces(out, kept, manifest)
     return report
 
 

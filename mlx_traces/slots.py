@@ -13,8 +13,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_traces.errors import UserError
+
 STEP = 256  # positions by which the buffers grow
-KEPT = "_mask_axes"
+KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
 
 
 class Window:
@@ -48,7 +50,7 @@ class Window:
         self.offset = self.offset + 1
 
     def mask(self) -> mx.array | None:
-        """Return (R, 1, 1, K): true where a key in ``low .. write`` is the row's own; None if all are."""
+        """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are."""
         if self._uniform:
             return None
         return mx.arange(self.low, self.write + 1) >= self._starts
@@ -123,34 +125,42 @@ def mask_axes(model: nn.Module) -> int | None:
     Four, (R, 1, 1, K), for attention by ``mx.fast``; five for what parts the heads by key-value head itself, as
     mlx_lm's Gemma 2 does: there four fail, or are misread where there are as many rows as such heads. So rows that
     began apart are decoded here, and compared with each alone. The answer is kept with the model.
+
+    Raises:
+        UserError: if not even a single row is decoded as the model reads it.
     """
     if not hasattr(model, KEPT):
-        setattr(model, KEPT, next((axes for axes in (4, 5) if _decodes(model, axes)), None))
+        rows = [(1, 2, 3), (2, 3)] * 3 + [(1, 2, 3)]  # seven, as no model has key-value heads
+        training = model.training
+        model.eval()
+        found = next((axes for axes in (4, 5) if _decodes(model, axes, rows)), None)
+        if found is None and not _decodes(model, 4, rows[:1]):
+            raise UserError(f"{type(model).__module__} reads its cache in a way that the sampling engine does not know")
+        setattr(model, KEPT, found)
+        model.train(training)
     return getattr(model, KEPT)
 
 
-def _decodes(model: nn.Module, axes: int) -> bool:
-    """Whether rows of two lengths, not as many as any model has key-value heads, are decoded as each alone is."""
-    prompts, token = [(1, 2, 3), (2, 3)] * 3 + [(1, 2, 3)], 4
-    window = Window(len(prompts), axes)
+def _decodes(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool:
+    """Whether rows of two prompts in turn are decoded together as each is read alone."""
+    token, window, alone = 4, Window(len(rows), axes), []
     caches = [SlotCache(window) for _ in model.layers]
-    window.write = max(map(len, prompts))
-    alone = []
-    for row, prompt in enumerate(prompts[:2]):
-        read = make_prompt_cache(model)
-        model(mx.array([prompt]), cache=read)
-        for cache, own in zip(caches, read, strict=True):
-            slots = list(range(row, len(prompts), 2))
-            cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
-        alone.append(model(mx.array([[token]]), cache=read)[:, -1])
-    window.start[:] = [window.write - len(prompt) for prompt in prompts]
+    window.write = max(map(len, rows))
+    window.start[:] = [window.write - len(row) for row in rows]
     window.refresh()
     try:
-        found = model(mx.full((len(prompts), 1), token), cache=caches)[:, -1]
-    except ValueError:  # shapes that do not go together
+        for first, prompt in enumerate(rows[:2]):
+            slots, read = list(range(first, len(rows), 2)), make_prompt_cache(model)
+            alone.append(model(mx.array([[*prompt, token]]))[:, -1])
+            model(mx.array([prompt]), cache=read)
+            for cache, own in zip(caches, read, strict=True):
+                cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
+        found = model(mx.full((len(rows), 1), token), cache=caches)[:, -1]
+        expected = mx.concatenate([alone[place % 2] for place in range(len(rows))])
+        apart = 0.05 * mx.abs(expected).max().item()
+        return mx.allclose(found, expected, rtol=0, atol=apart, equal_nan=True).item()
+    except (ValueError, TypeError, AttributeError, IndexError):  # shapes or positions that do not go together
         return False
-    expected = mx.concatenate([*alone * 3, alone[0]])
-    return mx.allclose(found, expected, rtol=0, atol=0.05 * mx.abs(expected).max().item(), equal_nan=True).item()
 
 
 def align_right(array: mx.array, lengths: Sequence[int]) -> mx.array:

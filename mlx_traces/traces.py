@@ -61,11 +61,11 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
     Args:
         path: ``NAME.jsonl``; its folders are made.
         traces: may be a generator; nothing is drawn from it if the file exists.
-        manifest: ``source``, where the content is from: a file, a data set, a model; ``config``, every setting, filled
-            in; ``counts``, what was skipped for which reason; ``seed``, None where nothing was drawn; and where there
-            were any, ``models`` that were used, by their part (`LoadedModel.about`), and ``problems``, whose ids are
-            kept as a fingerprint. Counts and models are read at the end, so a generator may still add to them; the
-            number ``written`` is put first, and the hash of ``source`` if that is a file.
+        manifest: ``source``, where the content is from: a file (then `source_of` has its hash too), a data set, a
+            model; ``config``, every setting, filled in; ``counts``, what was skipped for which reason; ``seed``, None
+            where nothing was drawn; and where there were any, ``models`` that were used, by their part
+            (`LoadedModel.about`), and ``problems``, whose ids are kept as a fingerprint. Counts and models are read at
+            the end, so a generator may still add to them; the number ``written`` is put first.
 
     Raises:
         UserError: if the file or its manifest exists, it cannot be written, or there are no traces.
@@ -132,14 +132,13 @@ def _manifest(
     config: dict[str, Any],
     counts: dict[str, Any],
     seed: int | None,
+    source_sha256: str | None = None,
     models: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     problems: Iterable[Problem] = (),
 ) -> dict[str, Any]:
     """Say what a file of traces is and how it was made."""
     made = provenance()
-    read: dict[str, Any] = {}
-    with suppress(OSError):  # the source is no file, but a model or a data set
-        read = {"source_sha256": _sha256(Path(source))}
+    read = {"source_sha256": source_sha256} if source_sha256 else {}
     read |= {"problems": ids_digest(own)} if (own := [problem.id for problem in problems]) else {}
     read |= {"models": dict(models)} if models else {}
     return {
@@ -157,6 +156,17 @@ def _manifest(
         "platform": made["platform"],
         "time": made["started"],
     }
+
+
+def source_of(source: str | Path) -> dict[str, str]:
+    """Return what a manifest says of a source: its name and, of a file, the hash of its content as it is now.
+
+    What can be read once only, a pipe, has no hash.
+    """
+    try:
+        return {"source": str(source)} | ({"source_sha256": _sha256(Path(source))} if Path(source).is_file() else {})
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, comparison, evaluation, models
+from mlx_traces import adapters, comparison, evaluation, models, traces
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, clean, first_line
 from mlx_traces.models import NANO, THINK_OPENERS, is_folder
+from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.records import EvalResult, Problem
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
 from mlx_traces.tasks import Task, get_task
@@ -34,14 +35,17 @@ KINDS = {"id": str, "sample": int, "question": str, "prompt": str, "completion":
 
 
 def verify(path: str | Path) -> tuple[str, list[str]]:
-    """Check a finished run, of an evaluation or a training; ``mlx-traces verify`` from Python.
+    """Check a finished run, of an evaluation or a training, or a file of traces; ``mlx-traces verify`` from Python.
 
     Returns:
         What agrees, as one clause, and a line for each thing that differs; none if all is well.
 
     Raises:
-        UserError: if the folder is no finished run, or a file of it cannot be read.
+        UserError: if the folder is no finished run, or a file of it cannot be read; if a file of traces is not the one
+            that its manifest describes.
     """
+    if str(path).endswith(".jsonl"):
+        return _traces(Path(path))
     folder = RunFolder(Path(path))
     if not folder.path.is_dir():
         raise UserError(f"{path}: no such run folder")
@@ -233,6 +237,33 @@ def _same(stored: Any, computed: Any) -> bool:
 
 def _brief(value: Any) -> str:
     return clean(f"{value:.6g}" if isinstance(value, float) else value)[:60]
+
+
+# ---------------------------------------------------------------------------------------------------- traces
+
+
+def _traces(file: Path) -> tuple[str, list[str]]:
+    """Grade the traces of a file that have a verdict anew, by the extractor that gave it, and count them."""
+    manifest, lines, seen = traces.manifest_of(file), [], Counter()
+    config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
+    for where, trace in traces.read_traces(file):
+        seen["written"] += 1
+        seen["cut off"] += trace.finish_reason == "length"
+        problem = problem_of_trace(trace, where) if trace.verdict else None
+        if problem is None:
+            continue
+        task = get_task(trace.task)
+        name = config.get("extractor")
+        found = task.grade(problem, trace.completion)[name if name in task.extractors else task.extractors[0]].verdict
+        seen["correct"] += found == "correct"
+        seen["graded"] += 1
+        if found != trace.verdict:
+            lines.append(f"{trace.id} sample {trace.sample}: verdict is {_brief(trace.verdict)}, found {_brief(found)}")
+    counts = manifest.get("counts") if isinstance(manifest.get("counts"), dict) else {}
+    for name in ("written", "correct", "cut off"):
+        if name in counts and counts[name] != seen[name]:
+            lines.append(f"manifest: {name} is {_brief(counts[name])}, the traces give {seen[name]}")
+    return f"{seen['written']:,} traces, {seen['graded']:,} verdicts and the manifest agree", lines
 
 
 # -------------------------------------------------------------------------------------------------- trainings

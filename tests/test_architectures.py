@@ -66,7 +66,7 @@ def test_sampled_as_one_by_one(architecture):
     found = dict(sampling.generate(loaded, requests, [params] * 4, 3))
     for at, prompt in enumerate(prompts):
         assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
-    assert any("special cache" in note for note in loaded.notes) == (architecture in ("gemma3_text", "cohere2"))
+    assert any("special cache" in note for note in loaded.notes) == (architecture in WINDOWED)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", *WINDOWED])

@@ -2,20 +2,21 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-from mlx_traces import evaluation, sft, verifying
+from mlx_traces import evaluation, sft, traces, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runs import RunFolder
+from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
@@ -243,3 +244,27 @@ def test_a_damaged_adapter_is_found(trained):
     assert f"{name} has numbers that are not finite" in verifying.verify(trained)[1][0]
     file.unlink()
     assert "adapters.safetensors is missing" in verifying.verify(trained)[1][0]
+
+
+def test_a_file_of_traces(tmp_path):
+    task, made = get_task("countdown"), []
+    for problem in task.load("train", None, 4, 0):
+        answer = task.grade(problem, "<answer>1 + 1</answer>")["answer"].verdict
+        made.append(Trace(problem.id, (), "<answer>1 + 1</answer>", task="countdown", columns=problem.columns))
+        made[-1] = replace(made[-1], verdict=answer, finish_reason="length" if len(made) == 1 else "stop")
+    told = {"source": "nano", "config": {"extractor": "answer"}, "seed": 0}
+
+    def checked(name, rows, **counts):
+        traces.write_traces(tmp_path / name, rows, {**told, "counts": counts})
+        return verifying.verify(tmp_path / name)
+
+    agrees, lines = checked("own.jsonl", made, **{"correct": 0, "cut off": 1})
+    assert agrees == "4 traces, 4 verdicts and the manifest agree" and not lines
+    turned = [replace(made[0], verdict="correct"), *made[1:]]
+    lines = checked("turned.jsonl", turned, **{"correct": 1, "cut off": 1})[1]
+    assert f"{made[0].id} sample 0: verdict is correct, found {made[0].verdict}" in lines
+    assert "manifest: correct is 1, the traces give 0" in lines and len(lines) == 2
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="is not the file that its manifest describes"):
+        verifying.verify(tmp_path / "own.jsonl")

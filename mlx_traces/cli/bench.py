@@ -52,9 +52,9 @@ class Ranked(click.Command):
         from mlx_traces import bench_ranks
 
         arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
-        found = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
+        found, about = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
         if ctx.params["as_json"]:
-            click.echo(to_json({**provenance(), "rows": [asdict(line) for line in found]}), nl=False)
+            click.echo(to_json({**about, **provenance(), "rows": [asdict(line) for line in found]}), nl=False)
             return None
         for line in found:
             click.echo(bench_ranks.told(line))

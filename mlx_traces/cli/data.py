@@ -163,9 +163,10 @@ def _write(
     out: str, made: Iterable["Trace"], source: str, config: dict[str, Any], skipped: Counter, seed: int | None
 ) -> None:
     """Write traces and their manifest, and say how many."""
-    from mlx_traces.traces import counted, write_traces
+    from mlx_traces.traces import counted, source_of, write_traces
 
     counts = {"skipped": skipped}
-    written = write_traces(Path(out), made, {"source": source, "config": config, "counts": counts, "seed": seed})
+    origin = source_of(source) if source == config.get("data") else {"source": source}
+    written = write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
     left_out = counted(counts)
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)

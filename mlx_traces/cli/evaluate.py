@@ -182,7 +182,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 def verify_command(runs: tuple[str, ...]) -> None:
-    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo.
+    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo, files of traces.
 
     Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
     and its adapter. Exits with 1 if anything differs.
