@@ -1,7 +1,6 @@
 """LoRA and DoRA adapters in mlx_lm's format: put on a model, trained, saved, left out, fused. MLX is imported late."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
+from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -288,8 +288,8 @@ def _check_settings(config: dict[str, Any], where: str) -> None:
     for name, value, right, what in (
         ("num_layers", config["num_layers"], _is_whole, "a whole number"),
         ("rank", settings.get("rank"), lambda value: _is_whole(value) and value > 0, "a whole number above 0"),
-        ("scale", settings.get("scale"), _is_number, "a number"),
-        ("dropout", settings.get("dropout"), lambda value: _is_number(value) and 0 <= value < 1, "a number, 0 to 1"),
+        ("scale", settings.get("scale"), is_number, "a number"),
+        ("dropout", settings.get("dropout"), lambda value: is_number(value) and 0 <= value < 1, "a number, 0 to 1"),
         ("keys", settings.get("keys"), _are_names, "a list of layer names"),
     ):
         if name == "scale" and value is None and "alpha" in settings:
@@ -297,10 +297,6 @@ def _check_settings(config: dict[str, Any], where: str) -> None:
         if not right(value):
             found = "it is missing" if value is None else f"not {_shown(value)}"
             raise UserError(f"{where}: {name!r} must be {what}, {found}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:

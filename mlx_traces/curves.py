@@ -14,8 +14,8 @@ from mlx_traces import stats
 from mlx_traces.errors import UserError, clean
 from mlx_traces.figures import number
 from mlx_traces.runs import SAMPLE_COLUMNS, read_json
-from mlx_traces.tables import check_samples, is_number
-from mlx_traces.tasks.data import parse_row
+from mlx_traces.tables import check_samples
+from mlx_traces.tasks.data import is_number, parse_row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -305,9 +305,9 @@ def blocks(values: Sequence[float], width: int) -> str:
     """
     if not values:
         return ""
-    count = min(width, len(values))
+    count, largest = min(width, len(values)), max(map(abs, values)) or 1.0
     ends = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    means = [sum(value / largest for value in values[start:end]) / (end - start) for start, end in pairwise(ends)]
     low, high = min(means), max(means)
     if high == low:
         return BLOCKS[3] * count

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from mlx_traces import origins, stats
 from mlx_traces.errors import UserError, clean, unknown, visible
 from mlx_traces.tasks.answers import vote_of
+from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,11 +72,6 @@ def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
     """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
     for number, row in enumerate(rows, 1):
         _check_kinds(row, _SAMPLE_KINDS, f"{where}: sample {number}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that can be computed with and shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_whole(value: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlx_traces import curves, figures, tables, traces
 from mlx_traces.curves import EVALUATION, Record
 from mlx_traces.errors import UserError, clean, unknown, visible
 from mlx_traces.runs import now, to_json, write_atomic
+from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -411,7 +411,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """Return a number from a file; None for what is none."""
-    return value if tables.is_number(value) else None
+    return value if is_number(value) else None
 
 
 def _file_name(key: str) -> str:
@@ -504,7 +504,7 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
 
 
 def _figure(value: Any) -> float | None:
-    return round(value, 4) if isinstance(value, int | float) and math.isfinite(value) else None
+    return round(value, 4) if is_number(value) else None
 
 
 def _text(value: Any) -> str | None:

@@ -136,6 +136,7 @@ def test_blocks_by_hand():
     assert curves.blocks([0, 0, 7, 7], 2) == "▁█"
     assert curves.blocks([2, 2, 2], 8) == "▄▄▄"
     assert curves.blocks([], 8) == ""
+    assert curves.blocks([1e308, 1e308, -1e308, -1e308], 2) == "█▁" and curves.blocks([0.0, 0.0], 2) == "▄▄"
     assert len(curves.blocks(list(range(1001)), 37)) == 37
     assert curves.blocks([1, 0, -1], 3) == "█▅▁"
 

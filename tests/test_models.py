@@ -369,6 +369,7 @@ def test_adapter_in_the_home_folder(tiny_folder, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"scale": "a"}, r"'scale' must be a number, not \"a\""),
+        ({"dropout": 10**400}, r"'dropout' must be a number, 0 to 1, not 1000"),
         ({"scale": None}, "'scale' must be a number, it is missing"),
         ({"scale": None, "alpha": 16}, "'scale' is missing; mlx_lm does not read 'alpha'"),
         ({"rank": "4"}, r"'rank' must be a whole number above 0, not \"4\""),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +62,11 @@ def listed(columns: Iterable[str]) -> str:
     """List names of columns in one line."""
     names = (name if name.isprintable() else repr(name) for name in map(str, columns))
     return ", ".join(name[:60] for name in names) or "no columns"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that can be computed with and shown: JSON allows any number of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_file(data: str) -> bool:
