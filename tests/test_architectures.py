@@ -24,7 +24,7 @@ HALVED = (
     *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
 WHOLE = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt_neox", "gpt2")  # their heads do more, or sit elsewhere
-WINDOWED = ("gemma3_text", "cohere2")  # a sliding window: special caches
+SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 SETTINGS = {
     **{"head_dim": 16, "rope_theta": 10_000.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
     **{"layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "norm_eps": 1e-5},
@@ -40,9 +40,25 @@ SETTINGS = {
 }
 
 
+OWN = {
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
+    "lfm2": {
+        **{"conv_bias": False, "conv_L_cache": 3, "full_attn_idxs": [1], "layer_types": None, "block_dim": 64},
+        **{"block_ff_dim": 128, "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0},
+        **{"block_auto_adjust_ff_dim": False},
+    },
+}
+
+
+def config_of(architecture):
+    """Return the configuration of a tiny model."""
+    return make_config(**SETTINGS, model_type=architecture) | OWN.get(architecture, {})
+
+
 def tiny(architecture):
     """Return a tiny random model of an architecture."""
-    config = make_config(**SETTINGS, model_type=architecture)
+    config = config_of(architecture)
     if architecture == "phi3":
         del config["head_dim"]
     module = import_module(f"mlx_lm.models.{architecture}")
@@ -57,7 +73,7 @@ def greedy(model, ids, count, stop_ids):
     return tuple(found[len(ids) :])
 
 
-@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *WINDOWED])
+@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *SPECIAL])
 def test_sampled_as_one_by_one(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     prompts = [tuple(range(at, at + length)) for at, length in enumerate((5, 21, 3, 12))]
@@ -66,10 +82,10 @@ def test_sampled_as_one_by_one(architecture):
     found = dict(sampling.generate(loaded, requests, [params] * 4, 3))
     for at, prompt in enumerate(prompts):
         assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
-    assert any("special cache" in note for note in loaded.notes) == (architecture in WINDOWED)
+    assert any("special cache" in note for note in loaded.notes) == (architecture in SPECIAL)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", *WINDOWED])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL])
 def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     each = [sampling.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
@@ -85,7 +101,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(architecture):
             np.testing.assert_allclose(stored, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *WINDOWED])
+@pytest.mark.parametrize("architecture", [*HALVED, *WHOLE, *SPECIAL])
 def test_the_gradient_is_the_plain_one(architecture):
     """Of a weighted sum of log-probabilities, prompts shared where that can be, against cross-entropy of all logits."""
     model, draw = tiny(architecture), np.random.default_rng(0)
@@ -132,13 +148,13 @@ def arrays(model):
     return tree_flatten(model.trainable_parameters())
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "lfm2"])
 def test_reinforcement_takes_them_too(architecture, tmp_path, monkeypatch):
     """Several updates, so that the sampler's log-probabilities are compared with the trainer's: the same model."""
     folder = tmp_path / "model"
     folder.mkdir()
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(tiny(architecture).parameters())))
-    (folder / "config.json").write_text(json.dumps(make_config(**SETTINGS, model_type=architecture)))
+    (folder / "config.json").write_text(json.dumps(config_of(architecture)))
     make_tokenizer("{% for turn in messages %}{{ turn['content'] }}{% endfor %}").save_pretrained(folder)
     (tmp_path / "uneven.py").write_text("def reward(completions):\n    return list(range(len(completions)))\n")
     monkeypatch.syspath_prepend(tmp_path)
