@@ -96,12 +96,13 @@ class Split:
 def split(model: nn.Module) -> Split:
     """Find a model's trunk and head, and check on three tokens that together they are the model.
 
-    A model whose head does more than a linear map (soft-capped or scaled logits) has no such halves: then the trunk is
-    the whole model and the head the identity, which is right, and wide.
+    The head is the linear map by its usual name; or else, if nothing in it is trained, whatever the model does with
+    what its trunk returns (soft-capped or scaled logits, another name). Where neither is found the trunk is the whole
+    model and the head the identity, which is right, and as wide as the vocabulary.
     """
     training = model.training
     model.eval()  # dropout would make the halves differ from the model
-    found = _halves(model) or Split(model, lambda logits: logits, lambda: None, False)
+    found = _halves(model) or _rest(model) or Split(model, lambda logits: logits, lambda: None, False)
     model.train(training)
     return found
 
@@ -123,6 +124,44 @@ def _halves(model: nn.Module) -> Split | None:
             if same:
                 return Split(trunk, head, module, not module().trainable_parameters())
     return None
+
+
+def _rest(model: nn.Module) -> Split | None:
+    """Return a trunk, and as the head the model's own call once its trunk has run; ``None`` if that is not the model.
+
+    Parameters of such a head are not known by name, so it must not be trained: only layers may be.
+    """
+    inside = {id(array) for layer in model.layers for _, array in tree_flatten(layer.trainable_parameters())}
+    if any(id(array) not in inside for _, array in tree_flatten(model.trainable_parameters())):
+        return None
+
+    def trunk(ids: mx.array, cache: Any = None) -> mx.array:
+        return model.model(ids, cache)
+
+    def head(states: mx.array) -> mx.array:
+        return type(model).__call__(_StandIn(model, model=_StandIn(model.model, states=states)), None)
+
+    try:
+        probe = mx.array([[1, 2, 3]])
+        states, logits = trunk(probe), model(probe)
+        if states.shape == logits.shape or not mx.allclose(head(states), logits, rtol=1e-3, atol=1e-3).item():
+            return None
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return Split(trunk, head, lambda: None, True)
+
+
+class _StandIn:
+    """Looks like a module, but for some attributes; called, it returns the states that it was given."""
+
+    def __init__(self, module: nn.Module, **own: Any):
+        self.__dict__.update(own, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        return self.states
 
 
 def _call(module: Callable[[], nn.Module], name: str, states: mx.array) -> mx.array:
