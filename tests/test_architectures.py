@@ -23,7 +23,15 @@ HALVED = (
     *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),
     *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
-OTHER = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt2")  # their heads do more, or have other names
+OTHER = (
+    "phi",
+    "gemma2",
+    "cohere",
+    "granite",
+    "internlm2",
+    "gpt2",
+    "gpt_bigcode",
+)  # their heads do more, or have other names
 WHOLE = ("gpt_neox",)  # its trunk ends with the logits
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 SETTINGS = {
@@ -42,6 +50,7 @@ SETTINGS = {
 
 
 OWN = {
+    "gpt_bigcode": {"n_inner": 128, "attn_pdrop": 0, "multi_query": True, "attention_bias": True, "mlp_bias": True},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
     "lfm2": {
@@ -84,6 +93,8 @@ def test_sampled_as_one_by_one(architecture):
     for at, prompt in enumerate(prompts):
         assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
     assert any("special cache" in note for note in loaded.notes) == (architecture in SPECIAL)
+    alone = "cannot decode rows of different lengths together"  # its positions are numpy's, of one row
+    assert any(alone in note for note in loaded.notes) == (architecture == "gpt_bigcode")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL])
