@@ -23,7 +23,7 @@ HALVED = (
     *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),
     *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
-OTHER = (
+OTHER = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt2")  # their heads do more, or have other names
     "phi",
     "gemma2",
     "cohere",
@@ -32,7 +32,7 @@ OTHER = (
     "gpt2",
     "gpt_bigcode",
 )  # their heads do more, or have other names
-WHOLE = ("gpt_neox",)  # its trunk ends with the logits
+WHOLE = ("gpt_neox", "gpt_bigcode")  # the trunk of one ends with the logits, that of the other is called otherwise
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 SETTINGS = {
     **{"head_dim": 16, "rope_theta": 10_000.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
