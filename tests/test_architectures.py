@@ -24,14 +24,6 @@ HALVED = (
     *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
 OTHER = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt2")  # their heads do more, or have other names
-    "phi",
-    "gemma2",
-    "cohere",
-    "granite",
-    "internlm2",
-    "gpt2",
-    "gpt_bigcode",
-)  # their heads do more, or have other names
 WHOLE = ("gpt_neox", "gpt_bigcode")  # the trunk of one ends with the logits, that of the other is called otherwise
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 SETTINGS = {
