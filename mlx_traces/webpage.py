@@ -129,7 +129,7 @@ def _environment() -> Environment:
 def _heading(records: Sequence[Record]) -> str:
     """Name the page by what is in it: tasks of evaluations, models of trainings."""
     tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
-    names = [clean(task) for task in dict.fromkeys(tasks) if isinstance(task, str)]
+    names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
     count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
     return f"{count} on {', '.join(names)}" if names else count
 
