@@ -168,6 +168,23 @@ def test_json_too_deep_is_no_json(tmp_path):
         parse_row("[" * 100_000, "x:1", ())
 
 
+@pytest.mark.parametrize(
+    ("run", "old", "new"),
+    [
+        ("UNFINISHED", '"task": "countdown"', '"task": {"": {}}'),
+        ("TRAINING", '"tokens": 7', '"tokens": 1e999'),
+        ("TRAINING", '"sample": 1', '"sample": NaN'),
+        ("TRAINING", '"reward": 1.0', '"reward": 1' + 400 * "0"),
+        ("TRAINING", '"rollout/length": 9.0', '"rollout/length": 1e308'),
+    ],
+)
+def test_a_page_shows_what_it_can(run, old, new):
+    text = getattr(fuzzing, run)
+    assert old in text
+    for reader in (fuzzing._page, fuzzing._watched):
+        reader(text.replace(old, new))
+
+
 def test_a_step_that_is_no_number_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": "2"}\n')
     with pytest.raises(UserError, match="'step' must be a number, not str"):
