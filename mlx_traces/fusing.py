@@ -106,7 +106,7 @@ def fuse(
         folder, revision = models.resolve(name)
         about = {"model": name, "revision": revision, "adapter": str(adapter), **asdict(result), **provenance()}
         about["fingerprints"] = {"model": fingerprint(folder), "adapter": fingerprint(Path(adapter).expanduser())}
-        about |= {"data": source_of(data)} if data else {}
+        about["data"] = source_of(data) if data else None
         (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
         weights, own = (scratch, f"{bits} bits, {dtype}"), Path(adapter).expanduser()
         cards.write(own, base=cards.base_of(name), fused=weights, title=cards.title_of(out))

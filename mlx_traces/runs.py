@@ -87,19 +87,17 @@ def write_atomic(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-def unwritable(path: Path, error: OSError, again: str) -> UserError:
-    """Build the error for a file that could not be written on the way; what was there before is whole."""
-    first = {errno.ENOSPC: "make room", errno.EDQUOT: "make room"}.get(error.errno or 0, "make it writable")
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); {first}, then {again}")
-
-
 @contextmanager
 def on_the_way(path: Path, again: str = "go on with --resume") -> Iterator[None]:
-    """Say in one line, while the context lasts, that a file of a run cannot be written, and how the run goes on."""
+    """Say in one line, while the context lasts, that a file of a run cannot be written, and how the run goes on.
+
+    What was there before is whole.
+    """
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error, again) from None
+        first = {errno.ENOSPC: "make room", errno.EDQUOT: "make room"}.get(error.errno or 0, "make it writable")
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {first}, then {again}") from None
 
 
 def write_new(path: Path, text: str) -> None:

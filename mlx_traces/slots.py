@@ -136,10 +136,11 @@ def mask_axes(model: nn.Module) -> int | None:
         found = 4 if _apart(model, 4, rows) is not None else None
         if found is None and (apart := _apart(model, 5, rows)) is not None and apart < 0.05:
             found = 5
-        if found is None and _apart(model, 4, rows[:1]) is None:
+        lost = found is None and _apart(model, 4, rows[:1]) is None
+        model.train(training)
+        if lost:
             raise UserError(f"{type(model).__module__} reads its cache in a way that the sampling engine does not know")
         setattr(model, KEPT, found)
-        model.train(training)
     return getattr(model, KEPT)
 
 
