@@ -25,6 +25,7 @@ SAMPLE_COLUMNS = (
     *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
     *("verdict", "stratum", "elapsed"),
 )
+TRIES = 100  # at a folder that others remove
 PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
 
@@ -158,7 +159,6 @@ def held(lock: Path) -> Iterator[None]:
                 folder.rmdir()
 
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _taken(lock)
     except OSError as error:
         tidy()
@@ -175,7 +175,7 @@ def held(lock: Path) -> Iterator[None]:
 def _taken(lock: Path) -> int:
     """Return the open file of a lock that is now this process's."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _opened(lock)
         try:
             free = _try_lock(descriptor)
             if free and not (lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())):
@@ -195,6 +195,15 @@ def _taken(lock: Path) -> int:
                 os.close(descriptor)
             raise
         return descriptor
+
+
+def _opened(lock: Path) -> int:
+    """Open a lock's file, its folder made; a few times, as one that ends may just then remove a folder that it made."""
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lock))
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -123,3 +123,17 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with held(tmp_path / ".lock"):
         assert (tmp_path / ".lock").exists()
     assert runs.fcntl is fcntl and not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, monkeypatch):
+    lock, opened, removed = tmp_path / "run" / ".lock", os.open, []
+
+    def late(path, *given):
+        if path == lock and not removed:
+            removed.append(lock.parent.rmdir())
+        return opened(path, *given)
+
+    monkeypatch.setattr(os, "open", late)
+    with runs.held(lock):
+        assert removed and lock.exists()
+    assert not lock.parent.exists()
