@@ -5,7 +5,8 @@ adapter, PPO the values too. PPO has no peer on MLX: what mlx-lm-lora calls so l
 without rewards and values. Beside it GRPO runs with the same sizes, on the same problems, by the same engine.
 
 Ours and the peer's alternate within one call of the peer's ``train_grpo`` (its batches are drawn through a function
-that times them), so both work warm; the first step of each is the warm-up. The median step counts.
+that times them), so both work warm; the first step of each is the warm-up. The median step counts. Steps that take many
+minutes may do without: with no repeats the first step of each is what counts.
 
 Both get the same prompts as token ids, the same sizes, temperature and grader. Otherwise the peer keeps its defaults,
 and so differs from us: it decodes as many rows at once as it is given problems, filters by top-p 0.95 and top-k 20,
@@ -128,7 +129,7 @@ def bench_grpo(
         against: beside GRPO ``"mlx-lm-lora"`` for its ``train_grpo``, with our weights and our adapter's sizes;
             beside PPO ``"grpo"`` for ours, with the same settings where both have them.
         as_shipped: let the peer load the weights as its user gets them instead, with its own adapter's sizes.
-        repeats: timed steps of each, in turn.
+        repeats: timed steps of each, in turn, after a first one; 0 times the first.
         every_row: make all rewards of a group differ, so that every rollout is learned from, as the peer always does.
         progress: is called with a line before each step.
 
@@ -150,7 +151,7 @@ def bench_grpo(
 
     def turns() -> Iterator[tuple[str, list[Problem]]]:
         for turn in range(repeats + 1):
-            name = "warm-up" if turn == 0 else f"step {turn} of {repeats}"
+            name = f"step {turn} of {repeats}" if turn else "warm-up" if repeats else "first step"
             progress(f"{name}, mlx-traces")
             step, problems = stream.make()
             ours.append(step)
@@ -173,8 +174,8 @@ def bench_grpo(
     line = _line(config, ours, memory.of_reinforcement(stream.loaded, config, longest).peak)
     if not against:
         return line
-    warmup, *rest = peers
-    pairs = list(zip(ours[1:], rest, strict=True))
+    rest = _timed(peers)
+    pairs = list(zip(_timed(ours), rest, strict=True))
     told = {
         "peer": against,
         "peer_weights": "as shipped" if as_shipped else "same",
@@ -184,7 +185,7 @@ def bench_grpo(
         "peer_completion_tokens": sum(step.tokens for step in rest) / len(rest),
         "peer_tokens_per_second": sum(step.tokens for step in rest) / sum(step.seconds for step in rest),
         "peer_peak_memory_gb": max(step.memory_gb for step in rest),
-        "peer_warmup_seconds": warmup.seconds,
+        "peer_warmup_seconds": peers[0].seconds,
         "ratio": median(theirs.seconds / own.seconds for own, theirs in pairs),
         "tokens_ratio": median((own.tokens / own.seconds) / (b.tokens / b.seconds) for own, b in pairs),
     }
@@ -205,7 +206,7 @@ def _of_grpo(config: RLConfig) -> GRPOConfig:
 
 def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
     """Sum our steps up, the first apart."""
-    warmup, *timed = steps
+    timed = _timed(steps)
     return GRPORow(
         prompts=config.prompts_per_step,
         group_size=config.group_size,
@@ -219,9 +220,14 @@ def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPOR
         learned=sum(step.learned for step in timed) / len(timed),
         peak_memory_gb=max(step.memory_gb for step in timed),
         estimated_memory_gb=estimated_gb,
-        warmup_seconds=warmup.seconds,
+        warmup_seconds=steps[0].seconds,
         ranks=ranks.world().size(),
     )
+
+
+def _timed(steps: Sequence[Step]) -> Sequence[Step]:
+    """Return the steps that count: all but the first, or the first if it is the only one."""
+    return steps[1:] or steps
 
 
 class OurSteps:

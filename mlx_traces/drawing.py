@@ -11,6 +11,10 @@ from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
 
+# Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: what is freed is then kept by MLX for the next. A larger buffer
+# comes fresh from the system, whose zeroing it takes seven times as long as the arithmetic of an addition.
+DRAWN_AT_ONCE = 2**21
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -125,6 +129,12 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     """
     import mlx.core as mx
 
+    rows, most = len(settings), max(1, DRAWN_AT_ONCE // logits.shape[-1])
+    if rows > most and mx.default_device() == mx.Device(mx.cpu):
+        parts = [slice(at, at + most) for at in range(0, rows, most)]
+        drawn = [draw(logits[part], uniforms[part], settings[part], logprobs) for part in parts]
+        tokens, values = zip(*drawn, strict=True)
+        return mx.concatenate(tokens), mx.concatenate(values) if logprobs else None
     best = mx.argmax(logits, axis=-1)
     temperature = settings[:, 0]
     if not temperature.any():
@@ -133,10 +143,13 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
         own = _pick(logits, best) - mx.logsumexp(logits, axis=-1)
         return best.astype(mx.int32), mx.stack([mx.zeros_like(own), own], axis=-1)
     greedy = mx.array(temperature == 0)
-    scale = mx.array(np.where(temperature == 0, 1, 1 / np.maximum(temperature, 1e-6)).astype(np.float32))[:, None]
-    top = mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp((logits - top) * scale)
-    if (settings[:, 1:] != (1, 0, 0)).any():
+    plain, filtered = bool((temperature == 1).all()), bool((settings[:, 1:] != (1, 0, 0)).any())
+    top = mx.take_along_axis(logits, best[:, None], axis=-1)
+    scaled = logits - top
+    if not plain:
+        scaled = scaled * mx.array(1 / np.where(temperature == 0, 1, np.maximum(temperature, 1e-6)))[:, None]
+    weights = mx.exp(scaled)
+    if filtered:
         weights = mx.where(_kept(logits - top, settings), weights, 0)
     mass = mx.cumsum(weights, axis=-1)
     total = mass[:, -1]
@@ -146,7 +159,7 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     if not logprobs:
         return tokens, None
     sampled = mx.where(greedy, 0, mx.log(_pick(weights, tokens)) - mx.log(total))
-    own = _pick(logits, tokens) - mx.logsumexp(logits, axis=-1)
+    own = sampled if plain and not filtered else _pick(logits, tokens) - mx.logsumexp(logits, axis=-1)
     return tokens, mx.stack([sampled, own], axis=-1)
 
 

@@ -275,6 +275,7 @@ class _Engine:
         """Send a step for every row on its way; it reads the tokens of the step before, wherever that is."""
         import mlx.core as mx
 
+        start = perf_counter()
         self._make_room()
         logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
         self.window.advance()
@@ -282,7 +283,8 @@ class _Engine:
         uniforms = self.uniforms[np.arange(len(place)), place]
         self.tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None)
         wanted = [self.tokens] if logprobs is None else [self.tokens, logprobs]
-        mx.async_eval(*wanted)
+        mx.async_eval(*wanted)  # on a CPU this waits until nearly all is done
+        self.usage.decode_seconds += perf_counter() - start
         self.usage.steps += 1
         self.usage.row_steps += len(place)
         self.steps += 1

@@ -104,6 +104,13 @@ def test_bench_grpo_prints_a_row():
     assert 0 < row["peak_memory_gb"] < 1 and row["estimated_memory_gb"] > 0 and row["ratio"] is None
 
 
+def test_bench_grpo_without_repeats_times_the_first_step():
+    result = run_grpo("--prompts", 1, "--group-size", 2, "--max-tokens", 8, "--repeats", 0, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["steps"] == 1 and row["seconds"] == row["warmup_seconds"] > 0 and row["completion_tokens"] == 16
+
+
 def test_bench_grpo_leaves_out_what_teaches_nothing_and_the_model_as_it_was(tiny):
     from mlx.utils import tree_flatten
 

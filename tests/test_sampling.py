@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
-from mlx_traces.drawing import Request, SamplingParams, decode
+from mlx_traces import drawing
+from mlx_traces.drawing import Request, SamplingParams, decode, draw
 from mlx_traces.errors import UserError
 from mlx_traces.sampling import Usage, generate, rows_that_fit
 
@@ -185,6 +186,33 @@ def test_frequencies_are_those_of_the_filtered_distribution(tiny, params):
     assert p_value(counts, filtered(logprobs, params, params.temperature), draws) > 1e-3
     # A fault in the temperature does not pass.
     assert p_value(counts, filtered(logprobs, params, params.temperature * 1.8), draws) < 1e-6
+
+
+@pytest.mark.parametrize("temperatures", [(1, 1, 1, 1, 1), (0.5, 1, 0, 2, 1), (0, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("filters", [(1, 0, 0), (0.7, 0, 9)], ids=str)
+def test_drawing_in_parts_is_drawing_at_once_and_follows_the_formulas(monkeypatch, temperatures, filters):
+    draws = np.random.default_rng(0)
+    logits, uniforms = draws.normal(0, 3, (5, 40)).astype(np.float32), draws.random(5, np.float32)
+    settings = np.array([(temperature, *filters) for temperature in temperatures], np.float32)
+    tokens, logprobs = draw(mx.array(logits), uniforms, settings, True)
+    monkeypatch.setattr(drawing, "DRAWN_AT_ONCE", 2 * 40)
+    parts, own = draw(mx.array(logits), uniforms, settings, True)
+    assert parts.tolist() == tokens.tolist() and mx.allclose(own, logprobs, atol=1e-6).item()
+    assert draw(mx.array(logits), uniforms, settings, False)[0].tolist() == tokens.tolist()
+    for row, (token, (sampled, model)) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+        wide, temperature = logits[row].astype(np.float64), temperatures[row]
+        assert model == pytest.approx(wide[token] - np.log(np.exp(wide).sum()), abs=1e-5)
+        if not temperature:
+            assert token == wide.argmax() and sampled == 0
+            continue
+        order = np.argsort(-wide)
+        share = np.exp(wide[order]) / np.exp(wide).sum()
+        kept = order[(np.cumsum(share) - share < filters[0]) & (np.arange(40) < (filters[2] or 40))]
+        weights = np.zeros(40)
+        weights[kept] = np.exp(wide[kept] / temperature)
+        assert sampled == pytest.approx(np.log(weights[token] / weights.sum()), abs=1e-5)
+        mass = np.cumsum(weights) / weights.sum()
+        assert (mass - weights / weights.sum())[token] - 1e-6 <= uniforms[row] <= mass[token] + 1e-6
 
 
 def test_rollouts_arrive_as_they_finish_and_stopping_early_is_clean(tiny):

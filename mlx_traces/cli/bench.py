@@ -208,7 +208,13 @@ def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Cal
     options = (
         click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step."),
         click.option("--against", type=click.Choice([peer]), help=of_peer),
-        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed steps of each."),
+        click.option(
+            "--repeats",
+            type=click.IntRange(0),
+            default=3,
+            show_default=True,
+            help="Timed steps of each after the first, which is the warm-up; 0 times the first.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the row and its provenance as JSON."),
         settings_options(form, *NOT_BENCHED_RL),
     )
