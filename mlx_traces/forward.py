@@ -287,23 +287,21 @@ def _frozen_chunk(
     logits = raw.astype(mx.float32)
     if temperature != 1.0:
         logits = logits / temperature
-    top = logits.max(axis=-1, keepdims=True)
-    weights = mx.exp(logits - top)
-    total = weights.sum(axis=-1)
-    log_total = top[:, 0] + mx.log(total)
+    shares = mx.softmax(logits, axis=-1)  # one pass, where exponentials, their sum and a division would be four
+    log_total = logits.max(axis=-1) - mx.log(shares.max(axis=-1))  # the greatest share is 1 / V at least
     logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
-    entropy = log_total - (weights * logits).sum(axis=-1) / total
+    mean = (shares * logits).sum(axis=-1)
+    entropy = log_total - mean
 
     def slope(pull: mx.array) -> mx.array:
         pull = pull / temperature if temperature != 1.0 else pull
-        return mx.vjp(head, [states], [pull.astype(raw.dtype)])[1][0].astype(mx.float32)
+        return -mx.vjp(head, [states], [pull.astype(raw.dtype)])[1][0].astype(mx.float32)
 
-    pull = weights * (-1 / total)[:, None]  # minus the probabilities
-    slant = slope(pull * (logits - (log_total - entropy)[:, None])) if entropy_slopes else None
+    slant = slope(shares * (logits - mean[:, None])) if entropy_slopes else None
     if not slopes:
         return (logprob, None), (entropy, slant)
-    pull = mx.put_along_axis(pull, targets[:, None], mx.take_along_axis(pull, targets[:, None], axis=-1) + 1, axis=-1)
-    return (logprob, slope(pull)), (entropy, slant)
+    own = mx.take_along_axis(shares, targets[:, None], axis=-1)
+    return (logprob, slope(mx.put_along_axis(shares, targets[:, None], own - 1, axis=-1))), (entropy, slant)
 
 
 @contextmanager
