@@ -129,6 +129,8 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     """
     import mlx.core as mx
 
+    from mlx_traces.forward import logsumexp, sum_wide
+
     rows, most = len(settings), max(1, DRAWN_AT_ONCE // logits.shape[-1])
     if rows > most and mx.default_device() == mx.Device(mx.cpu):
         parts = [slice(at, at + most) for at in range(0, rows, most)]
@@ -140,7 +142,7 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     if not temperature.any():
         if not logprobs:
             return best.astype(mx.int32), None
-        own = _pick(logits, best) - mx.logsumexp(logits, axis=-1)
+        own = _pick(logits, best) - logsumexp(logits)
         return best.astype(mx.int32), mx.stack([mx.zeros_like(own), own], axis=-1)
     greedy = mx.array(temperature == 0)
     plain, filtered = bool((temperature == 1).all()), bool((settings[:, 1:] != (1, 0, 0)).any())
@@ -158,8 +160,8 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     tokens = mx.where(greedy | (drawn >= logits.shape[-1]), best, drawn).astype(mx.int32)
     if not logprobs:
         return tokens, None
-    sampled = mx.where(greedy, 0, mx.log(_pick(weights, tokens)) - mx.log(total))
-    own = sampled if plain and not filtered else _pick(logits, tokens) - mx.logsumexp(logits, axis=-1)
+    sampled = mx.where(greedy, 0, mx.log(_pick(weights, tokens)) - mx.log(sum_wide(weights)))
+    own = sampled if plain and not filtered else _pick(logits, tokens) - logsumexp(logits)
     return tokens, mx.stack([sampled, own], axis=-1)
 
 

@@ -7,6 +7,7 @@ head that is not trained and a loss that is not known yet).
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -263,7 +264,7 @@ def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperatu
         if trained:
             module.update(tree_unflatten(list(zip(trained, parameters, strict=True))))
         logits = halves.head(states).astype(mx.float32) / temperature
-        normalised = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        normalised = logits - logsumexp(logits)[:, None]
         entropy = -(mx.exp(normalised) * normalised).sum(axis=-1)
         return [mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy]
 
@@ -287,21 +288,41 @@ def _frozen_chunk(
     logits = raw.astype(mx.float32)
     if temperature != 1.0:
         logits = logits / temperature
-    shares = mx.softmax(logits, axis=-1)  # one pass, where exponentials, their sum and a division would be four
-    log_total = logits.max(axis=-1) - mx.log(shares.max(axis=-1))  # the greatest share is 1 / V at least
+    probs = mx.softmax(logits, axis=-1)  # one pass, where exponentials, their sum and a division would be four
+    sums = sum_wide(probs)  # 1, had they been added up well
+    log_total = logits.max(axis=-1) - mx.log(probs.max(axis=-1) / sums)  # the greatest is 1 / V at least
     logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
-    mean = (shares * logits).sum(axis=-1)
+    mean = sum_wide(probs * logits) / sums
     entropy = log_total - mean
 
-    def slope(pull: mx.array) -> mx.array:
-        pull = pull / temperature if temperature != 1.0 else pull
-        return -mx.vjp(head, [states], [pull.astype(raw.dtype)])[1][0].astype(mx.float32)
+    def slope(descent: mx.array) -> mx.array:
+        """Return d / d states, given minus d / d logits times the sums."""
+        (slopes,) = mx.vjp(head, [states], [descent.astype(raw.dtype)])[1]
+        return slopes.astype(mx.float32) * (-1 / (temperature * sums))[:, None]
 
-    slant = slope(shares * (logits - mean[:, None])) if entropy_slopes else None
+    slant = slope(probs * (logits - mean[:, None])) if entropy_slopes else None
     if not slopes:
         return (logprob, None), (entropy, slant)
-    own = mx.take_along_axis(shares, targets[:, None], axis=-1)
-    return (logprob, slope(mx.put_along_axis(shares, targets[:, None], own - 1, axis=-1))), (entropy, slant)
+    own = mx.take_along_axis(probs, targets[:, None], axis=-1)
+    descent = mx.put_along_axis(probs, targets[:, None], own - sums[:, None], axis=-1)
+    return (logprob, slope(descent)), (entropy, slant)
+
+
+def logsumexp(logits: mx.array) -> mx.array:
+    """Return the logarithm of the summed exponentials of (..., V) float32 logits; see `sum_wide`."""
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return top[..., 0] + mx.log(sum_wide(mx.exp(logits - top)))
+
+
+def sum_wide(array: mx.array) -> mx.array:
+    """Return the sums of a last axis as wide as a vocabulary, (..., V) to (...): sums of the sums of its parts.
+
+    On a CPU MLX adds one number to the next. In float32 the log-probabilities of a real model's 151,936 logits were off
+    by 4e-4 so, all in the same direction, and are by 3e-6 now.
+    """
+    width = array.shape[-1]
+    part = next(size for size in range(math.isqrt(width), 0, -1) if width % size == 0)
+    return array.reshape(*array.shape[:-1], width // part, part).sum(axis=-1).sum(axis=-1)
 
 
 @contextmanager

@@ -234,6 +234,37 @@ def test_no_buffer_is_wider_than_the_bound(targets):
     assert unbounded > 90 and bounded < 50
 
 
+@pytest.mark.parametrize("width", [151_936, 50_257, 10_007, 1], ids=str)  # a prime has no parts
+def test_sums_as_wide_as_a_vocabulary_are_float32s_own(width):
+    wide = np.random.default_rng(0).normal(0, 3, (3, width)).astype(np.float32)
+    exact = np.log(np.exp(wide.astype(np.float64)).sum(axis=-1))
+    found, plain = (np.array(f(mx.array(wide)), np.float64) for f in (forward.logsumexp, lambda x: mx.logsumexp(x, -1)))
+    assert found.shape == (3,)
+    np.testing.assert_allclose(found, exact, atol=1e-5 if width != 10_007 else 1e-4)
+    if width == 151_936 and mx.default_device() == mx.Device(mx.cpu):
+        assert np.abs(plain - exact).max() > 1e-4  # what they are for
+
+
+def test_a_wide_vocabularys_logprobs_and_slopes_are_exact_ones():
+    draw = np.random.default_rng(0)
+    states, weights = draw.normal(0, 1, (4, 8)), draw.normal(0, 1, (8, 151_936))
+    targets = np.array([3, 70_000, 151_935, 0])
+    weight = mx.array(weights.astype(np.float32))
+    found, entropy = forward._frozen_chunk(
+        lambda states: states @ weight, mx.array(states.astype(np.float32)), mx.array(targets), 0.8, True, True
+    )
+    wide = states.astype(np.float32).astype(np.float64) @ weights.astype(np.float32).astype(np.float64) / 0.8
+    logs = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    probs, rows = np.exp(logs), np.arange(4)
+    np.testing.assert_allclose(np.array(found[0]), logs[rows, targets], atol=1e-5)
+    np.testing.assert_allclose(np.array(entropy[0]), -(probs * logs).sum(axis=-1), atol=2e-5)
+    onehot = np.zeros_like(probs)
+    onehot[rows, targets] = 1
+    np.testing.assert_allclose(np.array(found[1]), (onehot - probs) @ weights.T / 0.8, atol=2e-5)
+    slant = -probs * (logs - (probs * logs).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(np.array(entropy[1]), slant @ weights.T / 0.8, atol=1e-4)
+
+
 def test_rows_per_chunk():
     assert forward.rows_per_chunk(2**15, 1) == 8
     assert forward.rows_per_chunk(2**18, 128) == 128
