@@ -149,7 +149,8 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     top = mx.take_along_axis(logits, best[:, None], axis=-1)
     scaled = logits - top
     if not plain:
-        scaled = scaled * mx.array(1 / np.where(temperature == 0, 1, np.maximum(temperature, 1e-6)))[:, None]
+        divisor = np.where(temperature == 0, 1, np.maximum(temperature, 1e-6))
+        scaled = scaled * mx.array((1 / divisor).astype(np.float32))[:, None]
     weights = mx.exp(scaled)
     if filtered:
         weights = mx.where(_kept(logits - top, settings), weights, 0)
