@@ -480,17 +480,30 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what} file") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({why}); give a YAML file") from None
+    try:
         if sprawl := _sprawl(yaml.parse(text, loader)):
             raise UserError(f"{path}: {sprawl}")
         content = yaml.load(text, loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what} file") from None
     # PyYAML meets a wrong date, or a tag that its text does not fit, with whatever its code runs into.
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())[:120]})") from None
+    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}{_place(text, getattr(error, 'problem_mark', None))}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
     return content
+
+
+def _place(text: str, mark: Any) -> str:
+    """Say where a text is no YAML, and what to look for; PyYAML's own words change from version to version."""
+    if mark is None:
+        return ": not YAML: a control character, or a value that is not what it looks like (as 2001-99-99); quote it"
+    line = next(iter(text.splitlines()[mark.line : mark.line + 1]), "")
+    shown = f"'{line.strip()[:60]}'" if line.strip() else "the end of the file"
+    return f":{mark.line + 1}: not YAML from column {mark.column + 1} on: {shown}; check indents, brackets and quotes"
 
 
 def _sprawl(events: Iterable[Any]) -> str:
@@ -529,6 +542,29 @@ def _sprawl(events: Iterable[Any]) -> str:
     return ""
 
 
+_WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (
+    f"must be {what}"
+    for what in ("a whole number", "a number", "true or false", "a text", "a list", "a mapping, 'name: value' lines")
+)
+_SAID = {  # pydantic's kinds of faults in our words; its own change from version to version
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "too_short": "must have {min_length} values or more",
+    "too_long": "must have {max_length} values or fewer",
+    "string_pattern_mismatch": "must match {pattern}",
+    "invalid_key": "the names of fields must be texts",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _WHOLE),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), _NUMBER),
+    **dict.fromkeys(("bool_type", "bool_parsing"), _SWITCH),
+    **dict.fromkeys(("string_type", "string_sub_type"), _TEXT),
+    **dict.fromkeys(("list_type", "tuple_type"), _LIST),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), _MAPPING),
+}
+
+
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
     """Validate settings; the UserError names ``where``, the field, what is wrong, and a likely spelling."""
     place = f"{where}: " if where else ""
@@ -540,10 +576,25 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
         first = error.errors()[0]
         field = ".".join(str(part)[:MOST_NAME] for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            names = _fields_at(kind, first["loc"][:-1])
+            names = list(_model_at(kind, first["loc"][:-1]).model_fields)
             hint = did_you_mean(str(first["loc"][-1]), names) or f"; there are {', '.join(names)}"
             raise UserError(f"{place}unknown field {field!r}{hint}") from None
-        raise UserError(f"{place}{field}: {first['msg'].lower()}, not {str(first['input'])[:60]!r}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{place}{_missing(kind, first['loc'], where)}") from None
+        said = _SAID.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
+        raise UserError(f"{place}{field}: {said}, not {str(first['input'])[:60]!r}") from None
+
+
+def _missing(kind: type[Config], location: tuple[str | int, ...], where: str) -> str:
+    """Say that a field is missing, what it is, and where to give it."""
+    *outer, name = location
+    field = _model_at(kind, tuple(outer)).model_fields.get(name)
+    what = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(name, int):
+        return f"{'.'.join(map(str, location))} is missing: give as many values as it takes"
+    way = f"add '{name}: ...' there" if where or outer else f"pass {flag}, or a configuration that has it"
+    return f"{'.'.join(map(str, location))} is missing{what}: {way}"
 
 
 def _giants(value: Any, name: str = "") -> Iterator[str]:
@@ -556,12 +607,12 @@ def _giants(value: Any, name: str = "") -> Iterator[str]:
         yield from [key] if key == "a key" else _giants(inner, f"{name}.{key}".lstrip("."))
 
 
-def _fields_at(kind: type[Config], location: tuple[str | int, ...]) -> list[str]:
-    """List the fields of the settings that ``location`` leads to."""
+def _model_at(kind: type[Config], location: tuple[str | int, ...]) -> type[Config]:
+    """Return the settings that ``location`` leads to."""
     for part in location:
         if part in kind.model_fields:
             kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)
-    return list(kind.model_fields)
+    return kind
 
 
 def _models_in(annotation: Any) -> list[type[Config]]:

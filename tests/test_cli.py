@@ -188,10 +188,16 @@ def test_settings_say_where_and_what_is_wrong(tmp_path):
     file = tmp_path / "eval.yaml"
     for content, message in (
         ("modle: nano\n", r"eval.yaml: unknown field 'modle'; did you mean 'model'"),
-        ("limit: some\n", r"eval.yaml: limit: .* not 'some'"),
+        ("limit: some\n", r"eval.yaml: limit: must be a whole number, not 'some'"),
         ("- nano\n", r"eval.yaml: expected 'field: value' lines, found list"),
-        ("a: [\n", r"eval.yaml: not a YAML file"),
-        ("top_p: 0\n", r"eval.yaml: top_p: input should be greater than 0"),
+        ("a: [\n", r"eval.yaml:2: not YAML from column 1 on: the end of the file; check indents, brackets"),
+        ("a: 1\n\tb: 2\n", r"eval.yaml:2: not YAML from column 1 on: 'b: 2'; check indents"),
+        ("a: \x01\n", r"eval.yaml: not YAML: a control character"),
+        ("samples: 1.5\n", r"eval.yaml: samples: must be a whole number, not '1.5'"),
+        ("weights: 4\n", r"eval.yaml: weights: must be 'quantized' or 'dense', not '4'"),
+        ("stop: [a]\nsystem: [a]\n", r"eval.yaml: system: must be a text"),
+        ("thinking: perhaps\n", r"eval.yaml: thinking: must be true or false"),
+        ("top_p: 0\n", r"eval.yaml: top_p: must be above 0, not '0'"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -201,6 +207,25 @@ def test_settings_say_where_and_what_is_wrong(tmp_path):
         read_config(CompareConfig, file, {})
     file.write_text("limit: 7\n")
     assert read_config(EvalConfig, file, {"seed": 3}) == EvalConfig(limit=7, seed=3)
+
+
+def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_give_it(tmp_path):
+    result = call("sft")
+    assert result.output == (
+        "Error: data is missing (File of traces, JSON lines; see data/README.md): pass --data, or a configuration that "
+        "has it\n"
+    )
+    file = tmp_path / "mine.yaml"
+    for kind, content, message in (
+        (SFTConfig, "epochs: 2\n", r"mine.yaml: data is missing \(File of .*README.md\): add 'data: ...' there"),
+        (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
+        (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
+        (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: must have 1 values or more, not"),
+        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: give as many values as it takes"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_config(kind, file, {})
 
 
 def test_every_shipped_configuration_is_valid_and_starts_with_its_command():

@@ -130,7 +130,7 @@ def test_own_questions_and_an_own_prompt(tmp_path):
         ({"extractor": "strict"}, "unknown extractor of countdown 'strict': choose answer or tolerant"),
         ({"task": "gsm8k", "data": "nothing.jsonl"}, r"nothing.jsonl: cannot be read \(No such file"),
         ({"task": "qa"}, "task qa has no questions of its own; pass --data FILE"),
-        ({"limit": 0}, "limit: input should be greater than or equal to 1"),
+        ({"limit": 0}, "limit: must be at least 1"),
         ({"temperature": float("nan")}, "temperature: "),
         ({"modle": "nano"}, "unknown field 'modle'; did you mean 'model'"),
         ({"model": "nano+nowhere"}, "nowhere"),

@@ -111,15 +111,15 @@ def test_faults_are_found(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("limit: 2001-99-99", "not a YAML file"),
-        ("limit: !!timestamp x", "not a YAML file"),
-        ("limit: !!bool x", "not a YAML file"),
-        ("limit: !!int ''", "not a YAML file"),
+        ("limit: 2001-99-99", "not YAML"),
+        ("limit: !!timestamp x", "not YAML"),
+        ("limit: !!bool x", "not YAML"),
+        ("limit: !!int ''", "not YAML"),
         ("limit: 0x" + "f" * 6000, "a number of more than 100 characters"),
         ("limit: 0x" + "f" * 20, "limit: a whole number of more than 18 digits"),
         ("limit: 1" + ":2:31" * 20_000, "a number of more than 100 characters"),
         ("model: [" + "[" * 40 + "]" * 41, "within each other"),
-        ("seed: " + "[" * 100_000, "within each other"),
+        ("seed: " + "[" * 100_000, "within each other|not YAML"),
         ("model: &a [*a]", "within each other"),
         ("model: nano\n" + "#" * 1_000_001, "more than 1,000,000 bytes"),
         ("model: [" + "x, " * 6_000 + "]", "more than 5,000 values"),
@@ -127,8 +127,8 @@ def test_faults_are_found(monkeypatch):
             "a: &a [x, x]\n" + "".join(f"{chr(i + 1)}: &{chr(i + 1)} [{f'*{chr(i)}, ' * 9}]\n" for i in range(97, 110)),
             "5,000",
         ),
-        ("? [a, b]\n: c", "not a YAML file"),
-        ("1: 2", "keys should be strings"),
+        ("? [a, b]\n: c", "not YAML"),
+        ("1: 2", "names of fields must be texts"),
         ("x" * 1_000 + ": 1", "unknown field 'xxx"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_hostile_configuration_is_refused(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(UserError) as caught:
         read_config(EvalConfig, file, {})
-    assert message in str(caught.value) and len(str(caught.value)) < 1_000 + len(str(file))
+    assert re.search(message, str(caught.value)) and len(str(caught.value)) < 1_000 + len(str(file))
 
 
 def test_aliases_and_long_prompts_are_read(tmp_path):

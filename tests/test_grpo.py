@@ -551,7 +551,7 @@ def test_wrong_input(settings, tmp_path, changes, message):
 
 
 def test_a_group_needs_two():
-    with pytest.raises(UserError, match="group_size: input should be greater than or equal to 2, not '1'"):
+    with pytest.raises(UserError, match="group_size: must be at least 2, not '1'"):
         build(GRPOConfig, {"group_size": 1})
 
 

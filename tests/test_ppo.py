@@ -538,7 +538,7 @@ def test_wrong_input(settings, tmp_path, changes, message):
     [("group_size", 0), ("gae_lambda", 1.5), ("gamma", -0.1), ("value_clip", 0), ("epochs", 0), ("clip_eps", 2)],
 )
 def test_settings_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"^{name}: input should be "):
+    with pytest.raises(UserError, match=f"^{name}: must be "):
         build(PPOConfig, {name: value})
 
 

@@ -85,7 +85,6 @@ def test_load_prompt(tmp_path):
         ("user: 7\n", "'user' must be a str, not 7"),
         ("user: x\nstop: END\n", "'stop' must be a list, not 'END'"),
         ("user: x\nchat: 'no'\n", "'chat' must be a bool, not 'no'"),
-        ("user: [\n", "not a YAML file"),
     ],
 )
 def test_malformed_prompt_files(tmp_path, text, message):
@@ -95,6 +94,9 @@ def test_malformed_prompt_files(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         load_prompt(path)
     assert str(error.value).startswith(f"{path}: {message}")
+    path.write_text("user: [\n")
+    with pytest.raises(UserError, match=r"mine.yaml:2: not YAML from column 1 on"):
+        load_prompt(path)
     with pytest.raises(UserError, match=r"none.yaml: no such prompt file"):
         load_prompt(tmp_path / "none.yaml")
 

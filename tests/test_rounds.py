@@ -342,7 +342,7 @@ def test_a_wrong_field_of_the_third_round_is_named_with_its_place(tmp_path):
     for settings, message in (
         ({"grpo": {"learning_rte": 1}}, r"unknown field 'round3.grpo.learning_rte'; did you mean 'learning_rate'"),
         ({"dpo": {}}, r"unknown field 'round3.dpo'; did you mean 'ppo'"),
-        ({"ppo": {"gamma": 2}}, r"round3.ppo.gamma: input should be less than or equal to 1, not '2'"),
+        ({"ppo": {"gamma": 2}}, r"round3.ppo.gamma: must be at most 1, not '2'"),
         ({"ppo": {"clip_eps_high": 0.3}}, r"unknown field 'round3.ppo.clip_eps_high'; did you mean 'clip_eps'"),
     ):
         file.write_text(yaml.safe_dump({"name": "x", "round3": settings}))
