@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.config import CompareConfig, EvalConfig, build
+from mlx_traces.config import CompareConfig, EvalConfig, build, shipped
 from mlx_traces.errors import UserError
 from mlx_traces.records import EvalResult
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
@@ -71,10 +71,10 @@ def by_extractor(run: Run, extractor: str) -> Run:
 def default_evals() -> list[EvalConfig]:
     """Return the comparison without arguments: nano on held-out Countdown problems.
 
-    Direct against thinking, and the adapters that come along: from the working folder, the checkout that this package
-    runs from, or the installed package.
+    Direct against thinking, and the adapters that come along: from the working folder, the installed package, or the
+    checkout that this package runs from.
     """
-    homes = (Path("adapters"), Path(__file__).parent.parent / "adapters", Path(__file__).parent / "shipped")
+    homes = (Path("adapters"), shipped("adapters"))
     found = [
         (prompt, folder)
         for name, prompt in TRAINED

@@ -459,6 +459,35 @@ class NanoConfig(Config):
     out: str = Field("runs/nano", description="Folder of the finished model.")
 
 
+def shipped(folder: Literal["adapters", "configs"]) -> Path:
+    """Return where the adapters or the configurations that come with the package are: installed, or in its checkout."""
+    installed = Path(__file__).parent / {"adapters": "shipped", "configs": "configs"}[folder]
+    return installed if installed.is_dir() else Path(__file__).parent.parent / folder
+
+
+def find_config(name: str | Path) -> Path:
+    """Find a configuration by its path or name, ``.yaml`` or not: here, in ``configs/``, or one of those shipped.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(name).expanduser()
+    files = [path, path.with_name(f"{path.name}.yaml")] if path.name else []
+    plain = path.parent in (Path(), Path("configs"))
+    homes = (Path(), Path("configs"), shipped("configs")) if plain else ()
+    files += [home / file.name for home in homes for file in files[:2]]
+    try:
+        if found := next((file for file in files if file.is_file()), None):
+            return found
+        if path.exists():
+            return path  # a folder or a pipe: reading it says what is wrong
+    except (OSError, ValueError):
+        pass
+    known = [file.stem for file in shipped("configs").glob("*.yaml")]
+    hint = did_you_mean(path.name.removesuffix(".yaml"), known) or "; `mlx-traces configs` lists those shipped"
+    raise UserError(f"{str(name)[:200]}: no such configuration file{hint}")
+
+
 def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:
     """Read a YAML file into a recipe's settings; ``overrides`` (already typed, or strings) win.
 
@@ -588,13 +617,14 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
 def _missing(kind: type[Config], location: tuple[str | int, ...], where: str) -> str:
     """Say that a field is missing, what it is, and where to give it."""
     *outer, name = location
+    lacking = f"{'.'.join(map(str, location))} is missing"
+    if isinstance(name, int):
+        return f"{lacking}: give as many values as it takes"
     field = _model_at(kind, tuple(outer)).model_fields.get(name)
     what = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(name, int):
-        return f"{'.'.join(map(str, location))} is missing: give as many values as it takes"
-    way = f"add '{name}: ...' there" if where or outer else f"pass {flag}, or a configuration that has it"
-    return f"{'.'.join(map(str, location))} is missing{what}: {way}"
+    if where or outer:
+        return f"{lacking}{what}: add '{name}: ...' there"
+    return f"{lacking}{what}: pass --{name.replace('_', '-')}, or a configuration that has it"
 
 
 def _giants(value: Any, name: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces import device as devices
+from mlx_traces.config import shipped
 from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
@@ -170,7 +171,7 @@ def with_adapter(config: Any) -> Any:
     model, inner = split_adapter(config.model)
     if inner and config.adapter:
         raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
-    adapter = inner or (config.adapter and str(Path(config.adapter).expanduser()))
+    adapter = inner or (config.adapter and _expanded(config.adapter))
     return config.model_copy(update={"model": model, "adapter": adapter})
 
 
@@ -444,7 +445,9 @@ def _is(spec: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def _expanded(spec: str) -> str:
-    """Expand ``~`` where that leads to a folder."""
+    """Expand ``~`` where that leads to a folder; ``adapters/NAME`` that is not here is the one that is shipped."""
+    if spec.startswith("adapters/") and not is_folder(spec) and (own := shipped("adapters") / spec[9:]).is_dir():
+        return str(own)
     return str(Path(spec).expanduser()) if spec.startswith("~") and is_folder(spec) else spec
 
 

@@ -20,6 +20,7 @@ from mlx_traces.config import (
     RoundsConfig,
     SFTConfig,
     StudyConfig,
+    find_config,
     read_config,
 )
 from mlx_traces.errors import UserError
@@ -246,6 +247,54 @@ def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
         assert f"configs/{file.name}" in command, file
         kind = next(kind for name, kind in kinds.items() if command.startswith(f"# mlx-traces {name} "))
         read_config(kind, file, {})
+
+
+def test_configurations_are_listed_and_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = call("configs")
+    assert max(map(len, listed.stdout.splitlines()[1:])) <= 80
+    for file in (ROOT / "configs").glob("*.yaml"):
+        assert f"\n{file.stem}  (mlx-traces " in listed.stdout
+    assert "\nnano  (mlx-traces nano build)\n  The embedded model, as it comes with the package.\n" in listed.stdout
+    for name in ("grpo_nano", "grpo_nano.yaml", "configs/grpo_nano.yaml"):
+        assert find_config(name) == ROOT / "configs" / "grpo_nano.yaml"
+    for home in ("configs", "."):  # the nearer one wins
+        (tmp_path / home).mkdir(exist_ok=True)
+        (tmp_path / home / "grpo_nano.yaml").write_text("num_steps: some\n")
+        for name in ("grpo_nano", "grpo_nano.yaml"):
+            assert find_config(name) == Path(home, "grpo_nano.yaml")
+    assert "grpo_nano.yaml: num_steps: must be a whole number" in call("grpo", "grpo_nano").output
+    for name in ("grpo_nanu", "./x/grpo_nano", "\0", "x" * 5_000):
+        with pytest.raises(UserError, match="no such configuration file"):
+            find_config(name)
+    assert "did you mean 'grpo_nano'" in call("grpo", "grpo_nanu").output
+
+
+def test_every_command_takes_a_configuration_by_name(tmp_path, monkeypatch):
+    def commands(group, words=()):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, (*words, name))
+            else:
+                yield (*words, name), command
+
+    monkeypatch.chdir(tmp_path)
+    seen = 0
+    for words, command in commands(main):
+        for param in command.params:
+            if param.name == "config_file":
+                seen += 1
+                assert param.type_cast_value(None, "nano") == str(ROOT / "configs" / "nano.yaml"), words
+    assert seen >= 13
+    shown = call("study", "study_countdown", "--dry-run")  # whose adapters are those shipped
+    assert shown.exit_code == 0 and "nano-epoch2" in shown.stdout
+
+
+def test_the_package_is_run_as_a_module(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_traces", "--version"], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("mlx-traces, version ")
 
 
 def readme_commands():

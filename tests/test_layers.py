@@ -5,8 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "mlx_traces"
 FLOORS = """
+__main__
 cli
-cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train
+cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train cli.configs
 cli.options
 forecast
 rounds doctor study verifying planning

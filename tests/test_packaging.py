@@ -1,4 +1,4 @@
-"""What a wheel holds: every package, the embedded model with its adapters, the report's templates, nothing heavy."""
+"""What a wheel holds: all packages, nano with its adapters, configurations, templates, licence; nothing heavy."""
 
 import ast
 import subprocess
@@ -46,7 +46,10 @@ def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
     if files.returncode:
         pytest.skip("not a git checkout")
     for name in files.stdout.splitlines():
-        if name.startswith(("mlx_traces/", "adapters/", "pyproject.toml", "README.md")) and (ROOT / name).exists():
+        if (
+            name.startswith(("mlx_traces/", "adapters/", "configs/", "pyproject.toml", "README.md"))
+            and (ROOT / name).exists()
+        ):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     build = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
@@ -60,6 +63,9 @@ def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
     for needed in (
         "mlx_traces/assets/nano/model.safetensors",
         "mlx_traces/templates/report.html",
+        "mlx_traces/__main__.py",
+        *(f"mlx_traces/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")),
+        next(name for name in names if name.endswith(".dist-info/licenses/mlx_traces/LICENSE")),
         *(
             f"mlx_traces/shipped/{name}/adapters.safetensors"
             for name in ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")

@@ -16,12 +16,15 @@ uv build -q -o "$work/dist" "$root"
 uv venv -q -p "$python" "$work/venv"
 uv pip compile -q --resolution "$resolution" --extra cpu -p "$work/venv/bin/python" -o "$work/pins.txt" "$root/pyproject.toml"
 uv pip install -q -p "$work/venv/bin/python" -r "$work/pins.txt" "$work"/dist/*.whl
-cp -r "$root/tests" "$root/configs" "$root/README.md" "$root/pyproject.toml" "$root/data" "$work"
+cp -r "$root/tests" "$root/README.md" "$root/pyproject.toml" "$root/data" "$work"
 cd "$work"
+venv/bin/python -m mlx_traces configs
+venv/bin/mlx-traces study study_countdown --dry-run
 venv/bin/mlx-traces doctor
 venv/bin/mlx-traces compare --prompt direct --prompt thinking --limit 20 --runs-dir runs
 venv/bin/mlx-traces verify runs/*
 if [ $# -gt 0 ]; then
+  cp -r "$root/configs" .
   uv pip install -q -p venv/bin/python pytest hypothesis setuptools
   venv/bin/pytest -c /dev/null --rootdir . -q -p no:cacheprovider -W ignore "$@"
 fi

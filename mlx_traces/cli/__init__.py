@@ -4,6 +4,7 @@ import click
 
 import mlx_traces
 from mlx_traces.cli.bench import bench_group
+from mlx_traces.cli.configs import configs_command
 from mlx_traces.cli.data import data_group
 from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command, verify_command
 from mlx_traces.cli.machine import doctor_command, nano_group, plan_command
@@ -35,6 +36,6 @@ for command in (
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
     *(grpo_command, ppo_command, fuse_command),
     *(report_command, watch_command, card_command),
-    *(bench_group, nano_group, doctor_command, plan_command),
+    *(bench_group, nano_group, doctor_command, plan_command, configs_command),
 ):
     main.add_command(command)

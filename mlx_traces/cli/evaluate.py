@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import settings_options
+from mlx_traces.cli.options import ConfigFile, settings_options
 from mlx_traces.config import CompareConfig, EvalConfig, read_config
 from mlx_traces.errors import UserError, clean, inert
 
@@ -15,7 +15,7 @@ FORMATS = ("table", "markdown", "csv", "json")
 
 
 @click.command("eval")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
 @click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off; finished samples are kept.")
@@ -81,7 +81,7 @@ def _speed(result: Any) -> list[str]:
 @click.argument("runs", nargs=-1, type=click.Path())
 @click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
 @click.option("--prompt", "prompts", multiple=True, help="Prompt style to try with each model; repeat for more.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file: runs, evals, baseline, out.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, evals, baseline, out.")
 @click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
 @click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
 @click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mlx_traces.cli.options import settings_options
+from mlx_traces.cli.options import ConfigFile, settings_options
 from mlx_traces.config import NanoConfig, read_config
 
 
@@ -15,7 +15,7 @@ def nano_group() -> None:
 
 
 @nano_group.command("build")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(NanoConfig)
 def nano_build(config_file: str | None, settings: dict) -> None:
     """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
@@ -74,7 +74,7 @@ def doctor_command(as_json: bool, self_test: bool) -> None:
 
 
 @click.command("plan")
-@click.argument("config_file", metavar="CONFIG", type=click.Path())
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: as the file's first line says.")
 def plan_command(config_file: str, kind: str | None) -> None:
     """Say what memory the training of CONFIG will take, by part, and the largest settings that still fit.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
-from mlx_traces.config import Config
+from mlx_traces.config import Config, find_config
 from mlx_traces.errors import UserError, choices, clean
 from mlx_traces.interrupts import Stopped
 from mlx_traces.ranks import Lost
@@ -77,6 +77,16 @@ def _silent(wanted: bool) -> Iterator[None]:
             stack.enter_context(redirect_stdout(nothing))
             stack.enter_context(redirect_stderr(nothing))
         yield
+
+
+class ConfigFile(click.ParamType):
+    """A configuration's file, by path or by name."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the path of the file that is meant."""
+        return str(find_config(value))
 
 
 def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import settings_options
+from mlx_traces.cli.options import ConfigFile, settings_options
 from mlx_traces.config import FilterConfig, ReformatConfig, ScoreConfig, read_config
 from mlx_traces.errors import UserError
 
@@ -14,7 +14,7 @@ from mlx_traces.errors import UserError
 @click.command("score")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/x.jsonl.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component; repeat for more.")
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
@@ -41,7 +41,7 @@ def _weight(item: str) -> tuple[str, str]:
 @click.command("filter")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/y.jsonl.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Keep the traces of IN that pass the rules, and tell what each rule removed."""
@@ -55,7 +55,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @click.command("reformat")
 @click.argument("source", metavar="IN", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/z.jsonl.")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution; keep those that are still correct."""

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
+from mlx_traces.cli.options import ConfigFile
 from mlx_traces.config import StudyConfig, read_config
 
 
 @click.command("study")
-@click.argument("config_file", metavar="CONFIG", type=click.Path())
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--out", type=click.Path(), help="Folder of the tables.  [default: tables/ and CONFIG's name]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are.  [default: runs]")
 @click.option("--dry-run", is_flag=True, help="Print the evaluations and which are there; make nothing.")

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import settings_options
+from mlx_traces.cli.options import ConfigFile, settings_options
 from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig, read_config
 
 
 @click.command("generate")
-@click.option("--config", "config_file", type=click.Path(), help="YAML file of these settings; options win over it.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
 @click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
 @settings_options(GenerateConfig)
@@ -35,7 +35,7 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
 
 
 @click.command("sft")
-@click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
+@click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
 @click.option("--out", default="runs/sft", show_default=True, type=click.Path(), help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
 @settings_options(SFTConfig, "evaluate", "betas")
@@ -63,7 +63,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
     """Make the command of an algorithm of reinforcement learning."""
 
     @click.command(name, help=f"{what} CONFIG is a YAML file of these settings; options win over it.")
-    @click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path())
+    @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
     @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
     @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
     @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help="Reward; give it once for each.")
@@ -128,7 +128,7 @@ def fuse_command(**arguments: Any) -> None:
 
 
 @click.command("rounds")
-@click.argument("config_file", metavar="CONFIG", type=click.Path())
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
 @click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
