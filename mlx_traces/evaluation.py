@@ -109,12 +109,20 @@ class Plan:
         """The model's name in results: with its server's, where it is behind one."""
         return endpoint.named(self.config) if endpoint.behind(self.config) else self.config.model
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that change no completion here; runs that differ in them alone are the same run."""
+        greedy = ("top_p", "top_k", "min_p") if self.config.temperature == 0 else ()
+        name = self.config.prompt or self.task.default_prompt
+        return greedy if name in self.task.few_shot else (*greedy, "shots", "shots_data")
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
         config = self.config
         asked = [[problem.id, problem.gold] for problem in self.problems]
         shared = {
             **config.model_dump(mode="json", exclude=NOT_IDENTITY),
+            **{name: AnswerConfig.model_fields[name].default for name in self.idle},
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
         }
@@ -214,7 +222,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     """
     if endpoint.behind(planned.config):
         with _alone(path, resume) as (folder, stop):
-            folder.check(planned.identity())
+            folder.check(planned.identity(), planned.idle)
             with _server(planned, stop) as source:
                 return _run(planned, folder, progress, source)
     with ranks.at_work(path, resume) as (folder, stop):
@@ -284,7 +292,7 @@ def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
 def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> EvalResult:
     config = planned.config
     identity = planned.identity() | source.identity
-    samples = [rehead(row, planned.extractor) for row in folder.recover(identity)]
+    samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -263,18 +263,18 @@ class RunFolder:
         if used and not (self.path / "run.json").exists():
             raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
 
-    def recover(self, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    def recover(self, identity: dict[str, Any], idle: Collection[str] = ()) -> list[dict[str, Any]]:
         """Return the finished samples of a run to be continued; a last line cut off while being written is removed.
 
         Raises:
             UserError: if the run was started with another identity, or a line is broken.
         """
-        self.check(identity)
+        self.check(identity, idle)
         return whole_lines(self.samples_path, SAMPLE_COLUMNS)
 
-    def check(self, identity: dict[str, Any]) -> None:
-        """Raise UserError if the run was started with another identity."""
-        if (self.path / "run.json").exists() and (differences := self._differences(identity)):
+    def check(self, identity: dict[str, Any], idle: Collection[str] = ()) -> None:
+        """Raise UserError if the run was started with another identity; ``idle`` keys, which change nothing, aside."""
+        if (self.path / "run.json").exists() and (differences := self._differences(identity, idle)):
             raise UserError(
                 f"{self.path} was started with other settings ({'; '.join(differences)}); "
                 "repeat those, or choose another --out"
@@ -290,7 +290,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
-    def _differences(self, identity: dict[str, Any]) -> list[str]:
+    def _differences(self, identity: dict[str, Any], idle: Collection[str]) -> list[str]:
         """Name what differs between the stored identity and this one, briefly."""
         stored = read_json(self.path / "run.json").get("identity")
         if not isinstance(stored, dict):
@@ -298,7 +298,7 @@ class RunFolder:
         return [
             f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
             for key in dict.fromkeys((*stored, *identity))
-            if stored.get(key) != identity.get(key)
+            if stored.get(key) != identity.get(key) and key not in idle
         ]
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:

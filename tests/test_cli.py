@@ -11,15 +11,19 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
+from mlx_traces.cli.unused import unused
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
+    FilterConfig,
     GRPOConfig,
     NanoConfig,
     PPOConfig,
+    ReformatConfig,
     RoundsConfig,
     SFTConfig,
     StudyConfig,
+    build,
     find_config,
     read_config,
 )
@@ -324,3 +328,75 @@ def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert list((tmp_path / "runs").iterdir())
+
+
+def test_settings_that_change_nothing_are_noted(tmp_path):
+    common = ["--limit", 2, "--max-tokens", 8, "--runs-dir", tmp_path / "runs"]
+    plain = call("eval", *common)
+    assert plain.exit_code == 0 and "note:" not in plain.stderr
+    again = call("eval", *common, "--top-p", 0.9, "--top-k", 5, "--min-p", 0.1, "--shots", 3)
+    assert again.stderr.startswith(
+        "note: top_p 0.9 changes nothing at temperature 0 (greedy)\n"
+        "note: top_k 5 changes nothing at temperature 0 (greedy)\n"
+        "note: min_p 0.1 changes nothing at temperature 0 (greedy)\n"
+        "note: shots 3 changes nothing for a prompt without examples\n"
+    )
+    assert again.exit_code == 1 and "exists; pass --resume to continue it" in again.stderr  # it is the same run
+    table = call("compare", "--model", "nano", *common, "--top-p", 0.9, "--extractors", "--format", "csv")
+    assert table.exit_code == 0 and len(list((tmp_path / "runs").iterdir())) == 1
+    assert table.stderr.count("note: top_p") == 1 and "--extractors changes nothing in --format csv" in table.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    about = json.loads((run / "run.json").read_text())
+    about["identity"] |= {"top_p": 0.9, "shots": 3}  # as it was stored once
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "result.json").unlink()
+    for given in ([], ["--top-p", 0.9], ["--top-k", 3]):
+        assert call("eval", *common, "--resume", *given).exit_code == 0
+    sampled = call("eval", *common, "--temperature", 1, "--top-p", 0.9)
+    assert sampled.exit_code == 0 and "note:" not in sampled.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (build(EvalConfig, {"task": "gsm8k", "prompt": "fewshot", "shots": 3}), []),
+        (build(EvalConfig, {"task": "gsm8k", "prompt": "direct", "shots": 3}), ["shots 3"]),
+        (build(EvalConfig, {"top_p": 1.0, "shots": 5}), []),
+        (build(GRPOConfig, {"shots": 3, "overlong_tokens": 4, "importance_cap": 3}), ["shots", "overl", "importance_"]),
+        (build(GRPOConfig, {"patience": 3, "probe_samples": 2}), ["patience 3", "probe_samples 2"]),
+        (build(GRPOConfig, {"evaluate": {}, "patience": 3, "pass_rate_low": 0.1, "probe_samples": 2}), []),
+        (
+            build(SFTConfig, {"data": "x", "kind": "full", "rank": 4, "valid": "y", "valid_share": 0.1}),
+            ["rank", "valid"],
+        ),
+        (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
+        (build(ReformatConfig, {"max_tokens": 7}), ["max_tokens 7 changes nothing without model"]),
+        (build(CompareConfig, {"evals": [{"top_p": 0.5}, {"top_p": 0.5, "temperature": 1}]}), ["top_p 0.5"]),
+        (build(RoundsConfig, {"name": "x", "score": {"judge_max_tokens": 3}}), ["judge_max_tokens 3"]),
+    ],
+)
+def test_which_settings_change_nothing(config, told):
+    lines = list(unused(config))
+    assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+
+
+@pytest.mark.parametrize("given", ["eval_limit", "eval_split"])
+def test_a_filter_for_no_evaluation_is_refused(tmp_path, given):
+    flag, value = f"--{given.replace('_', '-')}", {"eval_limit": 9, "eval_split": "valid"}[given]
+    result = call("filter", tmp_path / "raw.jsonl", "--out", tmp_path / "kept.jsonl", flag, value)
+    told = f"{given} {value} changes nothing without eval_task; add --eval-task TASK, or leave {given} out\n"
+    assert result.exit_code == 1 and result.output == f"Error: {told}"
+    with pytest.raises(UserError, match="add --eval-task TASK"):
+        list(unused(build(RoundsConfig, {"name": "x", "filter": {given: value}})))
+
+
+def test_shipped_configurations_set_nothing_that_changes_nothing():
+    for kind, pattern in (
+        (GRPOConfig, "grpo_*"),
+        (RoundsConfig, "*rounds*"),
+        (SFTConfig, "sft_*"),
+        (PPOConfig, "ppo_*"),
+    ):
+        for file in (ROOT / "configs").glob(f"{pattern}.yaml"):
+            assert not list(unused(read_config(kind, file, {}))), file

@@ -9,6 +9,7 @@ __main__
 cli
 cli.evaluate cli.data cli.bench cli.machine cli.quality cli.show cli.study cli.train cli.configs
 cli.options
+cli.unused
 forecast
 rounds doctor study verifying planning
 comparison quantizing bench_grpo selftest

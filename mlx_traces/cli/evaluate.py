@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, settings_options
+from mlx_traces.cli.options import ConfigFile, configured, note_unused, settings_options
 from mlx_traces.config import CompareConfig, EvalConfig, read_config
 from mlx_traces.errors import UserError, clean, inert
 
@@ -30,7 +30,7 @@ def eval_command(
     """
     from mlx_traces.evaluation import evaluate
 
-    config = read_config(EvalConfig, config_file, settings)
+    config = configured(EvalConfig, config_file, settings)
     result = evaluate(config=config, out=out, runs_dir=runs_dir, resume=resume, progress=True)
     if as_json:
         from dataclasses import asdict
@@ -109,7 +109,11 @@ def compare_command(
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
-    config = comparison.requested(read_config(CompareConfig, config_file, given), runs, models, prompts, settings)
+    asked = read_config(CompareConfig, config_file, given)
+    config = comparison.requested(asked, runs, models, prompts, settings)
+    note_unused(config)
+    if extractors and format_ != "table":
+        click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
     frame, collected = comparison.compared(config, progress=True)
     for line in tables.differences(collected):
         click.echo(f"note: {line}", err=True)

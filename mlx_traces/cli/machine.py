@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, settings_options
-from mlx_traces.config import NanoConfig, read_config
+from mlx_traces.cli.options import ConfigFile, configured, settings_options
+from mlx_traces.config import NanoConfig
 
 
 @click.group("nano")
@@ -21,7 +21,7 @@ def nano_build(config_file: str | None, settings: dict) -> None:
     """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
     from mlx_traces.device import import_mlx
 
-    config = read_config(NanoConfig, config_file, settings)
+    config = configured(NanoConfig, config_file, settings)
     import_mlx()
     from rich.console import Console
     from rich.progress import Progress

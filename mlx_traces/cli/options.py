@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
-from mlx_traces.config import Config, find_config
+from mlx_traces.cli.unused import unused
+from mlx_traces.config import Config, find_config, read_config
 from mlx_traces.errors import UserError, choices, clean
 from mlx_traces.interrupts import Stopped
 from mlx_traces.ranks import Lost
@@ -87,6 +88,19 @@ class ConfigFile(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the path of the file that is meant."""
         return str(find_config(value))
+
+
+def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
+    """Read a recipe's settings, ``given`` ones over the file's, and note on stderr those that change nothing."""
+    config = read_config(kind, path, given)
+    note_unused(config)
+    return config
+
+
+def note_unused(config: Config) -> None:
+    """Note on stderr the settings that change nothing, each once."""
+    for line in dict.fromkeys(unused(config)):
+        click.echo(f"note: {line}", err=True)
 
 
 def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:

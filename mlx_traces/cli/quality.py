@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, settings_options
-from mlx_traces.config import FilterConfig, ReformatConfig, ScoreConfig, read_config
+from mlx_traces.cli.options import ConfigFile, configured, settings_options
+from mlx_traces.config import FilterConfig, ReformatConfig, ScoreConfig
 from mlx_traces.errors import UserError
 
 
@@ -23,7 +23,7 @@ def score_command(source: str, out: str, config_file: str | None, mix: tuple[str
 
     if mix:
         settings["mix"] = dict(_weight(item) for item in mix)
-    traces = score_file(Path(source), Path(out), read_config(ScoreConfig, config_file, settings))
+    traces = score_file(Path(source), Path(out), configured(ScoreConfig, config_file, settings))
     rows = [
         (name, "–" if mean is None else f"{mean:.3f}", f"{100 * share:.0f} %") for name, mean, share in summary(traces)
     ]
@@ -47,7 +47,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
     """Keep the traces of IN that pass the rules, and tell what each rule removed."""
     from mlx_traces.scoring import filter_file
 
-    report = filter_file(Path(source), Path(out), read_config(FilterConfig, config_file, settings))
+    report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])
     click.echo(f"{report[-1][2] if report else 'all'} traces written to {out}", err=True)
 
@@ -62,7 +62,7 @@ def reformat_command(source: str, out: str, config_file: str | None, settings: d
     from mlx_traces.reformatting import reformat_file
     from mlx_traces.traces import counted
 
-    written, dropped = reformat_file(Path(source), Path(out), read_config(ReformatConfig, config_file, settings))
+    written, dropped = reformat_file(Path(source), Path(out), configured(ReformatConfig, config_file, settings))
     left_out = counted({"dropped": dropped})
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 

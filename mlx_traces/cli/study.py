@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from mlx_traces.cli.options import ConfigFile
-from mlx_traces.config import StudyConfig, read_config
+from mlx_traces.cli.options import ConfigFile, configured
+from mlx_traces.config import StudyConfig
 
 
 @click.command("study")
@@ -21,7 +21,7 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
     models in CONFIG: what is there is not made again.
     """
     folders = {"out": out, "runs_dir": runs_dir}
-    config = read_config(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
+    config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
     if config.out is None:
         config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
     from mlx_traces.device import import_mlx

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, settings_options
-from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig, read_config
+from mlx_traces.cli.options import ConfigFile, configured, settings_options
+from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig
 
 
 @click.command("generate")
@@ -18,7 +18,7 @@ from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, R
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Let a model think about training problems; write its completions as traces, with log-probabilities."""
-    config = read_config(GenerateConfig, config_file, settings)
+    config = configured(GenerateConfig, config_file, settings)
     from mlx_traces.generation import generate
 
     with training_bar("generate") as show:
@@ -41,7 +41,7 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
 @settings_options(SFTConfig, "evaluate", "betas")
 def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Fine-tune a model on traces: LoRA, DoRA or full. CONFIG is a YAML file of these settings; options win over it."""
-    config = read_config(SFTConfig, config_file, settings)
+    config = configured(SFTConfig, config_file, settings)
     from mlx_traces.device import import_mlx
 
     import_mlx()
@@ -71,7 +71,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
     def command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
         if rewards:
             settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
-        config = read_config(kind, config_file, settings)
+        config = configured(kind, config_file, settings)
         from mlx_traces.device import import_mlx
 
         import_mlx()
@@ -143,7 +143,7 @@ def rounds_command(
     Repeat the command after it was cut off: what is there is not made again.
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
-    config = read_config(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
+    config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
     from mlx_traces.device import import_mlx
 
     import_mlx()

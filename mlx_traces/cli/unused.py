@@ -1,0 +1,59 @@
+"""Settings that were given and change nothing: noted, or refused where that would deceive."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_traces.config import AnswerConfig, Config, FilterConfig, ReformatConfig, RLConfig, RoundsConfig
+from mlx_traces.errors import UserError
+from mlx_traces.tasks import TASKS, get_task
+
+
+def _examples(config: Any) -> bool:
+    """Whether the prompt has worked examples; an unknown task is for others to refuse."""
+    if config.task not in TASKS:
+        return True
+    task = get_task(config.task)
+    return (config.prompt or task.default_prompt) in task.few_shot
+
+
+_SELECTED = ("eval_data", "eval_split", "eval_limit", "eval_seed", "overlap_words")
+_JUDGED = ("judge_prompt", "judge_max_tokens", "judge_cache", "judge_failures")
+_REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
+_NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
+    ((), ("top_p", "top_k", "min_p"), lambda c: c.temperature == 0, "at temperature 0 (greedy)"),
+    ((AnswerConfig, RLConfig), ("shots", "shots_data"), lambda c: not _examples(c), "for a prompt without examples"),
+    ((), _SELECTED, lambda c: c.eval_task is None, "without eval_task"),
+    ((), ("prefer",), lambda c: c.per_problem is None, "without per_problem"),
+    ((), ("difficulty", "bins"), lambda c: c.balance is None, "without balance"),
+    ((), _JUDGED, lambda c: c.judge is None, "without judge"),
+    ((ReformatConfig,), _REWRITTEN, lambda c: c.model is None, "without model"),
+    ((RLConfig,), ("eval_every", "patience"), lambda c: c.evaluate is None, "without evaluate"),
+    ((), ("overlong_tokens",), lambda c: c.overlong != "penalty", "unless overlong is penalty"),
+    ((), ("probe_samples",), lambda c: (c.pass_rate_low, c.pass_rate_high) == (0, 1), "without pass_rate_low or _high"),
+    ((), ("importance_cap",), lambda c: c.importance == "none", "without importance"),
+    ((), ("rank", "scale", "dropout"), lambda c: c.kind == "full", "where all weights are trained"),
+    ((), ("valid_share",), lambda c: getattr(c, "valid", None) is not None, "beside valid"),
+)
+
+
+def unused(config: Config) -> Iterator[str]:
+    """Yield a line for each setting that was given, differs from its default, and changes nothing.
+
+    Raises:
+        UserError: for one of a filter's evaluation where no evaluation is named: nothing would be kept apart.
+    """
+    for recipes, names, idle, why in _NO:
+        told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []
+        for name in told:
+            if idle(config):
+                line = f"{name} {getattr(config, name)} changes nothing {why}"
+                if isinstance(config, FilterConfig) and names is _SELECTED:
+                    raise UserError(f"{line}; add --eval-task TASK, or leave {name} out")
+                yield line
+    inner = [config.score, config.filter] if isinstance(config, RoundsConfig) else getattr(config, "evals", ())
+    yield from (line for one in inner for line in unused(one))
+
+
+def _given(config: Config, name: str) -> bool:
+    field = type(config).model_fields.get(name)
+    return name in config.model_fields_set and field is not None and getattr(config, name) != field.default
