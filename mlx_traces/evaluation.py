@@ -406,24 +406,22 @@ def _shared_out(
 
 @contextmanager
 def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sample], None]]:
-    """Yield a function to call with each finished sample; it drives a progress bar on stderr."""
+    """Yield a function to call with each finished sample; it drives the progress on stderr."""
     if not show:
         yield lambda row: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from mlx_traces.progress import progress
 
     correct, tokens, start = sum(row["correct"] for row in samples), 0, perf_counter()
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("eval", total=total, completed=len(samples), figures="")
-        done = len(samples)
+    done = len(samples)
+    with progress("eval") as shown:
+        shown.update(done, total)
 
         def advance(row: Sample) -> None:
             nonlocal correct, tokens, done
             correct, tokens, done = correct + row["correct"], tokens + (row["tokens"] or 0), done + 1
             speed = tokens / (perf_counter() - start)
-            progress.update(bar, completed=done, figures=f"{100 * correct / done:.1f} % correct  {speed:.0f} tokens/s")
+            shown.update(done, total, [f"{100 * correct / done:.1f} % correct", f"{speed:.0f} tokens/s"])
 
         yield advance
 

@@ -35,7 +35,7 @@ tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
 config stats hub
 records origins
-errors blas interrupts
+errors blas interrupts progress
 """
 
 

@@ -23,19 +23,12 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 
     config = configured(NanoConfig, config_file, settings)
     import_mlx()
-    from rich.console import Console
-    from rich.progress import Progress
-
     from mlx_traces import nano
+    from mlx_traces.progress import progress
 
     nano.check_sizes(config)
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("training nano", total=None)
-
-        def show(step: int, steps: int, loss: float) -> None:
-            progress.update(bar, completed=step, total=steps, description=f"training nano, loss {loss:.3f}")
-
-        out = nano.build(config, show)
+    with progress("nano") as shown:
+        out = nano.build(config, lambda step, steps, loss: shown.update(step, steps, [f"loss {loss:.3f}"]))
     click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown")
 
 

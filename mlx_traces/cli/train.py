@@ -174,23 +174,15 @@ SHOWN = (
 
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Yield the function that takes each line of metrics and the number of steps; it drives a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Yield the function that takes each line of metrics and the number of steps; it drives the progress on stderr."""
+    from mlx_traces.progress import progress
 
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-    bar = progress.add_task(name, total=None, figures="")
+    with progress(name) as shown:
 
-    def show(row: dict[str, Any], steps: int) -> None:
-        progress.start()  # with the first line: no empty bar stands above an error
-        figures = "  ".join(text.format(row[key]) for key, text in SHOWN if row.get(key) is not None)
-        progress.update(bar, completed=row["step"], total=steps, figures=figures)
-        held_out = [f"{key.removeprefix('valid/')} {value:.4g}" for key, value in row.items() if "valid/" in key]
-        if held_out:
-            progress.console.print(f"step {row['step']}: held out: {', '.join(held_out)}", highlight=False)
+        def show(row: dict[str, Any], steps: int) -> None:
+            shown.update(row["step"], steps, [text.format(row[key]) for key, text in SHOWN if row.get(key) is not None])
+            held_out = [f"{key.removeprefix('valid/')} {value:.4g}" for key, value in row.items() if "valid/" in key]
+            if held_out:
+                shown.say(f"step {row['step']}: held out: {', '.join(held_out)}")
 
-    try:
         yield show
-    finally:
-        progress.stop()
