@@ -1,7 +1,7 @@
 """Figures: accuracies with intervals, wins and losses, accuracies by part, curves; as PNG or as SVG for a page. No MLX.
 
 A figure is drawn at the size of a phone's page, one unit a CSS pixel, so that its text is readable there. Its SVG takes
-the page's font, and colours from CSS variables (``--c0`` to ``--c6``, ``--ink``, ``--mute``, ``--faint``, ``--card``),
+the page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``, ``--card``),
 so that the page decides about light and dark.
 """
 
@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white.
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f")
+# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white. Then those
+# farthest from all before them in Lab space, to normal, protan, deutan and tritan eyes (Machado et al., 2009).
+COLORS = (
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f"),
+    *("#4800a8", "#603000", "#481860", "#c0a860", "#184848"),
+)
+# What runs beyond the colours differ by: a line's dashes, its markers, a legend's mark, a bar's hatching.
+LOOKS = (
+    ("solid", "o", "●", ""),
+    ((0, (4, 1.6)), "D", "◆", "////"),
+    ((0, (1.2, 1.2)), "^", "▲", "...."),
+    ((0, (4, 1.4, 1, 1.4)), "s", "■", "xxxx"),
+)
 INK, MUTE, FAINT, CARD = "#222222", "#6b6b6a", "#dedddb", "#fefefe"
 WON, LOST = COLORS[2], COLORS[5]
 VARIABLES = {color: f"var(--c{i})" for i, color in enumerate(COLORS)}
@@ -55,8 +66,13 @@ class Line:
 
 
 def color(i: int) -> str:
-    """Return the colour of the ``i``-th run; the eighth has the first's again."""
+    """Return the colour of the ``i``-th run; runs beyond the ``COLORS`` have the first ones again, in another look."""
     return COLORS[i % len(COLORS)]
+
+
+def look(i: int) -> tuple[Any, str, str, str]:
+    """Return dashes, marker, legend's mark and hatching of the ``i``-th run, the same as long as colours differ."""
+    return LOOKS[i // len(COLORS) % len(LOOKS)]
 
 
 def png(figure: Figure) -> bytes:
@@ -153,7 +169,7 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
         _text(axes, "\n".join(first), 0, place, weight="bold")
         _text(axes, "\n".join(second), 0, place + 15 * len(first), color=MUTE, size=11)
         middle = place + 15 * (len(first) + len(second)) + 9
-        axes.barh(middle, share, height=13, color=color(i), zorder=2)
+        axes.barh(middle, share, height=13, color=color(i), hatch=look(i)[3], edgecolor=CARD, linewidth=0, zorder=2)
         axes.plot([low, high], [middle, middle], color=INK, linewidth=1.3, zorder=3, solid_capstyle="butt")
         for end in (low, high):
             axes.plot([end, end], [middle - 4, middle + 4], color=INK, linewidth=1.3, zorder=3)
@@ -223,9 +239,10 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
         count = max(row["total_questions"] for row in rows)
         _text(axes, f"n = {count:,}", 1, place, dx=62, ha="right", color=MUTE, size=11)
         for k, row in enumerate(rows):
-            middle, shade = place + 26 + 17 * k, color(labels.index(row["label"]))
+            run, middle = labels.index(row["label"]), place + 26 + 17 * k
+            shade, mark = color(run), look(run)[1]
             axes.plot([100 * row["ci_low"], 100 * row["ci_high"]], [middle, middle], color=shade, linewidth=2.2)
-            axes.plot(100 * row["accuracy"], middle, "o", color=shade, markersize=7.5, markeredgecolor=CARD, zorder=3)
+            axes.plot(100 * row["accuracy"], middle, mark, color=shade, markersize=7.5, markeredgecolor=CARD, zorder=3)
             text = f"{tables.percent(row['accuracy'])} %"
             _text(axes, text, 1, middle, dx=62, ha="right", va="center", size=11.5)
     axes.set_yticks([])
@@ -253,18 +270,20 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
             bars = [[unit * end for end in ends] for ends in (line.low, line.high)]
             axes.vlines(line.steps, *bars, color=shade, linewidth=1.6, alpha=0.45)
         many = rough(values) and not line.low
-        marker = "o" if line.low or len(values) < 12 else None
+        dashes, marker, *_ = look(line.color)
+        shown = marker if line.low or len(values) < 12 else None
         axes.plot(
             *thinned(line.steps, values),
             color=shade,
             linewidth=0.9 if many else 1.8,
             alpha=0.35 if many else 1,
-            marker=marker,
+            linestyle="solid" if many else dashes,
+            marker=shown,
             markersize=5.5,
             markeredgecolor=CARD,
         )
         if many:
-            axes.plot(*thinned(line.steps, running_mean(values)), color=shade, linewidth=2)
+            axes.plot(*thinned(line.steps, running_mean(values)), color=shade, linewidth=2, linestyle=dashes)
     axes.xaxis.set_major_locator(_whole(5))
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.margins(x=0.02)
@@ -345,7 +364,7 @@ def _canvas(
     from matplotlib.figure import Figure
 
     heading = [(line, INK, "bold") for line in textwrap.wrap(title, int(width / 8))]
-    heading += [(f"●  {name}", color(i), "normal") for name, i in names if title]
+    heading += [(f"{look(i)[2]}  {name}", color(i), "normal") for name, i in names if title]
     top += 17 * len(heading) + (12 if title else 0)
     whole = height + top + bottom
     figure = Figure(figsize=(width / 72, whole / 72), dpi=72)

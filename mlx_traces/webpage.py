@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MOST_TRACES = 3000  # samples embedded, of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
-OVERLAID = 7  # trainings in one panel, as many as there are colours
+OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -118,6 +118,8 @@ def _environment() -> Environment:
         "allow_nan": False,
         "separators": (",", ":"),
     }
+    environment.globals["colors"] = len(figures.COLORS)
+    environment.globals["looks"] = len(figures.LOOKS)
     environment.filters |= {
         "percent": tables.percent,
         "interval": lambda row, name="ci": tables.interval(row[f"{name}_low"], row[f"{name}_high"]),
@@ -250,11 +252,11 @@ class Page:
         for kind in (curves.REINFORCEMENT, curves.FINE_TUNING):
             runs = [record for record in records if record.kind == kind]
             for at in range(0, len(runs), OVERLAID):
-                sections.append(self._training(kind, runs[at : at + OVERLAID]))
+                sections.append(self._training(kind, runs[at : at + OVERLAID], at))
         return sections
 
-    def _training(self, kind: str, runs: Sequence[Record]) -> dict[str, Any]:
-        """Return the section of trainings of one kind: what came of them, and a panel for each metric."""
+    def _training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
+        """Return a section of trainings of one kind, the ``first`` of all: what came of them, a panel a metric."""
         metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
         for i, run in enumerate(runs):
             for curve in curves.curves(run):
@@ -267,14 +269,14 @@ class Page:
             if all(curve.constant for _, curve in lines) and len({curve.values[0] for _, curve in lines}) == 1:
                 constant.append(f"{metric.title} {lines[0][1].text(lines[0][1].values[0])}")
                 continue
-            drawn = [figures.Line(runs[i].name, c.steps, c.values, i, c.low, c.high) for i, c in lines]
+            drawn = [figures.Line(runs[i].name, c.steps, c.values, first + i, c.low, c.high) for i, c in lines]
             ends = [f"{runs[i].name}: {c.text(c.values[0])} to {c.text(c.values[-1])}" for i, c in lines]
             name = f"{kind.split()[0]}-{_file_name(key)}"
             draw = lambda title, drawn=drawn, share=metric.share: figures.panel(drawn, share, title)  # noqa: E731
             picture = self.picture(name, metric.title, f"{metric.title}, {'; '.join(ends)}", draw)
             picture["last"] = lines[0][1].text(lines[0][1].values[-1]) if len(lines) == 1 else ""
             panels.append(picture)
-        rows = [_training_row(i, run) for i, run in enumerate(runs)]
+        rows = [_training_row(first + i, run) for i, run in enumerate(runs)]
         return {
             "kind": "training",
             "state": None,
@@ -330,7 +332,7 @@ def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> lis
                 "name": name,
                 "notes": notes,
                 "n": tables.n_text(row),
-                "color": i % len(figures.COLORS),
+                "color": i,
                 "baseline": i == baseline and len(runs) > 1,
                 "tokens": tables.whole(row["tokens_per_answer"]),
                 "speed": tables.whole(speed if isinstance(speed, int | float) else None),
@@ -392,7 +394,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
     return {
         "name": run.name,
         "notes": tables.model_name(str(run.settings.get("model", "–")), adapter if isinstance(adapter, str) else None),
-        "color": i % len(figures.COLORS),
+        "color": i,
         "baseline": False,
         "finished": run.result is not None,
         "state": curves.state(run).removeprefix("finished, "),

@@ -385,9 +385,9 @@ def test_which_settings_change_nothing(config, told):
 def test_a_filter_for_no_evaluation_is_refused(tmp_path, given):
     flag, value = f"--{given.replace('_', '-')}", {"eval_limit": 9, "eval_split": "valid"}[given]
     result = call("filter", tmp_path / "raw.jsonl", "--out", tmp_path / "kept.jsonl", flag, value)
-    told = f"{given} {value} changes nothing without eval_task; add --eval-task TASK, or leave {given} out\n"
+    told = f"{given} {value} changes nothing without eval_task; name its task with --eval-task, or leave {given} out\n"
     assert result.exit_code == 1 and result.output == f"Error: {told}"
-    with pytest.raises(UserError, match="add --eval-task TASK"):
+    with pytest.raises(UserError, match="name its task with --eval-task"):
         list(unused(build(RoundsConfig, {"name": "x", "filter": {given: value}})))
 
 

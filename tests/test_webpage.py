@@ -8,6 +8,7 @@ import subprocess
 import threading
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from test_curves import write_training
@@ -298,3 +299,50 @@ def test_a_browser_shows_hostile_completions_as_text_and_fetches_nothing(tmp_pat
     assert "&lt;script&gt;document.title = 'taken'&lt;/script&gt;" in document
     for count, verdict in ((42, "all"), (21, "correct"), (21, "wrong value")):
         assert f">{verdict}<span>{count}</span></button>" in document
+
+
+# What protan, deutan and tritan eyes see of linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1).
+EYES = (
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+)
+
+
+def lab(color, eyes):
+    """Return a colour in CIE Lab, seen by some eyes."""
+    parts = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(eyes) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    x, y, z = np.where((t := xyz / (0.9505, 1, 1.089)) > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colours_are_told_apart_by_all_eyes_in_light_and_dark():
+    style = (webpage.TEMPLATES / "report.css").read_text()
+    sets = [re.findall(r"--c\d+: (#[0-9a-f]{6})", part) for part in style.split("prefers-color-scheme: dark")]
+    assert sets[0] == list(figures.COLORS) and len(sets[1]) == len(figures.COLORS) >= 12
+    for colors, added, all_of_them in ((sets[0], 23, 9), (sets[1], 22, 6)):
+        for eyes in EYES:
+            seen = [lab(color, eyes) for color in colors]
+            for i, later in enumerate(seen):
+                for earlier in seen[:i]:
+                    assert np.linalg.norm(later - earlier) > (added if i >= 7 else all_of_them)
+
+
+def test_many_runs_differ_in_colour_or_look(tmp_path):
+    count = 30
+    looks = {(figures.color(i), str(figures.look(i))) for i in range(48)}
+    assert len(looks) == 48
+    runs = [write_evaluation(tmp_path / f"e{i}", BASE, max_tokens=64 + i) for i in range(count)]
+    runs += [write_training(tmp_path / f"t{i}") for i in range(count)]
+    html = webpage.write(runs, tmp_path / "page.html", tmp_path / "png")[0].read_text()
+    swatches = re.findall(
+        r'<th scope="row"><span class="(swatch look\d)" style="(background-color: var\(--c\d+\))"', html
+    )
+    assert len(swatches) == 2 * count and len(set(swatches[:count])) == len(set(swatches[count:])) == count
+    assert "stroke-dasharray" in html and "url(#" in html  # dashes of lines, hatching of bars
+    for name in ("look1", "look2", "look3"):
+        assert f".{name} {{" in html

@@ -48,7 +48,7 @@ def unused(config: Config) -> Iterator[str]:
             if idle(config):
                 line = f"{name} {getattr(config, name)} changes nothing {why}"
                 if isinstance(config, FilterConfig) and names is _SELECTED:
-                    raise UserError(f"{line}; add --eval-task TASK, or leave {name} out")
+                    raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
                 yield line
     inner = [config.score, config.filter] if isinstance(config, RoundsConfig) else getattr(config, "evals", ())
     yield from (line for one in inner for line in unused(one))
