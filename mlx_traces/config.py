@@ -30,9 +30,9 @@ class Config(BaseModel):
 class LoadConfig(Config):
     """How a model is put on the device."""
 
-    weights: Literal["quantized", "dense"] | None = Field(None, description="Keep 4-bit weights or expand them.")
+    weights: Literal["quantized", "dense"] | None = Field(None, description="Keep quantized weights, or expand them.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
-    device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
+    device: Literal["gpu", "cpu"] | None = Field(None, description="Device; default: the GPU if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
     def load_arguments(self) -> dict[str, Any]:
@@ -44,15 +44,15 @@ class ProblemConfig(Config):
     """Which problems, asked how, judged by what."""
 
     task: str = Field("countdown", description="Task: gsm8k, countdown or qa.")
-    prompt: str | None = Field(None, description="Prompt style of the task, or FILE.yaml with your own.")
-    system: str | None = Field(None, description="System message in place of the prompt's.")
-    prefill: str | None = Field(None, description="Text that opens the assistant's turn.")
+    prompt: str | None = Field(None, description="Name of one of the task's prompts, or FILE.yaml with your own.")
+    system: str | None = Field(None, description="System message; replaces the prompt's.")
+    prefill: str | None = Field(None, description="Text that the assistant's turn starts with.")
     shots: Annotated[int, Field(ge=0)] = Field(5, description="Worked examples of a few-shot prompt.")
     shots_data: str | None = Field(None, description="File or hub data set of the worked examples.")
-    extractor: str | None = Field(None, description="How the answer is found; default: the task's headline one.")
+    extractor: str | None = Field(None, description="How the answer is extracted; default: the task's first extractor.")
     data: str | None = Field(None, description="File or hub data set; default: the task's own source.")
     split: str = Field("test", description="Split of the data; a slice as in 'test[:64]' takes a part.")
-    limit: Positive | None = Field(None, description="Take a seeded sample of so many problems.")
+    limit: Positive | None = Field(None, description="Number of problems, drawn at random by --seed; default: all.")
     seed: int = Field(0, description="Seed of problems, worked examples and sampling.")
 
 
@@ -62,11 +62,11 @@ class EndpointConfig(Config):
     endpoint: str | None = Field(
         None, description="Address of an OpenAI-compatible server that answers, http://host:port; --model is its name."
     )
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Requests under way there at once.")
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Concurrent requests to the server.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(
-        4, description="Times that a request is repeated after 429, 5xx, a lost connection or a broken reply."
+        4, description="Retries of a request after 429, 5xx, a lost connection or a broken reply."
     )
-    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Most seconds for one reply.")
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Timeout of one reply, in seconds.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the server's key.")
 
 
@@ -77,12 +77,16 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Keep the k likeliest tokens; 0 keeps all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
-    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
-    rows: Positive = Field(32, description="Completions decoded at once.")
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
+    max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
+    rows: Positive = Field(32, description="Batch size of decoding, in completions.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Memory limit in GB; lowers rows if needed."
+    )
     thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
 
 
@@ -104,8 +108,8 @@ class AdapterConfig(Config):
     kind: Literal["lora", "dora", "full"] = Field("lora", description="LoRA, DoRA, or all weights of the layers.")
     rank: Positive = Field(16, description="Rank of the adapter's matrices.")
     scale: Annotated[float, Field(gt=0)] = Field(2.0, description="Factor on the adapter's output (alpha / rank).")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of an adapter's inputs dropped.")
-    layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train the last so many layers; -1 for all.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout rate of the adapter's inputs.")
+    layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train only the last N layers; -1: all.")
     targets: list[str] | None = Field(None, description="Modules, as in self_attn.q_proj; default: every linear one.")
 
 
@@ -113,8 +117,8 @@ class OptimizerConfig(Config):
     """AdamW with warm-up and a cosine decay."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate.")
-    warmup: Fraction01 = Field(0.05, description="Share of the steps over which the rate rises from 0.")
-    final_rate: Fraction01 = Field(0.0, description="Last learning rate as a share of the peak.")
+    warmup: Fraction01 = Field(0.05, description="Fraction of the steps over which the learning rate rises from 0.")
+    final_rate: Fraction01 = Field(0.0, description="Final learning rate, as a fraction of the peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
     betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="AdamW's decay of its two averages.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
@@ -124,9 +128,9 @@ class ValidationConfig(ProblemConfig):
     """Held-out problems that a training loop answers, greedily, now and then: always the same ones."""
 
     split: str = Field("valid", description="Split of the data; a slice as in 'train[:200]' takes a part.")
-    limit: Positive | None = Field(200, description="Take a seeded sample of so many problems.")
-    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
-    rows: Positive = Field(64, description="Completions decoded at once.")
+    limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
+    max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
+    rows: Positive = Field(64, description="Batch size of decoding, in completions.")
 
 
 class TrackingConfig(Config):
@@ -143,18 +147,22 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, without --valid."
     )
-    epochs: Positive = Field(1, description="Times that every trace is seen.")
+    epochs: Positive = Field(1, description="Passes over the data.")
     batch_size: Positive = Field(16, description="Traces per optimizer step.")
-    micro_tokens: Positive = Field(512, description="Most tokens of a forward pass, padding included.")
+    micro_tokens: Positive = Field(512, description="Maximum tokens of a forward pass, padding included.")
     max_length: Positive = Field(2048, description="Longest sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
         "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
     )
-    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
+    checkpoint_layers: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
-    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="Stop after this many validations without improvement; 0: never."
+    )
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
 
@@ -192,14 +200,18 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     num_steps: Positive = Field(100, description="Steps: each draws problems, samples rollouts, and updates.")
     prompts_per_step: Positive = Field(16, description="Problems per step.")
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="Rollouts per problem.")
-    max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
+    max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the rollouts and of the update.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Keep the k likeliest tokens; 0 keeps all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
     thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
-    rows: Positive = Field(256, description="Completions decoded at once.")
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to sample with; fewer rows.")
+    rows: Positive = Field(256, description="Batch size of decoding, in completions.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Memory limit for sampling, in GB; lowers rows if needed."
+    )
 
     rewards: dict[str, float] = Field(
         {"correct": 1.0},
@@ -217,11 +229,15 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     micro_tokens: Positive = Field(
         1024, description="Most tokens of a forward pass, padding included; a GPU can be faster with more."
     )
-    checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
+    checkpoint_layers: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
     eval_every: Positive = Field(10, description="Steps between validations.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
-    patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="Stop after this many validations without improvement; 0: never."
+    )
     save_every: Positive = Field(5, description="Steps between checkpoints.")
 
 
@@ -237,18 +253,20 @@ class GRPOConfig(RLConfig):
         0, description="Draw up to so many more times for groups with differing rewards (DAPO's dynamic sampling)."
     )
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
-        "dapo", description="How the tokens' losses are made and weighed; see the policy module."
+        "dapo", description="Loss; decides how tokens are weighted."
     )
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
-    clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(None, description="Upper one; default: the same.")
+    clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Upper clip bound, above a ratio of 1; default: clip_eps."
+    )
     kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL term to the reference.")
     reference: str | None = Field(None, description="Adapter that is the reference; default: none, the bare model.")
     importance: Literal["none", "token", "sequence"] = Field(
         "none", description="Correct for the sampler's probabilities by truncated weights per token or sequence."
     )
-    importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Greatest of those weights.")
-    updates_per_batch: Positive = Field(1, description="Times that each rollout is learned from.")
-    minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
+    importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Upper bound of those weights.")
+    updates_per_batch: Positive = Field(1, description="Passes over each batch of rollouts.")
+    minibatches: Positive = Field(1, description="Optimizer steps per pass over the rollouts.")
 
 
 class PPOConfig(RLConfig):
@@ -260,8 +278,8 @@ class PPOConfig(RLConfig):
         0.95, description="Of the advantages: 0 trusts the values alone, 1 the rewards that were got."
     )
     whiten: bool = Field(True, description="Give the advantages mean 0 and variance 1 over the batch's tokens.")
-    epochs: Positive = Field(2, description="Times that each batch of rollouts is learned from.")
-    minibatches: Positive = Field(2, description="Optimizer steps that the rollouts are spread over, each time.")
+    epochs: Positive = Field(2, description="Passes over each batch of rollouts.")
+    minibatches: Positive = Field(2, description="Optimizer steps per pass over the rollouts.")
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Bound of the ratio, either side of 1.")
     value_clip: Annotated[float, Field(gt=0)] | None = Field(
         0.2, description="Bound of a value, either side of the old one; null for none."
@@ -298,7 +316,9 @@ class ScoreConfig(LoadConfig, JudgeConfig):
     )
     model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
     rows: Positive = Field(16, description="Traces that the judge reads at once.")
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Memory limit in GB; lowers rows if needed."
+    )
 
 
 class ReformatConfig(LoadConfig):
@@ -312,7 +332,9 @@ class ReformatConfig(LoadConfig):
     max_tokens: Positive = Field(2048, description="Longest reply of the model, in tokens.")
     cache: str = Field("data/reformat.jsonl", description="File of the model's replies; none is asked for twice.")
     rows: Positive = Field(16, description="Traces that the model rewrites at once.")
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Memory limit in GB; lowers rows if needed."
+    )
 
 
 class FilterConfig(Config):

@@ -170,9 +170,10 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
         _text(axes, "\n".join(second), 0, place + 15 * len(first), color=MUTE, size=11)
         middle = place + 15 * (len(first) + len(second)) + 9
         axes.barh(middle, share, height=13, color=color(i), hatch=look(i)[3], edgecolor=CARD, linewidth=0, zorder=2)
-        axes.plot([low, high], [middle, middle], color=INK, linewidth=1.3, zorder=3, solid_capstyle="butt")
-        for end in (low, high):
-            axes.plot([end, end], [middle - 4, middle + 4], color=INK, linewidth=1.3, zorder=3)
+        for shade, width in ((CARD, 3.3), (INK, 1.3)):  # light around dark: it shows on every colour
+            axes.plot([low, high], [middle, middle], color=shade, linewidth=width, zorder=3, solid_capstyle="butt")
+            for end in (low, high):
+                axes.plot([end, end], [middle - 4, middle + 4], color=shade, linewidth=width, zorder=3)
         _text(axes, f"{tables.percent(row['accuracy'])} %", 1, middle, dx=70, ha="right", va="center", weight="bold")
         _text(axes, f"n = {tables.n_text(row)}", 1, place, dx=70, ha="right", color=MUTE, size=11)
     if len(rows) > 1:

@@ -400,3 +400,17 @@ def test_shipped_configurations_set_nothing_that_changes_nothing():
     ):
         for file in (ROOT / "configs").glob(f"{pattern}.yaml"):
             assert not list(unused(read_config(kind, file, {}))), file
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "sft", "grpo", "ppo"])
+def test_help_is_in_sections_with_every_option_once(command):
+    text = call(command, "--help").output
+    titles = re.findall(r"^([A-Z][a-z ]+):$", text, re.MULTILINE)
+    every = ["Model", "Task and data", "Sampling", "Training", "Output", "More"]
+    assert titles == [title for title in every if title in titles] and {"Model", "Output", "More"} <= set(titles)
+    assert ("Training" in titles) == (command in ("sft", "grpo", "ppo")) and text.index("--model") < text.index(
+        "--seed"
+    )
+    listed = re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)
+    options = [param.opts[0] for param in main.commands[command].params if param.param_type_name == "option"]
+    assert sorted(listed) == sorted([*options, "--help"])

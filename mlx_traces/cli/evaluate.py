@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, configured, note_unused, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, note_unused, settings_options
 from mlx_traces.config import CompareConfig, EvalConfig, read_config
 from mlx_traces.errors import UserError, clean, inert
 
 FORMATS = ("table", "markdown", "csv", "json")
 
 
-@click.command("eval")
+@click.command("eval", cls=Sectioned)
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
 @click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
@@ -26,7 +26,7 @@ def eval_command(
 ) -> None:
     """Evaluate one model on one task; write a run folder with every sample and the result.
 
-    With --endpoint the model is behind a server that speaks OpenAI's protocol, and nothing is loaded here.
+    With --endpoint a server that speaks OpenAI's protocol runs the model, and no model is loaded here.
     """
     from mlx_traces.evaluation import evaluate
 

@@ -90,6 +90,32 @@ class ConfigFile(click.ParamType):
         return str(find_config(value))
 
 
+SECTIONS = {  # of a command's help, in order, the options used most first; all others come under More
+    "Model": ("model", "adapter", "weights", "dtype", "device"),
+    "Task and data": ("task", "data", "valid", "valid_share", "split", "limit", "prompt", "shots", "extractor"),
+    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "thinking", "rows"),
+    "Training": (
+        *("num_steps", "epochs", "prompts_per_step", "batch_size", "learning_rate", "rewards", "loss", "advantage"),
+        *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
+    ),
+    "Output": ("config_file", "out", "runs_dir", "resume", "as_json", "report_to"),
+}
+
+
+class Sectioned(click.Command):
+    """A command whose help has its options in the ``SECTIONS``."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, section by section."""
+        left = {str(param.name): record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
+        for title, names in SECTIONS.items():
+            if rows := [left.pop(name) for name in names if name in left]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        with formatter.section("More"):
+            formatter.write_dl(list(left.values()))
+
+
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
     """Read a recipe's settings, ``given`` ones over the file's, and note on stderr those that change nothing."""
     config = read_config(kind, path, given)

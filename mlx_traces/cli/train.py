@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, configured, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
 from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig
 
 
-@click.command("generate")
+@click.command("generate", cls=Sectioned)
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
 @click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
-    """Let a model think about training problems; write its completions as traces, with log-probabilities."""
+    """Sample completions of training problems; write them as traces, with their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
     from mlx_traces.generation import generate
 
@@ -34,7 +34,7 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
     click.echo(f"{told}; in {out}", err=True)
 
 
-@click.command("sft")
+@click.command("sft", cls=Sectioned)
 @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
 @click.option("--out", default="runs/sft", show_default=True, type=click.Path(), help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
@@ -62,7 +62,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
 def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
     """Make the command of an algorithm of reinforcement learning."""
 
-    @click.command(name, help=f"{what} CONFIG is a YAML file of these settings; options win over it.")
+    @click.command(name, cls=Sectioned, help=f"{what} CONFIG is a YAML file of these settings; options win over it.")
     @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
     @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
     @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
@@ -95,10 +95,10 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
 
 
 grpo_command = reinforcement_command(
-    "grpo", GRPOConfig, "Train a model on a task by reinforcement: what was better than the rest of its group."
+    "grpo", GRPOConfig, "Train with GRPO: raise the probability of completions that beat their group's mean."
 )
 ppo_command = reinforcement_command(
-    "ppo", PPOConfig, "Train a model on a task by reinforcement: what was better than a learned value foresaw."
+    "ppo", PPOConfig, "Train with PPO: a value head and generalized advantage estimation."
 )
 
 
