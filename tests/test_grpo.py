@@ -253,7 +253,7 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
     assert all(mx.array_equal(now[name], 2 * array) for name, array in arrays)  # it is itself again
     other = make_model()
     adapters.start(other, AdapterConfig(rank=8))
-    with pytest.raises(UserError, match="the reference is not of the layers and rank that are trained here"):
+    with pytest.raises(UserError, match="the reference is not of the kind, layers, targets and rank that are trained"):
         adapters.reference(other, here.reference)
     full = make_model()
     adapters.start(full, AdapterConfig(kind="full"))
