@@ -25,7 +25,9 @@ LEVELS = ("token", "sequence")
 _LOG_RATIO = 20.0
 
 
-def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -> mx.array:
+def group_advantages(
+    rewards: mx.array, scale: str = "std", eps: float = 1e-4, every: mx.array | None = None
+) -> mx.array:
     """Return each completion's reward minus its group's mean, scaled: GRPO (arXiv 2402.03300, section 4.1.2).
 
     The standard deviation is the unbiased one (G - 1), as in TRL; the paper does not say. A group of equal rewards
@@ -36,6 +38,7 @@ def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -
         scale: ``std`` divides by the group's standard deviation; ``batch`` by that of all rewards, over their own
             mean (TRL's ``scale_rewards="batch"``; arXiv 2508.08221); ``none`` not at all (Dr. GRPO, arXiv 2503.20783).
         eps: added to the standard deviation; TRL's value.
+        every: (N,), all rewards of the batch, where ``rewards`` are not all; ``batch`` heeds it.
 
     Returns:
         (P, G).
@@ -50,6 +53,8 @@ def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -
     centred = _centred(rewards)
     if scale == "none":
         return centred
+    if scale == "batch" and every is not None:
+        return centred / (mx.std(every, ddof=1) + eps)
     return centred / (mx.std(rewards, axis=1 if scale == "std" else None, keepdims=True, ddof=1) + eps)
 
 

@@ -26,12 +26,12 @@ from mlx_traces.tasks import Task
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum."""
+    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies."""
 
     problem: Problem
     completion: Completion
     parts: dict[str, float | None]
-    reward: float
+    reward: float | None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -91,14 +91,15 @@ def scored(
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
         slope = min(config.overlong_tokens, config.max_tokens)
         for i, penalty in enumerate(policy.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
-            parts[i], totals[i] = parts[i] | {"overlong": penalty}, totals[i] + penalty
+            parts[i] |= {"overlong": penalty}
+            totals[i] = None if totals[i] is None else totals[i] + penalty
     rollouts = [Rollout(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
     return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
 
 
 def informative(group: Group) -> bool:
     """Whether a group's rewards differ, without which there is nothing to prefer."""
-    return len({rollout.reward for rollout in group}) > 1
+    return len({rollout.reward for rollout in group} - {None}) > 1
 
 
 def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
@@ -222,10 +223,12 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
     """Return metrics of a step's rollouts."""
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
-    row = {"reward/mean": sum(rollout.reward for rollout in rollouts) / count}
-    for name in rollouts[0].parts:
-        values = [value for rollout in rollouts if (value := rollout.parts[name]) is not None]
-        row[f"reward/{name}"] = sum(values) / len(values) if values else None
+    named = [("mean", [rollout.reward for rollout in rollouts])]
+    named += [(name, [rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts]
+    row = {}
+    for name, values in named:
+        applied = [value for value in values if value is not None]
+        row[f"reward/{name}"] = sum(applied) / len(applied) if applied else None
     return row | {
         "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
         "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
@@ -238,9 +241,10 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
 def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yield the best, the worst and a random rollout of a step as lines of ``samples.jsonl``."""
     rollouts = [rollout for group in groups for rollout in group]
+    rewarded = [rollout for rollout in rollouts if rollout.reward is not None] or rollouts[:1]
     chosen = {
-        "best": max(rollouts, key=lambda rollout: rollout.reward),
-        "worst": min(rollouts, key=lambda rollout: rollout.reward),
+        "best": max(rewarded, key=lambda rollout: rollout.reward),
+        "worst": min(rewarded, key=lambda rollout: rollout.reward),
         "random": random.Random(f"{seed} shown {step}").choice(rollouts),
     }
     for kind, rollout in chosen.items():

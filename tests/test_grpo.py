@@ -23,13 +23,14 @@ from mlx_traces import (
     models,
     optim,
     policy,
+    ppo,
     rewards,
     rollouts,
     runs,
     training,
 )
 from mlx_traces.batching import Example
-from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, build
+from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
@@ -194,6 +195,56 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
     return rollouts.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
+
+
+@pytest.mark.parametrize("advantage", ["std", "batch", "none", "rloo", "mean"])
+def test_a_completion_without_a_reward_teaches_nothing_and_is_compared_with_none(advantage):
+    given = ((1.0, None, 0.0, 0.5), (None, 2.0, None, None), (None,) * 4, (1.0, 1.0, 3.0, 0.0), (0.5, 2.0, 1.0, None))
+    groups = [[made(reward, (20 + i, 30)) for i, reward in enumerate(group)] for group in given]
+    config = settings_of(advantage=advantage)
+    every = [reward for group in given for reward in group if reward is not None]
+    for group, found in zip(given, grpo.advantages(groups, config).reshape(5, 4), strict=True):
+        own = [reward for reward in group if reward is not None]
+        for reward, value in zip(group, found.tolist(), strict=True):
+            if reward is None or (len(own) == 1 and advantage != "mean"):
+                assert value == 0
+                continue
+            rest = np.mean(own) if advantage != "mean" else np.mean(every)
+            if advantage == "rloo":
+                rest = (sum(own) - reward) / (len(own) - 1)
+            spread = {"std": own, "batch": every}.get(advantage)
+            expected = (reward - rest) / (1 if spread is None else np.std(spread, ddof=1) + 1e-4)
+            assert value == pytest.approx(expected, abs=1e-5)
+    rows = grpo.rows_of(groups, config)
+    assert not {id(rows[i]) for i in (1, 4, 8, 19)} & {id(row) for row in grpo.weighed(rows, config)}
+    assert not grpo.advantages(groups[2:3], config).any()
+
+
+def test_what_is_told_of_completions_without_a_reward():
+    groups = [[made(reward, (20, 30)) for reward in group] for group in ((1.0, None, 0.0), (None, 0.5, 0.5))]
+    assert [rollouts.informative(group) for group in groups] == [True, False]
+    row = rollouts.figures(groups)
+    assert row["reward/mean"] == row["reward/correct"] == 0.5 and row["rollout/zero_std_groups"] == 0.5
+    task = evaluation.get_task("qa")
+    groups = [[replace(one, problem=Problem("p", {"question": "q"}, "1")) for one in group] for group in groups]
+    shown = {row["kind"]: row["reward"] for row in rollouts.shown_of(groups, task, 1, 0)}
+    assert (shown["best"], shown["worst"]) == (1, 0)
+    nothing = [[one for one in groups[1] if one.reward is None] * 2]
+    assert rollouts.figures(nothing)["reward/mean"] is None and not rollouts.informative(nothing[0])
+    assert {row["reward"] for row in rollouts.shown_of(nothing, task, 1, 0)} == {None}
+    assert len(ppo.rows_of(groups, PPOConfig())) == 4  # there is nothing that values could learn to foresee
+
+
+def unsure(completions):
+    return [None if i % 2 else float(len(text)) for i, text in enumerate(completions)]
+
+
+def test_a_run_with_rewards_that_do_not_apply(settings, tmp_path):
+    for train, config in ((grpo.train, GRPOConfig), (ppo.train, PPOConfig)):
+        own = config(**{**settings, "rewards": {f"{__name__}:unsure": 1}, "overlong": "penalty", "num_steps": 2})
+        train(own, tmp_path / config.__name__)
+        rows = [row for row in outcome(tmp_path / config.__name__)[1] if "loss" in row]
+        assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["reward/mean"] > 0 for row in rows)
 
 
 def test_the_stop_token_is_learned():
