@@ -22,9 +22,9 @@ sampling report curves findings
 fallback nano figures cards
 drawing tables traces tracking
 models
-adapters sharing
+adapters sharing slots
 forward checkpoints ranks
-optim runs batching device policy slots
+optim runs batching device policy
 selection endpoint
 quality
 tasks.qa
