@@ -98,7 +98,8 @@ def generate(
 
     Raises:
         UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
-            or a prompt that leaves no room for ``max_tokens`` in the model's context.
+            or a prompt that leaves no room for ``max_tokens`` in the model's context; as it runs, if the model's
+            outputs are not finite numbers, or a single row does not fit in the memory.
     """
     requests = list(requests)
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
