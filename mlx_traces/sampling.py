@@ -252,7 +252,6 @@ class _Engine:
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.window = Window(rows, axes)
-        self.window.write = len(requests[self.pending[0]].prompt_ids) - 1
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
         self.shared = common_beginning([request.prompt_ids for request in requests])
@@ -322,8 +321,11 @@ class _Engine:
             self.window.refresh()
 
     def _move(self, by: int) -> None:
+        import mlx.core as mx
+
         for cache in self.caches:
             cache.shift(by)
+            mx.eval([array for array in (cache.keys, cache.values) if array is not None])  # one layer twice, not all
         self.window.write -= by
         self.window.start -= by
 
@@ -384,6 +386,8 @@ class _Engine:
         taken = [(slot, self.pending.popleft()) for slot in free[: len(self.pending)]]
         if not taken:
             return
+        if len(free) == len(self.request_of):  # nothing is kept: the longest prompt begins where the buffers do
+            self.window.write = len(self.requests[taken[0][1]].prompt_ids) - 1
         members: dict[tuple[int, ...], list[int]] = {}
         for slot, index in taken:
             members.setdefault(self.requests[index].prompt_ids, []).append(slot)
