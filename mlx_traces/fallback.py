@@ -1,36 +1,137 @@
-"""Generation by mlx_lm's BatchGenerator, for models whose cache is not a plain one (sliding window, state space)."""
+"""Generation by mlx_lm's own means, for models whose cache is not a plain one (sliding window, state space).
+
+Its BatchGenerator serves those that it serves rightly, which is tried out; the others are decoded one row at a time.
+"""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, uniforms_of
+from mlx_traces.drawing import (
+    Request,
+    SamplingParams,
+    draw,
+    finish,
+    refuse_no_token,
+    settings_of,
+    uniforms_of,
+)
+from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
 
 PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
+PREFILL_TOKENS = 2048  # of one prompt read at once, where rows are decoded one at a time
+KEPT = "_prompts_together"  # the attribute of a model that keeps what `prompts_together` found
+UNFIT = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)  # what does not go together
 
 
 def generate_plainly(
     loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], rows: int, logprobs: bool
 ) -> Iterator[tuple[int, Rollout]]:
     """Do what ``sampling.generate`` does, at mlx_lm's speed; same random numbers."""
-    import mlx.core as mx
-    from mlx_lm.generate import BatchGenerator
-
+    together = prompts_together(loaded.model)
     note = f"{loaded.name} has a special cache; mlx_lm's own batched generation is used, which is slower"
+    if together == 1:
+        note += ", and prompts are read one at a time: in mlx_lm this model does not mind padding"
+    elif not together:
+        note = f"{loaded.name} has a special cache that mlx_lm cannot batch: one row at once, which is slow"
     if note not in loaded.notes:
         loaded.notes.append(note)
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
-    batch = BatchGenerator(
-        loaded.model,
-        stop_tokens=[[token] for token in sorted(loaded.stop_ids)],
+    if together:
+        return _batched(loaded, requests, params, order, rows, min(rows, together), logprobs)
+    return _one_by_one(loaded, requests, params, order, logprobs)
+
+
+def prompts_together(model: Any) -> int:
+    """Find out how many prompts of different length mlx_lm may read together for a model.
+
+    Some of its models ignore what keeps padding out (Mamba, Jamba, RWKV-7): their prompts are read one at a time, 1,
+    which pads nothing, and their rows decoded together. 0 if not even that is right, as for caches that cannot be put
+    together. Found out by doing it with three prompts, each compared with itself alone; kept with the model.
+    """
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_traces.forward import alike, probe
+
+    if hasattr(model, KEPT):
+        return getattr(model, KEPT)
+    training = model.training
+    model.eval()
+    token = 3
+    try:
+        prompts = [probe(model, length) for length in (3, 24, 9)]
+        whole = [model(mx.array([[*prompt, token]]), cache=make_prompt_cache(model))[:, -2:] for prompt in prompts]
+        if not all(mx.isfinite(logits).all().item() for logits in whole):
+            return 0  # broken weights say nothing of the model; the first token will tell of them
+        found = 0
+        for together in (PREFILL_ROWS, 1):
+            try:
+                drawn = _draws(model, prompts, token, together)
+            except UNFIT:
+                continue
+            if all(alike(own, logits) for own, logits in zip(drawn, whole, strict=True)):
+                found = together
+                break
+    except UNFIT:
+        found = 0
+    finally:
+        model.train(training)
+    setattr(model, KEPT, found)
+    return found
+
+
+def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together: int) -> list[Any]:
+    """Return what mlx_lm draws each prompt's first two tokens from, (1, 2, V), where the first drawn is ``token``."""
+    import mlx.core as mx
+
+    seen: list[list[Any]] = [[] for _ in prompts]
+
+    def sampler(kept: list[Any]) -> Any:
+        def draw_it(logprobs: Any) -> Any:
+            kept.append(logprobs)
+            return mx.array([token])
+
+        return draw_it
+
+    batch = _generator(model, [], len(prompts), together)
+    try:
+        batch.insert([list(prompt) for prompt in prompts], [2] * len(prompts), samplers=[sampler(own) for own in seen])
+        while batch.next_generated():
+            pass
+    finally:
+        batch.close()
+    return [mx.stack(own[:2], axis=1) for own in seen]
+
+
+def _generator(model: Any, stops: list[list[int]], rows: int, together: int) -> Any:
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+
+    return BatchGenerator(
+        model,
+        stop_tokens=stops,
         completion_batch_size=rows,
-        prefill_batch_size=min(rows, PREFILL_ROWS),
+        prefill_batch_size=together,
         stream=mx.default_stream(mx.default_device()),  # the library's own was made at its import
     )
+
+
+def _batched(
+    loaded: LoadedModel,
+    requests: list[Request],
+    params: list[SamplingParams],
+    order: list[int],
+    rows: int,
+    together: int,
+    logprobs: bool,
+) -> Iterator[tuple[int, Rollout]]:
+    """Decode rows together, reading so many prompts at once."""
+    batch = _generator(loaded.model, [[token] for token in sorted(loaded.stop_ids)], rows, together)
     samplers = [RowSampler(requests[index], params[index], logprobs) for index in order]
     try:
         uids = batch.insert(
@@ -43,7 +144,7 @@ def generate_plainly(
             finished = []
             for response in responses:
                 index, sampler = rows_of[response.uid]
-                sampler.take(response.token)
+                sampler.take(loaded, response.token)
                 rollout = sampler.finished(loaded, requests[index], params[index])
                 if rollout is not None:
                     if response.finish_reason is None:
@@ -55,8 +156,36 @@ def generate_plainly(
         batch.close()
 
 
+def _one_by_one(
+    loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], order: list[int], logprobs: bool
+) -> Iterator[tuple[int, Rollout]]:
+    """Decode one row after the other, each with a cache of its own as the model makes it."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    for index in order:
+        request, settings = requests[index], params[index]
+        sampler, rollout = RowSampler(request, settings, logprobs), None
+        try:
+            cache, body = make_prompt_cache(loaded.model), request.prompt_ids[:-1]
+            for at in range(0, len(body), PREFILL_TOKENS):
+                loaded.model(mx.array([body[at : at + PREFILL_TOKENS]]), cache=cache)
+                mx.eval([layer.state for layer in cache])
+            token = mx.array(request.prompt_ids[-1:])
+            while rollout is None:
+                token = sampler(loaded.model(token[:, None], cache=cache)[:, -1])
+                sampler.take(loaded, token.item())
+                rollout = sampler.finished(loaded, request, settings)
+        except UNFIT as error:
+            raise UserError(
+                f"{loaded.name}: mlx_lm cannot decode this model even one row at a time ({first_line(error)}); "
+                "another version of mlx-lm may, or take another model"
+            ) from error
+        yield index, rollout
+
+
 class RowSampler:
-    """Draws the tokens of one row, (1, V) log-probabilities to (1,) ids, and counts its own draws."""
+    """Draws the tokens of one row, (1, V) logits or log-probabilities to (1,) ids, and counts its own draws."""
 
     def __init__(self, request: Request, params: SamplingParams, logprobs: bool):
         self.uniforms, self.settings = uniforms_of(request, params), settings_of(params)[None]
@@ -65,18 +194,19 @@ class RowSampler:
         self.logprobs: list[np.ndarray] = []  # (1, 2) each, as ``draw`` returns them
         self.ahead: deque[Any] = deque()  # of the draws that were not looked at yet, on the device
 
-    def __call__(self, logprobs: Any) -> Any:
+    def __call__(self, logits: Any) -> Any:
         """Draw the next token."""
         import mlx.core as mx
 
         number = self.uniforms[min(self.count, len(self.uniforms) - 1)]
         self.count += 1
-        token, own = draw(logprobs.astype(mx.float32), np.array([number]), self.settings, self.wanted)
+        token, own = draw(logits.astype(mx.float32), np.array([number]), self.settings, self.wanted)
         self.ahead.append(own)
         return token if own is None else mx.depends([token], [own])[0]  # computed with it, or the logits would stay
 
-    def take(self, token: int) -> None:
+    def take(self, loaded: LoadedModel, token: int) -> None:
         """Look at the next token."""
+        refuse_no_token(loaded, np.array([token]))
         own = self.ahead.popleft()
         self.ids.append(token)
         if own is not None:

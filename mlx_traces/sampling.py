@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from mlx_traces.device import limits, out_of_memory
-from mlx_traces.drawing import Request, SamplingParams, draw, finish, settings_of, stop_ids, uniforms_of
+from mlx_traces.drawing import (
+    Request,
+    SamplingParams,
+    draw,
+    finish,
+    refuse_no_token,
+    settings_of,
+    stop_ids,
+    uniforms_of,
+)
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.fallback import generate_plainly
 from mlx_traces.models import LoadedModel
@@ -89,7 +98,8 @@ def generate(
 
     Raises:
         UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
-            or a prompt that leaves no room for ``max_tokens`` in the model's context.
+            or a prompt that leaves no room for ``max_tokens`` in the model's context; as it runs, if the model's
+            outputs are not finite numbers, or a single row does not fit in the memory.
     """
     requests = list(requests)
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
@@ -161,14 +171,14 @@ def _run(
     from mlx_traces.slots import mask_axes
 
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    axes = mask_axes(loaded.model) if plain else 4
+    axes = mask_axes(loaded.model) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
     left = list(range(len(requests)))
     while left:
         asked, settings = [requests[i] for i in left], [params[i] for i in left]
-        if plain:
+        if axes != 0:
             stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage, axes or 4).run()
         else:
             stream = generate_plainly(loaded, asked, settings, rows, logprobs)
@@ -242,7 +252,6 @@ class _Engine:
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.window = Window(rows, axes)
-        self.window.write = len(requests[self.pending[0]].prompt_ids) - 1
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
         self.shared = common_beginning([request.prompt_ids for request in requests])
@@ -301,11 +310,24 @@ class _Engine:
         window.start[idle] = window.write  # nobody reads them
         by = min(int(window.start.min()), window.write - next_prompt)
         if by >= window.write // 4:
-            for cache in self.caches:
-                cache.shift(by)
-            window.write -= by
-            window.start -= by
-        window.refresh()
+            self._move(by)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell the device where the rows are now; a window without a mask is moved to the buffers' beginning."""
+        self.window.refresh()
+        if self.window.uniform and self.window.low:
+            self._move(self.window.low)
+            self.window.refresh()
+
+    def _move(self, by: int) -> None:
+        import mlx.core as mx
+
+        for cache in self.caches:
+            cache.shift(by)
+            mx.eval([array for array in (cache.keys, cache.values) if array is not None])  # one layer twice, not all
+        self.window.write -= by
+        self.window.start -= by
 
     def _take(self, step: _Step) -> Iterator[tuple[int, Rollout]]:
         """Wait for a step, note its tokens, and yield what it finished."""
@@ -316,6 +338,7 @@ class _Engine:
         self.usage.first_token_seconds = self.usage.first_token_seconds or now - self.began
         rows = np.flatnonzero((self.request_of >= 0) & (self.joined <= step.number))
         place = self.age[rows]
+        refuse_no_token(self.loaded, drawn[rows])
         self.ids[rows, place] = drawn[rows]
         if step.logprobs is not None:
             self.logprobs[rows, place] = np.array(step.logprobs)[rows]
@@ -348,7 +371,7 @@ class _Engine:
         if self.logprobs is not None:
             self.logprobs = self.logprobs[keep]
         self.window.start = self.window.start[keep]
-        self.window.refresh()
+        self._settle()
         self.tokens = self.tokens[rows]
         return _Step(ahead.number, self.tokens, None if ahead.logprobs is None else ahead.logprobs[rows])
 
@@ -363,6 +386,8 @@ class _Engine:
         taken = [(slot, self.pending.popleft()) for slot in free[: len(self.pending)]]
         if not taken:
             return
+        if len(free) == len(self.request_of):  # nothing is kept: the longest prompt begins where the buffers do
+            self.window.write = len(self.requests[taken[0][1]].prompt_ids) - 1
         members: dict[tuple[int, ...], list[int]] = {}
         for slot, index in taken:
             members.setdefault(self.requests[index].prompt_ids, []).append(slot)
@@ -375,7 +400,7 @@ class _Engine:
             self.window.start[slot] = self.window.write - len(request.prompt_ids) + 1
             self.uniforms[slot, : settings.max_tokens] = uniforms_of(request, settings)
         self.window.start[self.request_of < 0] = self.window.write
-        self.window.refresh()
+        self._settle()
         last = [self.requests[index].prompt_ids[-1] for _, index in taken]
         self.tokens[mx.array([slot for slot, _ in taken])] = mx.array(last, mx.int32)
         mx.eval(self.tokens, [(cache.keys, cache.values) for cache in self.caches if cache.keys is not None])
@@ -394,7 +419,8 @@ class _Engine:
             batch, prompts = prompts[:count], prompts[count:]
             layers = self._prefill([prompt[:-1] for prompt in batch], budget)
             self._fill([members[prompt] for prompt in batch], layers)
-            self.last_read = batch[-1], [(keys[-1:], values[-1:]) for keys, values in layers]
+            own = slice(1 - len(batch[-1]), None)  # without the batch's padding, for which there may be no room later
+            self.last_read = batch[-1], [(keys[-1:, :, own], values[-1:, :, own]) for keys, values in layers]
         if not self.pending or self.requests[self.pending[0]].prompt_ids != self.last_read[0]:
             self.last_read = (), []
 

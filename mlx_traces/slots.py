@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_traces.errors import UserError
+from mlx_traces import forward
 
 STEP = 256  # positions by which the buffers grow
 KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
@@ -27,6 +27,9 @@ class Window:
         start: (R,) first index of each row's own keys.
         offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
         low: first index that any row still needs.
+        uniform: whether all rows began at ``low``; then there is no mask, and ``low`` has to be 0: attention without a
+            mask on CUDA (cuDNN, one query, 16 bits, 256 keys and more) reads keys from the beginning of the buffer,
+            wherever the slice of it begins that it is given.
         axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).
     """
 
@@ -42,7 +45,7 @@ class Window:
         self.low = int(self.start.min())
         self.offset = mx.array(self.write - self.start)
         self._starts = mx.array(self.start).reshape(-1, *[1] * (self.axes - 1))
-        self._uniform = bool((self.start == self.low).all())
+        self.uniform = bool((self.start == self.low).all())
 
     def advance(self) -> None:
         """Go on to the next token."""
@@ -51,7 +54,7 @@ class Window:
 
     def mask(self) -> mx.array | None:
         """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are."""
-        if self._uniform:
+        if self.uniform:
             return None
         return mx.arange(self.low, self.write + 1) >= self._starts
 
@@ -120,52 +123,48 @@ class SlotCache:
 
 
 def mask_axes(model: nn.Module) -> int | None:
-    """Find out how many axes a mask of rows that began apart has for a model; None if it takes none.
+    """Find out how many axes a mask of rows that began apart has for a model.
 
     Four, (R, 1, 1, K), for attention by ``mx.fast``; five for what parts the heads by key-value head itself, as
-    mlx_lm's Gemma 2 does, where four do not fit. So rows that began apart are decoded here, and what is right with five
-    axes is right. The answer is kept with the model.
-
-    Raises:
-        UserError: if not even a single row can be decoded.
+    mlx_lm's Gemma 2 does, where four do not fit. So rows that began apart are decoded here, each is compared with
+    itself alone, and what is right with five axes is right. None if the model minds neither mask, so that only one row
+    can be decoded at once, and 0 if not even that is right. The answer is kept with the model.
     """
     if not hasattr(model, KEPT):
-        rows = [(1, 2, 3), (2, 3)] * 3 + [(1, 2, 3)]  # seven: as many key-value heads would misread four axes
+        rows = [forward.probe(model, 24), forward.probe(model, 3)] * 4
+        rows.pop()  # seven: as many key-value heads would misread four axes
         training = model.training
         model.eval()
-        found = 4 if _apart(model, 4, rows) is not None else None
-        if found is None and (apart := _apart(model, 5, rows)) is not None and apart < 0.05:
-            found = 5
-        lost = found is None and _apart(model, 4, rows[:1]) is None
+        tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
+        found = next((answer for axes, asked, answer in tries if _right(model, axes, asked)), 0)
         model.train(training)
-        if lost:
-            raise UserError(f"{type(model).__module__} reads its cache in a way that the sampling engine does not know")
+        if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
+            return 4  # broken weights say nothing of the model; the first token will tell of them
         setattr(model, KEPT, found)
     return getattr(model, KEPT)
 
 
-def _apart(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> float | None:
-    """Decode rows of two prompts in turn together, and each prompt alone; return how far logits are apart.
+def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool:
+    """Decode rows of two prompts in turn together, and each prompt alone; say whether the logits are the same.
 
-    Relative to the greatest; None if the model cannot.
+    The first prompt is the longer one. It fills every slot at first, as others have been in a slot before its row.
     """
-    token, window, alone = 4, Window(len(rows), axes), []
+    token, window, alone = 3, Window(len(rows), axes), []
     caches = [SlotCache(window) for _ in model.layers]
-    window.write = max(map(len, rows))
+    window.write = len(rows[0])
     window.start[:] = [window.write - len(row) for row in rows]
     window.refresh()
     try:
         for first, prompt in enumerate(rows[:2]):
-            slots, read = list(range(first, len(rows), 2)), make_prompt_cache(model)
+            slots, read = list(range(first, len(rows), 1 + first)), make_prompt_cache(model)
             alone.append(model(mx.array([[*prompt, token]]))[:, -1])
             model(mx.array([prompt]), cache=read)
             for cache, own in zip(caches, read, strict=True):
                 cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
         found = model(mx.full((len(rows), 1), token), cache=caches)[:, -1]
+        return forward.alike(found, mx.concatenate([alone[place % 2] for place in range(len(rows))]))
     except (ValueError, TypeError, AttributeError, IndexError):  # shapes or positions that do not go together
-        return None
-    expected = mx.concatenate([alone[place % 2] for place in range(len(rows))])
-    return (mx.abs(found - expected).max() / mx.abs(expected).max()).item()
+        return False
 
 
 def align_right(array: mx.array, lengths: Sequence[int]) -> mx.array:

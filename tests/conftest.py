@@ -99,6 +99,13 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def broken(model: nn.Module) -> nn.Module:
+    """Put a NaN into the last weights that every token passes."""
+    name, array = next(pair for pair in reversed(tree_flatten(model.parameters())) if "norm" in pair[0])
+    model.load_weights([(name, array * mx.nan)], strict=False)
+    return model
+
+
 def wrap(tokenizer: PreTrainedTokenizerFast, model: nn.Module | None = None) -> LoadedModel:
     """Make a LoadedModel by hand."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper

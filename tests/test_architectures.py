@@ -12,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_config, make_tokenizer, randomized, wrap
+from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces import adapters, forward, grpo, sampling, sharing
 from mlx_traces.batching import Example, pad
 from mlx_traces.config import AdapterConfig, GRPOConfig
+from mlx_traces.errors import UserError
 
 HALVED = (
     *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),
@@ -26,6 +27,8 @@ HALVED = (
 OTHER = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt2")  # their heads do more, or have other names
 WHOLE = ("gpt_neox", "gpt_bigcode")  # the trunk of one ends with the logits, that of the other is called otherwise
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
+# Padding disturbs the states of these in mlx_lm, so their prompts are read one at a time; caches that it cannot batch.
+UNPADDED, UNBATCHED = ("mamba", "jamba", "rwkv7"), ("llama4", "deepseek_v41")
 SETTINGS = {
     **{"head_dim": 16, "rope_theta": 10_000.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
     **{"layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "norm_eps": 1e-5},
@@ -49,6 +52,34 @@ OWN = {
         **{"conv_bias": False, "conv_L_cache": 3, "full_attn_idxs": [1], "layer_types": None, "block_dim": 64},
         **{"block_ff_dim": 128, "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0},
         **{"block_auto_adjust_ff_dim": False},
+    },
+    "minicpm3": {
+        **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16},
+        **{"rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}},
+    },
+    "mamba": {
+        **{"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 8},
+    },
+    "jamba": {
+        **{"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+        **{"mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2, "num_experts": 2, "num_experts_per_tok": 1},
+    },
+    "rwkv7": {
+        **{"head_dim": 32, "a_low_rank_dim": 16, "v_low_rank_dim": 16, "gate_low_rank_dim": 16},
+        **{"decay_low_rank_dim": 16},
+    },
+    "llama4": {
+        "text_config": make_config(
+            **{"model_type": "llama4_text", "attention_bias": False, "attention_chunk_size": 16, "head_dim": 16},
+            **{"interleave_moe_layer_step": 2, "intermediate_size_mlp": 128, "num_experts_per_tok": 1},
+            **{"num_local_experts": 2, "rope_scaling": None, "rope_theta": 10_000.0, "use_qk_norm": True},
+            num_hidden_layers=4,
+        )
+    },
+    "deepseek_v41": {
+        **{"head_dim": 32, "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16},
+        **{"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+        **{"compress_ratios": [1, 1], "hc_mult": 2, "hc_sinkhorn_iters": 2, "rms_norm_eps": 1e-6},
     },
 }
 
@@ -89,7 +120,7 @@ def test_sampled_as_one_by_one(architecture):
     assert any(alone in note for note in loaded.notes) == (architecture == "gpt_bigcode")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL, *UNPADDED, *UNBATCHED])
 def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     each = [sampling.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
@@ -103,6 +134,72 @@ def test_logprobs_are_those_of_a_full_forward_pass(architecture):
             own -= own.max(-1, keepdims=True) + np.log(np.exp(own - own.max(-1, keepdims=True)).sum(-1, keepdims=True))
             expected = own[np.arange(len(own)), found[at].completion_ids] if temperature else np.zeros(len(own))
             np.testing.assert_allclose(stored, expected, atol=1e-4)
+    told = {
+        "special cache": (*SPECIAL, *UNPADDED, *UNBATCHED),
+        "read one at a time": UNPADDED,
+        "cannot batch": UNBATCHED,
+    }
+    for words, those in told.items():
+        assert any(words in note for note in loaded.notes) == (architecture in those), words
+
+
+def ignoring_masks(monkeypatch, module):
+    """Let a module's attention ignore the mask of a single query."""
+    whole = module.scaled_dot_product_attention
+
+    def attention(queries, *given, mask, **more):
+        return whole(queries, *given, mask=None if queries.shape[2] == 1 else mask, **more)
+
+    monkeypatch.setattr(module, "scaled_dot_product_attention", attention)
+
+
+def test_a_model_that_ignores_the_mask_is_decoded_one_row_at_once(monkeypatch):
+    """As mlx_lm's MiniCPM3 did; rows that began apart are compared with themselves alone."""
+    params, requests = sampling.SamplingParams(max_tokens=8), [sampling.Request((3, 4, 5, 6)), sampling.Request((7,))]
+
+    def sampled():
+        loaded = replace(wrap(make_tokenizer(), tiny("minicpm3")), notes=[])
+        found = dict(sampling.generate(loaded, requests, params, 2))
+        for at, request in enumerate(requests):
+            assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
+        return loaded.notes
+
+    assert sampled() == []
+    ignoring_masks(monkeypatch, import_module("mlx_lm.models.minicpm3"))
+    assert sampled() == ["tiny cannot decode rows of different lengths together: one row at once"]
+
+
+def test_a_model_that_reads_its_cache_in_its_own_way_is_sampled_by_mlx_lm(monkeypatch):
+    module = import_module("mlx_lm.models.llama")
+    whole = module.Model.__call__
+
+    def asks(self, inputs, cache=None, **more):
+        assert cache is None or cache[0].empty() in (True, False)  # a question that only mlx_lm's caches answer
+        return whole(self, inputs, cache=cache, **more)
+
+    monkeypatch.setattr(module.Model, "__call__", asks)
+    loaded = replace(wrap(make_tokenizer(), tiny("llama")), notes=[])
+    requests = [sampling.Request((3, 4, 5, 6)), sampling.Request((7,))]
+    found = dict(sampling.generate(loaded, requests, sampling.SamplingParams(max_tokens=8), 2))
+    for at, request in enumerate(requests):
+        assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
+    assert any("mlx_lm's own batched generation" in note for note in loaded.notes)
+
+
+def test_what_mlx_lm_cannot_decode_at_all_is_told_in_a_line(monkeypatch):
+    module = import_module("mlx_lm.models.llama4")
+    monkeypatch.setattr(module.LlamaModel, "__call__", lambda *_, **__: [][0])
+    loaded = wrap(make_tokenizer(), tiny("llama4"))
+    with pytest.raises(UserError, match="tiny: mlx_lm cannot decode this model even one row at a time"):
+        list(sampling.generate(loaded, [sampling.Request((1, 2))], sampling.SamplingParams(max_tokens=2)))
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "llama4"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_that_are_no_numbers_are_told_on_mlx_lms_ways_too(architecture, temperature):
+    loaded = replace(wrap(make_tokenizer(), broken(tiny(architecture))), notes=[])
+    with pytest.raises(UserError, match=r"^tiny: its outputs are not finite numbers"):
+        list(sampling.generate(loaded, [sampling.Request((1, 2))], sampling.SamplingParams(3, temperature)))
 
 
 @pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WHOLE, *SPECIAL])

@@ -24,9 +24,9 @@ sampling report curves findings
 fallback nano figures cards
 drawing tables traces tracking
 models
-adapters sharing
+adapters sharing slots
 forward checkpoints ranks
-optim runs batching device policy slots
+optim runs batching device policy
 selection endpoint
 quality
 tasks.qa

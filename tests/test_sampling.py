@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import broken, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
@@ -213,6 +214,129 @@ def test_drawing_in_parts_is_drawing_at_once_and_follows_the_formulas(monkeypatc
         assert sampled == pytest.approx(np.log(weights[token] / weights.sum()), abs=1e-5)
         mass = np.cumsum(weights) / weights.sum()
         assert (mass - weights / weights.sum())[token] - 1e-6 <= uniforms[row] <= mass[token] + 1e-6
+
+
+WIDTH = 151_936  # of a real vocabulary
+
+
+def wide_logits(rows):
+    draws = np.random.default_rng(5)
+    return draws.normal(0, 2, (rows, WIDTH)).astype(np.float32), draws.random(rows, np.float32)
+
+
+def plainly(rows, temperature=1.0):
+    return np.tile(np.array([[temperature, 1, 0, 0]], np.float32), (rows, 1))
+
+
+def test_a_wide_vocabularys_tokens_are_those_of_the_exact_distribution():
+    logits, uniforms = wide_logits(64)
+    mass = np.cumsum(np.exp(logits.astype(np.float64)), axis=-1)
+    exact = (mass <= uniforms[:, None].astype(np.float64) * mass[:, -1:]).sum(axis=-1)
+    tokens, logprobs = draw(mx.array(logits), uniforms, plainly(64), True)
+    assert (np.array(tokens) == exact).sum() >= 60  # one sum over all of them: 40 to 51
+    assert np.abs(np.array(tokens) - exact).max() <= 2  # and else a neighbour
+    own = logits[np.arange(64), np.array(tokens)] - np.log(mass[:, -1])
+    np.testing.assert_allclose(np.array(logprobs), np.stack([own, own], axis=-1), atol=1e-5)
+    for row in (0, 17, 63):  # a row's token does not depend on the others
+        assert draw(mx.array(logits[[row]]), uniforms[[row]], plainly(1), False)[0].item() == tokens[row].item()
+
+
+def test_a_wide_vocabularys_frequencies():
+    logits, _ = wide_logits(1)
+    likely = [0, 1, 127, 128, 70_000, 151_807, 151_935]  # at the borders of blocks too
+    logits[0, likely] = [11, 12, 12.5, 11.5, 12, 11.5, 12]
+    probs = np.exp(logits[0].astype(np.float64))
+    probs /= probs.sum()
+    assert 0.2 < probs[likely].sum() < 0.8
+    draws, uniforms = 520, np.random.default_rng(1).random(520, np.float32)
+    rows = mx.broadcast_to(mx.array(logits), (draws, WIDTH))
+    counts = Counter(draw(rows, uniforms, plainly(draws), False)[0].tolist())
+    observed = [counts[token] for token in likely]
+    expected = [probs[token] * draws for token in likely]
+    halves = [range(WIDTH // 2), range(WIDTH // 2, WIDTH)]
+    for half in halves:  # what is left of each half
+        rest = [token for token in half if token not in likely]
+        observed.append(sum(counts[token] for token in counts if token in half and token not in likely))
+        expected.append(probs[rest].sum() * draws)
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 103, 1009, 4096])  # primes have no blocks of their own
+def test_no_token_without_weight_is_drawn(width):
+    random = np.random.default_rng(width)
+    logits = random.normal(0, 3, (9, width)).astype(np.float32)
+    logits[:, 1:][random.random((9, width - 1)) < 0.7] = -np.inf
+    logits[3:, -(width // 3 or 1) :] = -np.inf  # the last blocks are empty
+    logits[3:, 0] = 1
+    uniforms = np.array([0, 0.5, 1 - 2**-24] * 3, np.float32)
+    for settings in (plainly(9), plainly(9, 0.6), np.tile(np.array([[1, 0.9, 0.01, 3]], np.float32), (9, 1))):
+        tokens, logprobs = draw(mx.array(logits), uniforms, settings, True)
+        assert np.isfinite(logits[np.arange(9), np.array(tokens)]).all() and np.isfinite(np.array(logprobs)).all()
+    own = logits[np.arange(9), np.array(tokens)] - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1))
+    np.testing.assert_allclose(np.array(logprobs)[:, 1], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=6),
+        SamplingParams(max_tokens=6, temperature=1.0),
+        SamplingParams(max_tokens=6, temperature=0.7),
+        SamplingParams(max_tokens=6, temperature=0.7, top_p=0.9, top_k=5),
+    ],
+    ids=["greedy", "plain", "temperature", "filters"],
+)
+def test_outputs_that_are_no_numbers_are_told(params, logprobs):
+    loaded = wrap(make_tokenizer(), broken(make_model()))
+    with pytest.raises(UserError, match=r"^tiny: its outputs are not finite numbers \(NaN or infinity\).*checkpoint"):
+        list(generate(loaded, [Request((1, 2)), Request((3,))], params, logprobs=logprobs))
+    half = replace(loaded, adapter="mine", backend=replace(loaded.backend, dtype="float16"))
+    with pytest.raises(UserError, match="tiny with the adapter mine: .*float16 cannot hold.*--dtype float32"):
+        list(generate(half, [Request((1, 2))], params, logprobs=logprobs))
+
+
+@pytest.mark.parametrize("settings", [(0, 1, 0, 0), (1, 1, 0, 0), (0.7, 1, 0, 0), (0.7, 0.9, 0.1, 3)], ids=str)
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_one_rows_infinity_is_its_own(settings, logprobs):
+    logits = np.random.default_rng(0).normal(0, 3, (3, 50)).astype(np.float32)
+    logits[1, 7] = np.inf  # as float16 overflows
+    both = np.tile(np.array([settings], np.float32), (3, 1))
+    tokens = draw(mx.array(logits), np.full(3, 0.5, np.float32), both, logprobs)[0].tolist()
+    assert tokens[1] == drawing.NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
+
+
+def test_a_window_without_a_mask_begins_at_the_buffers_beginning(tiny, monkeypatch):
+    """Attention that reads from there whatever slice it is given, as cuDNN's does for one query, changes no token."""
+    from mlx_lm.models import qwen2
+
+    from mlx_traces.slots import SlotCache
+
+    whole, seen = qwen2.scaled_dot_product_attention, []
+
+    def attention(queries, keys, values, cache, mask, **more):
+        if isinstance(cache, SlotCache) and mask is None:
+            seen.append(keys.shape[2])
+            keys, values = (array[:, :, : keys.shape[2]] for array in (cache.keys, cache.values))
+        return whole(queries, keys, values, cache=cache, mask=mask, **more)
+
+    alike = [tuple(row) for row in np.random.default_rng(0).integers(0, 98, (8, 20)).tolist()]
+    for asked, rows in ((prompts(), 1), (alike, 4)):  # one row; rows that begin together, again and again
+        requests = [Request(prompt) for prompt in asked]
+        expected = run(tiny, requests, SamplingParams(max_tokens=24), rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(qwen2, "scaled_dot_product_attention", attention)
+            assert run(tiny, requests, SamplingParams(max_tokens=24), rows) == expected
+        assert len(seen) > 20
+        seen.clear()
+
+
+def test_a_group_goes_on_after_the_window_moved(tiny):
+    """Its prompt was read in a batch with a longer one, for which there is no room any more."""
+    long, short = tuple(range(90)) * 2, tuple(range(5, 25))
+    requests = [Request(long), *(Request(short, seed) for seed in range(12))]
+    params = SamplingParams(max_tokens=120, temperature=1.0)
+    assert run(tiny, requests, params, rows=3) == run(tiny, requests, params, rows=13)
 
 
 def test_rollouts_arrive_as_they_finish_and_stopping_early_is_clean(tiny):
