@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
+from mlx_traces.readers import text_of
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -479,9 +480,12 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         if sprawl := _sprawl(yaml.parse(text, loader)):
             raise UserError(f"{path}: {sprawl}")
+        if twice := _twice(yaml.compose(text, loader)):
+            line, key = twice
+            raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
         content = yaml.load(text, loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
@@ -491,6 +495,26 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
     return content
+
+
+def _twice(top: Any) -> tuple[int, str] | None:
+    """Return the line and the name of the first key that its mapping has already, None if there is none."""
+    import yaml
+
+    todo, seen, found = [top], set(), []
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        mapping = isinstance(node, yaml.MappingNode)
+        todo += [part for pair in node.value for part in pair] if mapping else node.value
+        keys = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else ():
+            if (key.tag, key.value) in keys:
+                found.append((key.start_mark.line + 1, key.value))
+            keys.add((key.tag, key.value))
+    return min(found, default=None)
 
 
 def _sprawl(events: Iterable[Any]) -> str:

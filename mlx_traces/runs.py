@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.readers import parse_json, text_of
 from mlx_traces.tasks.data import read_jsonl
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
@@ -346,17 +347,12 @@ def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     if whole < len(content):
         with on_the_way(path), path.open("r+b") as file:
             file.truncate(whole)
-    return [row for _, row in read_jsonl(path, columns)]
+    return [row for _, row in read_jsonl(path, columns, finite=False)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
+    content = parse_json(text_of(path), str(path), several_lines=True, finite=False)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -16,10 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import MARK, text_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import ids_digest, leftovers, provenance, read_json, replacing, sync, to_json
 from mlx_traces.tasks import Task, countdown, gsm8k
-from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
+from mlx_traces.tasks.data import Row, content_id, file_rows, hub_rows, is_file, listed, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
 from mlx_traces.tasks.solver import search_trace
 
@@ -468,39 +469,16 @@ def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
         span = slice(None)
     elif path.suffix.lower() == ".txt" and format == "text":
         rows = _paragraphs(path)
-    elif path.suffix.lower() == ".json":
-        rows = _json_rows(path)
     else:
-        rows = read_jsonl(path)
+        rows = file_rows(path)
     yield from islice(rows, span.start, span.stop)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (``file[index]``, row) of a list in a .json file; one that is no list is read as JSON lines."""
-    text = _text_of(path)
-    if not text.lstrip().startswith("["):
-        yield from read_jsonl(path)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
-    for index, row in enumerate(rows):
-        yield (where := f"{path}[{index}]"), parse_row(json.dumps(row), where, ())
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
     lines: list[str] = []
-    for number, line in enumerate([*_text_of(path).split("\n"), ""], 1):
+    for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
+        line = line.removeprefix(MARK)  # of a file that was put behind another
         if line.strip():
             lines.append(line)
         elif lines:

@@ -32,7 +32,7 @@ tasks.gsm8k tasks.countdown
 tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
 config stats hub
-records origins
+records origins readers
 errors blas interrupts
 """
 

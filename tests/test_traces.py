@@ -452,7 +452,7 @@ def test_a_malformed_row_is_named(tmp_path, form, row, message):
 
 def test_unreadable_files_and_unknown_names(tmp_path):
     for name, content, message in (
-        ("a.json", b"[1", "a.json: not JSON"),
+        ("a.json", b"[1", "a.json:1: not JSON"),
         ("a.json", b"[1]", r"a.json\[0\]: expected an object"),
         ("a.json", b'[{"text": "\\ud83d"}]', r"a.json\[0\]: not valid Unicode"),
         ("a.json", b"[" * 100_000, "a.json: not JSON"),
