@@ -109,6 +109,11 @@ class Plan:
         """The model's name in results: with its server's, where it is behind one."""
         return endpoint.named(self.config) if endpoint.behind(self.config) else self.config.model
 
+    def shown(self) -> str:
+        """Return 12 hexadecimal digits that stand for all that the model is shown, and the gold answers."""
+        told = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
         config = self.config
@@ -117,6 +122,7 @@ class Plan:
             **config.model_dump(mode="json", exclude=NOT_IDENTITY),
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+            "shown": self.shown(),
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}

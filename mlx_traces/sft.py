@@ -173,7 +173,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
     config = models.with_adapter(config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
-    identity = identity_of(config, loaded)
+    identity = identity_of(config, loaded) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)

@@ -33,7 +33,7 @@ tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
 config stats hub
 records origins readers
-errors blas interrupts
+errors blas interrupts fingerprints
 """
 
 
