@@ -126,6 +126,18 @@ def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
         )
 
 
+def test_a_turn_that_is_not_to_be_learned_is_not():
+    loaded = wrap(make_tokenizer())
+    turns = (*ONE, {"role": "assistant", "content": "bad"}, *ONE, {"role": "assistant", "content": "good"}, *ONE)
+    end = examples.turn_end(loaded)
+    places = {"bad": len(ONE), "good": 2 * len(ONE) + 1}
+    for left_out in ((), (places["bad"],), (places["good"],), tuple(places.values())):
+        example = examples.encode(loaded, Trace("t", turns, "last", not_learned=left_out or None), end)
+        learned = loaded.tokenizer.decode([i for i, own in zip(example.ids, example.trained, strict=True) if own])
+        assert [word in learned for word in ("bad", "good")] == [places[word] not in left_out for word in places]
+        assert "last" in learned
+
+
 def test_turn_end_is_what_the_template_writes():
     vocabulary = make_tokenizer().get_vocab()
     assert examples.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
