@@ -30,6 +30,7 @@ from mlx_traces import (
     optim,
     ranks,
     sampling,
+    selection,
     sharing,
     tracking,
     training,
@@ -40,6 +41,7 @@ from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
+from mlx_traces.records import Trace
 from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
@@ -92,12 +94,23 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
     plan = training.held_out_plan(config.model, config.evaluate)
-    encoded = examples.encode_all(loaded, read_traces(Path(config.data)), config.max_length, config.over_long)
-    notes = examples.describe(encoded, config.max_length)
-    asked = {problem.id for problem in plan.problems} if plan else set()
-    rows = [example for example in encoded.examples if example.id not in asked]
-    if len(rows) < len(encoded.examples):
-        notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
+    same = selection.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
+    left_out = 0
+
+    def learned() -> Iterator[tuple[str, Trace]]:
+        nonlocal left_out
+        for where, trace in read_traces(Path(config.data)):
+            if same(trace):
+                left_out += 1
+            else:
+                yield where, trace
+
+    encoded = examples.encode_all(loaded, learned(), config.max_length, config.over_long)
+    notes = evaluation.split_notes(config.evaluate) if config.evaluate else []
+    notes += examples.describe(encoded, config.max_length)
+    rows = encoded.examples
+    if left_out:
+        notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
         kept = examples.encode_all(loaded, read_traces(Path(config.valid)), config.max_length, config.over_long)
         notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from mlx_traces.config import read_yaml
+from mlx_traces import evaluation
+from mlx_traces.config import EvalConfig, read_yaml
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
@@ -85,7 +86,7 @@ def test_load_prompt(tmp_path):
         ("", "expected 'field: value' lines, found NoneType"),
         (
             "user: '{question}'\nsytem: x\n",
-            "unknown field 'sytem'; a prompt has user, system, prefill, stop, chat",
+            "unknown field 'sytem'; a prompt has user, system, prefill, stop, chat, show_gold",
         ),
         ("user: 7\n", "'user' must be a str, not 7"),
         ("user: x\nstop: END\n", "'stop' must be a list, not 'END'"),
@@ -102,6 +103,27 @@ def test_malformed_prompt_files(tmp_path, text, message):
     assert str(error.value).startswith(f"{path}: {message}")
     with pytest.raises(UserError, match=r"none.yaml: no such prompt file"):
         load_prompt(tmp_path / "none.yaml")
+
+
+def test_a_prompt_shows_the_answer_only_where_it_says_so(tmp_path):
+    """Of every task, wherever own prompts are read; the result of a run with one says so."""
+    path, data = tmp_path / "mine.yaml", tmp_path / "q.jsonl"
+    data.write_text('{"question": "Q?", "answer": "4"}\n')
+    for task in ("gsm8k", "qa"):
+        config = EvalConfig(task=task, data=str(data), prompt=str(path))
+        path.write_text("user: '{question} Hint: {answer}'\n")
+        for read in (get_task(task).prompt, lambda _: evaluation.plan(config)):  # noqa: B023
+            with pytest.raises(UserError, match="mine.yaml: {answer} would show the model the answer; take it out, or"):
+                read(str(path))
+        path.write_text("user: '{question} Hint: {answer}'\nshow_gold: true\n")
+        assert get_task(task).prompt(str(path)).user == "{question} Hint: {answer}"
+        assert evaluation.plan(config).notes == ["the prompt mine shows the model the answer ({answer})"]
+        path.write_text("user: '{question} {{answer}}'\nshow_gold: true\n")
+        assert get_task(task).prompt(str(path)) == load_prompt(path)
+        assert evaluation.plan(config).notes == []
+    path.write_text("user: x\nshow_gold: 1\n")
+    with pytest.raises(UserError, match="'show_gold' must be a bool, not 1"):
+        load_prompt(path)
 
 
 def test_read_jsonl(tmp_path):

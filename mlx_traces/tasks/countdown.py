@@ -335,6 +335,7 @@ TASK = Task(
     name="countdown",
     columns=("nums", "target"),
     graded_columns=("nums", "target"),
+    gold_columns=(),
     extractors=tuple(EXTRACTORS),
     prompts=PROMPTS,
     default_prompt="thinking",

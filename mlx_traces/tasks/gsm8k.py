@@ -147,6 +147,7 @@ TASK = Task(
     name="gsm8k",
     columns=("question", "answer"),
     graded_columns=("answer",),
+    gold_columns=("answer",),
     extractors=("tolerant", "strict", "flexible", "last_number"),
     prompts=PROMPTS,
     default_prompt="plain",

@@ -166,6 +166,7 @@ TASK = Task(
     name="qa",
     columns=("question", "answer"),
     graded_columns=("answer",),
+    gold_columns=("answer",),
     extractors=("tolerant", "exact", "last_number"),
     prompts=PROMPTS,
     default_prompt="plain",
