@@ -488,7 +488,7 @@ def test_what_is_learned_is_not_what_is_compared(tmp_path, station):
         rounds.check(plan, rounds.comparison_of(config, plan))
 
     for file in ("q.jsonl", "again.jsonl"):
-        with pytest.raises(UserError, match=f"{station}: 6 of its . problems are the comparison's") as caught:
+        with pytest.raises(UserError, match=rf"{station}: \d of its \d problems are the comparison's") as caught:
             refused(file, "train")
         assert ("q.jsonl has no splits" in str(caught.value)) == (file == "q.jsonl")
         refused(file, "train[6:]")
@@ -503,5 +503,5 @@ def test_finished_traces_are_not_compared_on_later(finished, tmp_path):
     problems = tmp_path / "seen.jsonl"
     problems.write_text("".join(json.dumps(trace.columns) + "\n" for _, trace in read_traces(raw.out)))
     config = config_in(folder, compare={"data": str(problems), "split": "test", "limit": None})
-    with pytest.raises(UserError, match="raw: . of its . problems are the comparison's"):
+    with pytest.raises(UserError, match="raw: 24 of its 24 problems are the comparison's"):
         rounds.check(plan, rounds.comparison_of(config, plan))

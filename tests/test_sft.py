@@ -514,6 +514,23 @@ def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     assert data.notes == [f"4 traces of problems in {other} are left out"]
 
 
+def test_a_trace_of_a_validation_problem_is_known_by_what_it_was_asked(settings, tmp_path):
+    """Traces that were brought in without a task have ids of their own."""
+    question = "How many apples are left if three of seven are eaten?"
+    (tmp_path / "held.jsonl").write_text(json.dumps({"question": question, "answer": "4"}) + "\n")
+    rows = [
+        {"id": f"trace-{i}", "messages": [{"role": "user", "content": text}], "completion": "4"}
+        for i, text in enumerate((f"{question}\n\nThink first.", "1+3"))
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"data": str(tmp_path / "traces.jsonl"), "valid_share": 0}
+    evaluate = {"task": "qa", "data": str(tmp_path / "held.jsonl"), "limit": 1}
+    loaded = wrap(make_tokenizer(), make_model())
+    data = sft.prepare(loaded, SFTConfig(**{**settings, **own, "evaluate": evaluate}))
+    assert [row.id for row in data.train] == ["trace-1"]
+    assert data.notes == ["1 traces of validation problems are left out"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
