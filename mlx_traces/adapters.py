@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
+from mlx_traces.readers import parse_json, text_of
 from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
@@ -291,10 +292,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"{folder}: not an adapter folder, {name} is missing")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG}: not JSON ({first_line(error)})") from None
+    config = parse_json(text_of(folder / CONFIG), str(folder / CONFIG), several_lines=True)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: expected a JSON object, not a {type(config).__name__}")
     kind = config.get("fine_tune_type", "lora")

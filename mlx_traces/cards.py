@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_traces import adapters, hub, models, tables
 from mlx_traces.errors import UserError, clean
+from mlx_traces.fingerprints import doubt
 from mlx_traces.runs import fingerprint, on_the_way, read_json, whole_lines, write_atomic
 from mlx_traces.tasks import TASKS, gsm8k
 from mlx_traces.tasks.data import is_file
@@ -440,7 +441,13 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     if not isinstance(about, dict) or "problems" not in about:
         raise UserError(f"{run}: not an evaluation; make one with: mlx-traces eval --adapter {adapter}")
     own = about.get("adapter_files")
-    if own not in (None, fingerprint(adapter)):
+    now = fingerprint(adapter)
+    if own is not None and (reason := doubt(own, now)):
+        raise UserError(
+            f"{run}: whether it is an evaluation of these weights cannot be told (adapter_files: {reason}); "
+            "make one with: mlx-traces eval"
+        )
+    if own not in (None, now):
         raise UserError(f"{run}: an evaluation of another adapter, {about.get('adapter')}, or of other weights in it")
     if own is None and str(about.get("model")) != str(config.get("model")):
         raise UserError(f"{run}: an evaluation of {about.get('model')}, not of this adapter or its base")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
+from mlx_traces.readers import text_of
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -566,15 +567,17 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({why}); give a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     try:
         if sprawl := _sprawl(yaml.parse(text, loader)):
             raise UserError(f"{path}: {sprawl}")
+        if twice := _twice(yaml.compose(text, loader)):
+            line, key = twice
+            raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
         content = yaml.load(text, loader)
     # PyYAML meets a wrong date, or a tag that its text does not fit, with whatever its code runs into.
     except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
@@ -591,6 +594,26 @@ def _place(text: str, mark: Any) -> str:
     line = next(iter(text.splitlines()[mark.line : mark.line + 1]), "")
     shown = f"'{line.strip()[:60]}'" if line.strip() else "the end of the file"
     return f":{mark.line + 1}: not YAML from column {mark.column + 1} on: {shown}; check indents, brackets and quotes"
+
+
+def _twice(top: Any) -> tuple[int, str] | None:
+    """Return the line and the name of the first key that its mapping has already, None if there is none."""
+    import yaml
+
+    todo, seen, found = [top], set(), []
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        mapping = isinstance(node, yaml.MappingNode)
+        todo += [part for pair in node.value for part in pair] if mapping else node.value
+        keys = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else ():
+            if (key.tag, key.value) in keys:
+                found.append((key.start_mark.line + 1, key.value))
+            keys.add((key.tag, key.value))
+    return min(found, default=None)
 
 
 def _sprawl(events: Iterable[Any]) -> str:

@@ -213,7 +213,7 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for line_number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            rows.append(parse_row(line, f"{path}:{line_number}", columns))
+            rows.append(parse_row(line, f"{path}:{line_number}", columns, finite=False))
             if "step" in columns and not is_number(rows[-1]["step"]):
                 raise UserError(f"{path}:{line_number}: 'step' is no number; the file is damaged")
     return rows

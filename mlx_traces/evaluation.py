@@ -11,14 +11,15 @@ from time import perf_counter
 from typing import Any
 
 from mlx_traces import endpoint, ranks, stats
-from mlx_traces.config import AnswerConfig, EndpointConfig, EvalConfig, build
+from mlx_traces.config import AnswerConfig, Config, EndpointConfig, EvalConfig, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import vote_of
-from mlx_traces.tasks.prompts import Prompt, load_prompt
+from mlx_traces.tasks.data import is_file
+from mlx_traces.tasks.prompts import Prompt, columns_of, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
 NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"} | set(EndpointConfig.model_fields)
@@ -116,6 +117,18 @@ class Plan:
         name = self.config.prompt or self.task.default_prompt
         return greedy if name in self.task.few_shot else (*greedy, "shots", "shots_data")
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: a split's name that says nothing, an answer that is shown."""
+        gold = [name for name in columns_of(self.prompt.user) if name in self.task.gold_columns]
+        shows = [f"the prompt {self.prompt.name} shows the model the answer ({{{', '.join(gold)}}})"] if gold else []
+        return split_notes(self.config) + shows
+
+    def shown(self) -> str:
+        """Return 12 hexadecimal digits that stand for all that the model is shown, and the gold answers."""
+        told = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
         config = self.config
@@ -125,6 +138,7 @@ class Plan:
             **{name: AnswerConfig.model_fields[name].default for name in self.idle},
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+            "shown": self.shown(),
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
@@ -136,6 +150,14 @@ class Plan:
             "model_files": fingerprint(resolve(config.model)[0]) if local else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }
+
+
+def split_notes(config: Config) -> list[str]:
+    """Say that a split which was asked for by name is not there: a file has none, so all of it is read."""
+    named = "split" in config.model_fields_set and "[" not in config.split
+    if not (named and config.data and is_file(config.data)):
+        return []
+    return [f"{config.data} has no splits: {config.split!r} is all of it; a part is {config.split + '[:100]'!r}"]
 
 
 def plan(config: AnswerConfig) -> Plan:
@@ -175,7 +197,7 @@ def _prompt(task: Task, config: AnswerConfig, problems: list[Problem]) -> Prompt
             config.shots, config.seed, config.shots_data, frozenset(problem.id for problem in problems)
         )
     elif name.endswith((".yaml", ".yml")):
-        prompt = load_prompt(Path(name))
+        prompt = load_prompt(Path(name), task.gold_columns)
     else:
         raise unknown(f"prompt of {task.name}", name, (*task.styles, "FILE.yaml"))
     changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
@@ -312,7 +334,8 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
         raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
     order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
     samples.sort(key=lambda row: order[row["id"], row["sample"]])
-    result = summarize(planned, samples, folder.path.name, source.memory(), source.notes)
+    notes = [*planned.notes, *source.notes]
+    result = summarize(planned, samples, folder.path.name, source.memory(), notes)
     folder.finish(samples, asdict(result))
     return result
 

@@ -64,9 +64,10 @@ def encode(loaded: LoadedModel, trace: Trace, end: int, thinking: bool | None = 
 
     ``thinking`` sets the template's switch for the last turn, as `LoadedModel.render` does.
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn.
-    An earlier turn is learned where the template leaves it as it was; templates of reasoning models strip thoughts
-    from them. What the template itself opens (a ``<think>``) is part of the prompt; a completion without a thought
-    closes it first. A trace without messages is a text, learned from its first token on.
+    An earlier turn is learned where the template leaves it as it was, unless the trace says that it is not to be;
+    templates of reasoning models strip thoughts from them. What the template itself opens (a ``<think>``) is part of
+    the prompt; a completion without a thought closes it first. A trace without messages is a text, learned from its
+    first token on.
     """
     stop = () if trace.finish_reason == "length" else (end,)
     if not trace.messages:
@@ -81,20 +82,20 @@ def encode(loaded: LoadedModel, trace: Trace, end: int, thinking: bool | None = 
         completion = f"\n</think>\n\n{completion}"  # or the model would learn to end its turn inside the thought
     ids, trained = list(rendered.ids), [False] * len(rendered.ids)
     if any(turn["role"] == "assistant" for turn in messages):
-        ids, trained = _with_turns(loaded, messages, rendered)
+        ids, trained = _with_turns(loaded, messages, rendered, trace.not_learned or ())
     answer = [*_ids(loaded, completion), *stop]
     return Example(trace.id, (*ids, *answer), (*trained, *[True] * len(answer)))
 
 
 def _with_turns(
-    loaded: LoadedModel, messages: list[dict[str, str]], rendered: Rendered
+    loaded: LoadedModel, messages: list[dict[str, str]], rendered: Rendered, not_learned: tuple[int, ...]
 ) -> tuple[list[int], list[bool]]:
-    """Encode a rendered prompt in pieces, its assistant turns and their stop tokens marked as learned."""
+    """Encode a rendered prompt in pieces, the assistant's turns that are learned and their stop tokens marked so."""
     text, at = rendered.text, 0
     ids = list(rendered.ids[: len(rendered.ids) - len(_ids(loaded, text))])  # what no template writes: a first token
     trained = [False] * len(ids)
     for place, turn in enumerate(messages):
-        if turn["role"] != "assistant" or place == 0:
+        if turn["role"] != "assistant" or place == 0 or place in not_learned:
             continue
         start = len(before) if text.startswith(before := loaded.render_turns(messages[:place]).text) else -1
         said = start  # a plain chat has a space before the turn, which is learned with it as in the last turn

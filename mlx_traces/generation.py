@@ -12,7 +12,7 @@ from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import held, on_the_way, read_json, to_json, whole_lines, write_atomic
+from mlx_traces.runs import doubts, held, on_the_way, read_json, to_json, whole_lines, write_atomic
 from mlx_traces.traces import discard_unfinished, manifest_of, manifest_path, refuse_written, write_traces
 
 
@@ -120,6 +120,11 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
         begun.parent.mkdir(parents=True, exist_ok=True)
         if begun.exists() and (stored := read_json(begun)) != identity:
             changed = [key for key in dict.fromkeys((*stored, *identity)) if stored.get(key) != identity.get(key)]
+            if (unsure := doubts(stored, identity)) and len(unsure) == len(changed):
+                raise UserError(
+                    f"{out} cannot be continued, as it cannot be told whether it was of the same content "
+                    f"({'; '.join(unsure)}); remove {begun}, or choose another --out"
+                )
             raise UserError(
                 f"{out} was begun with other settings ({', '.join(changed)}); repeat those, or remove {begun}"
             )

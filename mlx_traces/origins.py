@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 from mlx_traces.errors import clean
+from mlx_traces.fingerprints import doubt
 
 LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # of run.json's versions, those that can move a result
 SAMPLING = ("top_p", "top_k", "min_p")  # which greedy decoding ignores
@@ -69,7 +71,10 @@ def _alike(
             for name, content in own.items():
                 groups.setdefault(repr([content.get(key) for key in parts]), []).append(name)
             apart = " than in ".join(map(_names, groups.values()))
-            lines.append(f"{what} {shown} is another one ({', '.join(parts)}) in {apart}")
+            pairs = [(a.get(key), b.get(key)) for key in parts for a, b in combinations(own.values(), 2)]
+            reasons = [doubt(*pair) for pair in pairs if pair[0] != pair[1]]
+            sure = f"is another one ({', '.join(parts)})"
+            lines.append(f"{what} {shown} {sure if '' in reasons else f'may be another one ({reasons[0]})'} in {apart}")
     return lines
 
 

@@ -61,6 +61,9 @@ class Score:
         return self.verdict == "correct"
 
 
+LISTS = ("messages", "completion_ids", "logprobs", "not_learned")  # fields of a trace
+
+
 @dataclass(frozen=True)
 class Trace:
     """A conversation whose last turn is a thinking trace: one line of a file under ``data/``.
@@ -69,7 +72,8 @@ class Trace:
     ``completion`` is the assistant's last turn, without the stop token. ``id`` is the problem's, so traces of one
     problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
     empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
-    trace is from, ``sample`` numbers the traces of one problem.
+    trace is from, ``sample`` numbers the traces of one problem. ``not_learned`` are the numbers of those ``messages``,
+    from 0, that are the assistant's and from which nothing is to be learned.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
@@ -91,6 +95,7 @@ class Trace:
     verdict: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
     score: float | None = None
+    not_learned: tuple[int, ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON object of this trace; what is not known is left out."""
@@ -117,9 +122,7 @@ class Trace:
         for name in ("id", "completion"):
             if not isinstance(row[name], str):
                 raise UserError(f"{where}: {name!r} must be a text, not {type(row[name]).__name__}")
-        lists = {
-            name: tuple(row[name]) for name in ("messages", "completion_ids", "logprobs") if row.get(name) is not None
-        }
+        lists = {name: tuple(row[name]) for name in LISTS if row.get(name) is not None}
         return cls(**{**row, **lists})
 
 

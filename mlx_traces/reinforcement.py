@@ -122,6 +122,7 @@ def _train(
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     longest = rollouts.longest_prompt(loaded, planned)
     identity = identity_of(config, planned, loaded, functions)
+    identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)

@@ -13,13 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import adapters, evaluation, policy, ranks, rewards, training
+from mlx_traces import adapters, evaluation, policy, ranks, rewards, selection, training
 from mlx_traces.batching import Example
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import LoadedModel
-from mlx_traces.records import Problem, problem_id
+from mlx_traces.records import Problem
 from mlx_traces.runs import on_the_way, read_json, to_json, write_atomic
 from mlx_traces.tasks import Task
 
@@ -120,12 +120,13 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     held_out = training.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
-    asked = {problem_id(problem.id) for problem in held_out.problems} if held_out else set()
-    problems = [problem for problem in planned.problems if problem_id(problem.id) not in asked]
-    left_out, notes = len(planned.problems) - len(problems), []
+    notes = [*evaluation.split_notes(config), *(evaluation.split_notes(config.evaluate) if config.evaluate else [])]
+    same = selection.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
+    problems = [problem for problem in planned.problems if not same(problem)]
+    left_out = len(planned.problems) - len(problems)
     if left_out and config.limit is None:  # as many others in their place, where there are such
-        more = _training_plan(EvalConfig(**shared), config, len(asked)).problems
-        problems = [problem for problem in more if problem_id(problem.id) not in asked][: len(planned.problems)]
+        more = _training_plan(EvalConfig(**shared), config, len(held_out.problems)).problems
+        problems = [problem for problem in more if not same(problem)][: len(planned.problems)]
     if left_out:
         notes.append(f"{left_out} training problems are validation problems and are left out")
     if not problems:

@@ -25,6 +25,7 @@ from mlx_traces import (
     models,
     rewards,
     scoring,
+    selection,
     tables,
     traces,
     tracking,
@@ -39,6 +40,7 @@ from mlx_traces.config import (
     FilterConfig,
     GenerateConfig,
     PPOConfig,
+    RawConfig,
     RLConfig,
     RoundsConfig,
     ScoreConfig,
@@ -46,11 +48,13 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.records import Trace, problem_id
+from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import RunFolder, fingerprint, on_the_way, provenance, to_json, write_atomic
-from mlx_traces.tasks import get_task, gsm8k
+from mlx_traces.tasks import Task, countdown, get_task, gsm8k
+from mlx_traces.tasks.data import is_file
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
+RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
 SOLVED = ("countdown", "gsm8k")  # tasks whose problems come with worked solutions
 
 Show = Callable[[str], Any]  # takes a station's name, returns a context whose value takes a line of metrics and a total
@@ -180,7 +184,7 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
         return (trace for _, trace in traces.read_traces(Path(raw.file))), raw.file
     styles = [task.prompt(name) for name in raw.prompts or [config.prompt]]
     if config.task == "countdown":
-        count = raw.count or 1000
+        count = raw.count or RAW_PROBLEMS
         return traces.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
     made = (
         trace
@@ -260,6 +264,9 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
     plan = stations(config, show)
     compared = comparison_of(config, plan)
     check(plan, compared)
+    for settings in (config.raw, config.generate, config.compare):
+        for note in evaluation.split_notes(settings):
+            say(f"note: {note}")
     for station in plan:
         if station.finished:
             say(f"{station.name}: {station.out} is there")
@@ -293,19 +300,49 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     _refuse_other_adapters(trainings(plan))
     for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
         tracking.client(name)
-    asked = {problem_id(problem.id) for problem in evaluation.plan(compared.evals[0]).problems}
+    asked = evaluation.plan(compared.evals[0])
+    same = selection.same_problem(asked.problems, asked.prompt)
+    for station in plan:
+        if not isinstance(station.recipe, (RawConfig, GenerateConfig, RLConfig)):
+            continue
+        learned = _learned(station, asked.task)
+        if shared := sum(map(same, learned)):
+            raise UserError(
+                f"{station.name}: {shared} of its {len(learned)} problems are the comparison's; "
+                f"choose another split or data for one of them{_no_splits(station.recipe, asked.config)}"
+            )
     third = plan[-1].recipe
     if not isinstance(third, RLConfig) or plan[-1].finished:
         return
-    from mlx_traces import rollouts
-
-    planned, _, _ = rollouts.prepare(third.model_copy(update={"adapter": None}))  # which may not be there yet
     weights = {name: weight for name, weight in third.rewards.items() if name != "judge" or not third.judge}
     if weights:  # the judge itself is not loaded
-        rewards.load(weights, list(planned.problems[0].columns))
-    if shared := sum(problem_id(problem.id) in asked for problem in planned.problems):
-        count = f"{shared} of its {len(planned.problems)} problems are the comparison's"
-        raise UserError(f"round3: {count}; choose another split or data for one of them")
+        rewards.load(weights, list(learned[0].columns))
+
+
+def _learned(station: Station, task: Task) -> list[Problem] | list[Trace]:
+    """Return what a station's problems are, or will be: those in its file of traces, if that is there."""
+    recipe = station.recipe
+    if isinstance(recipe, RLConfig):
+        from mlx_traces import rollouts
+
+        return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems  # which may not be there yet
+    if station.finished and station.out.exists():
+        return [trace for _, trace in traces.read_traces(station.out)]
+    if isinstance(recipe, GenerateConfig):
+        return task.load(recipe.split, recipe.data, recipe.limit, recipe.seed)
+    if recipe.file is not None:
+        return [trace for _, trace in traces.read_traces(Path(recipe.file))]
+    if task.name == "countdown":
+        made = countdown.generate(recipe.split, recipe.count or RAW_PROBLEMS, recipe.seed)
+        return [task.parse({"nums": nums, "target": target}, "raw") for nums, target in made]
+    return task.load(recipe.split, recipe.data, recipe.count, recipe.seed)
+
+
+def _no_splits(recipe: Config, asked: Config) -> str:
+    """Say how a file is parted, where it is both learned from and compared on."""
+    if not (asked.data and recipe.data == asked.data and is_file(asked.data)):
+        return ""
+    return f": {asked.data} has no splits, only parts as in 'train[100:]' and 'test[:100]'"
 
 
 def _refuse_other_adapters(trained: list[Station]) -> None:

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.fingerprints import doubt, fingerprint
+from mlx_traces.readers import parse_json, text_of
 from mlx_traces.tasks.data import read_jsonl
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 SAMPLE_COLUMNS = (
     *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
     *("verdict", "stratum", "elapsed"),
 )
+NOTED_SINCE = ("shown", "held_out")  # what an identity has now, and had not in earlier versions
 TRIES = 100  # at a folder that others remove
 PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
@@ -284,10 +286,18 @@ class RunFolder:
 
     def check(self, identity: dict[str, Any], idle: Collection[str] = ()) -> None:
         """Raise UserError if the run was started with another identity; ``idle`` keys, which change nothing, aside."""
-        if (self.path / "run.json").exists() and (differences := self._differences(identity, idle)):
+        if not (self.path / "run.json").exists():
+            return
+        stored = self.identity
+        if found := differences(stored, identity, idle):
             raise UserError(
-                f"{self.path} was started with other settings ({'; '.join(differences)}); "
+                f"{self.path} was started with other settings ({'; '.join(found)}); "
                 "repeat those, or choose another --out"
+            )
+        if unsure := doubts(stored, identity):
+            raise UserError(
+                f"{self.path} cannot be continued, as it cannot be told whether it was of the same content "
+                f"({'; '.join(unsure)}); choose another --out"
             )
 
     def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
@@ -299,15 +309,6 @@ class RunFolder:
             write_atomic(self.path / "run.json", to_json({"identity": identity, **details}))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
-
-    def _differences(self, identity: dict[str, Any], idle: Collection[str]) -> list[str]:
-        """Name what differs between the stored identity and this one, briefly."""
-        stored, identity = _flat(self.identity), _flat(identity)
-        return [
-            f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
-            for key in dict.fromkeys((*stored, *identity))
-            if stored.get(key) != identity.get(key) and key not in idle
-        ]
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add finished samples; once this returns, a killed process does not lose them."""
@@ -356,6 +357,26 @@ def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
     }
 
 
+def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collection[str] = ()) -> list[str]:
+    """Name what differs between a stored identity and this one, briefly; files of which it cannot be told do not."""
+    stored, identity = _flat(stored), _flat(identity)
+    return [
+        f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
+        for key in dict.fromkeys((*stored, *identity))
+        if stored.get(key) != identity.get(key)
+        and key not in idle
+        and not doubt(stored.get(key), identity.get(key))
+        and (key in stored or key not in NOTED_SINCE)
+    ]
+
+
+def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """Name the fingerprints of which it cannot be told whether they are of the same content, and why."""
+    found = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
+    found |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
+    return [f"{key}: {reason}" for key, reason in found.items() if reason]
+
+
 def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     """Read JSON lines; a last line that was cut off while being written is removed from the file."""
     if not path.exists():
@@ -365,17 +386,12 @@ def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     if whole < len(content):
         with on_the_way(path), path.open("r+b") as file:
             file.truncate(whole)
-    return [row for _, row in read_jsonl(path, columns)]
+    return [row for _, row in read_jsonl(path, columns, finite=False)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
+    content = parse_json(text_of(path), str(path), several_lines=True, finite=False)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -439,19 +455,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() or None
-
-
-def fingerprint(folder: Path) -> str:
-    """Return 12 hexadecimal digits that change with a model's or adapter's files.
-
-    Names, sizes, and the first and last MiB of weights, settings, templates and tokenizer: cheap for large models.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:12]

@@ -14,6 +14,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.quality import headline
 from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task
+from mlx_traces.tasks.prompts import Prompt
 
 SHINGLE = 5  # words
 SHORT_QUESTION = 8  # words; a shorter one is known by its problem's id alone
@@ -179,6 +180,36 @@ def _ceil(value: float) -> int:
 # ---------------------------------------------------------------------------------- evaluation problems
 
 
+def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Problem | Trace], bool]:
+    """Return the function that says whether a problem or trace is one of these problems, by its content.
+
+    It is if it has the id of one, or the whole question of one, or its prompt, in its question or a user's turn; case
+    and white space aside, and of a question below `SHORT_QUESTION` words only if nothing stands beside it.
+    """
+    ids = {problem_id(problem.id) for problem in problems}
+    asked = [str(problem.columns.get("question", "")) for problem in problems]
+    asked += [prompt.messages(problem)[-1]["content"] for problem in problems]
+    whole = {tuple(text.casefold().split()) for text in asked} - {()}
+    starts: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for words in whole:
+        if len(words) >= SHORT_QUESTION:
+            starts[words[:SHORT_QUESTION]].append(words)
+
+    def within(words: tuple[str, ...]) -> bool:
+        return words in whole or any(
+            words[at : at + len(question)] == question
+            for at, gram in enumerate(_grams(words, SHORT_QUESTION))
+            for question in starts.get(gram, ())
+        )
+
+    def same(one: Problem | Trace) -> bool:
+        texts = [str(one.columns.get("question", ""))]
+        texts += [turn["content"] for turn in getattr(one, "messages", ()) if turn["role"] == "user"]
+        return problem_id(one.id) in ids or any(within(tuple(text.casefold().split())) for text in texts)
+
+    return same
+
+
 def overlap(problems: Sequence[Problem], words: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return the function that says whether the trace of an index is free of these problems.
 
@@ -210,7 +241,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def _grams(words: list[str], size: int) -> Iterable[tuple[str, ...]]:
+def _grams(words: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
     return zip(*(words[at:] for at in range(size)), strict=False)
 
 

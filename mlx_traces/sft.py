@@ -30,6 +30,7 @@ from mlx_traces import (
     optim,
     ranks,
     sampling,
+    selection,
     sharing,
     tracking,
     training,
@@ -38,10 +39,9 @@ from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
 from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
-from mlx_traces.examples import Encoded
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
-from mlx_traces.records import problem_id
+from mlx_traces.records import Trace, problem_id
 from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
@@ -93,20 +93,27 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
 
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
-
-    def read(file: str) -> Encoded:
-        how = config.max_length, config.over_long, config.thinking
-        return examples.encode_all(loaded, read_traces(Path(file)), *how)
-
+    how = config.max_length, config.over_long, config.thinking
     plan = training.held_out_plan(config.model, config)
-    encoded = read(config.data)
-    notes = examples.describe(encoded, config.max_length)
-    asked = {problem_id(problem.id) for problem in plan.problems} if plan else set()
-    rows = [example for example in encoded.examples if problem_id(example.id) not in asked]
-    if len(rows) < len(encoded.examples):
-        notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
+    same = selection.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
+    left_out = 0
+
+    def learned() -> Iterator[tuple[str, Trace]]:
+        nonlocal left_out
+        for where, trace in read_traces(Path(config.data)):
+            if same(trace):
+                left_out += 1
+            else:
+                yield where, trace
+
+    encoded = examples.encode_all(loaded, learned(), *how)
+    notes = evaluation.split_notes(config.evaluate) if config.evaluate else []
+    notes += examples.describe(encoded, config.max_length)
+    rows = encoded.examples
+    if left_out:
+        notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
-        kept = read(config.valid)
+        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), *how)
         notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]
         if not kept.examples:
             raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")
@@ -176,7 +183,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
     config = models.with_adapter(config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
-    identity = identity_of(config, loaded, data)
+    identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)

@@ -8,18 +8,20 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mlx_traces.errors import UserError, unknown
+from mlx_traces.errors import UserError, clean, unknown
+from mlx_traces.readers import MARK, text_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import ids_digest, leftovers, provenance, read_json, replacing, sync, to_json
 from mlx_traces.tasks import Task, countdown, gsm8k
-from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
+from mlx_traces.tasks.data import Row, content_id, file_rows, hub_rows, is_file, listed, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
 from mlx_traces.tasks.solver import search_trace
 
@@ -29,7 +31,7 @@ NUMBER = (int, float)
 FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("task", "prompt", "source", "finish_reason", "verdict"), ("a text", (str,))),
     **dict.fromkeys(("columns", "scores"), ("an object", (dict,))),
-    **dict.fromkeys(("completion_ids", "logprobs"), ("a list of numbers", (list,))),
+    **dict.fromkeys(("completion_ids", "logprobs", "not_learned"), ("a list of numbers", (list,))),
     "sample": ("a whole number", (int,)),
     "score": ("a number", NUMBER),
 }
@@ -50,6 +52,9 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
         for name in ("completion_ids", "logprobs"):
             if not all(isinstance(value, NUMBER) for value in row.get(name) or ()):
                 raise UserError(f"{where}: {name!r} must be a list of numbers")
+        turns = len(row["messages"]) if isinstance(row["messages"], list) else 0
+        if not all(type(value) is int and 0 <= value < turns for value in row.get("not_learned") or ()):
+            raise UserError(f"{where}: 'not_learned' must be numbers of messages, from 0 to {turns - 1}")
         if not all(value is None or isinstance(value, NUMBER) for value in row.get("scores", {}).values()):
             raise UserError(f"{where}: 'scores' must be numbers or null, by name")
         yield where, Trace.from_row(row, where)
@@ -252,7 +257,25 @@ def restyle(text: str, style: str) -> str:
     """
     if style not in STYLES:
         raise unknown("style", style, STYLES)
-    thought, solution, is_open = _parts(text)
+    return _styled(*_parts(text), style)
+
+
+def with_thought(thought: str, content: str, style: str) -> str:
+    """Put a thought that was kept apart before what follows it, in the tags of ``style``; one is not put there twice.
+
+    Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
+    """
+    inner, rest, _ = _parts(thought)
+    thought = "\n".join(filter(None, (inner, rest)))
+    own, solution, is_open = _parts(content)
+    if own is None:
+        return _styled(thought, content.strip(), False, style)
+    kept = own if thought in own else "\n".join(filter(None, (thought, own)))
+    return _styled(kept, solution, is_open, style)
+
+
+def _styled(thought: str | None, solution: str, is_open: bool, style: str) -> str:
+    """Write the parts of a completion with the tags of a style."""
     sky = style == "sky-t1"
     gap = "\n\n" if sky else "\n"
     opening, closing = ("<|begin_of_thought|>", "<|end_of_thought|>") if sky else ("<think>", "</think>")
@@ -371,6 +394,7 @@ def _skip(skipped: Counter | None, reason: str) -> None:
 
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields in which a turn's thought is kept apart
 FORMATS = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
@@ -379,7 +403,7 @@ FORMATS = {
     "text": ("text",),
 }  # and the columns that a row must have
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-INSTEAD = "pass a .jsonl or .json file of its rows"
+INSTEAD = "pass a .jsonl, .json or .parquet file of its rows"
 
 
 def import_traces(
@@ -389,12 +413,17 @@ def import_traces(
     style: str | None = "think",
     split: str = "train",
     skipped: Counter | None = None,
+    dropped: Counter | None = None,
+    strict: bool = False,
 ) -> Iterator[Trace]:
-    """Yield the traces of a .jsonl, .json (a list) or .txt file, or of a hub data set.
+    """Yield the traces of a .jsonl, .json (a list), .parquet, .arrow or .txt file, or of a hub data set.
 
     The last assistant's turn is the completion; what follows it is dropped. A trace's id is its problem's if there is
     a task, else a hash of the turns before the completion (of the completion, if there are none); ``sample`` numbers
     the conversations with one id, skipped ones included.
+
+    A thought that a turn of the assistant keeps in a field of `THOUGHTS` is put before its content, in tags. A turn of
+    ``weight`` 0 is not learned: the completion is then the last turn that is, and earlier ones are marked in the trace.
 
     Args:
         data: a file or ``owner/name``.
@@ -404,10 +433,12 @@ def import_traces(
         style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
         split: of a hub data set, or a part such as ``train[:1000]``; of a file only the part counts.
         skipped: gets the numbers of conversations left out, by reason.
+        dropped: gets the numbers of turns of which a field was left out, by its name.
+        strict: refuse such a turn.
 
     Raises:
         UserError: for an unknown format or style, a file that cannot be read, a row without a column of the format or
-            the task, or a conversation without an assistant's turn.
+            the task, a conversation without an assistant's turn, or, with ``strict``, a field that is not imported.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
@@ -415,10 +446,16 @@ def import_traces(
         raise unknown("style", style, STYLES)
     seen: Counter[str] = Counter()
     source = Path(data).name if is_file(data) else data
+
+    def drop(name: str, where: str) -> None:
+        if strict:
+            raise UserError(f"{where}: {clean(name)[:80]} is not imported; leave --strict out to go without it")
+        _skip(dropped, clean(name)[:80])
+
     for where, row in _rows(data, format, split):
         _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
-        for turns, finish, fault in _conversations(row, format, where):
-            messages, completion = _halves(turns, format, where)
+        for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
+            messages, completion, unlearned, fault = _halves(turns, format, where, fault)
             identity, columns = content_id("trace", *(_spoken(messages) or [completion])), {}
             if task:
                 asked = {"question": messages[-1]["content"]} if "question" in task.columns and messages else {}
@@ -443,6 +480,7 @@ def import_traces(
                 source=source,
                 sample=seen[identity] - 1,
                 finish_reason=finish,
+                not_learned=tuple(unlearned) or None,
             )
 
 
@@ -468,39 +506,16 @@ def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
         span = slice(None)
     elif path.suffix.lower() == ".txt" and format == "text":
         rows = _paragraphs(path)
-    elif path.suffix.lower() == ".json":
-        rows = _json_rows(path)
     else:
-        rows = read_jsonl(path)
+        rows = file_rows(path)
     yield from islice(rows, span.start, span.stop)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (``file[index]``, row) of a list in a .json file; one that is no list is read as JSON lines."""
-    text = _text_of(path)
-    if not text.lstrip().startswith("["):
-        yield from read_jsonl(path)
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
-    for index, row in enumerate(rows):
-        yield (where := f"{path}[{index}]"), parse_row(json.dumps(row), where, ())
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
     lines: list[str] = []
-    for number, line in enumerate([*_text_of(path).split("\n"), ""], 1):
+    for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
+        line = line.removeprefix(MARK)  # of a file that was put behind another
         if line.strip():
             lines.append(line)
         elif lines:
@@ -517,25 +532,39 @@ def _need(row: Row, columns: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
 
 
-def _conversations(row: Row, format: str, where: str) -> Iterator[tuple[list[Message], str | None, str | None]]:
+@dataclass(frozen=True)
+class _Turn:
+    """A turn of a conversation, its thought in tags, and whether the assistant's are learned."""
+
+    message: Message
+    learned: bool = True
+
+
+def _conversations(
+    row: Row, format: str, where: str, style: str, drop: Callable[[str, str], None]
+) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
     """Yield (turns, finish reason, why it is to be skipped) of a row's conversations."""
     if format == "open-r1":
         yield from _generations(row, where)
         return
+    if format == "text":
+        yield [_Turn({"role": "assistant", "content": _text(row["text"], "text", where)})], None, None
+        return
     if format == "messages":
-        turns = _turns(row["messages"], "role", "content", where)
+        turns = _turns(row["messages"], "role", "content", where, style, drop)
     elif format == "sharegpt":
-        turns = _turns(row["conversations"], "from", "value", where)
-        if row.get("system"):
-            turns.insert(0, {"role": "system", "content": _text(row["system"], "system", where)})
-    elif format == "prompt-completion":
-        turns = _said(row, "prompt", "user", where) + _said(row, "completion", "assistant", where)
+        turns = _turns(row["conversations"], "from", "value", where, style, drop)
     else:
-        turns = [{"role": "assistant", "content": _text(row["text"], "text", where)}]
+        turns = _said(row, "prompt", "user", where, style, drop)
+        turns += _said(row, "completion", "assistant", where, style, drop)
+    if row.get("system") and any(turn.message["role"] == "system" for turn in turns):
+        drop("a system column beside a system turn", where)
+    elif row.get("system"):
+        turns.insert(0, _Turn({"role": "system", "content": _text(row["system"], "system", where)}))
     yield turns, None, None
 
 
-def _generations(row: Row, where: str) -> Iterator[tuple[list[Message], str | None, str | None]]:
+def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
     """Yield a conversation for each generation; faulty are those cut off, and those no check of the row finds correct.
 
     The checks are the lists ``correctness_…``; where none says anything, the generation counts as correct.
@@ -552,26 +581,50 @@ def _generations(row: Row, where: str) -> Iterator[tuple[list[Message], str | No
         finish = said.get("finish_reasons")
         finish = finish if finish in ("stop", "length") else None
         turn = {"role": "assistant", "content": _text(text, "generations", where)}
-        yield [question, turn], finish, wrong or cut
+        yield [_Turn(question), _Turn(turn)], finish, wrong or cut
 
 
-def _said(row: Row, column: str, role: str, where: str) -> list[Message]:
-    """Return a column's turns; a text is one turn of ``role``."""
+def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callable[[str, str], None]) -> list[_Turn]:
+    """Return a column's turns; a text is one turn of ``role``, whose thought may be in a column beside it."""
     if isinstance(row[column], str):
-        return [{"role": role, "content": row[column]}]
-    return _turns(row[column], "role", "content", where)
+        apart = {name: row[name] for name in THOUGHTS if role == "assistant" and isinstance(row.get(name), str)}
+        row, column = {column: [{"role": role, "content": row[column], **apart}]}, column
+    return _turns(row[column], "role", "content", where, style, drop)
 
 
-def _turns(turns: Any, role: str, content: str, where: str) -> list[Message]:
-    """Read a list of turns with these names for who speaks and what; other fields are dropped."""
+def _turns(
+    turns: Any, role: str, content: str, where: str, style: str, drop: Callable[[str, str], None]
+) -> list[_Turn]:
+    """Read a list of turns with these names for who speaks and what; other fields than these are dropped."""
     if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {role, content} <= set(turn) for turn in turns
+        isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role)) for turn in turns
     ):
         raise UserError(f"{where}: the turns must be a list of {{{role}, {content}}} objects")
+    found = []
     for turn in turns:
         if str(turn[role]) not in ROLES:
             raise UserError(f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(ROLES)} are understood")
-    return [{"role": ROLES[turn[role]], "content": _text(turn[content], content, where)} for turn in turns]
+        thoughts, said = _thoughts(turn, role), turn.get(content)
+        text = "" if said is None and thoughts else _text(said, content, where)
+        for name, thought in thoughts.items():
+            if thought.strip() != next(iter(thoughts.values())).strip():
+                drop(f"a second thought of a turn, {name!r}", where)
+        if thoughts:
+            text = with_thought(next(iter(thoughts.values())), text, style)
+        for name, value in turn.items():
+            if name not in (role, content, "weight", *thoughts) and value not in (None, "", [], {}):
+                drop(f"a turn's {name!r}", where)
+        if turn.get("weight", 1) not in (None, 0, 1):
+            raise UserError(f"{where}: 'weight' of a turn must be 0 or 1, not {str(turn['weight'])[:40]!r}")
+        found.append(_Turn({"role": ROLES[turn[role]], "content": text}, turn.get("weight", 1) != 0))
+    return found
+
+
+def _thoughts(turn: Row, role: str) -> dict[str, str]:
+    """Return the thoughts that a turn of the assistant keeps apart, by field."""
+    if ROLES.get(str(turn[role])) != "assistant":
+        return {}
+    return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -580,9 +633,15 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _halves(turns: list[Message], format: str, where: str) -> tuple[list[Message], str]:
-    """Return the turns before the last assistant's, and its text."""
-    last = max((at for at, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
+def _halves(
+    turns: list[_Turn], format: str, where: str, fault: str | None
+) -> tuple[list[Message], str, list[int], str | None]:
+    """Return the messages before the last turn that is learned, its text, which of them are not, and a fault."""
+    own = [at for at, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    if not own:
         raise UserError(f"{where}: no turn is the assistant's; {format} needs a completion in every row")
-    return turns[:last], turns[last]["content"]
+    learned = [at for at in own if turns[at].learned]
+    last = max(learned or own)
+    messages = [turn.message for turn in turns[:last]]
+    fault = fault or (None if learned else "every turn of the assistant has weight 0")
+    return messages, turns[last].message["content"], [at for at in own if at < last and not turns[at].learned], fault

@@ -271,7 +271,7 @@ def _traces(file: Path) -> tuple[str, list[str]]:
 
 def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
     metrics = []
-    for where, row in read_jsonl(folder.path / "metrics.jsonl", ("step",)):
+    for where, row in read_jsonl(folder.path / "metrics.jsonl", ("step",), finite=False):
         if strange := [name for name in ("step", *FIGURES) if not isinstance(row.get(name, 0), int | float)]:
             raise UserError(f"{where}: {strange[0]!r} must be a number, not {_brief(row[strange[0]])}")
         metrics.append(row)

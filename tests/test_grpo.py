@@ -719,6 +719,24 @@ def test_a_validation_problem_is_left_out_by_its_twin_too(settings, monkeypatch)
     assert {p.id for p in rollouts.prepare(config)[0].problems} == {p.id for p in planned.problems[1:]}
 
 
+def test_the_same_question_in_other_words_of_space_and_case_is_a_validation_problem(settings, tmp_path):
+    question = "How many apples are left if THREE of seven are eaten?"
+    other, file = tmp_path / "other.jsonl", tmp_path / "problems.jsonl"
+    other.write_text(json.dumps({"question": question, "answer": "4"}) + "\n")
+    again = f" {question.lower()}\n"
+    file.write_text("".join(json.dumps({"question": text, "answer": "4"}) + "\n" for text in (again, "1+3")))
+    evaluate = {**settings["evaluate"], "data": str(other), "split": "valid", "limit": 1}
+    planned, _, notes = rollouts.prepare(GRPOConfig(**{**settings, "limit": 2, "evaluate": evaluate}))
+    assert [problem.columns["question"] for problem in planned.problems] == ["1+3"]
+    assert notes == [
+        f"{other} has no splits: 'valid' is all of it; a part is 'valid[:100]'",
+        "1 training problems are validation problems and are left out",
+    ]
+    assert evaluation.split_notes(GRPOConfig(data=str(other))) == []  # not asked for by name
+    assert evaluation.split_notes(GRPOConfig(data=str(other), split="train[:1]")) == []
+    assert evaluation.split_notes(GRPOConfig(data="owner/name", split="train")) == []
+
+
 def test_validation_problems_are_not_trained_on(settings, tmp_path):
     evaluate = {**settings["evaluate"], "data": settings["data"], "limit": 2}
     planned, held_out, notes = rollouts.prepare(GRPOConfig(**{**settings, "evaluate": evaluate}))

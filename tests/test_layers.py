@@ -34,8 +34,8 @@ tasks.gsm8k tasks.countdown
 tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
 config stats hub
-records origins
-errors blas interrupts progress
+records origins readers
+errors blas interrupts progress fingerprints
 """
 
 

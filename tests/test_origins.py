@@ -1,15 +1,21 @@
 """What runs were made with: each thing changed, one at a time, and pointed out; nothing said where nothing differs."""
 
 import copy
+import hashlib
 import json
+import os
+import random
 import shutil
 
 import pytest
 
 import mlx_traces
-from mlx_traces import comparison, origins, tables
+from mlx_traces import comparison, evaluation, fingerprints, origins, tables
+from mlx_traces.config import EvalConfig
+from mlx_traces.errors import UserError
+from mlx_traces.fingerprints import doubt, fingerprint
 from mlx_traces.models import resolve
-from mlx_traces.runs import settled
+from mlx_traces.runs import RunFolder, settled
 
 ABOUT = {
     "identity": {
@@ -127,3 +133,83 @@ def test_run_and_table_say_what_they_were_made_with(tmp_path):
     assert about["fingerprints"]["model"] == about["identity"]["model_files"] and about["fingerprints"]["problems"]
     table = json.loads((out / "provenance.json").read_text())
     assert table["versions"] == about["versions"] and table["runs"] == {"nano_direct": {"run": name, **about}}
+
+
+def a_model(tmp_path, size):
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    content = bytearray(random.Random(0).randbytes(size))
+    (folder / "model.safetensors").write_bytes(content)
+    return folder, content
+
+
+@pytest.mark.parametrize("place", [0, 1_500_000, 2_500_000, 3_999_999])
+def test_a_fingerprint_sees_every_byte(tmp_path, place):
+    folder, content = a_model(tmp_path, 4_000_000)
+    before = fingerprint(folder)
+    content[place] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert before.startswith("2-") and fingerprint(folder) != before and not doubt(before, fingerprint(folder))
+
+
+def test_small_files_have_the_fingerprints_they_had(tmp_path):
+    """Those are of every byte, so runs of earlier versions keep their identity."""
+    folder, content = a_model(tmp_path, 1_500_000)
+    first, last = content[: 1 << 20], content[-(1 << 20) :]
+    former = hashlib.sha256(b"config.json 2 {}{}" + b"model.safetensors 1500000 " + first + last)
+    assert fingerprint(folder) == former.hexdigest()[:12]
+
+
+def test_of_a_giant_file_blocks_size_and_date_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "WHOLE", 3_000_000)
+    monkeypatch.setattr(fingerprints, "BLOCKS", 3)
+    folder, content = a_model(tmp_path, 9_000_000)
+    weights = folder / "model.safetensors"
+    before, date = fingerprint(folder), weights.stat().st_mtime_ns
+    for place, seen in ((4_500_000, True), (2_000_000, False)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        weights.write_bytes(changed)
+        os.utime(weights, ns=(date + 1, date + 1))
+        assert (doubt(before, fingerprint(folder)) == "") == seen and fingerprint(folder) != before
+    weights.write_bytes(content)
+    os.utime(weights, ns=(date, date))
+    assert fingerprint(folder) == before
+
+
+def test_a_fingerprint_of_an_older_version_is_neither_the_same_nor_another(tmp_path):
+    """A run is not continued, and a table does not say that its weights are others."""
+    old, new = "0123456789ab", "2-0123456789ab"
+    assert doubt(old, new) and doubt(new, old) and not doubt(old, "a" * 12) and not doubt(None, new)
+    line = "model nano may be another one (noted by an older version, which read only the first and last MiB of a file)"
+    abouts = {"a": changed("identity", "model_files", to=old), "b": changed("identity", "model_files", to=new)}
+    assert origins.differences(abouts) == [f"{line} in a than in b"]
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({"model_files": old, "seed": 0}, {})
+    with pytest.raises(UserError, match="cannot be told whether it was of the same content .model_files: noted by an"):
+        folder.check({"model_files": new, "seed": 0})
+    with pytest.raises(UserError, match=r"started with other settings \(seed was 0, now 1\)"):
+        folder.check({"model_files": new, "seed": 1})
+    with pytest.raises(UserError, match=r"same content \(shown: not noted by an older version\)"):
+        folder.check({"model_files": old, "seed": 0, "shown": "x"})
+    folder.check({"model_files": old, "seed": 0})
+
+
+def test_what_a_model_is_shown_is_part_of_a_runs_identity(tmp_path):
+    """A column beside question and answer, and the order of a Countdown problem's numbers."""
+    prompt = tmp_path / "mine.yaml"
+    prompt.write_text("user: '{context} {question}'\n")
+
+    def label(**row):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Q?", "answer": "1", **row}) + "\n")
+        return evaluation.plan(EvalConfig(task="qa", data=str(tmp_path / "q.jsonl"), prompt=str(prompt))).label
+
+    assert label(context="one") == label(context="one", other=3) != label(context="two")
+
+    def shown(nums):
+        (tmp_path / "c.jsonl").write_text(json.dumps({"nums": nums, "target": 6}) + "\n")
+        return evaluation.plan(EvalConfig(task="countdown", data=str(tmp_path / "c.jsonl"))).identity()
+
+    first, second = shown([1, 2, 3]), shown([3, 2, 1])
+    assert {key for key in first if first[key] != second[key]} == {"shown"}

@@ -1,13 +1,18 @@
 """Prompt templates and rows of problems."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
+from mlx_traces import evaluation
+from mlx_traces.config import EvalConfig, read_yaml
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
+from mlx_traces.tasks import get_task
 from mlx_traces.tasks.data import (
     content_id,
     hub_rows,
@@ -18,6 +23,7 @@ from mlx_traces.tasks.data import (
     text_column,
 )
 from mlx_traces.tasks.prompts import Prompt, fill, load_prompt
+from mlx_traces.traces import import_traces
 
 PROBLEM = Problem("p-1", {"question": "Use {x}?", "nums": [1, 2]}, "3")
 
@@ -80,7 +86,7 @@ def test_load_prompt(tmp_path):
         ("", "expected 'field: value' lines, found NoneType"),
         (
             "user: '{question}'\nsytem: x\n",
-            "unknown field 'sytem'; a prompt has user, system, prefill, stop, chat",
+            "unknown field 'sytem'; a prompt has user, system, prefill, stop, chat, show_gold",
         ),
         ("user: 7\n", "'user' must be a str, not 7"),
         ("user: x\nstop: END\n", "'stop' must be a list, not 'END'"),
@@ -99,6 +105,27 @@ def test_malformed_prompt_files(tmp_path, text, message):
         load_prompt(path)
     with pytest.raises(UserError, match=r"none.yaml: no such prompt file"):
         load_prompt(tmp_path / "none.yaml")
+
+
+def test_a_prompt_shows_the_answer_only_where_it_says_so(tmp_path):
+    """Of every task, wherever own prompts are read; the result of a run with one says so."""
+    path, data = tmp_path / "mine.yaml", tmp_path / "q.jsonl"
+    data.write_text('{"question": "Q?", "answer": "4"}\n')
+    for task in ("gsm8k", "qa"):
+        config = EvalConfig(task=task, data=str(data), prompt=str(path))
+        path.write_text("user: '{question} Hint: {answer}'\n")
+        for read in (get_task(task).prompt, lambda _: evaluation.plan(config)):  # noqa: B023
+            with pytest.raises(UserError, match="mine.yaml: {answer} would show the model the answer; take it out, or"):
+                read(str(path))
+        path.write_text("user: '{question} Hint: {answer}'\nshow_gold: true\n")
+        assert get_task(task).prompt(str(path)).user == "{question} Hint: {answer}"
+        assert evaluation.plan(config).notes == ["the prompt mine shows the model the answer ({answer})"]
+        path.write_text("user: '{question} {{answer}}'\nshow_gold: true\n")
+        assert get_task(task).prompt(str(path)) == load_prompt(path)
+        assert evaluation.plan(config).notes == []
+    path.write_text("user: x\nshow_gold: 1\n")
+    with pytest.raises(UserError, match="'show_gold' must be a bool, not 1"):
+        load_prompt(path)
 
 
 def test_read_jsonl(tmp_path):
@@ -285,3 +312,77 @@ def test_content_id():
     """The id depends on the parts and where they end, and takes any text."""
     assert content_id("t", "ab", "c") == content_id("t", "ab", "c") != content_id("t", "a", "bc")
     assert len(content_id("t", json.loads('"\\ud800"'))) == len("t-") + 10
+
+
+def test_a_mark_of_byte_order_is_passed_over_in_every_format(tmp_path):
+    """Also where files with one were put together; it is neither text nor part of a key."""
+    mark, line = "\ufeff", '{"question": "Q?", "answer": "A"}\n'
+    (tmp_path / "q.jsonl").write_text(mark + line + "\n" + mark + line + mark, "utf-8")
+    (tmp_path / "q.json").write_text(f"{mark}[{line}]", "utf-8")
+    (tmp_path / "q.csv").write_text(f"{mark}question,answer\nQ?,A\n", "utf-8")
+    wanted = {"question": "Q?", "answer": "A"}
+    for name, count in {"q.jsonl": 2, "q.json": 1, "q.csv": 1}.items():
+        assert [one.columns for one in get_task("qa").load("test", str(tmp_path / name), None, 0)] == [wanted] * count
+    (tmp_path / "mine.yaml").write_text(f"{mark}user: hello\n", "utf-8")
+    assert load_prompt(tmp_path / "mine.yaml").user == "hello"
+    (tmp_path / "t.txt").write_text(f"{mark}one\n\n{mark}two\n", "utf-8")
+    assert [trace.completion for trace in import_traces(str(tmp_path / "t.txt"), "text")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    """Excel and Windows tools write UTF-16; the message says so, whatever the format."""
+    for name, content in {
+        "q.jsonl": "{}\n",
+        "q.json": "[{}]",
+        "q.csv": "question,answer\n",
+        "q.yaml": "user: x",
+    }.items():
+        path = tmp_path / name
+        path.write_text(content, encoding)
+        with pytest.raises(UserError) as error:
+            load_prompt(path) if name == "q.yaml" else get_task("qa").load("test", str(path), None, 0)
+        assert str(error.value) == f"{path}: is {encoding.upper()[:6]}; save it as UTF-8"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_know_are_refused(tmp_path, number):
+    """With file and line; in quotes they are texts."""
+    fine, bad = '{"question": "NaN, Infinity?", "answer": "NaN"}', f'{{"question": "Q?", "answer": {number}}}'
+    (tmp_path / "q.jsonl").write_text(f"{fine}\n\n{bad}\n")
+    (tmp_path / "q.json").write_text(f"[{fine},\n{fine},\n{bad}]\n")
+    for name in ("q.jsonl", "q.json"):
+        with pytest.raises(UserError) as error:
+            get_task("qa").load("test", str(tmp_path / name), None, 0)
+        assert str(error.value).startswith(f"{tmp_path / name}:3: {number} is no number of JSON; write null")
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    """At any depth, with file and line; the same key in two mappings is fine, and so is one that an alias brings."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("user: a\nsystem: s\nuser: b\n")
+    with pytest.raises(UserError, match=r"mine.yaml:3: 'user' is given twice; keep one of them"):
+        load_prompt(path)
+    path.write_text("sft: &sft {rank: 1}\ntwo: [{rank: 2, <<: *sft}, {rank: 3}]\n")
+    assert read_yaml(path)["two"] == [{"rank": 2}, {"rank": 3}]
+    path.write_text("a:\n  - b: 1\n    c: 2\n    b: 3\n")
+    with pytest.raises(UserError, match=r"mine.yaml:4: 'b' is given twice"):
+        read_yaml(path)
+
+
+def test_tables_are_read(tmp_path):
+    """Parquet and Arrow files are rows like others; NaN is a missing value there, and a broken file ends in a line."""
+    columns = {"question": ["Q?", "R?"], "answer": ["4", "5"], "note": [math.nan, 1.0]}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "q.parquet"))
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    for file in (tmp_path / "q.parquet", arrow):
+        found = get_task("qa").load("test", str(file), None, 0)
+        assert [(one.gold, one.columns["note"]) for one in found] == [("4", None), ("5", 1.0)]
+    (tmp_path / "bad.parquet").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"bad.parquet: not a parquet file \("):
+        get_task("qa").load("test", str(tmp_path / "bad.parquet"), None, 0)
+    with pytest.raises(UserError, match=r"none.parquet: cannot be read"):
+        get_task("qa").load("test", str(tmp_path / "none.parquet"), None, 0)
+    with pytest.raises(UserError, match=r"q.parquet\[0\]: 'nums' is missing; this row has question, answer, note"):
+        get_task("countdown").load("test", str(tmp_path / "q.parquet"), None, 0)

@@ -56,7 +56,7 @@ def test_further_columns_are_kept(tmp_path):
         ("q.csv", "question,answer\nWhich?,Elbe,Oder\n", ":2: the header has 2 columns, this row has not"),
         ("q.csv", "question,answer\nWhich?, \n", ":2: 'answer' must be text or a number"),
         ("q.csv", "question,answer\n", " has no problems"),
-        ("q.csv", "question,answer\n" + "x" * 200_000 + ",1\n", ": cannot be read (not a UTF-8 .csv)"),
+        ("q.csv", "question,answer\n" + "x" * 10_000_001 + ",1\n", ":1: a field of more than 10,000,000 characters"),
         ("q.jsonl", '{"question": "Which?"}\n', ":1: 'answer' is missing; this row has question"),
         ("q.jsonl", '{"question": "Which?", "answer": null}\n', ":1: 'answer' must be text or a number"),
         ("q.jsonl", '{"question": " ", "answer": "Elbe"}\n', ":1: 'question' must be text or a number"),
@@ -70,6 +70,12 @@ def test_malformed_files(tmp_path, name, text, message):
     assert str(error.value).startswith(path + message)
 
 
+def test_a_long_field_of_a_csv_is_read(tmp_path):
+    """Longer than Python's own limit of 131,072 characters."""
+    path = write(tmp_path / "q.csv", "question,answer\n" + "x" * 200_000 + ",1\n")
+    assert len(load("test", path, None, 0)[0].columns["question"]) == 200_000
+
+
 def test_missing_files(tmp_path):
     """There is nothing to load without a file; bytes that are no text are told from a missing one."""
     with pytest.raises(UserError) as error:
@@ -81,7 +87,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"^foo.txt: cannot be read"):
         load("test", "foo.txt", None, 0)
     (tmp_path / "latin.csv").write_bytes(b"question,answer\n\xe9,1\n")
-    with pytest.raises(UserError, match=r"cannot be read \(not a UTF-8 .csv\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(not UTF-8 text\)"):
         load("test", str(tmp_path / "latin.csv"), None, 0)
 
 

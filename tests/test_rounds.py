@@ -14,7 +14,7 @@ from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
 from mlx_traces.tables import Run
-from mlx_traces.traces import manifest_path
+from mlx_traces.traces import manifest_path, read_traces
 
 TINY = {
     "name": "try",
@@ -461,3 +461,50 @@ def test_a_probe_leaves_the_weights_alone(tmp_path, monkeypatch):
     assert min(read, sampled, probe.training(outlook.first, 40, 20)) > 1
     after = dict(tree_flatten(probe.loaded.model.parameters()))
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("station", ["raw", "generated", "round3"])
+def test_what_is_learned_is_not_what_is_compared(tmp_path, station):
+    """One file has no splits, whatever names are given; the same questions in another file are found too."""
+    lines = "".join(f'{{"question": "{i} and one?", "answer": "#### {i}"}}\n' for i in range(9))
+    (tmp_path / "q.jsonl").write_text(lines)
+    again = "".join(f'{{"question": "{i}  AND one?", "answer": "so #### {i}"}}\n' for i in range(9))
+    (tmp_path / "again.jsonl").write_text(again)
+    names = {"raw": "raw", "generated": "generate"}
+
+    def refused(file, split):
+        learned = {"data": str(tmp_path / file), "split": split}
+        apart = {"data": str(tmp_path / "q.jsonl"), "split": "x[6:]"}
+        settings = {
+            "raw": {"count": None, **apart},
+            "generate": {"limit": None, **apart},
+            "round3": {"grpo": {**STEPS}},
+        }
+        settings["round3"]["grpo"] |= {"limit": None, **apart}
+        if station == "round3":
+            settings["round3"]["grpo"] |= learned
+        else:
+            settings[names[station]] |= learned
+        compared = {"data": str(tmp_path / "q.jsonl"), "split": "test[:6]", "limit": None}
+        config = config_in(tmp_path, task="gsm8k", prompt="thinking", compare=compared, **settings)
+        plan = rounds.stations(config, quiet)
+        rounds.check(plan, rounds.comparison_of(config, plan))
+
+    for file in ("q.jsonl", "again.jsonl"):
+        with pytest.raises(UserError, match=rf"{station}: \d of its \d problems are the comparison's") as caught:
+            refused(file, "train")
+        assert ("q.jsonl has no splits" in str(caught.value)) == (file == "q.jsonl")
+        refused(file, "train[6:]")
+
+
+def test_finished_traces_are_not_compared_on_later(finished, tmp_path):
+    """The comparison's settings name no station, so what is there is looked at."""
+    folder = finished[0]
+    plan = rounds.stations(config_in(folder), quiet)
+    raw = next(station for station in plan if station.name == "raw")
+    assert raw.finished
+    problems = tmp_path / "seen.jsonl"
+    problems.write_text("".join(json.dumps(trace.columns) + "\n" for _, trace in read_traces(raw.out)))
+    config = config_in(folder, compare={"data": str(problems), "split": "test", "limit": None})
+    with pytest.raises(UserError, match="raw: 24 of its 24 problems are the comparison's"):
+        rounds.check(plan, rounds.comparison_of(config, plan))

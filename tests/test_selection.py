@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
-from mlx_traces.selection import jaccard, select, shingles
+from mlx_traces.selection import jaccard, same_problem, select, shingles
 from mlx_traces.tasks import get_task
+from mlx_traces.tasks.prompts import Prompt
 
 OFF = {"correct_only": False, "finished": False, "duplicates": False}
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
@@ -215,3 +216,22 @@ def test_without_rules_all_is_kept():
 def test_an_unreadable_task_is_one_line():
     with pytest.raises(UserError, match="^trace p: 'nums'"):
         select([trace(task="countdown")], FilterConfig())
+
+
+def test_a_problem_is_known_by_its_content():
+    """By id, whole question, or prompt; case and white space aside. Other signs or numbers make another problem."""
+    prompt = Prompt("asked", "Solve this: {question}")
+    long = "How many apples are left if 3 of 7 are eaten?"
+    problems = [Problem("a#2", {"question": long}, "4"), Problem("b", {"question": "What is 5 + 3?"}, "8")]
+    same = same_problem(problems, prompt)
+
+    def asked_in(text):
+        return same(Trace("trace-1", ({"role": "user", "content": text}, {"role": "assistant", "content": long}), "x"))
+
+    assert same(Problem("a", {}, "")) and not same(Problem("c", {}, ""))
+    assert same(Problem("c", {"question": "  how MANY apples are left if 3 of 7\nare eaten?"}, ""))
+    assert not same(Problem("c", {"question": long.replace("7", "8")}, ""))
+    assert not same(Problem("c", {"question": "What is 5 - 3?"}, ""))
+    assert asked_in(f"Think first. {long} Then answer.") and asked_in("solve this: What is 5 + 3?")
+    assert asked_in("What is 5 + 3?")
+    assert not asked_in("What is 5 + 3? And 4?") and not asked_in("Something else that is at least eight words long")

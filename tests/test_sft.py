@@ -141,6 +141,18 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
         assert sft.prepare(loaded, config).held_out.config.thinking is expected
 
 
+def test_a_turn_that_is_not_to_be_learned_is_not():
+    loaded = wrap(make_tokenizer())
+    turns = (*ONE, {"role": "assistant", "content": "bad"}, *ONE, {"role": "assistant", "content": "good"}, *ONE)
+    end = examples.turn_end(loaded)
+    places = {"bad": len(ONE), "good": 2 * len(ONE) + 1}
+    for left_out in ((), (places["bad"],), (places["good"],), tuple(places.values())):
+        example = examples.encode(loaded, Trace("t", turns, "last", not_learned=left_out or None), end)
+        learned = loaded.tokenizer.decode([i for i, own in zip(example.ids, example.trained, strict=True) if own])
+        assert [word in learned for word in ("bad", "good")] == [places[word] not in left_out for word in places]
+        assert "last" in learned
+
+
 def test_turn_end_is_what_the_template_writes():
     vocabulary = make_tokenizer().get_vocab()
     assert examples.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
@@ -530,8 +542,10 @@ def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
     other = write_traces(tmp_path / "valid.jsonl", 4)
     data = sft.prepare(loaded, config.model_copy(update={"valid": other}))
     assert len(data.train) == 20 and data.notes == [f"4 traces of problems in {other} are left out"]
-    asked = [Problem(name, {}, "") for name in ("p3", "p5#2")]
-    monkeypatch.setattr(training, "held_out_plan", lambda *_: SimpleNamespace(problems=asked))
+    asked = SimpleNamespace(
+        problems=[Problem(name, {"question": name}, "") for name in ("p3", "p5#2")], prompt=Prompt("own", "{question}")
+    )
+    monkeypatch.setattr(training, "held_out_plan", lambda *_: asked)
     data = sft.prepare(loaded, config.model_copy(update={"valid_share": 0.0}))
     assert len(data.train) == 20 and not {row.id for row in data.train} & {"p3", "p3#2", "p5", "p5#2"}
 
@@ -566,6 +580,23 @@ def test_validation_traces_without_room_are_not_continued(settings, tmp_path):
         assert told == [said] * bool(count)
         samples = (tmp_path / f"{count} {names[0]}" / "samples.jsonl").read_text().splitlines()
         assert samples and {json.loads(line)["id"] for line in samples} == {"fits"}
+
+
+def test_a_trace_of_a_validation_problem_is_known_by_what_it_was_asked(settings, tmp_path):
+    """Traces that were brought in without a task have ids of their own."""
+    question = "How many apples are left if three of seven are eaten?"
+    (tmp_path / "held.jsonl").write_text(json.dumps({"question": question, "answer": "4"}) + "\n")
+    rows = [
+        {"id": f"trace-{i}", "messages": [{"role": "user", "content": text}], "completion": "4"}
+        for i, text in enumerate((f"{question}\n\nThink first.", "1+3"))
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"data": str(tmp_path / "traces.jsonl"), "valid_share": 0}
+    evaluate = {"task": "qa", "data": str(tmp_path / "held.jsonl"), "limit": 1}
+    loaded = wrap(make_tokenizer(), make_model())
+    data = sft.prepare(loaded, SFTConfig(**{**settings, **own, "evaluate": evaluate}))
+    assert [row.id for row in data.train] == ["trace-1"]
+    assert data.notes == ["1 traces of validation problems are left out"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -400,6 +401,96 @@ def test_open_r1_keeps_what_its_own_checks_found_correct(tmp_path):
     assert len({one.id for one in imported(path, "open-r1")}) == 1
 
 
+APART = {"role": "assistant", "content": "It is 42."}
+
+
+@pytest.mark.parametrize("field", traces.THOUGHTS)
+def test_a_thought_in_a_field_of_its_own_is_kept(tmp_path, field):
+    """In every format of conversations, in the import's tags; also where nothing follows it, or the content has it."""
+    thought = {field: "Seven sixes."}
+    path, dropped = tmp_path / "a.jsonl", Counter()
+    rows = {
+        "messages": {"messages": [USER, {**APART, **thought}]},
+        "sharegpt": {
+            "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "It is 42.", **thought}]
+        },
+        "prompt-completion": {"prompt": "Q?", "completion": [{**APART, **thought}]},
+    }
+    for form, row in [*rows.items(), ("prompt-completion", {"prompt": "Q?", "completion": "It is 42.", **thought})]:
+        write_lines(path, row)
+        for style in ("think", None):
+            (one,) = imported(path, form, style=style, dropped=dropped)
+            assert one.completion == "<think>\nSeven sixes.\n</think>\nIt is 42."
+        (one,) = imported(path, form, style="sky-t1", dropped=dropped)
+        assert parts(one.completion) == ("Seven sixes.", "It is 42.") and one.completion.startswith("<|begin_of_tho")
+    tagged = "<think>\nSeven sixes.\n</think>\nIt is 42."
+    for turn, wanted in (
+        ({**APART, "content": "", **thought}, "<think>\nSeven sixes.\n</think>"),
+        ({**APART, "content": None, **thought}, "<think>\nSeven sixes.\n</think>"),
+        ({"role": "assistant", **thought}, "<think>\nSeven sixes.\n</think>"),
+        ({**APART, "content": tagged, **thought}, tagged),
+        ({**APART, field: "<think>Seven sixes.</think>"}, tagged),
+        ({**APART, field: None}, "It is 42."),
+        ({**APART, "reasoning": "Seven sixes.", "reasoning_content": "Seven sixes."}, tagged),
+    ):
+        (one,) = imported(write_lines(path, {"messages": [USER, turn]}), "messages", dropped=dropped)
+        assert one.completion == wanted
+    (one,) = imported(write_lines(path, {"messages": [USER, {**APART, **thought}, USER, APART]}), "messages")
+    assert one.messages[1]["content"] == tagged and not dropped
+
+
+def test_a_turn_of_weight_0_is_not_learned(tmp_path):
+    path, skipped, dropped = tmp_path / "a.jsonl", Counter(), Counter()
+    bad, good = {**APART, "content": "BAD", "weight": 0}, {**APART, "weight": 1}
+    options = {"skipped": skipped, "dropped": dropped}
+    (one,) = imported(write_lines(path, {"messages": [USER, bad, USER, good]}), "messages", **options)
+    assert (one.completion, one.not_learned) == ("It is 42.", (1,))
+    write_traces(tmp_path / "b.jsonl", [one], MANIFEST)
+    assert next(read_traces(tmp_path / "b.jsonl"))[1] == one
+    (one,) = imported(write_lines(path, {"messages": [USER, good, USER, bad]}), "messages", **options)
+    assert (one.completion, one.not_learned, len(one.messages)) == ("It is 42.", None, 1)
+    assert imported(write_lines(path, {"messages": [USER, bad]}), "messages", **options) == []
+    assert skipped == {"every turn of the assistant has weight 0": 1} and not dropped
+    with pytest.raises(UserError, match="a.jsonl:1: 'weight' of a turn must be 0 or 1, not '0.5'"):
+        imported(write_lines(path, {"messages": [USER, {**APART, "weight": 0.5}]}), "messages")
+    row = {"id": "a", "messages": [USER, APART], "completion": "x", "not_learned": [2]}
+    with pytest.raises(UserError, match="'not_learned' must be numbers of messages, from 0 to 1"):
+        list(read_traces(write_lines(path, row)))
+
+
+def test_fields_of_a_turn_that_are_not_imported_are_counted_or_refused(tmp_path):
+    turn = {**APART, "tool_calls": [{"name": "f"}], "name": "Ann", "refusal": None}
+    row = {
+        "system": "Be brief.",
+        "messages": [{"role": "system", "content": "Be long."}, {**USER, "thought": "x"}, turn],
+    }
+    path, out, dropped = write_lines(tmp_path / "a.jsonl", row), tmp_path / "out.jsonl", Counter()
+    (one,) = imported(path, "messages", dropped=dropped)
+    wanted = {"a turn's 'thought'": 1, "a turn's 'tool_calls'": 1, "a turn's 'name'": 1}
+    assert dropped == {**wanted, "a system column beside a system turn": 1}
+    assert [turn["content"] for turn in one.messages] == ["Be long.", USER["content"]]
+    result = call("data", "import", path, "--format", "messages", "--out", out)
+    assert result.stderr.startswith(
+        f"1 traces written to {out}; 1 dropped (a turn's 'thought'), 1 dropped (a turn's 't"
+    )
+    assert manifest_of(out)["counts"]["dropped"] == dropped
+    result = call("data", "import", path, "--format", "messages", "--out", tmp_path / "b.jsonl", "--strict")
+    assert result.exit_code and f"{path}:1: a turn's 'thought' is not imported; leave --strict out" in result.stderr
+    (one,) = imported(
+        write_lines(Path(path), {"system": "Be brief.", "messages": [USER, APART]}), "messages", strict=True
+    )
+    assert one.messages[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_tables_are_imported(tmp_path):
+    """Turns in one of which a field is missing have it as null in all others of a table."""
+    turns = [USER, {**APART, "reasoning_content": "Seven sixes.", "weight": 1}]
+    datasets.Dataset.from_list([{"messages": turns}]).to_parquet(str(tmp_path / "a.parquet"))
+    dropped = Counter()
+    (one,) = imported(tmp_path / "a.parquet", "messages", dropped=dropped)
+    assert one.completion == "<think>\nSeven sixes.\n</think>\nIt is 42." and one.messages == (USER,) and not dropped
+
+
 def test_task_columns_make_traces_that_can_be_graded(tmp_path):
     row = {"messages": [USER, ASSISTANT], "nums": [3, 4, 6], "target": 30, "mine": 1}
     (one,) = imported(write_lines(tmp_path / "a.jsonl", row), "messages", "countdown")
@@ -452,7 +543,7 @@ def test_a_malformed_row_is_named(tmp_path, form, row, message):
 
 def test_unreadable_files_and_unknown_names(tmp_path):
     for name, content, message in (
-        ("a.json", b"[1", "a.json: not JSON"),
+        ("a.json", b"[1", "a.json:1: not JSON"),
         ("a.json", b"[1]", r"a.json\[0\]: expected an object"),
         ("a.json", b'[{"text": "\\ud83d"}]', r"a.json\[0\]: not valid Unicode"),
         ("a.json", b"[" * 100_000, "a.json: not JSON"),
@@ -468,7 +559,9 @@ def test_unreadable_files_and_unknown_names(tmp_path):
         imported(tmp_path / "a.json", "sharegtp")
     with pytest.raises(UserError, match="unknown style 'keep'"):
         imported(tmp_path / "a.json", "text", style="keep")
-    with pytest.raises(UserError, match="nobody/nothing could not be downloaded .*; pass a .jsonl or .json file"):
+    with pytest.raises(
+        UserError, match="nobody/nothing could not be downloaded .*; pass a .jsonl, .json or .parquet file"
+    ):
         imported("nobody/nothing", "text")
 
 
@@ -519,7 +612,7 @@ def test_the_commands_write_traces_and_say_how_many(tmp_path):
     result = call("data", "import", sky, "--format", "sharegpt", "--style", "keep", "--out", out)
     assert result.stderr == f"1 traces written to {out}\n"
     assert next(read_traces(out))[1].completion == SKY["conversations"][1]["value"]
-    assert manifest_of(out)["counts"] == {"written": 1, "skipped": {}}
+    assert manifest_of(out)["counts"] == {"written": 1, "skipped": {}, "dropped": {}}
 
 
 def test_errors_of_the_commands_are_one_line(tmp_path):

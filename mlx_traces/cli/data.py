@@ -146,26 +146,38 @@ def data_gsm8k(
 @click.option(
     "--split", default="train", show_default=True, help="Split of a hub data set; a slice as in 'train[:1000]'."
 )
+@click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: count them]")
 @click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
-def data_import(data: str, form: str, task: str | None, style: str, split: str, out: str | None) -> None:
-    """Bring in traces from FILE (.jsonl, .json, .txt) or a hub data set owner/name."""
+def data_import(data: str, form: str, task: str | None, style: str, split: str, strict: bool, out: str | None) -> None:
+    """Bring in traces from FILE (.jsonl, .json, .parquet, .arrow, .txt) or a hub data set owner/name.
+
+    A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
+    a turn of weight 0 is not learned; other fields of a turn are left out and counted.
+    """
     from mlx_traces import traces
     from mlx_traces.tasks import get_task
 
     grader = get_task(task) if task else None
-    config = {"data": data, "format": form, "task": task, "style": style, "split": split}
-    skipped = Counter()
-    made = traces.import_traces(data, form, grader, None if style == "keep" else style, split, skipped)
-    _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None)
+    config = {"data": data, "format": form, "task": task, "style": style, "split": split, "strict": strict}
+    skipped, dropped = Counter(), Counter()
+    own = None if style == "keep" else style
+    made = traces.import_traces(data, form, grader, own, split, skipped, dropped, strict)
+    _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None, dropped)
 
 
 def _write(
-    out: str, made: Iterable["Trace"], source: str, config: dict[str, Any], skipped: Counter, seed: int | None
+    out: str,
+    made: Iterable["Trace"],
+    source: str,
+    config: dict[str, Any],
+    skipped: Counter,
+    seed: int | None,
+    dropped: Counter | None = None,
 ) -> None:
     """Write traces and their manifest, and say how many."""
     from mlx_traces.traces import counted, source_of, write_traces
 
-    counts = {"skipped": skipped}
+    counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
     origin = source_of(source) if source == config.get("data") else {"source": source}
     written = write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
     left_out = counted(counts)

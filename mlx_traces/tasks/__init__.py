@@ -14,7 +14,8 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 class Task:
     """A task as plain data and functions.
 
-    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded.
+    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded;
+    ``gold_columns`` tell the answer, and are not shown.
     ``parse(row, where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``,
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
@@ -25,6 +26,7 @@ class Task:
     name: str
     columns: tuple[str, ...]
     graded_columns: tuple[str, ...]
+    gold_columns: tuple[str, ...]
     extractors: tuple[str, ...]
     prompts: dict[str, Prompt]
     default_prompt: str
@@ -42,7 +44,7 @@ class Task:
     def prompt(self, name: str) -> Prompt:
         """Return a built-in prompt without worked examples, or an own one's, ``FILE.yaml``; UserError if unknown."""
         if name.endswith((".yaml", ".yml")):
-            return load_prompt(Path(name))
+            return load_prompt(Path(name), self.gold_columns)
         if name not in self.prompts:
             raise unknown(f"prompt of {self.name}", name, (*self.prompts, "FILE.yaml"))
         return self.prompts[name]

@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import after_thought, answer_part, last_answer_tag, last_boxed
-from mlx_traces.tasks.data import hub_rows, is_file, load_rows, read_jsonl, split_slice
+from mlx_traces.tasks.data import file_rows, hub_rows, is_file, load_rows, split_slice
 from mlx_traces.tasks.prompts import Prompt
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
@@ -285,7 +285,7 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
         rows = ({"nums": nums, "target": target} for nums, target in generate(name, stop, seed))
         return load_rows((("generated", row) for row in islice(rows, span.start, None)), parse, limit, seed, split)
     if is_file(data):
-        rows = islice(read_jsonl(Path(data), TASK.columns), span.start, span.stop)
+        rows = islice(file_rows(Path(data), TASK.columns), span.start, span.stop)
     elif data.partition("@")[0].endswith(HUB_SETS):
         if name not in HUB_SPLITS:
             raise unknown("split", name, HUB_SPLITS)
@@ -335,6 +335,7 @@ TASK = Task(
     name="countdown",
     columns=("nums", "target"),
     graded_columns=("nums", "target"),
+    gold_columns=(),
     extractors=tuple(EXTRACTORS),
     prompts=PROMPTS,
     default_prompt="thinking",

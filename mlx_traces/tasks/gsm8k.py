@@ -17,7 +17,7 @@ from mlx_traces.tasks.answers import (
     strict,
     tolerant,
 )
-from mlx_traces.tasks.data import content_id, hub_rows, is_file, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.data import content_id, file_rows, hub_rows, is_file, load_rows, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt
 
 HUB, CONFIG, SPLITS = "openai/gsm8k", "main", ("train", "test")
@@ -70,7 +70,7 @@ def _load(split: str, data: str | None, limit: int | None, seed: int, instead: s
     name, span = split_slice(split)
     source = data or HUB
     if data and is_file(data):
-        rows = read_jsonl(Path(data), TASK.columns)
+        rows = file_rows(Path(data), TASK.columns)
     elif source.partition("@")[0] == HUB:
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
@@ -147,6 +147,7 @@ TASK = Task(
     name="gsm8k",
     columns=("question", "answer"),
     graded_columns=("answer",),
+    gold_columns=("answer",),
     extractors=("tolerant", "strict", "flexible", "last_number"),
     prompts=PROMPTS,
     default_prompt="plain",

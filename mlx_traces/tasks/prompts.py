@@ -1,7 +1,7 @@
 """Prompt styles: how a problem is put to a model. No MLX."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,24 @@ def as_text(messages: list[Message]) -> str:
     return text
 
 
-def load_prompt(path: Path) -> Prompt:
+def columns_of(template: str) -> list[str]:
+    """Return the names of the columns that a template shows."""
+    return list(dict.fromkeys(match[1] for match in _PLACEHOLDER.finditer(template) if match[1]))
+
+
+def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
     """Read an own prompt: a YAML mapping with ``user`` and, if wanted, ``system``, ``prefill``, ``stop`` and ``chat``.
 
+    Args:
+        path: the file.
+        gold: columns that tell the answer; they are shown only with ``show_gold: true``.
+
     Raises:
-        UserError: if the file is missing, is not such a mapping, or has other fields.
+        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer unasked.
     """
     from mlx_traces.config import read_yaml
 
-    fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool}
+    fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool, "show_gold": bool}
     content = read_yaml(path, "prompt")
     if "user" not in content:
         raise UserError(f"{path}: a prompt needs a 'user' template, and may have system, prefill, stop and chat")
@@ -83,5 +92,11 @@ def load_prompt(path: Path) -> Prompt:
             raise UserError(f"{path}: unknown field {key!r}; a prompt has {', '.join(fields)}")
         if not isinstance(value, fields[key]):
             raise UserError(f"{path}: {key!r} must be a {fields[key].__name__}, not {value!r}")
+    shown = [name for name in columns_of(content["user"]) if name in gold]
+    if shown and not content.pop("show_gold", False):
+        raise UserError(
+            f"{path}: {{{shown[0]}}} would show the model the answer; take it out, or add 'show_gold: true'"
+        )
+    content.pop("show_gold", None)
     stop = tuple(str(text) for text in content.pop("stop", ()))
     return replace(Prompt(name=path.stem, user=""), stop=stop, **content)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.readers import opened
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
@@ -23,16 +24,17 @@ from mlx_traces.tasks.answers import (
 from mlx_traces.tasks.data import (
     Row,
     content_id,
+    file_rows,
     hub_rows,
     is_file,
     listed,
     load_rows,
-    read_jsonl,
     split_slice,
     text_column,
 )
 from mlx_traces.tasks.prompts import Prompt
 
+MOST_FIELD = 10_000_000  # characters of a .csv's field
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
@@ -119,7 +121,7 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
     if not is_file(data):
         rows = hub_rows(data, None, name, INSTEAD)
     else:
-        rows = read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path, TASK.columns)
+        rows = read_csv(path) if path.suffix.lower() == ".csv" else file_rows(path, TASK.columns)
     return load_rows(islice(rows, span.start or 0, span.stop), parse, limit, seed, data)
 
 
@@ -129,9 +131,10 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: if it cannot be read, or a column is missing from the header or a row.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_FIELD))
+    with opened(path, newline="") as lines:
+        reader = csv.DictReader(lines)
+        try:
             for column in TASK.columns:
                 if column not in (reader.fieldnames or ()):
                     raise UserError(
@@ -142,9 +145,11 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
                 if None in row or None in row.values():
                     raise UserError(f"{where}: the header has {len(reader.fieldnames)} columns, this row has not")
                 yield where, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 .csv"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+        except csv.Error as error:
+            long = f"a field of more than {MOST_FIELD:,} characters; is a quotation mark left open?"
+            raise UserError(
+                f"{path}:{reader.line_num}: {long if 'field limit' in str(error) else f'not a .csv ({error})'}"
+            ) from None
 
 
 PROMPTS = {
@@ -161,6 +166,7 @@ TASK = Task(
     name="qa",
     columns=("question", "answer"),
     graded_columns=("answer",),
+    gold_columns=("answer",),
     extractors=("tolerant", "exact", "last_number"),
     prompts=PROMPTS,
     default_prompt="plain",
