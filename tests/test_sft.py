@@ -17,6 +17,7 @@ from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
+from mlx_traces.tasks.prompts import Prompt
 
 # ---------------------------------------------------------------------------------- which tokens are learned
 
