@@ -39,12 +39,16 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The hub. ``broken`` counts, by file, the answers still to be cut off half-way; ``asked`` is every request."""
+    """The hub. ``broken`` counts, by file, the answers still to be cut off half-way; ``asked`` is every request.
+
+    ``failing`` refuses all but the front page.
+    """
 
     models: dict[str, Repository] = field(default_factory=dict)
     datasets: dict[str, Repository] = field(default_factory=dict)
     broken: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+    failing: bool = False
     stored: dict[str, bytes] = field(default_factory=dict)  # of git LFS, by SHA-256
 
     def __enter__(self) -> "Hub":
@@ -107,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
                 raise _Refused(401, "", "Invalid credentials in Authorization header")
+            if self.hub.failing and path != "/":
+                raise _Refused(410, "", "not today")
             for pattern, method in _ROUTES:
                 if found := re.fullmatch(pattern, path):
                     getattr(self, method)(**{name: unquote(part or "") for name, part in found.groupdict().items()})

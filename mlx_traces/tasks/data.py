@@ -103,11 +103,19 @@ def _download(name: str, config: str | None, split: str, revision: str, instead:
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision or None)
+        rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
     except Exception as error:  # the client raises a dozen unrelated types
         why = hub.ask_why(name, revision or None, "dataset")
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{why or f'{name} could not be downloaded ({reason})'}; {instead}") from None
+    commit = hub.commit_here(name, revision, "dataset") or revision
+    files = getattr(rows, "cache_files", None)
+    if not files or Path(files[0]["filename"]).parent.name == commit or not re.fullmatch("[0-9a-f]{40}", commit):
+        return rows
+    # The hub failed in the middle, and the client took what it found here, of whatever revision.
+    if (rows := _downloaded(name, config, split, revision)) is None:
+        raise UserError(f"{name} could not be downloaded (the hub failed meanwhile); repeat the command, or {instead}")
+    return rows
 
 
 def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any:
