@@ -110,7 +110,11 @@ def _download(name: str, config: str | None, split: str, revision: str, instead:
         raise UserError(f"{why or f'{name} could not be downloaded ({reason})'}; {instead}") from None
     commit = hub.commit_here(name, revision, "dataset") or revision
     files = getattr(rows, "cache_files", None)
-    if not files or Path(files[0]["filename"]).parent.name == commit or not re.fullmatch("[0-9a-f]{40}", commit):
+    if not re.fullmatch("[0-9a-f]{40}", commit):  # no such revision, says the hub, and older clients do not pass it on
+        if revision and (why := hub.ask_why(name, revision, "dataset")):
+            raise UserError(f"{why}; {instead}")
+        return rows
+    if not files or Path(files[0]["filename"]).parent.name == commit:
         return rows
     # The hub failed in the middle, and the client took what it found here, of whatever revision.
     if (rows := _downloaded(name, config, split, revision)) is None:
