@@ -142,9 +142,9 @@ def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
     """Return the metadata of a card on the hub, which mlx_lm leaves there; empty if it is out of reach."""
     from huggingface_hub import errors, hf_hub_download
 
-    offline = hub.switched_off() or bool(hub.fault())
+    away = bool(hub.out_of_reach())
     try:
-        return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=offline)).parent)
+        return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=away)).parent)
     except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError):
         return {}
 

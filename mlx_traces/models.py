@@ -2,18 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlx_traces import device as devices
+from mlx_traces import hub
 from mlx_traces.config import shipped
 from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
-from mlx_traces.runs import fingerprint
+from mlx_traces.runs import fingerprint, on_the_way
 from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 
@@ -342,34 +343,49 @@ def _parts(name: str, adapter: str | None) -> tuple[str, str | None]:
 
 def cached_models() -> list[str]:
     """List the hub ids of downloaded models."""
+    return sorted({name for name, _ in _cached()})
+
+
+def _cached() -> Iterator[tuple[str, str]]:
+    """Yield (hub id, branch, tag or commit) of what was downloaded whole."""
     from huggingface_hub import constants
 
-    found = Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots")
-    return sorted(folder.parent.name.removeprefix("models--").replace("--", "/", 1) for folder in found)
+    for snapshot in Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*"):
+        if _missing(snapshot) is None:
+            refs = snapshot.parent.parent / "refs"
+            files = (path for path in refs.glob("**/*") if path.is_file())
+            own = [str(path.relative_to(refs)) for path in files if path.read_bytes().strip() == snapshot.name.encode()]
+            name = refs.parent.name.removeprefix("models--").replace("--", "/", 1)
+            yield from ((name, ref) for ref in own or [snapshot.name])
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    """Download what is not here of a model; return its folder in the hub's cache."""
+    from huggingface_hub import constants, snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
-    except (errors.GatedRepoError, errors.DisabledRepoError):
-        raise UserError(
-            f"{name} asks for an agreement first: accept it on the model's page, then run `hf auth login`"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"unknown model {name!r}: not on the hub, or private (then run `hf auth login`); "
-            f"{WHAT_A_NAME_IS}{_close(name)}"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name} has no revision {revision!r}; give a branch, tag or commit of it") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
-        offline = isinstance(error.__cause__ or error, errors.OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE is set" if offline else "no network or hub not reachable"
-        instead = choices([NANO, "a folder", *(f"{found} (downloaded)" for found in cached_models()[:2])])
-        raise UserError(f"{name} could not be downloaded ({why}); pass {instead}{_close(name)}") from None
+    away = hub.out_of_reach()
+    wanted = {"revision": revision, "allow_patterns": DEFAULT_ALLOW_PATTERNS, "local_files_only": bool(away)}
+    with on_the_way(Path(constants.HF_HUB_CACHE), "repeat the command"):
+        try:
+            return Path(snapshot_download(name, **wanted))
+        except Exception as error:  # the client, and what it transfers with, raise a dozen unrelated types
+            if getattr(error, "errno", None):
+                raise  # the disk's
+            raise _not_downloaded(name, revision, away, error) from None
+
+
+def _not_downloaded(name: str, revision: str | None, away: str, error: Exception) -> UserError:
+    if why := hub.refusal(error, name, revision, known=[NANO, *cached_models(), *WELL_KNOWN]):
+        return UserError(why)
+    if not away:
+        reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        return UserError(f"{name} could not be downloaded ({reason}); repeat the command: what is whole is kept")
+    here = sorted(_cached(), key=lambda found: found[0] != name)  # other revisions of it first
+    specs = [found if ref == "main" else f"{found}@{ref}" for found, ref in here[:2]]
+    instead = choices([NANO, "a folder", *(f"{spec} (downloaded)" for spec in specs)])
+    wanted = f"{name}@{revision}" if revision else name
+    return UserError(f"{wanted} could not be downloaded ({away}); pass {instead}{_close(name)}")
 
 
 def _close(name: str) -> str:
@@ -379,14 +395,9 @@ def _close(name: str) -> str:
 
 def _checked(folder: Path, name: str) -> Path:
     """Return the folder if it looks like a model, else say which file is missing."""
-    for what, patterns in (
-        ("config.json", ("config.json",)),
-        ("model*.safetensors", ("model*.safetensors",)),
-        ("a tokenizer (tokenizer.json)", _TOKENIZER_FILES),
-    ):
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            hint = "; it is an adapter, pass it with --adapter" if any(folder.glob("adapter_config.json")) else ""
-            raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
+    if what := _missing(folder):
+        hint = "; it is an adapter, pass it with --adapter" if any(folder.glob("adapter_config.json")) else ""
+        raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -394,6 +405,24 @@ def _checked(folder: Path, name: str) -> Path:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load")
     return folder
+
+
+def _missing(folder: Path) -> str | None:
+    """Return what a folder lacks to be a model's, None if nothing; of weights in parts every one must be there."""
+    for what, patterns in (
+        ("config.json", ("config.json",)),
+        ("model*.safetensors", ("model*.safetensors",)),
+        ("a tokenizer (tokenizer.json)", _TOKENIZER_FILES),
+    ):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            return what
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        parts = sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # the index is not read by anybody else
+    own = (part for part in parts if isinstance(part, str) and re.fullmatch(r"model[\w.-]*\.safetensors", part))
+    return next((part for part in own if not (folder / part).exists()), None)
 
 
 def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_code: bool) -> Any:

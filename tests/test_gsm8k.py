@@ -179,14 +179,13 @@ def test_hub_rows_are_checked(hub, monkeypatch):
 def test_no_network(data, hub, monkeypatch):
     """Without network the message ends with what to pass instead."""
 
-    def fail(*_, **__):
-        raise ConnectionError("unreachable")
-
     monkeypatch.setattr("mlx_traces.hub.fault", lambda: "no answer")
-    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", fail)
+    monkeypatch.setattr("mlx_traces.tasks.data._downloaded", lambda *_: None)
     with pytest.raises(UserError) as error:
         load("test", data, None, 0)
-    assert str(error.value) == f"{data or 'openai/gsm8k'} could not be downloaded (no network); {INSTEAD}"
+    reason = "no network or hub not reachable: no answer"
+    told = f"{data or 'openai/gsm8k'} could not be downloaded ({reason}), and is not here from before; {INSTEAD}"
+    assert str(error.value) == told
     assert INSTEAD == 'pass --data FILE with one {"question", "answer"} object per line'
 
 

@@ -13,7 +13,7 @@ cli.unused
 forecast
 rounds doctor study verifying planning
 comparison quantizing bench_grpo selftest
-bench_sft fusing generation
+bench_sft fusing generation pushing
 bench bench_ranks grpo ppo sft scoring reformatting
 reinforcement
 rollouts

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -260,49 +259,46 @@ def test_text_column():
 
 
 class FakeHub:
-    """A client of the hub that serves one row, or raises, and notes what it was asked and whether offline."""
+    """A client of the hub that serves one row, or raises, and notes what it was asked."""
 
     def __init__(self, fault=None):
-        self.fault, self.asked, self.config = fault, [], SimpleNamespace(HF_HUB_OFFLINE=False)
+        self.fault, self.asked = fault, []
 
     def disable_progress_bars(self):
         """Do nothing."""
 
     def load_dataset(self, *names, **options):
         """Serve the row or raise the fault."""
-        self.asked.append((names, options, self.config.HF_HUB_OFFLINE))
+        self.asked.append((names, options))
         if self.fault:
             raise self.fault
         return [{"a": 1}]
 
 
-@pytest.mark.parametrize("unreachable", ["", "no answer"])
-def test_hub_rows(monkeypatch, unreachable):
-    """Rows come with their place, from what was downloaded before if need be; a revision stands after @."""
+def test_hub_rows(monkeypatch):
+    """Rows come with their place; a revision stands after @."""
     client = FakeHub()
     monkeypatch.setitem(sys.modules, "datasets", client)
     monkeypatch.setattr("mlx_traces.hub.switched_off", lambda: False)
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: unreachable)
+    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "")
     assert list(hub_rows("o/n@r1", "main", "test", "")) == [("o/n[0]", {"a": 1})]
-    assert client.asked == [(("o/n", "main"), {"split": "test", "revision": "r1"}, bool(unreachable))]
-    assert client.config.HF_HUB_OFFLINE is False
+    assert client.asked == [(("o/n", "main"), {"split": "test", "revision": "r1"})]
     assert list(hub_rows("o/n", None, "test", "", lambda size: range(size)[1:])) == []
     assert list(hub_rows("o/n", None, "test", "", lambda size: range(size)[:5])) == [("o/n[0]", {"a": 1})]
 
 
 @pytest.mark.parametrize(
-    ("fault", "unreachable", "reason"),
+    ("fault", "reason"),
     [
-        (ConnectionError("offline mode\nis on"), "no answer", "no network"),
-        (RuntimeError("gated\ndata set"), "", "gated data set"),
-        (ValueError("Unknown split 'tset'.\n" + "x" * 999), "", "Unknown split 'tset'. " + "x" * 138),
+        (RuntimeError("gated\ndata set"), "gated data set"),
+        (ValueError("Unknown split 'tset'.\n" + "x" * 999), "Unknown split 'tset'. " + "x" * 138),
     ],
 )
-def test_hub_faults(monkeypatch, fault, unreachable, reason):
+def test_hub_faults(monkeypatch, fault, reason):
     """Whatever the hub's client raises becomes one line with a way out."""
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(fault))
     monkeypatch.setattr("mlx_traces.hub.switched_off", lambda: False)
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: unreachable)
+    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "")
     with pytest.raises(UserError) as error:
         list(hub_rows("o/n@main", None, "test", "pass X"))
     assert str(error.value) == f"o/n could not be downloaded ({reason}); pass X"

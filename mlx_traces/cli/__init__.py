@@ -10,7 +10,7 @@ from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command
 from mlx_traces.cli.machine import doctor_command, nano_group, plan_command
 from mlx_traces.cli.options import Commands
 from mlx_traces.cli.quality import filter_command, reformat_command, score_command
-from mlx_traces.cli.show import card_command, report_command, watch_command
+from mlx_traces.cli.show import card_command, push_command, report_command, watch_command
 from mlx_traces.cli.study import study_command
 from mlx_traces.cli.train import (
     fuse_command,
@@ -35,7 +35,7 @@ for command in (
     *(eval_command, compare_command, study_command, grade_command, verify_command),
     *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
     *(grpo_command, ppo_command, fuse_command),
-    *(report_command, watch_command, card_command),
+    *(report_command, watch_command, card_command, push_command),
     *(bench_group, nano_group, doctor_command, plan_command, configs_command),
 ):
     main.add_command(command)

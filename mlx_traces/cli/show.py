@@ -1,4 +1,4 @@
-"""report, watch and card: runs for readers, as a page and in the terminal; an adapter, as its model card."""
+"""report, watch, card and push: runs for readers; an adapter as its model card, and put on the hub."""
 
 import sys
 import time
@@ -35,6 +35,34 @@ def card_command(adapter: str, runs: tuple[str, ...]) -> None:
     from mlx_traces import cards
 
     click.echo(f"written to {cards.rewrite(Path(adapter), [Path(run) for run in runs])}")
+
+
+@click.command("push")
+@click.argument("adapter", type=click.Path())
+@click.argument("name", metavar="USER/NAME")
+@click.option("--public", is_flag=True, help="For everybody to see; without it a new repository is private.")
+@click.option("--dry-run", is_flag=True, help="Say what would go where, and end.")
+def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
+    """Put an adapter with its model card on the hub, as USER/NAME.
+
+    ADAPTER is its folder, the run folder that it stands in, or a model that fuse made. Nothing else in it is uploaded,
+    and settings lose the paths of this machine.
+    """
+    from pathlib import Path
+
+    from mlx_traces import pushing
+
+    upload = pushing.prepare(Path(adapter))
+    pushing.check_name(name)
+    sizes = upload.sizes()
+    for file, size in sizes.items():
+        click.echo(f"{size:>15,}  {file}")
+    told = f"{sum(sizes.values()):,} bytes in {len(sizes)} files, {upload.what} {name}"
+    if dry_run:
+        click.echo(f"{told}, {'public' if public else 'private'}: nothing was uploaded (--dry-run)")
+        return
+    address = pushing.push(upload, name, public, lambda line: click.echo(line, err=True))
+    click.echo(f"{told}: {address}")
 
 
 @click.command("watch")

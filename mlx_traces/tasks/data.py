@@ -7,12 +7,11 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mlx_traces import hub
-from mlx_traces.errors import UserError, first_line
+from mlx_traces.errors import UserError, first_line, unknown
 from mlx_traces.readers import MARK, opened, parse_json, text_of
 from mlx_traces.records import Problem
 
@@ -131,35 +130,68 @@ def hub_rows(
     Raises:
         UserError: if it cannot be had; the message ends with ``instead``, what to pass in its place.
     """
-    import datasets
-
     name, _, revision = dataset.partition("@")
-    datasets.disable_progress_bars()
-    offline = hub.switched_off() or hub.fault()
-    try:
-        with _offline() if offline else nullcontext():  # then only what was downloaded before is looked for
-            rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = "no network" if offline else " ".join(str(error).split())[:160]
-        raise UserError(f"{name} could not be downloaded ({reason}); {instead}") from None
+    away = hub.out_of_reach()
+    rows = _downloaded(name, config, split, revision) if away else _download(name, config, split, revision, instead)
+    if rows is None:
+        raise UserError(f"{dataset} could not be downloaded ({away}), and is not here from before; {instead}")
     if part is None:
         yield from ((f"{name}[{index}]", _plain(row)) for index, row in enumerate(rows))
     else:
         yield from ((f"{name}[{index}]", _plain(rows[index])) for index in part(len(rows)))
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the data sets' client off the network for a while."""
+def _download(name: str, config: str | None, split: str, revision: str, instead: str) -> Any:
+    """Return the rows of a hub data set, downloaded if they were not before."""
     import datasets
-    import huggingface_hub.constants as constants
 
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
     try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        rows = datasets.load_dataset(name, config, split=split, revision=revision or None)
+    except Exception as error:  # the client raises a dozen unrelated types
+        why = hub.ask_why(name, revision or None, "dataset")
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{why or f'{name} could not be downloaded ({reason})'}; {instead}") from None
+    commit = hub.commit_here(name, revision, "dataset") or revision
+    files = getattr(rows, "cache_files", None)
+    if not re.fullmatch("[0-9a-f]{40}", commit):  # no such revision, says the hub, and older clients do not pass it on
+        if revision and (why := hub.ask_why(name, revision, "dataset")):
+            raise UserError(f"{why}; {instead}")
+        return rows
+    if not files or Path(files[0]["filename"]).parent.name == commit:
+        return rows
+    # The hub failed in the middle, and the client took what it found here, of whatever revision.
+    if (rows := _downloaded(name, config, split, revision)) is None:
+        raise UserError(f"{name} could not be downloaded (the hub failed meanwhile); repeat the command, or {instead}")
+    return rows
+
+
+def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any:
+    """Return the rows of a hub data set as they are on this disk, of that very revision; None if they are not.
+
+    The data sets' client itself would take the latest that it finds, of whatever revision.
+
+    Raises:
+        UserError: if the data set is there and has no such split.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, own = name.partition("/")
+    commit = hub.commit_here(name, revision, "dataset") or revision
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(own)}"
+    found = [
+        made
+        for made in (info.parent for info in folder.glob("*/*/*/dataset_info.json"))
+        if made.parts[-3] == (config or made.parts[-3]) and made.name == (commit or made.name)
+    ]
+    if len(found) != 1:
+        return None
+    files = sorted([*found[0].glob(f"*-{split}.arrow"), *found[0].glob(f"*-{split}-*-of-*.arrow")])
+    if not files:
+        splits = json.loads((found[0] / "dataset_info.json").read_text(encoding="utf-8")).get("splits") or {}
+        raise unknown("split", split, splits)
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
 def load_rows(

@@ -1,0 +1,125 @@
+"""Adapters and models put on the hub: the files that make one up, its card among them, and nothing else. No MLX."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_traces import adapters, cards, hub, models
+from mlx_traces.errors import UserError, first_line
+from mlx_traces.runs import MODEL_FILES, to_json
+
+SETTINGS = (adapters.CONFIG, "fused.json")  # of our making: they name files of this machine
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes to the hub: ``files`` by their names there, as a path or as content where paths were cut."""
+
+    what: str
+    files: dict[str, Path | bytes]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file."""
+        return {
+            name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()
+        }
+
+
+def prepare(folder: Path) -> Upload:
+    """Collect the files of an adapter, of the adapter of a run, or of a model such as ``fuse`` makes.
+
+    Settings lose the paths of this machine, as they do on the card; all other files go as they are.
+
+    Raises:
+        UserError: if the folder is none of them, or an adapter without a card.
+    """
+    folder = folder.expanduser()
+    if not (folder / adapters.CONFIG).exists() and (folder / "adapter" / adapters.CONFIG).exists():
+        folder = folder / "adapter"
+    if (folder / "config.json").exists() and not (folder / adapters.CONFIG).exists():
+        models.check(str(folder))
+        found = {path for pattern in (*MODEL_FILES, "*.py", cards.CARD) for path in folder.glob(pattern)}
+        names = sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
+        return Upload("model", {name: _content(folder / name) for name in names})
+    adapters.read_config(folder)
+    if not (folder / cards.CARD).exists():
+        raise UserError(f"{folder}: no {cards.CARD} to go with it; write one with: mlx-traces card {folder}")
+    return Upload(
+        "adapter", {name: _content(folder / name) for name in (cards.CARD, adapters.CONFIG, adapters.WEIGHTS)}
+    )
+
+
+def _content(file: Path) -> Path | bytes:
+    if file.name not in SETTINGS:
+        return file
+    try:
+        return to_json(cards.shown(json.loads(file.read_text(encoding="utf-8")))).encode()
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({first_line(error)}); make it anew, or remove it") from None
+
+
+def push(upload: Upload, name: str, public: bool = False, progress: Callable[[str], None] = lambda line: None) -> str:
+    """Put files into a repository of the hub, which is made if it is not there; return the commit's address.
+
+    Args:
+        upload: what `prepare` has collected.
+        name: of the repository, ``user/name``.
+        public: whether everybody may see it; a new repository is private otherwise.
+        progress: is called with a line on what is worth knowing.
+
+    Raises:
+        UserError: without a token or network, where the hub refuses, and for a public repository without ``public``.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+
+    check_name(name)
+    if away := hub.out_of_reach():
+        raise UserError(f"{name}: nothing can be uploaded ({away})")
+    if not get_token():
+        raise UserError("the hub needs to know you: run `hf auth login` with a token that may write, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        if (there := _visible(api, name)) is None:
+            api.create_repo(name, private=not public)
+        elif there and not public:
+            raise UserError(f"{name} is there and public; pass --public, or another name")
+        elif public and not there:
+            progress(f"{name} is there and stays private; its settings are on its page")
+        made = api.create_commit(
+            name,
+            [CommitOperationAdd(path, file) for path, file in upload.files.items()],
+            commit_message=f"Upload {upload.what} by mlx-traces",
+        )
+    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 403:
+            told = f"{name}: the hub does not let you write there; take a name of your own, and a token that may write"
+            raise UserError(told) from None
+        told = hub.refusal(error, name) or f"{name} could not be uploaded ({first_line(error)}); repeat the command"
+        raise UserError(told) from None
+    return str(made.commit_url)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what cannot be a repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        fits = name.count("/") == 1
+    except HFValidationError:
+        fits = False
+    if not fits:
+        raise UserError(f"{name[:100]!r} cannot be a name on the hub; give USER/NAME, letters, digits, -, _ and . only")
+
+
+def _visible(api: Any, name: str) -> bool | None:
+    """Whether everybody sees a repository; None if there is none."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return not api.repo_info(name, timeout=hub.TIMEOUT).private
+    except RepositoryNotFoundError:
+        return None
