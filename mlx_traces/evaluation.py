@@ -17,7 +17,6 @@ from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.answers import vote_of
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -496,7 +495,7 @@ def summarize(
             name: accuracy_of(samples, lambda row, name=name: row["verdicts"][name] == "correct")
             for name in planned.task.extractors
         },
-        **_at_k(samples, config.samples),
+        **_at_k(planned, samples),
         notes=[*notes, *said],
     )
 
@@ -509,9 +508,12 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
     return stats.accuracy(list(by_problem.values()))
 
 
-def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
-    """Return unbiased pass@k and maj@k (the first k completions vote) for k = 1, 2, 4, ... and n."""
-    if n == 1:
+def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """Return unbiased pass@k and maj@k for k = 1, 2, 4, ... and the number of samples.
+
+    The first k completions vote; what the grader takes for one answer is one.
+    """
+    if (n := planned.config.samples) == 1:
         return {"pass_at_k": {}, "maj_at_k": {}}
     groups: dict[str, list[Sample]] = defaultdict(list)
     for row in samples:
@@ -521,12 +523,12 @@ def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
     votes = {str(k): 0.0 for k in ks}
     for rows in groups.values():
         count = sum(row["correct"] for row in rows)
+        answers = planned.task.votes((row["extracted"] for row in rows), rows[0]["gold"], planned.extractor)
         for k in ks:
             passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
-            winner = stats.majority([vote_of(row["extracted"]) for row in rows[:k]])
-            votes[str(k)] += any(row["correct"] for row in rows[:k] if vote_of(row["extracted"]) == winner) / len(
-                groups
-            )
+            winner = stats.majority(answers[:k])
+            won = any(row["correct"] for row, answer in zip(rows[:k], answers, strict=False) if answer == winner)
+            votes[str(k)] += won / len(groups)
     return {"pass_at_k": passes, "maj_at_k": votes}
 
 

@@ -18,9 +18,9 @@ from mlx_traces.tasks.answers import (
     last_boxed,
     last_number,
     parse_number,
+    same_number,
     strict,
     tolerant,
-    vote_of,
 )
 
 NUMBERS = {
@@ -334,7 +334,6 @@ def test_small_letters_stay_in_place():
 @pytest.mark.parametrize(
     ("extracted", "vote"),
     [
-        (None, None),
         ("", ""),
         ("18.00", "18"),
         ("$18 ", "18"),
@@ -343,9 +342,9 @@ def test_small_letters_stay_in_place():
         ("3 + 4", "3 + 4"),
     ],
 )
-def test_vote_of(extracted, vote):
-    """Equal numbers are one vote, as are spacings of one text."""
-    assert vote_of(extracted) == vote
+def test_same_number(extracted, vote):
+    """Equal numbers are one answer, as are spacings of one text."""
+    assert same_number(extracted) == vote
 
 
 def test_number_verdicts():

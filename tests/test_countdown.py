@@ -333,3 +333,8 @@ def test_bad_requests_for_problems():
         list(generate("test", 5, 0, operands=(4, 3)))
     with pytest.raises(UserError, match="different problems"):
         list(generate("test", 5000, 0, operands=(3, 3), numbers=(1, 5)))
+
+
+def test_spellings_of_an_expression_are_one_vote():
+    found = ["(3 + 2) × 4 = 20", r"\boxed{(3+2) \times 4 = 20}", "4 * (3 + 2)", None]
+    assert TASK.votes(found, "20", "tolerant") == ["(3+2)*4=20", "(3+2)*4=20", "4*(3+2)", None]

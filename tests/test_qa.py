@@ -175,6 +175,27 @@ def test_same_text(text, same):
     assert same_text(text) == same
 
 
+@pytest.mark.parametrize(
+    ("gold", "extractor", "answers", "votes"),
+    [
+        (
+            "Paris",
+            "tolerant",
+            ["Paris.", "**Paris**", "paris", "Rome", None],
+            ["paris", "paris", "paris", "rome", None],
+        ),
+        ("Apollo 11", "tolerant", ["Gemini 11", "Apollo 11"], ["gemini 11", "apollo 11"]),
+        ("11", "tolerant", ["11 men", "11.0", "none.", "none"], ["11", "11", "none", "none"]),
+        ("11", "exact", ["11 men", "11.0", "11"], ["11 men", "11.0", "11"]),
+    ],
+)
+def test_votes_are_counted_as_they_are_graded(gold, extractor, answers, votes):
+    """What the extractor's comparison takes for one answer is one vote."""
+    assert TASK.votes(answers, gold, extractor) == votes
+    graded = [TASK.grade(parse({"answer": gold}, "x:1"), f"\\boxed{{{a}}}")[extractor].correct for a in answers if a]
+    assert graded == [vote == TASK.same(gold, gold, extractor) for vote in votes if vote]
+
+
 def test_last_line():
     """Without a mark the last line with text is the answer."""
     assert find_text("first\nsecond \n\n") == "second"

@@ -225,10 +225,10 @@ def flexible(response: str) -> str | None:
 # ---------------------------------------------------------------------------------- verdicts
 
 
-def vote_of(extracted: str | None) -> str | None:
-    """Return what an answer counts as in a vote: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
-    number = parse_number(extracted) if extracted is not None else None
-    return str(number) if number is not None else extracted and " ".join(extracted.split())
+def same_number(extracted: str) -> str:
+    """Return what is compared by value: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
+    number = parse_number(extracted)
+    return str(number) if number is not None else " ".join(extracted.split())
 
 
 def judge_number(extracted: str | None, gold: Fraction) -> Score:
@@ -247,12 +247,13 @@ def judge_lm_eval(extracted: str | None, gold: str) -> Score:
     """
     if extracted is None:
         return Score("no_answer", None)
-    if _lm_eval_text(extracted) == _lm_eval_text(gold):
+    if lm_eval_text(extracted) == lm_eval_text(gold):
         return Score("correct", extracted[:MAX_ANSWER])
     verdict = "wrong_value" if re.search("[0-9]", extracted) else "not_a_number"
     return Score(verdict, extracted[:MAX_ANSWER])
 
 
-def _lm_eval_text(text: str) -> str:
+def lm_eval_text(text: str) -> str:
+    """Return what lm-eval compares of an answer."""
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return re.sub(r"\.$", "", text).lower()

@@ -82,7 +82,7 @@ def check(expression: str, nums: list[int], target: int) -> str:
     """
     if len(expression) > MAX_EXPRESSION:
         return "not_an_expression"
-    parts = [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
+    parts = _sides(expression)
     if len(parts) > 2 or not all(map(_EXPRESSION.fullmatch, parts)):
         return "not_an_expression"
     if len(parts) == 2 and not _STATED.fullmatch(parts[1]):
@@ -97,6 +97,16 @@ def check(expression: str, nums: list[int], target: int) -> str:
     if value != target or (len(parts) == 2 and int(parts[1]) != value):
         return "wrong_value"
     return "correct"
+
+
+def same(expression: str, gold: str, extractor: str) -> str:
+    """Return an expression as the checker reads it, its spaces left out."""
+    return "=".join(_sides(expression)).replace(" ", "")
+
+
+def _sides(expression: str) -> list[str]:
+    """Return an expression, and what is stated after ``=``, in plain spelling."""
+    return [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
 
 
 def _plain(text: str) -> str:
@@ -341,5 +351,6 @@ TASK = Task(
     parse=parse,
     load=load,
     grade=grade,
+    same=same,
     splits=tuple(SPLITS),
 )

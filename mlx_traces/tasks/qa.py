@@ -18,6 +18,7 @@ from mlx_traces.tasks.answers import (
     last_number,
     marked,
     parse_number,
+    same_number,
     tolerant,
 )
 from mlx_traces.tasks.data import (
@@ -82,6 +83,12 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
         "exact": exact,
         "last_number": judge_number(last_number(response), gold),
     }
+
+
+def same(extracted: str, gold: str, extractor: str) -> str:
+    """Return what an extractor compares of an answer: its value where the gold answer is a number, else its text."""
+    by_value = extractor != "exact" and gold_number(gold) is not None and parse_number(extracted) is not None
+    return same_number(extracted) if by_value else same_text(extracted)
 
 
 def gold_number(gold: str) -> Fraction | None:
@@ -167,4 +174,5 @@ TASK = Task(
     parse=parse,
     load=load,
     grade=grade,
+    same=same,
 )
