@@ -263,6 +263,7 @@ def test_traces_are_true_and_end_in_a_correct_answer():
         ({"nums": [], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, True], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, 10**30], "target": 7}, "'nums' must be a list"),
+        ({"nums": [3, -4], "target": 7}, "'nums' must not be negative"),
         ({"nums": [3, 4], "target": "7"}, "'target' must be an integer"),
         ({"nums": [3, 4], "target": 7.5}, "'target' must be an integer"),
     ],
