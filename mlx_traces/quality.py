@@ -56,7 +56,7 @@ def text_scores(
         "format": format_score(completion, finish_reason, settings.tags, prompt),
         "structure": structure(thought),
         "faithfulness": faithfulness(thought),
-        "length": length(len(completion.split()) if tokens is None else tokens, settings.length_limit),
+        "length": length(len(words(completion)) if tokens is None else tokens, settings.length_limit),
         "repetition": repetition(completion),
     }
 
@@ -201,6 +201,15 @@ def structure(thought: str | None) -> float | None:
 # ---------------------------------------------------------------------------------------------- length, repetition
 
 N = 4  # words of an n-gram
+_UNSPACED = re.compile(  # Han, kana, bopomofo: written without spaces; Korean has them
+    "[\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def words(text: str) -> list[str]:
+    """Return a text's words, case aside; each Chinese or Japanese character is one, as no spaces part words."""
+    return _UNSPACED.sub(r" \g<0> ", text.lower()).split()
 
 
 def length(amount: int, limit: int) -> float:
@@ -213,10 +222,10 @@ def repetition(text: str) -> float | None:
 
     The former is 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319). None for fewer than 4 words.
     """
-    words = (text := text[:MAX_TEXT]).lower().split()
-    if len(words) < N:
+    said = words(text := text[:MAX_TEXT])
+    if len(said) < N:
         return None
-    grams = list(zip(*(words[i:] for i in range(N)), strict=False))
+    grams = list(zip(*(said[i:] for i in range(N)), strict=False))
     lines = [line for line in map(str.strip, text.lower().splitlines()) if line]
     return min(len(set(grams)) / len(grams), len(set(lines)) / len(lines))
 

@@ -19,8 +19,8 @@ class Task:
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
     in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns what that extractor compares of an
-    answer that it found, so answers with one such text are one answer in a vote. ``prompts`` has the built-in styles; ``few_shot`` functions of (shots, seed,
-    data, ids of problems to leave out) build those with worked examples.
+    answer that it found, so answers with one such text are one answer in a vote. ``prompts`` has the built-in styles;
+    ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     """
 
     name: str
