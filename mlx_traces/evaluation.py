@@ -429,6 +429,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
     """Judge one completion and make its line of ``samples.jsonl``."""
     scores = planned.task.grade(problem, completion.opened + completion.text)
     headline = scores[planned.extractor]
+    notes = {name: score.note for name, score in scores.items() if score.note}
     return {
         "id": problem.id,
         "sample": sample,
@@ -444,7 +445,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "correct": headline.correct,
         "verdict": headline.verdict,
         "stratum": problem.stratum,
-    }
+    } | ({"notes": notes} if notes else {})
 
 
 def question_of(task: Task, problem: Problem) -> str:

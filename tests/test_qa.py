@@ -134,6 +134,16 @@ def test_which_gold_answers_are_numbers(gold, is_number):
         ("Apollo 11", "Soyuz 11", "wrong_value"),
         ("10:30", "10:30", "correct"),
         ("10:30", "10:31", "wrong_value"),
+        ("5x - 7y + 11z + 4 = 0", "0", "wrong_value"),
+        ("5x - 7y + 11z + 4 = 0", r"\boxed{x + y = 0}", "wrong_value"),
+        ("a=3, b=4", "4", "wrong_value"),
+        ("2", r"\boxed{2k}", "wrong_value"),
+        ("3", r"\boxed{3R^2}", "not_a_number"),
+        ("5", r"\boxed{x=5}", "correct"),
+        ("1, -2", "1,-2", "correct"),
+        ("(1,2)", "(1, 2)", "correct"),
+        ("1, 234", "1,234", "wrong_value"),
+        ("Paris", "\\boxed{Paris}\nI put it in \\boxed as asked.", "correct"),
     ],
 )
 def test_grade(gold, response, verdict):

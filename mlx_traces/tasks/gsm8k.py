@@ -12,14 +12,13 @@ from mlx_traces.tasks.answers import (
     flexible,
     judge_lm_eval,
     judge_number,
-    last_number,
     lm_eval_text,
-    parse_number,
     same_number,
     strict,
     tolerant,
 )
 from mlx_traces.tasks.data import content_id, hub_rows, is_file, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.numbers import last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 
 HUB, CONFIG, SPLITS = "openai/gsm8k", "main", ("train", "test")
