@@ -13,8 +13,8 @@ from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint
-from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
+from mlx_traces.tasks.thoughts import OPENERS as THINK_OPENERS
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -27,7 +27,6 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
-THINK_OPENERS = tuple(opener for opener, _ in THOUGHT_TAGS)
 _ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")

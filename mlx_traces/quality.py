@@ -14,7 +14,7 @@ from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score, Trace
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.answers import THOUGHT_TAGS
+from mlx_traces.tasks.thoughts import SKY, STEPS, TAGS, first_thought
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
 Scores = dict[str, float | None]
@@ -106,9 +106,9 @@ class Style:
 STYLES = {
     "think": Style(("<think>", "</think>"), ("<answer>", "</answer>")),
     "r1": Style(("<think>", "</think>"), None),
-    "sky-t1": Style(("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>")),
+    "sky-t1": Style(SKY, ("<|begin_of_solution|>", "<|end_of_solution|>")),
 }
-_ALL_TAGS = {tag.lower() for tags in THOUGHT_TAGS for tag in tags} | {
+_ALL_TAGS = {tag.lower() for pair in TAGS for tag in pair if tag != STEPS} | {
     tag for style in STYLES.values() if style.answer for tag in style.answer
 }
 
@@ -154,16 +154,11 @@ def _adds(thought: str, prompt: str) -> bool:
 
 
 def thought_of(completion: str, tags: str) -> str | None:
-    """Return the first thought, to the end if it stays open; None where there is none; all of it for tags ``none``."""
-    if tags == "none":
-        return completion
-    opening, closing = STYLES[tags].thought
-    lower = completion.lower() if len(completion.lower()) == len(completion) else completion
-    start = lower.find(opening)
-    end = lower.find(closing, max(0, start))
-    if start < 0 and end < 0:
-        return None
-    return completion[start + len(opening) if start >= 0 else 0 : end if end >= 0 else None]
+    """Return the first thought, to the end if it stays open; None where there is none; all of it for tags ``none``.
+
+    One in the style's tags comes first, then one in any other of ``thoughts.TAGS``.
+    """
+    return completion if tags == "none" else first_thought(completion, (STYLES[tags].thought, *TAGS))
 
 
 # ---------------------------------------------------------------------------------------------- structure

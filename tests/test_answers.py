@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_traces.records import Score
-from mlx_traces.tasks import answers
+from mlx_traces.tasks import answers, thoughts
 from mlx_traces.tasks.answers import (
-    answer_part,
     flexible,
     judge_lm_eval,
     judge_number,
@@ -23,6 +22,7 @@ from mlx_traces.tasks.answers import (
     strict,
     tolerant,
 )
+from mlx_traces.tasks.thoughts import answer_part
 
 NUMBERS = {
     "18": 18,
@@ -439,7 +439,7 @@ def test_last_number(response, found):
 def test_small_letters_stay_in_place():
     """Every character has a small form of one character, so places in a text are kept."""
     every = "".join(map(chr, range(0x110000)))
-    assert len(answers._lower(every)) == len(every)
+    assert len(thoughts.small(every)) == len(every)
 
 
 @pytest.mark.parametrize(

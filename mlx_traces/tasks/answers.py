@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from mlx_traces.records import Score
 from mlx_traces.tasks.numbers import MAX_ANSWER, first_number, last_number, parse_number, plain, readings
+from mlx_traces.tasks.thoughts import after_thought, small
 
 MAX_BOXED = 10_000  # characters searched for the brace that closes a \boxed{
 MAX_BOXES = 8  # boxes looked at, from the last one, for one that is closed and not empty
@@ -16,15 +17,6 @@ MAX_BOXES = 8  # boxes looked at, from the last one, for one that is closed and 
 
 # ---------------------------------------------------------------------------------- parts of a response
 
-# Between these a model thinks; small and capital letters are the same. The first is the usual one.
-THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
-)
-_OPEN, _CLOSE = (tuple(tag.lower() for tag in tags) for tags in zip(*THOUGHT_TAGS, strict=True))
 _BOXED = re.compile(r"\\boxed\s*\{")
 _OPEN_BOX = re.compile(r"\\boxed\s*+\{[^}\s]*+\Z")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -32,28 +24,6 @@ _STARTS_WITH_NUMBER = re.compile(
     r"[\s*$€£¥₹\\({\[]*+(?:[-+]|(?:negative|minus) )?[\s$€£¥₹\\({]*+(?:\.?[0-9]|[dtc]?frac|√|sqrt)", re.IGNORECASE
 )
 _NUMBERED_HEADING = re.compile(r"[ *]*[0-9]+[.):][ *]+[A-Za-z]")
-
-
-def answer_part(response: str) -> str:
-    """Return what follows the last closed thought; nothing if a thought is still open.
-
-    Thoughts are between any of ``THOUGHT_TAGS``; the opening may be missing, as where a chat template wrote it.
-    A response without any is all answer.
-    """
-    part, thinking = after_thought(response)
-    return "" if thinking else part
-
-
-def after_thought(response: str) -> tuple[str, bool]:
-    """Return the text after the last closed thought and whether it opens another."""
-    lower = _lower(response)
-    start = max((found + len(tag) for tag in _CLOSE if (found := lower.rfind(tag)) >= 0), default=0)
-    return response[start:], any(lower.find(tag, start) >= 0 for tag in _OPEN)
-
-
-def _lower(text: str) -> str:
-    """Return small letters, each at its place; only İ has a small form of two characters."""
-    return text.replace("İ", "I").lower()
 
 
 def last_boxed(text: str, within: int = MAX_BOXED) -> str | None:
@@ -97,7 +67,7 @@ def last_answer_tag(text: str) -> str | None:
 
     A later empty one does not hide it.
     """
-    lower = _lower(text)
+    lower = small(text)
     end, found = len(lower), None
     while (opening := lower.rfind("<answer>", 0, max(0, lower.rfind("</answer>", 0, end)))) >= 0:
         found = text[opening + len("<answer>") : lower.find("</answer>", opening)]

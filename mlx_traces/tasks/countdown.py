@@ -15,9 +15,10 @@ from typing import Any
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
-from mlx_traces.tasks.answers import after_thought, answer_part, last_answer_tag, last_boxed
+from mlx_traces.tasks.answers import last_answer_tag, last_boxed
 from mlx_traces.tasks.data import hub_rows, is_file, load_rows, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
 MAX_RESPONSE = 20_000  # characters searched for an answer, from the end

@@ -12,7 +12,6 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
-    answer_part,
     judge_number,
     marked,
     same_number,
@@ -31,6 +30,7 @@ from mlx_traces.tasks.data import (
 )
 from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import answer_part
 
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
 
