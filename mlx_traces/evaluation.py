@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
-from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -288,7 +288,7 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     completions = source.generate(todo)  # refuses bad requests before anything is written
-    folder.begin(identity, {**provenance(), **source.details})
+    folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
     before = max((row["elapsed"] for row in samples), default=0.0)
     start = perf_counter()
     with _bar(progress, len(wanted), samples) as advance:

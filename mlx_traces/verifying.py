@@ -17,7 +17,7 @@ from mlx_traces.models import NANO, THINK_OPENERS, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.records import EvalResult, Problem
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
-from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.data import read_jsonl
 from mlx_traces.tasks.prompts import Prompt
 
@@ -91,6 +91,9 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
     lines += _figure_lines(planned, found, result)
+    rules = read_json(folder.path / "run.json").get("grader", 1)
+    if lines and rules != GRADER:
+        lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
 
 

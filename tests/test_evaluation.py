@@ -51,7 +51,7 @@ def test_the_run_folder_says_everything(batched):
     assert rows[0]["prompt"].startswith("<|im_start|>user\nMake ") and rows[0]["question"].startswith("nums [")
     run = json.loads((folder / "run.json").read_text())
     assert run["identity"]["max_tokens"] == 128 and run["identity"]["prompt"]["name"] == "thinking"
-    assert {"versions", "git_revision", "backend", "rows", "started", "command"} <= set(run)
+    assert {"versions", "git_revision", "backend", "rows", "started", "command", "grader"} <= set(run)
 
 
 def test_an_existing_run_is_not_overwritten(batched):

@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runs import RunFolder
-from mlx_traces.tasks import get_task
+from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
@@ -35,7 +35,7 @@ def run_of(folder, config, answers, prompt_end="\nA:"):
             row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout))
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
-    run.begin(planned.identity(), {})
+    run.begin(planned.identity(), {"grader": GRADER})
     run.finish(rows, asdict(evaluation.summarize(planned, rows, folder.name, 0.1, [])))
     return folder
 
@@ -121,6 +121,13 @@ def test_a_changed_sample_is_found(countdown, place, edit, message):
     result = call(countdown)
     assert result.exit_code == 1 and message in result.output, result.output
     assert rows[place]["id"] in result.output or "result.json" in result.output
+
+
+def test_a_run_of_older_rules_is_told_from_a_changed_one(countdown):
+    change_json(countdown, "run.json", grader=GRADER - 1)
+    assert call(countdown).exit_code == 0  # the same verdicts
+    change(countdown, "samples.jsonl", 0, lambda row: row | {"completion": "no"})
+    assert f"graded by version {GRADER - 1} of the graders' rules, found by version {GRADER}" in call(countdown).output
 
 
 def test_a_missing_a_doubled_and_a_moved_sample_are_found(countdown):

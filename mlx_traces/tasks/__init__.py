@@ -54,6 +54,7 @@ class Task:
         return self.prompts[name]
 
 
+GRADER = 2  # version of the graders' rules; runs that do not say theirs were graded by the first
 TASKS = ("gsm8k", "countdown", "qa")
 
 
