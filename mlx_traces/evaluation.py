@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
-from mlx_traces.tasks import GRADER, Task, get_task
+from mlx_traces.tasks import GRADER, Task, get_task, thoughts
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -31,11 +31,20 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Completion:
-    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began."""
+    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began.
+
+    ``own_tags`` are those that the model thinks between, if they are not among ``thoughts.TAGS``.
+    """
 
     prompt: str
     opened: str
     rollout: Rollout
+    own_tags: thoughts.Pair | None = None
+
+    @property
+    def whole(self) -> str:
+        """The assistant's whole turn, its thought between tags that graders know."""
+        return thoughts.usual(self.opened + self.text, self.own_tags)
 
     @property
     def text(self) -> str:
@@ -62,6 +71,11 @@ class Answered:
     text: str
     tokens: int | None
     finish_reason: str
+
+    @property
+    def whole(self) -> str:
+        """The assistant's whole turn."""
+        return self.opened + self.text
 
 
 @dataclass(frozen=True)
@@ -240,7 +254,8 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     return Source(
         completions_of(loaded, planned, stop=stop),
         {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype},
-        {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
+        ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
+        | {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
         | _settled(planned, loaded.path),
         loaded.notes,
         device.peak_memory_gb,
@@ -359,7 +374,7 @@ def completions_of(
 
         whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
-            (index, Completion(rendered[index].text, rendered[index].opened, rollout))
+            (index, Completion(rendered[index].text, rendered[index].opened, rollout, loaded.own_tags))
             for index, rollout in _shared_out(whole, sampled, len(requests), 4 * config.rows, stop)
         )
 
@@ -427,7 +442,7 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
 
 def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion | Answered) -> Sample:
     """Judge one completion and make its line of ``samples.jsonl``."""
-    scores = planned.task.grade(problem, completion.opened + completion.text)
+    scores = planned.task.grade(problem, completion.whole)
     headline = scores[planned.extractor]
     notes = {name: score.note for name, score in scores.items() if score.note}
     return {

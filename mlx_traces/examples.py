@@ -71,7 +71,7 @@ def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
     completion = trace.completion
     if rendered.opened and completion.startswith(rendered.opened.strip()):
         completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())
-    elif (closing := closing_of(rendered.opened)) and stop and parts(completion)[0] is None:
+    elif (closing := closing_of(rendered.opened, loaded.own_tags)) and stop and parts(completion)[0] is None:
         completion = f"\n{closing}\n\n{completion}"  # or the model would learn to end its turn inside the thought
     ids, trained = list(rendered.ids), [False] * len(rendered.ids)
     if any(turn["role"] == "assistant" for turn in messages):

@@ -15,6 +15,7 @@ from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 from mlx_traces.tasks.thoughts import OPENERS as THINK_OPENERS
+from mlx_traces.tasks.thoughts import Pair, own_pair
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -68,6 +69,11 @@ class LoadedModel:
     context: int | None
     stop_strings: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
 
     def about(self) -> dict[str, Any]:
         """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""

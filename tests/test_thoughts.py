@@ -58,4 +58,5 @@ def test_what_closes_a_thought():
     assert closing_of("[THINK]\n") == "[/THINK]" and closing_of("<|channel>thought\n") == "<channel|>"
     assert closing_of("<|channel|>analysis<|message|>") == f"<|end|><|start|>assistant{FINAL}"
     assert closing_of(f"{STEPS}\n") == "[BEGIN FINAL RESPONSE]"
+    assert closing_of("{{3}}\n", ("{{3}}", "{{/3}}")) == "{{/3}}"
     assert closing_of("<think>\n\n</think>\n\n") is None and closing_of("") is None

@@ -22,7 +22,7 @@ from mlx_traces.tasks.prompts import Prompt
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 
 
-def run_of(folder, config, answers, prompt_end="\nA:"):
+def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
     """Write an evaluation whose completions are given, a problem's one after the other."""
     planned = evaluation.plan(config)
     rows = []
@@ -32,10 +32,10 @@ def run_of(folder, config, answers, prompt_end="\nA:"):
             answer = answers[(place * config.samples + number) % len(answers)]
             rollout = Rollout((1,), (2,) * 5, answer, "stop")
             opened = "<think>\n" if prompt_end.endswith("<think>\n") else ""
-            row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout))
+            row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout, own_tags))
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
-    run.begin(planned.identity(), {"grader": GRADER})
+    run.begin(planned.identity(), {"grader": GRADER} | ({"own_tags": own_tags} if own_tags else {}))
     run.finish(rows, asdict(evaluation.summarize(planned, rows, folder.name, 0.1, [])))
     return folder
 
@@ -93,6 +93,17 @@ def test_what_was_opened_is_found_in_the_prompt_as_the_model_found_it(opener, pr
     rendered = wrap(make_tokenizer(template)).render(prompt, problem)
     assert not chat or not opener or "<think>" in rendered.text.rpartition("assistant")[2]
     assert verifying.opened_of(prompt, problem, rendered.text) == rendered.opened
+
+
+def test_the_models_own_tags_are_stored_with_the_run(tmp_path):
+    config = EvalConfig(model="nano", task="countdown", limit=2)
+    answers = ["{{3}} <answer>3 + 4</answer> {{/3}}no", "{{3}} so 7"]
+    folder = run_of(tmp_path / "own", config, answers, own_tags=("{{3}}", "{{/3}}"))
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == ["no_answer", "no_answer"]
+    assert call(folder).exit_code == 0
+    change_json(folder, "run.json", own_tags="{{3}}")
+    assert "verdict by answer is no_answer" in call(folder).output
 
 
 def test_a_folder_may_be_moved(countdown, tmp_path):

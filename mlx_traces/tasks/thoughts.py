@@ -59,6 +59,18 @@ def tags(text: str) -> Iterator[re.Match]:
     return _TAG.finditer(small(text))
 
 
+def own_pair(opening: str | None, closing: str | None) -> Pair | None:
+    """Return the tags that a model's tokenizer names, if they are not among ``TAGS``."""
+    return (opening, closing) if opening and closing and opening not in OPENERS else None
+
+
+def usual(text: str, own: Sequence[str] | None) -> str:
+    """Return a model's text with the usual tags in place of its own, which no grader knows."""
+    for tag, usual_tag in zip(own or (), TAGS[0], strict=False):
+        text = text.replace(tag, usual_tag)
+    return text
+
+
 def small(text: str) -> str:
     """Return small letters, each at its place; only İ has a small form of two characters."""
     return text.replace("İ", "I").lower()
@@ -114,8 +126,8 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     return next((text[:end] for end in ends if end >= 0), None)
 
 
-def closing_of(opened: str) -> str | None:
+def closing_of(opened: str, own: Pair | None = None) -> str | None:
     """Return what closes a thought that a text opens and nothing else; None if it is no such text."""
     opening = opened.strip().removesuffix("<|message|>")
-    closing = next((closing for tag, closing in TAGS if tag == opening), None)
+    closing = next((closing for tag, closing in (*TAGS, *filter(None, [own])) if tag == opening), None)
     return f"<|end|><|start|>assistant{FINAL}" if closing == FINAL else closing
