@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mlx_traces.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.models import THINK_OPENERS, LoadedModel, Rendered
+from mlx_traces.models import LoadedModel, Rendered
 from mlx_traces.records import Trace
+from mlx_traces.tasks.thoughts import closing_of
 from mlx_traces.traces import parts
 
 
@@ -78,8 +79,8 @@ def encode(loaded: LoadedModel, trace: Trace, end: int, thinking: bool | None = 
     completion = trace.completion
     if rendered.opened and completion.startswith(rendered.opened.strip()):
         completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())
-    elif rendered.opened.strip() in THINK_OPENERS and stop and parts(completion)[0] is None:
-        completion = f"\n</think>\n\n{completion}"  # or the model would learn to end its turn inside the thought
+    elif (closing := closing_of(rendered.opened, loaded.own_tags)) and stop and parts(completion)[0] is None:
+        completion = f"\n{closing}\n\n{completion}"  # or the model would learn to end its turn inside the thought
     ids, trained = list(rendered.ids), [False] * len(rendered.ids)
     if any(turn["role"] == "assistant" for turn in messages):
         ids, trained = _with_turns(loaded, messages, rendered, trace.not_learned or ())

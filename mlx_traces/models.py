@@ -15,8 +15,9 @@ from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint, on_the_way
-from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
+from mlx_traces.tasks.thoughts import OPENERS as THINK_OPENERS
+from mlx_traces.tasks.thoughts import Pair, own_pair
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -29,7 +30,6 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
-THINK_OPENERS = tuple(opener for opener, _ in THOUGHT_TAGS)
 _ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -71,6 +71,11 @@ class LoadedModel:
     context: int | None
     stop_strings: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
 
     def about(self) -> dict[str, Any]:
         """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""

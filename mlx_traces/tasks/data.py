@@ -57,9 +57,8 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
     if not path.is_file():
         raise UserError(f"{path}: cannot be read (No such file or directory)")
     try:
-        with _offline():
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            yield from ((f"{path}[{index}]", _plain(row)) for index, row in enumerate(rows))
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        yield from ((f"{path}[{index}]", _plain(row)) for index, row in enumerate(rows))
     except UserError:
         raise
     except Exception as error:  # the readers of tables raise a dozen unrelated types
