@@ -26,7 +26,7 @@ KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
 WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of it at once
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
 LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
-DRAWN = 3.0  # float32 buffers of the rows' next-token logits
+DRAWN = 2.0  # float32 buffers of the rows' next-token logits
 ADAM = 2.0  # averages of each trained number
 GRADIENTS = 2.0  # a micro-batch's, and their sum
 
