@@ -225,7 +225,7 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
         (SFTConfig, "epochs: 2\n", r"mine.yaml: data is missing \(File of .*README.md\): add 'data: ...' there"),
         (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
         (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
-        (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: must have 1 values or more, not"),
+        (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: needs 1 or more, not"),
         (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: give as many values as it takes"),
     ):
         file.write_text(content)
