@@ -8,7 +8,8 @@ from typing import Any
 
 from mlx_traces import adapters, cards, hub, models
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.runs import MODEL_FILES, to_json
+from mlx_traces.fingerprints import MODEL_FILES
+from mlx_traces.runs import to_json
 
 SETTINGS = (adapters.CONFIG, "fused.json")  # of our making: they name files of this machine
 
