@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_traces import origins, stats
 from mlx_traces.errors import UserError, clean, unknown, visible
-from mlx_traces.tasks import get_task
+from mlx_traces.tasks import TASKS, get_task
 from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
@@ -424,8 +424,9 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _winner(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
-    """Return the majority's answer, as its first voter wrote it."""
-    votes = get_task(run.result["task"]).votes(answers, gold, run.result["extractor"])
+    """Return the majority's answer, as its first voter wrote it; of an unknown task equal texts vote alike."""
+    task, extractor = run.result["task"], run.result["extractor"]
+    votes = get_task(task).votes(answers, gold, extractor) if task in TASKS else list(answers)
     return answers[votes.index(stats.majority(votes))]
 
 

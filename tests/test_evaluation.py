@@ -118,6 +118,16 @@ def test_the_majority_is_counted_by_the_graders_equality(tmp_path):
     assert per_question([Run("run", vars(result), rows)]).iloc[0, 3] == "Paris."
 
 
+def test_a_sample_says_which_of_two_readings_was_right(tmp_path):
+    data = tmp_path / "own.jsonl"
+    data.write_text('{"question": "How many millions?", "answer": "4"}\n')
+    planned = plan(EvalConfig(task="qa", data=str(data)))
+    said = [Answered("?", "", text, 1, "stop") for text in ("It is 4 million.", "It is 4.")]
+    rows = [grade_sample(planned, planned.problems[0], 0, answer) for answer in said]
+    assert rows[0]["correct"] and rows[0]["notes"] == {"tolerant": "read as 4", "last_number": "read as 4"}
+    assert rows[1]["correct"] and "notes" not in rows[1]
+
+
 def test_a_model_that_never_stops_is_a_share_not_an_error(tmp_path):
     result = mlx_traces.evaluate(out=tmp_path / "run", task="countdown", limit=6, max_tokens=3)
     assert result.truncated == 1.0 and result.accuracy == 0.0 and result.verdicts == {"no_answer": 6}
