@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 from mlx_traces.readers import text_of
@@ -261,7 +260,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     @classmethod
     def _read_by_kl(cls, value: Any, info: ValidationInfo) -> Any:
         if value and info.data.get("kl_coef") == 0:
-            raise PydanticCustomError("own", "has no effect without kl_coef; set that too, or leave this out")
+            raise ValueError("has no effect without kl_coef; set that too, or leave this out")
         return value
 
 
@@ -302,7 +301,7 @@ class GRPOConfig(RLConfig):
     @classmethod
     def _no_bnpo(cls, value: Any) -> Any:
         if value == "bnpo":  # a mean over micro-batches, which change nothing here
-            raise PydanticCustomError("own", "bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
+            raise ValueError("bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
         return value
 
 
@@ -691,8 +690,8 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
             raise UserError(f"{place}unknown field {field!r}{hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{place}{_missing(kind, first['loc'], where)}") from None
-        if first["type"] == "own":  # says it all
-            raise UserError(f"{place}{field}: {first['msg']}") from None
+        if first["type"] == "value_error":  # raised by a validator of ours, which says it all
+            raise UserError(f"{place}{field}: {first['ctx']['error']}") from None
         said = _SAID.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
         raise UserError(f"{place}{field}: {said}, not {str(first['input'])[:60]!r}") from None
 

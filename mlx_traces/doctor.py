@@ -30,7 +30,7 @@ TESTED = {
     "numpy": ("2.0", "2.5.5"),
     "scipy": ("1.16", "1.18.1"),
     "pandas": ("2.2.2", "3.1.1"),
-    "pydantic": ("2.7", "2.14.3"),
+    "pydantic": ("2.12", "2.14.3"),
 }
 BACKENDS = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13")  # wheels that have to be of mlx's own version
 LEAST_DISK_GB = 1  # for run folders

@@ -198,8 +198,12 @@ def _total(logits: Any) -> Any:
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
 
 
+class NotFinite(UserError):
+    """A model's outputs are not finite numbers."""
+
+
 def refuse_no_token(loaded: LoadedModel, tokens: np.ndarray) -> None:
-    """Raise UserError if a token could not be drawn, as its logits were not finite numbers.
+    """Raise NotFinite if a token could not be drawn, as its logits were not finite numbers.
 
     Args:
         loaded: the model, which the message names.
@@ -209,7 +213,7 @@ def refuse_no_token(loaded: LoadedModel, tokens: np.ndarray) -> None:
         return
     model = f"{loaded.name} with the adapter {loaded.adapter}" if loaded.adapter else loaded.name
     small = f", or {loaded.backend.dtype or 'its own type'} cannot hold its numbers: pass --dtype float32"
-    raise UserError(
+    raise NotFinite(
         f"{model}: its outputs are not finite numbers (NaN or infinity), so no token can be drawn. The weights or the "
         "adapter are broken, by a learning rate that was too high or by a damaged file: take an earlier checkpoint or "
         f"another adapter, or copy the model anew{small if loaded.backend.dtype != 'float32' else ''}"

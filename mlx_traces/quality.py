@@ -14,7 +14,7 @@ from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score, Trace
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.thoughts import SKY, STEPS, TAGS, first_thought
+from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, first_thought
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
 Scores = dict[str, float | None]
@@ -108,7 +108,7 @@ STYLES = {
     "r1": Style(("<think>", "</think>"), None),
     "sky-t1": Style(SKY, ("<|begin_of_solution|>", "<|end_of_solution|>")),
 }
-_ALL_TAGS = {tag.lower() for pair in TAGS for tag in pair if tag != STEPS} | {
+_ALL_TAGS = {tag.lower() for pair in TAGS for tag in pair if tag != UNTAGGED} | {
     tag for style in STYLES.values() if style.answer for tag in style.answer
 }
 

@@ -84,7 +84,7 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
 
 def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: float) -> tuple[list[str], float]:
     """Complete the prompts by the engine; return what is wrong, and the largest deviation in nats."""
-    from mlx_traces.drawing import Request, SamplingParams
+    from mlx_traces.drawing import NotFinite, Request, SamplingParams
     from mlx_traces.sampling import generate
 
     prompts = prompts_of(loaded)
@@ -93,10 +93,12 @@ def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: floa
             return [f"prompt {number} is encoded as other tokens than it should be"], math.inf
     wrong, worst = [], 0.0
     rollouts = generate(loaded, [Request(ids) for ids in prompts], SamplingParams(MAX_TOKENS), logprobs=True)
-    for index, rollout in sorted(rollouts, key=lambda pair: pair[0]):
+    try:
+        done = sorted(rollouts, key=lambda pair: pair[0])
+    except NotFinite:
+        return ["the model's outputs are not finite numbers"], math.inf
+    for index, rollout in done:
         known, found = stored[index], rollout.model_logprobs or ()
-        if not all(map(math.isfinite, found)):
-            return [f"completion {index + 1} has log-probabilities that are no numbers"], math.inf
         for place, token in enumerate(known["tokens"]):
             if place >= len(rollout.completion_ids):
                 wrong.append(f"completion {index + 1} ends after {place} tokens, not {len(known['tokens'])}")

@@ -67,7 +67,7 @@ def test_a_wrong_weight_is_loud(monkeypatch, part):
 
 def test_numbers_that_are_none_are_wrong():
     found = selftest.run(nano(**{"mlp.up_proj": lambda array: array * mx.nan}), STORED)
-    assert found.wrong == ["completion 1 has log-probabilities that are no numbers"] and math.isinf(found.share)
+    assert found.wrong == ["the model's outputs are not finite numbers"] and math.isinf(found.share)
 
 
 def test_a_near_tie_may_be_broken_otherwise_and_a_clear_lead_may_not():

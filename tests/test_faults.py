@@ -190,7 +190,7 @@ def mount(*words):
 def call(*more):
     words = ["eval", "--task", "countdown", "--limit", "6", "--rows", "2", "--max-tokens", "12", "--out", str(out)]
     done = CliRunner().invoke(main, [*words, *more])
-    return done.exit_code, done.stderr.strip().splitlines()[-1], done.exception
+    return done.exit_code, (done.stderr.strip().splitlines() or [""])[-1], done.exception
 def filled(kib):
     (disk / "filler").unlink(missing_ok=True)
     with (disk / "filler").open("wb", buffering=0) as file:

@@ -6,7 +6,7 @@ from mlx_traces.quality import format_score, thought_of
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
 from mlx_traces.tasks.qa import find_text
-from mlx_traces.tasks.thoughts import FINAL, STEPS, TAGS, after_thought, answer_part, closing_of
+from mlx_traces.tasks.thoughts import FINAL, TAGS, after_thought, answer_part, closing_of
 from mlx_traces.traces import normalise, parts
 
 COUNTDOWN = get_task("countdown")
@@ -46,17 +46,17 @@ def test_a_whole_turn_of_gpt_oss():
 
 def test_a_thought_without_a_tag_opens_a_response_only():
     """Apriel's words elsewhere are words."""
-    assert after_thought(f" {STEPS}\n9 + 9 = 18") == (f" {STEPS}\n9 + 9 = 18", True)
-    assert tolerant(f"{STEPS}\n9 + 9 = 18\n[BEGIN FINAL RESPONSE]\n19\n[END FINAL RESPONSE]") == "19"
-    assert tolerant(f"I can explain. {STEPS} 9 + 9 = 18") == "18"
-    assert parts(f"I can explain. {STEPS} 18") == (None, f"I can explain. {STEPS} 18")
-    assert thought_of(f"I can explain. {STEPS} 18", "think") is None
+    assert after_thought(f" {UNTAGGED}\n9 + 9 = 18") == (f" {UNTAGGED}\n9 + 9 = 18", True)
+    assert tolerant(f"{UNTAGGED}\n9 + 9 = 18\n[BEGIN FINAL RESPONSE]\n19\n[END FINAL RESPONSE]") == "19"
+    assert tolerant(f"I can explain. {UNTAGGED} 9 + 9 = 18") == "18"
+    assert parts(f"I can explain. {UNTAGGED} 18") == (None, f"I can explain. {UNTAGGED} 18")
+    assert thought_of(f"I can explain. {UNTAGGED} 18", "think") is None
 
 
 def test_what_closes_a_thought():
     """Training ends a thought that the template opened, in the model's own tags."""
     assert closing_of("[THINK]\n") == "[/THINK]" and closing_of("<|channel>thought\n") == "<channel|>"
     assert closing_of("<|channel|>analysis<|message|>") == f"<|end|><|start|>assistant{FINAL}"
-    assert closing_of(f"{STEPS}\n") == "[BEGIN FINAL RESPONSE]"
+    assert closing_of(f"{UNTAGGED}\n") == "[BEGIN FINAL RESPONSE]"
     assert closing_of("{{3}}\n", ("{{3}}", "{{/3}}")) == "{{/3}}"
     assert closing_of("<think>\n\n</think>\n\n") is None and closing_of("") is None

@@ -5,11 +5,12 @@ Tags count in small and capital letters. A thought's opening may be missing, as 
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 Pair = tuple[str, str]
 
 FINAL = "<|channel|>final<|message|>"
-STEPS = "Here are my reasoning steps:"  # Apriel's; it opens a thought at the start of a response only
+UNTAGGED = "Here are my reasoning steps:"  # Apriel's; it opens a thought at the start of a response only
 SKY = ("<|begin_of_thought|>", "<|end_of_thought|>")
 TAGS: tuple[Pair, ...] = (  # the first is the usual one
     ("<think>", "</think>"),
@@ -30,7 +31,7 @@ TAGS: tuple[Pair, ...] = (  # the first is the usual one
     ("<unused94>thought", "<unused95>"),  # MedGemma
     ("<|channel|>analysis", FINAL),  # gpt-oss, as is the next one
     ("<|channel|>commentary", FINAL),
-    (STEPS, "[BEGIN FINAL RESPONSE]"),
+    (UNTAGGED, "[BEGIN FINAL RESPONSE]"),
 )
 OPENERS = tuple(opening for opening, _ in TAGS)
 AROUND_ANSWERS = (  # tags around what follows a thought
@@ -48,9 +49,9 @@ def _any(tags: Iterable[str]) -> str:
 _AROUND = re.compile(_any(AROUND_ANSWERS))
 _TAG = re.compile(
     rf"(?=<[a-z/|]|[\[◁]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
-    rf"(?P<open>{_any(tag for tag in OPENERS if tag != STEPS)})(?:<\|message\|>)?"
+    rf"(?P<open>{_any(tag for tag in OPENERS if tag != UNTAGGED)})(?:<\|message\|>)?"
     rf"|(?P<close>{_any(closing for _, closing in TAGS)}))"
-    rf"|(?P<opens>\A\s*{STEPS.lower()}(?=(?s:.*){re.escape(TAGS[-1][1].lower())}))|{_AROUND.pattern})"
+    rf"|(?P<opens>\A\s*{UNTAGGED.lower()}(?=(?s:.*){re.escape(TAGS[-1][1].lower())}))|{_AROUND.pattern})"
 )
 
 
@@ -88,6 +89,7 @@ def answer_part(response: str) -> str:
     return "" if thinking else part
 
 
+@lru_cache(maxsize=2)  # each extractor of a task asks the same of a response
 def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought, without tags around it, and whether it opens another thought."""
     part, thinking = after_last(response)
@@ -118,7 +120,7 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     lower = small(text)
     starts = [lower.find(opening.lower()) for opening, _ in pairs]
     for (opening, closing), start in zip(pairs, starts, strict=True):
-        if start >= 0 and not (opening == STEPS and lower[:start].strip()):
+        if start >= 0 and not (opening == UNTAGGED and lower[:start].strip()):
             end = lower.find(closing.lower(), start)
             said = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
             return said.removesuffix("<|start|>assistant").removesuffix("<|end|>")
