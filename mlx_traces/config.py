@@ -3,6 +3,7 @@
 import re
 import types
 from collections.abc import Iterable, Iterator
+from datetime import date as Date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,6 +35,10 @@ class LoadConfig(Config):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
     device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    template_args: dict[str, Any] | None = Field(
+        None, description="Other variables of the chat template, as in reasoning_effort=high."
+    )
+    date: Date | None = Field(None, description="Day that the chat template prints; default: the day of the run.")
 
     def load_arguments(self) -> dict[str, Any]:
         """Return these settings as `models.load` takes them."""
@@ -83,7 +88,7 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
     rows: Positive = Field(32, description="Completions decoded at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
-    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
 
 
 class EvalConfig(AnswerConfig, EndpointConfig):
@@ -157,6 +162,9 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
+    thinking: bool | None = Field(
+        None, description="Set the template's thinking switch; default: as each trace was made."
+    )
 
 
 class SFTConfig(SFTSettings):
@@ -197,7 +205,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling.")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="Keep the k likeliest tokens; 0 keeps all.")
     min_p: Fraction01 = Field(0.0, description="Drop tokens below this share of the likeliest.")
-    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
     rows: Positive = Field(256, description="Completions decoded at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to sample with; fewer rows.")
 
@@ -297,6 +305,9 @@ class ScoreConfig(LoadConfig, JudgeConfig):
         description="Weights of the components in the combined score.",
     )
     model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
+    thinking: bool | None = Field(
+        None, description="Set the thinking switch of its template; default: as each trace was made."
+    )
     rows: Positive = Field(16, description="Traces that the judge reads at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(None, description="Most GB to use; fewer rows follow.")
 

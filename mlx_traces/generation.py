@@ -154,4 +154,6 @@ def _traces(
                 logprobs=tuple(round(value, 5) for value in rollout.logprobs or ()),
                 finish_reason=rollout.finish_reason,
                 verdict=planned.task.grade(problem, text)[planned.extractor].verdict,
+                thinking=config.thinking,
+                template_args=config.template_args or {},
             )

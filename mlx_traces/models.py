@@ -4,16 +4,18 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import date as Date
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mlx_traces import device as devices
+from mlx_traces.conversations import Chat, Rendered
 from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint
-from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 
 NANO = "nano"
@@ -27,24 +29,9 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
-THINK_OPENERS = tuple(opener for opener, _ in THOUGHT_TAGS)
 _ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A problem as the model reads it.
-
-    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds
-    before the first sampled token: a thought that the template opens, the prompt's prefill. Graders get
-    ``opened`` + completion.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    opened: str
 
 
 @dataclass
@@ -54,7 +41,7 @@ class LoadedModel:
     ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
     folder. ``stop_ids`` end a completion; ``stop_strings`` do too, for a model without a chat template, which
     knows no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
-    are lines the user should see, each once.
+    are lines the user should see, each once. ``template_args`` and ``day`` are what the chat template is given.
     """
 
     model: Any
@@ -69,6 +56,8 @@ class LoadedModel:
     context: int | None
     stop_strings: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    template_args: dict[str, Any] = field(default_factory=dict)
+    day: Date | None = None
 
     def about(self) -> dict[str, Any]:
         """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
@@ -94,66 +83,12 @@ class LoadedModel:
 
     def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
         """Put a conversation to the model by its chat template, the next turn being the assistant's."""
-        if not self.tokenizer.has_chat_template:
-            self._note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
-            text = _as_plain_chat(messages) + (f" {prefill}" if prefill else "")
-            return Rendered(tuple(self.tokenizer.encode(text)), text, prefill)
-        if thinking is not None and "enable_thinking" not in str(self.tokenizer.chat_template):
-            self._note(f"{self.name}: its chat template has no thinking switch")
-        messages, text = self._with_system(messages, thinking)
-        opened = self._opened(messages, text, thinking)
-        if _opens_thought(opened) and any(opener in prefill for opener in THINK_OPENERS):
-            text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
-        text, opened = text + prefill, opened + prefill
-        # The template writes the special tokens itself, the first one of the text included.
-        return Rendered(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text, opened)
+        return self.chat.prompt(messages, prefill, thinking)
 
-    def _with_system(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
-        """Render; a system message that the template refuses or drops is put before the first question."""
-        from jinja2 import TemplateError
-
-        system = messages[0]["content"] if messages[0]["role"] == "system" else None
-        refusal = None
-        try:
-            text = self._apply(messages, True, thinking)
-            if system is None or system.strip() in text:
-                return messages, text
-        except TemplateError as error:
-            refusal = error
-        if system is not None:
-            user = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
-            messages = [user, *messages[2:]]
-            try:
-                text = self._apply(messages, True, thinking)
-                self._note(f"{self.name} takes no system message; it is put before the first question")
-                return messages, text
-            except TemplateError as error:
-                refusal = error
-        raise UserError(f"{self.name}: its chat template refuses this conversation ({first_line(refusal)})")
-
-    def _apply(self, messages: list[Message], add_generation_prompt: bool, thinking: bool | None) -> str:
-        arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        if thinking is not None:
-            return self.tokenizer.apply_chat_template(messages, enable_thinking=thinking, **arguments)
-        if self.tokenizer._chat_template is not None:  # a template written in Python, known to mlx_lm only
-            return self.tokenizer.apply_chat_template(messages, **arguments)
-        # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
-        return self.tokenizer._tokenizer.apply_chat_template(messages, **arguments)
-
-    def _opened(self, messages: list[Message], text: str, thinking: bool | None) -> str:
-        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
-        before = self._apply(messages, False, thinking)
-        if text.startswith(before) and len(before) < len(text):
-            turn = text[len(before) :]
-        else:  # a template that always opens the assistant's turn
-            turn = text.rpartition(messages[-1]["content"].strip())[2]
-        own = self.tokenizer.think_start
-        starts = [turn.find(opener) for opener in (*THINK_OPENERS, *([own] if own else []))]
-        return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
-
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's chat template, with what it is always given."""
+        return Chat(self.tokenizer, self.name, self.template_args, self.day, self.notes)
 
 
 def is_folder(spec: str) -> bool:
@@ -202,6 +137,8 @@ def load(
     weights: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    template_args: dict[str, Any] | None = None,
+    date: Date | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer, and an adapter on top, unfused.
 
@@ -214,6 +151,8 @@ def load(
         weights: ``"quantized"`` or ``"dense"``; ``None`` for what is fastest here (`device.choose`).
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` likewise.
         trust_remote_code: run Python code that comes with the model.
+        template_args: other variables of the chat template, ``reasoning_effort`` say.
+        date: the day that the chat template prints, if it does; ``None`` for today.
 
     Raises:
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
@@ -250,6 +189,8 @@ def load(
         context=_context(config),
         stop_strings=() if tokenizer.has_chat_template else ("\n\nUser:",),
         notes=notes,
+        template_args=template_args or {},
+        day=date or Date.today(),
     )
 
 
@@ -424,16 +365,6 @@ def _context(config: dict[str, Any]) -> int | None:
             if isinstance(settings.get(key), int):
                 return settings[key]
     return None
-
-
-def _as_plain_chat(messages: list[Message]) -> str:
-    """Write turns for a model without a chat template."""
-    labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-    return "\n\n".join([*(labels[m["role"]] + m["content"] for m in messages), "Assistant:"])
-
-
-def _opens_thought(opened: str) -> bool:
-    return opened.strip() in THINK_OPENERS
 
 
 def _is(spec: str, kind: Callable[[Path], bool]) -> bool:

@@ -64,7 +64,8 @@ class Trace:
     ``completion`` is the assistant's last turn, without the stop token. ``id`` is the problem's, so traces of one
     problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
     empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
-    trace is from, ``sample`` numbers the traces of one problem.
+    trace is from, ``sample`` numbers the traces of one problem. ``thinking`` (None: unset) and ``template_args`` are
+    what the chat template was given when the completion was sampled.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
@@ -86,6 +87,8 @@ class Trace:
     verdict: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
     score: float | None = None
+    thinking: bool | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON object of this trace; what is not known is left out."""
@@ -112,6 +115,9 @@ class Trace:
         for name in ("id", "completion"):
             if not isinstance(row[name], str):
                 raise UserError(f"{where}: {name!r} must be a text, not {type(row[name]).__name__}")
+        for name, kind, what in (("thinking", bool | None, "true or false"), ("template_args", dict, "an object")):
+            if name in row and not isinstance(row[name], kind):
+                raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}")
         lists = {
             name: tuple(row[name]) for name in ("messages", "completion_ids", "logprobs") if row.get(name) is not None
         }

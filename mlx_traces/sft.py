@@ -92,14 +92,15 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
     plan = training.held_out_plan(config.model, config.evaluate)
-    encoded = examples.encode_all(loaded, read_traces(Path(config.data)), config.max_length, config.over_long)
+    how = (config.max_length, config.over_long, config.thinking)
+    encoded = examples.encode_all(loaded, read_traces(Path(config.data)), *how)
     notes = examples.describe(encoded, config.max_length)
     asked = {problem.id for problem in plan.problems} if plan else set()
     rows = [example for example in encoded.examples if example.id not in asked]
     if len(rows) < len(encoded.examples):
         notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
     if config.valid is not None:
-        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), config.max_length, config.over_long)
+        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), *how)
         notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]
         if not kept.examples:
             raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")

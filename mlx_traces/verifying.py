@@ -12,8 +12,9 @@ from typing import Any
 
 from mlx_traces import adapters, comparison, evaluation, models, traces
 from mlx_traces.config import EvalConfig, build
+from mlx_traces.conversations import THINK_OPENERS
 from mlx_traces.errors import UserError, clean, first_line
-from mlx_traces.models import NANO, THINK_OPENERS, is_folder
+from mlx_traces.models import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.records import EvalResult, Problem
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json

@@ -25,7 +25,7 @@ models
 adapters sharing
 forward checkpoints ranks
 optim runs batching device policy slots
-selection endpoint
+selection endpoint conversations
 quality
 tasks.qa
 tasks.gsm8k tasks.countdown
