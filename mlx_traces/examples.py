@@ -19,7 +19,13 @@ class Encoded:
     cut: int = 0
 
 
-def encode_all(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], max_length: int, over_long: str) -> Encoded:
+def encode_all(
+    loaded: LoadedModel,
+    traces: Iterable[tuple[str, Trace]],
+    max_length: int,
+    over_long: str,
+    thinking: bool | None = None,
+) -> Encoded:
     """Encode (where, trace) pairs; sequences of more than ``max_length`` tokens are skipped, cut or refused.
 
     Raises:
@@ -32,7 +38,7 @@ def encode_all(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], max_len
         if not trace.completion.strip():
             raise UserError(f"{where}: 'completion' is empty; there is nothing to learn")
         try:
-            example = encode(loaded, trace, end)
+            example = encode(loaded, trace, end, thinking)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if len(example.ids) > max_length:
@@ -53,9 +59,10 @@ def encode_all(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], max_len
     return encoded
 
 
-def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
+def encode(loaded: LoadedModel, trace: Trace, end: int, thinking: bool | None = None) -> Example:
     """Encode one trace: learned are the completion, its stop token ``end``, and earlier turns of the assistant.
 
+    ``thinking`` sets the template's switch for the last turn, as `LoadedModel.render` does.
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn.
     An earlier turn is learned where the template leaves it as it was; templates of reasoning models strip thoughts
     from them. What the template itself opens (a ``<think>``) is part of the prompt; a completion without a thought
@@ -66,7 +73,7 @@ def encode(loaded: LoadedModel, trace: Trace, end: int) -> Example:
         ids = [*loaded.tokenizer.encode(trace.completion), *stop]
         return Example(trace.id, tuple(ids), (True,) * len(ids))
     messages = [dict(turn) for turn in trace.messages]
-    rendered = loaded.render_turns(messages)
+    rendered = loaded.render_turns(messages, thinking=thinking)
     completion = trace.completion
     if rendered.opened and completion.startswith(rendered.opened.strip()):
         completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())

@@ -133,6 +133,7 @@ def gradient(
             clip_eps_high=config.clip_eps_high,
             ref_logprobs=batching.padded([row.reference for row in micro]) if config.kl_coef else None,
             kl_coef=config.kl_coef,
+            unbiased_kl=config.unbiased_kl,
             importance=importance,
         )
         return loss, sums | {"entropy": entropies.sum(), "kl_sampler": policy.kl_sampler(old, sampler, mask)}

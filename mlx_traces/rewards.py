@@ -14,7 +14,7 @@ list of completions (the assistant's whole turns, as texts) and, by name, with t
 every column of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It
 returns a number for each completion, or None where it does not apply: that reward is then left out of the completion's
 sum and of the reward's mean. A completion that no reward with a weight applies to has none at all: it teaches nothing,
-and the others of its group are not compared with it. Both as in TRL.
+and the others of its group are not compared with it. Both as in TRL, which heeds rewards without a weight there too.
 """
 
 import inspect

@@ -19,7 +19,7 @@ from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import LoadedModel
-from mlx_traces.records import Problem
+from mlx_traces.records import Problem, problem_id
 from mlx_traces.runs import on_the_way, read_json, to_json, write_atomic
 from mlx_traces.tasks import Task
 
@@ -117,15 +117,15 @@ def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
 
 def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     """Return what is trained on and what is answered at validations, no problem in both; and notes."""
-    held_out = training.held_out_plan(config.model, config.evaluate)
+    held_out = training.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
-    asked = {problem.id for problem in held_out.problems} if held_out else set()
-    problems = [problem for problem in planned.problems if problem.id.partition("#")[0] not in asked]
+    asked = {problem_id(problem.id) for problem in held_out.problems} if held_out else set()
+    problems = [problem for problem in planned.problems if problem_id(problem.id) not in asked]
     left_out, notes = len(planned.problems) - len(problems), []
     if left_out and config.limit is None:  # as many others in their place, where there are such
         more = _training_plan(EvalConfig(**shared), config, len(asked)).problems
-        problems = [problem for problem in more if problem.id.partition("#")[0] not in asked][: len(planned.problems)]
+        problems = [problem for problem in more if problem_id(problem.id) not in asked][: len(planned.problems)]
     if left_out:
         notes.append(f"{left_out} training problems are validation problems and are left out")
     if not problems:

@@ -30,7 +30,6 @@ TOLERANCE = 1e-4
 
 TRL_OF = {
     "grpo": {"loss_type": "grpo"},
-    "bnpo": {"loss_type": "bnpo"},
     "dr_grpo": {"loss_type": "dr_grpo"},
     "dapo": {"loss_type": "dapo"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
@@ -187,7 +186,7 @@ def compare(trainer, inputs, folder, kind, updates=3, sampler=None):
     ours, args = Ours(trainer, folder), trainer.args
     rows = len(LENGTHS)
     micro_batches = [list(range(start, start + MICRO)) for start in range(0, rows, MICRO)]
-    weights = policy.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT, batch_rows=MICRO)
+    weights = policy.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT)
     advantages = policy.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE)).reshape(-1)
     worst = {"advantages": float(np.abs(inputs["advantages"].numpy() - np.array(advantages)).max())}
     assert inputs["completion_mask"].numpy().tolist() == ours.mask.astype(int).tolist()
