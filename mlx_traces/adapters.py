@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters in mlx_lm's format: put on a model, trained, saved, left out, fused. MLX is imported late."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+BASE = "base"  # names the bare model where an adapter is asked for
 KINDS = ("lora", "dora", "full")
 ADDED = ("lora_a", "lora_b", "m")  # what an adapter adds to a layer: the low-rank pair, DoRA's magnitudes
 
@@ -149,33 +150,53 @@ def switched_off(model: "nn.Module") -> Iterator[None]:
 def reference(model: "nn.Module", folder: str | Path | None, used: bool = True) -> Callable[[], Any]:
     """Return a context in which the model is the reference: its adapter left out, or replaced by that of ``folder``.
 
+    Its weights come with the scale that they were trained at; None and `BASE` stand for the bare model.
+
     Raises:
-        UserError: if it is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same shapes.
+        UserError: if it is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same kind and
+            shapes.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     trained = dict(tree_flatten(model.trainable_parameters()))
-    if folder is None:
+    if folder in (None, BASE):
         if used and not any(name.endswith("lora_a") for name in trained):
             raise UserError("kl_coef: fully trained layers have no adapter to leave out; pass reference, or kl_coef 0")
         return lambda: switched_off(model)
     folder = Path(folder).expanduser()
-    read_config(folder)
-    arrays = mx.load(str(folder / WEIGHTS))
-    if {name: array.shape for name, array in arrays.items()} != {name: trained[name].shape for name in trained}:
-        raise UserError(f"{folder}: the reference is not of the layers and rank that are trained here")
+    settings, arrays = read_config(folder), _read_weights(folder)
+    kind, own = settings.get("fine_tune_type", "lora"), _kind_of(trained)
+    if kind != own or {name: array.shape for name, array in arrays.items()} != {
+        name: array.shape for name, array in trained.items()
+    }:
+        raise UserError(
+            f"{folder}: the reference is not of the kind, layers, targets and rank that are trained here ({own})"
+        )
+    mx.eval(list(arrays.values()))  # the file may be another one by the time that it is read
+    scale = None if kind == "full" else settings["lora_parameters"]["scale"]
 
     @contextmanager
     def swapped() -> Iterator[None]:
         before = tree_flatten(model.trainable_parameters())
+        scales = [(module, module.scale) for _, module in model.named_modules() if "lora_a" in module]
         model.load_weights(list(arrays.items()), strict=False)
+        for module, _ in scales:
+            module.scale = scale
         try:
             yield
         finally:
             model.load_weights(before, strict=False)
+            for module, trained_at in scales:
+                module.scale = trained_at
 
     return swapped
+
+
+def _kind_of(trained: Iterable[str]) -> str:
+    """Return the kind of adapter that trained parameters are, by their names."""
+    last = {name.rpartition(".")[2] for name in trained}
+    return "full" if "lora_a" not in last else "dora" if "m" in last else "lora"
 
 
 @contextmanager
@@ -217,10 +238,7 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
     folder = Path(folder)
     config = read_config(folder)
     kind = config.get("fine_tune_type", "lora")
-    try:
-        weights = mx.load(str(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise UserError(f"{folder / WEIGHTS}: not a safetensors file ({first_line(error)})") from None
+    weights = _read_weights(folder)
     if kind != "full":
         try:
             linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora")
@@ -249,6 +267,15 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    import mlx.core as mx
+
+    try:
+        return mx.load(str(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(f"{folder / WEIGHTS}: not a safetensors file ({first_line(error)})") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

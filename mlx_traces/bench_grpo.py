@@ -194,8 +194,8 @@ def bench_grpo(
 
 def _alone(config: RLConfig, steps: int) -> RLConfig:
     """Return the settings of so many steps that are whole ones, each of them, and nothing besides."""
-    changes = {"num_steps": steps, "evaluate": None, "adapter": None, "kl_coef": 0.0}
-    own = {"value_warmup_steps": 0} if isinstance(config, PPOConfig) else {"max_resamples": 0}
+    changes = {"num_steps": steps, "evaluate": None, "adapter": None, "kl_coef": 0.0, "reference": None}
+    own = {"value_warmup_steps": 0} if isinstance(config, PPOConfig) else {"max_resamples": 0, "unbiased_kl": False}
     return config.model_copy(update=changes | own)
 
 

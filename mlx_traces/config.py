@@ -4,10 +4,11 @@ import re
 import types
 from collections.abc import Iterable, Iterator
 from datetime import date as Date
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 
@@ -20,8 +21,16 @@ MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousan
 _LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class Config(BaseModel):
-    """Base of the recipes' settings: unknown fields are refused, values are immutable."""
+    """Base of the recipes' settings: unknown fields are refused, values are immutable.
+
+    A setting that a recipe got later is not written while it changes nothing (``exclude_if``), so that what was begun
+    without it keeps its name and is continued.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
@@ -36,9 +45,11 @@ class LoadConfig(Config):
     device: Literal["gpu", "cpu"] | None = Field(None, description="Where to run; default: the GPU if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     template_args: dict[str, Any] | None = Field(
-        None, description="Other variables of the chat template, as in reasoning_effort=high."
+        None, exclude_if=_is_none, description="Other variables of the chat template, as in reasoning_effort=high."
     )
-    date: Date | None = Field(None, description="Day that the chat template prints; default: the day of the run.")
+    date: Date | None = Field(
+        None, exclude_if=_is_none, description="Day that the chat template prints; default: the day of the run."
+    )
 
     def load_arguments(self) -> dict[str, Any]:
         """Return these settings as `models.load` takes them."""
@@ -132,6 +143,9 @@ class ValidationConfig(ProblemConfig):
     limit: Positive | None = Field(200, description="Take a seeded sample of so many problems.")
     max_tokens: Positive = Field(512, description="Longest completion, in tokens.")
     rows: Positive = Field(64, description="Completions decoded at once.")
+    thinking: bool | None = Field(
+        None, exclude_if=_is_none, description="Set the template's thinking switch; default: as in the training."
+    )
 
 
 class TrackingConfig(Config):
@@ -155,6 +169,9 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     over_long: Literal["skip", "cut", "refuse"] = Field(
         "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
     )
+    thinking: bool | None = Field(
+        None, exclude_if=_is_none, description="Set the template's thinking switch; default: as each trace was made."
+    )
     checkpoint_layers: bool = Field(False, description="Compute activations twice: less memory, slower.")
     logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Most MiB of one vocabulary-wide buffer.")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
@@ -162,9 +179,6 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
-    thinking: bool | None = Field(
-        None, description="Set the template's thinking switch; default: as each trace was made."
-    )
 
 
 class SFTConfig(SFTSettings):
@@ -232,6 +246,16 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     patience: Annotated[int, Field(ge=0)] = Field(0, description="Stop after so many validations without a better one.")
     save_every: Positive = Field(5, description="Steps between checkpoints.")
 
+    @field_validator("reference", "unbiased_kl", check_fields=False)
+    @classmethod
+    def _read_by_kl(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("kl_coef") == 0:
+            raise ValueError("has no effect without kl_coef; set that too, or leave this out")
+        return value
+
+
+_REFERENCE = "Adapter that is the reference, or base, the bare model; default: the adapter trained on, else base."
+
 
 class GRPOConfig(RLConfig):
     """Settings of ``mlx-traces grpo``."""
@@ -244,19 +268,29 @@ class GRPOConfig(RLConfig):
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         0, description="Draw up to so many more times for groups with differing rewards (DAPO's dynamic sampling)."
     )
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
         "dapo", description="How the tokens' losses are made and weighed; see the policy module."
     )
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
     clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(None, description="Upper one; default: the same.")
     kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL term to the reference.")
-    reference: str | None = Field(None, description="Adapter that is the reference; default: none, the bare model.")
+    reference: str | None = Field(None, description=_REFERENCE)
+    unbiased_kl: bool = Field(
+        False, exclude_if=not_, description="Weigh the KL term by the ratio: its gradient is then the reverse KL's."
+    )
     importance: Literal["none", "token", "sequence"] = Field(
         "none", description="Correct for the sampler's probabilities by truncated weights per token or sequence."
     )
     importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Greatest of those weights.")
     updates_per_batch: Positive = Field(1, description="Times that each rollout is learned from.")
     minibatches: Positive = Field(1, description="Optimizer steps that the rollouts are spread over, each time.")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _no_bnpo(cls, value: Any) -> Any:
+        if value == "bnpo":  # a mean over micro-batches, which change nothing here
+            raise ValueError("bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
+        return value
 
 
 class PPOConfig(RLConfig):
@@ -286,7 +320,7 @@ class PPOConfig(RLConfig):
     kl_coef: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Taken off the reward for each nat that a token is likelier than by the reference."
     )
-    reference: str | None = Field(None, description="Adapter that is the reference; default: none, the bare model.")
+    reference: str | None = Field(None, description=_REFERENCE)
 
 
 class ScoreConfig(LoadConfig, JudgeConfig):
@@ -554,6 +588,8 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
             names = _fields_at(kind, first["loc"][:-1])
             hint = did_you_mean(str(first["loc"][-1]), names) or f"; there are {', '.join(names)}"
             raise UserError(f"{place}unknown field {field!r}{hint}") from None
+        if first["type"] == "value_error":  # a recipe's own, which says it all
+            raise UserError(f"{place}{field}: {first['ctx']['error']}") from None
         raise UserError(f"{place}{field}: {first['msg'].lower()}, not {str(first['input'])[:60]!r}") from None
 
 

@@ -41,7 +41,6 @@ from mlx_traces.config import (
     RoundsConfig,
     ScoreConfig,
     SFTConfig,
-    ValidationConfig,
 )
 from mlx_traces.curves import duration
 from mlx_traces.drawing import Request, SamplingParams
@@ -349,12 +348,12 @@ class Outlook:
         told = f"{before}{asked.problems:,} problems{each}, {_tokens(asked)}, {speed:,.0f} tokens/s with {rows} rows"
         return Forecast(about, most, self._memory(asked), told)
 
-    def _held_out(self, settings: ValidationConfig | None, times: int) -> tuple[float, float, float, str]:
+    def _held_out(self, config: RLConfig | SFTConfig, times: int) -> tuple[float, float, float, str]:
         """Return seconds about and at most, memory, and words, of the problems answered at validations."""
-        planned = training.held_out_plan(self.spec, settings)
+        planned = training.held_out_plan(self.spec, config)
         if planned is None:
             return 0.0, 0.0, 0.0, ""
-        asked = self._asked(planned, settings)
+        asked = self._asked(planned, config.evaluate)
         about, most = self._spent(asked)
         return times * about, times * most, self._memory(asked), f", {times} validations of {asked.problems:,} problems"
 
@@ -367,8 +366,8 @@ class Outlook:
         steps = [math.ceil(n * trained / config.batch_size) * config.epochs for n in (count, most_count)]
         every = [config.eval_every or max(1, n // config.epochs) for n in steps]
         checks = [1 + math.ceil(n / each) for n, each in zip(steps, every, strict=True)]
-        about, _, memory_gb, answered = self._held_out(config.evaluate, checks[0])
-        _, most, _, _ = self._held_out(config.evaluate, checks[1])
+        about, _, memory_gb, answered = self._held_out(config, checks[0])
+        _, most, _, _ = self._held_out(config, checks[1])
         seconds = [
             n * size / rate * (trained * config.epochs + FORWARD * config.valid_share * times)
             for n, size, times in ((count, length, checks[0]), (most_count, most_length, checks[1]))
@@ -389,9 +388,8 @@ class Outlook:
         return (len(made), mean), (len(made), mean), longest, f"{len(made):,} traces"
 
     def _lengths(self, some: Sequence[Trace], config: SFTConfig) -> tuple[float, int]:
-        encoded = examples.encode_all(
-            self.probe.loaded, ((trace.id, trace) for trace in some), config.max_length, config.over_long
-        )
+        how = config.max_length, config.over_long, config.thinking
+        encoded = examples.encode_all(self.probe.loaded, ((trace.id, trace) for trace in some), *how)
         lengths = [len(example.ids) for example in encoded.examples] or [config.max_length]
         return sum(lengths) / len(lengths), max(lengths)
 
@@ -426,7 +424,7 @@ class Outlook:
         sampled = self._spent(asked)
         updated = [asked.completions * (prompts + tokens) * passes / rate for tokens in asked.tokens]
         checks = 1 + math.ceil(config.num_steps / config.eval_every)
-        *answered, memory_gb, words = self._held_out(config.evaluate, checks)
+        *answered, memory_gb, words = self._held_out(config, checks)
         probed = 0.0
         if (config.pass_rate_low, config.pass_rate_high) != (0, 1):
             probed = len(planned.problems) * config.probe_samples / asked.completions

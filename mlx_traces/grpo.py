@@ -50,15 +50,23 @@ class Learner:
 
 
 def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
-    """Return (P * G,) float32 advantages, group by group."""
-    values = mx.array([[rollout.reward for rollout in group] for group in groups])
-    if config.advantage == "rloo":
-        result = policy.rloo_advantages(values)
-    elif config.advantage == "mean":
-        result = policy.reinforce_advantages(values)
-    else:
-        result = policy.group_advantages(values, config.advantage)
-    return np.array(result).reshape(-1)
+    """Return (P * G,) float32 advantages, group by group; a rollout without a reward has 0, and counts for no other."""
+    rewards = np.array([[np.nan if r.reward is None else r.reward for r in group] for group in groups], np.float32)
+    there, found = ~np.isnan(rewards), np.zeros(rewards.shape, np.float32)
+    if config.advantage == "mean":
+        found[there] = np.array(policy.reinforce_advantages(mx.array(rewards[there]))) if there.any() else 0
+        return found.reshape(-1)
+    every = None if there.all() else mx.array(rewards[there])
+    for size in range(2, rewards.shape[1] + 1):  # groups of so many rewards, which is all of them as a rule
+        if (alike := there.sum(axis=1) == size).any():
+            places = there & alike[:, None]
+            values = mx.array(rewards[places].reshape(-1, size))
+            if config.advantage == "rloo":
+                result = policy.rloo_advantages(values)
+            else:
+                result = policy.group_advantages(values, config.advantage, every=every)
+            found[places] = np.array(result).reshape(-1)
+    return found.reshape(-1)
 
 
 @dataclass
@@ -125,6 +133,7 @@ def gradient(
             clip_eps_high=config.clip_eps_high,
             ref_logprobs=batching.padded([row.reference for row in micro]) if config.kl_coef else None,
             kl_coef=config.kl_coef,
+            unbiased_kl=config.unbiased_kl,
             importance=importance,
         )
         return loss, sums | {"entropy": entropies.sum(), "kl_sampler": policy.kl_sampler(old, sampler, mask)}

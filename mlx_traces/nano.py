@@ -26,6 +26,7 @@ from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.runs import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
+from mlx_traces.tasks.prompts import Message
 from mlx_traces.tasks.solver import TRACE_LIMIT
 from mlx_traces.traces import solved
 
@@ -116,17 +117,22 @@ def number_features(count: int, size: int) -> mx.array:
     return mx.array(0.1 * np.pad(waves, ((0, 0), (0, size - waves.shape[1]))).astype(np.float32))
 
 
-def examples(config: NanoConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids, prompt length) of training examples, the stop token included, each problem once."""
+def conversations(config: NanoConfig) -> Iterator[tuple[list[Message], str]]:
+    """Yield (messages, completion) of training problems, each once, as long as there are any; then UserError."""
     draw = random.Random(f"{config.seed} nano styles")
     for nums, target in generate("train", 10**9, config.seed, config.operands):
         style = "direct" if draw.random() < config.direct_share else "thinking"
         if (example := solved(PROMPTS[style], nums, target)) is not None:
-            messages, completion = example
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-            completion_ids = tokenizer.encode(completion + STOP, add_special_tokens=False)
-            yield prompt_ids + completion_ids, len(prompt_ids)
+            yield example
+
+
+def examples(config: NanoConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
+    """Yield (token ids, prompt length) of training examples, the stop token included, each problem once."""
+    for messages, completion in conversations(config):
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        completion_ids = tokenizer.encode(completion + STOP, add_special_tokens=False)
+        yield prompt_ids + completion_ids, len(prompt_ids)
 
 
 def batches(config: NanoConfig, tokenizer) -> Iterator[tuple[mx.array, mx.array]]:
@@ -165,18 +171,36 @@ def check_sizes(config: NanoConfig) -> None:
             raise UserError(f"{name}: {size} is not a multiple of {what}; {-(-size // part) * part} is")
 
 
+def check_problems(config: NanoConfig) -> None:
+    """Refuse more problems than there are; the UserError says how many those are."""
+    found = 0
+    try:
+        for _ in islice(conversations(config), config.problems):
+            found += 1
+    except UserError:
+        if not found:
+            raise  # there are none for another reason
+        low, high = config.operands
+        raise UserError(
+            f"problems: only {found:,} of {low} to {high} numbers were found, not {config.problems:,}; "
+            "ask for no more, or for problems of more numbers (operands)"
+        ) from None
+
+
 def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     """Train nano and write it, quantized, to ``config.out`` as a folder that ``mlx_lm.load`` reads.
 
     The folder appears when it is complete; a build that is cut off leaves none.
 
     Raises:
-        UserError: if the sizes do not go together, or the folder exists or cannot be written; before any training.
+        UserError: if the sizes do not go together, the folder exists or cannot be written, or there are not so many
+            problems; before any training.
     """
     check_sizes(config)
     out = Path(config.out)
     scratch = scratch_folder(out)
     try:
+        check_problems(config)
         _train(config, scratch, progress)
         put_in_place(scratch, out)
     except OSError as error:

@@ -150,7 +150,7 @@ def _longest_trace(loaded: "LoadedModel", config: SFTConfig) -> tuple[int, str]:
     if not Path(config.data).exists():
         return config.max_length, f"max_length, as {config.data} is not there yet"
     rows = islice(read_traces(Path(config.data)), READ)
-    encoded = examples.encode_all(loaded, rows, config.max_length, config.over_long).examples
+    encoded = examples.encode_all(loaded, rows, config.max_length, config.over_long, config.thinking).examples
     if not encoded:
         raise UserError(f"{config.data}: no traces to train on; raise max_length ({config.max_length})")
     return max(len(example.ids) for example in encoded), f"the longest of {len(encoded):,}"

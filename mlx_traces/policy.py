@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_traces.errors import unknown
 
-KINDS = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")
+KINDS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")
 SCALES = ("std", "batch", "none")
 LEVELS = ("token", "sequence")
 
@@ -25,7 +25,9 @@ LEVELS = ("token", "sequence")
 _LOG_RATIO = 20.0
 
 
-def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -> mx.array:
+def group_advantages(
+    rewards: mx.array, scale: str = "std", eps: float = 1e-4, every: mx.array | None = None
+) -> mx.array:
     """Return each completion's reward minus its group's mean, scaled: GRPO (arXiv 2402.03300, section 4.1.2).
 
     The standard deviation is the unbiased one (G - 1), as in TRL; the paper does not say. A group of equal rewards
@@ -36,6 +38,7 @@ def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -
         scale: ``std`` divides by the group's standard deviation; ``batch`` by that of all rewards, over their own
             mean (TRL's ``scale_rewards="batch"``; arXiv 2508.08221); ``none`` not at all (Dr. GRPO, arXiv 2503.20783).
         eps: added to the standard deviation; TRL's value.
+        every: (N,), all rewards of the batch, where ``rewards`` are not all; ``batch`` heeds it.
 
     Returns:
         (P, G).
@@ -50,6 +53,8 @@ def group_advantages(rewards: mx.array, scale: str = "std", eps: float = 1e-4) -
     centred = _centred(rewards)
     if scale == "none":
         return centred
+    if scale == "batch" and every is not None:
+        return centred / (mx.std(every, ddof=1) + eps)
     return centred / (mx.std(rewards, axis=1 if scale == "std" else None, keepdims=True, ddof=1) + eps)
 
 
@@ -132,16 +137,13 @@ def kl_k3(logprobs: mx.array, ref_logprobs: mx.array) -> mx.array:
     return mx.expm1(log_ratio) - log_ratio
 
 
-def token_weights(
-    mask: mx.array, kind: str, *, max_tokens: int | None = None, batch_rows: int | None = None
-) -> mx.array:
+def token_weights(mask: mx.array, kind: str, *, max_tokens: int | None = None) -> mx.array:
     """Return the per-token weights with which a step's loss is the plain sum of weight times per-token loss.
 
     ``grpo``, ``gspo``: the mean over rows of each row's mean. ``dr_grpo``: the sum over rows * ``max_tokens``.
     ``reinforce``: the mean over rows of each row's sum, which makes the gradient that of the expected reward.
-    ``dapo``, ``cispo``: the mean over all the step's tokens. ``bnpo``: the mean over micro-batches of each one's token
-    mean, so with one micro-batch it is ``dapo``; this is what TRL computes, whose loss depends on how the rows are
-    split.
+    ``dapo``, ``cispo``: the mean over all the step's tokens. TRL's ``bnpo`` is the mean over micro-batches of each
+    one's token mean, which depends on how the rows are split; there is none here.
 
     A row without tokens, such as a masked truncated one, stays in the denominators that count rows (``grpo``, ``gspo``,
     ``dr_grpo``, ``reinforce``) and is not in those that count tokens, as with TRL's ``mask_truncated_completions``.
@@ -152,13 +154,12 @@ def token_weights(
         mask: (B, T) of the whole step.
         kind: one of ``KINDS``.
         max_tokens: the longest completion allowed; ``dr_grpo`` needs it, the others ignore it.
-        batch_rows: rows of a micro-batch, in the order of ``mask``; ``bnpo`` heeds it, and None takes all rows as one.
 
     Returns:
         (B, T), 0 where the mask is. Without any token all are 0.
 
     Raises:
-        ValueError: for ``dr_grpo`` without ``max_tokens``, or rows that do not split evenly into micro-batches.
+        ValueError: for ``dr_grpo`` without ``max_tokens``.
         UserError: for an unknown ``kind``.
     """
     if kind not in KINDS:
@@ -173,11 +174,7 @@ def token_weights(
         return kept / (rows * max_tokens)
     if kind == "reinforce":
         return kept / rows
-    size = batch_rows if kind == "bnpo" and batch_rows else rows
-    if rows % size:
-        raise ValueError(f"{rows} rows do not split into micro-batches of {size}")
-    tokens = kept.reshape(rows // size, -1).sum(axis=1)
-    return kept / (mx.repeat(mx.maximum(tokens, 1), size)[:, None] * (rows // size))
+    return kept / mx.maximum(kept.sum(), 1)
 
 
 def policy_loss(
@@ -199,7 +196,7 @@ def policy_loss(
 
     With r the ratio of the policy to the old one and A the advantage, a token's loss is
 
-    - ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``: -min(r A, clip(r, 1 - eps, 1 + eps_high) A), PPO's (arXiv 1707.06347,
+    - ``grpo``, ``dr_grpo``, ``dapo``: -min(r A, clip(r, 1 - eps, 1 + eps_high) A), PPO's (arXiv 1707.06347,
       eq. 7). They differ by their weights alone. With (B, T) advantages ``dapo`` is the policy loss of PPO.
     - ``gspo``: the same with the row's ratio, exp of the mean of the row's log-ratios (arXiv 2507.18071, eqs. 5 and 7).
     - ``cispo``: -min(r, 1 + eps_high) A log p, no gradient through the ratio (arXiv 2506.13585, eqs. 4 and 5). There

@@ -118,10 +118,10 @@ class Row:
 
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
-    """Make the step's rows, one for each rollout but the cut-off ones that are masked."""
+    """Make the step's rows, one for each rollout but the cut-off ones that are masked and those without a reward."""
     rows = []
     for rollout in (rollout for group in groups for rollout in group):
-        if rollout.cut_off and config.overlong == "mask":
+        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None:
             continue
         rows.append(Row(rollout.example(), rollout.reward, np.array(rollout.completion.rollout.logprobs, np.float32)))
     return [row for row in rows if row.example.count]

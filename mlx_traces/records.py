@@ -6,6 +6,11 @@ from typing import Any
 from mlx_traces.errors import UserError
 
 
+def problem_id(identity: str) -> str:
+    """Return the id that a problem's occurrences share; in a file that has it twice the later is ``ID#2``."""
+    return identity.partition("#")[0]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question of a task.

@@ -35,7 +35,7 @@ from mlx_traces.rollouts import Group
 from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.tasks.data import is_file
 
-NOT_IDENTITY = training.NOT_IDENTITY | {"rows", "memory_limit", "data", "judge_cache"}  # or by their content
+NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
 
 class Learner(Protocol):
@@ -116,7 +116,7 @@ def _train(
     stop: Callable[[], bool],
     show: Callable | None,
 ) -> Result:
-    config = models.with_adapter(config)
+    config = with_reference(models.with_adapter(config), folder.identity)
     planned, held_out, notes = rollouts.prepare(config)
     functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
@@ -208,13 +208,28 @@ def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
         )
 
 
+def with_reference(config: RLConfig, begun: Mapping[str, Any]) -> RLConfig:
+    """Return settings that name the reference: by default the adapter that training starts from, else None, the base.
+
+    ``begun`` is the run's identity, as far as it has one: of old, None stood for the base beside an adapter too, and
+    what began so goes on so.
+    """
+    if not config.kl_coef:
+        return config
+    reference = config.reference
+    if reference in (None, adapters.BASE):
+        was_base = begun.get("reference", "") is None
+        reference = None if was_base or not config.adapter else reference or config.adapter
+    return config if reference == config.reference else config.model_copy(update={"reference": reference})
+
+
 def identity_of(
     config: RLConfig, planned: Plan, loaded: LoadedModel, functions: Mapping[str, Callable]
 ) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
     return {
-        **config.model_dump(mode="json", exclude=NOT_IDENTITY),
+        **training.identity_of(config, *NOT_IDENTITY),
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),

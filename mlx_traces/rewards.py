@@ -12,7 +12,9 @@ wrong completions too.
 A function of one's own is named ``module:function`` and looked for in the working folder too. It is called with the
 list of completions (the assistant's whole turns, as texts) and, by name, with those of these lists that it takes:
 every column of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It
-returns a number for each completion, or None where it does not apply.
+returns a number for each completion, or None where it does not apply: that reward is then left out of the completion's
+sum and of the reward's mean. A completion that no reward with a weight applies to has none at all: it teaches nothing,
+and the others of its group are not compared with it. Both as in TRL, which heeds rewards without a weight there too.
 """
 
 import inspect
@@ -174,8 +176,10 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
     return grades
 
 
-def total(parts: Parts, weights: Mapping[str, float]) -> float:
-    """Return the weighted sum of the rewards that apply."""
+def total(parts: Parts, weights: Mapping[str, float]) -> float | None:
+    """Return the weighted sum of the rewards that apply; None where none with a weight does."""
+    if not any(weights[name] for name, value in parts.items() if value is not None):
+        return None
     return sum(weights[name] * value for name, value in parts.items() if value is not None)
 
 
@@ -214,7 +218,8 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
     try:
         values = list(values)
     except TypeError:
-        raise UserError(f"reward {name} returned a {type(values).__name__}, not a list of numbers") from None
+        said = "None" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"reward {name} returned {said}, not a list of a number or None for each completion") from None
     if len(values) != len(samples):
         raise UserError(f"reward {name} returned {len(values)} values for {len(samples)} completions")
     return [None if value is None else _number(name, value) for value in values]

@@ -19,19 +19,19 @@ from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import LoadedModel
-from mlx_traces.records import Problem
+from mlx_traces.records import Problem, problem_id
 from mlx_traces.runs import on_the_way, read_json, to_json, write_atomic
 from mlx_traces.tasks import Task
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum."""
+    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies."""
 
     problem: Problem
     completion: Completion
     parts: dict[str, float | None]
-    reward: float
+    reward: float | None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -91,14 +91,15 @@ def scored(
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
         slope = min(config.overlong_tokens, config.max_tokens)
         for i, penalty in enumerate(policy.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
-            parts[i], totals[i] = parts[i] | {"overlong": penalty}, totals[i] + penalty
+            parts[i] |= {"overlong": penalty}
+            totals[i] = None if totals[i] is None else totals[i] + penalty
     rollouts = [Rollout(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
     return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
 
 
 def informative(group: Group) -> bool:
     """Whether a group's rewards differ, without which there is nothing to prefer."""
-    return len({rollout.reward for rollout in group}) > 1
+    return len({rollout.reward for rollout in group} - {None}) > 1
 
 
 def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
@@ -116,15 +117,15 @@ def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
 
 def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     """Return what is trained on and what is answered at validations, no problem in both; and notes."""
-    held_out = training.held_out_plan(config.model, config.evaluate)
+    held_out = training.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
-    asked = {problem.id for problem in held_out.problems} if held_out else set()
-    problems = [problem for problem in planned.problems if problem.id.partition("#")[0] not in asked]
+    asked = {problem_id(problem.id) for problem in held_out.problems} if held_out else set()
+    problems = [problem for problem in planned.problems if problem_id(problem.id) not in asked]
     left_out, notes = len(planned.problems) - len(problems), []
     if left_out and config.limit is None:  # as many others in their place, where there are such
         more = _training_plan(EvalConfig(**shared), config, len(asked)).problems
-        problems = [problem for problem in more if problem.id.partition("#")[0] not in asked][: len(planned.problems)]
+        problems = [problem for problem in more if problem_id(problem.id) not in asked][: len(planned.problems)]
     if left_out:
         notes.append(f"{left_out} training problems are validation problems and are left out")
     if not problems:
@@ -222,10 +223,12 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
     """Return metrics of a step's rollouts."""
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
-    row = {"reward/mean": sum(rollout.reward for rollout in rollouts) / count}
-    for name in rollouts[0].parts:
-        values = [value for rollout in rollouts if (value := rollout.parts[name]) is not None]
-        row[f"reward/{name}"] = sum(values) / len(values) if values else None
+    named = [("mean", [rollout.reward for rollout in rollouts])]
+    named += [(name, [rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts]
+    row = {}
+    for name, values in named:
+        applied = [value for value in values if value is not None]
+        row[f"reward/{name}"] = sum(applied) / len(applied) if applied else None
     return row | {
         "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
         "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
@@ -238,9 +241,10 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
 def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yield the best, the worst and a random rollout of a step as lines of ``samples.jsonl``."""
     rollouts = [rollout for group in groups for rollout in group]
+    rewarded = [rollout for rollout in rollouts if rollout.reward is not None] or rollouts[:1]
     chosen = {
-        "best": max(rollouts, key=lambda rollout: rollout.reward),
-        "worst": min(rollouts, key=lambda rollout: rollout.reward),
+        "best": max(rewarded, key=lambda rollout: rollout.reward),
+        "worst": min(rewarded, key=lambda rollout: rollout.reward),
         "random": random.Random(f"{seed} shown {step}").choice(rollouts),
     }
     for kind, rollout in chosen.items():

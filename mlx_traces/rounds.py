@@ -46,7 +46,7 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.records import Trace
+from mlx_traces.records import Trace, problem_id
 from mlx_traces.runs import RunFolder, fingerprint, on_the_way, provenance, to_json, write_atomic
 from mlx_traces.tasks import get_task, gsm8k
 
@@ -111,8 +111,7 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
         start = str(add("epoch2", runs, config.epoch2, second, lambda *given: _sft(*given, show)) / "adapter")
     if config.round3 is not None:
         settings = config.round3.grpo or config.round3.ppo
-        reference = start if settings.kl_coef and "reference" not in settings.model_fields_set else settings.reference
-        third = _filled(type(settings), settings, model=spec, adapter=start, reference=reference, **ask, **told)
+        third = _filled(type(settings), settings, model=spec, adapter=start, **ask, **told)
         add("round3", runs, settings, third, lambda *given: _reinforce(*given, show))
     return plan
 
@@ -294,7 +293,7 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     _refuse_other_adapters(trainings(plan))
     for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
         tracking.client(name)
-    asked = {problem.id.partition("#")[0] for problem in evaluation.plan(compared.evals[0]).problems}
+    asked = {problem_id(problem.id) for problem in evaluation.plan(compared.evals[0]).problems}
     third = plan[-1].recipe
     if not isinstance(third, RLConfig) or plan[-1].finished:
         return
@@ -304,7 +303,7 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     weights = {name: weight for name, weight in third.rewards.items() if name != "judge" or not third.judge}
     if weights:  # the judge itself is not loaded
         rewards.load(weights, list(planned.problems[0].columns))
-    if shared := sum(problem.id.partition("#")[0] in asked for problem in planned.problems):
+    if shared := sum(problem_id(problem.id) in asked for problem in planned.problems):
         count = f"{shared} of its {len(planned.problems)} problems are the comparison's"
         raise UserError(f"round3: {count}; choose another split or data for one of them")
 

@@ -272,6 +272,16 @@ class RunFolder:
         self.check(identity)
         return whole_lines(self.samples_path, SAMPLE_COLUMNS)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as the run was begun; empty before that."""
+        if not (self.path / "run.json").exists():
+            return {}
+        stored = read_json(self.path / "run.json").get("identity")
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")
+        return stored
+
     def check(self, identity: dict[str, Any]) -> None:
         """Raise UserError if the run was started with another identity."""
         if (self.path / "run.json").exists() and (differences := self._differences(identity)):
@@ -292,9 +302,7 @@ class RunFolder:
 
     def _differences(self, identity: dict[str, Any]) -> list[str]:
         """Name what differs between the stored identity and this one, briefly."""
-        stored = read_json(self.path / "run.json").get("identity")
-        if not isinstance(stored, dict):
-            raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")
+        stored, identity = _flat(self.identity), _flat(identity)
         return [
             f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
             for key in dict.fromkeys((*stored, *identity))
@@ -335,6 +343,17 @@ class RunFolder:
     def conclude(self, result: dict[str, Any]) -> None:
         """Write the result: the run is finished."""
         self.write("result.json", to_json(result))
+
+
+def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Return settings with those of settings within them as entries of their own, as in ``evaluate.limit``."""
+    return {
+        name: value
+        for key, inner in identity.items()
+        for name, value in (
+            _flat(inner, f"{place}{key}.").items() if isinstance(inner, dict) and inner else [(f"{place}{key}", inner)]
+        )
+    }
 
 
 def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:

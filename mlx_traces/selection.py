@@ -12,7 +12,7 @@ from statistics import median
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import headline
-from mlx_traces.records import Problem, Trace
+from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task
 
 SHINGLE = 5  # words
@@ -186,7 +186,7 @@ def overlap(problems: Sequence[Problem], words: int, traces: Sequence[Trace]) ->
     ``words`` words in a row of one of their questions, case and punctuation aside: 13, as for GPT-3 (arXiv 2005.14165,
     appendix C) and open-r1. A question shorter than that counts as a whole from 8 words on. 0 words: only ids.
     """
-    ids = {problem.id.partition("#")[0] for problem in problems}
+    ids = {problem_id(problem.id) for problem in problems}
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     for problem in problems if words else ():
         asked = _words(str(problem.columns.get("question", "")))
@@ -196,7 +196,7 @@ def overlap(problems: Sequence[Problem], words: int, traces: Sequence[Trace]) ->
 
     def free(index: int) -> bool:
         trace = traces[index]
-        if trace.id.partition("#")[0] in ids:
+        if problem_id(trace.id) in ids:
             return False
         texts = [str(trace.columns.get("question", "")), trace.completion]
         texts += [turn["content"] for turn in trace.messages[-1:]]

@@ -38,8 +38,10 @@ from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
 from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
+from mlx_traces.examples import Encoded
 from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
+from mlx_traces.records import problem_id
 from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
@@ -91,34 +93,34 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
 
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
-    plan = training.held_out_plan(config.model, config.evaluate)
-    how = (config.max_length, config.over_long, config.thinking)
-    encoded = examples.encode_all(loaded, read_traces(Path(config.data)), *how)
+
+    def read(file: str) -> Encoded:
+        how = config.max_length, config.over_long, config.thinking
+        return examples.encode_all(loaded, read_traces(Path(file)), *how)
+
+    plan = training.held_out_plan(config.model, config)
+    encoded = read(config.data)
     notes = examples.describe(encoded, config.max_length)
-    asked = {problem.id for problem in plan.problems} if plan else set()
-    rows = [example for example in encoded.examples if example.id not in asked]
+    asked = {problem_id(problem.id) for problem in plan.problems} if plan else set()
+    rows = [example for example in encoded.examples if problem_id(example.id) not in asked]
     if len(rows) < len(encoded.examples):
         notes.append(f"{len(encoded.examples) - len(rows)} traces of validation problems are left out")
     if config.valid is not None:
-        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), *how)
+        kept = read(config.valid)
         notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]
         if not kept.examples:
             raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")
-        ids = {example.id for example in kept.examples}
-        train = [row for row in rows if row.id not in ids]
+        ids, valid = {problem_id(example.id) for example in kept.examples}, kept.examples
+        train = [row for row in rows if problem_id(row.id) not in ids]
         if len(train) < len(rows):
             notes.append(f"{len(rows) - len(train)} traces of problems in {config.valid} are left out")
-        return _data(train, kept.examples, plan, notes, config)
-    apart = {row.id for row in rows if _draw(f"{config.seed} {row.id}") < config.valid_share}
-    train, valid = [row for row in rows if row.id not in apart], [row for row in rows if row.id in apart]
-    return _data(train, valid, plan, notes, config)
-
-
-def _data(
-    train: list[Example], valid: list[Example], plan: evaluation.Plan | None, notes: list[str], config: SFTConfig
-) -> Data:
+    else:
+        apart = [_draw(f"{config.seed} {problem_id(row.id)}") < config.valid_share for row in rows]
+        train, valid = ([row for row, held in zip(rows, apart, strict=True) if held is kind] for kind in (False, True))
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
+    if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):
+        notes.append(f"{full} validation traces leave no room for an answer; their loss counts, they are not continued")
     return Data(train, valid, plan, notes)
 
 
@@ -174,7 +176,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
     config = models.with_adapter(config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
-    identity = identity_of(config, loaded)
+    identity = identity_of(config, loaded, data)
     folder.check(identity)
     mx.random.seed(config.seed)
     settings = adapters.start(loaded.model, config, config.adapter)
@@ -306,18 +308,26 @@ def validation(
         answers, shown = training.answer(loaded, data.held_out)
         row |= answers
     elif data.valid:
-        shown = continued(loaded, data.valid[: training.SHOWN])
+        with_room = (row for row in data.valid if _room(loaded, row) > 0)
+        shown = continued(loaded, list(islice(with_room, training.SHOWN)))
     return row, shown
+
+
+def _start(row: Example) -> int:
+    """Return where a trace's last learned stretch begins; 0 for a text, which has no prompt."""
+    return max((at + 1 for at, learned in enumerate(row.trained) if not learned), default=0)
+
+
+def _room(loaded: LoadedModel, row: Example) -> int:
+    """Return the most tokens that a trace's prompt is completed by: twice the trace's, as far as the context goes."""
+    start = _start(row)
+    return min(2 * (len(row.ids) - start), (loaded.context or 10**6) - start)
 
 
 def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, Any]]:
     """Complete the prompts of some validation traces greedily, at up to twice the trace's length, to look at."""
-    starts = [max((at + 1 for at, learned in enumerate(row.trained) if not learned), default=0) for row in rows]
-    asked = [(row, start) for row, start in zip(rows, starts, strict=True) if start]
-    params = [
-        SamplingParams(max_tokens=min(2 * (len(row.ids) - start), (loaded.context or 10**6) - start))
-        for row, start in asked
-    ]
+    asked = [(row, start) for row in rows if (start := _start(row))]
+    params = [SamplingParams(max_tokens=_room(loaded, row)) for row, _ in asked]
     shown: list[dict[str, Any]] = [{}] * len(asked)
     with adapters.merged(loaded.model):
         requests = [Request(row.ids[:start]) for row, start in asked]
@@ -332,7 +342,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     return shown
 
 
-def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
+def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content."""
     digests = {
         name: training.digest(file)
@@ -340,7 +350,9 @@ def identity_of(config: SFTConfig, loaded: LoadedModel) -> dict[str, Any]:
         if file is not None
     }
     return {
-        **config.model_dump(mode="json", exclude=training.NOT_IDENTITY | {"data", "valid"}),
+        **training.identity_of(config, "data", "valid"),
+        # Before, traces of one problem that its file has twice could be on both sides.
+        **({"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}),
         **digests,
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,

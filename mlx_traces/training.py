@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces import adapters, cards, evaluation
-from mlx_traces.config import EvalConfig, OptimizerConfig, ValidationConfig
+from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.runs import RunFolder
@@ -38,11 +38,25 @@ class Progress:
         return True
 
 
-def held_out_plan(model: str, settings: ValidationConfig | None) -> evaluation.Plan | None:
+def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
+    """Return how held-out problems are answered: the thinking switch is the training's, unless they have their own."""
+    asked = config.evaluate
+    if asked is None or asked.thinking is not None:
+        return asked
+    return asked.model_copy(update={"thinking": config.thinking})
+
+
+def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluation.Plan | None:
     """Return the evaluation that is made at each validation, with its problems."""
-    if settings is None:
-        return None
-    return evaluation.plan(EvalConfig(model=model, **settings.model_dump()))
+    settings = validation_of(config)
+    return None if settings is None else evaluation.plan(EvalConfig(model=model, **settings.model_dump()))
+
+
+def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, Any]:
+    """Return the settings that decide what is learned, but those that stand for files."""
+    asked = validation_of(config)
+    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY | {*leave_out})
+    return {**settings, "evaluate": asked and asked.model_dump(mode="json")}
 
 
 def answer(loaded: LoadedModel, held_out: evaluation.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -16,7 +16,7 @@ from mlx_traces.conversations import THINK_OPENERS
 from mlx_traces.errors import UserError, clean, first_line
 from mlx_traces.models import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
-from mlx_traces.records import EvalResult, Problem
+from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.data import read_jsonl
@@ -156,7 +156,7 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
         except ValueError:
             columns = {}
     problem = task.parse(columns, where)
-    if problem.id != row["id"].partition("#")[0]:
+    if problem.id != problem_id(row["id"]):
         raise UserError(f"{where}: {row['id']} has the question of {problem.id}; the line was changed")
     return problem
 

@@ -156,6 +156,49 @@ def test_left_out_and_merged(kind):
     assert mx.array_equal(model(IDS), logits)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_reference_has_its_own_scale(tmp_path, kind):
+    model = make_model()
+    settings = started(model, kind=kind, scale=10.0)
+    shake(model)
+    model.eval()
+    adapters.save(model, tmp_path, settings)
+    other = make_model()
+    started(other, kind=kind, scale=2.0)
+    other.load_weights(tree_flatten(model.trainable_parameters()), strict=False)
+    other.eval()
+    own = other(IDS)
+    assert mx.abs(own - model(IDS)).max() > 0.1  # the same weights at another scale
+    with adapters.reference(other, tmp_path)():
+        assert mx.array_equal(other(IDS), model(IDS))
+    assert mx.array_equal(other(IDS), own)
+
+
+def test_a_reference_is_of_the_kind_and_layers_that_are_trained(tmp_path):
+    for name, kind in KINDS.items():
+        model = make_model(tie_word_embeddings=False)
+        adapters.save(model, tmp_path / name, started(model, **kind))
+    for name, kind in KINDS.items():
+        model = make_model(tie_word_embeddings=False)
+        started(model, **kind)
+        own = kind.get("kind", "lora")
+        for folder in KINDS:
+            if folder == name:
+                adapters.reference(model, tmp_path / folder)
+                continue
+            with pytest.raises(UserError, match=rf"{folder}: the reference is not of the kind, .* here \({own}\)"):
+                adapters.reference(model, tmp_path / folder)
+    model = make_model(tie_word_embeddings=False)
+    started(model)
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora"', '"dora"'))
+    with pytest.raises(UserError, match="the reference is not of the kind"):
+        adapters.reference(model, tmp_path / "lora")
+    (tmp_path / "dora" / "adapters.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="adapters.safetensors: not a safetensors file"):
+        adapters.reference(model, tmp_path / "dora")
+
+
 def test_merging_leaves_what_would_be_rounded():
     for model in (quantized(), make_model()):
         if "scales" not in model.layers[0].self_attn.q_proj:

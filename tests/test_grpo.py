@@ -23,13 +23,15 @@ from mlx_traces import (
     models,
     optim,
     policy,
+    ppo,
+    reinforcement,
     rewards,
     rollouts,
     runs,
     training,
 )
 from mlx_traces.batching import Example
-from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, build
+from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
@@ -110,10 +112,10 @@ def plainly(model, rows, config):
                 elif row.old is None:
                     gain = ratio * row.advantage
                 gap = row.reference[j].item() - value
-                losses.append(-gain + config.kl_coef * (mx.exp(gap) - 1 - gap))
+                weight = ratio if config.unbiased_kl else 1
+                losses.append(-gain + config.kl_coef * (mx.exp(gap) - 1 - gap) * weight)
             share = {
                 "dapo": 1 / tokens,
-                "bnpo": 1 / tokens,
                 "cispo": 1 / tokens,
                 "grpo": 1 / (n * len(rows)),
                 "gspo": 1 / (n * len(rows)),
@@ -133,11 +135,18 @@ def assert_close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("kind", "off_policy", "kl_coef"),
-    [("dapo", False, 0.0), ("dapo", True, 0.3), *((kind, True, 0.0) for kind in policy.KINDS if kind != "dapo")],
+    ("kind", "off_policy", "kl_coef", "unbiased"),
+    [
+        ("dapo", False, 0.0, False),
+        ("dapo", True, 0.3, False),
+        ("dapo", False, 0.3, True),
+        ("dapo", True, 0.3, True),
+        ("gspo", True, 0.3, True),
+        *((kind, True, 0.0, False) for kind in policy.KINDS if kind != "dapo"),
+    ],
 )
-def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef):
-    config = settings_of(loss=kind, kl_coef=kl_coef, clip_eps_high=0.28, micro_tokens=40)
+def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased):
+    config = settings_of(loss=kind, kl_coef=kl_coef, unbiased_kl=unbiased, clip_eps_high=0.28, micro_tokens=40)
     rows = some_rows(config, off_policy=off_policy)
     model = lora()
     loss, grads, sums = grpo.gradient(model, forward.split(model), rows, config)
@@ -194,6 +203,56 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
     return rollouts.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
+
+
+@pytest.mark.parametrize("advantage", ["std", "batch", "none", "rloo", "mean"])
+def test_a_completion_without_a_reward_teaches_nothing_and_is_compared_with_none(advantage):
+    given = ((1.0, None, 0.0, 0.5), (None, 2.0, None, None), (None,) * 4, (1.0, 1.0, 3.0, 0.0), (0.5, 2.0, 1.0, None))
+    groups = [[made(reward, (20 + i, 30)) for i, reward in enumerate(group)] for group in given]
+    config = settings_of(advantage=advantage)
+    every = [reward for group in given for reward in group if reward is not None]
+    for group, found in zip(given, grpo.advantages(groups, config).reshape(5, 4), strict=True):
+        own = [reward for reward in group if reward is not None]
+        for reward, value in zip(group, found.tolist(), strict=True):
+            if reward is None or (len(own) == 1 and advantage != "mean"):
+                assert value == 0
+                continue
+            rest = np.mean(own) if advantage != "mean" else np.mean(every)
+            if advantage == "rloo":
+                rest = (sum(own) - reward) / (len(own) - 1)
+            spread = {"std": own, "batch": every}.get(advantage)
+            expected = (reward - rest) / (1 if spread is None else np.std(spread, ddof=1) + 1e-4)
+            assert value == pytest.approx(expected, abs=1e-5)
+    rows = grpo.rows_of(groups, config)
+    assert not {id(rows[i]) for i in (1, 4, 8, 19)} & {id(row) for row in grpo.weighed(rows, config)}
+    assert not grpo.advantages(groups[2:3], config).any()
+
+
+def test_what_is_told_of_completions_without_a_reward():
+    groups = [[made(reward, (20, 30)) for reward in group] for group in ((1.0, None, 0.0), (None, 0.5, 0.5))]
+    assert [rollouts.informative(group) for group in groups] == [True, False]
+    row = rollouts.figures(groups)
+    assert row["reward/mean"] == row["reward/correct"] == 0.5 and row["rollout/zero_std_groups"] == 0.5
+    task = evaluation.get_task("qa")
+    groups = [[replace(one, problem=Problem("p", {"question": "q"}, "1")) for one in group] for group in groups]
+    shown = {row["kind"]: row["reward"] for row in rollouts.shown_of(groups, task, 1, 0)}
+    assert (shown["best"], shown["worst"]) == (1, 0)
+    nothing = [[one for one in groups[1] if one.reward is None] * 2]
+    assert rollouts.figures(nothing)["reward/mean"] is None and not rollouts.informative(nothing[0])
+    assert {row["reward"] for row in rollouts.shown_of(nothing, task, 1, 0)} == {None}
+    assert len(ppo.rows_of(groups, PPOConfig())) == 4  # there is nothing that values could learn to foresee
+
+
+def unsure(completions):
+    return [None if i % 2 else float(len(text)) for i, text in enumerate(completions)]
+
+
+def test_a_run_with_rewards_that_do_not_apply(settings, tmp_path):
+    for train, config in ((grpo.train, GRPOConfig), (ppo.train, PPOConfig)):
+        own = config(**{**settings, "rewards": {f"{__name__}:unsure": 1}, "overlong": "penalty", "num_steps": 2})
+        train(own, tmp_path / config.__name__)
+        rows = [row for row in outcome(tmp_path / config.__name__)[1] if "loss" in row]
+        assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["reward/mean"] > 0 for row in rows)
 
 
 def test_the_stop_token_is_learned():
@@ -253,12 +312,61 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
     assert all(mx.array_equal(now[name], 2 * array) for name, array in arrays)  # it is itself again
     other = make_model()
     adapters.start(other, AdapterConfig(rank=8))
-    with pytest.raises(UserError, match="the reference is not of the layers and rank that are trained here"):
+    with pytest.raises(UserError, match="the reference is not of the kind, layers, targets and rank that are trained"):
         adapters.reference(other, here.reference)
     full = make_model()
     adapters.start(full, AdapterConfig(kind="full"))
     with pytest.raises(UserError, match="kl_coef: fully trained layers have no adapter to leave out"):
         adapters.reference(full, config.reference)
+
+
+def test_the_reference_is_the_adapter_that_training_starts_from_unless_it_is_named():
+    def reference_of(begun=None, **changes):
+        return reinforcement.with_reference(GRPOConfig(**{"kl_coef": 0.1, **changes}), begun or {}).reference
+
+    assert reference_of() is reference_of(reference="base") is None  # without an adapter
+    assert reference_of(reference="other") == reference_of(adapter="start", reference="other") == "other"
+    assert reference_of(adapter="start") == "start" and reference_of(adapter="start", reference="base") == "base"
+    assert reference_of(adapter="start", kl_coef=0) is None
+    # Of old the bare model was the default there: what began so goes on so.
+    old = {"reference": None}
+    assert reference_of(old, adapter="start") is reference_of(old, adapter="start", reference="base") is None
+    assert reference_of(old, adapter="start", reference="other") == "other"
+
+
+def test_the_start_adapter_is_the_reference_and_an_old_run_keeps_the_base(settings, tmp_path, monkeypatch):
+    model = lora(scale=0.3)
+    adapters.save(model, tmp_path / "start", adapters.start(make_model(), AdapterConfig(rank=4)))
+    own = {name: value for name, value in settings.items() if name != "rank"}
+    own |= {"adapter": str(tmp_path / "start"), "kl_coef": 0.1, "num_steps": 2, "save_every": 1, "evaluate": None}
+
+    def first_kl(out):
+        return next(row["policy/kl_ref"] for row in outcome(out)[1] if "policy/kl_ref" in row)
+
+    grpo.train(GRPOConfig(**own), tmp_path / "run")
+    assert abs(first_kl(tmp_path / "run")) < 1e-6
+    grpo.train(GRPOConfig(**own, reference="base"), tmp_path / "whole")
+    assert first_kl(tmp_path / "whole") > 0.1
+    with pytest.raises(UserError, match="other settings .reference was base, now "):
+        grpo.train(GRPOConfig(**own), tmp_path / "whole", resume=True)
+    # A run of before there was a choice, cut off after a step.
+    learn = grpo.learn
+
+    def once(*args):
+        if args[5] == 2:
+            raise Killed
+        return learn(*args)
+
+    monkeypatch.setattr(grpo, "learn", once)
+    with pytest.raises(Killed):
+        grpo.train(GRPOConfig(**own, reference="base"), tmp_path / "old")
+    monkeypatch.setattr(grpo, "learn", learn)
+    file = tmp_path / "old" / "run.json"
+    begun = json.loads(file.read_text())
+    begun["identity"]["reference"] = None
+    file.write_text(json.dumps(begun))
+    grpo.train(GRPOConfig(**own), tmp_path / "old", resume=True)
+    assert_same_outcome(tmp_path / "old", outcome(tmp_path / "whole"))
 
 
 def test_importance_weights_are_of_the_sampler():
@@ -521,7 +629,7 @@ def test_difficulty_is_measured_once(settings, tmp_path, monkeypatch):
 
 
 def test_overlong_completions_cost():
-    config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"length": 0.0})
+    config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"correct": 1.0})
     task = evaluation.get_task("countdown")
     planned = evaluation.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
     problem = task.parse({"nums": [1, 2], "target": 3}, "")
@@ -553,6 +661,62 @@ def test_wrong_input(settings, tmp_path, changes, message):
 def test_a_group_needs_two():
     with pytest.raises(UserError, match="group_size: input should be greater than or equal to 2, not '1'"):
         build(GRPOConfig, {"group_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "bnpo"}, "loss: bnpo is dapo .*; set dapo$"),
+        ({"reference": "base"}, "reference: has no effect without kl_coef; set that too, or leave this out$"),
+        ({"reference": "x", "kl_coef": 0}, "reference: has no effect without kl_coef"),
+        ({"unbiased_kl": True}, "unbiased_kl: has no effect without kl_coef"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes, message):
+    with pytest.raises(UserError, match=f"^my.yaml: {message}"):
+        build(GRPOConfig, changes, "my.yaml")
+    if "reference" in changes:
+        with pytest.raises(UserError, match=f"^{message}"):
+            build(PPOConfig, changes)
+    build(GRPOConfig, {"kl_coef": 0.1, "reference": "base", "unbiased_kl": True})
+
+
+def test_validation_asks_as_the_training_does(settings, tmp_path, monkeypatch):
+    seen, render = set(), models.LoadedModel.render
+
+    def rendered(self, prompt, problem, thinking=None):
+        seen.add((problem.gold == "21", thinking))
+        return render(self, prompt, problem, thinking)
+
+    monkeypatch.setattr(models.LoadedModel, "render", rendered)
+    own = {**settings, "num_steps": 1}
+    for training_, validation, expected in (
+        (None, None, {(False, None), (True, None)}),
+        (False, None, {(False, False), (True, False)}),
+        (False, True, {(False, False), (True, True)}),
+    ):
+        seen.clear()
+        evaluate = {**settings["evaluate"], "thinking": validation}
+        config = GRPOConfig(**{**own, "thinking": training_, "evaluate": evaluate})
+        grpo.train(config, tmp_path / f"{training_} {validation}")
+        assert seen == expected
+    # What began without the setting is continued; what was validated otherwise is not.
+    identity = json.loads((tmp_path / "None None" / "run.json").read_text())["identity"]
+    assert "thinking" not in identity["evaluate"]
+    file = tmp_path / "False None" / "run.json"
+    begun = json.loads(file.read_text())
+    del begun["identity"]["evaluate"]["thinking"]
+    file.write_text(json.dumps(begun))
+    with pytest.raises(UserError, match=r"other settings \(evaluate.thinking was None, now False\)"):
+        grpo.train(GRPOConfig(**{**own, "thinking": False}), tmp_path / "False None", resume=True)
+
+
+def test_a_validation_problem_is_left_out_by_its_twin_too(settings, monkeypatch):
+    config = GRPOConfig(**settings)
+    planned, held_out, _ = rollouts.prepare(config)
+    twin = replace(held_out, problems=[replace(planned.problems[0], id=planned.problems[0].id + "#2")])
+    monkeypatch.setattr(training, "held_out_plan", lambda *_: twin)
+    assert {p.id for p in rollouts.prepare(config)[0].problems} == {p.id for p in planned.problems[1:]}
 
 
 def test_validation_problems_are_not_trained_on(settings, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -106,6 +107,20 @@ def test_sizes_are_checked_before_training(tmp_path, monkeypatch, sizes, message
     with pytest.raises(UserError, match=message):
         nano.build(NanoConfig(out=str(tmp_path / "a"), **sizes))
     assert not list(tmp_path.iterdir())
+
+
+def test_more_problems_than_there_are_are_refused_before_training(tmp_path, monkeypatch):
+    few = partial(generate, numbers=(1, 5), target=(10, 30))
+    monkeypatch.setattr(nano, "generate", few)
+    with monkeypatch.context() as patch:
+        patch.setattr(nano, "batches", no_training)
+        with pytest.raises(UserError, match=r"^problems: only \d+ of 3 to 3 numbers .* not 640; ask for no") as error:
+            nano.build(NanoConfig(out=str(tmp_path / "a"), **TINY))
+        with pytest.raises(UserError, match="operands 1-3 is not a range"):
+            nano.build(NanoConfig(out=str(tmp_path / "a"), **{**TINY, "operands": (1, 3)}))
+    assert not list(tmp_path.iterdir())
+    count = int(str(error.value).split()[2])
+    assert nano.build(NanoConfig(out=str(tmp_path / "a"), **{**TINY, "problems": count})).is_dir()  # all there are
 
 
 def test_the_output_folder_is_checked_before_training(tmp_path, monkeypatch):

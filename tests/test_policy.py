@@ -12,7 +12,7 @@ from mlx_traces.errors import UserError
 LENGTHS = (7, 3, 5, 1, 6, 4)
 CUT = 4  # the row that was truncated and is masked out
 LOW, HIGH = 0.2, 0.28
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")
+CLIPPED = ("grpo", "dr_grpo", "dapo", "gspo")
 
 
 class Batch:
@@ -208,14 +208,13 @@ def test_the_first_update_has_the_whole_gradient():
     batch = Batch()
     batch.new = batch.old.copy()
     plain = gradient_of(batch, "reinforce", weights_of(batch, "dapo"))
-    for kind in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for kind in ("grpo", "dr_grpo", "dapo", "cispo"):
         np.testing.assert_allclose(gradient_of(batch, kind, weights_of(batch, "dapo")), plain, atol=1e-7)
 
 
 def test_kinds_differ_where_their_definitions_do():
     batch = Batch()
     losses = {kind: float(loss_of(batch, kind)[0]) for kind in policy.KINDS}
-    assert losses.pop("bnpo") == losses["dapo"]
     ordered = sorted(losses.values())
     assert min(np.diff(ordered)) > 1e-3
     even = batch.take([1, 1, 1])
@@ -231,7 +230,6 @@ def test_weights_by_hand():
         "dr_grpo": [1 / 20, 1 / 20, 0, 1 / 20],
         "dapo": [1 / 6, 1 / 6, 0, 1 / 6],
         "cispo": [1 / 6, 1 / 6, 0, 1 / 6],
-        "bnpo": [1 / 6, 1 / 6, 0, 1 / 6],
         "reinforce": [1 / 4, 1 / 4, 0, 1 / 4],
     }
     assert set(expected) == set(policy.KINDS)
@@ -240,10 +238,6 @@ def test_weights_by_hand():
         np.testing.assert_allclose(weights, np.array(rows)[:, None] * np.array(mask), atol=1e-7)
         nothing = policy.token_weights(mx.zeros((2, 3)), kind, max_tokens=5)
         assert (np.array(nothing) == 0).all()
-    split = policy.token_weights(mask, "bnpo", batch_rows=2)
-    np.testing.assert_allclose(split, np.array([1 / 6, 1 / 6, 0, 1 / 6])[:, None] * np.array(mask), atol=1e-7)
-    split = policy.token_weights(mask[mx.array([0, 3, 1, 2])], "bnpo", batch_rows=2)
-    np.testing.assert_allclose(split[:, 0], [1 / 10, 1 / 10, 1 / 2, 0], atol=1e-7)
 
 
 def test_metrics_are_counted_token_by_token():
@@ -261,7 +255,7 @@ def test_metrics_are_counted_token_by_token():
         "clip": (low | high).sum(),
         "kl_old": (ratio - 1 - np.log(ratio))[batch.mask].sum(),
     }
-    for kind in ("grpo", "bnpo", "dr_grpo", "dapo"):
+    for kind in ("grpo", "dr_grpo", "dapo"):
         metrics = loss_of(batch, kind)[1]
         assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected, rel=1e-5)
     cispo = {**expected, "clip_low": 0, "clip": high.sum()}
@@ -389,8 +383,6 @@ def test_what_is_refused():
         policy.sampler_weights(mask, mask, mask, level="row")
     with pytest.raises(ValueError, match="max_tokens"):
         policy.token_weights(mask, "dr_grpo")
-    with pytest.raises(ValueError, match="micro-batches of 4"):
-        policy.token_weights(mask, "bnpo", batch_rows=4)
     with pytest.raises(ValueError, match="ref_logprobs"):
         loss_of(batch, "grpo", kl_coef=0.1)
     with pytest.raises(ValueError, match="does not fit"):

@@ -13,7 +13,8 @@ import pytest
 from conftest import make_config, make_tokenizer
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import policy
+from mlx_traces import grpo, policy
+from mlx_traces.config import GRPOConfig
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 trl = pytest.importorskip("trl", reason="the reference needs trl")
@@ -29,7 +30,6 @@ TOLERANCE = 1e-4
 
 TRL_OF = {
     "grpo": {"loss_type": "grpo"},
-    "bnpo": {"loss_type": "bnpo"},
     "dr_grpo": {"loss_type": "dr_grpo"},
     "dapo": {"loss_type": "dapo"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
@@ -75,7 +75,7 @@ def completions(stop):
     return prompts, [ids if row in CUT else [*ids[:-1], stop] for row, ids in enumerate(texts)]
 
 
-def make_trainer(folder, tmp_path, sampler=None, **options):
+def make_trainer(folder, tmp_path, sampler=None, rewards=REWARDS, **options):
     """Return a GRPOTrainer over the tiny model, moved a little away from its reference, with its scored rollouts."""
     from datasets import Dataset
     from transformers import Qwen2ForCausalLM
@@ -94,7 +94,7 @@ def make_trainer(folder, tmp_path, sampler=None, **options):
     }
     trainer = GRPOTrainer(
         model=Qwen2ForCausalLM.from_pretrained(folder),
-        reward_funcs=lambda prompts, **_: list(REWARDS),
+        reward_funcs=lambda prompts, **_: list(rewards),
         args=GRPOConfig(
             output_dir=str(tmp_path),
             report_to=[],
@@ -186,7 +186,7 @@ def compare(trainer, inputs, folder, kind, updates=3, sampler=None):
     ours, args = Ours(trainer, folder), trainer.args
     rows = len(LENGTHS)
     micro_batches = [list(range(start, start + MICRO)) for start in range(0, rows, MICRO)]
-    weights = policy.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT, batch_rows=MICRO)
+    weights = policy.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT)
     advantages = policy.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE)).reshape(-1)
     worst = {"advantages": float(np.abs(inputs["advantages"].numpy() - np.array(advantages)).max())}
     assert inputs["completion_mask"].numpy().tolist() == ours.mask.astype(int).tolist()
@@ -278,6 +278,17 @@ def test_advantages_are_trls(folder, tmp_path, scale, theirs):
     _, inputs = make_trainer(folder, tmp_path, scale_rewards=theirs)
     advantages = policy.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE), scale)
     np.testing.assert_allclose(np.array(advantages).reshape(-1), inputs["advantages"].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "theirs"), [("std", "group"), ("batch", "batch"), ("none", "none")])
+def test_advantages_beside_completions_without_a_reward_are_trls(folder, tmp_path, scale, theirs):
+    given = [None if at in (1, 4, 5, 6, 10) else reward for at, reward in enumerate(REWARDS)]
+    _, inputs = make_trainer(folder, tmp_path, rewards=given, scale_rewards=theirs)
+    rollouts = [SimpleNamespace(reward=reward) for reward in given]
+    groups = [rollouts[at : at + SIZE] for at in range(0, len(given), SIZE)]
+    advantages = grpo.advantages(groups, GRPOConfig(advantage=scale))
+    assert advantages.any()
+    np.testing.assert_allclose(advantages, inputs["advantages"].numpy(), atol=1e-5)
 
 
 def test_the_overlong_penalty_is_trls():

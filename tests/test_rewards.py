@@ -211,6 +211,8 @@ def test_the_weighted_sum_is_of_those_that_apply():
     weights = {"correct": 1.0, "length": -0.5, "my:own": 2.0}
     assert rewards.total({"correct": 1.0, "length": 0.5, "my:own": None}, weights) == 0.75
     assert rewards.total({"correct": 0.0, "length": 1.0, "my:own": 0.25}, weights) == 0
+    for parts in ({"my:own": None}, {"my:own": None, "seen": 1.0}):  # none with a weight applies
+        assert rewards.total(parts, weights | {"seen": 0.0}) is None
 
 
 def test_a_function_gets_the_columns_that_it_asks_for():
@@ -269,7 +271,7 @@ def test_a_module_of_the_working_folder(own):
     ("name", "message"),
     [
         ("own_rewards:few", "returned 1 values for 2 completions"),
-        ("own_rewards:none", "returned a NoneType, not a list of numbers"),
+        ("own_rewards:none", "returned None, not a list of a number or None for each completion"),
         ("own_rewards:nan", "returned 'nan', not a finite number or None"),
         ("own_rewards:text", "returned '1', not a finite number or None"),
         ("own_rewards:raises", r"failed \(KeyError: '<think>.*x'\)"),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_traces import evaluation, forecast, models, rounds
+from mlx_traces import evaluation, forecast, models, reinforcement, rounds
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
@@ -159,8 +159,11 @@ def test_the_reference_is_what_the_third_round_starts_from_unless_it_is_named(fi
         settings = {"grpo": {**GRPO["grpo"], **changes}}
         return rounds.stations(config_in(finished[0], round3=settings), quiet)[-1].recipe
 
-    assert third_of(kl_coef=0.1).reference == third_of().adapter and "epoch2" in third_of().adapter
-    assert third_of().reference is None and third_of(kl_coef=0.1, reference=None).reference is None
+    def reference_of(**changes):
+        return reinforcement.with_reference(third_of(**changes), {}).reference
+
+    assert reference_of(kl_coef=0.1) == third_of().adapter and "epoch2" in third_of().adapter
+    assert reference_of() is None and reference_of(kl_coef=0.1, reference="base") == "base"
 
 
 def test_a_reward_counts_by_the_content_of_its_file(finished, tmp_path, monkeypatch):

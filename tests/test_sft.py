@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import killing
 import mlx.core as mx
@@ -11,11 +12,11 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, checkpoints, examples, forward, optim, runs, sft
+from mlx_traces import adapters, checkpoints, examples, forward, optim, runs, sft, training
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.errors import UserError
-from mlx_traces.records import Trace
+from mlx_traces.records import Problem, Trace
 
 # ---------------------------------------------------------------------------------- which tokens are learned
 
@@ -126,6 +127,20 @@ def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
         )
 
 
+def test_the_thinking_switch_is_that_of_the_prompts(settings):
+    closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n{% endif %}", f"assistant\n{closed}{{% endif %}}")))
+    for thinking, opened in ((None, ""), (True, ""), (False, "<think>\n\n</think>\n\n")):
+        example = examples.encode(loaded, Trace("t", tuple(ONE), "2"), examples.turn_end(loaded), thinking)
+        assert loaded.tokenizer.decode(example.ids) == f"{PROMPT}{opened}2<|im_end|>" and example.count == 2
+        rows = sft.prepare(loaded, SFTConfig(**settings, thinking=thinking)).train
+        assert all(opened in loaded.tokenizer.decode(row.ids) for row in rows)
+    evaluate = {"task": "countdown", "limit": 3}
+    for own, expected in ((None, False), (True, True)):
+        config = SFTConfig(**settings, thinking=False, evaluate={**evaluate, "thinking": own})
+        assert sft.prepare(loaded, config).held_out.config.thinking is expected
+
+
 def test_turn_end_is_what_the_template_writes():
     vocabulary = make_tokenizer().get_vocab()
     assert examples.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
@@ -231,12 +246,13 @@ def test_update_is_adamws():
 # ---------------------------------------------------------------------------------- runs
 
 
-def write_traces(path, count=24, per_problem=2):
+def write_traces(path, count=24, per_problem=2, twins=False):
     draw = np.random.default_rng(7)
     lines = []
     for i in range(count):
         text = "".join(chr(c) for c in draw.integers(97, 110, draw.integers(2, 20)))
-        lines.append({"id": f"p{i // per_problem}", "messages": ONE, "completion": text, "sample": i % per_problem})
+        name = f"p{i // per_problem}" + (f"#{i % per_problem + 1}" if twins and i % per_problem else "")
+        lines.append({"id": name, "messages": ONE, "completion": text, "sample": i % per_problem})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -500,6 +516,56 @@ def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     data = sft.prepare(loaded, SFTConfig(**{**settings, "valid": other}))
     assert {row.id for row in data.valid} == {"p0", "p1"} and len(data.train) == 20
     assert data.notes == [f"4 traces of problems in {other} are left out"]
+
+
+def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
+    loaded = wrap(make_tokenizer(), make_model())
+    plain = sft.prepare(loaded, SFTConfig(**settings))
+    twins = write_traces(tmp_path / "twins.jsonl", twins=True)
+    config = SFTConfig(**{**settings, "data": twins})
+    data = sft.prepare(loaded, config)
+    for part, own in ((data.train, plain.train), (data.valid, plain.valid)):
+        assert [row.ids for row in part] == [row.ids for row in own]  # parted as if they had one id
+    assert any("#2" in row.id for row in data.valid)
+    other = write_traces(tmp_path / "valid.jsonl", 4)
+    data = sft.prepare(loaded, config.model_copy(update={"valid": other}))
+    assert len(data.train) == 20 and data.notes == [f"4 traces of problems in {other} are left out"]
+    asked = [Problem(name, {}, "") for name in ("p3", "p5#2")]
+    monkeypatch.setattr(training, "held_out_plan", lambda *_: SimpleNamespace(problems=asked))
+    data = sft.prepare(loaded, config.model_copy(update={"valid_share": 0.0}))
+    assert len(data.train) == 20 and not {row.id for row in data.train} & {"p3", "p3#2", "p5", "p5#2"}
+
+
+def test_a_run_whose_twins_were_parted_otherwise_is_not_continued(settings, tmp_path):
+    config = SFTConfig(**{**settings, "data": write_traces(tmp_path / "twins.jsonl", twins=True), "epochs": 1})
+    sft.train(config, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    begun = json.loads(file.read_text())
+    del begun["identity"]["apart"]
+    file.write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="other settings .apart was None, now by problem"):
+        sft.train(config, tmp_path / "run", resume=True)
+    sft.train(SFTConfig(**{**settings, "epochs": 1}), tmp_path / "plain")
+    assert "apart" not in json.loads((tmp_path / "plain" / "run.json").read_text())["identity"]
+
+
+def test_validation_traces_without_room_are_not_continued(settings, tmp_path):
+    chat = [*ONE, {"role": "assistant", "content": "2"}, {"role": "user", "content": "z" * 90}]
+    traces = [
+        {"id": "cut", "messages": chat, "completion": "y"},  # cut in its last question, after a learned turn
+        {"id": "long", "messages": [{"role": "user", "content": "z" * 600}], "completion": "y"},  # of a context of 512
+        {"id": "fits", "messages": ONE, "completion": "some words"},
+    ]
+    valid = tmp_path / "valid.jsonl"
+    for max_length, names, count in ((120, ("cut", "fits"), 1), (700, ("long", "fits"), 1), (700, ("fits",), 0)):
+        valid.write_text("".join(json.dumps(row) + "\n" for row in traces if row["id"] in names))
+        changes = {"valid": str(valid), "max_length": max_length, "over_long": "cut", "epochs": 1}
+        result = sft.train(SFTConfig(**{**settings, **changes}), tmp_path / f"{count} {names[0]}")
+        told = [note for note in result.notes if "no room" in note]
+        said = f"{count} validation traces leave no room for an answer; their loss counts, they are not continued"
+        assert told == [said] * bool(count)
+        samples = (tmp_path / f"{count} {names[0]}" / "samples.jsonl").read_text().splitlines()
+        assert samples and {json.loads(line)["id"] for line in samples} == {"fits"}
 
 
 @pytest.mark.parametrize(

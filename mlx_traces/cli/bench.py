@@ -14,13 +14,13 @@ from mlx_traces.runs import provenance, to_json
 
 NOT_BENCHED = (
     *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
-    *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay", "report_to"),
+    *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay", "report_to", "thinking"),
 )  # settings of sft that change no step's cost, or that the peer has no like of
 
 NOT_BENCHED_RL = (
     *("adapter", "num_steps", "prompts_per_step", "max_resamples", "pass_rate_low", "pass_rate_high", "probe_samples"),
     *("kl_coef", "reference", "eval_every", "evaluate", "patience", "save_every", "rewards", "report_to"),
-    "value_warmup_steps",
+    *("value_warmup_steps", "unbiased_kl"),
 )
 
 

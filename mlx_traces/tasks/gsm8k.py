@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.records import Problem, Score
+from mlx_traces.records import Problem, Score, problem_id
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import (
     flexible,
@@ -112,7 +112,7 @@ def _examples(shots: int, seed: int, data: str | None, leave_out: frozenset[str]
     """Draw different training problems as (question, worked solution), both word for word; none of ``leave_out``."""
     problems = _load("train", data, None, seed, SHOTS_INSTEAD)
     unasked = {problem.id for problem in problems if "#" not in problem.id}
-    unasked -= {identity.partition("#")[0] for identity in leave_out}
+    unasked -= {problem_id(identity) for identity in leave_out}
     if not 0 <= shots <= len(unasked):
         but = "; the others are asked themselves: pass other ones with --shots-data FILE" if leave_out else ""
         raise UserError(f"{shots} examples asked for; {data or HUB} has {len(unasked)} to choose from{but}")
