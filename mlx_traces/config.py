@@ -48,7 +48,7 @@ class LoadConfig(Config):
         None, exclude_if=_is_none, description="Other variables of the chat template, as in reasoning_effort=high."
     )
     date: Date | None = Field(
-        None, exclude_if=_is_none, description="Day that the chat template prints; default: the day of the run."
+        None, exclude_if=_is_none, description="Day that the chat template prints, if it does; default: the run's."
     )
 
     def load_arguments(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from mlx_traces.batching import Example
 from mlx_traces.conversations import Chat, Rendered
-from mlx_traces.drawing import decode
+from mlx_traces.drawing import decode, text_of
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Trace
@@ -117,8 +117,8 @@ def encode(
     if end is not None:
         spans = _earlier(loaded, chat, prompt, head, thinking, counts)
     own = _own_ids(loaded, trace)
-    if own and completion.endswith(text := decode(loaded.tokenizer, _without_end(loaded, own))):
-        before = completion.removesuffix(text)
+    if (said := text_of(loaded, _without_end(loaded, own))) and completion.endswith(said):
+        before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
         own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
         return Example(trace.id, (*ids, *own), (*trained, *[True] * len(own)))
@@ -138,12 +138,11 @@ def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> 
     for switch in dict.fromkeys((thinking, True if thinking is None else thinking)):
         prompt = chat.prompt(messages, thinking=switch)
         opened, completion = prompt.opened, trace.completion
-        if opened and completion.startswith(opened.strip()):
-            begun = opened if completion.startswith(opened) else opened.strip()
-            return prompt, completion.removeprefix(begun), switch
-        if not prompt.closed or parts(completion)[0] is None:
+        begun = opened if completion.startswith(opened) else opened.strip()
+        begins = bool(begun) and completion.startswith(begun)
+        if begins or not prompt.closed or parts(completion)[0] is None:
             counts.thinking += switch != thinking
-            return prompt, completion, switch
+            return prompt, completion.removeprefix(begun) if begins else completion, switch
     way = "set thinking (--thinking)" if chat.switch else "its template has no thinking switch; leave such traces out"
     raise UserError(f"the completion has a thought, and the prompt, {prompt.text[-20:]!r}, leaves it no room; {way}")
 
@@ -177,9 +176,9 @@ def _answer(
         completion = completion.removeprefix(usual_opener).replace(usual_closing, closing, 1)
     elif opener and whole and parts(completion)[0] is None and closing not in completion:
         # or the model would learn to end its turn inside the thought
-        return ("\n" + closing + "\n\n" if opener == usual_opener else closing) + head + completion.strip()
-    if not whole and not head:
-        return completion
+        return ("\n" + closing + "\n\n" if opener == usual_opener else closing) + head + completion.lstrip()
+    if whole and tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
+        completion = completion.rstrip().removesuffix(tail.strip())
     if head.strip():
         if head.strip() in completion:
             return completion
@@ -187,7 +186,7 @@ def _answer(
         return completion[:thought] + head + completion[thought:].strip()
     written = _written(chat, prompt, completion, thinking, head) or completion
     written = written.lstrip() if head else written
-    written = written.rstrip() if tail else written
+    written = written.rstrip() if tail and whole else written
     return head + written
 
 

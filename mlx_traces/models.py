@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date as Date
 from functools import cached_property
@@ -16,6 +16,7 @@ from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint
+from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 
 NANO = "nano"
@@ -29,6 +30,7 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+HARMONY = "<|channel|>"  # of gpt-oss's format, whose special tokens frame its messages
 _ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -70,6 +72,21 @@ class LoadedModel:
             "backend": asdict(self.backend),
         }
 
+    @cached_property
+    def signs(self) -> dict[int, str]:
+        """The tokens that are no text, with how they are written: special ones that are no part of a thought's tags."""
+        tokens = self.tokenizer._tokenizer.added_tokens_decoder
+        special = {token: str(added) for token, added in tokens.items() if added.special}
+        if HARMONY in special.values():
+            return {}  # all that stands between its messages tells them apart
+        own = [tag for tag in (self.tokenizer.think_start, self.tokenizer.think_end) if tag]
+        tags = [*own, *(tag for tags in THOUGHT_TAGS for tag in tags)]
+        return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
+
+    def shown(self) -> dict[str, str]:
+        """Return what the chat template shows beside its input, the date if it prints one: of a run's identity."""
+        return {"date": self.day.isoformat()} if self.day and self.chat.dated else {}
+
     def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
         """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.
 
@@ -94,6 +111,17 @@ class LoadedModel:
 def is_folder(spec: str) -> bool:
     """Whether a name is an existing folder; names that the system refuses, too long ones say, are not."""
     return bool(spec) and _is(spec, Path.is_dir)
+
+
+def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
+    """Return settings whose ``date`` is that of the run that they continue, if it has one and they name none.
+
+    Args:
+        config: the settings.
+        begun: the identity of the run, empty before it is begun.
+    """
+    day = begun.get("date")
+    return config if config.date or not day else config.model_copy(update={"date": Date.fromisoformat(day)})
 
 
 def with_adapter(config: Any) -> Any:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
+from mlx_traces.cli.options import settings_options
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -250,3 +252,19 @@ def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert list((tmp_path / "runs").iterdir())
+
+
+def test_variables_of_the_template_are_given_by_name():
+    @click.command()
+    @settings_options(EvalConfig)
+    def command(settings):
+        click.echo(json.dumps(settings))
+
+    given = ["--template-arg", "effort=high", "--template-arg", "budget=512", "--template-arg", "tools=true"]
+    result = CliRunner().invoke(command, [*given, "--date", "2025-03-01"])
+    assert json.loads(result.output) == {
+        "template_args": {"effort": "high", "budget": 512, "tools": True},
+        "date": "2025-03-01",
+    }
+    assert json.loads(CliRunner().invoke(command, []).output) == {}
+    assert "give NAME=VALUE" in str(CliRunner().invoke(command, ["--template-arg", "effort"]).exception)
