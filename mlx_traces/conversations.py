@@ -26,15 +26,17 @@ DIRECTIVES = tuple(_DIRECTIVES)  # of strftime
 class Rendered:
     """A problem as the model reads it.
 
-    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds
-    before the first sampled token: a thought that the template opens, the prompt's prefill. Graders get
-    ``opened`` + completion. ``closed`` says that the template has closed a thought there. ``messages`` are the turns as
-    the template got them, a system message perhaps moved.
+    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds before the
+    first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` + completion.
+    ``turn`` is all that the template writes after the last message, the head of the assistant's turn included, and
+    ``closed`` says that it closes a thought there. ``messages`` are the turns as the template got them, a system
+    message perhaps moved.
     """
 
     ids: tuple[int, ...]
     text: str
     opened: str
+    turn: str = ""
     closed: bool = False
     messages: tuple[Message, ...] = ()
 
@@ -169,12 +171,15 @@ class Chat:
         """
         self._tell(thinking)
         messages, text = self._settled(list(messages), thinking)
-        opened, closed = self._opened(messages, text, thinking)
+        turn = self.around(messages, len(messages) - 1, thinking)[1]
+        turn = turn if text.endswith(turn) else ""
+        opened = self._opened(turn)
+        closed = any(closing in turn for _, closing in THOUGHT_TAGS)
         if opened.strip() in THINK_OPENERS and any(opener in prefill for opener in THINK_OPENERS):
             text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
         if prefill and not self.tokenizer.has_chat_template:
             text += " "
-        return Rendered(self.ids(text + prefill), text + prefill, opened + prefill, closed, tuple(messages))
+        return Rendered(self.ids(text + prefill), text + prefill, opened + prefill, turn, closed, tuple(messages))
 
     def _settled(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
         """Render; a system message that the template refuses or drops is put before the first question."""
@@ -193,25 +198,18 @@ class Chat:
         self.note(f"{self.name} takes no system message; it is put before the first question")
         return messages, text
 
-    def _opened(self, messages: list[Message], text: str, thinking: bool | None) -> tuple[str, bool]:
-        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows.
-
-        And whether a thought is closed there, be it one that nobody opened.
-        """
-        turn = self.around(messages, len(messages) - 1, thinking)[1]
-        if not text.endswith(turn):
-            return "", False
+    def _opened(self, turn: str) -> str:
+        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
         own = self.tokenizer.think_start
         starts = [turn.find(opener) for opener in (*THINK_OPENERS, *([own] if own else []))]
-        opened = turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
-        return opened, any(closing in turn for _, closing in THOUGHT_TAGS)
+        return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
 
     def around(
         self, messages: Sequence[Message], place: int, thinking: bool | None = None, reply: bool = True
-    ) -> tuple[str, str]:
-        """Return what the template writes before the turn at ``place``, and after it up to the next turn's content.
+    ) -> tuple[str, str, str]:
+        """Return what the template writes before the turn at ``place``, after it up to the next turn, and after that.
 
-        Both are empty where it does not write the turn, or refuses the mark in its place.
+        All are empty where it does not write the turn, or refuses the mark in its place.
         """
         contents = "".join(turn["content"] for turn in messages)
         digest = hashlib.sha256(contents.encode("utf-8", "replace")).hexdigest()[:12]
@@ -220,8 +218,9 @@ class Chat:
         try:
             before, found, rest = self.text(marked, thinking, reply).partition(marks[place])
         except UserError:
-            return "", ""
-        return (before, rest.partition(marks[place + 1])[0]) if found else ("", "")
+            return "", "", ""
+        between, _, after = rest.partition(marks[place + 1])
+        return (before, between, after) if found else ("", "", "")
 
     # ------------------------------------------------------------------------------------------ tokens
 

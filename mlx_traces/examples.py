@@ -112,18 +112,18 @@ def encode(
     thinking = trace.thinking if thinking is None else thinking
     prompt, completion, thinking = _asked(chat, trace, thinking, counts)
     ending = "" if stop is None else decode(loaded.tokenizer, [stop])
-    head, tail = _frame(chat, prompt, thinking, ending)
+    frame = _frame(chat, prompt, thinking, ending)
     spans = []
     if end is not None:
-        spans = _earlier(loaded, chat, prompt, head, thinking, counts)
+        spans = _earlier(loaded, chat, prompt, frame[0], thinking, counts)
     own = _own_ids(loaded, trace)
     if (said := text_of(loaded, _without_end(loaded, own))) and completion.endswith(said):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
         own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
         return Example(trace.id, (*ids, *own), (*trained, *[True] * len(own)))
-    answer = _answer(chat, prompt, completion, thinking, head, tail, stop is not None)
-    ids, trained = _joined(chat, prompt, answer + (tail + ending if stop is not None else ""), spans)
+    answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
+    ids, trained = _joined(chat, prompt, answer + ending, spans)
     if stop is not None and ids[-1] != stop:
         ids, trained = [*ids, stop], [*trained, True]
     return Example(trace.id, tuple(ids), tuple(trained))
@@ -147,57 +147,59 @@ def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> 
     raise UserError(f"the completion has a thought, and the prompt, {prompt.text[-20:]!r}, leaves it no room; {way}")
 
 
-def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str]:
-    """Return what the template writes between its prompt and an answer, and between the answer and its end.
+def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str, str]:
+    """Return what the template writes between its prompt and an answer, between the answer and its end, and after it.
 
-    A thought that it writes there, an empty one mostly, is none of the answer.
+    The last is all of what comes after the answer. A thought that is written before it, an empty one mostly, is none
+    of the answer.
     """
-    place = len(prompt.messages)
-    turns = [*prompt.messages, ANSWER]
-    asked = chat.around(prompt.messages, place - 1, thinking)[1]
-    between = chat.around(turns, place - 1, thinking, reply=False)[1]
-    after = chat.around(turns, place, thinking, reply=False)[1]
-    if not between.startswith(asked):
-        asked = asked.removesuffix(prompt.opened)
+    place = len(prompt.messages) - 1
+    _, between, after = chat.around([*prompt.messages, ANSWER], place, thinking, reply=False)
+    asked = prompt.turn if between.startswith(prompt.turn) else prompt.turn.removesuffix(prompt.opened)
     head = between.removeprefix(asked) if between.startswith(asked) else ""
     if head.strip() != FINAL and any(tag in head for tags in THOUGHT_TAGS for tag in tags):
         head = ""
     at = after.find(ending) if ending else -1
-    return head, after[:at] if at > 0 else ""
+    return head, after[:at] if at > 0 else "", after
 
 
 def _answer(
-    chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, tail: str, whole: bool
+    chat: Chat,
+    prompt: Rendered,
+    completion: str,
+    thinking: bool | None,
+    frame: tuple[str, str, str],
+    whole: bool,
 ) -> str:
-    """Return the text that is learned after the prompt, up to what the template writes before the end."""
+    """Return the text that is learned after the prompt, up to its end, if it is ``whole`` and has one."""
+    head, tail, after = frame
+    tail = tail if whole else ""
     opener, closing = next((tags for tags in THOUGHT_TAGS if prompt.opened.strip() == tags[0]), ("", ""))
     usual_opener, usual_closing = THOUGHT_TAGS[0]
     if opener and completion.startswith(usual_opener):  # the template has opened it, in tags of its own
         completion = completion.removeprefix(usual_opener).replace(usual_closing, closing, 1)
     elif opener and whole and parts(completion)[0] is None and closing not in completion:
         # or the model would learn to end its turn inside the thought
-        return ("\n" + closing + "\n\n" if opener == usual_opener else closing) + head + completion.lstrip()
-    if whole and tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
+        return ("\n" + closing + "\n\n" if opener == usual_opener else closing) + head + completion.lstrip() + tail
+    if tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
         completion = completion.rstrip().removesuffix(tail.strip())
     if head.strip():
         if head.strip() in completion:
-            return completion
+            return completion + tail
         thought = max((completion.rfind(tag) + len(tag) for _, tag in THOUGHT_TAGS if tag in completion), default=0)
-        return completion[:thought] + head + completion[thought:].strip()
-    written = _written(chat, prompt, completion, thinking, head) or completion
+        return completion[:thought] + head + completion[thought:].strip() + tail
+    written = _written(chat, prompt, completion, thinking, head, after) or completion
     written = written.lstrip() if head else written
-    written = written.rstrip() if tail and whole else written
-    return head + written
+    return head + (written.rstrip() if tail else written) + tail
 
 
-def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str) -> str | None:
+def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, after: str) -> str | None:
     """Return a completion as the template writes it, ``None`` where that differs in more than white space."""
     turns = [*prompt.messages, {"role": "assistant", "content": completion}]
     try:
         text = chat.text(turns, thinking, reply=False)
     except UserError:
         return None
-    after = chat.around(turns, len(turns) - 1, thinking, reply=False)[1]
     start = prompt.text + head
     if not text.startswith(start) or not text.endswith(after):
         return None
@@ -213,7 +215,7 @@ def _earlier(
     for place, turn in enumerate(prompt.messages):
         if turn["role"] != "assistant":
             continue
-        before, after = chat.around(prompt.messages, place, thinking)
+        before, after, _ = chat.around(prompt.messages, place, thinking)
         said = turn["content"]
         contents = (said, said.strip(), said.lstrip(), said.rstrip())  # templates differ in what they strip
         start = len(before)
