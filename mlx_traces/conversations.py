@@ -12,10 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from mlx_traces.errors import UserError, choices, clean, first_line
-from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message
+from mlx_traces.tasks.thoughts import OPENERS, TAGS, Pair, closing_of, own_pair
 
-THINK_OPENERS = tuple(opener for opener, _ in THOUGHT_TAGS)
 SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")  # names of the thinking switch
 PROBE = ({"role": "user", "content": "Hello."},)
 _DIRECTIVES = (f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ" for flag in ("-", ""))
@@ -156,6 +155,11 @@ class Chat:
         names = sorted(name for name in read - usual if not name.endswith("_token"))[:8]
         return f"; it reads {choices(names)}, which --template-arg NAME=VALUE sets" if names else ""
 
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that the tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
+
     def note(self, line: str) -> None:
         """Add a note that is not there yet."""
         if line not in self.notes:
@@ -174,8 +178,8 @@ class Chat:
         turn = self.around(messages, len(messages) - 1, thinking)[1]
         turn = turn if text.endswith(turn) else ""
         opened = self._opened(turn)
-        closed = any(closing in turn for _, closing in THOUGHT_TAGS)
-        if opened.strip() in THINK_OPENERS and any(opener in prefill for opener in THINK_OPENERS):
+        closed = any(closing in turn for _, closing in (*TAGS, *filter(None, [self.own_tags])))
+        if closing_of(opened, self.own_tags) and any(opener in prefill for opener in OPENERS):
             text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
         if prefill and not self.tokenizer.has_chat_template:
             text += " "
@@ -201,7 +205,7 @@ class Chat:
     def _opened(self, turn: str) -> str:
         """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
         own = self.tokenizer.think_start
-        starts = [turn.find(opener) for opener in (*THINK_OPENERS, *([own] if own else []))]
+        starts = [turn.find(opener) for opener in (*OPENERS, *([own] if own else []))]
         return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
 
     def around(

@@ -16,8 +16,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.interrupts import Stopped, listening
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
 from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
-from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.answers import vote_of
+from mlx_traces.tasks import GRADER, Task, get_task, thoughts
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -32,11 +31,20 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Completion:
-    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began."""
+    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began.
+
+    ``own_tags`` are those that the model thinks between, if they are not among ``thoughts.TAGS``.
+    """
 
     prompt: str
     opened: str
     rollout: Rollout
+    own_tags: thoughts.Pair | None = None
+
+    @property
+    def whole(self) -> str:
+        """The assistant's whole turn, its thought between tags that graders know."""
+        return thoughts.usual(self.opened + self.text, self.own_tags)
 
     @property
     def text(self) -> str:
@@ -63,6 +71,11 @@ class Answered:
     text: str
     tokens: int | None
     finish_reason: str
+
+    @property
+    def whole(self) -> str:
+        """The assistant's whole turn."""
+        return self.opened + self.text
 
 
 @dataclass(frozen=True)
@@ -244,7 +257,8 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     return Source(
         completions_of(loaded, planned, stop=stop),
         {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
-        {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
+        ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
+        | {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
         | _settled(planned, loaded.path),
         loaded.notes,
         device.peak_memory_gb,
@@ -292,7 +306,7 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     completions = source.generate(todo)  # refuses bad requests before anything is written
-    folder.begin(identity, {**provenance(), **source.details})
+    folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
     before = max((row["elapsed"] for row in samples), default=0.0)
     start = perf_counter()
     with _bar(progress, len(wanted), samples) as advance:
@@ -363,7 +377,7 @@ def completions_of(
 
         whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
-            (index, Completion(rendered[index].text, rendered[index].opened, rollout))
+            (index, Completion(rendered[index].text, rendered[index].opened, rollout, loaded.own_tags))
             for index, rollout in _shared_out(whole, sampled, len(requests), 4 * config.rows, stop)
         )
 
@@ -431,8 +445,9 @@ def sample_seed(seed: int, problem_id: str, sample: int) -> int:
 
 def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion | Answered) -> Sample:
     """Judge one completion and make its line of ``samples.jsonl``."""
-    scores = planned.task.grade(problem, completion.opened + completion.text)
+    scores = planned.task.grade(problem, completion.whole)
     headline = scores[planned.extractor]
+    notes = {name: score.note for name, score in scores.items() if score.note}
     return {
         "id": problem.id,
         "sample": sample,
@@ -448,7 +463,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "correct": headline.correct,
         "verdict": headline.verdict,
         "stratum": problem.stratum,
-    }
+    } | ({"notes": notes} if notes else {})
 
 
 def question_of(task: Task, problem: Problem) -> str:
@@ -499,7 +514,7 @@ def summarize(
             name: accuracy_of(samples, lambda row, name=name: row["verdicts"][name] == "correct")
             for name in planned.task.extractors
         },
-        **_at_k(samples, config.samples),
+        **_at_k(planned, samples),
         notes=[*notes, *said],
     )
 
@@ -512,9 +527,12 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
     return stats.accuracy(list(by_problem.values()))
 
 
-def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
-    """Return unbiased pass@k and maj@k (the first k completions vote) for k = 1, 2, 4, ... and n."""
-    if n == 1:
+def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """Return unbiased pass@k and maj@k for k = 1, 2, 4, ... and the number of samples.
+
+    The first k completions vote; what the grader takes for one answer is one.
+    """
+    if (n := planned.config.samples) == 1:
         return {"pass_at_k": {}, "maj_at_k": {}}
     groups: dict[str, list[Sample]] = defaultdict(list)
     for row in samples:
@@ -524,12 +542,12 @@ def _at_k(samples: list[Sample], n: int) -> dict[str, dict[str, float]]:
     votes = {str(k): 0.0 for k in ks}
     for rows in groups.values():
         count = sum(row["correct"] for row in rows)
+        answers = planned.task.votes((row["extracted"] for row in rows), rows[0]["gold"], planned.extractor)
         for k in ks:
             passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
-            winner = stats.majority([vote_of(row["extracted"]) for row in rows[:k]])
-            votes[str(k)] += any(row["correct"] for row in rows[:k] if vote_of(row["extracted"]) == winner) / len(
-                groups
-            )
+            winner = stats.majority(answers[:k])
+            won = any(row["correct"] for row, answer in zip(rows[:k], answers, strict=False) if answer == winner)
+            votes[str(k)] += won / len(groups)
     return {"pass_at_k": passes, "maj_at_k": votes}
 
 

@@ -15,11 +15,10 @@ from mlx_traces.drawing import decode, text_of
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.answers import THOUGHT_TAGS
+from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of
 from mlx_traces.traces import parts
 
 ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer; what is asked is what is around it
-FINAL = "<|channel|>final<|message|>"  # gpt-oss: the end of a thought, and the frame of an answer without one
 TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})
 
 
@@ -157,8 +156,8 @@ def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> 
     _, between, after = chat.around([*prompt.messages, ANSWER], place, thinking, reply=False)
     asked = prompt.turn if between.startswith(prompt.turn) else prompt.turn.removesuffix(prompt.opened)
     head = between.removeprefix(asked) if between.startswith(asked) else ""
-    if head.strip() != FINAL and any(tag in head for tags in THOUGHT_TAGS for tag in tags):
-        head = ""
+    if head.strip() != FINAL and any(tag in head for tags in TAGS for tag in tags):
+        head = ""  # FINAL, which ends a thought, frames an answer without one too
     at = after.find(ending) if ending else -1
     return head, after[:at] if at > 0 else "", after
 
@@ -174,19 +173,19 @@ def _answer(
     """Return the text that is learned after the prompt, up to its end, if it is ``whole`` and has one."""
     head, tail, after = frame
     tail = tail if whole else ""
-    opener, closing = next((tags for tags in THOUGHT_TAGS if prompt.opened.strip() == tags[0]), ("", ""))
-    usual_opener, usual_closing = THOUGHT_TAGS[0]
-    if opener and completion.startswith(usual_opener):  # the template has opened it, in tags of its own
-        completion = completion.removeprefix(usual_opener).replace(usual_closing, closing, 1)
-    elif opener and whole and parts(completion)[0] is None and closing not in completion:
+    closing, usual = closing_of(prompt.opened, chat.own_tags), TAGS[0]
+    if closing and closing != usual[1] and completion.startswith(usual[0]):  # opened in tags of the template's own
+        completion = completion.removeprefix(usual[0]).replace(usual[1], closing, 1)
+    elif closing and whole and parts(completion)[0] is None:
         # or the model would learn to end its turn inside the thought
-        return ("\n" + closing + "\n\n" if opener == usual_opener else closing) + head + completion.lstrip() + tail
+        closed = f"\n{closing}\n\n" if closing == usual[1] else closing
+        return closed + head + completion.lstrip() + tail
     if tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
         completion = completion.rstrip().removesuffix(tail.strip())
     if head.strip():
         if head.strip() in completion:
             return completion + tail
-        thought = max((completion.rfind(tag) + len(tag) for _, tag in THOUGHT_TAGS if tag in completion), default=0)
+        thought = max((completion.rfind(tag) + len(tag) for _, tag in TAGS if tag in completion), default=0)
         return completion[:thought] + head + completion[thought:].strip() + tail
     written = _written(chat, prompt, completion, thinking, head, after) or completion
     written = written.lstrip() if head else written

@@ -149,7 +149,7 @@ def _traces(
         for index, completion in evaluation.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout
-            text = completion.opened + rollout.text
+            text = completion.whole
             yield Trace(
                 id=problem.id,
                 messages=tuple(planned.prompt.messages(problem)),

@@ -16,8 +16,8 @@ from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint
-from mlx_traces.tasks.answers import THOUGHT_TAGS
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
+from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -61,6 +61,11 @@ class LoadedModel:
     template_args: dict[str, Any] = field(default_factory=dict)
     day: Date | None = None
 
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
+
     def about(self) -> dict[str, Any]:
         """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
         return {
@@ -80,7 +85,7 @@ class LoadedModel:
         if HARMONY in special.values():
             return {}  # all that stands between its messages tells them apart
         own = [tag for tag in (self.tokenizer.think_start, self.tokenizer.think_end) if tag]
-        tags = [*own, *(tag for tags in THOUGHT_TAGS for tag in tags)]
+        tags = [*own, *(tag for tags in TAGS for tag in tags)]
         return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
 
     def shown(self) -> dict[str, str]:

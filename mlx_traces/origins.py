@@ -26,6 +26,8 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     moved = [library for library in LIBRARIES if len({own[library] for own in versions.values()} - {None}) > 1]
     told = {name: ", ".join(f"{key} {own[key]}" for key in moved if own[key]) for name, own in versions.items()}
     lines = _line("versions differ", told)
+    graders = {name: f"version {_text(about.get('grader', 1))}" for name, about in known.items()}
+    lines += _line("graders' rules differ", graders)
     lines += _line("device differs", {name: _device(about) for name, about in known.items()})
     lines += _line("weights differ", {name: _weights(about) for name, about in known.items()})
     asked = {name: _part(about, "identity") for name, about in known.items()}

@@ -14,7 +14,7 @@ from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score, Trace
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.answers import THOUGHT_TAGS
+from mlx_traces.tasks.thoughts import SKY, STEPS, TAGS, first_thought
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
 Scores = dict[str, float | None]
@@ -56,7 +56,7 @@ def text_scores(
         "format": format_score(completion, finish_reason, settings.tags, prompt),
         "structure": structure(thought),
         "faithfulness": faithfulness(thought),
-        "length": length(len(completion.split()) if tokens is None else tokens, settings.length_limit),
+        "length": length(len(words(completion)) if tokens is None else tokens, settings.length_limit),
         "repetition": repetition(completion),
     }
 
@@ -106,9 +106,9 @@ class Style:
 STYLES = {
     "think": Style(("<think>", "</think>"), ("<answer>", "</answer>")),
     "r1": Style(("<think>", "</think>"), None),
-    "sky-t1": Style(("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|begin_of_solution|>", "<|end_of_solution|>")),
+    "sky-t1": Style(SKY, ("<|begin_of_solution|>", "<|end_of_solution|>")),
 }
-_ALL_TAGS = {tag.lower() for tags in THOUGHT_TAGS for tag in tags} | {
+_ALL_TAGS = {tag.lower() for pair in TAGS for tag in pair if tag != STEPS} | {
     tag for style in STYLES.values() if style.answer for tag in style.answer
 }
 
@@ -154,16 +154,11 @@ def _adds(thought: str, prompt: str) -> bool:
 
 
 def thought_of(completion: str, tags: str) -> str | None:
-    """Return the first thought, to the end if it stays open; None where there is none; all of it for tags ``none``."""
-    if tags == "none":
-        return completion
-    opening, closing = STYLES[tags].thought
-    lower = completion.lower() if len(completion.lower()) == len(completion) else completion
-    start = lower.find(opening)
-    end = lower.find(closing, max(0, start))
-    if start < 0 and end < 0:
-        return None
-    return completion[start + len(opening) if start >= 0 else 0 : end if end >= 0 else None]
+    """Return the first thought, to the end if it stays open; None where there is none; all of it for tags ``none``.
+
+    One in the style's tags comes first, then one in any other of ``thoughts.TAGS``.
+    """
+    return completion if tags == "none" else first_thought(completion, (STYLES[tags].thought, *TAGS))
 
 
 # ---------------------------------------------------------------------------------------------- structure
@@ -201,6 +196,15 @@ def structure(thought: str | None) -> float | None:
 # ---------------------------------------------------------------------------------------------- length, repetition
 
 N = 4  # words of an n-gram
+_UNSPACED = re.compile(  # Han, kana, bopomofo: written without spaces; Korean has them
+    "[\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def words(text: str) -> list[str]:
+    """Return a text's words, case aside; each Chinese or Japanese character is one, as no spaces part words."""
+    return _UNSPACED.sub(r" \g<0> ", text.lower()).split()
 
 
 def length(amount: int, limit: int) -> float:
@@ -213,10 +217,10 @@ def repetition(text: str) -> float | None:
 
     The former is 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319). None for fewer than 4 words.
     """
-    words = (text := text[:MAX_TEXT]).lower().split()
-    if len(words) < N:
+    said = words(text := text[:MAX_TEXT])
+    if len(said) < N:
         return None
-    grams = list(zip(*(words[i:] for i in range(N)), strict=False))
+    grams = list(zip(*(said[i:] for i in range(N)), strict=False))
     lines = [line for line in map(str.strip, text.lower().splitlines()) if line]
     return min(len(set(grams)) / len(grams), len(set(lines)) / len(lines))
 

@@ -49,11 +49,12 @@ class Score:
     """A task's verdict on one completion, by one extractor.
 
     ``verdict`` is ``"correct"`` or says what is wrong (``"no_answer"``, ``"wrong_value"``, ...). ``extracted`` is the
-    text that was judged, ``None`` if nothing was found.
+    text that was judged, ``None`` if nothing was found. ``note`` says how it was read, where two readings are allowed.
     """
 
     verdict: str
     extracted: str | None
+    note: str = ""
 
     @property
     def correct(self) -> bool:

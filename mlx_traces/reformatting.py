@@ -19,6 +19,7 @@ from mlx_traces.quality import format_score, headline, problem_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
+from mlx_traces.tasks.thoughts import SKY, after_last
 from mlx_traces.traces import parts, read_traces, refuse_written, restyle, source_of, write_traces
 
 REWRITING = Prompt(
@@ -143,7 +144,7 @@ def _by_model(
     ]
     cache = asking.Cache(Path(config.cache), "--cache")
     said = asking.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
-    return [reply and reply.rpartition("</think>")[2].strip() for reply in said]
+    return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 
 def _own_words(trace: Trace) -> str:

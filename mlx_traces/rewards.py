@@ -184,13 +184,12 @@ def total(parts: Parts, weights: Mapping[str, float]) -> float | None:
 
 
 def _verdict(planned: Plan, problem: Problem, completion: Completion) -> bool:
-    return planned.task.grade(problem, completion.opened + completion.rollout.text)[planned.extractor].correct
+    return planned.task.grade(problem, completion.whole)[planned.extractor].correct
 
 
 def _text_scores(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:
     rollout, asked = completion.rollout, planned.prompt.messages(problem)[-1]["content"]
-    text = completion.opened + rollout.text
-    return text_scores(text, rollout.finish_reason, len(rollout.completion_ids), settings, asked)
+    return text_scores(completion.whole, rollout.finish_reason, len(rollout.completion_ids), settings, asked)
 
 
 def _own_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from statistics import median
 
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import headline
+from mlx_traces.quality import headline, words
 from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task
 
@@ -138,8 +138,8 @@ def _unlike(traces: Sequence[Trace], kept: list[int]) -> list[int]:
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
     """Return the 5-grams of words, white space and case aside; a shorter text is one shingle."""
-    words = text.lower().split()
-    return frozenset(tuple(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1)))
+    said = words(text)
+    return frozenset(tuple(said[at : at + SHINGLE]) for at in range(max(1, len(said) - SHINGLE + 1)))
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
@@ -179,19 +179,19 @@ def _ceil(value: float) -> int:
 # ---------------------------------------------------------------------------------- evaluation problems
 
 
-def overlap(problems: Sequence[Problem], words: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
+def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return the function that says whether the trace of an index is free of these problems.
 
     A trace is not if its problem is one of them, by id, or if its question, its last user's turn or its text has
-    ``words`` words in a row of one of their questions, case and punctuation aside: 13, as for GPT-3 (arXiv 2005.14165,
+    ``shared`` words in a row of one of their questions, case and punctuation aside: 13, as for GPT-3 (arXiv 2005.14165,
     appendix C) and open-r1. A question shorter than that counts as a whole from 8 words on. 0 words: only ids.
     """
     ids = {problem_id(problem.id) for problem in problems}
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-    for problem in problems if words else ():
+    for problem in problems if shared else ():
         asked = _words(str(problem.columns.get("question", "")))
-        size = min(words, len(asked))
-        if size >= min(words, SHORT_QUESTION):
+        size = min(shared, len(asked))
+        if size >= min(shared, SHORT_QUESTION):
             known[size].update(_grams(asked, size))
 
     def free(index: int) -> bool:
@@ -207,11 +207,12 @@ def overlap(problems: Sequence[Problem], words: int, traces: Sequence[Trace]) ->
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+    """Return a text's words without punctuation."""
+    return words(re.sub(r"[\W_]+", " ", text))
 
 
-def _grams(words: list[str], size: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(words[at:] for at in range(size)), strict=False)
+def _grams(said: list[str], size: int) -> Iterable[tuple[str, ...]]:
+    return zip(*(said[at:] for at in range(size)), strict=False)
 
 
 # ---------------------------------------------------------------------------------- choice and balance

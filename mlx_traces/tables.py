@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_traces import origins, stats
 from mlx_traces.errors import UserError, clean, unknown, visible
-from mlx_traces.tasks.answers import vote_of
+from mlx_traces.tasks import get_task
 from mlx_traces.tasks.data import is_number
 
 if TYPE_CHECKING:
@@ -416,16 +416,16 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
         answers: dict[str, list[str | None]] = {id: [] for id in own}
         for row in run.samples:
             answers[row["id"]].append(row["extracted"])
-        columns[f"{name}_prediction"] = [_winner(answers[id]) for id in outcomes[0]]
+        columns[f"{name}_prediction"] = [_winner(run, answers[id], first[id]["gold"]) for id in outcomes[0]]
         columns[f"{name}_correct"] = [
             bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
         ]
     return pd.DataFrame(columns, dtype=object)
 
 
-def _winner(answers: Sequence[str | None]) -> str | None:
+def _winner(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
     """Return the majority's answer, as its first voter wrote it."""
-    votes = [vote_of(answer) for answer in answers]
+    votes = get_task(run.result["task"]).votes(answers, gold, run.result["extractor"])
     return answers[votes.index(stats.majority(votes))]
 
 

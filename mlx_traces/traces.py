@@ -18,7 +18,7 @@ from typing import Any
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runs import ids_digest, leftovers, provenance, read_json, replacing, sync, to_json
-from mlx_traces.tasks import Task, countdown, gsm8k
+from mlx_traces.tasks import Task, countdown, gsm8k, thoughts
 from mlx_traces.tasks.data import Row, content_id, hub_rows, is_file, listed, parse_row, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
 from mlx_traces.tasks.solver import search_trace
@@ -203,14 +203,6 @@ def _sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------- tags
 
 STYLES = ("think", "sky-t1")
-_CHANNEL = r"(?:\|end\|><)?(?:\|start\|>assistant<)?\|channel\|>"
-_TAG = re.compile(
-    rf"<(?:(?P<open>think(?:ing)?>|reasoning>|\|begin_of_thought\|>|{_CHANNEL}analysis(?:<\|message\|>)?)"
-    rf"|(?P<close>/think(?:ing)?>|/reasoning>|\|end_of_thought\|>|{_CHANNEL}final<\|message\|>)"
-    r"|/?solution>|\|(?:begin|end)_of_solution\|>)"
-    r"|\[(?:(?P<opens>THINK)|(?P<closes>/THINK))\]",
-    re.IGNORECASE | re.ASCII,
-)
 
 
 def parts(text: str) -> tuple[str | None, str]:
@@ -219,8 +211,7 @@ def parts(text: str) -> tuple[str | None, str]:
     The thought goes from the start to the last closing tag, so what stands before the opening tag belongs to it, and
     the opening tag may be missing. A thought that is still open at the end is all there is: the solution is empty.
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
-    Tags are ``<think>``, ``<thinking>``, ``<reasoning>``, ``<|begin_of_thought|>``, ``[THINK]``, gpt-oss's channels,
-    ``<solution>`` and ``<|begin_of_solution|>``, each with its end, in small or capital letters.
+    Tags are those of ``tasks.thoughts``, around thoughts and answers, in small or capital letters.
     """
     return _parts(text)[:2]
 
@@ -228,7 +219,7 @@ def parts(text: str) -> tuple[str | None, str]:
 def _parts(text: str) -> tuple[str | None, str, bool]:
     """Return thought, solution, and whether the thought is still open."""
     pieces, start, closed, is_open = [], 0, 0, False
-    for tag in _TAG.finditer(text):
+    for tag in thoughts.tags(text):
         pieces.append(text[start : tag.start()].strip())
         start, kind = tag.end(), tag.lastgroup
         if kind:

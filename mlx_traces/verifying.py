@@ -5,22 +5,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlx_traces import adapters, comparison, evaluation, models, traces
 from mlx_traces.config import EvalConfig, build
-from mlx_traces.conversations import THINK_OPENERS
 from mlx_traces.errors import UserError, clean, first_line
 from mlx_traces.models import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
-from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.data import read_jsonl
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import OPENERS, usual
 
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
@@ -82,9 +82,11 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
     samples, found, lines = [], [], []
+    about = read_json(folder.path / "run.json")
+    own_tags = about["own_tags"] if is_pair(about.get("own_tags")) else None
     for where, row in read_jsonl(folder.samples_path, columns):
         _check_kinds(row, where)
-        new = regraded(planned, row, where)
+        new = regraded(planned, row, where, own_tags)
         samples.append(row)
         found.append(new)
         lines += _verdict_lines(row, new)
@@ -92,6 +94,9 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
     lines += _figure_lines(planned, found, result)
+    rules = about.get("grader", 1)
+    if lines and rules != GRADER:
+        lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
 
 
@@ -131,10 +136,21 @@ def _check_kinds(row: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name!r} must not be {type(row[name]).__name__}; the line is damaged")
 
 
-def regraded(planned: evaluation.Plan, row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone."""
+def is_pair(tags: Any) -> bool:
+    """Whether a value from a file is an opening and a closing tag."""
+    return isinstance(tags, list) and len(tags) == 2 and all(isinstance(tag, str) and tag for tag in tags)
+
+
+def regraded(
+    planned: evaluation.Plan, row: dict[str, Any], where: str, own_tags: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone.
+
+    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them.
+    """
     problem = problem_of(planned.task, row, where)
-    scores = planned.task.grade(problem, opened_of(planned.prompt, problem, row["prompt"]) + row["completion"])
+    opened = opened_of(planned.prompt, problem, row["prompt"], (own_tags or ())[:1])
+    scores = planned.task.grade(problem, usual(opened + row["completion"], own_tags))
     judged = {
         "extractions": {name: score.extracted for name, score in scores.items()},
         "verdicts": {name: score.verdict for name, score in scores.items()},
@@ -161,14 +177,14 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
     return problem
 
 
-def opened_of(prompt: Prompt, problem: Problem, text: str) -> str:
+def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = ()) -> str:
     """Return what the assistant's turn holds before the completion, by a prompt's text: a thought opened, a prefill."""
     try:
         asked = prompt.messages(problem)[-1]["content"].strip()
     except UserError:  # a column that samples do not keep
         asked = str(problem.columns.get("question", "")).strip()
     turn = text.removesuffix(prompt.prefill).rpartition(asked)[2] if prompt.chat else ""
-    starts = [start for opener in THINK_OPENERS if (start := turn.find(opener)) >= 0]
+    starts = [start for opener in (*OPENERS, *own) if (start := turn.find(opener)) >= 0]
     return (turn[min(starts) :] if starts else "") + prompt.prefill
 
 

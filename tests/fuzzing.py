@@ -36,7 +36,7 @@ from pathlib import Path
 from mlx_traces import adapters, asking, config, curves, quality, reformatting, runs, tables, traces, webpage
 from mlx_traces.errors import UserError, clean
 from mlx_traces.records import Problem, Trace
-from mlx_traces.tasks import Task, answers, countdown, get_task, gsm8k, prompts, qa
+from mlx_traces.tasks import TASKS, Task, answers, countdown, get_task, gsm8k, prompts, qa, thoughts
 from mlx_traces.tasks.data import is_file, parse_row, split_slice
 
 CHARACTERS = 100_000  # of the longest input that has to keep to the bounds; of a longer one they grow in proportion
@@ -164,8 +164,10 @@ def _split(text: str, count: int) -> list[str]:
 
 
 def _found(text: str) -> None:
-    for find in (answers.tolerant, answers.last_number, answers.strict, answers.flexible, answers.answer_part):
-        answers.vote_of(find(text))
+    for find in (answers.tolerant, answers.last_number, answers.strict, answers.flexible, thoughts.answer_part):
+        found = find(text)
+        for task in map(get_task, TASKS) if found else ():
+            task.votes([found], "Apollo 11", task.extractors[0])
     answers.last_boxed(text), answers.last_answer_tag(text), answers.parse_number(text, words=False)
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_traces.tasks import answers
+from mlx_traces.records import Score
+from mlx_traces.tasks import answers, thoughts
 from mlx_traces.tasks.answers import (
-    answer_part,
     flexible,
     judge_lm_eval,
     judge_number,
@@ -18,10 +18,11 @@ from mlx_traces.tasks.answers import (
     last_boxed,
     last_number,
     parse_number,
+    same_number,
     strict,
     tolerant,
-    vote_of,
 )
+from mlx_traces.tasks.thoughts import answer_part
 
 NUMBERS = {
     "18": 18,
@@ -95,6 +96,47 @@ NUMBERS = {
     "\u2011 18": -18,
     "-{18}": -18,
     "9" * 40: int("9" * 40),
+    "2½": Fraction(5, 2),
+    "1¾": Fraction(7, 4),
+    "-½": Fraction(-1, 2),
+    "3 ⅓ cups": Fraction(10, 3),
+    "-€5": -5,
+    "-£5": -5,
+    "-$ 18": -18,
+    r"-\$ 5": -5,
+    "negative 5": -5,
+    "Minus $5": -5,
+    "10 000": 10_000,
+    "1 234 567.5": Fraction(2_469_135, 2),
+    "１８": 18,
+    "−１，２３４．５": Fraction(-2469, 2),
+    "Rs 1,20,000": 120_000,
+    "1,00,000": 100_000,
+    "1'234": 1234,
+    "1_234": 1234,
+    "1.45 million": 1_450_000,
+    "1450 thousand": 1_450_000,
+    r"\$70k": 70_000,
+    r"4 \text{ Million}": 4_000_000,
+    "2 hundred thousand dollars": 200_000,
+    r"\frac3{4}": Fraction(3, 4),
+    r"\cfrac{3}{4}": Fraction(3, 4),
+    r"\frac{3}{-4}": Fraction(-3, 4),
+    r"-\frac{-3}{4}": Fraction(3, 4),
+    r"3\over 4": Fraction(3, 4),
+    r"-{3 \over 4}": Fraction(-3, 4),
+    "{3}/{4}": Fraction(3, 4),
+    r"\frac{1.5}{2}": Fraction(3, 4),
+    r"\frac{3}{0.5}": 6,
+    "f(x) = 5": 5,
+    "x_1 = 5": 5,
+    r"\theta = 30": 30,
+    "Cost of a shirt = $18": 18,
+    "x = 3 + 4 = 7": 7,
+    "4 x 3 = 12": 12,
+    "18元": 18,
+    "18kg": 18,
+    "1st": 1,
 }
 
 NO_NUMBERS = [
@@ -128,14 +170,17 @@ NO_NUMBERS = [
         r"10^{\circ 5}",
         "10:30",
         "18 or 19",
-        "1 234",
         "1/2/3",
         "1 3/2",
         "1 1/2/3",
         "1\u00a02",
     ),
-    *("10^5", "10^{5}", r"\sqrt{16}", r"2\pi", "x + 5", "2*x", "3 + 4", r"\frac{x}{4}", "1,00,000", "x ="),
+    *("10^5", "10^{5}", r"\sqrt{16}", r"2\pi", "x + 5", "2*x", "3 + 4", r"\frac{x}{4}", "x ="),
     "18 " + "x" * 1000,
+    *("10³", "5²", "√16", "5!", "12,50", "3:45", "2:3", "1.234.567", "0,5", "1,2,3", "12/25/2024", "5'11", "1,2345"),
+    *("2x", "3R^2", "3R²", "2π", "4n", "2xy", "5 y", "x - 5", "5 - x", "10 minus 5", "±5", "4 x 4", "4 × 4"),
+    *("5x - 7y + 11z + 4 = 0", "x + y = 0", "2x = 10", "x^2 = 4", "a=3, b=4", "Tom = 3, Ann = 4", "x = 3 or x = -3"),
+    "5" + " million" * 7,
 ]
 
 
@@ -179,6 +224,44 @@ def test_parse_number_is_exact(above, below, around):
     assert parse_number(f"{around}{above:,}.250{close}") == above + (Fraction(-1, 4) if sign else Fraction(1, 4))
 
 
+MARKS_OF_GROUPS = st.sampled_from([",", " ", "'", "_", "\u00a0", "\u202f"])
+SEPARATORS = st.sampled_from(list(",.'_:/"))
+
+
+@given(st.integers(0, 10**15), MARKS_OF_GROUPS, st.sampled_from(["", "-", "-$", "$-", "-€ ", "minus ", "negative £"]))
+def test_every_grouping_keeps_its_value(size, mark, sign):
+    """However the thousands are parted and the sign is written, a number is itself, alone and in a sentence."""
+    written = sign + f"{size:,}".replace(",", mark)
+    value = -size if sign else size
+    assert parse_number(written) == value
+    assert parse_number(f"{written} apples") == parse_number(last_number(f"It is {written}.")) == value
+    assert parse_number(written.translate({ord(str(digit)): 0xFF10 + digit for digit in range(10)})) == value
+
+
+@given(st.lists(st.tuples(st.text("0123456789", min_size=1, max_size=4), SEPARATORS), min_size=1, max_size=6))
+def test_a_run_of_digits_and_separators_is_one_number_or_none(pieces):
+    """No part of a run is ever taken for a number."""
+    run = "".join(digits + mark for digits, mark in pieces)[:-1]
+    assert tolerant(f"It is {run}") == tolerant(f"#### {run}") == run
+    value = parse_number(run)
+    assert value is None or re.sub("[,'_]", "", run).lstrip("0") in (f"{value}", run.lstrip("0")) or {*"./"} & {*run}
+
+
+@given(st.integers(-99, 99), st.integers(-99, 99).filter(bool), st.sampled_from(["frac", "dfrac", "tfrac", "cfrac"]))
+def test_fractions_in_every_spelling(above, below, macro):
+    """All spellings of a LaTeX fraction have its value."""
+    for text in (rf"\{macro}{{{above}}}{{{below}}}", rf"{{{above} \over {below}}}", f"{{{above}}}/{{{below}}}"):
+        assert parse_number(text) == Fraction(above, below), text
+
+
+def test_both_readings_of_millions():
+    """The question may ask for millions; which reading was right is said."""
+    assert judge_number("4 million", Fraction(4_000_000)) == Score("correct", "4 million")
+    assert judge_number("4 million", Fraction(4)) == Score("correct", "4 million", "read as 4")
+    assert judge_number("4 million", Fraction(40)) == Score("wrong_value", "4 million")
+    assert judge_number("2k", Fraction(2)) == Score("wrong_value", "2k")
+
+
 BOXES = [
     (r"so \boxed{18}.", "18"),
     (r"\boxed{1} then \boxed{2}", "2"),
@@ -191,7 +274,8 @@ BOXES = [
     (r"\boxed{}", ""),
     (r"\boxed{5", None),
     (r"\boxed{\frac{3}{4}", None),
-    (r"\boxed{4} and \boxed{5", None),
+    (r"\boxed{4} and \boxed{5", "4"),
+    (r"\boxed{4}, not \boxed{} nor \boxed{ } nor \boxed nor \boxed{", "4"),
     (r"\fbox{5}", None),
     (r"\boxed 5", None),
     ("boxed{5}", None),
@@ -251,6 +335,7 @@ def test_answer_part(response, part):
         ("<answer>5</answer></answer>", "5"),
         ("<answer>5</answer><answer>6", "5"),
         ("<answer>\n5 x\n</answer>", "\n5 x\n"),
+        ("<answer>5</answer>, not <answer> </answer>", "5"),
         ("<answer></answer>", ""),
         ("<answer>5", None),
         ("5</answer>", None),
@@ -263,6 +348,32 @@ def test_last_answer_tag(text, content):
 
 
 TOLERANT = [
+    (r"It is 42, \boxed{42}. I kept the \boxed{} in 1 answer, \boxed{", "42"),
+    (r"So 80 + 4 = 84, \boxed{84", "84"),
+    (r"So 8 are left: \boxed{84", "8"),
+    (r"\boxed{84", None),
+    (r"\boxed{84 is it", "84"),
+    ("#### 18 and 3 more checks: 5", "18"),
+    ("#### 18The next question has 7", "18"),
+    ("#### 18\nQuestion: 3 + 4?\n#### 7", "7"),
+    ("#### 12,50", "12,50"),
+    ("#### 5!", "5!"),
+    ("#### -€5", "-€5"),
+    ("#### １８", "１８"),
+    ("They meet at 3:45", "3:45"),
+    ("It costs 1'234 francs", "1'234"),
+    ("It is 1.234.567", "1.234.567"),
+    ("That is 10³.", "10³"),
+    ("That is 10^3.", "10^3"),
+    ("That is √16", "√16"),
+    ("That makes 18!", "18"),
+    ("born 12/25/2024", "12/25/2024"),
+    ("It covers 25 cm^2", "25"),
+    ("It fell to minus 8 degrees", "minus 8"),
+    ("10 minus 8", "8"),
+    ("It is 2½ cups", "2 1/2"),
+    ("They sold 10 000 of 20 000 tickets", "20 000"),
+    ("It costs 4 million dollars", "4 million"),
     (r"2 + 2 = 4, so \boxed{4}. Checked in 3 ways. <answer>9</answer> #### 8", "4"),
     (r"put it in \boxed{}: <answer> 9 </answer> #### 8 or 7", "9"),
     ("<answer></answer>\n#### 8\nThat took 7 minutes.", "8"),
@@ -328,13 +439,12 @@ def test_last_number(response, found):
 def test_small_letters_stay_in_place():
     """Every character has a small form of one character, so places in a text are kept."""
     every = "".join(map(chr, range(0x110000)))
-    assert len(answers._lower(every)) == len(every)
+    assert len(thoughts.small(every)) == len(every)
 
 
 @pytest.mark.parametrize(
     ("extracted", "vote"),
     [
-        (None, None),
         ("", ""),
         ("18.00", "18"),
         ("$18 ", "18"),
@@ -343,9 +453,9 @@ def test_small_letters_stay_in_place():
         ("3 + 4", "3 + 4"),
     ],
 )
-def test_vote_of(extracted, vote):
-    """Equal numbers are one vote, as are spacings of one text."""
-    assert vote_of(extracted) == vote
+def test_same_number(extracted, vote):
+    """Equal numbers are one answer, as are spacings of one text."""
+    assert same_number(extracted) == vote
 
 
 def test_number_verdicts():

@@ -263,6 +263,7 @@ def test_traces_are_true_and_end_in_a_correct_answer():
         ({"nums": [], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, True], "target": 7}, "'nums' must be a list"),
         ({"nums": [3, 10**30], "target": 7}, "'nums' must be a list"),
+        ({"nums": [3, -4], "target": 7}, "'nums' must not be negative"),
         ({"nums": [3, 4], "target": "7"}, "'target' must be an integer"),
         ({"nums": [3, 4], "target": 7.5}, "'target' must be an integer"),
     ],
@@ -333,3 +334,8 @@ def test_bad_requests_for_problems():
         list(generate("test", 5, 0, operands=(4, 3)))
     with pytest.raises(UserError, match="different problems"):
         list(generate("test", 5000, 0, operands=(3, 3), numbers=(1, 5)))
+
+
+def test_spellings_of_an_expression_are_one_vote():
+    found = ["(3 + 2) × 4 = 20", r"\boxed{(3+2) \times 4 = 20}", "4 * (3 + 2)", None]
+    assert TASK.votes(found, "20", "tolerant") == ["(3+2)*4=20", "(3+2)*4=20", "4*(3+2)", None]

@@ -10,7 +10,8 @@ import mlx_traces
 from mlx_traces.comparison import read_run, requested
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import plan, sample_seed
+from mlx_traces.evaluation import Answered, grade_sample, plan, sample_seed, summarize
+from mlx_traces.tables import Run, per_question
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 
@@ -50,7 +51,7 @@ def test_the_run_folder_says_everything(batched):
     assert rows[0]["prompt"].startswith("<|im_start|>user\nMake ") and rows[0]["question"].startswith("nums [")
     run = json.loads((folder / "run.json").read_text())
     assert run["identity"]["max_tokens"] == 128 and run["identity"]["prompt"]["name"] == "thinking"
-    assert {"versions", "git_revision", "backend", "rows", "started", "command"} <= set(run)
+    assert {"versions", "git_revision", "backend", "rows", "started", "command", "grader"} <= set(run)
 
 
 def test_an_existing_run_is_not_overwritten(batched):
@@ -103,6 +104,18 @@ def test_several_samples_give_pass_and_majority_at_k(tmp_path):
     assert result.maj_at_k["1"] == pytest.approx(sum(r["correct"] for r in rows if r["sample"] == 0) / 10)
     assert len({row["completion"] for row in rows}) > 20
     assert sample_seed(0, "a", 1) != sample_seed(0, "a", 0) != sample_seed(1, "a", 0)
+
+
+def test_the_majority_is_counted_by_the_graders_equality(tmp_path):
+    data = tmp_path / "own.jsonl"
+    data.write_text('{"question": "Capital of France?", "answer": "Paris"}\n')
+    planned = plan(EvalConfig(task="qa", data=str(data), samples=5, temperature=1))
+    said = ["Rome", "Rome", "Paris.", "**Paris**", "Paris"]
+    answers = [Answered("?", "", text, 1, "stop") for text in said]
+    rows = [grade_sample(planned, planned.problems[0], at, answer) for at, answer in enumerate(answers)]
+    result = summarize(planned, [row | {"elapsed": 1.0} for row in rows], "run", None, [])
+    assert result.maj_at_k == {"1": 0.0, "2": 0.0, "4": 0.0, "5": 1.0}
+    assert per_question([Run("run", vars(result), rows)]).iloc[0, 3] == "Paris."
 
 
 def test_a_model_that_never_stops_is_a_share_not_an_error(tmp_path):

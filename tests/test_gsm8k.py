@@ -311,3 +311,9 @@ def test_get_task():
     assert get_task("gsm8k") is TASK
     with pytest.raises(UserError, match=r"^unknown task 'gsm8': choose gsm8k, countdown or qa; did you mean 'gsm8k'"):
         get_task("gsm8")
+
+
+def test_votes_by_value_and_as_lm_eval_compares():
+    found = ["$18", "18.00", None, "nothing  found"]
+    assert TASK.votes(found, "18", "tolerant") == ["18", "18", None, "nothing found"]
+    assert TASK.votes(found[:3], "18", "strict") == ["18", "18.00", None]

@@ -31,6 +31,7 @@ tasks.qa
 tasks.gsm8k tasks.countdown
 tasks
 tasks.answers tasks.data tasks.prompts tasks.solver
+tasks.numbers tasks.thoughts
 config stats hub
 records origins
 errors blas interrupts

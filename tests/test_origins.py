@@ -69,6 +69,13 @@ def test_what_is_the_same_or_not_known_or_in_the_table_is_not():
     assert origins.differences({"a": greedy, "b": other}) == []
 
 
+def test_runs_graded_by_other_rules():
+    """A run that does not say its version was graded by the first."""
+    now = changed("grader", to=2)
+    assert origins.differences({"a": ABOUT, "b": now}) == ["graders' rules differ: version 1 in a; version 2 in b"]
+    assert origins.differences({"a": now, "b": now}) == []
+
+
 def test_three_runs_and_hostile_names():
     other = changed("versions", "mlx", to="0.33\x1b[31m")
     assert origins.differences({"a": ABOUT, "b\n": other, "c": ABOUT}) == [

@@ -134,6 +134,16 @@ def test_which_gold_answers_are_numbers(gold, is_number):
         ("Apollo 11", "Soyuz 11", "wrong_value"),
         ("10:30", "10:30", "correct"),
         ("10:30", "10:31", "wrong_value"),
+        ("5x - 7y + 11z + 4 = 0", "0", "wrong_value"),
+        ("5x - 7y + 11z + 4 = 0", r"\boxed{x + y = 0}", "wrong_value"),
+        ("a=3, b=4", "4", "wrong_value"),
+        ("2", r"\boxed{2k}", "wrong_value"),
+        ("3", r"\boxed{3R^2}", "not_a_number"),
+        ("5", r"\boxed{x=5}", "correct"),
+        ("1, -2", "1,-2", "correct"),
+        ("(1,2)", "(1, 2)", "correct"),
+        ("1, 234", "1,234", "wrong_value"),
+        ("Paris", "\\boxed{Paris}\nI put it in \\boxed as asked.", "correct"),
     ],
 )
 def test_grade(gold, response, verdict):
@@ -173,6 +183,27 @@ def test_exact_and_last_number():
 def test_same_text(text, same):
     """What does not matter is dropped, and nothing else."""
     assert same_text(text) == same
+
+
+@pytest.mark.parametrize(
+    ("gold", "extractor", "answers", "votes"),
+    [
+        (
+            "Paris",
+            "tolerant",
+            ["Paris.", "**Paris**", "paris", "Rome", None],
+            ["paris", "paris", "paris", "rome", None],
+        ),
+        ("Apollo 11", "tolerant", ["Gemini 11", "Apollo 11"], ["gemini 11", "apollo 11"]),
+        ("11", "tolerant", ["11 men", "11.0", "none.", "none"], ["11", "11", "none", "none"]),
+        ("11", "exact", ["11 men", "11.0", "11"], ["11 men", "11.0", "11"]),
+    ],
+)
+def test_votes_are_counted_as_they_are_graded(gold, extractor, answers, votes):
+    """What the extractor's comparison takes for one answer is one vote."""
+    assert TASK.votes(answers, gold, extractor) == votes
+    graded = [TASK.grade(parse({"answer": gold}, "x:1"), f"\\boxed{{{a}}}")[extractor].correct for a in answers if a]
+    assert graded == [vote == TASK.same(gold, gold, extractor) for vote in votes if vote]
 
 
 def test_last_line():

@@ -185,6 +185,7 @@ def test_length_and_repetition_by_hand():
     assert repetition("a b c d a b c d") == 4 / 5  # abcd bcda cdab dabc abcd
     assert repetition("one two three four five\nsix\nsix\nsix") == 2 / 4  # lines say more than 4-grams here
     assert repetition("A b C d a B c D") == 4 / 5
+    assert repetition("我想我想我想我想") == 2 / 5  # 8 words: each character
 
 
 # ---------------------------------------------------------------------------------------------- faithfulness

@@ -117,6 +117,24 @@ def test_evaluation_questions_by_thirteen_words():
     assert rule(traces, problems, overlap_words=0) == ("evaluation problems", [0, 1, 2, 3, 4])
 
 
+def test_words_of_languages_without_spaces_are_characters():
+    question = "小明有十二个苹果，他又买了三个，现在他一共有多少个苹果？"
+    japanese = "りんごが三個あります。二個食べると残りは何個ですか。"
+    korean = "사과 열두 개가 있고 세 개를 더 샀다면 모두 몇 개가 있는지 답을 구해 보세요"
+    problems = [Problem(text, {"question": text, "answer": "15"}, "15") for text in (question, japanese, korean)]
+    traces = [
+        trace("今天的问题：" + question),
+        trace("他又买了三个、现在他一共有多少个"),  # 15 characters in a row, with another comma
+        trace("他又买了三个苹果"),
+        trace("問題: " + japanese),
+        trace(korean),
+        trace("사과 열두 개가 있고"),
+    ]
+    assert rule(traces, problems) == ("evaluation problems", [2, 5])
+    near = [trace(question), trace(question + "请回答。"), trace("完全不同的另一个很长的句子，没有相同的地方。")]
+    assert rule(near, near_duplicates=0.7) == ("near duplicates", [0, 2])
+
+
 def test_a_short_evaluation_question_counts_as_a_whole():
     problems = [
         Problem("a", {"question": "How many legs do eight spiders have together?"}, "64"),  # 8 words

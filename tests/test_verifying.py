@@ -16,13 +16,13 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runs import RunFolder
-from mlx_traces.tasks import get_task
+from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 
 
-def run_of(folder, config, answers, prompt_end="\nA:"):
+def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
     """Write an evaluation whose completions are given, a problem's one after the other."""
     planned = evaluation.plan(config)
     rows = []
@@ -32,10 +32,10 @@ def run_of(folder, config, answers, prompt_end="\nA:"):
             answer = answers[(place * config.samples + number) % len(answers)]
             rollout = Rollout((1,), (2,) * 5, answer, "stop")
             opened = "<think>\n" if prompt_end.endswith("<think>\n") else ""
-            row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout))
+            row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout, own_tags))
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
-    run.begin(planned.identity(), {})
+    run.begin(planned.identity(), {"grader": GRADER} | ({"own_tags": own_tags} if own_tags else {}))
     run.finish(rows, asdict(evaluation.summarize(planned, rows, folder.name, 0.1, [])))
     return folder
 
@@ -95,6 +95,17 @@ def test_what_was_opened_is_found_in_the_prompt_as_the_model_found_it(opener, pr
     assert verifying.opened_of(prompt, problem, rendered.text) == rendered.opened
 
 
+def test_the_models_own_tags_are_stored_with_the_run(tmp_path):
+    config = EvalConfig(model="nano", task="countdown", limit=2)
+    answers = ["{{3}} <answer>3 + 4</answer> {{/3}}no", "{{3}} so 7"]
+    folder = run_of(tmp_path / "own", config, answers, own_tags=("{{3}}", "{{/3}}"))
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in rows] == ["no_answer", "no_answer"]
+    assert call(folder).exit_code == 0
+    change_json(folder, "run.json", own_tags="{{3}}")
+    assert "verdict by answer is no_answer" in call(folder).output
+
+
 def test_a_folder_may_be_moved(countdown, tmp_path):
     assert verifying.verify(countdown.rename(tmp_path / "elsewhere"))[1] == []
 
@@ -121,6 +132,13 @@ def test_a_changed_sample_is_found(countdown, place, edit, message):
     result = call(countdown)
     assert result.exit_code == 1 and message in result.output, result.output
     assert rows[place]["id"] in result.output or "result.json" in result.output
+
+
+def test_a_run_of_older_rules_is_told_from_a_changed_one(countdown):
+    change_json(countdown, "run.json", grader=GRADER - 1)
+    assert call(countdown).exit_code == 0  # the same verdicts
+    change(countdown, "samples.jsonl", 0, lambda row: row | {"completion": "no"})
+    assert f"graded by version {GRADER - 1} of the graders' rules, found by version {GRADER}" in call(countdown).output
 
 
 def test_a_missing_a_doubled_and_a_moved_sample_are_found(countdown):

@@ -149,7 +149,8 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
 def grade_command(file: str, task: str, extractor: str | None, out: str | None) -> None:
     """Grade completions made anywhere: JSON lines with `completion` and the task's columns.
 
-    Each row comes back with `correct`, `verdict` and `extracted`; a summary goes to stderr.
+    Each row comes back with `correct`, `verdict` and `extracted`, and with a `note` where an answer may be read in two
+    ways; a summary goes to stderr.
     """
     from mlx_traces.errors import unknown
     from mlx_traces.evaluation import regrade
@@ -166,6 +167,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     for where, row in read_jsonl(Path(file), ("completion", *grader.graded_columns)):
         score = regrade(grader, row, where)[name]
         graded = {**row, "correct": score.correct, "verdict": score.verdict, "extracted": score.extracted}
+        graded |= {"note": score.note} if score.note else {}
         lines.append(json.dumps(graded, ensure_ascii=False) + "\n")
         correct += score.correct
     if not lines:

@@ -1,6 +1,6 @@
 """Tasks: where problems come from, how they are asked, and the one grader that judges the answers. No MLX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ class Task:
     ``parse(row, where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``,
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
-    in ``extractors`` is the headline. ``prompts`` has the built-in styles; ``few_shot`` functions of (shots, seed,
-    data, ids of problems to leave out) build those with worked examples.
+    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns what that extractor compares of an
+    answer that it found, so answers with one such text are one answer in a vote. ``prompts`` has the built-in styles;
+    ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     """
 
     name: str
@@ -31,8 +32,13 @@ class Task:
     parse: Callable[[dict[str, Any], str], Problem]
     load: Callable[[str, str | None, int | None, int], list[Problem]]
     grade: Callable[[Problem, str], dict[str, Score]]
+    same: Callable[[str, str, str], str]
     splits: tuple[str, ...] = ("train", "test")
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
+
+    def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:
+        """Return what each extracted answer counts as in a vote; None where none was found."""
+        return [answer and self.same(answer, gold, extractor) for answer in answers]
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -48,6 +54,7 @@ class Task:
         return self.prompts[name]
 
 
+GRADER = 2  # version of the graders' rules; runs that do not say theirs were graded by the first
 TASKS = ("gsm8k", "countdown", "qa")
 
 

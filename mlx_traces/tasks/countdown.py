@@ -15,9 +15,10 @@ from typing import Any
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
-from mlx_traces.tasks.answers import after_thought, answer_part, last_answer_tag, last_boxed
+from mlx_traces.tasks.answers import last_answer_tag, last_boxed
 from mlx_traces.tasks.data import hub_rows, is_file, load_rows, read_jsonl, split_slice
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
 MAX_RESPONSE = 20_000  # characters searched for an answer, from the end
@@ -82,7 +83,7 @@ def check(expression: str, nums: list[int], target: int) -> str:
     """
     if len(expression) > MAX_EXPRESSION:
         return "not_an_expression"
-    parts = [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
+    parts = _sides(expression)
     if len(parts) > 2 or not all(map(_EXPRESSION.fullmatch, parts)):
         return "not_an_expression"
     if len(parts) == 2 and not _STATED.fullmatch(parts[1]):
@@ -97,6 +98,16 @@ def check(expression: str, nums: list[int], target: int) -> str:
     if value != target or (len(parts) == 2 and int(parts[1]) != value):
         return "wrong_value"
     return "correct"
+
+
+def same(expression: str, gold: str, extractor: str) -> str:
+    """Return an expression as the checker reads it, its spaces left out."""
+    return "=".join(_sides(expression)).replace(" ", "")
+
+
+def _sides(expression: str) -> list[str]:
+    """Return an expression, and what is stated after ``=``, in plain spelling."""
+    return [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
 
 
 def _plain(text: str) -> str:
@@ -261,6 +272,8 @@ def parse(row: dict[str, Any], where: str) -> Problem:
         target = int(target)
     if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
         raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {repr(nums)[:60]}")
+    if min(nums) < 0:
+        raise UserError(f"{where}: 'nums' must not be negative, as an expression cannot show whose a sign is: {nums}")
     if not _is_small_int(target):
         raise UserError(f"{where}: 'target' must be an integer, not {repr(target)[:60]}")
     columns = {**row, "nums": list(nums), "target": target}
@@ -341,5 +354,6 @@ TASK = Task(
     parse=parse,
     load=load,
     grade=grade,
+    same=same,
     splits=tuple(SPLITS),
 )

@@ -12,12 +12,13 @@ from mlx_traces.tasks.answers import (
     flexible,
     judge_lm_eval,
     judge_number,
-    last_number,
-    parse_number,
+    lm_eval_text,
+    same_number,
     strict,
     tolerant,
 )
 from mlx_traces.tasks.data import content_id, hub_rows, is_file, load_rows, read_jsonl, split_slice, text_column
+from mlx_traces.tasks.numbers import last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 
 HUB, CONFIG, SPLITS = "openai/gsm8k", "main", ("train", "test")
@@ -34,6 +35,11 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
     scores = {name: judge_number(find(response), gold) for name, find in BY_VALUE.items()}
     lm_eval = {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
     return {name: (scores | lm_eval)[name] for name in TASK.extractors}
+
+
+def same(extracted: str, gold: str, extractor: str) -> str:
+    """Return what an extractor compares of an answer: its value, or lm-eval's text of it."""
+    return (same_number if extractor in BY_VALUE else lm_eval_text)(extracted)
 
 
 def parse(row: dict[str, Any], where: str) -> Problem:
@@ -153,6 +159,7 @@ TASK = Task(
     parse=parse,
     load=load,
     grade=grade,
+    same=same,
     splits=SPLITS,
     few_shot={"fewshot": fewshot, "fewshot-chat": fewshot_chat},
 )

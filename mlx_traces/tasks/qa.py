@@ -12,12 +12,9 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
-    MAX_ANSWER,
-    answer_part,
     judge_number,
-    last_number,
     marked,
-    parse_number,
+    same_number,
     tolerant,
 )
 from mlx_traces.tasks.data import (
@@ -31,11 +28,14 @@ from mlx_traces.tasks.data import (
     split_slice,
     text_column,
 )
+from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import answer_part
 
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
+_COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # but of thousands
 _AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
 
 
@@ -43,10 +43,11 @@ def same_text(text: str) -> str:
     r"""Return what is compared of a text answer.
 
     Case, kinds and amount of white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####``
-    and "The answer is" do not matter; everything else does.
+    and "The answer is" do not matter, nor does the space after the commas of a list (``1,-2`` is ``1, -2``, but
+    ``1,234`` is a number and not ``1, 234``); everything else does.
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
-    text = " ".join(text.casefold().split()).lstrip("# ")
+    text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
     for _ in range(2):  # quotes may stand around the lead, and around the answer in it
         text = text.strip(_AROUND) or text
         text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
@@ -82,6 +83,12 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
         "exact": exact,
         "last_number": judge_number(last_number(response), gold),
     }
+
+
+def same(extracted: str, gold: str, extractor: str) -> str:
+    """Return what an extractor compares of an answer: its value where the gold answer is a number, else its text."""
+    by_value = extractor != "exact" and gold_number(gold) is not None and parse_number(extracted) is not None
+    return same_number(extracted) if by_value else same_text(extracted)
 
 
 def gold_number(gold: str) -> Fraction | None:
@@ -167,4 +174,5 @@ TASK = Task(
     parse=parse,
     load=load,
     grade=grade,
+    same=same,
 )

@@ -1,0 +1,133 @@
+r"""Thoughts in a response: the one list of tags that models think between, and what stands before and after. No MLX.
+
+Tags count in small and capital letters. A thought's opening may be missing, as where a chat template wrote it.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+Pair = tuple[str, str]
+
+FINAL = "<|channel|>final<|message|>"
+STEPS = "Here are my reasoning steps:"  # Apriel's; it opens a thought at the start of a response only
+SKY = ("<|begin_of_thought|>", "<|end_of_thought|>")
+TAGS: tuple[Pair, ...] = (  # the first is the usual one
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),  # EXAONE Deep, Marco-o1
+    ("<reasoning>", "</reasoning>"),
+    SKY,  # Sky-T1
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<mm:think>", "</mm:think>"),  # MiniMax
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|think:start|>", "<|think:end|>"),
+    ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<unused94>thought", "<unused95>"),  # MedGemma
+    ("<|channel|>analysis", FINAL),  # gpt-oss, as is the next one
+    ("<|channel|>commentary", FINAL),
+    (STEPS, "[BEGIN FINAL RESPONSE]"),
+)
+OPENERS = tuple(opening for opening, _ in TAGS)
+AROUND_ANSWERS = (  # tags around what follows a thought
+    *("<solution>", "</solution>", "<|begin_of_solution|>", "<|end_of_solution|>"),
+    *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
+    *("<|open|>response<|sep|>", "<|close|>response<|sep|>", "[END FINAL RESPONSE]"),
+)
+
+
+def _any(tags: Iterable[str]) -> str:
+    return "|".join(re.escape(tag.lower()) for tag in sorted(set(tags), key=len, reverse=True))
+
+
+# Both are for texts in small letters: a pattern that ignores case is ten times as slow.
+_AROUND = re.compile(_any(AROUND_ANSWERS))
+_TAG = re.compile(
+    rf"(?=<[a-z/|]|[\[◁]|\A)(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
+    rf"(?P<open>{_any(tag for tag in OPENERS if tag != STEPS)})(?:<\|message\|>)?"
+    rf"|(?P<close>{_any(closing for _, closing in TAGS)}))"
+    rf"|(?P<opens>\A\s*{STEPS.lower()}(?=(?s:.*){re.escape(TAGS[-1][1].lower())}))|{_AROUND.pattern})"
+)
+
+
+def tags(text: str) -> Iterator[re.Match]:
+    """Yield the tags of thoughts and answers in a text; the group is ``open…``, ``close`` or None."""
+    return _TAG.finditer(small(text))
+
+
+def own_pair(opening: str | None, closing: str | None) -> Pair | None:
+    """Return the tags that a model's tokenizer names, if they are not among ``TAGS``."""
+    return (opening, closing) if opening and closing and opening not in OPENERS else None
+
+
+def usual(text: str, own: Sequence[str] | None) -> str:
+    """Return a model's text with the usual tags in place of its own, which no grader knows."""
+    for tag, usual_tag in zip(own or (), TAGS[0], strict=False):
+        text = text.replace(tag, usual_tag)
+    return text
+
+
+def small(text: str) -> str:
+    """Return small letters, each at its place; only İ has a small form of two characters."""
+    return text.replace("İ", "I").lower()
+
+
+_SMALL = tuple((opening.lower(), closing.lower()) for opening, closing in TAGS)
+
+
+def answer_part(response: str) -> str:
+    """Return what follows the last closed thought; nothing if a thought is still open.
+
+    A response without any of ``TAGS`` is all answer.
+    """
+    part, thinking = after_thought(response)
+    return "" if thinking else part
+
+
+def after_thought(response: str) -> tuple[str, bool]:
+    """Return the text after the last closed thought, without tags around it, and whether it opens another thought."""
+    part, thinking = after_last(response)
+    pieces, start = [], 0
+    for tag in _AROUND.finditer(small(part)):
+        pieces.append(part[start : tag.start()])
+        start = tag.end()
+    return "".join((*pieces, part[start:])), thinking
+
+
+def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
+    """Return the text after the last closed thought as it is, and whether another is open; ``but`` is no thought."""
+    lower = small(response)
+    begins = lower.lstrip().startswith(_SMALL[-1][0])
+    if not begins and not any(mark in response for mark in "<[◁"):
+        return response, False
+    pairs = [pair for pair in _SMALL if pair != but]
+    start = max((at + len(closing) for _, closing in pairs if (at := lower.rfind(closing)) >= 0), default=0)
+    thinking = (begins and not start) or any(lower.find(opening, start) >= 0 for opening, _ in pairs[:-1])
+    return response[start:], thinking
+
+
+def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
+    """Return the first thought, to the end if it stays open, or None.
+
+    It is between the first of these pairs that one opens in, else before the first that one closes in.
+    """
+    lower = small(text)
+    starts = [lower.find(opening.lower()) for opening, _ in pairs]
+    for (opening, closing), start in zip(pairs, starts, strict=True):
+        if start >= 0 and not (opening == STEPS and lower[:start].strip()):
+            end = lower.find(closing.lower(), start)
+            said = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
+            return said.removesuffix("<|start|>assistant").removesuffix("<|end|>")
+    ends = (lower.find(closing.lower()) for _, closing in pairs)
+    return next((text[:end] for end in ends if end >= 0), None)
+
+
+def closing_of(opened: str, own: Pair | None = None) -> str | None:
+    """Return what closes a thought that a text opens and nothing else; None if it is no such text."""
+    opening = opened.strip().removesuffix("<|message|>")
+    closing = next((closing for tag, closing in (*TAGS, *filter(None, [own])) if tag == opening), None)
+    return f"<|end|><|start|>assistant{FINAL}" if closing == FINAL else closing

@@ -1,0 +1,62 @@
+"""The one list of thoughts' tags: grading, scores, importing and training all read it."""
+
+import pytest
+
+from mlx_traces.quality import format_score, thought_of
+from mlx_traces.tasks import get_task
+from mlx_traces.tasks.answers import tolerant
+from mlx_traces.tasks.qa import find_text
+from mlx_traces.tasks.thoughts import FINAL, STEPS, TAGS, after_thought, answer_part, closing_of
+from mlx_traces.traces import normalise, parts
+
+COUNTDOWN = get_task("countdown")
+PROBLEM = COUNTDOWN.parse({"nums": [2, 3, 4], "target": 20}, "test")
+
+
+@pytest.mark.parametrize(("opening", "closing"), TAGS)
+def test_a_draft_in_a_thought_is_no_answer(opening, closing):
+    """What stands in a closed thought does not count, and in an open one no number does."""
+    thought = f"{opening}\nMaybe \\boxed{{7}} or <answer>(3+2)*4</answer>? No, 9 + 9.\n"
+    assert tolerant(f"{thought}{closing}The total is 18 dollars.") == "18"
+    assert tolerant(f"{opening}\nFirst 9 + 9 = 18, but wait, the price") is None
+    assert tolerant(f"{opening.upper()}\nFirst \\boxed{{18}}, but wait, the price") is None
+    scores = COUNTDOWN.grade(PROBLEM, f"{thought}{closing}I found nothing.")
+    assert not any(score.correct for score in scores.values())
+    assert find_text(f"{thought}{closing}\n<|START_RESPONSE|>Paris<|END_RESPONSE|>") == "Paris"
+
+
+@pytest.mark.parametrize(("opening", "closing"), TAGS)
+def test_every_thought_is_imported_and_scored(opening, closing):
+    """Importing takes the tags off, scores find the thought, and the format reward still wants its own tags."""
+    text = f"{opening}\n9 + 9 = 18\n{closing}\nIt is 18."
+    assert parts(text) == ("9 + 9 = 18", "It is 18.")
+    assert normalise(text) == "<think>\n9 + 9 = 18\n</think>\nIt is 18."
+    assert thought_of(text, "think").strip() == "9 + 9 = 18"
+    assert format_score(text, "stop", "r1") == (opening == "<think>")
+
+
+def test_a_whole_turn_of_gpt_oss():
+    """Several messages are one thought."""
+    turn = "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|>"
+    text = f"{turn}<|start|>assistant{FINAL}18"
+    assert answer_part(text) == "18" and after_thought(turn) == (turn, True)
+    assert parts(text) == ("a\nb", "18")
+    assert thought_of(f"<|channel|>analysis<|message|>a<|end|><|start|>assistant{FINAL}b", "r1") == "a"
+
+
+def test_a_thought_without_a_tag_opens_a_response_only():
+    """Apriel's words elsewhere are words."""
+    assert after_thought(f" {STEPS}\n9 + 9 = 18") == (f" {STEPS}\n9 + 9 = 18", True)
+    assert tolerant(f"{STEPS}\n9 + 9 = 18\n[BEGIN FINAL RESPONSE]\n19\n[END FINAL RESPONSE]") == "19"
+    assert tolerant(f"I can explain. {STEPS} 9 + 9 = 18") == "18"
+    assert parts(f"I can explain. {STEPS} 18") == (None, f"I can explain. {STEPS} 18")
+    assert thought_of(f"I can explain. {STEPS} 18", "think") is None
+
+
+def test_what_closes_a_thought():
+    """Training ends a thought that the template opened, in the model's own tags."""
+    assert closing_of("[THINK]\n") == "[/THINK]" and closing_of("<|channel>thought\n") == "<channel|>"
+    assert closing_of("<|channel|>analysis<|message|>") == f"<|end|><|start|>assistant{FINAL}"
+    assert closing_of(f"{STEPS}\n") == "[BEGIN FINAL RESPONSE]"
+    assert closing_of("{{3}}\n", ("{{3}}", "{{/3}}")) == "{{/3}}"
+    assert closing_of("<think>\n\n</think>\n\n") is None and closing_of("") is None
