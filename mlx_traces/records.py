@@ -31,7 +31,8 @@ class Rollout:
     """One sampled completion.
 
     ``completion_ids`` are the exact sampled ids, the stop token included when it was sampled. ``text`` is decoded from
-    them, without the stop token and without a stop string and what follows it. ``finish_reason`` is ``"stop"`` or
+    them, without the stop token, special tokens that are no thought's, and a stop string and what follows it.
+    ``finish_reason`` is ``"stop"`` or
     ``"length"``. On request, per completion token and in nats: ``logprobs`` of the distribution that was sampled,
     ``model_logprobs`` of the model's own at temperature 1.
     """

@@ -179,7 +179,10 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | No
     for index, trace in enumerate(traces):
         if not trace.completion:
             continue
-        example = encode(loaded, trace, None, thinking)
+        try:
+            example = encode(loaded, trace, None, thinking)
+        except UserError as error:
+            raise UserError(f"trace {trace.id}: {error}") from None
         if not trace.messages:
             ids = example.ids if loaded.tokenizer.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
             example = Example(trace.id, ids, (False, *[True] * (len(ids) - 1)))
