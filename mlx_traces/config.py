@@ -3,6 +3,7 @@
 import re
 import types
 from collections.abc import Iterable, Iterator
+from datetime import date as Date
 from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -44,6 +45,12 @@ class LoadConfig(Config):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
     device: Literal["gpu", "cpu"] | None = Field(None, description="Device; default: the GPU if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    template_args: dict[str, Any] | None = Field(
+        None, exclude_if=_is_none, description="Other variables of the chat template, as in reasoning_effort=high."
+    )
+    date: Date | None = Field(
+        None, exclude_if=_is_none, description="Day that the chat template prints, if it does; default: the run's."
+    )
 
     def load_arguments(self) -> dict[str, Any]:
         """Return these settings as `models.load` takes them."""
@@ -97,7 +104,7 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
-    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
 
 
 class EvalConfig(AnswerConfig, EndpointConfig):
@@ -168,7 +175,7 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
         "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
     )
     thinking: bool | None = Field(
-        None, exclude_if=_is_none, description="Set the template's thinking switch (Qwen3 and alike) in the prompts."
+        None, exclude_if=_is_none, description="Set the template's thinking switch; default: as each trace was made."
     )
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
@@ -223,7 +230,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     )
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
     min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
-    thinking: bool | None = Field(None, description="Set the template's thinking switch (Qwen3 and alike).")
+    thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
     rows: Positive = Field(256, description="Batch size of decoding, in completions.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit for sampling, in GB; lowers rows if needed."
@@ -351,6 +358,9 @@ class ScoreConfig(LoadConfig, JudgeConfig):
         description="Weights of the components in the combined score.",
     )
     model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
+    thinking: bool | None = Field(
+        None, description="Set the thinking switch of its template; default: as each trace was made."
+    )
     rows: Positive = Field(16, description="Traces that the judge reads at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."

@@ -94,7 +94,7 @@ def finish(
     cut = None if at_stop else find_stop(loaded.tokenizer, ids, (*params.stop, *loaded.stop_strings))
     if not (at_stop or at_limit) and cut is None:
         return None
-    text = decode(loaded.tokenizer, ids[:-1] if at_stop else ids)[:cut]
+    text = text_of(loaded, ids[:-1] if at_stop else ids, cut)
     reason = "length" if cut is None and not at_stop else "stop"
     columns = () if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
     return Rollout(request.prompt_ids, tuple(ids), text, reason, *columns)
@@ -249,6 +249,14 @@ def _kept(logits: Any, settings: np.ndarray) -> Any:
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """Return the ids' exact text, special tokens such as ``<think>`` included."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
+    """Return what a completion says, up to ``cut`` characters of its exact text, without tokens that are no text."""
+    text = decode(loaded.tokenizer, ids)[:cut]
+    for token in {*ids} & loaded.signs.keys():
+        text = text.replace(loaded.signs[token], "")
+    return text
 
 
 def find_stop(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:

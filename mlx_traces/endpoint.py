@@ -189,8 +189,9 @@ def ask(config: EvalConfig, prompt: Prompt, problem: Problem, seed: int) -> Ask:
     if not prompt.chat:
         text = as_text(messages) + prompt.prefill
         return Ask(problem.id, "/completions", {**body, "prompt": text}, text)
-    if config.thinking is not None:
-        body["chat_template_kwargs"] = {"enable_thinking": config.thinking}
+    switch = {} if config.thinking is None else {"enable_thinking": config.thinking}
+    if given := {**(config.template_args or {}), **switch}:
+        body["chat_template_kwargs"] = given
     text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
     return Ask(problem.id, "/chat/completions", {**body, "messages": messages}, text)
 

@@ -261,6 +261,9 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             with _server(planned, stop) as source:
                 return _run(planned, folder, progress, source)
     with ranks.at_work(path, resume) as (folder, stop):
+        from mlx_traces.models import of_its_day
+
+        planned = replace(planned, config=of_its_day(planned.config, folder.identity))
         return _run(planned, folder, progress, _engine(planned, stop))
 
 
@@ -283,7 +286,7 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     device.reset_peak_memory()
     return Source(
         completions_of(loaded, planned, stop=stop),
-        {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype},
+        {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
         ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
         | {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
         | _settled(planned, loaded.path),

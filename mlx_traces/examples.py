@@ -1,23 +1,40 @@
-"""Traces as token sequences: the prompt as the model's chat template writes it, the completion and its end learned."""
+"""Traces as token sequences: the prompt as the model's chat template writes it, the completion and its end learned.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+The text of prompt, answer and end is encoded once, so its tokens are those that the template's own text has. Learned
+is what the model is to write after its prompt: what the template writes before an answer (a space, the frame of a
+channel), the completion, what the template writes after it, and the token at which generation ends. What the template
+itself opens (a ``<think>``) is part of the prompt.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from mlx_traces.batching import Example
+from mlx_traces.conversations import Chat, Rendered
+from mlx_traces.drawing import decode, text_of
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel, Rendered
+from mlx_traces.models import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.thoughts import closing_of
+from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of
 from mlx_traces.traces import parts
+
+ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer; what is asked is what is around it
+TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})
 
 
 @dataclass
 class Encoded:
-    """Examples, and what became of the traces that are not among them."""
+    """Examples, and what became of the traces, or of their turns, that are not among them.
+
+    ``turns`` counts earlier turns of the assistant that are not learned, ``thinking`` traces with a thought whose
+    prompt was made one that thinks.
+    """
 
     examples: list[Example]
     over_long: int = 0
     cut: int = 0
+    turns: int = 0
+    thinking: int = 0
 
 
 def encode_all(
@@ -29,9 +46,11 @@ def encode_all(
 ) -> Encoded:
     """Encode (where, trace) pairs; sequences of more than ``max_length`` tokens are skipped, cut or refused.
 
+    ``thinking`` sets the template's switch; ``None`` leaves it as each trace was made.
+
     Raises:
-        UserError: for a trace that the chat template refuses, an empty completion, or, with ``over_long`` "refuse",
-            one that is too long; each with its place.
+        UserError: for a trace that the chat template refuses, an empty completion, a thought after a prompt that leaves
+            no room for one, or, with ``over_long`` "refuse", one that is too long; each with its place.
     """
     encoded = Encoded([])
     end = turn_end(loaded)
@@ -39,7 +58,7 @@ def encode_all(
         if not trace.completion.strip():
             raise UserError(f"{where}: 'completion' is empty; there is nothing to learn")
         try:
-            example = encode(loaded, trace, end, thinking)
+            example = encode(loaded, trace, end, thinking, encoded)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if len(example.ids) > max_length:
@@ -60,63 +79,201 @@ def encode_all(
     return encoded
 
 
-def encode(loaded: LoadedModel, trace: Trace, end: int, thinking: bool | None = None) -> Example:
+def encode(
+    loaded: LoadedModel, trace: Trace, end: int | None, thinking: bool | None = None, counts: Encoded | None = None
+) -> Example:
     """Encode one trace: learned are the completion, its stop token ``end``, and earlier turns of the assistant.
 
-    ``thinking`` sets the template's switch for the last turn, as `LoadedModel.render` does.
-    A completion that was cut off (``finish_reason`` "length") has no stop token to learn.
-    An earlier turn is learned where the template leaves it as it was, unless the trace says that it is not to be;
-    templates of reasoning models strip thoughts from them. What the template itself opens (a ``<think>``) is part of
-    the prompt; a completion without a thought closes it first. A trace without messages is a text, learned from its
-    first token on.
+    A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model's tokens
+    wrote is learned by those tokens. A trace without messages is a text, learned from its first token on.
+
+    An earlier turn is learned, with its end, where the template writes it as it was. Templates of reasoning models
+    strip thoughts from earlier turns; such a turn is not learned: without its thought nobody said it.
+
+    Args:
+        loaded: the model; its ``template_args``, where set, stand in place of the trace's.
+        trace: the conversation.
+        end: ``turn_end``; ``None`` for the completion alone, no earlier turn and no end.
+        thinking: the template's switch; ``None`` for the trace's.
+        counts: gets what is not learned, and whose prompt was made to think.
+
+    Raises:
+        UserError: if the template refuses the conversation, or has closed the thought that the completion begins with.
     """
-    stop = () if trace.finish_reason == "length" else (end,)
+    counts = counts if counts is not None else Encoded([])
+    stop = None if trace.finish_reason == "length" else end
     if not trace.messages:
-        ids = [*loaded.tokenizer.encode(trace.completion), *stop]
+        ids = [*loaded.tokenizer.encode(trace.completion), *([] if stop is None else [stop])]
         return Example(trace.id, tuple(ids), (True,) * len(ids))
+    chat = loaded.chat
+    if trace.template_args and not loaded.template_args:
+        chat = replace(chat, arguments=trace.template_args)
+    thinking = trace.thinking if thinking is None else thinking
+    prompt, completion, thinking = _asked(chat, trace, thinking, counts)
+    ending = "" if stop is None else decode(loaded.tokenizer, [stop])
+    frame = _frame(chat, prompt, thinking, ending)
+    spans = []
+    if end is not None:
+        turns = [place for place, turn in enumerate(trace.messages) if turn["role"] == "assistant"]
+        learned = [place not in (trace.not_learned or ()) for place in turns]
+        spans = _earlier(loaded, chat, prompt, frame[0], thinking, learned, counts)
+    own = _own_ids(loaded, trace)
+    if (said := text_of(loaded, _without_end(loaded, own))) and completion.endswith(said):
+        before = completion.removesuffix(said)
+        ids, trained = _joined(chat, prompt, before, spans)
+        own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
+        return Example(trace.id, (*ids, *own), (*trained, *[True] * len(own)))
+    answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
+    ids, trained = _joined(chat, prompt, answer + ending, spans)
+    if stop is not None and ids[-1] != stop:
+        ids, trained = [*ids, stop], [*trained, True]
+    return Example(trace.id, tuple(ids), tuple(trained))
+
+
+def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> tuple[Rendered, str, bool | None]:
+    """Return the prompt, what of the completion comes after it, and the switch, which leaves room for a thought.
+
+    What the prompt opens and the completion begins with stands there once.
+    """
     messages = [dict(turn) for turn in trace.messages]
-    rendered = loaded.render_turns(messages, thinking=thinking)
-    completion = trace.completion
-    if rendered.opened and completion.startswith(rendered.opened.strip()):
-        completion = completion.removeprefix(rendered.opened).removeprefix(rendered.opened.strip())
-    elif (closing := closing_of(rendered.opened, loaded.own_tags)) and stop and parts(completion)[0] is None:
-        completion = f"\n{closing}\n\n{completion}"  # or the model would learn to end its turn inside the thought
-    ids, trained = list(rendered.ids), [False] * len(rendered.ids)
-    if any(turn["role"] == "assistant" for turn in messages):
-        ids, trained = _with_turns(loaded, messages, rendered, trace.not_learned or ())
-    answer = [*_ids(loaded, completion), *stop]
-    return Example(trace.id, (*ids, *answer), (*trained, *[True] * len(answer)))
+    for switch in dict.fromkeys((thinking, True if thinking is None else thinking)):
+        prompt = chat.prompt(messages, thinking=switch)
+        opened, completion = prompt.opened, trace.completion
+        begun = opened if completion.startswith(opened) else opened.strip()
+        begins = bool(begun) and completion.startswith(begun)
+        if begins or not prompt.closed or parts(completion)[0] is None:
+            counts.thinking += switch != thinking
+            return prompt, completion.removeprefix(begun) if begins else completion, switch
+    way = "set thinking (--thinking)" if chat.switch else "its template has no thinking switch; leave such traces out"
+    raise UserError(f"the completion has a thought, and the prompt, {prompt.text[-20:]!r}, leaves it no room; {way}")
 
 
-def _with_turns(
-    loaded: LoadedModel, messages: list[dict[str, str]], rendered: Rendered, not_learned: tuple[int, ...]
-) -> tuple[list[int], list[bool]]:
-    """Encode a rendered prompt in pieces, the assistant's turns that are learned and their stop tokens marked so."""
-    text, at = rendered.text, 0
-    ids = list(rendered.ids[: len(rendered.ids) - len(_ids(loaded, text))])  # what no template writes: a first token
-    trained = [False] * len(ids)
-    for place, turn in enumerate(messages):
-        if turn["role"] != "assistant" or place == 0 or place in not_learned:
+def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str, str]:
+    """Return what the template writes between its prompt and an answer, between the answer and its end, and after it.
+
+    The last is all of what comes after the answer. A thought that is written before it, an empty one mostly, is none
+    of the answer.
+    """
+    place = len(prompt.messages) - 1
+    _, between, after = chat.around([*prompt.messages, ANSWER], place, thinking, reply=False)
+    asked = prompt.turn if between.startswith(prompt.turn) else prompt.turn.removesuffix(prompt.opened)
+    head = between.removeprefix(asked) if between.startswith(asked) else ""
+    if head.strip() != FINAL and any(tag in head for tags in TAGS for tag in tags):
+        head = ""  # FINAL, which ends a thought, frames an answer without one too
+    at = after.find(ending) if ending else -1
+    return head, after[:at] if at > 0 else "", after
+
+
+def _answer(
+    chat: Chat,
+    prompt: Rendered,
+    completion: str,
+    thinking: bool | None,
+    frame: tuple[str, str, str],
+    whole: bool,
+) -> str:
+    """Return the text that is learned after the prompt, up to its end, if it is ``whole`` and has one."""
+    head, tail, after = frame
+    tail = tail if whole else ""
+    closing, usual = closing_of(prompt.opened, chat.own_tags), TAGS[0]
+    if closing and closing != usual[1] and completion.startswith(usual[0]):  # opened in tags of the template's own
+        completion = completion.removeprefix(usual[0]).replace(usual[1], closing, 1)
+    elif closing and whole and parts(completion)[0] is None:
+        # or the model would learn to end its turn inside the thought
+        closed = f"\n{closing}\n\n" if closing == usual[1] else closing
+        return closed + head + completion.lstrip() + tail
+    if tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
+        completion = completion.rstrip().removesuffix(tail.strip())
+    if head.strip():
+        if head.strip() in completion:
+            return completion + tail
+        thought = max((completion.rfind(tag) + len(tag) for _, tag in TAGS if tag in completion), default=0)
+        return completion[:thought] + head + completion[thought:].strip() + tail
+    written = _written(chat, prompt, completion, thinking, head, after) or completion
+    written = written.lstrip() if head else written
+    return head + (written.rstrip() if tail else written) + tail
+
+
+def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, after: str) -> str | None:
+    """Return a completion as the template writes it, ``None`` where that differs in more than white space."""
+    turns = [*prompt.messages, {"role": "assistant", "content": completion}]
+    try:
+        text = chat.text(turns, thinking, reply=False)
+    except UserError:
+        return None
+    start = prompt.text + head
+    if not text.startswith(start) or not text.endswith(after):
+        return None
+    found = text[len(start) : len(text) - len(after)]
+    return found if found.split() == completion.split() else None
+
+
+def _earlier(
+    loaded: LoadedModel,
+    chat: Chat,
+    prompt: Rendered,
+    head: str,
+    thinking: bool | None,
+    learned: Sequence[bool],
+    counts: Encoded,
+) -> list[tuple[int, int]]:
+    """Return where in the prompt's text the assistant's earlier turns are, each with its end; count those not found.
+
+    ``learned`` says of each of these turns whether it is to be learned at all.
+    """
+    text, spans, wanted = prompt.text, [], iter(learned)
+    for place, turn in enumerate(prompt.messages):
+        if turn["role"] != "assistant" or not next(wanted):
             continue
-        start = len(before) if text.startswith(before := loaded.render_turns(messages[:place]).text) else -1
-        said = start  # a plain chat has a space before the turn, which is learned with it as in the last turn
-        if start >= 0 and not loaded.tokenizer.has_chat_template:
-            said += len(text[start:]) - len(text[start:].lstrip())
-        # Templates differ in whether they strip a turn.
-        content = next((c for c in (turn["content"], turn["content"].strip()) if text.startswith(c, said)), None)
-        if start < at or content is None:
+        before, after, _ = chat.around(prompt.messages, place, thinking)
+        said = turn["content"]
+        contents = (said, said.strip(), said.lstrip(), said.rstrip())  # templates differ in what they strip
+        start = len(before)
+        if not before or not text.startswith(before):
+            contents = ()
+        content = next((one for one in contents if one and text.startswith(one + after, start)), None)
+        if content is None:
+            counts.turns += 1
             continue
-        stop = said + len(content)
-        for piece, learned in ((text[at:start], False), (text[start:stop], True)):
-            more = _ids(loaded, piece)
-            ids, trained = ids + more, trained + [learned] * len(more)
-        at = stop
-        after = _ids(loaded, text[stop : stop + 64])
-        if after and after[0] in loaded.stop_ids:
-            ids, trained = [*ids, after[0]], [*trained, True]
-            at = stop + len(loaded.tokenizer.decode([after[0]], skip_special_tokens=False))
-    rest = _ids(loaded, text[at:])
-    return ids + rest, trained + [False] * len(rest)
+        _, after = _until_end(loaded, after)
+        start -= len(head) if head and before.endswith(head) else 0
+        spans.append((start, len(before) + len(content) + len(after)))
+    return spans
+
+
+def _until_end(loaded: LoadedModel, after: str) -> tuple[int | None, str]:
+    """Return the first token in a text that ends a turn, and the text up to its end; ``None`` and nothing without."""
+    ends = ((after.find(text), token, text) for token in loaded.stop_ids if (text := decode(loaded.tokenizer, [token])))
+    at, token, text = min((end for end in ends if end[0] >= 0), default=(0, None, ""))
+    return token, after[:at] + text
+
+
+def _own_ids(loaded: LoadedModel, trace: Trace) -> list[int]:
+    """Return the tokens that a trace was sampled as, if they may be this model's."""
+    ids = list(trace.completion_ids or ())
+    size = len(loaded.tokenizer._tokenizer)
+    return ids if all(isinstance(token, int) and 0 <= token < size for token in ids) else []
+
+
+def _without_end(loaded: LoadedModel, ids: list[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in loaded.stop_ids else ids
+
+
+def _joined(chat: Chat, prompt: Rendered, more: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Encode the prompt's text and what comes after it, which is learned, at once.
+
+    The prompt's tokens stay those of sampling: where the tokenizer would join its end to what follows, the latter is
+    encoded alone.
+    """
+    text, first = prompt.text + more, list(prompt.ids)
+    ids, count = list(chat.ids(text)), len(first)
+    if ids[:count] != first:
+        apart = first + list(chat.tokenizer.encode(more, add_special_tokens=False))
+        if decode(chat.tokenizer, apart) == decode(chat.tokenizer, ids):
+            return apart, [*chat.flags(prompt.text, first, spans), *[True] * (len(apart) - count)]
+        spans, count = [*spans, (len(prompt.text), len(text))], len(ids)  # the token at the border is learned
+    trained = chat.flags(text, ids, spans)
+    return ids, [*trained[:count], *[True] * (len(ids) - count)]
 
 
 def turn_end(loaded: LoadedModel) -> int:
@@ -126,23 +283,14 @@ def turn_end(loaded: LoadedModel) -> int:
         UserError: if the model names none; without it no model learns to stop.
     """
     if loaded.tokenizer.has_chat_template:
-        turns = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "y"},
-            {"role": "user", "content": "z"},
-        ]
-        text = loaded.render_turns(turns).text
-        after = _ids(loaded, text[text.rfind("y", 0, text.rfind("z")) + 1 :])
-        if after and after[0] in loaded.stop_ids:
-            return after[0]
+        for turns in (TALK[:2], TALK):  # at the end of a conversation, and within one
+            after = loaded.chat.around(turns, 1, reply=False)[1]
+            if (end := _until_end(loaded, after)[0]) is not None:
+                return end
     eos = loaded.tokenizer.eos_token_id
     if eos is None and not loaded.stop_ids:
         raise UserError(f"{loaded.name} names no token that ends a text; a model trained without one never stops")
     return eos if eos is not None else min(loaded.stop_ids)
-
-
-def _ids(loaded: LoadedModel, text: str) -> list[int]:
-    return list(loaded.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def describe(encoded: Encoded, max_length: int) -> list[str]:
@@ -152,4 +300,11 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
         lines.append(f"{encoded.over_long} traces have more than {max_length} tokens and are left out (max_length)")
     if encoded.cut:
         lines.append(f"{encoded.cut} traces were cut at {max_length} tokens and lost their end (max_length)")
+    if encoded.turns:
+        lines.append(
+            f"{encoded.turns} earlier turns of the assistant are not learned: the template writes them otherwise, "
+            "without their thoughts mostly"
+        )
+    if encoded.thinking:
+        lines.append(f"{encoded.thinking} traces with a thought are learned after a prompt that thinks (thinking)")
     return lines

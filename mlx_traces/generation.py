@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def _generate(
     planned, kept = evaluation.plan(config), []
     if ranks.first() and not resume:
         _refuse(out, part, begun, resume)
+    planned = replace(planned, config=models.of_its_day(planned.config, _begun(out, begun) if resume else {}))
     loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    identity = {**planned.identity(), **weights}
+    identity = {**planned.identity(), **weights, **loaded.shown()}
     made = ranks.gather([manifest_of(out)["counts"]] if ranks.first() and resume and _made(out, identity) else [])
     if made:
         if ranks.first():
@@ -95,6 +97,13 @@ def _generate(
         part.unlink(missing_ok=True)
         begun.unlink(missing_ok=True)
     return {"written": len(traces), **counts}
+
+
+def _begun(out: Path, begun: Path) -> dict[str, Any]:
+    """Return what the completions of a file, or of what is there of it, were made with; empty where nothing is."""
+    if begun.exists():
+        return read_json(begun)
+    return manifest_of(out)["config"] if out.exists() and manifest_path(out).exists() else {}
 
 
 def _made(out: Path, identity: dict[str, Any]) -> bool:
@@ -159,4 +168,6 @@ def _traces(
                 logprobs=tuple(round(value, 5) for value in rollout.logprobs or ()),
                 finish_reason=rollout.finish_reason,
                 verdict=planned.task.grade(problem, text)[planned.extractor].verdict,
+                thinking=config.thinking,
+                template_args=config.template_args or {},
             )

@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date as Date
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ from typing import Any
 from mlx_traces import device as devices
 from mlx_traces import hub
 from mlx_traces.config import shipped
+from mlx_traces.conversations import Chat, Rendered
 from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
 from mlx_traces.runs import fingerprint, on_the_way
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
-from mlx_traces.tasks.thoughts import OPENERS as THINK_OPENERS
-from mlx_traces.tasks.thoughts import Pair, own_pair
+from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
 
 NANO = "nano"
 WELL_KNOWN = (
@@ -30,23 +32,10 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+HARMONY = "<|channel|>"  # of gpt-oss's format, whose special tokens frame its messages
 _ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A problem as the model reads it.
-
-    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds
-    before the first sampled token: a thought that the template opens, the prompt's prefill. Graders get
-    ``opened`` + completion.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    opened: str
 
 
 @dataclass
@@ -56,7 +45,7 @@ class LoadedModel:
     ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
     folder. ``stop_ids`` end a completion; ``stop_strings`` do too, for a model without a chat template, which
     knows no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
-    are lines the user should see, each once.
+    are lines the user should see, each once. ``template_args`` and ``day`` are what the chat template is given.
     """
 
     model: Any
@@ -71,6 +60,8 @@ class LoadedModel:
     context: int | None
     stop_strings: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    template_args: dict[str, Any] = field(default_factory=dict)
+    day: Date | None = None
 
     @property
     def own_tags(self) -> Pair | None:
@@ -88,6 +79,21 @@ class LoadedModel:
             "backend": asdict(self.backend),
         }
 
+    @cached_property
+    def signs(self) -> dict[int, str]:
+        """The tokens that are no text, with how they are written: special ones that are no part of a thought's tags."""
+        tokens = self.tokenizer._tokenizer.added_tokens_decoder
+        special = {token: str(added) for token, added in tokens.items() if added.special}
+        if HARMONY in special.values():
+            return {}  # all that stands between its messages tells them apart
+        own = [tag for tag in (self.tokenizer.think_start, self.tokenizer.think_end) if tag]
+        tags = [*own, *(tag for tags in TAGS for tag in tags)]
+        return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
+
+    def shown(self) -> dict[str, str]:
+        """Return what the chat template shows beside its input, the date if it prints one: of a run's identity."""
+        return {"date": self.day.isoformat()} if self.day and self.chat.dated else {}
+
     def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
         """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.
 
@@ -101,71 +107,28 @@ class LoadedModel:
 
     def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
         """Put a conversation to the model by its chat template, the next turn being the assistant's."""
-        if not self.tokenizer.has_chat_template:
-            self._note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
-            text = _as_plain_chat(messages) + (f" {prefill}" if prefill else "")
-            return Rendered(tuple(self.tokenizer.encode(text)), text, prefill)
-        if thinking is not None and "enable_thinking" not in str(self.tokenizer.chat_template):
-            self._note(f"{self.name}: its chat template has no thinking switch")
-        messages, text = self._with_system(messages, thinking)
-        opened = self._opened(messages, text, thinking)
-        if _opens_thought(opened) and any(opener in prefill for opener in THINK_OPENERS):
-            text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
-        text, opened = text + prefill, opened + prefill
-        # The template writes the special tokens itself, the first one of the text included.
-        return Rendered(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text, opened)
+        return self.chat.prompt(messages, prefill, thinking)
 
-    def _with_system(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
-        """Render; a system message that the template refuses or drops is put before the first question."""
-        from jinja2 import TemplateError
-
-        system = messages[0]["content"] if messages[0]["role"] == "system" else None
-        refusal = None
-        try:
-            text = self._apply(messages, True, thinking)
-            if system is None or system.strip() in text:
-                return messages, text
-        except TemplateError as error:
-            refusal = error
-        if system is not None:
-            user = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
-            messages = [user, *messages[2:]]
-            try:
-                text = self._apply(messages, True, thinking)
-                self._note(f"{self.name} takes no system message; it is put before the first question")
-                return messages, text
-            except TemplateError as error:
-                refusal = error
-        raise UserError(f"{self.name}: its chat template refuses this conversation ({first_line(refusal)})")
-
-    def _apply(self, messages: list[Message], add_generation_prompt: bool, thinking: bool | None) -> str:
-        arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        if thinking is not None:
-            return self.tokenizer.apply_chat_template(messages, enable_thinking=thinking, **arguments)
-        if self.tokenizer._chat_template is not None:  # a template written in Python, known to mlx_lm only
-            return self.tokenizer.apply_chat_template(messages, **arguments)
-        # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
-        return self.tokenizer._tokenizer.apply_chat_template(messages, **arguments)
-
-    def _opened(self, messages: list[Message], text: str, thinking: bool | None) -> str:
-        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
-        before = self._apply(messages, False, thinking)
-        if text.startswith(before) and len(before) < len(text):
-            turn = text[len(before) :]
-        else:  # a template that always opens the assistant's turn
-            turn = text.rpartition(messages[-1]["content"].strip())[2]
-        own = self.tokenizer.think_start
-        starts = [turn.find(opener) for opener in (*THINK_OPENERS, *([own] if own else []))]
-        return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
-
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's chat template, with what it is always given."""
+        return Chat(self.tokenizer, self.name, self.template_args, self.day, self.notes)
 
 
 def is_folder(spec: str) -> bool:
     """Whether a name is an existing folder; names that the system refuses, too long ones say, are not."""
     return bool(spec) and _is(spec, Path.is_dir)
+
+
+def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
+    """Return settings whose ``date`` is that of the run that they continue, if it has one and they name none.
+
+    Args:
+        config: the settings.
+        begun: the identity of the run, empty before it is begun.
+    """
+    day = begun.get("date")
+    return config if config.date or not day else config.model_copy(update={"date": Date.fromisoformat(day)})
 
 
 def with_adapter(config: Any) -> Any:
@@ -209,6 +172,8 @@ def load(
     weights: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    template_args: dict[str, Any] | None = None,
+    date: Date | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer, and an adapter on top, unfused.
 
@@ -221,6 +186,8 @@ def load(
         weights: ``"quantized"`` or ``"dense"``; ``None`` for what is fastest here (`device.choose`).
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` likewise.
         trust_remote_code: run Python code that comes with the model.
+        template_args: other variables of the chat template, ``reasoning_effort`` say.
+        date: the day that the chat template prints, if it does; ``None`` for today.
 
     Raises:
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
@@ -257,6 +224,8 @@ def load(
         context=_context(config),
         stop_strings=() if tokenizer.has_chat_template else ("\n\nUser:",),
         notes=notes,
+        template_args=template_args or {},
+        day=date or Date.today(),
     )
 
 
@@ -459,16 +428,6 @@ def _context(config: dict[str, Any]) -> int | None:
             if isinstance(settings.get(key), int):
                 return settings[key]
     return None
-
-
-def _as_plain_chat(messages: list[Message]) -> str:
-    """Write turns for a model without a chat template."""
-    labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-    return "\n\n".join([*(labels[m["role"]] + m["content"] for m in messages), "Assistant:"])
-
-
-def _opens_thought(opened: str) -> bool:
-    return opened.strip() in THINK_OPENERS
 
 
 def _is(spec: str, kind: Callable[[Path], bool]) -> bool:

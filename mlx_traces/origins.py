@@ -40,6 +40,7 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
         "thinking switch differs",
         {name: str(own["thinking"]) for name, own in asked.items() if own.get("thinking") is not None},
     )
+    lines += _line("date in the prompts differs", {name: _text(own.get("date")) for name, own in asked.items()})
     lines += _alike("prompt", asked, lambda own: _text(_part(own, "prompt").get("name")), _prompt)
     lines += _alike("model", asked, _model, lambda own: {key: own.get(key) for key in FILES})
     return [clean(line) for line in lines]

@@ -31,7 +31,8 @@ class Rollout:
     """One sampled completion.
 
     ``completion_ids`` are the exact sampled ids, the stop token included when it was sampled. ``text`` is decoded from
-    them, without the stop token and without a stop string and what follows it. ``finish_reason`` is ``"stop"`` or
+    them, without the stop token, special tokens that are no thought's, and a stop string and what follows it.
+    ``finish_reason`` is ``"stop"`` or
     ``"length"``. On request, per completion token and in nats: ``logprobs`` of the distribution that was sampled,
     ``model_logprobs`` of the model's own at temperature 1.
     """
@@ -74,7 +75,8 @@ class Trace:
     problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
     empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
     trace is from, ``sample`` numbers the traces of one problem. ``not_learned`` are the numbers of those ``messages``,
-    from 0, that are the assistant's and from which nothing is to be learned.
+    from 0, that are the assistant's and from which nothing is to be learned. ``thinking`` (None: unset) and
+    ``template_args`` are what the chat template was given when the completion was sampled.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
@@ -97,6 +99,8 @@ class Trace:
     scores: dict[str, float | None] = field(default_factory=dict)
     score: float | None = None
     not_learned: tuple[int, ...] | None = None
+    thinking: bool | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON object of this trace; what is not known is left out."""
@@ -123,6 +127,9 @@ class Trace:
         for name in ("id", "completion"):
             if not isinstance(row[name], str):
                 raise UserError(f"{where}: {name!r} must be a text, not {type(row[name]).__name__}")
+        for name, kind, what in (("thinking", bool | None, "true or false"), ("template_args", dict, "an object")):
+            if name in row and not isinstance(row[name], kind):
+                raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}")
         lists = {name: tuple(row[name]) for name in LISTS if row.get(name) is not None}
         return cls(**{**row, **lists})
 

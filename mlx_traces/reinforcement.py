@@ -117,6 +117,7 @@ def _train(
     show: Callable | None,
 ) -> Result:
     config = with_reference(models.with_adapter(config), folder.identity)
+    config = models.of_its_day(config, folder.identity)
     planned, held_out, notes = rollouts.prepare(config)
     functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
@@ -234,6 +235,7 @@ def identity_of(
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
+        **loaded.shown(),
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         "weights": loaded.backend.weights,

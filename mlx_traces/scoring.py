@@ -142,7 +142,7 @@ def model_scores(
         return loaded
 
     if config.model:
-        certainty = mean_probabilities(load("model"), traces)
+        certainty = mean_probabilities(load("model"), traces, config.thinking)
     else:
         certainty = [own_probability(trace) for trace in traces]
     judged: list[float | None] = [None] * len(traces)
@@ -161,25 +161,33 @@ def own_probability(trace: Trace) -> float | None:
     return min(1.0, math.exp(sum(trace.logprobs) / len(trace.logprobs)))
 
 
-def mean_probabilities(loaded: Any, traces: Sequence[Trace]) -> list[float | None]:
+def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | None = None) -> list[float | None]:
     """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
 
-    The conversation is put by the model's chat template; the tokens are the completion's text in the model's own
-    tokenizer, without a stop token. None for an empty completion and for what is longer than the model's context.
+    The tokens are those that SFT learns of it (`examples.encode`), without a stop token and earlier turns; a bare text
+    comes after a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. None
+    for an empty completion and for what is longer than the model's context.
     """
     import mlx.core as mx
     import numpy as np
 
     from mlx_traces.batching import Example, micro_batches, pad
+    from mlx_traces.examples import encode
     from mlx_traces.forward import split, token_logprobs
 
     examples: dict[int, Example] = {}
     for index, trace in enumerate(traces):
-        prompt = _prompt_ids(loaded, trace)
-        answer = loaded.tokenizer.encode(trace.completion.removeprefix(prompt[1]), add_special_tokens=False)
-        ids = (*prompt[0], *answer)
-        if answer and len(prompt[0]) and (loaded.context is None or len(ids) <= loaded.context):
-            examples[index] = Example(trace.id, ids, (False,) * len(prompt[0]) + (True,) * len(answer))
+        if not trace.completion:
+            continue
+        try:
+            example = encode(loaded, trace, None, thinking)
+        except UserError as error:
+            raise UserError(f"trace {trace.id}: {error}") from None
+        if not trace.messages:
+            ids = example.ids if loaded.tokenizer.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
+            example = Example(trace.id, ids, (False, *[True] * (len(ids) - 1)))
+        if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
+            examples[index] = example
     found: list[float | None] = [None] * len(traces)
     halves = split(loaded.model)
     order = list(examples)
@@ -195,11 +203,3 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace]) -> list[float | Non
             found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
             at += count
     return found
-
-
-def _prompt_ids(loaded: Any, trace: Trace) -> tuple[tuple[int, ...], str]:
-    """Return the conversation's ids and what the template opens of the answer; a bare text comes after a stop token."""
-    if trace.messages:
-        rendered = loaded.render_turns([dict(turn) for turn in trace.messages])
-        return rendered.ids, rendered.opened
-    return tuple(loaded.tokenizer.encode(""))[:1] or tuple(sorted(loaded.stop_ids))[:1], ""

@@ -180,7 +180,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
 
 
 def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show: Callable | None) -> SFTResult:
-    config = models.with_adapter(config)
+    config = models.of_its_day(models.with_adapter(config), folder.identity)
     loaded = models.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
@@ -361,6 +361,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
         # Before, traces of one problem that its file has twice could be on both sides.
         **({"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}),
         **digests,
+        **loaded.shown(),
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         "weights": loaded.backend.weights,

@@ -13,14 +13,14 @@ from typing import Any
 from mlx_traces import adapters, comparison, evaluation, models, traces
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, clean, first_line
-from mlx_traces.models import NANO, THINK_OPENERS, is_folder
+from mlx_traces.models import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
 from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.data import read_jsonl
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.thoughts import usual
+from mlx_traces.tasks.thoughts import OPENERS, usual
 
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
@@ -184,7 +184,7 @@ def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = 
     except UserError:  # a column that samples do not keep
         asked = str(problem.columns.get("question", "")).strip()
     turn = text.removesuffix(prompt.prefill).rpartition(asked)[2] if prompt.chat else ""
-    starts = [start for opener in (*THINK_OPENERS, *own) if (start := turn.find(opener)) >= 0]
+    starts = [start for opener in (*OPENERS, *own) if (start := turn.find(opener)) >= 0]
     return (turn[min(starts) :] if starts else "") + prompt.prefill
 
 

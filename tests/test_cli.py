@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
+from mlx_traces.cli.options import settings_options
 from mlx_traces.cli.unused import unused
 from mlx_traces.config import (
     CompareConfig,
@@ -414,3 +416,19 @@ def test_help_is_in_sections_with_every_option_once(command):
     listed = re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)
     options = [param.opts[0] for param in main.commands[command].params if param.param_type_name == "option"]
     assert sorted(listed) == sorted([*options, "--help"])
+
+
+def test_variables_of_the_template_are_given_by_name():
+    @click.command()
+    @settings_options(EvalConfig)
+    def command(settings):
+        click.echo(json.dumps(settings))
+
+    given = ["--template-arg", "effort=high", "--template-arg", "budget=512", "--template-arg", "tools=true"]
+    result = CliRunner().invoke(command, [*given, "--date", "2025-03-01"])
+    assert json.loads(result.output) == {
+        "template_args": {"effort": "high", "budget": 512, "tools": True},
+        "date": "2025-03-01",
+    }
+    assert json.loads(CliRunner().invoke(command, []).output) == {}
+    assert "give NAME=VALUE" in str(CliRunner().invoke(command, ["--template-arg", "effort"]).exception)

@@ -153,6 +153,8 @@ def test_turns_stops_and_sampling_are_sent():
         "stop": ["\n\n", "Q:"],
         "chat_template_kwargs": {"enable_thinking": False},
     }
+    given = endpoint.ask(config.model_copy(update={"template_args": {"effort": 2}}), prompt, problem, 5)
+    assert given.body["chat_template_kwargs"] == {"effort": 2, "enable_thinking": False}
     plain = Prompt("p", "Q: {question}\nA:", prefill=" It is", chat=False)
     asked = endpoint.ask(config, plain, problem, 5)
     assert (asked.path, asked.body["prompt"]) == ("/completions", "Q: 2 + 2\nA: It is") and "messages" not in asked.body

@@ -58,6 +58,20 @@ def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
         assert logprob == pytest.approx(row[token], abs=1e-4)
 
 
+def test_a_generated_trace_is_learned_as_it_was_sampled(tmp_path):
+    from mlx_traces import examples
+
+    loaded, out = models.load("nano"), tmp_path / "own.jsonl"
+    config = CONFIG.model_copy(update={"limit": 2, "samples": 2, "thinking": True, "template_args": {"effort": 1}})
+    generation.generate(config, out)
+    for trace in rows(out):
+        assert (trace.thinking, trace.template_args) == (True, {"effort": 1})
+        prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
+        example = examples.encode(loaded, trace, examples.turn_end(loaded))
+        assert example.ids == (*prompt, *trace.completion_ids)
+        assert example.trained == (*[False] * len(prompt), *[True] * len(trace.completion_ids))
+
+
 def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(whole, tmp_path, monkeypatch):
     out = tmp_path / "own.jsonl"
 

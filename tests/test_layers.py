@@ -27,7 +27,7 @@ models
 adapters sharing slots
 forward checkpoints ranks
 optim runs batching device policy
-selection endpoint
+selection endpoint conversations
 quality
 tasks.qa
 tasks.gsm8k tasks.countdown

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mlx_traces import models
 from mlx_traces.adapters import attach
+from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import check, is_folder, load, resolve, split_adapter
 from mlx_traces.records import Problem
@@ -100,6 +103,88 @@ def test_thinking_switch():
     assert off.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     _, notes = render(LLAMA3, thinking=False)
     assert notes == ["tiny: its chat template has no thinking switch"]
+
+
+def test_the_switch_has_other_names():
+    for name in ("thinking", "reasoning", "enable_reasoning"):
+        template = CHATML + "{% if " + name + " %}<think>{% else %}</think>{% endif %}"
+        for thinking, end in ((True, "<think>"), (False, "</think>"), (None, "</think>")):
+            rendered, notes = render(template, thinking=thinking)
+            assert rendered.text.endswith(end) and notes == []
+            assert rendered.closed == (end == "</think>")
+
+
+def test_a_variable_of_the_template():
+    template = "{{ reasoning_effort | default('low') }} " + CHATML
+    loaded = wrap(make_tokenizer(template))
+    loaded.template_args = {"reasoning_effort": "high", "effort": 2}
+    assert loaded.render(PLAIN, PROBLEM, thinking=True).text.startswith("high <|im_start|>")
+    assert loaded.notes == [
+        "tiny: its chat template has no thinking switch",
+        "tiny: its chat template does not use effort",
+    ]
+    _, notes = render(template, thinking=True)
+    assert "no thinking switch; it reads reasoning_effort, which --template-arg NAME=VALUE sets" in notes[0]
+
+
+def test_the_day_is_the_runs():
+    template = "{{ strftime_now('%d %b %Y, %A') }}\n" + CHATML
+    loaded = wrap(make_tokenizer(template))
+    assert loaded.chat.dated and loaded.shown() == {}
+    on = replace(loaded, day=date(2024, 7, 26))
+    assert on.render(PLAIN, PROBLEM).text.startswith("26 Jul 2024, Friday\n<|im_start|>")
+    assert on.shown() == {"date": "2024-07-26"}
+    assert on.render(PLAIN, PROBLEM).text.partition("\n")[2] == render(CHATML)[0].text
+    assert replace(wrap(make_tokenizer(CHATML)), day=date(2024, 7, 26)).shown() == {}
+    config = EvalConfig()
+    assert models.of_its_day(config, {}) == config == models.of_its_day(config, {"weights": "dense"})
+    assert models.of_its_day(config, {"date": "2024-07-26"}).date == date(2024, 7, 26)
+    own = EvalConfig(date="2025-01-01")
+    assert models.of_its_day(own, {"date": "2024-07-26"}) == own
+
+
+def test_templates_that_fail_are_one_line():
+    failing = {
+        "{% for tool in tools %}x{% endfor %}": "TypeError: 'NoneType' object is not iterable",
+        "{{ messages[0].content.nothing.more }}": "no attribute 'nothing'",
+        "{% for": "unexpected",
+    }
+    for template, told in failing.items():
+        with pytest.raises(UserError, match=f"^tiny: its chat template refuses this conversation .*{told}") as caught:
+            render(template)
+        assert "\n" not in str(caught.value)
+    tokenizer = make_tokenizer(None)
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(UserError, match="tiny: .* multiple chat templates with no default"):
+        wrap(tokenizer).render(PLAIN, PROBLEM)
+
+
+@pytest.mark.parametrize("template", [CHATML, R1, GEMMA, DROPS_SYSTEM])
+def test_turns_that_say_nothing(template):
+    chat = wrap(make_tokenizer(template)).chat
+    for content in ("", "  "):
+        assert chat.prompt([{"role": "user", "content": content}]).text
+    alone = [{"role": "system", "content": "Be brief."}]
+    if template in (CHATML, R1):
+        assert "Be brief." in chat.prompt(alone).text
+    else:
+        with pytest.raises(UserError, match="tiny takes no system message, and here is no question to put it before"):
+            chat.prompt(alone)
+
+
+def test_special_tokens_are_no_text_but_those_of_thoughts():
+    from mlx_traces.drawing import text_of
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|END_RESPONSE|>"], special_tokens=True)
+    tokenizer.add_tokens(["<tool>"])
+    loaded = wrap(tokenizer)
+    ids = loaded.tokenizer.encode("<think>a</think><tool>Paris<|END_RESPONSE|>")
+    assert text_of(loaded, ids) == "<think>a</think><tool>Paris"
+    assert text_of(loaded, ids, cut=20) == "<think>a</think><too"
+    tokenizer.add_tokens(["<|channel|>", "<|end|>"], special_tokens=True)
+    text = "<|channel|>a<|end|>b"
+    assert text_of(wrap(tokenizer), loaded.tokenizer.encode(text)) == text  # gpt-oss's frames tell its messages apart
 
 
 def test_no_switch_is_set_unasked():

@@ -62,10 +62,11 @@ def test_stop_token_is_kept_in_ids_and_left_out_of_text(tiny):
         assert not any(stops[:-1])
         if rollout.finish_reason == "stop":
             assert stops[-1]
-            assert rollout.text == tiny.tokenizer.decode(list(rollout.completion_ids[:-1]))
+            said = rollout.completion_ids[:-1]
         else:
             assert not stops[-1] and len(rollout.completion_ids) == 40
-            assert rollout.text == tiny.tokenizer.decode(list(rollout.completion_ids))
+            said = rollout.completion_ids
+        assert rollout.text == tiny.tokenizer.decode(list(said)).replace("<|im_start|>", "")  # which is no text
 
 
 def test_own_stop_tokens_end_their_own_rows_alone(tiny):

@@ -1,7 +1,9 @@
 """Fine-tuning: which tokens are learned, the gradient of a step, runs that are cut off, input that is wrong."""
 
 import json
+import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,148 @@ PROMPT = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
 )
 def test_learned_tokens(template, messages, completion, text):
     assert learned(template, messages, completion) == text
+
+
+# ------------------------------------------------------------------------ what templates write around an answer
+
+THREE = [*ONE, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2"}]
+EACH = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
+END = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+AROUND = {
+    "spaces": (EACH + " {{ m.content | trim }} <|im_end|>" + END + "{% endif %}", "", " ", " "),
+    "line ends": (EACH + "A:\n{{ m.content }}\n<|im_end|>\n" + END + "A:{% endif %}", "A:", "\n", "\n"),
+    "frames": (EACH + "<out>{{ m.content }}</out><|im_end|>" + END + "{% endif %}", "", "<out>", "</out>"),
+    "another head": (EACH + "B {{ m.content }}<|im_end|>" + END + "A {% endif %}", None, "", ""),
+    "an empty thought": (EACH + "A<think></think>{{ m.content }}<|im_end|>" + END + "A{% endif %}", None, "", ""),
+    "a thought in the prompt": (EACH + "A{{ m.content }}<|im_end|>" + END + "A<think>{% endif %}", None, "", ""),
+}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_the_template_writes_around_an_answer_is_learned_with_it_in_every_turn(kind):
+    template, opening, head, tail = AROUND[kind]
+    text = learned(template, THREE, "4")
+    assert f"|{head}2{tail}<|im_end|>|" in text and text.endswith(f"{head}4{tail}<|im_end|>|")
+    if opening is not None:
+        line = "\n" if kind == "line ends" else ""
+        assert text == f"[1+1]{opening}|{head}2{tail}<|im_end|>|{line}[2+2]{opening}|{head}4{tail}<|im_end|>|"
+    assert learned(template, THREE, f"{head}4{tail}") == text  # as it was sampled: nothing stands there twice
+
+
+def pieces(prepend, template):
+    """Make a tokenizer of SentencePiece's kind: a word begins with ▁, and with "always" every piece of a text does."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*(chr(code) for code in range(33, 127)), "▁", "\n", "▁2", "▁4"]
+    bpe = Tokenizer(models.BPE({c: at for at, c in enumerate(letters)}, [("▁", "2"), ("▁", "4")]))
+    if prepend == "always":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prepend, split=False)
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|endoftext|>", "<|im_end|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", chat_template=template)
+
+
+PLAINLY = EACH + "A:{{ m.content }}<|im_end|>" + END + "A:{% endif %}"
+
+
+@pytest.mark.parametrize("template", [PLAINLY, *(AROUND[kind][0] for kind in ("spaces", "line ends", "frames"))])
+@pytest.mark.parametrize("prepend", ["always", "first", "never", None])
+def test_ids_are_those_of_the_template_whatever_the_tokenizer(prepend, template):
+    tokenizer = make_tokenizer(template) if prepend is None else pieces(prepend, template)
+    loaded = wrap(tokenizer)
+    for turns in (ONE, THREE):
+        example = examples.encode(loaded, Trace("t", tuple(turns), "4"), examples.turn_end(loaded))
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "4"}], return_dict=False)
+        assert list(example.ids) == whole[: len(example.ids)]  # which may go on with a line end
+        end = loaded.tokenizer.get_vocab()["<|im_end|>"]
+        assert example.ids[-1] == end and example.trained[-1] and end not in whole[len(example.ids) :]
+        said = [token for token, flag in zip(example.ids, example.trained, strict=True) if flag]
+        assert said.count(end) == 1 + (turns is THREE)
+        assert sum("4" in token for token in tokenizer.convert_ids_to_tokens(said)) == 1
+
+
+def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
+    from mlx_traces.conversations import Chat
+
+    def example():
+        loaded = wrap(pieces("always", AROUND["spaces"][0]))
+        return examples.encode(loaded, Trace("t", tuple(THREE), "4"), examples.turn_end(loaded))
+
+    known = example()
+    monkeypatch.setattr(Chat, "_places", lambda *_: None)  # as tokenizers that are written in Python
+    assert example() == known
+
+
+def test_turns_that_are_not_learned_are_counted():
+    loaded = wrap(make_tokenizer(STRIPPING))
+    thought = [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE]
+    encoded = examples.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "2"))], 500, "refuse")
+    assert encoded.turns == 1 and "1 earlier turns of the assistant are not learned" in examples.describe(encoded, 9)[0]
+
+
+SWITCHED = CHATML.replace(
+    "assistant\n{% endif %}", "assistant\n{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
+)
+
+
+def test_a_thought_is_learned_after_a_prompt_that_leaves_it_room():
+    loaded = wrap(make_tokenizer(SWITCHED))
+    traces = [("f:1", Trace("t", tuple(ONE), "<think>b</think>2")), ("f:2", Trace("t", tuple(ONE), "2"))]
+    encoded = examples.encode_all(loaded, traces, 500, "refuse")
+    texts = [loaded.tokenizer.decode(example.ids) for example in encoded.examples]
+    assert texts == [PROMPT + "<think>b</think>2<|im_end|>", PROMPT + "</think>2<|im_end|>"] and encoded.thinking == 1
+    assert "1 traces with a thought" in examples.describe(encoded, 500)[0]
+    with pytest.raises(UserError, match=r"f:1: the completion has a thought, .* leaves it no room; set thinking"):
+        examples.encode_all(loaded, traces, 500, "refuse", thinking=False)
+    for shut in (True, False):  # nothing to switch
+        loaded = wrap(make_tokenizer(OPENING.replace("<think>\n", "<think></think>" if shut else "</think>")))
+        with pytest.raises(UserError, match="no thinking switch; leave such traces out"):
+            examples.encode_all(loaded, traces, 500, "refuse")
+
+
+def test_the_switch_is_the_traces_or_the_trainings():
+    loaded = wrap(make_tokenizer(SWITCHED))
+    for own, given, thinks in ((None, None, False), (True, None, True), (None, True, True), (True, False, False)):
+        opened = "<think>" if thinks else "</think>"
+        trace = Trace("t", tuple(ONE), "b</think>2" if thinks else "2", thinking=own)
+        example = examples.encode_all(loaded, [("f:1", trace)], 500, "refuse", given).examples[0]
+        assert PROMPT + opened in loaded.tokenizer.decode(example.ids)
+
+
+def test_the_templates_variables_are_the_traces_or_the_models():
+    loaded = wrap(make_tokenizer("{{ effort | default('low') }}" + CHATML))
+    trace = Trace("t", tuple(ONE), "2", template_args={"effort": "high"})
+    for changes, text in (({}, "high"), ({"template_args": {"effort": "some"}}, "some")):
+        example = examples.encode(replace(loaded, **changes), trace, examples.turn_end(loaded))
+        assert loaded.tokenizer.decode(example.ids).startswith(text)
+    assert Trace.from_row(json.loads(json.dumps(trace.to_row())), "f:1") == trace
+    for name, value in (("thinking", "yes"), ("template_args", [1])):
+        with pytest.raises(UserError, match=f"f:1: '{name}' must be"):
+            Trace.from_row({**trace.to_row(), "messages": ONE, name: value}, "f:1")
+
+
+def test_a_trace_of_ones_own_is_learned_by_its_tokens():
+    loaded = wrap(make_tokenizer())
+    s, t, end = (loaded.tokenizer.get_vocab()[token] for token in ("S", "T", "<|im_end|>"))
+    trace = Trace(
+        "t", tuple(ONE), "ST", completion_ids=(s, t, end), finish_reason="stop"
+    )  # which is one token, usually
+    ends = examples.turn_end(loaded)
+    assert examples.encode(loaded, trace, ends).ids[-3:] == (s, t, end)
+    assert examples.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
+    for other in ({"completion": "STO"}, {"completion_ids": (10**6, end)}, {"completion_ids": ("S", end)}):
+        assert examples.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
+
+
+def test_one_turn_is_learned_where_three_are_refused():
+    refuses = "{% if messages | length > 2 %}{{ raise_exception('No more') }}{% endif %}" + CHATML
+    assert learned(refuses, ONE, "2") == PROMPT + "|2<|im_end|>|"
+    assert learned("{% if messages | length > 1 %}{{ raise_exception('No') }}{% endif %}" + CHATML, ONE, "2").endswith(
+        "|2<|endoftext|>|"
+    )
 
 
 def test_a_completion_that_was_cut_off_has_no_end_to_learn():
@@ -659,3 +803,39 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
     assert start == pytest.approx(first.valid_loss, abs=1e-5) and second.valid_loss < start
     config = json.loads((tmp_path / "second" / "adapter" / "adapter_config.json").read_text())
     assert config["lora_parameters"] == {"rank": 4, "scale": 2.0, "dropout": 0.2}
+
+
+# ---------------------------------------------------------------------------------- the day of a run
+
+
+def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
+    from mlx_traces import evaluation, models
+
+    folder = tmp_path / "dated"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d.%m.') }}" + CHATML)
+    shown, load = [], models.load
+
+    def today(*names, **arguments):
+        loaded = load(*names, **arguments)
+        shown.append(loaded.render_turns(ONE).text[:6])
+        return loaded
+
+    monkeypatch.setattr(models, "load", today)
+    config = SFTConfig(**settings | {"model": str(folder), "epochs": 1})
+    sft.train(config.model_copy(update={"date": date(2025, 3, 1)}), tmp_path / "run")
+    sft.train(config, tmp_path / "run", resume=True)
+    assert shown == ["01.03."] * 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["date"] == "2025-03-01"
+    with pytest.raises(UserError, match="date was 2025-03-01, now 2025-03-02"):
+        sft.train(config.model_copy(update={"date": date(2025, 3, 2)}), tmp_path / "run", resume=True)
+
+    data = tmp_path / "qa.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2"}\n')
+    asked = {"model": str(folder), "task": "qa", "data": str(data), "max_tokens": 2, "device": "cpu"}
+    evaluation.evaluate(out=tmp_path / "eval", date="2025-03-01", **asked)
+    evaluation.evaluate(out=tmp_path / "eval", resume=True, **asked)
+    assert shown[3:] == ["01.03."] * 2
+    assert json.loads((tmp_path / "eval" / "run.json").read_text())["identity"]["date"] == "2025-03-01"
+    plain = evaluation.evaluate(out=tmp_path / "plain", **asked | {"model": str(model_folder)})
+    assert plain and "date" not in json.loads((tmp_path / "plain" / "run.json").read_text())["identity"]

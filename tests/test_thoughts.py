@@ -6,7 +6,7 @@ from mlx_traces.quality import format_score, thought_of
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
 from mlx_traces.tasks.qa import find_text
-from mlx_traces.tasks.thoughts import FINAL, TAGS, after_thought, answer_part, closing_of
+from mlx_traces.tasks.thoughts import FINAL, TAGS, UNTAGGED, after_thought, answer_part, closing_of
 from mlx_traces.traces import normalise, parts
 
 COUNTDOWN = get_task("countdown")

@@ -1,6 +1,7 @@
 """Options made from the recipes' settings, and a click group whose errors are one line."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -140,7 +141,7 @@ def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Ca
 
         def call(**arguments: Any) -> Any:
             taken = {name: arguments.pop(name) for name in names}
-            given = {name: value for name, value in taken.items() if value not in (None, ())}
+            given = {name: value for name, value in taken.items() if value not in (None, (), {})}
             return function(settings={**defaults, **given}, **arguments)
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
@@ -154,6 +155,11 @@ def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Ca
 
 def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable:
     """Make the click option of one field; validation is the settings' own."""
+    if name == "template_args":
+        text = f"{kind.model_fields[name].description}  Repeat for more."
+        return click.option(
+            "--template-arg", name, multiple=True, metavar="NAME=VALUE", callback=_template_args, help=text
+        )
     field = kind.model_fields[name]
     flag = "--" + name.replace("_", "-")
     shown = None if field.is_required() else defaults.get(name, field.get_default())
@@ -175,3 +181,17 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
         return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)
     simple = next((part for part in (int, float) if part in types), str)
     return click.option(flag, name, type=simple, default=None, help=text)
+
+
+def _template_args(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is read as JSON where it is any, so that ``true`` and ``512`` are no texts."""
+    given = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name.isidentifier():
+            raise UserError(f"--template-arg {item}: give NAME=VALUE, as in reasoning_effort=high")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return given

@@ -1,0 +1,279 @@
+"""Conversations as a model's chat template writes them: the text, where each turn stands in it, its tokens. No MLX.
+
+A turn is found by rendering the conversation again with a mark in the turn's place: what stands around the mark is what
+the template writes around the turn. So nothing is known of any template, and nothing is searched for in its text.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Any
+
+from mlx_traces.errors import UserError, choices, clean, first_line
+from mlx_traces.tasks.prompts import Message
+from mlx_traces.tasks.thoughts import OPENERS, TAGS, Pair, closing_of, own_pair
+
+SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")  # names of the thinking switch
+PROBE = ({"role": "user", "content": "Hello."},)
+_DIRECTIVES = (f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ" for flag in ("-", ""))
+DIRECTIVES = tuple(_DIRECTIVES)  # of strftime
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A problem as the model reads it.
+
+    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds before the
+    first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` + completion.
+    ``turn`` is all that the template writes after the last message, the head of the assistant's turn included, and
+    ``closed`` says that it closes a thought there. ``messages`` are the turns as the template got them, a system
+    message perhaps moved.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    opened: str
+    turn: str = ""
+    closed: bool = False
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass
+class Chat:
+    """A model's chat template, or the plain one in its place, with what it is always given.
+
+    ``arguments`` are the template's other variables (``reasoning_effort``), ``day`` is the date that it prints, None
+    for today's. ``notes`` gets lines that the user should see, each once.
+    """
+
+    tokenizer: Any
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    day: date | None = None
+    notes: list[str] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------ text
+
+    def text(self, messages: Sequence[Message], thinking: bool | None = None, reply: bool = True) -> str:
+        """Render turns; with ``reply`` up to where the assistant's next one begins.
+
+        Raises:
+            UserError: if the template refuses them, or fails at them.
+        """
+        if not self.tokenizer.has_chat_template:
+            return _as_plain_chat(messages, reply)
+        switch = {} if thinking is None else {self.switch or SWITCHES[0]: thinking}
+        return self._apply(messages, reply, {**self.arguments, **switch})
+
+    def _apply(self, messages: Sequence[Message], reply: bool, arguments: Mapping[str, Any]) -> str:
+        given = {"tokenize": False, "add_generation_prompt": reply, **arguments}
+        turns = [dict(turn) for turn in messages]
+        try:
+            if self._in_python:
+                return self.tokenizer.apply_chat_template(turns, **given)
+            if self.day and "strftime_now" in (template := self.tokenizer._tokenizer.get_chat_template()):
+                given["chat_template"] = _dated(template, self.day)
+            # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
+            return self.tokenizer._tokenizer.apply_chat_template(turns, **given)
+        except Exception as error:  # a template is a program, and fails with whatever it runs into
+            told = clean(first_line(error))
+            raise UserError(f"{self.name}: its chat template refuses this conversation ({told})") from None
+
+    @property
+    def _in_python(self) -> bool:
+        return self.tokenizer._chat_template is not None  # known to mlx_lm only
+
+    @cached_property
+    def switch(self) -> str | None:
+        """The name of the template's thinking switch: the first one that changes a prompt; ``None`` without one."""
+        return next((name for name in SWITCHES if self._differ({name: True}, {name: False})), None)
+
+    @cached_property
+    def dated(self) -> bool:
+        """Whether the template prints the date."""
+        if self._in_python or not self.tokenizer.has_chat_template:
+            return False
+        days = (date(2001, 2, 3), date(2014, 11, 25))
+        texts = [Chat(self.tokenizer, self.name, self.arguments, day)._try({}) for day in days]
+        return texts[0] != texts[1]
+
+    def _try(self, arguments: Mapping[str, Any]) -> str | None:
+        try:
+            return self._apply(PROBE, True, {**self.arguments, **arguments})
+        except UserError:
+            return None
+
+    def _differ(self, *arguments: Mapping[str, Any]) -> bool:
+        """Whether a prompt is another one with each of these; one that the template refuses says nothing."""
+        texts = [self._try(given) for given in arguments]
+        return None not in texts and len(set(texts)) == len(texts)
+
+    def _tell(self, thinking: bool | None) -> None:
+        """Note a switch or a variable that the template does not know."""
+        if not self.tokenizer.has_chat_template:
+            self.note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
+            return
+        if thinking is not None and self.switch is None:
+            self.note(f"{self.name}: its chat template has no thinking switch{self._others}")
+        for name in self._idle:
+            self.note(f"{self.name}: its chat template does not use {name}{self._others}")
+
+    @cached_property
+    def _idle(self) -> list[str]:
+        """The arguments that change nothing: with their value, with another and without them a prompt is the same."""
+        found = []
+        for name, value in self.arguments.items():
+            rest = {other: given for other, given in self.arguments.items() if other != name}
+            bare = Chat(self.tokenizer, self.name, rest, self.day)
+            if len({bare._try(given) for given in ({}, {name: value}, {name: "x"}, {name: True})}) == 1:
+                found.append(name)
+        return found
+
+    @cached_property
+    def _others(self) -> str:
+        """Name the variables that the template reads and that may be set."""
+        if self._in_python:
+            return ""
+        from jinja2 import Environment, TemplateError, meta
+
+        usual = {
+            "messages",
+            "tools",
+            "documents",
+            "add_generation_prompt",
+            "raise_exception",
+            "strftime_now",
+            "namespace",
+        }
+        usual |= {*self.tokenizer._tokenizer.special_tokens_map, *self.arguments, "loop", "range"}
+        try:
+            read = meta.find_undeclared_variables(Environment().parse(self.tokenizer._tokenizer.get_chat_template()))
+        except (TemplateError, ValueError):  # tags of transformers' own, no default template
+            return ""
+        names = sorted(name for name in read - usual if not name.endswith("_token"))[:8]
+        return f"; it reads {choices(names)}, which --template-arg NAME=VALUE sets" if names else ""
+
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that the tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
+
+    def note(self, line: str) -> None:
+        """Add a note that is not there yet."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    # ------------------------------------------------------------------------------------------ the prompt
+
+    def prompt(self, messages: Sequence[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
+        """Put a conversation to the model, the next turn being the assistant's, which ``prefill`` begins.
+
+        Raises:
+            UserError: if the template refuses it, with a system message and without.
+        """
+        self._tell(thinking)
+        messages, text = self._settled(list(messages), thinking)
+        turn = self.around(messages, len(messages) - 1, thinking)[1]
+        turn = turn if text.endswith(turn) else ""
+        opened = self._opened(turn)
+        closed = any(closing in turn for _, closing in (*TAGS, *filter(None, [self.own_tags])))
+        if closing_of(opened, self.own_tags) and any(opener in prefill for opener in OPENERS):
+            text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
+        if prefill and not self.tokenizer.has_chat_template:
+            text += " "
+        return Rendered(self.ids(text + prefill), text + prefill, opened + prefill, turn, closed, tuple(messages))
+
+    def _settled(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
+        """Render; a system message that the template refuses or drops is put before the first question."""
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        try:
+            text = self.text(messages, thinking)
+            if system is None or system.strip() in text:
+                return messages, text
+        except UserError:
+            if system is None:
+                raise
+        if len(messages) < 2:
+            raise UserError(f"{self.name} takes no system message, and here is no question to put it before")
+        messages = [{**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}, *messages[2:]]
+        text = self.text(messages, thinking)
+        self.note(f"{self.name} takes no system message; it is put before the first question")
+        return messages, text
+
+    def _opened(self, turn: str) -> str:
+        """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
+        own = self.tokenizer.think_start
+        starts = [turn.find(opener) for opener in (*OPENERS, *([own] if own else []))]
+        return turn[min(found) :] if (found := [start for start in starts if start >= 0]) else ""
+
+    def around(
+        self, messages: Sequence[Message], place: int, thinking: bool | None = None, reply: bool = True
+    ) -> tuple[str, str, str]:
+        """Return what the template writes before the turn at ``place``, after it up to the next turn, and after that.
+
+        All are empty where it does not write the turn, or refuses the mark in its place.
+        """
+        contents = "".join(turn["content"] for turn in messages)
+        digest = hashlib.sha256(contents.encode("utf-8", "replace")).hexdigest()[:12]
+        marks = {place: f"\ue000{digest}", place + 1: f"\ue001{digest}"}  # private characters, in no text
+        marked = [{**turn, "content": marks.get(at, turn["content"])} for at, turn in enumerate(messages)]
+        try:
+            before, found, rest = self.text(marked, thinking, reply).partition(marks[place])
+        except UserError:
+            return "", "", ""
+        between, _, after = rest.partition(marks[place + 1])
+        return (before, between, after) if found else ("", "", "")
+
+    # ------------------------------------------------------------------------------------------ tokens
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Encode a rendered text. A template writes the special tokens itself, the first one of the text included."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template))
+
+    def flags(self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Say which tokens of a text lie, wholly or in part, in one of the spans of its characters, in order.
+
+        By the tokenizer's own places of its tokens, or, where it knows none, by how much of ``ids`` the text up to a
+        border begins with.
+        """
+        if not spans:
+            return [False] * len(ids)
+        trained = [False] * len(ids)
+        places = self._places(text, ids)
+        for start, stop in spans:
+            if places is not None:
+                for at, (first, last) in enumerate(places):
+                    trained[at] |= first < stop and (last > start or first == start)
+            else:
+                for at in range(_common(self.ids(text[:start]), ids), _common(self.ids(text[:stop]), ids)):
+                    trained[at] = True
+        return trained
+
+    def _places(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]] | None:
+        """Return (first, last) of each token's characters, ``None`` for a tokenizer that does not know."""
+        special = not self.tokenizer.has_chat_template
+        try:
+            found = self.tokenizer._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        except (NotImplementedError, TypeError, ValueError):
+            return None
+        return [tuple(pair) for pair in found["offset_mapping"]] if found["input_ids"] == list(ids) else None
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first tokens two sequences share."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _dated(template: str, day: date) -> str:
+    """Return a template whose ``strftime_now`` is of this day, at midnight: a macro before it, in its own language."""
+    parts = "".join(f'|replace("{directive}", "{day.strftime(directive)}")' for directive in DIRECTIVES)
+    return "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}\n" + template
+
+
+def _as_plain_chat(messages: Sequence[Message], reply: bool) -> str:
+    """Write turns for a model without a chat template."""
+    labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+    turns = [labels[turn["role"]] + turn["content"] for turn in messages]
+    return "\n\n".join([*turns, "Assistant:"] if reply else turns)
