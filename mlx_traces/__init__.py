@@ -3,7 +3,7 @@
 Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes later.
 """
 
-from mlx_traces import blas as blas
+from mlx_traces.runtime import blas as blas
 
 # The modules are named otherwise: a submodule `evaluate`, once imported, would hide the function.
 _LAZY = {"evaluate": "mlx_traces.evaluation", "compare": "mlx_traces.comparison"}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.readers import parse_json, text_of
-from mlx_traces.tasks.data import is_number
+from mlx_traces.readers import is_number, parse_json, text_of
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -120,7 +119,7 @@ def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict
     from mlx.utils import tree_flatten
 
     from mlx_traces.checkpoints import write_arrays
-    from mlx_traces.runs import on_the_way, to_json, write_atomic
+    from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 
     with on_the_way(folder):
         folder.mkdir(parents=True, exist_ok=True)

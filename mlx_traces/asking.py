@@ -12,9 +12,9 @@ from typing import Any
 
 from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError
+from mlx_traces.readers import read_jsonl
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import fingerprint
-from mlx_traces.tasks.data import read_jsonl
+from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import answer_part
 

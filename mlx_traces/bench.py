@@ -13,9 +13,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from mlx_traces import ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
+from mlx_traces.runtime import distributed
 
 PEERS = ("mlx-lm",)
 SOURCE = "countdown"
@@ -86,7 +86,7 @@ def bench_generate(
     Raises:
         UserError: for an unknown peer, or for one beside several ranks.
     """
-    if against and ranks.world().size() > 1:
+    if against and distributed.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against not in (None, *PEERS):
         raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
@@ -131,7 +131,7 @@ def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: s
         "occupancy": usage.occupancy,
         "peak_memory_gb": run.memory_gb,
         "warmup_seconds": warmup.seconds,
-        "ranks": ranks.world().size(),
+        "ranks": distributed.world().size(),
     }
     if against:
         first, *rest = peers
@@ -176,10 +176,10 @@ def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_to
     from mlx_traces.drawing import Request, SamplingParams
     from mlx_traces.sampling import Usage, generate
 
-    usage, asked = Usage(), [Request(prompts[index]) for index in ranks.share(len(prompts))]
+    usage, asked = Usage(), [Request(prompts[index]) for index in distributed.share(len(prompts))]
     for _ in generate(loaded, asked, SamplingParams(max_tokens), rows, usage=usage):
         pass
-    return sum(ranks.gather([usage.completion_tokens])), usage
+    return sum(distributed.gather([usage.completion_tokens])), usage
 
 
 def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> int:

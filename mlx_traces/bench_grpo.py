@@ -31,13 +31,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, grpo, memory, ppo, ranks, rewards, rollouts
+from mlx_traces import adapters, evaluation, grpo, memory, ppo, rewards, rollouts
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Problem
 from mlx_traces.reinforcement import Learner
+from mlx_traces.runtime import distributed
 
 PEERS = ("mlx-lm-lora",)
 OURS = ("grpo",)  # what PPO is timed beside
@@ -139,7 +140,7 @@ def bench_grpo(
     peers_of = OURS if isinstance(config, PPOConfig) else PEERS
     if against not in (None, *peers_of):
         raise unknown("peer", str(against), peers_of)
-    if against and ranks.world().size() > 1:
+    if against and distributed.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against in PEERS:
         trainer()
@@ -221,7 +222,7 @@ def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPOR
         peak_memory_gb=max(step.memory_gb for step in timed),
         estimated_memory_gb=estimated_gb,
         warmup_seconds=steps[0].seconds,
-        ranks=ranks.world().size(),
+        ranks=distributed.world().size(),
     )
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.errors import UserError, clean
+from mlx_traces.errors import UserError
+from mlx_traces.text import clean
 
 COMMAND = "from mlx_traces.cli import main; main()"
 THREADS = "OPENBLAS_NUM_THREADS"

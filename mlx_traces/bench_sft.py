@@ -20,12 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, batching, examples, forward, optim, ranks, sft
+from mlx_traces import adapters, batching, examples, forward, optim, sft
 from mlx_traces.batching import Example
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.models import LoadedModel
+from mlx_traces.runtime import distributed
 from mlx_traces.traces import countdown_traces, gsm8k_traces, read_traces
 
 
@@ -86,7 +87,7 @@ def bench_sft(
     """
     if against not in (None, *PEERS):
         raise unknown("peer", str(against), PEERS)
-    if against and ranks.world().size() > 1:
+    if against and distributed.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     rows = rows[: len(rows) // config.batch_size * config.batch_size]
     if not rows:
@@ -165,7 +166,7 @@ def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow
         peak_memory_gb=run.memory_gb,
         padding=batching.padding_share(parts, lengths),
         warmup_seconds=warmup.seconds,
-        ranks=ranks.world().size(),
+        ranks=distributed.world().size(),
     )
 
 

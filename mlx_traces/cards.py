@@ -15,12 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, hub, models, tables
-from mlx_traces.errors import UserError, clean
-from mlx_traces.fingerprints import doubt
-from mlx_traces.runs import fingerprint, on_the_way, read_json, whole_lines, write_atomic
+from mlx_traces import adapters, models, text
+from mlx_traces.errors import UserError
+from mlx_traces.readers import is_file, read_json
+from mlx_traces.runtime import hub
+from mlx_traces.runtime.files import on_the_way, write_atomic
+from mlx_traces.runtime.fingerprints import doubt
+from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.runtime.run_folder import whole_lines
 from mlx_traces.tasks import TASKS, gsm8k
-from mlx_traces.tasks.data import is_file
+from mlx_traces.text import clean
 from mlx_traces.traces import manifest_path
 
 CARD = "README.md"
@@ -455,7 +459,7 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     greedy = "greedy" if not result["temperature"] else f"temperature {result['temperature']:g}"
     decoding = f"{greedy}, at most {result['max_tokens']:,} tokens"
     prompt, number = last_parts(result["prompt"]), f"n = {result['total_questions']:,}"
-    interval = f"95 % interval {tables.interval(result['ci_low'], result['ci_high'])}"
+    interval = f"95 % interval {text.interval(result['ci_low'], result['ci_high'])}"
     metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {interval}"
     split = str(result["split"]).partition("[")[0]
     told = {"dataset": dataset, "dataset_name": name, "split": split, "decoding": decoding, "metric": clean(metric)}
@@ -465,7 +469,7 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
 def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
     name = code(title) if result["adapter"] else "none, the base model"
     task, prompt, extractor = (code(clean(result[key])).replace("|", "\\|") for key in ("task", "prompt", "extractor"))
-    accuracy, interval = f"{tables.percent(result['accuracy'])} %", tables.interval(result["ci_low"], result["ci_high"])
+    accuracy, interval = f"{text.percent(result['accuracy'])} %", text.interval(result["ci_low"], result["ci_high"])
     counts = f"{result['correct_count']:,}", f"{result['total_questions']:,}"
     return name.replace("|", "\\|"), task, prompt, extractor, accuracy, interval, *counts, result["decoding"]
 

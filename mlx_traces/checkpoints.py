@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.optim import restore, state_of
-from mlx_traces.runs import on_the_way, replacing, sync
+from mlx_traces.runtime.files import on_the_way, replacing, sync
 
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 

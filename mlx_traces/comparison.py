@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import CompareConfig, EvalConfig, build, shipped
 from mlx_traces.errors import UserError
+from mlx_traces.readers import read_json, read_jsonl
 from mlx_traces.records import EvalResult
-from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
 from mlx_traces.tables import Run
-from mlx_traces.tasks.data import read_jsonl
 
 if TYPE_CHECKING:
     import pandas as pd

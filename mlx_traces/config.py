@@ -1,8 +1,7 @@
 """Every setting, once: a model per recipe. The command line, YAML files and Python calls are all read into these."""
 
-import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import date as Date
 from operator import not_
 from pathlib import Path
@@ -11,15 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
-from mlx_traces.readers import text_of
+from mlx_traces.readers import read_yaml
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
 MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
-# In base 60 too, which takes quadratic time to read.
-_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
 
 def _is_none(value: Any) -> bool:
@@ -566,99 +561,6 @@ def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str
     if path is not None:
         content = read_yaml(Path(path))
     return build(kind, {**content, **overrides}, str(path) if path else "")
-
-
-def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
-    """Read a YAML mapping; UserError if it is not one, or larger or deeper than any that is honest."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where libyaml is there
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
-        text = text_of(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what} file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    try:
-        if sprawl := _sprawl(yaml.parse(text, loader)):
-            raise UserError(f"{path}: {sprawl}")
-        if twice := _twice(yaml.compose(text, loader)):
-            line, key = twice
-            raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
-        content = yaml.load(text, loader)
-    # PyYAML meets a wrong date, or a tag that its text does not fit, with whatever its code runs into.
-    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}{_place(text, getattr(error, 'problem_mark', None))}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
-    return content
-
-
-def _place(text: str, mark: Any) -> str:
-    """Say where a text is no YAML, and what to look for; PyYAML's own words change from version to version."""
-    if mark is None:
-        return ": not YAML: a control character, or a value that is not what it looks like (as 2001-99-99); quote it"
-    line = next(iter(text.splitlines()[mark.line : mark.line + 1]), "")
-    shown = f"'{line.strip()[:60]}'" if line.strip() else "the end of the file"
-    return f":{mark.line + 1}: not YAML from column {mark.column + 1} on: {shown}; check indents, brackets and quotes"
-
-
-def _twice(top: Any) -> tuple[int, str] | None:
-    """Return the line and the name of the first key that its mapping has already, None if there is none."""
-    import yaml
-
-    todo, seen, found = [top], set(), []
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen.add(id(node))
-        mapping = isinstance(node, yaml.MappingNode)
-        todo += [part for pair in node.value for part in pair] if mapping else node.value
-        keys = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else ():
-            if (key.tag, key.value) in keys:
-                found.append((key.start_mark.line + 1, key.value))
-            keys.add((key.tag, key.value))
-    return min(found, default=None)
-
-
-def _sprawl(events: Iterable[Any]) -> str:
-    """Say in what a YAML file is too large, its aliases written out; 50 characters of a text count as a value.
-
-    So what is read is bounded although an alias may stand for others, and a value never holds itself.
-    """
-    import yaml
-
-    deep = f"more than {MOST_DEPTH} values within each other"
-    sizes: dict[str, int] = {}  # of what an anchor names
-    around: list[tuple[str | None, int]] = [(None, 0)]  # the collections that are open: anchor, size so far
-    for event in events:
-        anchor, size = getattr(event, "anchor", None), 1
-        if isinstance(event, yaml.CollectionStartEvent):
-            around.append((anchor, 1))
-            sizes.pop(anchor, None)
-            if len(around) > MOST_DEPTH:
-                return deep
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = around.pop()
-        elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == outer for outer, _ in around):
-                return deep
-            size = sizes.get(anchor, 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            if event.implicit[0] and len(event.value) > MOST_NAME and _LOOKS_LIKE_A_NUMBER.fullmatch(event.value):
-                return f"a number of more than {MOST_NAME} characters"
-            size = 1 + len(event.value) // 50
-        if anchor is not None:
-            sizes[anchor] = size
-        around[-1] = (around[-1][0], around[-1][1] + size)
-        if around[-1][1] > MOST_VALUES:
-            return f"more than {MOST_VALUES:,} values"
-    return ""
 
 
 _WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (

@@ -11,9 +11,10 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-from mlx_traces.errors import UserError, choices, clean, first_line
+from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.tasks.prompts import Message
 from mlx_traces.tasks.thoughts import OPENERS, TAGS, Pair, closing_of, own_pair
+from mlx_traces.text import clean
 
 SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")  # names of the thinking switch
 PROBE = ({"role": "user", "content": "Hello."},)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces import stats
-from mlx_traces.errors import UserError, clean
-from mlx_traces.figures import number
-from mlx_traces.runs import SAMPLE_COLUMNS, read_json
+from mlx_traces.errors import UserError
+from mlx_traces.readers import is_number, parse_row, read_json
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS
 from mlx_traces.tables import check_samples
-from mlx_traces.tasks.data import is_number, parse_row
+from mlx_traces.text import clean, duration, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 EVALUATION, REINFORCEMENT, FINE_TUNING = "evaluation", "reinforcement learning", "fine-tuning"
@@ -312,13 +313,6 @@ def blocks(values: Sequence[float], width: int) -> str:
     if high == low:
         return BLOCKS[3] * count
     return "".join(BLOCKS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as ``0:07``, ``12:34`` or ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def state(record: Record) -> str:

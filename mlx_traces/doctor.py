@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import blas, device, hub
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.runtime import blas, device, hub
 
 SLOW_GFLOPS = 20  # below it, a CPU's BLAS is not one
 # Oldest and newest version that tests/wheel.sh has passed with; the oldest are the lower bounds of pyproject.toml.

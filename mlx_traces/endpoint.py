@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mlx_traces.config import AnswerConfig, EndpointConfig, EvalConfig
-from mlx_traces.errors import UserError, clean, first_line
+from mlx_traces.errors import UserError, first_line
 from mlx_traces.records import Problem
 from mlx_traces.tasks.prompts import Prompt, as_text
+from mlx_traces.text import clean
 
 if TYPE_CHECKING:
     import httpx2

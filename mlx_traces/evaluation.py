@@ -10,14 +10,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mlx_traces import endpoint, ranks, stats
+from mlx_traces import endpoint, stats
 from mlx_traces.config import AnswerConfig, Config, EndpointConfig, EvalConfig, build
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.interrupts import Stopped, listening
+from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Rollout, Score
-from mlx_traces.runs import RunFolder, fingerprint, held, now, provenance, settled
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.files import held
+from mlx_traces.runtime.interrupts import Stopped, listening
+from mlx_traces.runtime.provenance import fingerprint, now, provenance, settled
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, Task, get_task, thoughts
-from mlx_traces.tasks.data import is_file
 from mlx_traces.tasks.prompts import Prompt, columns_of, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -260,7 +263,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             folder.check(planned.identity(), planned.idle)
             with _server(planned, stop) as source:
                 return _run(planned, folder, progress, source)
-    with ranks.at_work(path, resume) as (folder, stop):
+    with distributed.at_work(path, resume) as (folder, stop):
         from mlx_traces.models import of_its_day
 
         planned = replace(planned, config=of_its_day(planned.config, folder.identity))
@@ -277,8 +280,8 @@ def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
 
 def _engine(planned: Plan, stop: Stop) -> Source:
     """Load the model of a plan."""
-    from mlx_traces import device
     from mlx_traces.models import load
+    from mlx_traces.runtime import device
 
     config = planned.config
     loaded = load(config.model, config.adapter, **config.load_arguments())
@@ -288,7 +291,7 @@ def _engine(planned: Plan, stop: Stop) -> Source:
         completions_of(loaded, planned, stop=stop),
         {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
         ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
-        | {"backend": asdict(backend), "rows": config.rows, "ranks": ranks.world().size()}
+        | {"backend": asdict(backend), "rows": config.rows, "ranks": distributed.world().size()}
         | _settled(planned, loaded.path),
         loaded.notes,
         device.peak_memory_gb,
@@ -427,7 +430,7 @@ def _shared_out(
     One process alone completes the ``whole``, and hands on each rollout at once. After what is handed on, ``stop`` is
     asked.
     """
-    size = ranks.world().size()
+    size = distributed.world().size()
     if size == 1:
         for found in whole:
             yield found
@@ -436,8 +439,8 @@ def _shared_out(
         return
     for start in range(0, count, wave * size):
         part = range(start, min(count, start + wave * size))
-        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in ranks.share(len(part))])]
-        for index, fields in ranks.gather(own):
+        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
+        for index, fields in distributed.gather(own):
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
             yield index, Rollout(**fields | lists)
         if stop and stop():
@@ -450,7 +453,7 @@ def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sa
     if not show:
         yield lambda row: None
         return
-    from mlx_traces.progress import progress
+    from mlx_traces.runtime.progress import progress
 
     correct, tokens, start = sum(row["correct"] for row in samples), 0, perf_counter()
     done = len(samples)

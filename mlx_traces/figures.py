@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces import tables
-from mlx_traces.runs import replacing
+from mlx_traces.runtime.files import replacing
+from mlx_traces.text import fold, number, percent
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white. Then those
 # farthest from all before them in Lab space, to normal, protan, deutan and tritan eyes (Machado et al., 2009).
@@ -126,13 +128,6 @@ def save(figure: Figure, path: Path) -> None:
         scratch.write_bytes(png(figure))
 
 
-def number(value: float) -> str:
-    """Write a number with three digits: ``0.0123``, ``12,345``, ``4.1e-13``."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
 def row_name(row: dict[str, Any]) -> tuple[str, str]:
     """Name a row of a comparison: (model and adapter, prompt and, where two are alike, the run)."""
     name, prompt = tables.model_name(row["model"], row["adapter"]), tables.clean(row["prompt"])
@@ -158,7 +153,7 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
     for i, row in enumerate(rows):
         name, notes = row_name(row)
         notes += ", baseline" if len(rows) > 1 and i == baseline else ""
-        names.append((tables.fold(name, 44), tables.fold(notes, 52)))
+        names.append((fold(name, 44), fold(notes, 52)))
     tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
     figure, axes = _canvas(height, title, right=78)
     top = max(100 * row["ci_high"] for row in rows)
@@ -174,7 +169,7 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
             axes.plot([low, high], [middle, middle], color=shade, linewidth=width, zorder=3, solid_capstyle="butt")
             for end in (low, high):
                 axes.plot([end, end], [middle - 4, middle + 4], color=shade, linewidth=width, zorder=3)
-        _text(axes, f"{tables.percent(row['accuracy'])} %", 1, middle, dx=70, ha="right", va="center", weight="bold")
+        _text(axes, f"{percent(row['accuracy'])} %", 1, middle, dx=70, ha="right", va="center", weight="bold")
         _text(axes, f"n = {tables.n_text(row)}", 1, place, dx=70, ha="right", color=MUTE, size=11)
     if len(rows) > 1:
         axes.axvline(100 * rows[baseline]["accuracy"], color=MUTE, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
@@ -191,7 +186,7 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
         rows: ``name``, ``notes`` (below the name), ``won``, ``lost``, counts of problems.
         title: above it.
     """
-    names = [(tables.fold(row["name"], 44), tables.fold(row["notes"], 58)) for row in rows]
+    names = [(fold(row["name"], 44), fold(row["notes"], 58)) for row in rows]
     tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
     figure, axes = _canvas(height, title)
     most = max(1, *(max(row["won"], row["lost"]) for row in rows))
@@ -244,7 +239,7 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
             shade, mark = color(run), look(run)[1]
             axes.plot([100 * row["ci_low"], 100 * row["ci_high"]], [middle, middle], color=shade, linewidth=2.2)
             axes.plot(100 * row["accuracy"], middle, mark, color=shade, markersize=7.5, markeredgecolor=CARD, zorder=3)
-            text = f"{tables.percent(row['accuracy'])} %"
+            text = f"{percent(row['accuracy'])} %"
             _text(axes, text, 1, middle, dx=62, ha="right", va="center", size=11.5)
     axes.set_yticks([])
     _grid(axes, "x")

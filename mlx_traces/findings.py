@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import stats, tables
-from mlx_traces.tables import Run, interval, p_text, percent
+from mlx_traces import stats, tables, text
+from mlx_traces.tables import Run
+from mlx_traces.text import interval, p_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,7 +253,7 @@ def bits_table(frame: pd.DataFrame, title: str) -> Table:
     headings, rows = bits_cells(frame)
     stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
     cells = [
-        ["\n".join(tables.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
+        ["\n".join(text.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
     ]
     names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
     return tables.grid(title, names, cells)

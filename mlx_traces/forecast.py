@@ -42,14 +42,15 @@ from mlx_traces.config import (
     ScoreConfig,
     SFTConfig,
 )
-from mlx_traces.curves import duration
 from mlx_traces.drawing import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
+from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
 from mlx_traces.rounds import Station
-from mlx_traces.runs import RunFolder, read_json
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.sampling import Usage, generate
+from mlx_traces.text import duration
 
 LENGTH = 0.5  # of max_tokens, where no earlier run tells how long completions are
 CORRECT = 0.5  # of the completions, where no earlier run tells; the filter keeps those

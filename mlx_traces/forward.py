@@ -19,8 +19,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import device
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.runtime import device
 
 T = TypeVar("T")
 

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_traces import adapters, cards, examples, forward, models, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.runs import fingerprint, provenance, put_in_place, scratch_folder, to_json
+from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
+from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.traces import read_traces, source_of
 
 BITS = (16, 8, 6, 5, 4, 3, 2)

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import evaluation, ranks
+from mlx_traces import evaluation
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
-from mlx_traces.interrupts import Stopped, listening
+from mlx_traces.readers import read_json
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import doubts, held, on_the_way, read_json, to_json, whole_lines, write_atomic
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.files import held, on_the_way, to_json, write_atomic
+from mlx_traces.runtime.interrupts import Stopped, listening
+from mlx_traces.runtime.run_folder import doubts, whole_lines
 from mlx_traces.traces import discard_unfinished, manifest_of, manifest_path, refuse_written, write_traces
 
 
@@ -39,10 +42,10 @@ def generate(
     """
     out = Path(out)
     with ExitStack() as stack:
-        if ranks.first():
+        if distributed.first():
             stack.enter_context(held(out.with_name(f".{out.stem}.lock")))
-        pressed = stack.enter_context(listening(say=ranks.first()))
-        return _generate(config, out, resume, show, lambda: ranks.any_of(pressed()))
+        pressed = stack.enter_context(listening(say=distributed.first()))
+        return _generate(config, out, resume, show, lambda: distributed.any_of(pressed()))
 
 
 def _generate(
@@ -53,30 +56,32 @@ def _generate(
 
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluation.plan(config), []
-    if ranks.first() and not resume:
+    if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
     planned = replace(planned, config=models.of_its_day(planned.config, _begun(out, begun) if resume else {}))
     loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
     identity = {**planned.identity(), **weights, **loaded.shown()}
-    made = ranks.gather([manifest_of(out)["counts"]] if ranks.first() and resume and _made(out, identity) else [])
+    made = distributed.gather(
+        [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
+    )
     if made:
-        if ranks.first():
+        if distributed.first():
             part.unlink(missing_ok=True)
             begun.unlink(missing_ok=True)
         return made[0]
-    if ranks.first():
+    if distributed.first():
         _refuse(out, part, begun, resume)
         _begin(begun, identity, out)
         kept = whole_lines(part, ("id",))
-    traces = [Trace.from_row(row, str(part)) for row in ranks.gather(kept)]
+    traces = [Trace.from_row(row, str(part)) for row in distributed.gather(kept)]
     done = {(trace.id, trace.sample): trace for trace in traces}
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
     if todo:
-        lines = part if ranks.first() else Path(os.devnull)
+        lines = part if distributed.first() else Path(os.devnull)
         for trace in _traces(planned, loaded, todo, stop):
             with on_the_way(lines), lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(trace.to_row(), ensure_ascii=False) + "\n")
@@ -89,7 +94,7 @@ def _generate(
         "correct": sum(trace.verdict == "correct" for trace in traces),
         "cut off": sum(trace.finish_reason == "length" for trace in traces),
     }
-    if ranks.first():
+    if distributed.first():
         source = "+".join(filter(None, (planned.config.model, planned.config.adapter)))
         manifest = {"source": source, "config": {**planned.config.model_dump(mode="json"), **identity}}
         manifest |= {"seed": config.seed, "counts": counts, "problems": planned.problems}

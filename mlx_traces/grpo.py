@@ -20,12 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, sharing, training
+from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import GRPOConfig
 from mlx_traces.models import LoadedModel
 from mlx_traces.reinforcement import Result
 from mlx_traces.rollouts import Group
+from mlx_traces.runtime import distributed
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
@@ -143,7 +144,7 @@ def gradient(
 
 def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
-    own = [rows[index] for index in ranks.share(len(rows))]
+    own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
     def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
@@ -153,7 +154,7 @@ def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) 
             found[index] = values.tolist()
 
     sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
-    for row, values in zip(rows, ranks.gather(found), strict=True):
+    for row, values in zip(rows, distributed.gather(found), strict=True):
         yield row, np.array(values, np.float32)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import RLConfig, SFTSettings
-from mlx_traces.device import Backend
+from mlx_traces.runtime.device import Backend
 
 if TYPE_CHECKING:
     from mlx_traces.models import LoadedModel

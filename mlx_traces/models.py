@@ -10,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import device as devices
-from mlx_traces import hub
 from mlx_traces.config import shipped
 from mlx_traces.conversations import Chat, Rendered
-from mlx_traces.device import Backend
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.records import Problem
-from mlx_traces.runs import fingerprint, on_the_way
+from mlx_traces.runtime import hub
+from mlx_traces.runtime.device import Backend, choose
+from mlx_traces.runtime.files import on_the_way
+from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
 
@@ -192,7 +192,7 @@ def load(
     Raises:
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
     """
-    devices.choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
+    choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
     from mlx_lm.utils import get_total_parameters, load_model
 
     spec, adapter = _parts(name, adapter)
@@ -202,7 +202,7 @@ def load(
     except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
         raise _unloadable(spec, "cannot be loaded", error, trust_remote_code) from None
     tokenizer = _load_tokenizer(path, spec, config, trust_remote_code)
-    backend = devices.choose(device, weights, dtype, get_total_parameters(model))
+    backend = choose(device, weights, dtype, get_total_parameters(model))
     notes = place(model, backend)
     if adapter is not None:
         from mlx_traces.adapters import attach

@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.runs import put_in_place, scratch_folder
+from mlx_traces.runtime.files import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
 from mlx_traces.tasks.prompts import Message
 from mlx_traces.tasks.solver import TRACE_LIMIT

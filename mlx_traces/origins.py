@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
-from mlx_traces.errors import clean
-from mlx_traces.fingerprints import doubt
+from mlx_traces.runtime.fingerprints import doubt
+from mlx_traces.text import clean
 
 LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # of run.json's versions, those that can move a result
 SAMPLING = ("top_p", "top_k", "min_p")  # which greedy decoding ignores

@@ -28,13 +28,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, ranks, reinforcement, sharing, training
+from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import PPOConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.reinforcement import Result
 from mlx_traces.rollouts import Group
+from mlx_traces.runtime import distributed
 
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
@@ -143,7 +144,7 @@ def _read_all(
     module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
     """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
-    own = [rows[index] for index in ranks.share(len(rows))]
+    own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
     def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
@@ -154,7 +155,7 @@ def _read_all(
             found[index] = [array.tolist() for array in both]
 
     sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
-    for row, arrays in zip(rows, ranks.gather(found), strict=True):
+    for row, arrays in zip(rows, distributed.gather(found), strict=True):
         yield row, *(np.array(values, np.float32) for values in arrays)
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, cards, hub, models
+from mlx_traces import adapters, cards, models
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.fingerprints import MODEL_FILES
-from mlx_traces.runs import to_json
+from mlx_traces.runtime import hub
+from mlx_traces.runtime.files import to_json
+from mlx_traces.runtime.fingerprints import MODEL_FILES
 
 SETTINGS = (adapters.CONFIG, "fused.json")  # of our making: they name files of this machine
 

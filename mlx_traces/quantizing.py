@@ -11,7 +11,8 @@ from typing import Any
 
 from mlx_traces import fusing, models
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.runs import fingerprint, provenance, put_in_place, scratch_folder, to_json
+from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
+from mlx_traces.runtime.provenance import fingerprint, provenance
 
 
 @dataclass(frozen=True)

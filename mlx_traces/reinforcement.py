@@ -13,27 +13,17 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import (
-    adapters,
-    checkpoints,
-    device,
-    forward,
-    memory,
-    models,
-    ranks,
-    rewards,
-    rollouts,
-    tracking,
-    training,
-)
+from mlx_traces import adapters, checkpoints, forward, memory, models, rewards, rollouts, tracking, training
 from mlx_traces.config import RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
-from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
+from mlx_traces.readers import is_file
 from mlx_traces.rollouts import Group
-from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
-from mlx_traces.tasks.data import is_file
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime.provenance import fingerprint, provenance, settled
+from mlx_traces.runtime.run_folder import RunFolder, whole_lines
 
 NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
@@ -102,7 +92,7 @@ def train(
         Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
     with (
-        ranks.at_work(Path(out), resume) as (folder, stop),
+        distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         return _train(name, config, folder, make_learner, stop, show)
@@ -129,7 +119,7 @@ def _train(
     settings = adapters.start(loaded.model, config, config.adapter)
     learner = make_learner(loaded, config)
     notes += filter(None, [memory.fits(memory.of_reinforcement(loaded, config, longest), loaded.backend)])
-    ran = {"backend": asdict(loaded.backend), "ranks": ranks.world().size(), "notes": [*loaded.notes, *notes]}
+    ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size(), "notes": [*loaded.notes, *notes]}
     asked = {"problems": [problem.id for problem in planned.problems]}
     asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
     read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)

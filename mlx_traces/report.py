@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces import figures, tables
 from mlx_traces.errors import UserError
-from mlx_traces.runs import provenance, to_json, write_atomic
+from mlx_traces.runtime.files import to_json, write_atomic
+from mlx_traces.runtime.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,14 +13,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import adapters, evaluation, policy, ranks, rewards, selection, training
+from mlx_traces import adapters, evaluation, policy, rewards, selection, training
 from mlx_traces.batching import Example
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import LoadedModel
+from mlx_traces.readers import read_json
 from mlx_traces.records import Problem
-from mlx_traces.runs import on_the_way, read_json, to_json, write_atomic
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
 
 
@@ -84,8 +86,8 @@ def scored(
     """Give every completion its rewards."""
     pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
     # By the first rank alone: a reward need not say the same twice, and all must learn from the same.
-    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags) if ranks.first() else []
-    parts = ranks.gather(parts)
+    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags) if distributed.first() else []
+    parts = distributed.gather(parts)
     totals = [rewards.total(part, config.rewards) for part in parts]
     if config.overlong == "penalty":
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])

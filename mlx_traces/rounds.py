@@ -27,6 +27,7 @@ from mlx_traces import (
     scoring,
     selection,
     tables,
+    text,
     traces,
     tracking,
     training,
@@ -48,10 +49,12 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import RunFolder, fingerprint, on_the_way, provenance, to_json, write_atomic
+from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
+from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k
-from mlx_traces.tasks.data import is_file
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
@@ -397,8 +400,8 @@ def gains(runs: list[tables.Run]) -> list[str]:
         pair = tables.paired(after, before)
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
-            f"{tables.label(after)} against {tables.label(before)}: {tables.percent(pair['diff'], signed=True)} "
+            f"{tables.label(after)} against {tables.label(before)}: {text.percent(pair['diff'], signed=True)} "
             f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
-            f"{tables.p_text(pair['p_value'])}"
+            f"{text.p_text(pair['p_value'])}"
         )
     return lines

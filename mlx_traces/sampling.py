@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_traces.device import limits, out_of_memory
 from mlx_traces.drawing import (
     Request,
     SamplingParams,
@@ -32,6 +31,7 @@ from mlx_traces.errors import UserError, first_line
 from mlx_traces.fallback import generate_plainly
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Rollout
+from mlx_traces.runtime.device import limits, out_of_memory
 
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
 # Prompt tokens read at once, padding included. On a CPU few: products of that size are at full speed already, and

@@ -11,7 +11,7 @@ from mlx_traces.config import FilterConfig, ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import COMPONENTS, combined, headline, problem_of, text_scores
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import held
+from mlx_traces.runtime.files import held
 from mlx_traces.selection import Report, select
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import read_traces, refuse_written, source_of, write_traces

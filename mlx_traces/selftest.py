@@ -23,7 +23,9 @@ from typing import Any
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import NANO, LoadedModel
-from mlx_traces.runs import fingerprint, provenance, read_json, to_json, write_atomic
+from mlx_traces.readers import read_json
+from mlx_traces.runtime.files import to_json, write_atomic
+from mlx_traces.runtime.provenance import fingerprint, provenance
 
 PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
 MAX_TOKENS = 24

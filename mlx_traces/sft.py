@@ -21,14 +21,12 @@ from mlx_traces import (
     adapters,
     batching,
     checkpoints,
-    device,
     evaluation,
     examples,
     forward,
     memory,
     models,
     optim,
-    ranks,
     sampling,
     selection,
     sharing,
@@ -39,10 +37,12 @@ from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
 from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
-from mlx_traces.interrupts import Stopped
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Trace, problem_id
-from mlx_traces.runs import RunFolder, fingerprint, provenance, settled, whole_lines
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime.provenance import fingerprint, provenance, settled
+from mlx_traces.runtime.run_folder import RunFolder, whole_lines
 from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
 
@@ -66,7 +66,7 @@ def step_gradient(
 
 def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
-    own = [rows[index] for index in ranks.share(len(rows))]
+    own = [rows[index] for index in distributed.share(len(rows))]
 
     def read(_: list[int], states: mx.array, targets: mx.array) -> float:
         logprobs, _ = forward.head_logprobs(
@@ -75,7 +75,7 @@ def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig)
         return logprobs.sum().item()
 
     total = -sum(sharing.each(halves, own, config.micro_tokens, read))
-    return sum(ranks.gather([total])) / sum(example.count for example in rows)
+    return sum(distributed.gather([total])) / sum(example.count for example in rows)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         Stopped: after Ctrl-C, when a step is done and its checkpoint written.
     """
     with (
-        ranks.at_work(Path(out), resume) as (folder, stop),
+        distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         return _train(config, folder, stop, show)
@@ -209,7 +209,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
             ),
             "backend": asdict(loaded.backend),
             "steps": steps,
-            "ranks": ranks.world().size(),
+            "ranks": distributed.world().size(),
             "notes": notes,
         },
     )

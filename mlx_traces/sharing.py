@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import batching, forward, optim, ranks
+from mlx_traces import batching, forward, optim
 from mlx_traces.batching import Example
 from mlx_traces.forward import Split
+from mlx_traces.runtime import distributed
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
 
@@ -71,7 +72,7 @@ def accumulate(
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
             micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
     """
-    own = ranks.share(len(examples))
+    own = distributed.share(len(examples))
     shifted = loss_of if own.start == 0 else lambda *given: loss_of(*given[:2], [own.start + i for i in given[2]])
     rows = [examples[i] for i in own]
     prompts = _shared(halves, rows)
@@ -80,7 +81,7 @@ def accumulate(
         return _accumulate(model, halves, rows, prompts, tokens, shifted)
 
     loss, grads, sums = halves.room.fit(micro_tokens, _lengths(rows, prompts), part)
-    return ranks.total_step(loss, grads, sums, model.trainable_parameters())
+    return distributed.total_step(loss, grads, sums, model.trainable_parameters())
 
 
 def _accumulate(

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_traces import comparison, endpoint, evaluation, findings, models, quantizing, report, tables, webpage
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.runs import RunFolder, read_json, to_json, write_atomic
+from mlx_traces.readers import read_json
+from mlx_traces.runtime.files import to_json, write_atomic
+from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_traces import origins, stats
-from mlx_traces.errors import UserError, clean, unknown, visible
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import is_number
 from mlx_traces.tasks import TASKS, get_task
-from mlx_traces.tasks.data import is_number
+from mlx_traces.text import clean, fold, interval, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
 
 JSON_KEYS = (
     "model",
@@ -255,40 +257,10 @@ def protocol_line(frame: pd.DataFrame) -> str:
     return " · ".join(parts)
 
 
-def percent(share: float, signed: bool = False) -> str:
-    """Format a fraction in percent with one decimal and without its sign ``%``; zero has no sign."""
-    text = f"{100 * share:{'+' if signed else ''}.1f}"
-    return "0.0" if float(text) == 0 else text
-
-
-def interval(low: float, high: float) -> str:
-    """Format an interval of fractions in percent: ``[28.6, 33.7]``."""
-    return f"[{percent(low)}, {percent(high)}]"
-
-
-def p_text(p: float) -> str:
-    """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash if there is none."""
-    if math.isnan(p):
-        return "–"
-    if p < 1e-4:
-        return "<1e-4"
-    return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
-
-
 def n_text(row: dict[str, Any]) -> str:
     """State the size of a row: ``1,319``, or problems and samples of each: ``200 × 8``."""
     problems, samples = row["total_questions"] // row["samples_per_problem"], row["samples_per_problem"]
     return f"{problems:,}" if samples == 1 else f"{problems:,} × {samples}"
-
-
-def fold(text: str, width: int) -> list[str]:
-    """Break a long name into lines, after its dashes and spaces and before an adapter."""
-    lines = [""]
-    for part in re.findall(r"[+]?[^-_/ +]*[-_/ ]*", text):
-        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
-            lines.append("")
-        lines[-1] += part
-    return [line.rstrip() for line in lines]
 
 
 def to_terminal(frame: pd.DataFrame) -> Table:
@@ -623,11 +595,6 @@ def _caption(frame: pd.DataFrame) -> str:
 def _mean(counts: Sequence[int | None]) -> float:
     """Return the mean of counts; not a number if one is not known."""
     return math.nan if None in counts else sum(counts) / len(counts)
-
-
-def whole(number: float | None) -> str:
-    """Format a number without decimals; a dash if there is none."""
-    return "–" if number is None or math.isnan(number) else f"{number:,.0f}"
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

@@ -16,14 +16,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mlx_traces.errors import UserError, clean, unknown
-from mlx_traces.readers import MARK, text_of
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import MARK, Row, file_rows, is_file, listed, read_json, read_jsonl, text_of
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runs import ids_digest, leftovers, provenance, read_json, replacing, sync, to_json
+from mlx_traces.runtime.files import leftovers, replacing, sync, to_json
+from mlx_traces.runtime.provenance import ids_digest, provenance
 from mlx_traces.tasks import Task, countdown, gsm8k, thoughts
-from mlx_traces.tasks.data import Row, content_id, file_rows, hub_rows, is_file, listed, read_jsonl, split_slice
+from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
 from mlx_traces.tasks.solver import search_trace
+from mlx_traces.text import clean
 
 # ---------------------------------------------------------------------------------- files
 

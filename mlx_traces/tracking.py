@@ -16,10 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_traces import ranks
 from mlx_traces.config import TrackingConfig
-from mlx_traces.errors import UserError, choices, clean, first_line
-from mlx_traces.runs import RunFolder, read_json, to_json, whole_lines, write_atomic
+from mlx_traces.errors import UserError, choices, first_line
+from mlx_traces.readers import read_json
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.files import to_json, write_atomic
+from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.text import clean
 
 PROJECT = "mlx-traces"  # unless the client's own environment variable names another
 STATE = "tracked.json"
@@ -56,7 +59,7 @@ def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> It
     Raises:
         UserError: if the client is not installed.
     """
-    if config.report_to is None or not ranks.first():
+    if config.report_to is None or not distributed.first():
         yield show
         return
     tracker = Tracker(client(config.report_to), config, folder)

@@ -11,7 +11,7 @@ from mlx_traces import adapters, cards, evaluation
 from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
-from mlx_traces.runs import RunFolder
+from mlx_traces.runtime.run_folder import RunFolder
 
 SHOWN = 4  # validation completions kept in samples.jsonl
 # Settings that a run may go on with others of: they decide where it runs and what is told, or how a step is parted,

@@ -12,15 +12,16 @@ from typing import Any
 
 from mlx_traces import adapters, comparison, evaluation, models, traces
 from mlx_traces.config import EvalConfig, build
-from mlx_traces.errors import UserError, clean, first_line
+from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
+from mlx_traces.readers import read_json, read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
-from mlx_traces.runs import SAMPLE_COLUMNS, RunFolder, read_json
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
 from mlx_traces.tasks import GRADER, Task, get_task
-from mlx_traces.tasks.data import read_jsonl
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
+from mlx_traces.text import clean
 
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
@@ -350,7 +351,7 @@ def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
             return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
         if not names:
             return [f"{adapters.WEIGHTS}: no weights in it"]
-        from mlx_traces.device import import_mlx
+        from mlx_traces.runtime.device import import_mlx
 
         import_mlx()
         import mlx.core as mx

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces import curves, figures, tables, traces
+from mlx_traces import text as mlx_traces_text
 from mlx_traces.curves import EVALUATION, Record
-from mlx_traces.errors import UserError, clean, unknown, visible
-from mlx_traces.runs import now, to_json, write_atomic
-from mlx_traces.tasks.data import is_number
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import is_number
+from mlx_traces.runtime.files import to_json, write_atomic
+from mlx_traces.runtime.provenance import now
+from mlx_traces.text import clean, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,9 +124,9 @@ def _environment() -> Environment:
     environment.globals["colors"] = len(figures.COLORS)
     environment.globals["looks"] = len(figures.LOOKS)
     environment.filters |= {
-        "percent": tables.percent,
-        "interval": lambda row, name="ci": tables.interval(row[f"{name}_low"], row[f"{name}_high"]),
-        "p": tables.p_text,
+        "percent": percent,
+        "interval": lambda row, name="ci": mlx_traces_text.interval(row[f"{name}_low"], row[f"{name}_high"]),
+        "p": p_text,
     }
     return environment
 
@@ -187,7 +190,7 @@ class Page:
         protocol = tables.protocol_line(frame)
         rows = _rows(frame, runs, baseline)
         several = len(runs) > 1
-        said = "; ".join(f"{row['name']} {row['notes']} {tables.percent(row['accuracy'])} %" for row in rows)
+        said = "; ".join(f"{row['name']} {row['notes']} {percent(row['accuracy'])} %" for row in rows)
         charts = [
             self.picture(
                 "accuracy",
@@ -223,7 +226,7 @@ class Page:
                         name,
                         title,
                         "; ".join(
-                            f"{row['label']}, {row['part']}: {tables.percent(row['accuracy'])} %"
+                            f"{row['label']}, {row['part']}: {percent(row['accuracy'])} %"
                             for row in parts.to_dict("records")
                         ),
                         lambda title, parts=parts: figures.parts(parts, title),
@@ -334,34 +337,34 @@ def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> lis
                 "n": tables.n_text(row),
                 "color": i,
                 "baseline": i == baseline and len(runs) > 1,
-                "tokens": tables.whole(row["tokens_per_answer"]),
-                "speed": tables.whole(speed if isinstance(speed, int | float) else None),
+                "tokens": whole(row["tokens_per_answer"]),
+                "speed": whole(speed if isinstance(speed, int | float) else None),
             }
         )
     return rows
 
 
 def _pair_notes(row: dict[str, Any]) -> str:
-    interval = tables.interval(row["diff_low"], row["diff_high"])
-    return f"{tables.percent(row['diff'], signed=True)} points {interval}, p {_is(row['p_value'])}"
+    interval = mlx_traces_text.interval(row["diff_low"], row["diff_high"])
+    return f"{percent(row['diff'], signed=True)} points {interval}, p {_is(row['p_value'])}"
 
 
 def _is(p: float) -> str:
-    text = tables.p_text(p)
+    text = p_text(p)
     return text.replace("<", "< ") if text.startswith("<") else f"= {text}"
 
 
 def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     """Say in a sentence which run is highest, and how it stands to the baseline."""
     best = max(rows, key=lambda row: row["accuracy"])
-    base, share = rows[baseline], f"{tables.percent(best['accuracy'])} %"
+    base, share = rows[baseline], f"{percent(best['accuracy'])} %"
     names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
     if best is base:
         return f"No run is above the baseline, {names[1]}, at {share} of {best['n']}."
     sure = "" if best["p_holm"] < 0.05 else ": within what chance may do"
     return (
-        f"{names[0]} is highest with {share} of {best['n']}: {tables.percent(best['diff'], signed=True)} points "
-        f"{tables.interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
+        f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
+        f"{mlx_traces_text.interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
         f"{best['losses']:,} lost, Holm-adjusted p {_is(best['p_holm'])}{sure}."
     )
 
@@ -371,7 +374,7 @@ def _agreement(runs: Sequence[tables.Run]) -> str:
     parts = []
     for run, name in zip(runs, tables.labels(runs), strict=True):
         alike = sum(len({verdict == "correct" for verdict in row["verdicts"].values()}) == 1 for row in run.samples)
-        parts.append(f"{name} {tables.percent(alike / len(run.samples))} %")
+        parts.append(f"{name} {percent(alike / len(run.samples))} %")
     return f"All extractors judge alike, as correct or not: {', '.join(parts)} of the completions."
 
 

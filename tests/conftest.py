@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_traces.device import Backend
 from mlx_traces.models import LoadedModel
+from mlx_traces.runtime.device import Backend
 
 assert mlx_traces
 settings.register_profile("suite", deadline=None)  # how long an example takes is the machine's affair

@@ -33,11 +33,14 @@ from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-from mlx_traces import adapters, asking, config, curves, quality, reformatting, runs, tables, traces, webpage
-from mlx_traces.errors import UserError, clean
+from mlx_traces import adapters, asking, config, curves, quality, reformatting, tables, traces, webpage
+from mlx_traces.errors import UserError
+from mlx_traces.readers import is_file, parse_row
 from mlx_traces.records import Problem, Trace
+from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import TASKS, Task, answers, countdown, get_task, gsm8k, prompts, qa, thoughts
-from mlx_traces.tasks.data import is_file, parse_row, split_slice
+from mlx_traces.tasks.data import split_slice
+from mlx_traces.text import clean
 
 CHARACTERS = 100_000  # of the longest input that has to keep to the bounds; of a longer one they grow in proportion
 SECONDS = 0.05  # of the processor, for a call
@@ -289,7 +292,7 @@ def _compared(text: str) -> None:
 
 
 def _resumed(text: str) -> None:
-    folder = runs.RunFolder(_run_folder("resumed", text))
+    folder = run_folder.RunFolder(_run_folder("resumed", text))
     folder.recover(json.loads(json.dumps(TRAINED["identity"])))
     folder.rewind("metrics.jsonl", 3)
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import mlx_traces
-from mlx_traces import config, generation, grpo, ppo, ranks, sft, traces
-from mlx_traces.interrupts import Stopped
+from mlx_traces import config, generation, grpo, ppo, sft, traces
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks import countdown
 
 ADAPTER = str(Path(__file__).parents[1] / "adapters/nano-epoch1")
@@ -50,7 +51,7 @@ def make(kind, folder, name, resume=False, stop=False):
     def show(*_):
         nonlocal units
         units += 1
-        if stop and units == 3 and ranks.world().rank() == ranks.world().size() - 1:
+        if stop and units == 3 and distributed.world().rank() == distributed.world().size() - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     out, settings = place(kind, folder, name), SETTINGS[kind]
@@ -94,7 +95,7 @@ def main(folder):
     for kind in SETTINGS:
         make(kind, folder, "first", resume=True)
         said[kind] = stopped(kind, folder, "second")
-    if ranks.first():
+    if distributed.first():
         (folder / "said.json").write_text(json.dumps(said))
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from mlx_traces import cards, evaluation, fusing, grpo, sft
 from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
-from mlx_traces.runs import fingerprint
+from mlx_traces.runtime.provenance import fingerprint
 
 ROOT = Path(__file__).parent.parent
 # Of the hub's documentation, "Licenses": some of each family, and what people write in their place.

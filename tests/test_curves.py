@@ -11,6 +11,7 @@ from rich.console import Console
 from mlx_traces import curves, figures, stats
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
+from mlx_traces.text import duration
 
 
 def write_training(path, steps=6, num_steps=10, finished=False, **identity):
@@ -143,7 +144,7 @@ def test_blocks_by_hand():
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (754.4, "12:34"), (3723, "1:02:03")])
 def test_durations(seconds, text):
-    assert curves.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])

@@ -10,8 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_traces import blas, device, doctor, hub
+from mlx_traces import doctor
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import blas, device, hub
 
 BILLION = 10**9
 

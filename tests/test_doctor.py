@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from packaging.requirements import Requirement
 
-from mlx_traces import device, doctor, models, selftest
+from mlx_traces import doctor, models, selftest
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import device
 
 STORED = selftest.load_reference()
 

@@ -22,8 +22,8 @@ from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import plan
-from mlx_traces.interrupts import Stopped
 from mlx_traces.records import Problem
+from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,10 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import curves, generation, models, runs, scoring, sft
+from mlx_traces import curves, generation, models, scoring, sft
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import files, provenance, run_folder
 
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
 LONG = "MLX_TRACES_KILLS" in os.environ
@@ -122,7 +123,7 @@ class Disk:
         self.seen, self.wanted, self.number = [], None, number
         self.patch(monkeypatch, Path, "write_text", lambda path, *_: path.name)
         self.patch(monkeypatch, Path, "replace", lambda _, path: path.name)
-        self.patch(monkeypatch, runs, "sync", lambda path: path.name)
+        self.patch(monkeypatch, files, "sync", lambda path: path.name)
         self.patch(monkeypatch, mx, "save_safetensors", lambda path, *_: Path(path).name, RuntimeError)
         whole = Path.open
 
@@ -320,7 +321,7 @@ def test_a_writer_killed_between_a_file_and_its_manifest(data, tmp_path, monkeyp
     """The manifest is put in its place, by its hash of the file; nobody else's file gets it."""
     out, about = tmp_path / "scored.jsonl", tmp_path / "scored.manifest.json"
     scoring.score_file(data, out, ScoreConfig())
-    left = tmp_path / f".999999999-{runs.platform.node()}.tmp-{about.name}"
+    left = tmp_path / f".999999999-{run_folder.platform.node()}.tmp-{about.name}"
     content, lines = about.read_bytes(), out.read_bytes()
     about.rename(left)
     out.write_bytes(lines + b"\n")
@@ -334,13 +335,13 @@ def test_a_writer_killed_between_a_file_and_its_manifest(data, tmp_path, monkeyp
 
 
 def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
-    node, file = runs.platform.node(), tmp_path / "result.json"
+    node, file = run_folder.platform.node(), tmp_path / "result.json"
     gone = tmp_path / f".999999999-{node}.tmp-result.json"
     others = [f".{os.getppid()}-{node}.tmp-result.json", ".999999999-elsewhere.tmp-result.json", ".tmp-result.json"]
     others += [f".999999999-{node}.tmp-other.json", f".x-{node}.tmp-result.json"]
     for path in (gone, *(tmp_path / name for name in others)):
         path.touch()
-    runs.write_atomic(file, "{}")
+    files.write_atomic(file, "{}")
     assert not gone.exists() and sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, file.name])
 
 
@@ -349,13 +350,15 @@ def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
 
 def test_a_clock_that_goes_back(recipes, tmp_path, monkeypatch):
     recipes["sft"](tmp_path / "whole", False)
-    monkeypatch.setattr(runs, "now", lambda: "2020-01-01T00:00:00+00:00")
+    monkeypatch.setattr(provenance, "now", lambda: "2020-01-01T00:00:00+00:00")
     cut_off(recipes["sft"], tmp_path / "cut", monkeypatch)
     out = tmp_path / "cut" / "run"
-    (out / ".lock").write_text(json.dumps({"pid": 1, "host": runs.platform.node(), "since": "2099-01-01T00:00:00"}))
+    (out / ".lock").write_text(
+        json.dumps({"pid": 1, "host": run_folder.platform.node(), "since": "2099-01-01T00:00:00"})
+    )
     for path in out.iterdir():
         os.utime(path, (4e9, 4e9))  # files of the future
-    monkeypatch.setattr(runs, "now", lambda: "1970-01-01T00:00:00+00:00")
+    monkeypatch.setattr(provenance, "now", lambda: "1970-01-01T00:00:00+00:00")
     record = curves.read(out)
     from rich.console import Console
 
@@ -383,7 +386,7 @@ def test_no_duration_is_taken_from_the_calendar_and_no_order_from_file_times():
 
 def test_two_scorers_of_one_file(data, tmp_path):
     out = tmp_path / "new" / "scored.jsonl"
-    with runs.held(tmp_path / "new" / ".scored.lock"):
+    with files.held(tmp_path / "new" / ".scored.lock"):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
             scoring.score_file(data, out, ScoreConfig())
         assert not out.exists()

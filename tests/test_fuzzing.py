@@ -24,13 +24,16 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import adapters, curves, evaluation, quality, rewards, runs, tables, traces, webpage
+from mlx_traces import adapters, curves, evaluation, quality, rewards, tables, traces, webpage
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
-from mlx_traces.errors import UserError, clean, inert, unknown, visible
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import is_file, parse_row
+from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import gsm8k, qa
-from mlx_traces.tasks.data import is_file, parse_row, split_slice
+from mlx_traces.tasks.data import split_slice
 from mlx_traces.tasks.prompts import Prompt, load_prompt
+from mlx_traces.text import clean, inert, visible
 
 PACKAGE = Path(tables.__file__).parent
 IDS = [target.name for target in TARGETS]
@@ -188,7 +191,7 @@ def test_a_page_shows_what_it_can(run, old, new):
 def test_a_step_that_is_no_number_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": "2"}\n')
     with pytest.raises(UserError, match="'step' must be a number, not str"):
-        runs.RunFolder(tmp_path).rewind("metrics.jsonl", 1)
+        run_folder.RunFolder(tmp_path).rewind("metrics.jsonl", 1)
 
 
 @pytest.mark.parametrize(

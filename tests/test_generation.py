@@ -8,7 +8,7 @@ import pytest
 from mlx_traces import generation, models
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
-from mlx_traces.runs import ids_digest
+from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import manifest_of, manifest_path, read_traces
 

@@ -27,7 +27,6 @@ from mlx_traces import (
     reinforcement,
     rewards,
     rollouts,
-    runs,
     training,
 )
 from mlx_traces.batching import Example
@@ -35,6 +34,7 @@ from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, 
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
+from mlx_traces.runtime import run_folder
 
 # ---------------------------------------------------------------------------------- rewards of these tests
 
@@ -479,8 +479,8 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
         monkeypatch.setattr(owner, name, interrupted)
 
     at_each(grpo, "learn")
-    at_each(runs.RunFolder, "log")
-    at_each(runs.RunFolder, "conclude")
+    at_each(run_folder.RunFolder, "log")
+    at_each(run_folder.RunFolder, "conclude")
     at_each(adapters, "save")
     at_each(checkpoints, "save")
     grpo.train(config, tmp_path / "counted")

@@ -45,8 +45,8 @@ def hub(monkeypatch):
             config=SimpleNamespace(HF_HUB_OFFLINE=False),
         ),
     )
-    monkeypatch.setattr("mlx_traces.hub.switched_off", lambda: False)
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "")
+    monkeypatch.setattr("mlx_traces.runtime.hub.switched_off", lambda: False)
+    monkeypatch.setattr("mlx_traces.runtime.hub.fault", lambda: "")
     return asked
 
 
@@ -179,7 +179,7 @@ def test_hub_rows_are_checked(hub, monkeypatch):
 def test_no_network(data, hub, monkeypatch):
     """Without network the message ends with what to pass instead."""
 
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "no answer")
+    monkeypatch.setattr("mlx_traces.runtime.hub.fault", lambda: "no answer")
     monkeypatch.setattr("mlx_traces.tasks.data._downloaded", lambda *_: None)
     with pytest.raises(UserError) as error:
         load("test", data, None, 0)

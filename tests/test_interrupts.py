@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 import several
 
-from mlx_traces import interrupts
+from mlx_traces.runtime import interrupts
 
 CODE = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mlx_traces.cli import main; main()"

@@ -11,13 +11,14 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import adapters, device, forward, grpo, memory, models, optim, planning, ppo, ranks, sft, traces
+from mlx_traces import adapters, forward, grpo, memory, models, optim, planning, ppo, sft, traces
 from mlx_traces.batching import Example
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
-from mlx_traces.device import Backend
 from mlx_traces.drawing import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.device import Backend
 from mlx_traces.sampling import generate
 from mlx_traces.tasks import countdown
 
@@ -338,16 +339,16 @@ def test_runs_and_samples_are_made_within_the_limits(roomy, tiny, tmp_path):
     for _ in generate(tiny, [Request((1, 2, 3))], SamplingParams(2)):
         assert cache_limit() < roomy
     assert cache_limit() == roomy
-    with ranks.at_work(tmp_path / "run", False):
+    with distributed.at_work(tmp_path / "run", False):
         assert cache_limit() < roomy
     assert cache_limit() == roomy
 
 
 def test_memory_that_ran_out_anywhere_in_a_run_is_told_in_a_line(tmp_path):
     told = r"memory ran out \(.malloc. Unable to allocate 3 bytes.\); .* --resume"
-    with pytest.raises(UserError, match=told), ranks.at_work(tmp_path / "run", False):
+    with pytest.raises(UserError, match=told), distributed.at_work(tmp_path / "run", False):
         raise RuntimeError("[malloc] Unable to allocate 3 bytes.")
-    with pytest.raises(RuntimeError, match="another"), ranks.at_work(tmp_path / "run", False):
+    with pytest.raises(RuntimeError, match="another"), distributed.at_work(tmp_path / "run", False):
         raise RuntimeError("another")
 
 

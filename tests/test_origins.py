@@ -10,12 +10,14 @@ import shutil
 import pytest
 
 import mlx_traces
-from mlx_traces import comparison, evaluation, fingerprints, origins, tables
+from mlx_traces import comparison, evaluation, origins, tables
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.fingerprints import doubt, fingerprint
 from mlx_traces.models import resolve
-from mlx_traces.runs import RunFolder, settled
+from mlx_traces.runtime import fingerprints
+from mlx_traces.runtime.fingerprints import doubt, fingerprint
+from mlx_traces.runtime.provenance import settled
+from mlx_traces.runtime.run_folder import RunFolder
 
 ABOUT = {
     "identity": {

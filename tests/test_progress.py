@@ -7,8 +7,9 @@ from time import sleep
 import pytest
 from rich.console import Console
 
-from mlx_traces import evaluation, progress
+from mlx_traces import evaluation
 from mlx_traces.cli.train import training_bar
+from mlx_traces.runtime import progress
 
 REINFORCED = {
     **{"reward/mean": 0.4321, "rollout/length": 123.4, "rollout/finished": 0.98, "rollout/zero_std_groups": 0.25},

@@ -8,19 +8,12 @@ import datasets
 import pytest
 
 from mlx_traces import evaluation
-from mlx_traces.config import EvalConfig, read_yaml
+from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
+from mlx_traces.readers import is_file, read_jsonl, read_yaml
 from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
-from mlx_traces.tasks.data import (
-    content_id,
-    hub_rows,
-    is_file,
-    load_rows,
-    read_jsonl,
-    split_slice,
-    text_column,
-)
+from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt, fill, load_prompt
 from mlx_traces.traces import import_traces
 
@@ -279,8 +272,8 @@ def test_hub_rows(monkeypatch):
     """Rows come with their place; a revision stands after @."""
     client = FakeHub()
     monkeypatch.setitem(sys.modules, "datasets", client)
-    monkeypatch.setattr("mlx_traces.hub.switched_off", lambda: False)
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "")
+    monkeypatch.setattr("mlx_traces.runtime.hub.switched_off", lambda: False)
+    monkeypatch.setattr("mlx_traces.runtime.hub.fault", lambda: "")
     assert list(hub_rows("o/n@r1", "main", "test", "")) == [("o/n[0]", {"a": 1})]
     assert client.asked == [(("o/n", "main"), {"split": "test", "revision": "r1"})]
     assert list(hub_rows("o/n", None, "test", "", lambda size: range(size)[1:])) == []
@@ -297,8 +290,8 @@ def test_hub_rows(monkeypatch):
 def test_hub_faults(monkeypatch, fault, reason):
     """Whatever the hub's client raises becomes one line with a way out."""
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(fault))
-    monkeypatch.setattr("mlx_traces.hub.switched_off", lambda: False)
-    monkeypatch.setattr("mlx_traces.hub.fault", lambda: "")
+    monkeypatch.setattr("mlx_traces.runtime.hub.switched_off", lambda: False)
+    monkeypatch.setattr("mlx_traces.runtime.hub.fault", lambda: "")
     with pytest.raises(UserError) as error:
         list(hub_rows("o/n@main", None, "test", "pass X"))
     assert str(error.value) == f"o/n could not be downloaded ({reason}); pass X"

@@ -14,8 +14,9 @@ import several
 from click.testing import CliRunner
 
 from mlx_traces import bench as bench_room
-from mlx_traces import models, ranks
+from mlx_traces import models
 from mlx_traces.cli import main
+from mlx_traces.runtime import distributed
 
 ROOT = Path(__file__).parent.parent
 MAIN = ("-c", "from mlx_traces.cli import main; main()")
@@ -183,7 +184,11 @@ def test_what_ranks_do_not_share_is_refused(monkeypatch):
 
 
 def test_one_process_is_left_alone(tmp_path):
-    assert ranks.world().size() == 1 and list(ranks.share(5)) == [0, 1, 2, 3, 4]
+    assert distributed.world().size() == 1 and list(distributed.share(5)) == [0, 1, 2, 3, 4]
     tree = {"a": mx.ones(3)}
-    assert ranks.gather([1, 2]) == [1, 2] and ranks.total(tree) is tree and ranks.own_folder(tmp_path) == tmp_path
-    assert ranks.total_step(1.0, tree, {"n": 2.0}, tree) == (1.0, tree, {"n": 2.0}) and ranks.any_of(True)
+    assert (
+        distributed.gather([1, 2]) == [1, 2]
+        and distributed.total(tree) is tree
+        and distributed.own_folder(tmp_path) == tmp_path
+    )
+    assert distributed.total_step(1.0, tree, {"n": 2.0}, tree) == (1.0, tree, {"n": 2.0}) and distributed.any_of(True)

@@ -10,9 +10,9 @@ import killing
 import pytest
 import several
 
-from mlx_traces import runs
 from mlx_traces.errors import UserError
-from mlx_traces.runs import held
+from mlx_traces.runtime import files, run_folder
+from mlx_traces.runtime.files import held
 
 HOLD = "import sys, time; from pathlib import Path; from mlx_traces import runs\n"
 HOLD += "with runs.held(Path(sys.argv[1])):\n    Path(sys.argv[1] + '.on').touch()\n    time.sleep(600)\n"
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with held(tmp_path / ".lock"):
         assert (tmp_path / ".lock").exists()
-    assert runs.fcntl is fcntl and not (tmp_path / ".lock").exists()
+    assert run_folder.fcntl is fcntl and not (tmp_path / ".lock").exists()
 
 
 def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, monkeypatch):
@@ -134,6 +134,6 @@ def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, mo
         return opened(path, *given)
 
     monkeypatch.setattr(os, "open", late)
-    with runs.held(lock):
+    with files.held(lock):
         assert removed and lock.exists()
     assert not lock.parent.exists()

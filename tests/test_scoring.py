@@ -19,7 +19,7 @@ from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.quality import COMPONENTS
 from mlx_traces.records import Rollout, Trace
-from mlx_traces.runs import ids_digest
+from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.scoring import mean_probabilities, own_probability, score_traces, summary
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import manifest_of, read_traces

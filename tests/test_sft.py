@@ -14,11 +14,12 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, checkpoints, examples, forward, optim, runs, sft, training
+from mlx_traces import adapters, checkpoints, examples, forward, optim, sft, training
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
+from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
 
 # ---------------------------------------------------------------------------------- which tokens are learned
@@ -482,8 +483,8 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
     expected = outcome(tmp_path / "whole")
     assert expected[2]["steps"] == len(expected[1]) - 1 >= 8  # and the validation before the first step
     at_each(sft, "step_gradient")
-    at_each(runs.RunFolder, "log")
-    at_each(runs.RunFolder, "conclude")
+    at_each(run_folder.RunFolder, "log")
+    at_each(run_folder.RunFolder, "conclude")
     at_each(adapters, "save")
     at_each(checkpoints, "save")
     sft.train(config, tmp_path / "counted")

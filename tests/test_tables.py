@@ -17,6 +17,7 @@ from rich.console import Console
 from mlx_traces import report, stats, tables
 from mlx_traces.errors import UserError
 from mlx_traces.tables import Run
+from mlx_traces.text import p_text, percent
 
 
 def make_run(name: str, correct: list, *, strata: tuple[str, ...] = ("",), extracted: str = "1", **result) -> Run:
@@ -206,14 +207,14 @@ def test_labels_are_short_and_unique():
     [(0.012, "0.012"), (0.00042, "0.0004"), (3e-9, "<1e-4"), (1.0, "1.000"), (float("nan"), "–")],
 )
 def test_p_text(p, text):
-    assert tables.p_text(p) == text
+    assert p_text(p) == text
 
 
 @pytest.mark.parametrize(
     ("share", "text"), [(0.0324, "+3.2"), (-0.0321, "-3.2"), (0.0, "0.0"), (-0.0001, "0.0"), (1.0, "+100.0")]
 )
 def test_signed_percent(share, text):
-    assert tables.percent(share, signed=True) == text
+    assert percent(share, signed=True) == text
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from mlx_traces import grpo, ranks, rounds, sft, tracking
+from mlx_traces import grpo, rounds, sft, tracking
 from mlx_traces.config import GRPOConfig, RoundsConfig, SFTConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.runs import RunFolder
+from mlx_traces.runtime import distributed
+from mlx_traces.runtime.run_folder import RunFolder
 
 FAKE = """
 calls, fails = [], set()
@@ -138,7 +139,7 @@ def test_a_client_that_breaks_while_it_is_imported_is_named(client, tmp_path):
 
 
 def test_other_ranks_than_the_first_send_nothing(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "first", lambda: False)
+    monkeypatch.setattr(distributed, "first", lambda: False)
     with tracking.reported(SFTConfig(data="", report_to=client), RunFolder(tmp_path), print) as show:
         assert show is print
     assert client not in sys.modules

@@ -15,7 +15,7 @@ from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion
 from mlx_traces.records import Problem, Rollout, Trace
-from mlx_traces.runs import RunFolder
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from test_curves import write_training
 
-from mlx_traces import curves, figures, tables, webpage
+from mlx_traces import curves, figures, tables, text, webpage
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
 
@@ -103,7 +103,7 @@ def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
     frame = tables.compare_runs([webpage.evaluated(curves.read(run)) for run in (runs[0], runs[2])])
     row = frame.to_dict("records")[1]
     assert "Countdown: 2 runs on the same problems" in page.text and "Countdown: nano" in page.text
-    assert f"+50.0 points {tables.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text
+    assert f"+50.0 points {text.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text
     assert "5 won and 1 lost, Holm-adjusted p = 0.219: within what chance may do" in page.text
     assert "75.0 %[40.9, 92.9]" in page.text
     assert "Reinforcement learning: 2 runs" in page.text and "step 6 of 10" in page.text

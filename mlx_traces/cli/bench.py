@@ -10,7 +10,8 @@ import click
 from mlx_traces.cli.options import settings_options
 from mlx_traces.config import GRPOConfig, LoadConfig, PPOConfig, RLConfig, SFTConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.runs import provenance, to_json
+from mlx_traces.runtime.files import to_json
+from mlx_traces.runtime.provenance import provenance
 
 NOT_BENCHED = (
     *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
@@ -166,7 +167,7 @@ def bench_sft_command(
     """Time optimizer steps: real tokens per second, memory, and the ratio to a peer on the same sequences."""
     config = build(SFTConfig, {**settings, "data": data or ""})
     from mlx_traces import models
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces import adapters, bench_sft, memory
@@ -256,7 +257,7 @@ def _bench_reinforcement(
     """Time steps of an algorithm and print what was found."""
     config = build(form, {**settings, "prompts_per_step": prompts})
     from mlx_traces import models
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces import bench_grpo

@@ -66,7 +66,7 @@ def data_countdown(
     out: str,
 ) -> None:
     """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
-    from mlx_traces.runs import write_new
+    from mlx_traces.runtime.files import write_new
     from mlx_traces.tasks.countdown import generate
     from mlx_traces.tasks.solver import solutions
 

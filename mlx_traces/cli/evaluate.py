@@ -9,7 +9,8 @@ import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, note_unused, settings_options
 from mlx_traces.config import CompareConfig, EvalConfig, read_config
-from mlx_traces.errors import UserError, clean, inert
+from mlx_traces.errors import UserError
+from mlx_traces.text import clean, inert
 
 FORMATS = ("table", "markdown", "csv", "json")
 
@@ -158,10 +159,10 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     """
     from mlx_traces.errors import unknown
     from mlx_traces.evaluation import regrade
-    from mlx_traces.runs import write_new
+    from mlx_traces.readers import read_jsonl
+    from mlx_traces.runtime.files import write_new
     from mlx_traces.stats import wilson
     from mlx_traces.tasks import get_task
-    from mlx_traces.tasks.data import read_jsonl
 
     grader = get_task(task)
     name = extractor or grader.extractors[0]

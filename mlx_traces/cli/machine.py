@@ -19,12 +19,12 @@ def nano_group() -> None:
 @settings_options(NanoConfig)
 def nano_build(config_file: str | None, settings: dict) -> None:
     """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     config = configured(NanoConfig, config_file, settings)
     import_mlx()
     from mlx_traces import nano
-    from mlx_traces.progress import progress
+    from mlx_traces.runtime.progress import progress
 
     nano.check_sizes(config)
     with progress("nano") as shown:
@@ -74,7 +74,7 @@ def plan_command(config_file: str, kind: str | None) -> None:
 
     CONFIG is a YAML file of sft, grpo or ppo. The model is loaded; nothing is trained, downloaded or written.
     """
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces import planning

@@ -14,9 +14,10 @@ import click
 
 from mlx_traces.cli.unused import unused
 from mlx_traces.config import Config, find_config, read_config
-from mlx_traces.errors import UserError, choices, clean
-from mlx_traces.interrupts import Stopped
-from mlx_traces.ranks import Lost
+from mlx_traces.errors import UserError, choices
+from mlx_traces.runtime.distributed import Lost
+from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.text import clean
 
 SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks do together
 

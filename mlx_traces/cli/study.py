@@ -24,7 +24,7 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
     config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
     if config.out is None:
         config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from rich.console import Console

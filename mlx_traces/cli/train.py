@@ -45,7 +45,7 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
 def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Fine-tune a model on traces: LoRA, DoRA or full. CONFIG is a YAML file of these settings; options win over it."""
     config = configured(SFTConfig, config_file, settings)
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces import sft
@@ -75,7 +75,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         if rewards:
             settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
         config = configured(kind, config_file, settings)
-        from mlx_traces.device import import_mlx
+        from mlx_traces.runtime.device import import_mlx
 
         import_mlx()
         from mlx_traces import grpo, ppo
@@ -115,7 +115,7 @@ ppo_command = reinforcement_command(
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def fuse_command(**arguments: Any) -> None:
     """Make model and adapter one stand-alone model, in the base's 16-bit type or quantized anew."""
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces import fusing
@@ -147,7 +147,7 @@ def rounds_command(
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
     config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
-    from mlx_traces.device import import_mlx
+    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from rich.console import Console
@@ -178,7 +178,7 @@ SHOWN = (
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
     """Yield the function that takes each line of metrics and the number of steps; it drives the progress on stderr."""
-    from mlx_traces.progress import progress
+    from mlx_traces.runtime.progress import progress
 
     with progress(name) as shown:
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import file_rows, is_file
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed
-from mlx_traces.tasks.data import file_rows, hub_rows, is_file, load_rows, split_slice
+from mlx_traces.tasks.data import hub_rows, load_rows, split_slice
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import after_thought, answer_part
 

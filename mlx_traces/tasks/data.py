@@ -2,123 +2,16 @@
 
 import hashlib
 import json
-import math
 import random
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import hub
-from mlx_traces.errors import UserError, first_line, unknown
-from mlx_traces.readers import MARK, opened, parse_json, text_of
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import Row, listed, plain
 from mlx_traces.records import Problem
-
-Row = dict[str, Any]
-TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # files that the `datasets` package reads, and its name for them
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", *TABLES)  # of files, never of hub data sets
-
-
-def read_jsonl(path: Path, columns: Sequence[str] = (), finite: bool = True) -> Iterator[tuple[str, Row]]:
-    """Yield (``file:line``, row) of a JSON-lines file; blank lines are passed over.
-
-    Raises:
-        UserError: at a line that is not a JSON object or lacks one of ``columns``, naming file, line and the row's own
-            columns; with ``finite`` at a NaN or Infinity too.
-    """
-    with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip().strip(MARK):  # files put together have marks in between
-                yield (where := f"{path}:{number}"), parse_row(line, where, columns, finite)
-
-
-def file_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a file of rows: JSON lines, a .json list, Parquet or Arrow.
-
-    Raises:
-        UserError: as `read_jsonl` does; the place in a list or table is ``file[index]``.
-    """
-    suffix = path.suffix.lower()
-    if suffix in TABLES:
-        rows = _table_rows(path, TABLES[suffix])
-    elif suffix == ".json" and (text := text_of(path)).lstrip().startswith("["):
-        rows = ((f"{path}[{index}]", row) for index, row in enumerate(parse_json(text, str(path), several_lines=True)))
-    else:
-        yield from read_jsonl(path, columns)
-        return
-    yield from ((where, _checked(row, where, columns)) for where, row in rows)
-
-
-def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
-    """Yield (``file[index]``, row) of a Parquet or Arrow file, a part of it in memory at a time."""
-    import datasets
-
-    if not path.is_file():
-        raise UserError(f"{path}: cannot be read (No such file or directory)")
-    try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        yield from ((f"{path}[{index}]", _plain(row)) for index, row in enumerate(rows))
-    except UserError:
-        raise
-    except Exception as error:  # the readers of tables raise a dozen unrelated types
-        raise UserError(f"{path}: not a {kind} file ({first_line(error)[:80]})") from None
-
-
-def _plain(value: Any) -> Any:
-    """Return a table's value as JSON has it: NaN, which stands for a missing number there, as None; dates as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
-
-
-def parse_row(line: str, where: str, columns: Sequence[str], finite: bool = True) -> Row:
-    """Parse one JSON object and check its columns and that its text can be written again."""
-    row = parse_json(line, where, finite=finite)
-    return _checked(row, where, columns, _SURROGATE.search(line) is not None)
-
-
-def _checked(row: Any, where: str, columns: Sequence[str], halves: bool = True) -> Row:
-    """Check a row's kind and columns, and, if it may have ``halves`` of pairs, that its text can be written again."""
-    if halves:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: not valid Unicode text; half of a pair such as \\ud83d stands alone") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with {', '.join(columns)}, found {type(row).__name__}")
-    for column in columns:
-        if column not in row:
-            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
-    return row
-
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def listed(columns: Iterable[str]) -> str:
-    """List names of columns in one line."""
-    names = (name if name.isprintable() else repr(name) for name in map(str, columns))
-    return ", ".join(name[:60] for name in names) or "no columns"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that can be computed with and shown: JSON allows any number of digits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_file(data: str) -> bool:
-    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
-    name = data.partition("@")[0]
-    try:
-        there = Path(data).exists()
-    except OSError:  # too long for a name
-        there = True
-    return there or name.count("/") != 1 or name.startswith((".", "/", "~")) or data.lower().endswith(SUFFIXES)
+from mlx_traces.runtime import hub
 
 
 def hub_rows(
@@ -135,9 +28,9 @@ def hub_rows(
     if rows is None:
         raise UserError(f"{dataset} could not be downloaded ({away}), and is not here from before; {instead}")
     if part is None:
-        yield from ((f"{name}[{index}]", _plain(row)) for index, row in enumerate(rows))
+        yield from ((f"{name}[{index}]", plain(row)) for index, row in enumerate(rows))
     else:
-        yield from ((f"{name}[{index}]", _plain(rows[index])) for index in part(len(rows)))
+        yield from ((f"{name}[{index}]", plain(rows[index])) for index in part(len(rows)))
 
 
 def _download(name: str, config: str | None, split: str, revision: str, instead: str) -> Any:

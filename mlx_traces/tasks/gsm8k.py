@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import file_rows, is_file
 from mlx_traces.records import Problem, Score, problem_id
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import (
@@ -17,7 +18,7 @@ from mlx_traces.tasks.answers import (
     strict,
     tolerant,
 )
-from mlx_traces.tasks.data import content_id, file_rows, hub_rows, is_file, load_rows, split_slice, text_column
+from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.numbers import last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 

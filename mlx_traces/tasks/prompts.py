@@ -81,7 +81,7 @@ def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
     Raises:
         UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer unasked.
     """
-    from mlx_traces.config import read_yaml
+    from mlx_traces.readers import read_yaml
 
     fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool, "show_gold": bool}
     content = read_yaml(path, "prompt")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
-from mlx_traces.readers import opened
+from mlx_traces.readers import Row, file_rows, is_file, listed, opened
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
@@ -18,17 +18,7 @@ from mlx_traces.tasks.answers import (
     same_number,
     tolerant,
 )
-from mlx_traces.tasks.data import (
-    Row,
-    content_id,
-    file_rows,
-    hub_rows,
-    is_file,
-    listed,
-    load_rows,
-    split_slice,
-    text_column,
-)
+from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import answer_part

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+
 EVERY = 30.0  # seconds between two plain lines
 MOST_NAME = 16  # characters of what is shown of a command's or a run's name
 BAR, ROOMY = 10, 80  # characters of the bar, and of a terminal that has room for one

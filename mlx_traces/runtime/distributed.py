@@ -17,10 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.device import import_mlx, limits, out_of_memory
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.interrupts import listening
-from mlx_traces.runs import RunFolder, held
+from mlx_traces.runtime.device import import_mlx, limits, out_of_memory
+from mlx_traces.runtime.files import held
+from mlx_traces.runtime.interrupts import listening
+from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import mlx.core as mx

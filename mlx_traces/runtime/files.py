@@ -1,0 +1,224 @@
+"""Files that are written whole or not at all, and locks."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.runtime.provenance import now
+
+TRIES = 100  # at a folder that others remove
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that takes a file's place, all at once, when the context ends well.
+
+    It is on the disk before it is renamed, and the renaming too before this returns. Where the context fails nothing is
+    left of it; what a killed process left of the same file's making goes first.
+    """
+    for left in leftovers(path):
+        with suppress(OSError):
+            left.unlink()
+    scratch = path.with_name(f".{os.getpid()}-{platform.node()}.tmp-{path.name}")
+    try:
+        yield scratch
+        sync(scratch)
+        scratch.replace(path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return the temporary files in which processes of this machine that are gone were writing ``path``."""
+    mark = f"-{platform.node()}.tmp-{path.name}"
+    found = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
+    return [file for file in found if not _lives(file.name.removesuffix(mark)[1:])]
+
+
+def _lives(number: str) -> bool:
+    """Whether a process number is somebody's; what is no number belongs to nobody that we know."""
+    if not number.isdecimal():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk; some file systems know no such thing for folders."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's content all at once: temporary file, fsync, rename."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def on_the_way(path: Path, again: str = "go on with --resume") -> Iterator[None]:
+    """Say in one line, while the context lasts, that a file of a run cannot be written, and how the run goes on.
+
+    What was there before is whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        first = {errno.ENOSPC: "make room", errno.EDQUOT: "make room"}.get(error.errno or 0, "make it writable")
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {first}, then {again}") from None
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet, its folders included; UserError if it is, or cannot be written."""
+    try:
+        if path.exists():
+            raise UserError(f"{path} exists; remove it, or choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def scratch_folder(out: Path) -> Path:
+    """Make the empty folder beside ``out`` that becomes it by a rename in the end.
+
+    Raises:
+        UserError: if ``out`` exists, or its folder cannot be written.
+    """
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f".{out.name}-{os.getpid()}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
+    return scratch
+
+
+def put_in_place(scratch: Path, out: Path) -> None:
+    """Give a finished folder its name, its files being on the disk."""
+    for path in scratch.rglob("*"):
+        sync(path)
+    sync(scratch)
+    scratch.rename(out)
+    sync(out.parent)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Keep other processes from what a run writes, by the file ``lock`` beside it, while the context lasts.
+
+    The file names the owner; the lock itself is the system's (``flock``), which ends with its process in whatever way.
+    So what a killed process left is taken over, by one alone where two find it, and a process number that was given
+    away again misleads nobody.
+
+    Raises:
+        UserError: if another process holds it, or may do so on another machine; if the file cannot be written.
+    """
+    made = [folder for folder in lock.parents if not folder.exists()]
+
+    def tidy() -> None:
+        with suppress(OSError):  # one of them is not empty
+            for folder in made:
+                folder.rmdir()
+
+    try:
+        descriptor = _taken(lock)
+    except OSError as error:
+        tidy()
+        raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a folder that is read-only by now: the lock itself ends all the same
+            lock.unlink(missing_ok=True)
+        os.close(descriptor)
+        tidy()
+
+
+def _taken(lock: Path) -> int:
+    """Return the open file of a lock that is now this process's."""
+    while True:
+        descriptor = _opened(lock)
+        try:
+            free = _try_lock(descriptor)
+            if free and not (lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())):
+                os.close(descriptor)  # its owner finished, and removed it, since it was opened
+                continue
+            _refuse_owner(lock, free)
+            owner = to_json({"pid": os.getpid(), "host": platform.node(), "since": now()})
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, owner.encode(), 0)
+                os.fsync(descriptor)
+            except OSError:
+                lock.unlink(missing_ok=True)
+                raise
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _opened(lock: Path) -> int:
+    """Open a lock's file, its folder made; a few times, as one that ends may just then remove a folder that it made."""
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lock))
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file unless another process has; a file system that knows no locks lets everybody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+    return True
+
+
+def _refuse_owner(lock: Path, free: bool) -> None:
+    """Raise UserError if a lock is another process's; one that is free is, if another machine's name is in it."""
+    try:
+        owner = json.loads(lock.read_text())
+        host, told = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it is new, or its owner was killed while writing
+        host, told = platform.node(), "another process"
+    if not free:
+        raise UserError(f"{lock.parent} is in use by {told}; wait until that has ended, or choose another --out")
+    if host != platform.node():
+        raise UserError(f"{lock.parent} is in use by {told}; if that has ended, remove {lock}")
+
+
+def to_json(value: Any) -> str:
+    """Return readable JSON with a line end."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,169 @@
+"""Run folders: what was asked (``run.json``), every sample as it finished (``samples.jsonl``), the result. No MLX."""
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.readers import read_json, read_jsonl
+from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
+from mlx_traces.runtime.fingerprints import doubt
+
+SAMPLE_COLUMNS = (
+    *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
+    *("verdict", "stratum", "elapsed"),
+)
+NOTED_SINCE = ("shown", "held_out")  # what an identity has now, and had not in earlier versions
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk."""
+
+    path: Path
+
+    @property
+    def samples_path(self) -> Path:
+        """Where the finished samples are, one JSON object per line."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its result."""
+        return (self.path / "result.json").exists()
+
+    def refuse(self, resume: bool) -> None:
+        """Raise UserError if a run cannot be written here; nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; choose another --out")
+        # A process that was killed leaves its hidden temporary file.
+        used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
+        if used and not resume:
+            raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
+        if used and not (self.path / "run.json").exists():
+            raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
+
+    def recover(self, identity: dict[str, Any], idle: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Return the finished samples of a run to be continued; a last line cut off while being written is removed.
+
+        Raises:
+            UserError: if the run was started with another identity, or a line is broken.
+        """
+        self.check(identity, idle)
+        return whole_lines(self.samples_path, SAMPLE_COLUMNS)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as the run was begun; empty before that."""
+        if not (self.path / "run.json").exists():
+            return {}
+        stored = read_json(self.path / "run.json").get("identity")
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")
+        return stored
+
+    def check(self, identity: dict[str, Any], idle: Collection[str] = ()) -> None:
+        """Raise UserError if the run was started with another identity; ``idle`` keys, which change nothing, aside."""
+        if not (self.path / "run.json").exists():
+            return
+        stored = self.identity
+        if found := differences(stored, identity, idle):
+            raise UserError(
+                f"{self.path} was started with other settings ({'; '.join(found)}); "
+                "repeat those, or choose another --out"
+            )
+        if unsure := doubts(stored, identity):
+            raise UserError(
+                f"{self.path} cannot be continued, as it cannot be told whether it was of the same content "
+                f"({'; '.join(unsure)}); choose another --out"
+            )
+
+    def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
+        """Make the folder and note what decides the result, and details that do not: versions, device and alike."""
+        if (self.path / "run.json").exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / "run.json", to_json({"identity": identity, **details}))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add finished samples; once this returns, a killed process does not lose them."""
+        with on_the_way(self.samples_path), self.samples_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def log(self, name: str, *rows: dict[str, Any]) -> None:
+        """Add rows to ``metrics.jsonl`` or another file of JSON lines."""
+        path = self.path / name
+        with on_the_way(path), path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def rewind(self, name: str, step: int) -> None:
+        """Drop the rows of later steps than ``step``, which are about to be made again."""
+        path = self.path / name
+        rows = whole_lines(path, ("step",))
+        if strange := [row["step"] for row in rows if not isinstance(row["step"], int | float)]:
+            raise UserError(f"{path}: 'step' must be a number, not {type(strange[0]).__name__}; the file is damaged")
+        rows = [row for row in rows if row["step"] <= step]
+        if path.exists():
+            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the run, all at once."""
+        with on_the_way(self.path / name):
+            write_atomic(self.path / name, text)
+
+    def finish(self, samples: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        """Write the samples in their final order, then the result."""
+        self.write(self.samples_path.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        self.conclude(result)
+
+    def conclude(self, result: dict[str, Any]) -> None:
+        """Write the result: the run is finished."""
+        self.write("result.json", to_json(result))
+
+
+def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Return settings with those of settings within them as entries of their own, as in ``evaluate.limit``."""
+    return {
+        name: value
+        for key, inner in identity.items()
+        for name, value in (
+            _flat(inner, f"{place}{key}.").items() if isinstance(inner, dict) and inner else [(f"{place}{key}", inner)]
+        )
+    }
+
+
+def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collection[str] = ()) -> list[str]:
+    """Name what differs between a stored identity and this one, briefly; files of which it cannot be told do not."""
+    stored, identity = _flat(stored), _flat(identity)
+    return [
+        f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
+        for key in dict.fromkeys((*stored, *identity))
+        if stored.get(key) != identity.get(key)
+        and key not in idle
+        and not doubt(stored.get(key), identity.get(key))
+        and (key in stored or key not in NOTED_SINCE)
+    ]
+
+
+def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """Name the fingerprints of which it cannot be told whether they are of the same content, and why."""
+    found = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
+    found |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
+    return [f"{key}: {reason}" for key, reason in found.items() if reason]
+
+
+def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line that was cut off while being written is removed from the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with on_the_way(path), path.open("r+b") as file:
+            file.truncate(whole)
+    return [row for _, row in read_jsonl(path, columns, finite=False)]

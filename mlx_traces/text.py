@@ -1,0 +1,94 @@
+"""How numbers and foreign text are shown: percent, interval, p-value, escapes."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from functools import cache
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as ``0:07``, ``12:34`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def clean(text: Any) -> str:
+    """Put foreign text on one line, without the control and direction characters that could forge a display."""
+    spaced = " ".join(str(text).split())
+    if spaced.isprintable():
+        return spaced
+    return spaced.translate(dict.fromkeys(_acting()))
+
+
+@cache
+def _acting() -> dict[int, str]:
+    """Return what stands for each character that controls a display, or how others are shown, or is half of one.
+
+    Unicode has none of them outside of these two ranges.
+    """
+    codes = (*range(0x20000), *range(0xE0000, 0xE1000))
+    return {code: _visible(chr(code)) for code in codes if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs")}
+
+
+def visible(text: str) -> str:
+    """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
+    return text if text.isprintable() else text.translate(_acting())
+
+
+def _visible(c: str) -> str:
+    if c in "\n\t\u200d\u00ad":  # line ends, tabs, the joiner of emoji, the soft hyphen
+        return c
+    if ord(c) < 0x20:
+        return chr(0x2400 + ord(c))
+    return "␡" if ord(c) == 0x7F else f"⟨U+{ord(c):04X}⟩"
+
+
+def inert(json_text: str) -> str:
+    """Write the control and direction characters that JSON leaves as they are as its escapes: it means the same."""
+    return json_text.translate({code: f"\\u{code:04x}" for code in _acting() if code < 0x10000 and code != 0x0A})
+
+
+def number(value: float) -> str:
+    """Write a number with three digits: ``0.0123``, ``12,345``, ``4.1e-13``."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(share: float, signed: bool = False) -> str:
+    """Format a fraction in percent with one decimal and without its sign ``%``; zero has no sign."""
+    text = f"{100 * share:{'+' if signed else ''}.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def interval(low: float, high: float) -> str:
+    """Format an interval of fractions in percent: ``[28.6, 33.7]``."""
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def p_text(p: float) -> str:
+    """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash if there is none."""
+    if math.isnan(p):
+        return "–"
+    if p < 1e-4:
+        return "<1e-4"
+    return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Break a long name into lines, after its dashes and spaces and before an adapter."""
+    lines = [""]
+    for part in re.findall(r"[+]?[^-_/ +]*[-_/ ]*", text):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def whole(number: float | None) -> str:
+    """Format a number without decimals; a dash if there is none."""
+    return "–" if number is None or math.isnan(number) else f"{number:,.0f}"
