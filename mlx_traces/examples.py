@@ -15,8 +15,7 @@ from mlx_traces.drawing import decode, text_of
 from mlx_traces.errors import UserError
 from mlx_traces.models import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of
-from mlx_traces.traces import parts
+from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of, parts
 
 ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer; what is asked is what is around it
 TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})

@@ -27,8 +27,7 @@ from mlx_traces.errors import UserError, first_line
 from mlx_traces.runtime.files import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
 from mlx_traces.tasks.prompts import Message
-from mlx_traces.tasks.solver import TRACE_LIMIT
-from mlx_traces.traces import solved
+from mlx_traces.tasks.solver import TRACE_LIMIT, solved
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTEXT = 2048  # tokens

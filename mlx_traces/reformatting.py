@@ -19,8 +19,8 @@ from mlx_traces.quality import format_score, headline, problem_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
-from mlx_traces.tasks.thoughts import SKY, after_last
-from mlx_traces.traces import parts, read_traces, refuse_written, restyle, source_of, write_traces
+from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
+from mlx_traces.traces import read_traces, refuse_written, source_of, write_traces
 
 REWRITING = Prompt(
     name="rewriting",

@@ -21,10 +21,11 @@ from mlx_traces.readers import MARK, Row, file_rows, is_file, listed, read_json,
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.files import leftovers, replacing, sync, to_json
 from mlx_traces.runtime.provenance import ids_digest, provenance
-from mlx_traces.tasks import Task, countdown, gsm8k, thoughts
+from mlx_traces.tasks import Task, countdown, gsm8k
 from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message, Prompt
-from mlx_traces.tasks.solver import search_trace
+from mlx_traces.tasks.solver import _opening, solved
+from mlx_traces.tasks.thoughts import STYLES, _parts, restyle, with_thought
 from mlx_traces.text import clean
 
 # ---------------------------------------------------------------------------------- files
@@ -207,77 +208,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------- tags
-
-STYLES = ("think", "sky-t1")
-
-
-def parts(text: str) -> tuple[str | None, str]:
-    """Split a completion into (thought, solution), both without tags and surrounding white space.
-
-    The thought goes from the start to the last closing tag, so what stands before the opening tag belongs to it, and
-    the opening tag may be missing. A thought that is still open at the end is all there is: the solution is empty.
-    Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
-    Tags are those of ``tasks.thoughts``, around thoughts and answers, in small or capital letters.
-    """
-    return _parts(text)[:2]
-
-
-def _parts(text: str) -> tuple[str | None, str, bool]:
-    """Return thought, solution, and whether the thought is still open."""
-    pieces, start, closed, is_open = [], 0, 0, False
-    for tag in thoughts.tags(text):
-        pieces.append(text[start : tag.start()].strip())
-        start, kind = tag.end(), tag.lastgroup
-        if kind:
-            is_open = kind.startswith("open")
-            closed = closed if is_open else len(pieces)
-    pieces.append(text[start:].strip())
-    closed = len(pieces) if is_open else closed
-    thought, solution = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
-    return thought if closed else None, solution, is_open
-
-
-def normalise(text: str) -> str:
-    """Rewrite a completion in the normal form, its parts as ``parts`` finds them; an open thought stays open."""
-    return restyle(text, "think")
-
-
-def restyle(text: str, style: str) -> str:
-    """Rewrite a completion with the tags of ``think`` (the normal form) or ``sky-t1``.
-
-    Nothing but tags and the white space around them changes, so ``normalise`` undoes any style.
-    """
-    if style not in STYLES:
-        raise unknown("style", style, STYLES)
-    return _styled(*_parts(text), style)
-
-
-def with_thought(thought: str, content: str, style: str) -> str:
-    """Put a thought that was kept apart before what follows it, in the tags of ``style``; one is not put there twice.
-
-    Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
-    """
-    inner, rest, _ = _parts(thought)
-    thought = "\n".join(filter(None, (inner, rest)))
-    own, solution, is_open = _parts(content)
-    if own is None:
-        return _styled(thought, content.strip(), False, style)
-    kept = own if thought in own else "\n".join(filter(None, (thought, own)))
-    return _styled(kept, solution, is_open, style)
-
-
-def _styled(thought: str | None, solution: str, is_open: bool, style: str) -> str:
-    """Write the parts of a completion with the tags of a style."""
-    sky = style == "sky-t1"
-    gap = "\n\n" if sky else "\n"
-    opening, closing = ("<|begin_of_thought|>", "<|end_of_thought|>") if sky else ("<think>", "</think>")
-    pieces = [] if thought is None else [opening, thought] if is_open else [opening, thought, closing]
-    if solution:
-        pieces += ["<|begin_of_solution|>", solution, "<|end_of_solution|>"] if sky else [solution]
-    return gap.join(pieces)
-
-
 # ---------------------------------------------------------------------------------- traces of the tasks
 
 GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
@@ -322,20 +252,6 @@ def gsm8k_traces(
         yield _task_trace("gsm8k", problem, prompt, completion, source)
 
 
-def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:
-    """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
-
-    The completion thinks if the prompt asks for ``<think>``; it opens with the prompt's prefill.
-    """
-    if (found := search_trace(nums, target)) is None:
-        return None
-    thought, expression = found
-    thinks = "<think>" in prompt.user + prompt.prefill
-    opening = f"{_opening(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
-    problem = countdown.parse({"nums": nums, "target": target}, "solver")
-    return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"
-
-
 def countdown_traces(
     count: int,
     split: str,
@@ -361,11 +277,6 @@ def countdown_traces(
                 _skip(skipped, "no short trace")
                 break
             yield _task_trace("countdown", problem, prompt, found[1], "solver")
-
-
-def _opening(prompt: Prompt) -> str:
-    """Return how a thinking completion begins; a prefill may have opened the thought."""
-    return f"{prompt.prefill.removesuffix('<think>')}<think>\n"
 
 
 def _task_trace(task: str, problem: Problem, prompt: Prompt, completion: str, source: str) -> Trace:

@@ -13,13 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import curves, figures, tables, traces
+from mlx_traces import curves, figures, tables
 from mlx_traces import text as mlx_traces_text
 from mlx_traces.curves import EVALUATION, Record
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.readers import is_number
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
+from mlx_traces.tasks import thoughts
 from mlx_traces.text import clean, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
@@ -480,7 +481,7 @@ def _chosen(record: Record, most: int) -> list[dict[str, Any]]:
 
 def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
     """Return one sample for the page; keys without a value are left out."""
-    thought, solution = traces.parts(str(row.get("completion", "")))
+    thought, solution = thoughts.parts(str(row.get("completion", "")))
     rewards = row.get("rewards")
     parts = {clean(name): value for name, value in rewards.items()} if isinstance(rewards, dict) else {}
     verdict = row.get("verdict")

@@ -192,7 +192,7 @@ def _graded_qa(text: str) -> None:
 
 
 def _tags(text: str) -> None:
-    assert traces.parts(traces.normalise(text)) == traces.parts(text)
+    assert thoughts.parts(thoughts.normalise(text)) == thoughts.parts(text)
 
 
 def _reformatted(text: str) -> None:

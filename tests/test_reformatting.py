@@ -15,7 +15,8 @@ from mlx_traces.records import Rollout, Trace
 from mlx_traces.reformatting import REWRITING, by_rule, reformat, reformat_file
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.traces import manifest_of, read_traces, restyle
+from mlx_traces.tasks.thoughts import restyle
+from mlx_traces.traces import manifest_of, read_traces
 
 ASKED = ({"role": "user", "content": "Make 30 from 3, 4, 6."},)
 WORK, ANSWER = "4 + 6 = 10, 10 * 3 = 30 yes", "<answer>3 * (4 + 6)</answer>"

@@ -6,8 +6,7 @@ from mlx_traces.quality import format_score, thought_of
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
 from mlx_traces.tasks.qa import find_text
-from mlx_traces.tasks.thoughts import FINAL, TAGS, UNTAGGED, after_thought, answer_part, closing_of
-from mlx_traces.traces import normalise, parts
+from mlx_traces.tasks.thoughts import FINAL, TAGS, UNTAGGED, after_thought, answer_part, closing_of, normalise, parts
 
 COUNTDOWN = get_task("countdown")
 PROBLEM = COUNTDOWN.parse({"nums": [2, 3, 4], "target": 20}, "test")

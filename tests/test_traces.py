@@ -19,8 +19,9 @@ from mlx_traces import traces
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
 from mlx_traces.records import Trace
-from mlx_traces.tasks import countdown, get_task, gsm8k, thoughts
-from mlx_traces.traces import import_traces, manifest_of, normalise, parts, read_traces, restyle, write_traces
+from mlx_traces.tasks import countdown, get_task, gsm8k, solver, thoughts
+from mlx_traces.tasks.thoughts import normalise, parts, restyle
+from mlx_traces.traces import import_traces, manifest_of, read_traces, write_traces
 
 NATALIA = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -230,7 +231,7 @@ def test_normalising_twice_is_normalising_once(text):
     normal = normalise(text)
     thought, solution = parts(text)
     assert normalise(normal) == normal and parts(normal) == (thought, solution)
-    for style in traces.STYLES:
+    for style in thoughts.STYLES:
         styled = restyle(text, style)
         assert normalise(styled) == normal and restyle(styled, style) == styled
         assert parts(styled) == (thought, solution)
@@ -309,15 +310,15 @@ def test_the_solvers_traces_are_correct_in_every_prompt_style():
 
 
 def test_a_countdown_trace_word_for_word():
-    messages, completion = traces.solved(countdown.PROMPTS["thinking"], [2, 3, 4], 20)
+    messages, completion = solver.solved(countdown.PROMPTS["thinking"], [2, 3, 4], 20)
     thought = "3 + 2 = 5, 5 * 4 = 20 yes"
     assert completion == f"<think>\n{thought}\n</think>\n<answer>(3 + 2) * 4</answer>"
     assert messages[0]["content"].startswith("Make 20 from the numbers [2, 3, 4].")
-    assert traces.solved(countdown.PROMPTS["direct"], [2, 3, 4], 20)[1] == "<answer>(3 + 2) * 4</answer>"
-    assert traces.solved(countdown.PROMPTS["tinyzero"], [2, 3, 4], 20)[1] == (
+    assert solver.solved(countdown.PROMPTS["direct"], [2, 3, 4], 20)[1] == "<answer>(3 + 2) * 4</answer>"
+    assert solver.solved(countdown.PROMPTS["tinyzero"], [2, 3, 4], 20)[1] == (
         f"Let me solve this step by step.\n<think>\n{thought}\n</think>\n<answer>(3 + 2) * 4</answer>"
     )
-    assert traces.solved(countdown.PROMPTS["direct"], [1, 1, 1], 50) is None
+    assert solver.solved(countdown.PROMPTS["direct"], [1, 1, 1], 50) is None
     skipped = Counter()
     list(traces.countdown_traces(400, "train", 0, (4, 4), skipped=skipped))
     assert skipped["no short trace"] > 0
@@ -634,7 +635,7 @@ def test_errors_of_the_commands_are_one_line(tmp_path):
 
 def test_help_names_every_format_and_style():
     text = call("data", "import", "--help").output
-    assert all(name in text for name in (*traces.FORMATS, *traces.STYLES, "keep"))
+    assert all(name in text for name in (*traces.FORMATS, *thoughts.STYLES, "keep"))
     assert all(name in call("data", "gsm8k", "--help").output for name in traces.GSM8K_STYLES)
 
 

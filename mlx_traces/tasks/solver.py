@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations
 
+from mlx_traces.tasks import countdown
+from mlx_traces.tasks.prompts import Message, Prompt
+
 TRACE_LIMIT = 200  # the largest intermediate result a trace may show
 
 
@@ -93,3 +96,22 @@ def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
 def _bare(expression: str) -> str:
     """Drop the outermost parentheses that ``_steps`` put there."""
     return expression[1:-1]
+
+
+def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:
+    """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
+
+    The completion thinks if the prompt asks for ``<think>``; it opens with the prompt's prefill.
+    """
+    if (found := search_trace(nums, target)) is None:
+        return None
+    thought, expression = found
+    thinks = "<think>" in prompt.user + prompt.prefill
+    opening = f"{_opening(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
+    problem = countdown.parse({"nums": nums, "target": target}, "solver")
+    return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"
+
+
+def _opening(prompt: Prompt) -> str:
+    """Return how a thinking completion begins; a prefill may have opened the thought."""
+    return f"{prompt.prefill.removesuffix('<think>')}<think>\n"

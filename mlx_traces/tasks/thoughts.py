@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
+from mlx_traces.errors import unknown
+from mlx_traces.tasks import thoughts
+
 Pair = tuple[str, str]
 
 FINAL = "<|channel|>final<|message|>"
@@ -137,3 +140,74 @@ def closing_of(opened: str, own: Pair | None = None) -> str | None:
     opening = opened.strip().removesuffix("<|message|>")
     closing = next((closing for tag, closing in (*TAGS, *filter(None, [own])) if tag == opening), None)
     return f"<|end|><|start|>assistant{FINAL}" if closing == FINAL else closing
+
+
+# ---------------------------------------------------------------------------------- tags
+
+STYLES = ("think", "sky-t1")
+
+
+def parts(text: str) -> tuple[str | None, str]:
+    """Split a completion into (thought, solution), both without tags and surrounding white space.
+
+    The thought goes from the start to the last closing tag, so what stands before the opening tag belongs to it, and
+    the opening tag may be missing. A thought that is still open at the end is all there is: the solution is empty.
+    Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
+    Tags are those of ``tasks.thoughts``, around thoughts and answers, in small or capital letters.
+    """
+    return _parts(text)[:2]
+
+
+def _parts(text: str) -> tuple[str | None, str, bool]:
+    """Return thought, solution, and whether the thought is still open."""
+    pieces, start, closed, is_open = [], 0, 0, False
+    for tag in thoughts.tags(text):
+        pieces.append(text[start : tag.start()].strip())
+        start, kind = tag.end(), tag.lastgroup
+        if kind:
+            is_open = kind.startswith("open")
+            closed = closed if is_open else len(pieces)
+    pieces.append(text[start:].strip())
+    closed = len(pieces) if is_open else closed
+    thought, solution = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
+    return thought if closed else None, solution, is_open
+
+
+def normalise(text: str) -> str:
+    """Rewrite a completion in the normal form, its parts as ``parts`` finds them; an open thought stays open."""
+    return restyle(text, "think")
+
+
+def restyle(text: str, style: str) -> str:
+    """Rewrite a completion with the tags of ``think`` (the normal form) or ``sky-t1``.
+
+    Nothing but tags and the white space around them changes, so ``normalise`` undoes any style.
+    """
+    if style not in STYLES:
+        raise unknown("style", style, STYLES)
+    return _styled(*_parts(text), style)
+
+
+def with_thought(thought: str, content: str, style: str) -> str:
+    """Put a thought that was kept apart before what follows it, in the tags of ``style``; one is not put there twice.
+
+    Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
+    """
+    inner, rest, _ = _parts(thought)
+    thought = "\n".join(filter(None, (inner, rest)))
+    own, solution, is_open = _parts(content)
+    if own is None:
+        return _styled(thought, content.strip(), False, style)
+    kept = own if thought in own else "\n".join(filter(None, (thought, own)))
+    return _styled(kept, solution, is_open, style)
+
+
+def _styled(thought: str | None, solution: str, is_open: bool, style: str) -> str:
+    """Write the parts of a completion with the tags of a style."""
+    sky = style == "sky-t1"
+    gap = "\n\n" if sky else "\n"
+    opening, closing = ("<|begin_of_thought|>", "<|end_of_thought|>") if sky else ("<think>", "</think>")
+    pieces = [] if thought is None else [opening, thought] if is_open else [opening, thought, closing]
+    if solution:
+        pieces += ["<|begin_of_solution|>", solution, "<|end_of_solution|>"] if sky else [solution]
+    return gap.join(pieces)
