@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
 
 PEERS = ("mlx-lm",)

@@ -31,11 +31,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, grpo, memory, ppo, rewards, rollouts
+from mlx_traces import evaluation, grpo, memory, ppo, rewards, rollouts
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem
 from mlx_traces.reinforcement import Learner
 from mlx_traces.runtime import distributed

@@ -20,12 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, batching, examples, forward, optim, sft
+from mlx_traces import batching, examples, forward, optim, sft
 from mlx_traces.batching import Example
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
 from mlx_traces.traces import countdown_traces, gsm8k_traces, read_traces
 

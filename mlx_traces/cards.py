@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, models, text
+from mlx_traces import text
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, names
 from mlx_traces.readers import is_file, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
@@ -87,9 +88,9 @@ def base_of(spec: str, folder: Path | None = None) -> Base:
         spec: ``nano``, a folder, or a hub id with a revision or without.
         folder: where the model is, if it was loaded.
     """
-    if spec == models.NANO:
+    if spec == names.NANO:
         return Base(spec, None, {"license": "mit"}, "en")
-    if models.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
+    if names.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
         return _described(last_parts(spec), None, _front_matter(folder or Path(spec).expanduser()))
     name, _, revision = spec.partition("@")
     front = _front_matter(folder) if folder and (folder / CARD).is_file() else _front_matter_of(name, revision or None)
@@ -319,7 +320,7 @@ def _start(config: dict[str, Any]) -> str | None:
 def _base_text(base: Base) -> str:
     if base.hub_id:
         return f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
-    if base.name == models.NANO:
+    if base.name == names.NANO:
         return "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
     return f"the model in a folder {code(base.name)}" + (f", made of {code(base.made_of)}" if base.made_of else "")
 
@@ -327,11 +328,11 @@ def _base_text(base: Base) -> str:
 def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
     """Yield (language, code) of how the adapter, or the fused model, is used by mlx_lm and by mlx_traces."""
     folder = f"path/to/{_slug(title)}"
-    spec = base.name if base.hub_id or base.name == models.NANO else f"path/to/{_slug(Path(base.name).name)}"
+    spec = base.name if base.hub_id or base.name == names.NANO else f"path/to/{_slug(Path(base.name).name)}"
     plain = base.hub_id or spec
     first = ["from mlx_lm import generate, load", ""]
     model = json.dumps(plain)
-    if base.name == models.NANO and not fused:
+    if base.name == names.NANO and not fused:
         first = ["from mlx_lm import generate, load", "from mlx_traces import models", ""]
         model = 'str(models.resolve("nano")[0])'
     asked = [

@@ -10,22 +10,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models.adapters import write_arrays
 from mlx_traces.optim import restore, state_of
-from mlx_traces.runtime.files import on_the_way, replacing, sync
+from mlx_traces.runtime.files import on_the_way, sync
 
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
-
-
-def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Replace a safetensors file all at once: temporary file, fsync, rename."""
-    mx.eval(list(arrays.values()))  # what goes wrong in computing them is no fault of the disk
-    try:
-        with on_the_way(path), replacing(path) as scratch:
-            mx.save_safetensors(str(scratch), arrays, metadata or {})
-    except RuntimeError as error:  # MLX's word for a disk that is full
-        raise UserError(
-            f"{path}: cannot be written ({first_line(error)}); make room, then go on with --resume"
-        ) from None
 
 
 def save(path: Path, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]) -> None:

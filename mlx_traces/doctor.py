@@ -245,10 +245,10 @@ def _disk(what: str, folder: Path, least: float, fix: str) -> Line:
 
 
 def _nano() -> Line:
-    from mlx_traces import models
+    from mlx_traces.models import names
 
     try:
-        path, _ = models.resolve(models.NANO)
+        path, _ = names.resolve(names.NANO)
     except UserError as error:
         return Line("nano", "missing", str(error), failed=True)
     return Line("nano", f"{sum(f.stat().st_size for f in path.iterdir()) / 1e6:.1f} MB, in the package")

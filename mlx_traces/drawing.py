@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 
 # Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps those that were freed, up to 32 MiB, for the next of

@@ -158,7 +158,7 @@ class Plan:
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
-        from mlx_traces.models import NANO, is_folder, resolve
+        from mlx_traces.models.names import NANO, is_folder, resolve
 
         local = config.model == NANO or is_folder(config.model)
         return {
@@ -185,7 +185,7 @@ def plan(config: AnswerConfig) -> Plan:
     """
     config = endpoint.settled(config)
     if not endpoint.behind(config):
-        from mlx_traces.models import check, with_adapter
+        from mlx_traces.models.names import check, with_adapter
 
         config = with_adapter(config)
     task = get_task(config.task)
@@ -264,7 +264,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             with _server(planned, stop) as source:
                 return _run(planned, folder, progress, source)
     with distributed.at_work(path, resume) as (folder, stop):
-        from mlx_traces.models import of_its_day
+        from mlx_traces.models.loading import of_its_day
 
         planned = replace(planned, config=of_its_day(planned.config, folder.identity))
         return _run(planned, folder, progress, _engine(planned, stop))
@@ -280,7 +280,7 @@ def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
 
 def _engine(planned: Plan, stop: Stop) -> Source:
     """Load the model of a plan."""
-    from mlx_traces.models import load
+    from mlx_traces.models.loading import load
     from mlx_traces.runtime import device
 
     config = planned.config

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_traces.batching import Example
-from mlx_traces.conversations import Chat, Rendered
 from mlx_traces.drawing import decode, text_of
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.chat import Chat, Rendered
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
 from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of, parts
 

@@ -19,7 +19,7 @@ from mlx_traces.drawing import (
     uniforms_of,
 )
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 
 PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them

@@ -17,19 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import (
-    adapters,
-    evaluation,
-    examples,
-    forward,
-    memory,
-    models,
-    rollouts,
-    rounds,
-    sft,
-    traces,
-    training,
-)
+from mlx_traces import evaluation, examples, forward, memory, rollouts, rounds, sft, traces, training
 from mlx_traces.batching import Example
 from mlx_traces.config import (
     CompareConfig,
@@ -45,6 +33,7 @@ from mlx_traces.config import (
 from mlx_traces.drawing import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
+from mlx_traces.models import adapters, loading, names
 from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
 from mlx_traces.rounds import Station
@@ -107,7 +96,7 @@ def _estimates(
     config: RoundsConfig, plan: list[Station], missing: Sequence[EvalConfig], count: int
 ) -> tuple[dict[str, Forecast], list[str]]:
     """Return the forecasts of what is left, by station, and the lines that belong to them."""
-    left, spec = [station for station in plan if not station.finished], models.split_adapter(config.model)[0]
+    left, spec = [station for station in plan if not station.finished], names.split_adapter(config.model)[0]
     if not left and not missing:
         return {}, []
     if not _is_here(spec):
@@ -120,7 +109,7 @@ def _estimates(
 
 
 def _is_here(spec: str) -> bool:
-    return spec == models.NANO or models.is_folder(spec) or spec.partition("@")[0] in models.cached_models()
+    return spec == names.NANO or names.is_folder(spec) or spec.partition("@")[0] in names.cached_models()
 
 
 def _figures(found: Forecast | None) -> tuple[str, str, str]:
@@ -147,7 +136,7 @@ def _missing(compared: CompareConfig) -> list[EvalConfig]:
 class Probe:
     """How fast a model is here, ready to train; each speed is measured once, in about `PROBE_SECONDS`."""
 
-    def __init__(self, loaded: models.LoadedModel, prompts: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, loaded: loading.LoadedModel, prompts: Sequence[tuple[int, ...]]) -> None:
         self.loaded, self.prompts = loaded, list(prompts)
         self.halves = forward.split(loaded.model)
         self.began = perf_counter(), process_time()
@@ -249,14 +238,14 @@ class Outlook:
     def __init__(self, config: RoundsConfig, plan: Sequence[Station]) -> None:
         self.config, self.plan = config, {station.name: station for station in plan}
         self.first = rounds.trainings(list(plan))[0].recipe
-        self.spec, self.adapter = models.split_adapter(config.model)
+        self.spec, self.adapter = names.split_adapter(config.model)
         prompt = config.compare.prompt or config.prompt
         self.earlier = earlier(config.runs_dir, self.spec, config.task, {prompt, config.prompt})
 
     @cached_property
     def probe(self) -> Probe:
         """The model with the adapter that is trained, and its speeds."""
-        loaded = models.load(self.spec, self.adapter, **self.first.load_arguments())
+        loaded = loading.load(self.spec, self.adapter, **self.first.load_arguments())
         adapters.start(loaded.model, self.first, self.adapter)
         settings = self.config.compare.model_copy(
             update={"model": self.spec, "task": self.config.task, "prompt": self.config.prompt}

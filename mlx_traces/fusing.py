@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import adapters, cards, examples, forward, models, sft
+from mlx_traces import cards, examples, forward, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError, choices, first_line
+from mlx_traces.models import adapters, loading, names
+from mlx_traces.models.convert import GROUP, LEFT_BEHIND, _name, add_up, own_dtype
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.traces import read_traces, source_of
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
-GROUP = 64  # weights that share a scale, where the base is not quantized itself
-LEFT_BEHIND = ("*.safetensors*", "config.json", "*.bin", "*.bin.index.json", "*.gguf", "*.md", ".*")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def fuse(
     out = Path(out)
     if bits not in BITS:
         raise UserError(f"bits: {bits}; choose {choices(str(b) for b in BITS)}")
-    name, inner = models.split_adapter(model)
+    name, inner = names.split_adapter(model)
     if adapter and inner:
         raise UserError(f"two adapters, {inner} and {adapter}: give one")
     adapter = adapter or inner
@@ -84,7 +83,7 @@ def fuse(
         raise UserError("no adapter to fuse: give --adapter, the folder that mlx-traces sft wrote")
     if bits < 16 and data is None:
         raise UserError(f"{bits} bits can round an adapter away: give traces (--data) on which the loss is measured")
-    models.check(name, adapter)
+    names.check(name, adapter)
     full = adapters.read_config(Path(adapter).expanduser()).get("fine_tune_type") == "full"
     traces = list(islice(read_traces(Path(data)), count)) if data else []
     scratch = scratch_folder(out)
@@ -92,7 +91,7 @@ def fuse(
         losses: dict[str, Any] = {}
         if traces:
             progress("loss before")
-            loaded = models.load(name, adapter, trust_remote_code=trust_remote_code)
+            loaded = loading.load(name, adapter, trust_remote_code=trust_remote_code)
             losses["loss_unfused"], losses["tokens"] = mean_loss(loaded, traces)
             if not full:
                 with adapters.switched_off(loaded.model):
@@ -102,9 +101,9 @@ def fuse(
         dtype = _write(scratch, name, adapter, full, bits, trust_remote_code)
         if traces:
             progress("loss after")
-            losses["loss_fused"] = mean_loss(models.load(str(scratch), trust_remote_code=trust_remote_code), traces)[0]
+            losses["loss_fused"] = mean_loss(loading.load(str(scratch), trust_remote_code=trust_remote_code), traces)[0]
         result = Fused(str(out), bits, dtype, **losses)
-        folder, revision = models.resolve(name)
+        folder, revision = names.resolve(name)
         about = {"model": name, "revision": revision, "adapter": str(adapter), **asdict(result), **provenance()}
         about["fingerprints"] = {"model": fingerprint(folder), "adapter": fingerprint(Path(adapter).expanduser())}
         about["data"] = source_of(data) if data else None
@@ -119,7 +118,7 @@ def fuse(
     return result
 
 
-def mean_loss(loaded: models.LoadedModel, traces: Iterable[Any]) -> tuple[float, int]:
+def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float, int]:
     """Return the mean cross-entropy of (where, trace) pairs, in nats per learned token, and how many those are."""
     config = SFTConfig(data="")
     rows = examples.encode_all(loaded, traces, config.max_length, "cut").examples
@@ -134,7 +133,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
 
     # A full adapter holds dense weights, so the base must be dense before it fits.
     kind = {"weights": "dense", "dtype": "float32"} if full else {"weights": "quantized"}
-    loaded = models.load(name, adapter, **kind, trust_remote_code=trust_remote_code)
+    loaded = loading.load(name, adapter, **kind, trust_remote_code=trust_remote_code)
     model, config = loaded.model, dict(loaded.config)
     dtype = own_dtype(loaded.path, config)
     own = config.pop("quantization", None) or {}
@@ -173,50 +172,6 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
     return _name(dtype)
-
-
-def add_up(model: nn.Module) -> set[str]:
-    """Make every layer dense and float32, its adapter added; return the names of those that were quantized.
-
-    Nothing is computed yet: evaluating one array after the other keeps memory low.
-
-    Raises:
-        UserError: for a layer that cannot be expanded or fused.
-    """
-    from mlx_lm.utils import dequantize_model
-
-    model.set_dtype(mx.float32)  # scales and biases: 16-bit ones would round the weights
-    modules = list(model.named_modules())
-    adapted = {name: module for name, module in modules if "lora_a" in module}
-    quantized = {
-        next((base for base in adapted if name in (f"{base}.linear", f"{base}.embedding")), name)
-        for name, module in modules
-        if "scales" in module
-    }
-    for name, module in adapted.items():
-        if not hasattr(module, "fuse"):
-            raise UserError(f"{name}: a {type(module).__name__} cannot be fused; evaluate it as MODEL+ADAPTER")
-    fused = [(name, module.fuse(dequantize=True)) for name, module in adapted.items()]
-    model.update_modules(tree_unflatten(fused))
-    dequantize_model(model)
-    left = [name for name, module in model.named_modules() if "scales" in module]
-    if left:
-        raise UserError(f"{left[0]}: quantized in a special way, which cannot be expanded and fused")
-    return quantized
-
-
-def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
-    """Return the 16-bit type of a model's weights or scales; that of its configuration where they have none."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        for array in mx.load(str(file)).values():  # lazy: no weights are read
-            if array.dtype in (mx.float16, mx.bfloat16):
-                return array.dtype
-    named = config.get("dtype") or config.get("torch_dtype")
-    return mx.float16 if named == "float16" else mx.bfloat16
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]
 
 
 def warning(result: Fused) -> str | None:

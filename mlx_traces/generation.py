@@ -52,14 +52,14 @@ def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
     """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
-    from mlx_traces import models
+    from mlx_traces.models import loading
 
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluation.plan(config), []
     if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
-    planned = replace(planned, config=models.of_its_day(planned.config, _begun(out, begun) if resume else {}))
-    loaded = models.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
+    planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
+    loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
     identity = {**planned.identity(), **weights, **loaded.shown()}
     made = distributed.gather(
@@ -151,7 +151,7 @@ def _traces(
     planned: evaluation.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
 ) -> Iterator[Trace]:
     """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
-    from mlx_traces import adapters
+    from mlx_traces.models import adapters
 
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))

@@ -13,7 +13,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.memory import Estimate, Most
 
 if TYPE_CHECKING:
-    from mlx_traces.models import LoadedModel
+    from mlx_traces.models.loading import LoadedModel
 
 KINDS = {"sft": SFTConfig, "grpo": GRPOConfig, "ppo": PPOConfig}
 PROBED = 256  # problems whose longest prompt stands for all
@@ -93,11 +93,11 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     config = read_config(KINDS[kind], path, {})
-    from mlx_traces import adapters, models
+    from mlx_traces.models import adapters, loading, names
 
-    config = models.with_adapter(config)
+    config = names.with_adapter(config)
     _refuse_absent(config.model)
-    loaded = models.load(config.model, config.adapter, **config.load_arguments())
+    loaded = loading.load(config.model, config.adapter, **config.load_arguments())
     adapters.start(loaded.model, config, config.adapter)
     if isinstance(config, RLConfig):
         prompt, of = _longest_prompt(loaded, config)
@@ -119,7 +119,7 @@ def _refuse_absent(model: str) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from mlx_traces.models import NANO, is_folder
+    from mlx_traces.models.names import NANO, is_folder
 
     name, _, revision = model.partition("@")
     if model == NANO or is_folder(model) or model.count("/") != 1:

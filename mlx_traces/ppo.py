@@ -28,11 +28,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import adapters, batching, forward, optim, policy, reinforcement, sharing, training
+from mlx_traces import batching, forward, optim, policy, reinforcement, sharing, training
 from mlx_traces.batching import Example
 from mlx_traces.config import PPOConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.reinforcement import Result
 from mlx_traces.rollouts import Group
 from mlx_traces.runtime import distributed

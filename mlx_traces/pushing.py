@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, cards, models
+from mlx_traces import cards
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models import adapters
+from mlx_traces.models.names import check
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.fingerprints import MODEL_FILES
@@ -41,7 +43,7 @@ def prepare(folder: Path) -> Upload:
     if not (folder / adapters.CONFIG).exists() and (folder / "adapter" / adapters.CONFIG).exists():
         folder = folder / "adapter"
     if (folder / "config.json").exists() and not (folder / adapters.CONFIG).exists():
-        models.check(str(folder))
+        check(str(folder))
         found = {path for pattern in (*MODEL_FILES, "*.py", cards.CARD) for path in folder.glob(pattern)}
         names = sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
         return Upload("model", {name: _content(folder / name) for name in names})

@@ -135,9 +135,9 @@ def _by_model(
     judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt, used: dict[str, Any]
 ) -> list[str | None]:
     """Return a model's replies without its own thought; None where they do not fit in its context."""
-    from mlx_traces import models
+    from mlx_traces.models import loading
 
-    loaded = models.load(config.model, **config.load_arguments())
+    loaded = loading.load(config.model, **config.load_arguments())
     used["model"] = loaded.about()
     questions: list[dict[str, Any]] = [
         {"question": asking.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged

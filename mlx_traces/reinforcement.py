@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import adapters, checkpoints, forward, memory, models, rewards, rollouts, tracking, training
+from mlx_traces import checkpoints, forward, memory, rewards, rollouts, tracking, training
 from mlx_traces.config import RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters, loading, names
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rollouts import Group
 from mlx_traces.runtime import device, distributed
@@ -106,11 +107,11 @@ def _train(
     stop: Callable[[], bool],
     show: Callable | None,
 ) -> Result:
-    config = with_reference(models.with_adapter(config), folder.identity)
-    config = models.of_its_day(config, folder.identity)
+    config = with_reference(names.with_adapter(config), folder.identity)
+    config = loading.of_its_day(config, folder.identity)
     planned, held_out, notes = rollouts.prepare(config)
     functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
-    loaded = models.load(config.model, config.adapter, **config.load_arguments())
+    loaded = loading.load(config.model, config.adapter, **config.load_arguments())
     longest = rollouts.longest_prompt(loaded, planned)
     identity = identity_of(config, planned, loaded, functions)
     identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}

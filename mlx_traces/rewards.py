@@ -153,9 +153,10 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
 
     Its failures are counted over all of a run, from `FEWEST_JUDGED` completions on: a step may have few right ones.
     """
-    from mlx_traces import asking, models
+    from mlx_traces import asking
+    from mlx_traces.models import loading
 
-    loaded = models.load(config.judge, **config.load_arguments())
+    loaded = loading.load(config.judge, **config.load_arguments())
     failed = total = 0
 
     def grades(planned: Plan, samples: Sequence[Sample]) -> list[float | None]:

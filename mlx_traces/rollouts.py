@@ -13,12 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import adapters, evaluation, policy, rewards, selection, training
+from mlx_traces import evaluation, policy, rewards, selection, training
 from mlx_traces.batching import Example
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem
 from mlx_traces.runtime import distributed

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_traces import (
-    adapters,
     comparison,
     evaluation,
     generation,
-    models,
     rewards,
     scoring,
     selection,
@@ -49,6 +47,7 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.models import adapters, names
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
@@ -86,10 +85,10 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     """
     _check(config)
     plan: list[Station] = []
-    spec, adapter = models.split_adapter(config.model)
-    local = spec == models.NANO or models.is_folder(spec)
+    spec, adapter = names.split_adapter(config.model)
+    local = spec == names.NANO or names.is_folder(spec)
     before: list[Any] = [config.model, config.task, config.prompt]
-    before += [fingerprint(models.resolve(spec)[0])] if local else []
+    before += [fingerprint(names.resolve(spec)[0])] if local else []
     before += [fingerprint(Path(adapter))] if adapter else []
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
@@ -379,7 +378,7 @@ def trainings(plan: list[Station]) -> list[Station]:
 
 def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
     """Return the comparison at the end: the base model and each round's adapter, all on the same problems."""
-    spec, adapter = models.split_adapter(config.model)
+    spec, adapter = names.split_adapter(config.model)
     adapters = [adapter, *(str(station.out / "adapter") for station in trainings(plan))]
     prompt = config.compare.prompt or config.prompt
     evals = [

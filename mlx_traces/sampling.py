@@ -29,7 +29,7 @@ from mlx_traces.drawing import (
 )
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.fallback import generate_plainly
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.runtime.device import limits, out_of_memory
 

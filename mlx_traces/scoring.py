@@ -135,9 +135,9 @@ def model_scores(
     """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; tell ``used`` of them."""
 
     def load(part: str) -> Any:
-        from mlx_traces import models
+        from mlx_traces.models import loading
 
-        loaded = models.load(getattr(config, part), **config.load_arguments())
+        loaded = loading.load(getattr(config, part), **config.load_arguments())
         used[part] = loaded.about()
         return loaded
 

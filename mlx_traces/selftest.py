@@ -22,7 +22,8 @@ from typing import Any
 
 from mlx_traces.config import SFTConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import NANO, LoadedModel
+from mlx_traces.models.loading import LoadedModel
+from mlx_traces.models.names import NANO
 from mlx_traces.readers import read_json
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
@@ -66,11 +67,11 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
     Raises:
         UserError: if nano or the reference cannot be read, or are not of each other.
     """
-    from mlx_traces import models
+    from mlx_traces.models import loading
 
     start = perf_counter()
     stored = load_reference() if stored is None else stored
-    loaded = models.load(NANO) if loaded is None else loaded
+    loaded = loading.load(NANO) if loaded is None else loaded
     try:
         if stored["nano"] != fingerprint(loaded.path):
             raise UserError("nano's files are not those that the self-test's numbers were made with")
@@ -152,7 +153,8 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     import numpy as np
     from mlx.utils import tree_flatten
 
-    from mlx_traces import adapters, forward, optim, sft
+    from mlx_traces import forward, optim, sft
+    from mlx_traces.models import adapters
 
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
     adapters.start(loaded.model, config)
@@ -202,9 +204,9 @@ def reference() -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_traces import models
+    from mlx_traces.models import loading
 
-    loaded = models.load(NANO, device="cpu", weights="dense", dtype="float32")
+    loaded = loading.load(NANO, device="cpu", weights="dense", dtype="float32")
     completions = []
     for prompt in prompts_of(loaded):
         ids, logprobs, gaps = list(prompt), [], []

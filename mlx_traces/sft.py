@@ -18,14 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_traces import (
-    adapters,
     batching,
     checkpoints,
     evaluation,
     examples,
     forward,
     memory,
-    models,
     optim,
     sampling,
     selection,
@@ -37,7 +35,8 @@ from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
 from mlx_traces.drawing import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters, loading, names
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace, problem_id
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
@@ -180,8 +179,8 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
 
 
 def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show: Callable | None) -> SFTResult:
-    config = models.of_its_day(models.with_adapter(config), folder.identity)
-    loaded = models.load(config.model, config.adapter, **config.load_arguments())
+    config = loading.of_its_day(names.with_adapter(config), folder.identity)
+    loaded = loading.load(config.model, config.adapter, **config.load_arguments())
     data = prepare(loaded, config)
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)

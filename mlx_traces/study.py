@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import comparison, endpoint, evaluation, findings, models, quantizing, report, tables, webpage
+from mlx_traces import comparison, endpoint, evaluation, findings, report, tables, webpage
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.models import convert, names
 from mlx_traces.readers import read_json
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.run_folder import RunFolder
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from mlx_traces.quantizing import Conversion
+    from mlx_traces.models.convert import Conversion
     from mlx_traces.tables import Run
 
 ALONE = (
@@ -102,15 +103,15 @@ def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str
         raise UserError(f"tasks: {given!r} is filled in by the study; name it under models or prompts")
     for place, model in enumerate(config.models):
         spec, adapter = _adapter(model)
-        if model.optional and adapter and not models.is_folder(adapter):
+        if model.optional and adapter and not names.is_folder(adapter):
             notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
             continue
         wanted, served = None, bool(model.settings.get("endpoint"))
         if model.bits is not None and (served or task.endpoint):
             raise UserError(f"models.{place}: a model behind a server has the bits that it has; leave bits out")
         if model.bits is not None:
-            models.check(spec)
-            wanted = quantizing.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
+            names.check(spec)
+            wanted = convert.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
         for prompt in model.prompts or task.prompts:
             own = {"model": spec, "adapter": adapter, "prompt": prompt}
             if taken := sorted(own.keys() & model.settings.keys()):
@@ -213,7 +214,7 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
         for entry in layout.entries:
             if not entry.ready:
                 say(f"converting {entry.conversion.model} to {entry.conversion.path}")
-                quantizing.convert(entry.conversion, entry.config.trust_remote_code)
+                convert.convert(entry.conversion, entry.config.trust_remote_code)
     parts = []
     for layout in laid_out:
         for note in layout.notes:
@@ -225,7 +226,7 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
 def _adapter(model: StudyModel) -> tuple[str, str | None]:
     """Return a model's name and its adapter's folder, from wherever the adapter is named."""
-    spec, inner = models.split_adapter(model.model)
+    spec, inner = names.split_adapter(model.model)
     if inner and model.adapter:
         raise UserError(f"two adapters, {inner} and {model.adapter}: give one")
     return spec, inner or model.adapter
@@ -242,7 +243,7 @@ def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     frame = tables.compare_runs(runs, layout.baseline)
     chosen = findings.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
-    origins = {entry.conversion.model: quantizing.origin(entry.conversion.model) for entry in found if entry.conversion}
+    origins = {entry.conversion.model: convert.origin(entry.conversion.model) for entry in found if entry.conversion}
     told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
     notes = [*layout.notes, *tables.differences(runs), *told]
     return Part(layout.name, runs, frame, findings.summary(runs), chosen, _bits(found, runs, about), notes)
@@ -262,10 +263,10 @@ def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     stored = read_json(Path(config.runs_dir) / made.name / "run.json")
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
-    if loaded and folder is None and (entry.config.model == models.NANO or models.is_folder(entry.config.model)):
-        folder = models.resolve(entry.config.model)[0]
+    if loaded and folder is None and (entry.config.model == names.NANO or names.is_folder(entry.config.model)):
+        folder = names.resolve(entry.config.model)[0]
     blank = dict.fromkeys(("bits", "group_size", "bits_per_weight", "file_mb"))
-    facts = quantizing.describe(folder) if folder else blank
+    facts = convert.describe(folder) if folder else blank
     identity, backend = stored["identity"], stored.get("backend") or {}
     if not loaded:
         return {**facts, "ran_as": f"as served at {entry.config.endpoint}"}

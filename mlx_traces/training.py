@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, cards, evaluation
+from mlx_traces import cards, evaluation
 from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import LoadedModel
+from mlx_traces.models import adapters
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime.run_folder import RunFolder
 
 SHOWN = 4  # validation completions kept in samples.jsonl

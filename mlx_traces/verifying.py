@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import adapters, comparison, evaluation, models, traces
+from mlx_traces import comparison, evaluation, traces
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.models import NANO, is_folder
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.names import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.readers import read_json, read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
@@ -361,7 +362,7 @@ def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
             return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
         model = str(identity.get("model"))
         if model == NANO or is_folder(model):
-            models.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
+            loading.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
     except UserError as error:
         return [f"adapter: {error}"]
     return []

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_traces.models import LoadedModel
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime.device import Backend
 
 assert mlx_traces

@@ -33,8 +33,9 @@ from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-from mlx_traces import adapters, asking, config, curves, quality, reformatting, tables, traces, webpage
+from mlx_traces import asking, config, curves, quality, reformatting, tables, traces, webpage
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder

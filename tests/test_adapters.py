@@ -9,9 +9,9 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, models
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 
 IDS = mx.array([[5, 9, 17, 40, 3], [88, 2, 2, 61, 30]])
 
@@ -127,12 +127,12 @@ def test_full_adapter_without_its_number_of_layers(tmp_path):
 
 
 def test_a_full_adapter_needs_dense_weights(tmp_path, tiny_folder):
-    loaded = models.load(str(tiny_folder), weights="dense")
+    loaded = loading.load(str(tiny_folder), weights="dense")
     settings = adapters.start(loaded.model, AdapterConfig(kind="full"))
     adapters.save(loaded.model, tmp_path, settings)
-    models.load(str(tiny_folder), str(tmp_path), weights="dense")
+    loading.load(str(tiny_folder), str(tmp_path), weights="dense")
     with pytest.raises(UserError, match="does not fit this model .*: pass --weights dense"):
-        models.load(str(tiny_folder), str(tmp_path), weights="quantized")
+        loading.load(str(tiny_folder), str(tmp_path), weights="quantized")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "last layer", "head"])

@@ -15,10 +15,11 @@ import pytest
 from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, forward, grpo, sampling, sharing
+from mlx_traces import forward, grpo, sampling, sharing
 from mlx_traces.batching import Example, pad
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 
 HALVED = (
     *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),

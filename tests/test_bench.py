@@ -6,10 +6,11 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_traces import bench_ranks, models
+from mlx_traces import bench_ranks
 from mlx_traces.cli import main
 from mlx_traces.cli.bench import _without_ranks
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 
 
 def test_bench_generate_prints_a_row_per_number_of_rows():
@@ -19,7 +20,7 @@ def test_bench_generate_prints_a_row_per_number_of_rows():
     told = json.loads(result.stdout)
     rows = told["rows"]
     assert [row["rows"] for row in rows] == [2, 4]
-    assert told["versions"]["mlx"] and told["model"] == models.load("nano").about()
+    assert told["versions"]["mlx"] and told["model"] == loading.load("nano").about()
     assert told["config"]["count"] == 6 and told["config"]["weights"] is None  # as the device likes them
     for row in rows:
         assert row["completion_tokens"] == row["peer_completion_tokens"] == 72  # nano never ends within 12 tokens

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from packaging.requirements import Requirement
 
-from mlx_traces import doctor, models, selftest
+from mlx_traces import doctor, selftest
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 from mlx_traces.runtime import device
 
 STORED = selftest.load_reference()
@@ -25,7 +26,7 @@ STORED = selftest.load_reference()
 
 def nano(**weights):
     """Load nano in float32; ``weights`` maps a part of a matrix's name to what is done to it."""
-    loaded = models.load("nano", device="cpu", weights="dense", dtype="float32")
+    loaded = loading.load("nano", device="cpu", weights="dense", dtype="float32")
     arrays = dict(tree_flatten(loaded.model.parameters()))
     for part, change in weights.items():
         (name,) = (name for name in arrays if name.endswith(f"layers.2.{part}.weight"))

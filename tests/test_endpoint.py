@@ -464,7 +464,7 @@ def real(tmp_path):
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces.models import load
+    from mlx_traces.models.loading import load
 
     loaded, folder = load("nano", weights="dense", dtype="float32"), tmp_path / "nano-dense"
     folder.mkdir()

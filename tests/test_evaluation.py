@@ -242,7 +242,7 @@ def test_damaged_run_folders_are_named(batched, tmp_path):
 def test_changed_data_or_template_is_another_evaluation(tmp_path):
     import shutil
 
-    from mlx_traces.models import resolve
+    from mlx_traces.models.names import resolve
 
     data, model = tmp_path / "own.jsonl", tmp_path / "model"
     shutil.copytree(resolve("nano")[0], model)

@@ -17,9 +17,10 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import curves, generation, models, scoring, sft
+from mlx_traces import curves, generation, scoring, sft
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 from mlx_traces.runtime import files, provenance, run_folder
 
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
@@ -88,7 +89,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def recipes(data, tiny_folder, monkeypatch):
     """One function for each kind of writer, of a folder and whether to resume."""
-    loaded, load = {}, models.load
+    loaded, load = {}, loading.load
 
     def once(name, *args, **kwargs):
         if name not in loaded:
@@ -110,7 +111,7 @@ def recipes(data, tiny_folder, monkeypatch):
         folder.mkdir(exist_ok=True)
         with contextlib.chdir(folder), monkeypatch.context() as patch:
             if name != "sft":  # the others do not change the model
-                patch.setattr(models, "load", once)
+                patch.setattr(loading, "load", once)
             made[name](resume)
 
     return {name: partial(within, name) for name in made}

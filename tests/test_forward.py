@@ -9,9 +9,10 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, forward
+from mlx_traces import forward
 from mlx_traces.batching import Example, pad
 from mlx_traces.config import AdapterConfig
+from mlx_traces.models import adapters
 
 VOCABULARY = 128
 SMALL = 5 * 4 * VOCABULARY / 2**20  # MiB of five rows of logits

@@ -10,17 +10,18 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import adapters, fusing, models
+from mlx_traces import fusing
 from mlx_traces.cli import main
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 
 IDS = mx.array([[5, 9, 30, 61, 12, 77, 20, 8]])
 
 
 def make_adapter(base: Path, folder: Path, kind: str, targets: list[str] | None = None) -> Path:
     """Write an adapter of random weights that changes the model much."""
-    loaded = models.load(str(base), weights="dense", dtype="float32")
+    loaded = loading.load(str(base), weights="dense", dtype="float32")
     mx.random.seed(3)
     settings = adapters.start(loaded.model, AdapterConfig(kind=kind, rank=4, targets=targets))
     random = np.random.default_rng(3)
@@ -45,17 +46,17 @@ def write_traces(path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_fused_model_is_the_adapted_one_up_to_rounding(tiny_folder, tmp_path, kind):
     adapter = make_adapter(tiny_folder, tmp_path / "adapter", kind)
-    unfused = models.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model(IDS)
-    base = models.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
+    unfused = loading.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model(IDS)
+    base = loading.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
     result = fusing.fuse(str(tiny_folder), str(adapter), tmp_path / "fused")
     assert (result.bits, result.dtype, result.loss_fused) == (16, "float16", None)
-    ours = models.load(str(tmp_path / "fused"))
+    ours = loading.load(str(tmp_path / "fused"))
     away, change = mx.abs(ours.model(IDS) - unfused).max().item(), mx.abs(base - unfused).max().item()
     assert away < 0.02 * change, (away, change)  # 1 % is float16's rounding; each weight is checked below
     model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
     assert {array.dtype for _, array in tree_flatten(model.parameters())} == {mx.float16}
     assert mx.abs(model(IDS).astype(mx.float32) - unfused).max().item() < 0.05 * change
-    assert tokenizer.chat_template and ours.stop_ids == models.load(str(tiny_folder)).stop_ids
+    assert tokenizer.chat_template and ours.stop_ids == loading.load(str(tiny_folder)).stop_ids
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert "quantization" not in config and "quantization_config" not in config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "fused"]
@@ -65,7 +66,7 @@ def test_the_fused_model_is_the_adapted_one_up_to_rounding(tiny_folder, tmp_path
 def test_every_weight_is_rounded_once(tiny_folder, tmp_path, kind):
     adapter = make_adapter(tiny_folder, tmp_path / "adapter", kind, ["self_attn.q_proj"])
     fusing.fuse(f"{tiny_folder}+{adapter}", None, tmp_path / "fused")
-    model = models.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model
+    model = loading.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model
     exact = {name: module.fuse() for name, module in model.named_modules() if "lora_a" in module}
     stored = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     assert len(exact) == 2

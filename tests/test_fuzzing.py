@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import adapters, curves, evaluation, quality, rewards, tables, traces, webpage
+from mlx_traces import curves, evaluation, quality, rewards, tables, traces, webpage
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import gsm8k, qa

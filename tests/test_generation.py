@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_traces import generation, models
+from mlx_traces import generation
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import manifest_of, manifest_path, read_traces
@@ -38,7 +39,7 @@ def test_every_problem_gets_its_samples_in_order_and_is_graded(whole):
         assert len(trace.logprobs) == len(trace.completion_ids) and max(trace.logprobs) <= 0
     manifest = manifest_of(out)
     assert manifest["counts"]["written"] == 18
-    assert manifest["models"] == {"model": models.load("nano").about()} and "source_sha256" not in manifest
+    assert manifest["models"] == {"model": loading.load("nano").about()} and "source_sha256" not in manifest
     assert manifest["problems"] == ids_digest([p.id for p in problems])
     assert not list(out.parent.glob(".own*"))
 
@@ -48,7 +49,7 @@ def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
     import mlx.core as mx
 
     trace = rows(whole[0])[0]
-    loaded = models.load("nano")
+    loaded = loading.load("nano")
     assert trace.completion_ids[-1] in loaded.stop_ids
     assert loaded.tokenizer.decode(list(trace.completion_ids[:-1])) == trace.completion
     prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
@@ -61,7 +62,7 @@ def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
 def test_a_generated_trace_is_learned_as_it_was_sampled(tmp_path):
     from mlx_traces import examples
 
-    loaded, out = models.load("nano"), tmp_path / "own.jsonl"
+    loaded, out = loading.load("nano"), tmp_path / "own.jsonl"
     config = CONFIG.model_copy(update={"limit": 2, "samples": 2, "thinking": True, "template_args": {"effort": 1}})
     generation.generate(config, out)
     for trace in rows(out):

@@ -15,12 +15,10 @@ from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_traces import (
-    adapters,
     checkpoints,
     evaluation,
     forward,
     grpo,
-    models,
     optim,
     policy,
     ppo,
@@ -32,6 +30,7 @@ from mlx_traces import (
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.runtime import run_folder
@@ -538,7 +537,7 @@ def test_a_run_is_not_resumed_with_another_reward(settings, tmp_path, monkeypatc
 def test_equal_rewards_leave_every_weight_as_it_was(settings, tmp_path):
     config = GRPOConfig(**{**settings, "rewards": {"test_grpo:level": 1.0}, "max_resamples": 1, "num_steps": 2})
     grpo.train(config, tmp_path / "run")
-    model = models.load(config.model, device="cpu").model
+    model = loading.load(config.model, device="cpu").model
     mx.random.seed(config.seed)
     adapters.start(model, config)
     trained = mx.load(str(tmp_path / "run" / "checkpoint.safetensors"))
@@ -682,13 +681,13 @@ def test_settings_without_effect_are_refused(changes, message):
 
 
 def test_validation_asks_as_the_training_does(settings, tmp_path, monkeypatch):
-    seen, render = set(), models.LoadedModel.render
+    seen, render = set(), loading.LoadedModel.render
 
     def rendered(self, prompt, problem, thinking=None):
         seen.add((problem.gold == "21", thinking))
         return render(self, prompt, problem, thinking)
 
-    monkeypatch.setattr(models.LoadedModel, "render", rendered)
+    monkeypatch.setattr(loading.LoadedModel, "render", rendered)
     own = {**settings, "num_steps": 1}
     for training_, validation, expected in (
         (None, None, {(False, None), (True, None)}),

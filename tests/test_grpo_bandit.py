@@ -15,9 +15,10 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, evaluation, forward, grpo, rollouts, sampling
+from mlx_traces import evaluation, forward, grpo, rollouts, sampling
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.models import adapters
 from mlx_traces.records import Problem
 
 STOP = 3

@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import adapters, forward, grpo, memory, models, optim, planning, ppo, sft, traces
+from mlx_traces import forward, grpo, memory, optim, planning, ppo, sft, traces
 from mlx_traces.batching import Example
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.drawing import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
 from mlx_traces.sampling import generate
@@ -246,7 +247,7 @@ def write(path, text):
 def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
     file = write(tmp_path / "grpo.yaml", f"# mlx-traces grpo {tmp_path}/grpo.yaml\nmodel: nano\n{GRPO}")
     made = planning.plan(file)
-    loaded = models.load("nano")
+    loaded = loading.load("nano")
     config = GRPOConfig(rank=4, prompts_per_step=4, group_size=4, max_tokens=32)
     adapters.start(loaded.model, config)
     prompt = int(re.search(r"prompts of (\d+) tokens", made.told)[1])
@@ -256,13 +257,13 @@ def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
     assert printed.splitlines() == made.lines() and "largest rows: 16 (all of a step)" in printed
     assert CliRunner().invoke(main, ["plan", str(file), "--kind", "ppo"]).output.startswith("ppo of nano on ")
     small = made.estimate.weights + made.estimate.optimizer
-    real = models.load
+    real = loading.load
 
     def cramped(*given, **named):
         found = real(*given, **named)
         return replace(found, backend=replace(found.backend, memory_gb=small))
 
-    monkeypatch.setattr(models, "load", cramped)
+    monkeypatch.setattr(loading, "load", cramped)
     made = planning.plan(file)
     assert made.fault and made.lines()[-3:] == [
         "  largest rows: none fits",

@@ -16,11 +16,12 @@ from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from tokenizers.processors import TemplateProcessing
 
-from mlx_traces import models
-from mlx_traces.adapters import attach
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import check, is_folder, load, resolve, split_adapter
+from mlx_traces.models import loading
+from mlx_traces.models.adapters import attach
+from mlx_traces.models.loading import load
+from mlx_traces.models.names import check, is_folder, resolve, split_adapter
 from mlx_traces.records import Problem
 from mlx_traces.tasks.prompts import Prompt
 
@@ -137,10 +138,10 @@ def test_the_day_is_the_runs():
     assert on.render(PLAIN, PROBLEM).text.partition("\n")[2] == render(CHATML)[0].text
     assert replace(wrap(make_tokenizer(CHATML)), day=date(2024, 7, 26)).shown() == {}
     config = EvalConfig()
-    assert models.of_its_day(config, {}) == config == models.of_its_day(config, {"weights": "dense"})
-    assert models.of_its_day(config, {"date": "2024-07-26"}).date == date(2024, 7, 26)
+    assert loading.of_its_day(config, {}) == config == loading.of_its_day(config, {"weights": "dense"})
+    assert loading.of_its_day(config, {"date": "2024-07-26"}).date == date(2024, 7, 26)
     own = EvalConfig(date="2025-01-01")
-    assert models.of_its_day(own, {"date": "2024-07-26"}) == own
+    assert loading.of_its_day(own, {"date": "2024-07-26"}) == own
 
 
 def test_templates_that_fail_are_one_line():
@@ -267,12 +268,12 @@ def test_first_token_of_the_text_once():
 def test_stop_ids():
     tokenizer = make_tokenizer()
     known = tokenizer.get_vocab()
-    assert models._stop_ids(wrap(tokenizer).tokenizer) == {known["<|endoftext|>"], known["<|im_end|>"]}
+    assert loading._stop_ids(wrap(tokenizer).tokenizer) == {known["<|endoftext|>"], known["<|im_end|>"]}
     tokenizer.add_tokens(["<|end|>", "<end_of_turn>"], special_tokens=True)
     known = tokenizer.get_vocab()
-    assert {known["<|end|>"], known["<end_of_turn>"]} < models._stop_ids(wrap(tokenizer).tokenizer)
+    assert {known["<|end|>"], known["<end_of_turn>"]} < loading._stop_ids(wrap(tokenizer).tokenizer)
     tokenizer.add_tokens(["<|channel|>"], special_tokens=True)  # harmony: <|end|> closes a message, not the turn
-    assert known["<|end|>"] not in models._stop_ids(wrap(tokenizer).tokenizer)
+    assert known["<|end|>"] not in loading._stop_ids(wrap(tokenizer).tokenizer)
 
 
 def test_dense_weights_are_exactly_the_quantized_ones(tiny_folder):

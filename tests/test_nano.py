@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_traces import models, nano
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading, names, nano
 from mlx_traces.tasks.countdown import PROMPTS, check, generate, parse
 
 TINY = {"hidden_size": 64, "layers": 1, "heads": 1, "intermediate_size": 64, "operands": (3, 3)}
@@ -24,7 +24,7 @@ def tokenizer():
 
 def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer):
     """transformers puts its own pre-tokenizer in place of some; the ids would differ without an error."""
-    loaded = models.load("nano").tokenizer
+    loaded = loading.load("nano").tokenizer
     for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 50):
         text = tokenizer.decode(ids)
         assert loaded.encode(text, add_special_tokens=False) == ids
@@ -37,7 +37,7 @@ def test_prompts_and_traces_need_no_spelling(tokenizer):
     """Every fixed part is one token: if a prompt's wording changes, nano has to be built anew."""
     for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
         messages = prompt.messages(parse({"nums": [3, 19, 42], "target": 64}, "here"))
-        ids = models.load("nano").tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = loading.load("nano").tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert len(ids) == 15
     lengths = [len(ids) for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 500)]
     assert sum(lengths) / 500 < 60
@@ -154,7 +154,7 @@ def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_package_stays_small():
-    folder, _ = models.resolve("nano")
+    folder, _ = names.resolve("nano")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
 
 
@@ -162,7 +162,8 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
     """They fit nano, mlx_lm puts them on too, and each answers more of 300 problems than nano in its prompt."""
     from mlx_lm import load
 
-    from mlx_traces import comparison, evaluation, models
+    from mlx_traces import comparison, evaluation
+    from mlx_traces.models import loading, names
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
     evals = comparison.default_evals()
@@ -175,10 +176,10 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
 
     def correct(settings):
         settings = settings.model_copy(update={"limit": 300})
-        loaded = models.load("nano", settings.adapter)
+        loaded = loading.load("nano", settings.adapter)
         return sum(row["correct"] for row in evaluation.measure(loaded, evaluation.plan(settings)))
 
     base = {settings.prompt: correct(settings) for settings in evals[:2]}
     for settings in evals[2:]:
         assert correct(settings) > base[settings.prompt]
-        load(str(models.resolve("nano")[0]), adapter_path=settings.adapter)
+        load(str(names.resolve("nano")[0]), adapter_path=settings.adapter)

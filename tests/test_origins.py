@@ -13,7 +13,7 @@ import mlx_traces
 from mlx_traces import comparison, evaluation, origins, tables
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import resolve
+from mlx_traces.models.names import resolve
 from mlx_traces.runtime import fingerprints
 from mlx_traces.runtime.fingerprints import doubt, fingerprint
 from mlx_traces.runtime.provenance import settled

@@ -12,10 +12,11 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 from test_grpo import Killed, assert_close, assert_same_outcome, lora, made, outcome
 
-from mlx_traces import adapters, batching, checkpoints, forward, memory, models, optim, ppo
+from mlx_traces import batching, checkpoints, forward, memory, optim, ppo
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, PPOConfig, build
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 
 # ---------------------------------------------------------------------------------- a minibatch
 
@@ -507,7 +508,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
     assert written["trained_by"] == "mlx-traces ppo"
     names = mx.load(str(tmp_path / "run" / "adapter" / "adapters.safetensors"))
     assert names and all("lora" in name and "value" not in name for name in names)
-    models.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
+    loading.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
 
 
 def test_equal_rewards_explain_nothing(settings, tmp_path):

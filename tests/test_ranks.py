@@ -14,8 +14,8 @@ import several
 from click.testing import CliRunner
 
 from mlx_traces import bench as bench_room
-from mlx_traces import models
 from mlx_traces.cli import main
+from mlx_traces.models import loading
 from mlx_traces.runtime import distributed
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def test_bench_counts_the_tokens_of_all_ranks(tmp_path):
     said, _ = process.communicate(timeout=120)
     (row,) = json.loads(said[said.index("{\n") :])["rows"]
     assert (row["ranks"], row["prompts"]) == (2, 9)
-    loaded = models.load("nano")
+    loaded = loading.load("nano")
     prompts = bench_room.bench_prompts(loaded, None, 9)
     assert (
         row["completion_tokens"] == bench_room.bench_generate(loaded, prompts, [4], 8, repeats=1)[0].completion_tokens

@@ -8,9 +8,10 @@ import pytest
 from conftest import make_config
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, batching, forward, sft
+from mlx_traces import batching, forward, sft
 from mlx_traces.batching import Example
 from mlx_traces.config import SFTConfig
+from mlx_traces.models import adapters
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 pytestmark = pytest.mark.reference

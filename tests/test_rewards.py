@@ -154,7 +154,7 @@ def test_flash_weighs_less_than_being_right(weights):
 def judging(tiny, tmp_path, monkeypatch):
     """A tiny model as the judge, whose replies are a function of the prompt; returns settings, and what was put."""
     put = []
-    monkeypatch.setattr("mlx_traces.models.load", lambda name, **_: tiny)
+    monkeypatch.setattr("mlx_traces.models.loading.load", lambda name, **_: tiny)
 
     def use(reply_of, **changes):
         def generate(_, requests, params, rows, **options):

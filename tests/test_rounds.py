@@ -9,10 +9,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_traces import evaluation, forecast, models, reinforcement, rounds
+from mlx_traces import evaluation, forecast, reinforcement, rounds
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 from mlx_traces.tables import Run
 from mlx_traces.traces import manifest_path, read_traces
 
@@ -329,7 +330,7 @@ def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(fin
 
 def test_a_dry_run_tells_completions_that_pass_the_context(tmp_path, monkeypatch):
     monkeypatch.setattr(forecast.Probe, "sampling", lambda *_: (1000.0, 500.0))
-    room = models.load("nano").context
+    room = loading.load("nano").context
     config = config_in(tmp_path, epoch1=None, epoch2=None, round3={"grpo": {**STEPS, "max_tokens": room}})
     said = forecast.lines(config)[-1]
     assert "the rounds would end with: round3: problem " in said and f"context of {room}" in said
@@ -390,13 +391,13 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
 
 
 def test_a_dry_run_of_what_is_there_measures_nothing(finished, monkeypatch):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     said = forecast.lines(config_in(finished[0]))
     assert set(column(said, 1).values()) == {"there"} and "" not in said
 
 
 def test_a_dry_run_of_a_model_that_is_not_here_downloads_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     said = forecast.lines(config_in(tmp_path, model="someone/some-model-4bit", round3=PPO))
     assert set(column(said, 1).values()) == {"to make"} and not list(tmp_path.iterdir())
     assert said[-1].startswith("no estimates: someone/some-model-4bit is not on this machine yet")
@@ -416,7 +417,7 @@ def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monk
     config = config_in(tmp_path, round3={"grpo": grpo})
     plan = rounds.stations(config, quiet)
     outlook, by_name = forecast.Outlook(config, plan), {station.name: station for station in plan}
-    loaded = models.load("nano")
+    loaded = loading.load("nano")
 
     def prompt_of(**settings):
         planned = evaluation.plan(EvalConfig(prompt="thinking", **settings))

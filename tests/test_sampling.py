@@ -380,7 +380,7 @@ def test_bad_requests_are_refused_before_anything_runs(tiny):
 
 @pytest.mark.real_model
 def test_real_model_answers(real_model):
-    from mlx_traces.models import load
+    from mlx_traces.models.loading import load
     from mlx_traces.records import Problem
     from mlx_traces.tasks.prompts import Prompt
 

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
 import mlx_traces.sampling
-from mlx_traces import models
 from mlx_traces.asking import Cache, judge, parse_judgement
 from mlx_traces.cli import main
 from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import loading
 from mlx_traces.quality import COMPONENTS
 from mlx_traces.records import Rollout, Trace
 from mlx_traces.runtime.provenance import ids_digest
@@ -220,7 +220,7 @@ def test_a_trace_too_long_for_the_judge_has_no_grade(tiny, rubric, replies):
 def test_a_real_model_judges(tiny, rubric):
     lenient = rubric.model_copy(update={"judge_failures": 1.0})
     score_traces([trace("x")], lenient.model_copy(update={"judge": "nano"}), used=(used := {}))
-    assert used == {"judge": models.load("nano").about()}
+    assert used == {"judge": loading.load("nano").about()}
     assert judge(tiny, [trace("x"), trace("xx")], [None] * 2, lenient) == [None, None]  # random weights talk nonsense
     with pytest.raises(UserError, match="for 2 of 2 traces"):
         judge(tiny, [trace("x"), trace("xx")], [None] * 2, rubric)

@@ -14,10 +14,11 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, checkpoints, examples, forward, optim, sft, training
+from mlx_traces import checkpoints, examples, forward, optim, sft, training
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
@@ -160,7 +161,7 @@ def test_ids_are_those_of_the_template_whatever_the_tokenizer(prepend, template)
 
 
 def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
-    from mlx_traces.conversations import Chat
+    from mlx_traces.models.chat import Chat
 
     def example():
         loaded = wrap(pieces("always", AROUND["spaces"][0]))
@@ -810,19 +811,20 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
 
 
 def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
-    from mlx_traces import evaluation, models
+    from mlx_traces import evaluation
+    from mlx_traces.models import loading
 
     folder = tmp_path / "dated"
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d.%m.') }}" + CHATML)
-    shown, load = [], models.load
+    shown, load = [], loading.load
 
     def today(*names, **arguments):
         loaded = load(*names, **arguments)
         shown.append(loaded.render_turns(ONE).text[:6])
         return loaded
 
-    monkeypatch.setattr(models, "load", today)
+    monkeypatch.setattr(loading, "load", today)
     config = SFTConfig(**settings | {"model": str(folder), "epochs": 1})
     sft.train(config.model_copy(update={"date": date(2025, 3, 1)}), tmp_path / "run")
     sft.train(config, tmp_path / "run", resume=True)

@@ -6,10 +6,11 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten
 
-from mlx_traces import adapters, forward, sharing
+from mlx_traces import forward, sharing
 from mlx_traces.batching import Example
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 
 
 def lora(kind="lora"):

@@ -15,11 +15,12 @@ from scipy.stats import binomtest
 from test_models import R1
 from test_tables import BASE, BETTER, make_run, rendered
 
-from mlx_traces import comparison, evaluation, findings, models, quantizing, study
+from mlx_traces import comparison, evaluation, findings, study
 from mlx_traces.cli import main
 from mlx_traces.config import StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.findings import Pair
+from mlx_traces.models import convert, loading
 
 PHI4 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -188,15 +189,15 @@ def test_bits_are_compared_with_the_most_of_them():
 
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_fewer_bits_are_smaller_files_and_greater_errors(dense, tmp_path, group_size):
-    truth = models.load(str(dense), weights="quantized", dtype="float32").model(IDS)
+    truth = loading.load(str(dense), weights="quantized", dtype="float32").model(IDS)
     spread, errors, sizes = truth.std().item(), [], []
     for bits in (8, 6, 4):
-        wanted = quantizing.conversion(str(dense), bits, group_size, tmp_path)
-        folder = quantizing.convert(wanted)
+        wanted = convert.conversion(str(dense), bits, group_size, tmp_path)
+        folder = convert.convert(wanted)
         assert wanted.label == f"dense-{bits}bit-g{group_size}" and folder.name.startswith(wanted.label)
-        loaded = models.load(str(folder), weights="quantized", dtype="float32")
+        loaded = loading.load(str(folder), weights="quantized", dtype="float32")
         errors.append(mx.abs(loaded.model(IDS) - truth).mean().item() / spread)
-        facts = quantizing.describe(folder)
+        facts = convert.describe(folder)
         assert (facts["bits"], facts["group_size"]) == (bits, group_size)
         # a float16 scale and bias for each group; norms and Qwen2's biases stay 16 bits
         assert facts["bits_per_weight"] == pytest.approx(bits + 32 / group_size, rel=0.03)
@@ -205,11 +206,11 @@ def test_fewer_bits_are_smaller_files_and_greater_errors(dense, tmp_path, group_
         about = json.loads((folder / "converted.json").read_text())
         assert (about["bits"], about["origin"], about["model"]) == (bits, None, str(dense))
     assert errors[0] < 0.05 < errors[2] and errors == sorted(errors), errors
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] < 0.6 * quantizing.describe(dense)["file_mb"]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < 0.6 * convert.describe(dense)["file_mb"]
 
 
 def test_the_weights_are_what_mlx_makes_of_them(dense, tmp_path):
-    folder = quantizing.convert(quantizing.conversion(str(dense), 4, 32, tmp_path))
+    folder = convert.convert(convert.conversion(str(dense), 4, 32, tmp_path))
     ours, own = (mx.load(str(path / "model.safetensors")) for path in (folder, dense))
     name = "model.layers.0.mlp.up_proj"
     for part, expected in zip(
@@ -219,56 +220,55 @@ def test_the_weights_are_what_mlx_makes_of_them(dense, tmp_path):
 
 
 def test_a_quantized_origin_is_expanded_and_named(tiny_folder, tmp_path):
-    own = models.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
-    assert quantizing.origin(str(tiny_folder)) == {"bits": 4, "group_size": 32}
-    wide = quantizing.convert(quantizing.conversion(str(tiny_folder), 16, 64, tmp_path))
-    assert quantizing.origin(str(wide)) is None and "quantization" not in json.loads((wide / "config.json").read_text())
+    own = loading.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
+    assert convert.origin(str(tiny_folder)) == {"bits": 4, "group_size": 32}
+    wide = convert.convert(convert.conversion(str(tiny_folder), 16, 64, tmp_path))
+    assert convert.origin(str(wide)) is None and "quantization" not in json.loads((wide / "config.json").read_text())
     assert json.loads((wide / "converted.json").read_text())["origin"] == {"bits": 4, "group_size": 32}
-    ours = models.load(str(wide)).model(IDS)
+    ours = loading.load(str(wide)).model(IDS)
     assert mx.abs(ours - own).max().item() < 0.02 * own.std().item()  # one float16 rounding
-    assert quantizing.describe(wide)["bits_per_weight"] == 16
-    assert quantizing.describe(wide)["group_size"] is None
-    eight = quantizing.convert(quantizing.conversion(str(tiny_folder), 8, 32, tmp_path))
-    ours = models.load(str(eight), weights="dense", dtype="float32").model(IDS)
+    assert convert.describe(wide)["bits_per_weight"] == 16
+    assert convert.describe(wide)["group_size"] is None
+    eight = convert.convert(convert.conversion(str(tiny_folder), 8, 32, tmp_path))
+    ours = loading.load(str(eight), weights="dense", dtype="float32").model(IDS)
     assert mx.abs(ours - own).mean().item() < 0.05 * own.std().item()
 
 
 def test_a_conversion_is_made_once_and_follows_its_source(dense, tmp_path):
-    wanted = quantizing.conversion(str(dense), 4, 64, tmp_path / "models")
-    folder = quantizing.convert(wanted)
+    wanted = convert.conversion(str(dense), 4, 64, tmp_path / "models")
+    folder = convert.convert(wanted)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert quantizing.convert(wanted) == folder and (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert convert.convert(wanted) == folder and (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]  # no scratch folder is left
     # 16 bits have no groups; another group size, or other files, are another model
     assert (
-        quantizing.conversion(str(dense), 16, 32, tmp_path).path
-        == quantizing.conversion(str(dense), 16, 64, tmp_path).path
+        convert.conversion(str(dense), 16, 32, tmp_path).path == convert.conversion(str(dense), 16, 64, tmp_path).path
     )
-    assert quantizing.conversion(str(dense), 4, 32, tmp_path / "models").path != folder
+    assert convert.conversion(str(dense), 4, 32, tmp_path / "models").path != folder
     changed = tmp_path / "dense"
     shutil.copytree(dense, changed)
-    before = quantizing.conversion(str(changed), 4, 64, tmp_path).path
+    before = convert.conversion(str(changed), 4, 64, tmp_path).path
     (changed / "chat_template.jinja").write_text(QWEN25)
-    assert quantizing.conversion(str(changed), 4, 64, tmp_path).path != before
-    hub = quantizing.conversion("Qwen/Qwen2.5-0.5B-Instruct@main", 8, 64, tmp_path)  # nothing is asked of the hub
+    assert convert.conversion(str(changed), 4, 64, tmp_path).path != before
+    hub = convert.conversion("Qwen/Qwen2.5-0.5B-Instruct@main", 8, 64, tmp_path)  # nothing is asked of the hub
     assert hub.label == "Qwen2.5-0.5B-Instruct-8bit-g64"
 
 
 def test_conversions_that_cannot_be(dense, tmp_path):
-    folder = quantizing.conversion(str(dense), 4, 64, tmp_path)
+    folder = convert.conversion(str(dense), 4, 64, tmp_path)
     narrow = make_folder(tmp_path / "narrow", hidden_size=32, intermediate_size=32, num_attention_heads=1,
                          num_key_value_heads=1)  # fmt: skip
     with pytest.raises(UserError, match="no layer's width is a multiple of the group size 128"):
-        quantizing.convert(quantizing.conversion(str(narrow), 4, 128, tmp_path))
+        convert.convert(convert.conversion(str(narrow), 4, 128, tmp_path))
     broken = tmp_path / "broken"
     shutil.copytree(dense, broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"broken: cannot be loaded \("):
-        quantizing.convert(quantizing.conversion(str(broken), 4, 64, tmp_path))
+        convert.convert(convert.conversion(str(broken), 4, 64, tmp_path))
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        quantizing.convert(replace(folder, path=file / "model"))
+        convert.convert(replace(folder, path=file / "model"))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"narrow", "broken", "file"}
 
@@ -395,7 +395,7 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
     config = config_of(tmp_path, questions, *rows, tasks=tasks)
     parts = study.run(config)
     assert [len(part.runs) for part in parts] == [4, 2] and [len(part.bits) for part in parts] == [2, 1]
-    loaded, plan = models.load(str(folder)), study.entries(config, config.tasks[0])[0][1].plan()
+    loaded, plan = loading.load(str(folder)), study.entries(config, config.tasks[0])[0][1].plan()
     assert loaded.render(plan.prompt, plan.problems[0]).opened == opened
     for part in parts:
         for run in part.runs:

@@ -110,9 +110,10 @@ def bench_generate_command(
     """Time the sampling engine: tokens per second, milliseconds a step, memory, and the ratio to a peer."""
     if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows {rows}: give numbers from 1 up, as in 32,128")
-    from mlx_traces import bench, models
+    from mlx_traces import bench
+    from mlx_traces.models import loading
 
-    loaded = models.load(model, **settings)
+    loaded = loading.load(model, **settings)
     asked = bench.bench_prompts(loaded, Path(prompts) if prompts else None, count)
     lines = bench.bench_generate(
         loaded,
@@ -166,14 +167,15 @@ def bench_sft_command(
 ) -> None:
     """Time optimizer steps: real tokens per second, memory, and the ratio to a peer on the same sequences."""
     config = build(SFTConfig, {**settings, "data": data or ""})
-    from mlx_traces import models
+    from mlx_traces.models import loading
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import adapters, bench_sft, memory
+    from mlx_traces import bench_sft, memory
+    from mlx_traces.models import adapters
 
     load = {name: getattr(config, name) for name in LoadConfig.model_fields}
-    loaded = models.load(config.model, **load)
+    loaded = loading.load(config.model, **load)
     files = [Path(file) if file else None for file in (data, problems)]
     rows = bench_sft.bench_rows(loaded, config, *files, count)
     line = bench_sft.bench_sft(
@@ -256,7 +258,7 @@ def _bench_reinforcement(
 ) -> None:
     """Time steps of an algorithm and print what was found."""
     config = build(form, {**settings, "prompts_per_step": prompts})
-    from mlx_traces import models
+    from mlx_traces.models import loading
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
@@ -264,7 +266,7 @@ def _bench_reinforcement(
 
     if against in bench_grpo.PEERS:
         bench_grpo.trainer()
-    loaded = models.load(config.model, **{name: getattr(config, name) for name in LoadConfig.model_fields})
+    loaded = loading.load(config.model, **{name: getattr(config, name) for name in LoadConfig.model_fields})
     line = bench_grpo.bench_grpo(
         loaded, config, against, as_shipped, repeats, every_row, lambda line: click.echo(line, err=True)
     )

@@ -23,7 +23,7 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 
     config = configured(NanoConfig, config_file, settings)
     import_mlx()
-    from mlx_traces import nano
+    from mlx_traces.models import nano
     from mlx_traces.runtime.progress import progress
 
     nano.check_sizes(config)

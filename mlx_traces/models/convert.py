@@ -9,8 +9,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import fusing, models
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models import convert as models_convert
+from mlx_traces.models import names
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
 
@@ -35,8 +40,8 @@ def conversion(model: str, bits: int, group_size: int, folder: Path) -> Conversi
 
     A local source is its files, a hub id its name and revision; nothing is downloaded or made.
     """
-    local = model == models.NANO or models.is_folder(model)
-    source = [model, fingerprint(models.resolve(model)[0])] if local else [model]
+    local = model == names.NANO or names.is_folder(model)
+    source = [model, fingerprint(names.resolve(model)[0])] if local else [model]
     digest = hashlib.sha256(json.dumps([source, bits, group_size if bits < 16 else 0]).encode()).hexdigest()[:8]
     return Conversion(model, bits, group_size, folder / f"{_label(model, bits, group_size)}-{digest}")
 
@@ -53,7 +58,7 @@ def convert(wanted: Conversion, trust_remote_code: bool = False) -> Path:
     """
     if wanted.path.is_dir():
         return wanted.path
-    source, revision = models.resolve(wanted.model)
+    source, revision = names.resolve(wanted.model)
     scratch = scratch_folder(wanted.path)
     try:
         origin = _write(scratch, source, wanted, trust_remote_code)
@@ -90,9 +95,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def origin(model: str) -> dict[str, Any] | None:
     """Return the quantization that a model on this disk comes with, None for dense weights and hub ids."""
-    if model != models.NANO and not models.is_folder(model):
+    if model != names.NANO and not names.is_folder(model):
         return None
-    return _quantization(json.loads((models.resolve(model)[0] / "config.json").read_text(encoding="utf-8")))
+    return _quantization(json.loads((names.resolve(model)[0] / "config.json").read_text(encoding="utf-8")))
 
 
 def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bool) -> dict[str, Any] | None:
@@ -102,10 +107,10 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     model, config = _lazy(source, wanted.model, trust_remote_code)
-    own, dtype = _quantization(config), fusing.own_dtype(source, config)
+    own, dtype = _quantization(config), models_convert.own_dtype(source, config)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    kept = fusing.add_up(model)
+    kept = models_convert.add_up(model)
     model.set_dtype(dtype)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)  # one at a time: the wide intermediates do not pile up
@@ -120,7 +125,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     except RuntimeError as error:  # MLX's word for a disk that is full
         raise OSError(first_line(error)) from None
     save_config(config, folder / "config.json", keep_vision_config=True)
-    left = {path for pattern in fusing.LEFT_BEHIND for path in source.glob(pattern)}
+    left = {path for pattern in models_convert.LEFT_BEHIND for path in source.glob(pattern)}
     for path in sorted(set(source.iterdir()) - left):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
@@ -146,3 +151,51 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def _label(model: str, bits: int, group_size: int) -> str:
     short = Path(model.partition("@")[0]).name
     return f"{short}-16bit" if bits == 16 else f"{short}-{bits}bit-g{group_size}"
+
+
+GROUP = 64  # weights that share a scale, where the base is not quantized itself
+LEFT_BEHIND = ("*.safetensors*", "config.json", "*.bin", "*.bin.index.json", "*.gguf", "*.md", ".*")
+
+
+def add_up(model: nn.Module) -> set[str]:
+    """Make every layer dense and float32, its adapter added; return the names of those that were quantized.
+
+    Nothing is computed yet: evaluating one array after the other keeps memory low.
+
+    Raises:
+        UserError: for a layer that cannot be expanded or fused.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    model.set_dtype(mx.float32)  # scales and biases: 16-bit ones would round the weights
+    modules = list(model.named_modules())
+    adapted = {name: module for name, module in modules if "lora_a" in module}
+    quantized = {
+        next((base for base in adapted if name in (f"{base}.linear", f"{base}.embedding")), name)
+        for name, module in modules
+        if "scales" in module
+    }
+    for name, module in adapted.items():
+        if not hasattr(module, "fuse"):
+            raise UserError(f"{name}: a {type(module).__name__} cannot be fused; evaluate it as MODEL+ADAPTER")
+    fused = [(name, module.fuse(dequantize=True)) for name, module in adapted.items()]
+    model.update_modules(tree_unflatten(fused))
+    dequantize_model(model)
+    left = [name for name, module in model.named_modules() if "scales" in module]
+    if left:
+        raise UserError(f"{left[0]}: quantized in a special way, which cannot be expanded and fused")
+    return quantized
+
+
+def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
+    """Return the 16-bit type of a model's weights or scales; that of its configuration where they have none."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        for array in mx.load(str(file)).values():  # lazy: no weights are read
+            if array.dtype in (mx.float16, mx.bfloat16):
+                return array.dtype
+    named = config.get("dtype") or config.get("torch_dtype")
+    return mx.float16 if named == "float16" else mx.bfloat16
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

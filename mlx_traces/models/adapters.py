@@ -6,12 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.readers import is_number, parse_json, text_of
+from mlx_traces.runtime.files import on_the_way, replacing
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 BASE = "base"  # names the bare model where an adapter is asked for
@@ -118,7 +122,7 @@ def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict
     """
     from mlx.utils import tree_flatten
 
-    from mlx_traces.checkpoints import write_arrays
+    from mlx_traces.models.adapters import write_arrays
     from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 
     with on_the_way(folder):
@@ -333,3 +337,15 @@ def _are_names(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return json.dumps(value)[:60]
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """Replace a safetensors file all at once: temporary file, fsync, rename."""
+    mx.eval(list(arrays.values()))  # what goes wrong in computing them is no fault of the disk
+    try:
+        with on_the_way(path), replacing(path) as scratch:
+            mx.save_safetensors(str(scratch), arrays, metadata or {})
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}); make room, then go on with --resume"
+        ) from None

@@ -1,0 +1,232 @@
+"""A model by name: found or downloaded, loaded as the device likes it, asked by its chat template."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date as Date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError, first_line
+from mlx_traces.models.chat import Chat, Rendered
+from mlx_traces.models.names import _ANEW, _parts, resolve
+from mlx_traces.records import Problem
+from mlx_traces.runtime.device import Backend, choose
+from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.tasks.prompts import Message, Prompt, as_text
+from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
+
+# What a base model's chat template ends a turn with, where its configuration names only the end of a text.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+HARMONY = "<|channel|>"  # of gpt-oss's format, whose special tokens frame its messages
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to generate.
+
+    ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
+    folder. ``stop_ids`` end a completion; ``stop_strings`` do too, for a model without a chat template, which
+    knows no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
+    are lines the user should see, each once. ``template_args`` and ``day`` are what the chat template is given.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    adapter: str | None
+    path: Path
+    revision: str | None
+    config: dict[str, Any]
+    backend: Backend
+    stop_ids: frozenset[int]
+    context: int | None
+    stop_strings: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    template_args: dict[str, Any] = field(default_factory=dict)
+    day: Date | None = None
+
+    @property
+    def own_tags(self) -> Pair | None:
+        """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
+        return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
+
+    def about(self) -> dict[str, Any]:
+        """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": fingerprint(self.path),
+            "adapter": self.adapter,
+            "adapter_fingerprint": fingerprint(Path(self.adapter)) if self.adapter else None,
+            "backend": asdict(self.backend),
+        }
+
+    @cached_property
+    def signs(self) -> dict[int, str]:
+        """The tokens that are no text, with how they are written: special ones that are no part of a thought's tags."""
+        tokens = self.tokenizer._tokenizer.added_tokens_decoder
+        special = {token: str(added) for token, added in tokens.items() if added.special}
+        if HARMONY in special.values():
+            return {}  # all that stands between its messages tells them apart
+        own = [tag for tag in (self.tokenizer.think_start, self.tokenizer.think_end) if tag]
+        tags = [*own, *(tag for tags in TAGS for tag in tags)]
+        return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
+
+    def shown(self) -> dict[str, str]:
+        """Return what the chat template shows beside its input, the date if it prints one: of a run's identity."""
+        return {"date": self.day.isoformat()} if self.day and self.chat.dated else {}
+
+    def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
+        """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.
+
+        ``thinking`` sets the template's switch; ``None`` leaves it at the template's own default.
+        """
+        messages = prompt.messages(problem)
+        if not prompt.chat:
+            text = as_text(messages) + prompt.prefill
+            return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
+        return self.render_turns(messages, prompt.prefill, thinking)
+
+    def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
+        """Put a conversation to the model by its chat template, the next turn being the assistant's."""
+        return self.chat.prompt(messages, prefill, thinking)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The model's chat template, with what it is always given."""
+        return Chat(self.tokenizer, self.name, self.template_args, self.day, self.notes)
+
+
+def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
+    """Return settings whose ``date`` is that of the run that they continue, if it has one and they name none.
+
+    Args:
+        config: the settings.
+        begun: the identity of the run, empty before it is begun.
+    """
+    day = begun.get("date")
+    return config if config.date or not day else config.model_copy(update={"date": Date.fromisoformat(day)})
+
+
+def load(
+    name: str,
+    adapter: str | None = None,
+    *,
+    device: str | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    template_args: dict[str, Any] | None = None,
+    date: Date | None = None,
+) -> LoadedModel:
+    """Load a model with its tokenizer, and an adapter on top, unfused.
+
+    Dense weights are the quantized ones' exact values in float32, rounded once for another ``dtype``.
+
+    Args:
+        name: ``nano``, a folder, or a hub id, the hub id with ``@revision`` if wanted; ``MODEL+ADAPTER`` too.
+        adapter: folder of an mlx_lm adapter.
+        device: ``"gpu"`` or ``"cpu"``; ``None`` for the GPU where there is one.
+        weights: ``"quantized"`` or ``"dense"``; ``None`` for what is fastest here (`device.choose`).
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` likewise.
+        trust_remote_code: run Python code that comes with the model.
+        template_args: other variables of the chat template, ``reasoning_effort`` say.
+        date: the day that the chat template prints, if it does; ``None`` for today.
+
+    Raises:
+        UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
+    """
+    choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
+    from mlx_lm.utils import get_total_parameters, load_model
+
+    spec, adapter = _parts(name, adapter)
+    path, revision = resolve(spec)
+    try:
+        model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
+        raise _unloadable(spec, "cannot be loaded", error, trust_remote_code) from None
+    tokenizer = _load_tokenizer(path, spec, config, trust_remote_code)
+    backend = choose(device, weights, dtype, get_total_parameters(model))
+    notes = place(model, backend)
+    if adapter is not None:
+        from mlx_traces.models.adapters import attach
+
+        attach(model, adapter)
+    stop_ids = _stop_ids(tokenizer)
+    if not stop_ids:
+        notes.append(f"{spec} names no token that ends a text; completions run to the token limit")
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=spec,
+        adapter=adapter,
+        path=path,
+        revision=revision,
+        config=config,
+        backend=backend,
+        stop_ids=stop_ids,
+        context=_context(config),
+        stop_strings=() if tokenizer.has_chat_template else ("\n\nUser:",),
+        notes=notes,
+        template_args=template_args or {},
+        day=date or Date.today(),
+    )
+
+
+def place(model: Any, backend: Backend) -> list[str]:
+    """Give the model the backend's weights and dtype, in place, and evaluate them; return notes."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import dequantize_model
+
+    notes = []
+    if backend.weights == "dense":
+        quantized = [module for _, module in model.named_modules() if "scales" in module]
+        if any(module.get("global_scale") is not None for module in quantized):
+            notes.append("nvfp4 experts with a global scale stay quantized")
+        elif quantized:
+            # Scales are float16 or bfloat16: widen them first, and nothing is rounded on the way to dense.
+            model.set_dtype(mx.float32)
+            dequantize_model(model)
+            left = sum("scales" in module for _, module in model.named_modules())
+            if left:
+                notes.append(f"{left} quantized layers of a special kind stay quantized")
+    if backend.dtype is not None:
+        model.set_dtype(getattr(mx, backend.dtype))
+    model.eval()
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+    return notes
+
+
+def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        return load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # as above
+        raise _unloadable(name, "its tokenizer cannot be loaded", error, trust_remote_code) from None
+
+
+def _unloadable(name: str, what: str, error: Exception, trusted: bool) -> UserError:
+    if "trust_remote_code" in str(error) and not trusted:
+        return UserError(f"{name}: comes with Python code of its own; pass --trust-remote-code if you trust it")
+    return UserError(f"{name}: {what} ({first_line(error)}); {_ANEW}")
+
+
+def _stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a completion: the configured ones, and the chat templates' ends of a turn."""
+    vocabulary = tokenizer.get_vocab()
+    # In the harmony format <|end|> closes one message of a turn, not the turn.
+    ends = {*TURN_ENDS} - ({"<|end|>"} if "<|channel|>" in vocabulary else set())
+    return frozenset({*tokenizer.eos_token_ids, *(vocabulary[end] for end in ends if end in vocabulary)})
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    for settings in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(settings.get(key), int):
+                return settings[key]
+    return None
