@@ -79,8 +79,8 @@ def replies(
     Returns:
         Texts, what the template opens not included; None where question and reply do not fit in the model's context.
     """
-    from mlx_traces.drawing import Request, SamplingParams
-    from mlx_traces.sampling import generate
+    from mlx_traces.engine.generate import generate
+    from mlx_traces.engine.sampling import Request, SamplingParams
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]

@@ -20,10 +20,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import batching, examples, forward, optim, sft
-from mlx_traces.batching import Example
+from mlx_traces import examples, optim, sft
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine import batching, logprobs
+from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
@@ -174,7 +175,7 @@ def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow
 def our_epochs(model: nn.Module, rows: Sequence[Example], config: SFTConfig) -> Iterator[None]:
     """Put a new adapter on the model, then train an epoch for each item that is drawn, as ``mlx-traces sft`` does."""
     adapters.start(model, config)
-    halves, optimizer = forward.split(model), optim.make_optimizer(config, 1000)
+    halves, optimizer = logprobs.split(model), optim.make_optimizer(config, 1000)
     lengths = [len(row.ids) for row in rows]
     model.train()
     epoch = 0

@@ -9,8 +9,8 @@ itself opens (a ``<think>``) is part of the prompt.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_traces.batching import Example
-from mlx_traces.drawing import decode, text_of
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.sampling import decode, text_of
 from mlx_traces.errors import UserError
 from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.loading import LoadedModel

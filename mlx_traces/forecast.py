@@ -17,8 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import evaluation, examples, forward, memory, rollouts, rounds, sft, traces, training
-from mlx_traces.batching import Example
+from mlx_traces import evaluation, examples, memory, rollouts, rounds, sft, traces, training
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -30,7 +29,10 @@ from mlx_traces.config import (
     ScoreConfig,
     SFTConfig,
 )
-from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.engine import logprobs
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.generate import Usage, generate
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
 from mlx_traces.models import adapters, loading, names
@@ -38,7 +40,6 @@ from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
 from mlx_traces.rounds import Station
 from mlx_traces.runtime.run_folder import RunFolder
-from mlx_traces.sampling import Usage, generate
 from mlx_traces.text import duration
 
 LENGTH = 0.5  # of max_tokens, where no earlier run tells how long completions are
@@ -138,7 +139,7 @@ class Probe:
 
     def __init__(self, loaded: loading.LoadedModel, prompts: Sequence[tuple[int, ...]]) -> None:
         self.loaded, self.prompts = loaded, list(prompts)
-        self.halves = forward.split(loaded.model)
+        self.halves = logprobs.split(loaded.model)
         self.began = perf_counter(), process_time()
         self.known: dict[Any, Any] = {}
 
@@ -203,7 +204,7 @@ class Probe:
         ids = tuple((ids * (length // len(ids) + 1))[:length])
         batch = [Example("probe", ids, (False,) * (length - learned) + (True,) * learned)] * count
         began = perf_counter()
-        with forward.checkpointed(self.loaded.model.layers, config.checkpoint_layers):
+        with logprobs.checkpointed(self.loaded.model.layers, config.checkpoint_layers):
             sft.step_gradient(self.loaded.model, self.halves, batch, config)
         return perf_counter() - began
 

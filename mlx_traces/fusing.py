@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import cards, examples, forward, sft
+from mlx_traces import cards, examples, sft
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.convert import GROUP, LEFT_BEHIND, _name, add_up, own_dtype
@@ -124,7 +125,7 @@ def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float
     rows = examples.encode_all(loaded, traces, config.max_length, "cut").examples
     if not rows:
         raise UserError("the traces have no token to measure a loss on")
-    return sft.mean_loss(forward.split(loaded.model), rows, config), sum(row.count for row in rows)
+    return sft.mean_loss(logprobs.split(loaded.model), rows, config), sum(row.count for row in rows)
 
 
 def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_remote_code: bool) -> str:

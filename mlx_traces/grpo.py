@@ -20,9 +20,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import batching, forward, optim, policy, reinforcement, sharing, training
-from mlx_traces.batching import Example
+from mlx_traces import optim, policy, reinforcement, sharing, training
 from mlx_traces.config import GRPOConfig
+from mlx_traces.engine import batching
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.reinforcement import Result
@@ -40,14 +42,14 @@ class Learner:
 
     def __init__(self, loaded: LoadedModel, config: GRPOConfig) -> None:
         self.config, self.module, self.resamples = config, loaded.model, config.max_resamples
-        self.halves = forward.split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
+        self.halves = split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
         self.optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the model by a step's groups; return metrics."""
         rows = rows_of(groups, self.config)
-        with forward.checkpointed(self.module.layers, self.config.checkpoint_layers):
+        with checkpointed(self.module.layers, self.config.checkpoint_layers):
             return learn(self.module, self.halves, rows, self.optimizer, self.reference, step, self.config)
 
 
@@ -110,14 +112,12 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     return [row for row in rows if row.example.count and (row.advantage or config.kl_coef)]
 
 
-def gradient(
-    model: nn.Module, halves: forward.Split, rows: Sequence[Row], config: GRPOConfig
-) -> tuple[float, Any, Counter]:
+def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOConfig) -> tuple[float, Any, Counter]:
     """Return the loss of one optimizer step, its gradient, and the sums that its metrics are made of."""
 
     def loss_of(states: mx.array, targets: mx.array, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
         micro = [rows[index] for index in indices]
-        flat, entropies = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb)
+        flat, entropies = head_logprobs(halves, states, targets, config.temperature, config.logits_mb)
         index, mask = batching.places([row.example.count for row in micro])
         logprobs = flat[index]
         old = mx.stop_gradient(logprobs) if micro[0].old is None else batching.padded([row.old for row in micro])
@@ -143,13 +143,13 @@ def gradient(
     return sharing.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
 
 
-def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
+def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
     own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
     def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
-        flat, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+        flat, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
             found[index] = values.tolist()
@@ -161,7 +161,7 @@ def logprobs_of(halves: forward.Split, rows: Sequence[Row], config: GRPOConfig) 
 
 def learn(
     model: nn.Module,
-    halves: forward.Split,
+    halves: Split,
     rows: Sequence[Row],
     optimizer: Any,
     reference: Callable,

@@ -93,7 +93,7 @@ def shape_of(loaded: "LoadedModel") -> Shape:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces.sampling import PREFILL_TOKENS
+    from mlx_traces.engine.generate import PREFILL_TOKENS
 
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
@@ -166,7 +166,7 @@ def estimate(
     cache = reading = 0.0
     rows = min(rows, completions)
     if rows:
-        from mlx_traces.slots import STEP
+        from mlx_traces.engine.kv_cache import STEP
 
         token = 2 * shape.kv_heads * shape.head_size * shape.itemsize  # a layer's key and value
         buffer = rows * token * -(-length // STEP) * STEP
@@ -223,8 +223,8 @@ def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int)
 
 
 def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_limit: float | None) -> int:
-    from mlx_traces.drawing import Request, SamplingParams
-    from mlx_traces.sampling import rows_that_fit
+    from mlx_traces.engine.generate import rows_that_fit
+    from mlx_traces.engine.sampling import Request, SamplingParams
 
     return rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(max_tokens)], memory_limit)
 

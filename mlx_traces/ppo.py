@@ -28,9 +28,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import batching, forward, optim, policy, reinforcement, sharing, training
-from mlx_traces.batching import Example
+from mlx_traces import optim, policy, reinforcement, sharing, training
 from mlx_traces.config import PPOConfig
+from mlx_traces.engine import batching
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
@@ -62,7 +64,7 @@ class ValueHead(nn.Module):
 class ActorCritic(nn.Module):
     """All that is trained: the policy, a model with its adapter on, and the value head on its last hidden states."""
 
-    def __init__(self, model: nn.Module, halves: forward.Split) -> None:
+    def __init__(self, model: nn.Module, halves: Split) -> None:
         super().__init__()
         self.policy = model
         self.value = ValueHead(halves.trunk(mx.array([[0]])).shape[-1])
@@ -80,7 +82,7 @@ class Learner:
                 f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}"
             )
         self.config = config
-        self.halves = forward.split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
+        self.halves = split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
         self.module = ActorCritic(loaded.model, self.halves)
         updates = config.epochs * config.minibatches
@@ -94,7 +96,7 @@ class Learner:
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the module by a step's groups; return metrics."""
-        with forward.checkpointed(self.module.policy.layers, self.config.checkpoint_layers):
+        with checkpointed(self.module.policy.layers, self.config.checkpoint_layers):
             rows = rows_of(groups, self.config)
             return learn(self.module, self.halves, rows, self.optimizer, self.reference, step, self.config)
 
@@ -129,9 +131,7 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     return [row for row in rows if row.example.count]
 
 
-def foresee(
-    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], reference: Callable, config: PPOConfig
-) -> None:
+def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: Callable, config: PPOConfig) -> None:
     """Give the rows their log-probabilities and values before the step's first update, and the reference's."""
     for row, own, foreseen in _read_all(module, halves, rows, config):
         row.old, row.values = own, foreseen
@@ -142,14 +142,14 @@ def foresee(
 
 
 def _read_all(
-    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig
+    module: ActorCritic, halves: Split, rows: Sequence[Row], config: PPOConfig
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
     """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
     own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
     def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
-        logprobs, _ = forward.head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+        logprobs, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         arrays = (np.split(np.array(array), ends) for array in (logprobs, module.value(states)))
         for index, *both in zip(indices, *arrays, strict=True):
@@ -205,7 +205,7 @@ def weighed(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def gradient(
-    module: ActorCritic, halves: forward.Split, rows: Sequence[Row], config: PPOConfig, values_only: bool = False
+    module: ActorCritic, halves: Split, rows: Sequence[Row], config: PPOConfig, values_only: bool = False
 ) -> tuple[float, dict[str, Any], Counter]:
     """Return the loss of one optimizer step, its gradients by part, and the sums that its metrics are made of.
 
@@ -227,7 +227,7 @@ def gradient(
         sums |= {"value_loss": mx.stop_gradient(loss)}
         if values_only:
             return loss, sums
-        logprobs, entropies = forward.head_logprobs(
+        logprobs, entropies = head_logprobs(
             halves, states, targets, **options, entropy_slopes=bool(config.entropy_coef)
         )
         surrogate, more = policy.policy_loss(
@@ -246,7 +246,7 @@ def gradient(
 
 def learn(
     module: ActorCritic,
-    halves: forward.Split,
+    halves: Split,
     rows: Sequence[Row],
     optimizer: Any,
     reference: Callable,

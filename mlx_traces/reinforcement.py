@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import checkpoints, forward, memory, rewards, rollouts, tracking, training
+from mlx_traces import checkpoints, memory, rewards, rollouts, tracking, training
 from mlx_traces.config import RLConfig
+from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Plan
 from mlx_traces.models import adapters, loading, names
@@ -38,7 +39,7 @@ class Learner(Protocol):
     """
 
     module: nn.Module
-    halves: forward.Split
+    halves: logprobs.Split
     optimizer: Any
     resamples: int
 

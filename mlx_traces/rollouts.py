@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_traces import evaluation, policy, rewards, selection, training
-from mlx_traces.batching import Example
 from mlx_traces.config import EvalConfig, RLConfig
+from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import Completion, Plan
 from mlx_traces.models import adapters

@@ -171,9 +171,9 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | No
     import mlx.core as mx
     import numpy as np
 
-    from mlx_traces.batching import Example, micro_batches, pad
+    from mlx_traces.engine.batching import Example, micro_batches, pad
+    from mlx_traces.engine.logprobs import split, token_logprobs
     from mlx_traces.examples import encode
-    from mlx_traces.forward import split, token_logprobs
 
     examples: dict[int, Example] = {}
     for index, trace in enumerate(traces):

@@ -87,8 +87,8 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
 
 def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: float) -> tuple[list[str], float]:
     """Complete the prompts by the engine; return what is wrong, and the largest deviation in nats."""
-    from mlx_traces.drawing import NotFinite, Request, SamplingParams
-    from mlx_traces.sampling import generate
+    from mlx_traces.engine.generate import generate
+    from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 
     prompts = prompts_of(loaded)
     for number, (ids, known) in enumerate(zip(prompts, stored, strict=True), 1):
@@ -153,7 +153,8 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     import numpy as np
     from mlx.utils import tree_flatten
 
-    from mlx_traces import forward, optim, sft
+    from mlx_traces import optim, sft
+    from mlx_traces.engine import logprobs
     from mlx_traces.models import adapters
 
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
@@ -165,7 +166,7 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     loaded.model.load_weights(waves, strict=False)
     loaded.model.train()
     batch = _examples(loaded)
-    halves, optimizer = forward.split(loaded.model), optim.make_optimizer(config, 10)
+    halves, optimizer = logprobs.split(loaded.model), optim.make_optimizer(config, 10)
     loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
     grads, norm = optim.clip(grads, config.max_grad_norm)
     optimizer.update(loaded.model, grads)

@@ -17,23 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import (
-    batching,
-    checkpoints,
-    evaluation,
-    examples,
-    forward,
-    memory,
-    optim,
-    sampling,
-    selection,
-    sharing,
-    tracking,
-    training,
-)
-from mlx_traces.batching import Example
+from mlx_traces import checkpoints, evaluation, examples, memory, optim, selection, sharing, tracking, training
 from mlx_traces.config import SFTConfig
-from mlx_traces.drawing import Request, SamplingParams, decode
+from mlx_traces.engine import batching, generate
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
+from mlx_traces.engine.sampling import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
@@ -46,9 +35,7 @@ from mlx_traces.traces import read_traces
 from mlx_traces.training import Progress
 
 
-def step_gradient(
-    model: nn.Module, halves: forward.Split, batch: Sequence[Example], config: SFTConfig
-) -> tuple[float, Any]:
+def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], config: SFTConfig) -> tuple[float, Any]:
     """Return the mean cross-entropy of a step's learned tokens, in nats, and its gradient.
 
     The sums of micro-batches and ranks are divided by the tokens of the whole step: how it is split changes nothing but
@@ -57,20 +44,18 @@ def step_gradient(
     total = sum(example.count for example in batch)
 
     def loss_of(states: mx.array, targets: mx.array, _: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
-        logprobs, _ = forward.head_logprobs(halves, states, targets, logits_mb=config.logits_mb, entropies=False)
+        logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, entropies=False)
         return -logprobs.sum() / total, {}
 
     return sharing.accumulate(model, halves, batch, config.micro_tokens, loss_of)[:2]
 
 
-def mean_loss(halves: forward.Split, rows: Sequence[Example], config: SFTConfig) -> float:
+def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> float:
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
     own = [rows[index] for index in distributed.share(len(rows))]
 
     def read(_: list[int], states: mx.array, targets: mx.array) -> float:
-        logprobs, _ = forward.head_logprobs(
-            halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False
-        )
+        logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False)
         return logprobs.sum().item()
 
     total = -sum(sharing.each(halves, own, config.micro_tokens, read))
@@ -239,12 +224,12 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
         if show:
             show(row, steps)
 
-    halves = forward.split(loaded.model)
+    halves = split(loaded.model)
     device.reset_peak_memory()
     start = perf_counter() - progress.seconds
     if not progress.step and (first := validate()):
         log(first)
-    with forward.checkpointed(loaded.model.layers, config.checkpoint_layers):
+    with checkpointed(loaded.model.layers, config.checkpoint_layers):
         for step, batch in islice(_steps(data.train, lengths, config), progress.step, None):
             if config.patience and progress.waited >= config.patience:
                 break
@@ -302,7 +287,7 @@ def _micro(lengths: list[int], config: SFTConfig, epoch: int) -> Iterator[list[i
 
 
 def validation(
-    loaded: LoadedModel, halves: forward.Split, data: Data, config: SFTConfig
+    loaded: LoadedModel, halves: Split, data: Data, config: SFTConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return validation loss and accuracy as metrics, as far as there is data, and some completions to look at."""
     loaded.model.eval()
@@ -337,7 +322,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     shown: list[dict[str, Any]] = [{}] * len(asked)
     with adapters.merged(loaded.model):
         requests = [Request(row.ids[:start]) for row, start in asked]
-        for index, rollout in sampling.generate(loaded, requests, params, rows=training.SHOWN):
+        for index, rollout in generate.generate(loaded, requests, params, rows=training.SHOWN):
             row, start = asked[index]
             shown[index] = {
                 "id": row.id,

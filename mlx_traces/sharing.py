@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import batching, forward, optim
-from mlx_traces.batching import Example
-from mlx_traces.forward import Split
+from mlx_traces import optim
+from mlx_traces.engine import batching, logprobs
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import Split
 from mlx_traces.runtime import distributed
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
@@ -32,7 +33,7 @@ def split(model: nn.Module) -> Split:
     """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    halves, caches = forward.split(model), make_prompt_cache(model)
+    halves, caches = logprobs.split(model), make_prompt_cache(model)
     if not all(type(cache) is KVCache for cache in caches):
         return halves
     able = replace(halves, caches=len(caches))
@@ -42,7 +43,7 @@ def split(model: nn.Module) -> Split:
 def _right(model: nn.Module, halves: Split) -> bool:
     """Try it on two rows, long enough for what stands in a prompt to weigh more than the rounding of 16 bits."""
     rows = [
-        Example("", forward.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
+        Example("", logprobs.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
         for prompt, rest in ((32, 16), (24, 9))
     ]
     training = model.training
@@ -51,8 +52,8 @@ def _right(model: nn.Module, halves: Split) -> bool:
         prompts = Prompts(halves, rows)
         found, _ = prompts.states(halves, prompts.read(halves, 64), [0, 1])
         ids, positions = batching.pad(rows)
-        wanted, _ = forward.token_states(halves, mx.array(ids), positions)
-        return forward.alike(found, wanted)
+        wanted, _ = logprobs.token_states(halves, mx.array(ids), positions)
+        return logprobs.alike(found, wanted)
     except (ValueError, TypeError, AttributeError):  # a trunk that takes no such cache
         return False
     finally:
@@ -281,7 +282,7 @@ def _lengths(examples: Sequence[Example], prompts: Prompts | None) -> list[int]:
 
 def _states(halves: Split, examples: Sequence[Example], indices: Sequence[int]) -> tuple[mx.array, mx.array]:
     ids, positions = batching.pad([examples[index] for index in indices])
-    return forward.token_states(halves, mx.array(ids), positions)
+    return logprobs.token_states(halves, mx.array(ids), positions)
 
 
 def _micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:

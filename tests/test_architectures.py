@@ -15,9 +15,11 @@ import pytest
 from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import forward, grpo, sampling, sharing
-from mlx_traces.batching import Example, pad
+from mlx_traces import grpo, sharing
 from mlx_traces.config import AdapterConfig, GRPOConfig
+from mlx_traces.engine import generate
+from mlx_traces.engine.batching import Example, pad
+from mlx_traces.engine.logprobs import head_logprobs
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 
@@ -111,9 +113,9 @@ def greedy(model, ids, count, stop_ids):
 def test_sampled_as_one_by_one(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     prompts = [tuple(range(at, at + length)) for at, length in enumerate((5, 21, 3, 12))]
-    params = sampling.SamplingParams(max_tokens=20)
-    requests = [sampling.Request(prompt) for prompt in prompts]
-    found = dict(sampling.generate(loaded, requests, [params] * 4, 3))
+    params = generate.SamplingParams(max_tokens=20)
+    requests = [generate.Request(prompt) for prompt in prompts]
+    found = dict(generate.generate(loaded, requests, [params] * 4, 3))
     for at, prompt in enumerate(prompts):
         assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
     assert any("special cache" in note for note in loaded.notes) == (architecture in SPECIAL)
@@ -124,9 +126,9 @@ def test_sampled_as_one_by_one(architecture):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL, *UNPADDED, *UNBATCHED])
 def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
-    each = [sampling.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
-    requests = [sampling.Request(tuple(range(3, 3 + length)), seed) for seed, length in enumerate((6, 11, 4))]
-    found = dict(sampling.generate(loaded, requests, each, 2, logprobs=True))
+    each = [generate.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
+    requests = [generate.Request(tuple(range(3, 3 + length)), seed) for seed, length in enumerate((6, 11, 4))]
+    found = dict(generate.generate(loaded, requests, each, 2, logprobs=True))
     for at, (request, params) in enumerate(zip(requests, each, strict=True)):
         ids = (*request.prompt_ids, *found[at].completion_ids)
         logits = np.array(loaded.model(mx.array([ids[:-1]]))[0], np.float64)[len(request.prompt_ids) - 1 :]
@@ -156,11 +158,11 @@ def ignoring_masks(monkeypatch, module):
 
 def test_a_model_that_ignores_the_mask_is_decoded_one_row_at_once(monkeypatch):
     """As mlx_lm's MiniCPM3 did; rows that began apart are compared with themselves alone."""
-    params, requests = sampling.SamplingParams(max_tokens=8), [sampling.Request((3, 4, 5, 6)), sampling.Request((7,))]
+    params, requests = generate.SamplingParams(max_tokens=8), [generate.Request((3, 4, 5, 6)), generate.Request((7,))]
 
     def sampled():
         loaded = replace(wrap(make_tokenizer(), tiny("minicpm3")), notes=[])
-        found = dict(sampling.generate(loaded, requests, params, 2))
+        found = dict(generate.generate(loaded, requests, params, 2))
         for at, request in enumerate(requests):
             assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
         return loaded.notes
@@ -180,8 +182,8 @@ def test_a_model_that_reads_its_cache_in_its_own_way_is_sampled_by_mlx_lm(monkey
 
     monkeypatch.setattr(module.Model, "__call__", asks)
     loaded = replace(wrap(make_tokenizer(), tiny("llama")), notes=[])
-    requests = [sampling.Request((3, 4, 5, 6)), sampling.Request((7,))]
-    found = dict(sampling.generate(loaded, requests, sampling.SamplingParams(max_tokens=8), 2))
+    requests = [generate.Request((3, 4, 5, 6)), generate.Request((7,))]
+    found = dict(generate.generate(loaded, requests, generate.SamplingParams(max_tokens=8), 2))
     for at, request in enumerate(requests):
         assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
     assert any("mlx_lm's own batched generation" in note for note in loaded.notes)
@@ -192,7 +194,7 @@ def test_what_mlx_lm_cannot_decode_at_all_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(module.LlamaModel, "__call__", lambda *_, **__: [][0])
     loaded = wrap(make_tokenizer(), tiny("llama4"))
     with pytest.raises(UserError, match="tiny: mlx_lm cannot decode this model even one row at a time"):
-        list(sampling.generate(loaded, [sampling.Request((1, 2))], sampling.SamplingParams(max_tokens=2)))
+        list(generate.generate(loaded, [generate.Request((1, 2))], generate.SamplingParams(max_tokens=2)))
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "llama4"])
@@ -200,7 +202,7 @@ def test_what_mlx_lm_cannot_decode_at_all_is_told_in_a_line(monkeypatch):
 def test_outputs_that_are_no_numbers_are_told_on_mlx_lms_ways_too(architecture, temperature):
     loaded = replace(wrap(make_tokenizer(), broken(tiny(architecture))), notes=[])
     with pytest.raises(UserError, match=r"^tiny: its outputs are not finite numbers"):
-        list(sampling.generate(loaded, [sampling.Request((1, 2))], sampling.SamplingParams(3, temperature)))
+        list(generate.generate(loaded, [generate.Request((1, 2))], generate.SamplingParams(3, temperature)))
 
 
 @pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WHOLE, *SPECIAL])
@@ -225,7 +227,7 @@ def test_the_gradient_is_the_plain_one(architecture):
     assert halves.trunk(mx.array([[1, 2]])).shape[-1] == (128 if architecture in WHOLE else 64)
 
     def ours(hidden, targets, indices):
-        logprobs, _ = forward.head_logprobs(halves, hidden, targets, logits_mb=0.001)
+        logprobs, _ = head_logprobs(halves, hidden, targets, logits_mb=0.001)
         own = mx.concatenate([weights[starts[i] : starts[i + 1]] for i in indices])
         return (logprobs * own).sum(), {}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_traces.batching import Example, epoch_batches, micro_batches, pad, padding_share
+from mlx_traces.engine.batching import Example, epoch_batches, micro_batches, pad, padding_share
 
 LENGTHS = np.random.default_rng(0).integers(1, 400, 3000).tolist()
 

@@ -64,9 +64,10 @@ def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
-    from mlx_traces import bench_sft, forward, sft
-    from mlx_traces.batching import Example
+    from mlx_traces import bench_sft, sft
     from mlx_traces.config import SFTConfig
+    from mlx_traces.engine import logprobs
+    from mlx_traces.engine.batching import Example
 
     rows = [
         Example(str(row), tuple(range(5, 5 + length)), (False,) * 4 + (True,) * (length - 4))
@@ -79,7 +80,7 @@ def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
     whole = next(batch for batch in batches if batch[1][0, 1].item() == 33)
     loss, count = default_loss(tiny.model, *whole)
     assert count.item() == rows[0].count == 29
-    assert abs(loss.item() - sft.mean_loss(forward.split(tiny.model), rows[:1], config)) < 1e-4
+    assert abs(loss.item() - sft.mean_loss(logprobs.split(tiny.model), rows[:1], config)) < 1e-4
     before = tree_flatten(tiny.model.parameters())
     bench_sft.bench_sft(tiny, rows, config, "mlx-lm", repeats=1)
     after = tree_flatten(tiny.model.parameters())

@@ -9,9 +9,18 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten
 
-from mlx_traces import forward
-from mlx_traces.batching import Example, pad
 from mlx_traces.config import AdapterConfig
+from mlx_traces.engine.batching import Example, pad
+from mlx_traces.engine.logprobs import (
+    Split,
+    _frozen_chunk,
+    checkpointed,
+    head_logprobs,
+    logsumexp,
+    rows_per_chunk,
+    split,
+    token_logprobs,
+)
 from mlx_traces.models import adapters
 
 VOCABULARY = 128
@@ -84,12 +93,12 @@ MODELS = {
 
 def sums(model, logits_mb, temperature=1.0, weights=None):
     """Return log-probabilities, entropies and the gradient of a weighted sum of log-probabilities."""
-    halves = forward.split(model)
+    halves = split(model)
     ids, positions = pad(rows())
     weights = mx.ones(len(positions)) if weights is None else weights
 
     def loss():
-        logprobs, entropies = forward.token_logprobs(
+        logprobs, entropies = token_logprobs(
             halves, mx.array(ids), positions, temperature=temperature, logits_mb=logits_mb
         )
         return (logprobs * weights).sum(), logprobs, entropies
@@ -170,17 +179,17 @@ def test_bfloat16(tied):
     assert_same(parts[2], whole[2], 0.02)
     assert_same(parts[2], plain_gradient(model, 1.0, mx.ones(len(parts[0]))), 0.05)
     # The softmax itself is in float32: probabilities add up to 1 far better than bfloat16 could.
-    halves, states = forward.split(model), mx.random.normal((1, 64)).astype(mx.bfloat16)
+    halves, states = split(model), mx.random.normal((1, 64)).astype(mx.bfloat16)
     every = mx.arange(VOCABULARY)
-    logprobs, _ = forward.head_logprobs(halves, mx.repeat(states, VOCABULARY, axis=0), every, slopes=False)
+    logprobs, _ = head_logprobs(halves, mx.repeat(states, VOCABULARY, axis=0), every, slopes=False)
     assert abs(mx.exp(logprobs).sum().item() - 1) < 1e-5
 
 
 def test_mixed_types_of_head_and_states():
     head = nn.Linear(64, VOCABULARY, bias=False)  # float32 under bfloat16 states
-    halves = forward.Split(lambda ids: ids, head, lambda: head, True)
+    halves = Split(lambda ids: ids, head, lambda: head, True)
     states, targets = mx.random.normal((7, 64)).astype(mx.bfloat16), mx.arange(7)
-    grad = mx.grad(lambda s: forward.head_logprobs(halves, s, targets)[0].sum())(states)
+    grad = mx.grad(lambda s: head_logprobs(halves, s, targets)[0].sum())(states)
     plain = mx.grad(lambda s: -nn.losses.cross_entropy(head(s).astype(mx.float32), targets, reduction="sum"))(states)
     assert grad.dtype == mx.bfloat16
     np.testing.assert_allclose(np.array(grad.astype(mx.float32)), np.array(plain.astype(mx.float32)), atol=0.02)
@@ -189,7 +198,7 @@ def test_mixed_types_of_head_and_states():
 @pytest.mark.parametrize("name", ["tied", "trained head"])
 def test_padding_is_never_seen(name):
     model = MODELS[name]()
-    halves = forward.split(model)
+    halves = split(model)
     examples = rows()
     ids, positions = pad(examples)
     other = ids.copy()
@@ -198,7 +207,7 @@ def test_padding_is_never_seen(name):
     assert (ids != other).sum() > 10
 
     def loss(ids):
-        return forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
+        return token_logprobs(halves, mx.array(ids), positions)[0].sum()
 
     (value, grads), (again, others) = (nn.value_and_grad(model, loss)(cells) for cells in (ids, other))
     assert value.item() == again.item()
@@ -207,10 +216,10 @@ def test_padding_is_never_seen(name):
 
 
 def test_only_wanted_positions_count():
-    model, halves = (model := make_model()), forward.split(model)
+    model, halves = (model := make_model()), split(model)
     ids, positions = pad(rows())
-    some, _ = forward.token_logprobs(halves, mx.array(ids), positions)
-    every, _ = forward.token_logprobs(halves, mx.array(ids), np.arange(ids.shape[0] * (ids.shape[1] - 1)))
+    some, _ = token_logprobs(halves, mx.array(ids), positions)
+    every, _ = token_logprobs(halves, mx.array(ids), np.arange(ids.shape[0] * (ids.shape[1] - 1)))
     np.testing.assert_allclose(np.array(some), np.array(every)[positions], atol=1e-6)
 
 
@@ -218,11 +227,11 @@ def test_only_wanted_positions_count():
 def test_no_buffer_is_wider_than_the_bound(targets):
     bound, count = 1, 400  # all logits at once are 31 MiB, in several copies
     model = trained(targets, vocab_size=20_000, num_hidden_layers=1, tie_word_embeddings=False)
-    halves, ids = forward.split(model), mx.array(np.random.default_rng(0).integers(0, 99, (1, count + 1)))
+    halves, ids = split(model), mx.array(np.random.default_rng(0).integers(0, 99, (1, count + 1)))
 
     def peak(logits_mb):
         def loss():
-            logprobs, spread = forward.token_logprobs(halves, ids, np.arange(count), logits_mb=logits_mb)
+            logprobs, spread = token_logprobs(halves, ids, np.arange(count), logits_mb=logits_mb)
             return logprobs.sum(), spread.sum()
 
         before = mx.get_active_memory()
@@ -239,7 +248,7 @@ def test_no_buffer_is_wider_than_the_bound(targets):
 def test_sums_as_wide_as_a_vocabulary_are_float32s_own(width):
     wide = np.random.default_rng(0).normal(0, 3, (3, width)).astype(np.float32)
     exact = np.log(np.exp(wide.astype(np.float64)).sum(axis=-1))
-    found, plain = (np.array(f(mx.array(wide)), np.float64) for f in (forward.logsumexp, lambda x: mx.logsumexp(x, -1)))
+    found, plain = (np.array(f(mx.array(wide)), np.float64) for f in (logsumexp, lambda x: mx.logsumexp(x, -1)))
     assert found.shape == (3,)
     np.testing.assert_allclose(found, exact, atol=1e-5)
     if width == 151_936 and mx.default_device() == mx.Device(mx.cpu):
@@ -251,7 +260,7 @@ def test_a_wide_vocabularys_logprobs_and_slopes_are_exact_ones():
     states, weights = draw.normal(0, 1, (4, 8)), draw.normal(0, 1, (8, 151_936))
     targets = np.array([3, 70_000, 151_935, 0])
     weight = mx.array(weights.astype(np.float32))
-    found, entropy = forward._frozen_chunk(
+    found, entropy = _frozen_chunk(
         lambda states: states @ weight, mx.array(states.astype(np.float32)), mx.array(targets), 0.8, True, True
     )
     wide = states.astype(np.float32).astype(np.float64) @ weights.astype(np.float32).astype(np.float64) / 0.8
@@ -267,9 +276,9 @@ def test_a_wide_vocabularys_logprobs_and_slopes_are_exact_ones():
 
 
 def test_rows_per_chunk():
-    assert forward.rows_per_chunk(2**15, 1) == 8
-    assert forward.rows_per_chunk(2**18, 128) == 128
-    assert forward.rows_per_chunk(2**18, 0.1) == 1
+    assert rows_per_chunk(2**15, 1) == 8
+    assert rows_per_chunk(2**18, 128) == 128
+    assert rows_per_chunk(2**18, 0.1) == 1
 
 
 # ---------------------------------------------------------------------------------- halves
@@ -277,20 +286,20 @@ def test_rows_per_chunk():
 
 def test_halves():
     model = make_model()
-    assert forward.split(model).trunk is model.model
-    assert not forward.split(model).frozen_head  # nothing is frozen before a training starts
+    assert split(model).trunk is model.model
+    assert not split(model).frozen_head  # nothing is frozen before a training starts
     model.freeze()
-    assert forward.split(model).frozen_head
+    assert split(model).frozen_head
     untied = make_model(tie_word_embeddings=False)
     states = mx.random.normal((3, 64))
-    assert mx.array_equal(forward.split(untied).head(states), untied.lm_head(states))
+    assert mx.array_equal(split(untied).head(states), untied.lm_head(states))
 
 
 def test_a_head_that_is_not_linear_is_left_whole():
     model = Capped(make_model(tie_word_embeddings=False))
-    halves = forward.split(model)
+    halves = split(model)
     assert halves.trunk is model
-    logprobs, _ = forward.token_logprobs(halves, mx.array(pad(rows())[0]), pad(rows())[1], logits_mb=SMALL)
+    logprobs, _ = token_logprobs(halves, mx.array(pad(rows())[0]), pad(rows())[1], logits_mb=SMALL)
     np.testing.assert_allclose(np.array(logprobs), in_float64(model)[0], atol=1e-4)
 
 
@@ -299,19 +308,19 @@ def test_dropout_hides_no_halves():
     adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
     shake(model)
     model.train()
-    assert forward.split(model).frozen_head
+    assert split(model).frozen_head
     assert model.training and model.layers[0].self_attn.q_proj.dropout.training
 
 
 def test_halves_follow_an_adapter_that_is_left_out():
     model = make_model(tie_word_embeddings=False)
     ids, positions = pad(rows())
-    base, _ = forward.token_logprobs(forward.split(model), mx.array(ids), positions)
+    base, _ = token_logprobs(split(model), mx.array(ids), positions)
     model = trained(["lm_head", "self_attn.q_proj"], model=model)
-    halves = forward.split(model)
-    adapted, _ = forward.token_logprobs(halves, mx.array(ids), positions)
+    halves = split(model)
+    adapted, _ = token_logprobs(halves, mx.array(ids), positions)
     with adapters.switched_off(model):
-        without, _ = forward.token_logprobs(halves, mx.array(ids), positions)
+        without, _ = token_logprobs(halves, mx.array(ids), positions)
     assert mx.array_equal(without, base) and not mx.allclose(adapted, base, atol=0.1)
 
 
@@ -319,11 +328,9 @@ def test_halves_follow_an_adapter_that_is_left_out():
 
 
 def gradient(model, ids, positions, wanted):
-    halves = forward.split(model)
-    with forward.checkpointed(model.layers, wanted):
-        value, grads = nn.value_and_grad(
-            model, lambda: forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
-        )()
+    halves = split(model)
+    with checkpointed(model.layers, wanted):
+        value, grads = nn.value_and_grad(model, lambda: token_logprobs(halves, mx.array(ids), positions)[0].sum())()
         mx.eval(value, grads)
     return value.item(), flat(grads)
 
@@ -340,7 +347,7 @@ def test_checkpointing_is_of_these_layers_and_ends():
     model, other = trained(), trained(seed=4)
     kind = type(model.layers[0])
     call = kind.__call__
-    with pytest.raises(KeyError), forward.checkpointed(model.layers[1:]):
+    with pytest.raises(KeyError), checkpointed(model.layers[1:]):
         assert type(model.layers[1]) is not kind and type(model.layers[0]) is kind
         assert all(type(layer) is kind for layer in other.layers) and kind.__call__ is call
         raise KeyError
@@ -371,13 +378,13 @@ def test_checkpointed_layers_drop_the_same_twice():
     adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
     shake(model)
     model.train()
-    halves = forward.split(model)
+    halves = split(model)
     ids, positions = pad(rows())
 
     def loss():
-        return forward.token_logprobs(halves, mx.array(ids), positions)[0].sum()
+        return token_logprobs(halves, mx.array(ids), positions)[0].sum()
 
-    with forward.checkpointed(model.layers):
+    with checkpointed(model.layers):
         mx.random.seed(3)
         _, grads = nn.value_and_grad(model, loss)()
         mx.eval(grads)
@@ -402,7 +409,7 @@ def test_the_stream_goes_on_after_checkpointed_layers():
     adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
     shake(model)
     model.train()
-    with forward.checkpointed(model.layers):
+    with checkpointed(model.layers):
         mx.random.seed(3)
         values = [gradient_value(model) for _ in range(4)]
     assert len({round(value, 3) for value in values}) == 4  # a micro-batch drops others than the one before
@@ -410,9 +417,9 @@ def test_the_stream_goes_on_after_checkpointed_layers():
 
 def gradient_value(model):
     halves, (ids, positions) = (
-        forward.Split(model.model, model.model.embed_tokens.as_linear, lambda: None, True),
+        Split(model.model, model.model.embed_tokens.as_linear, lambda: None, True),
         pad(rows()),
     )
-    value, grads = nn.value_and_grad(model, lambda: forward.token_logprobs(halves, mx.array(ids), positions)[0].sum())()
+    value, grads = nn.value_and_grad(model, lambda: token_logprobs(halves, mx.array(ids), positions)[0].sum())()
     mx.eval(value, grads)
     return value.item()

@@ -14,21 +14,10 @@ import pytest
 from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import (
-    checkpoints,
-    evaluation,
-    forward,
-    grpo,
-    optim,
-    policy,
-    ppo,
-    reinforcement,
-    rewards,
-    rollouts,
-    training,
-)
-from mlx_traces.batching import Example
+from mlx_traces import checkpoints, evaluation, grpo, optim, policy, ppo, reinforcement, rewards, rollouts, training
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
+from mlx_traces.engine import logprobs
+from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
@@ -76,7 +65,7 @@ def some_rows(config, count=8, seed=0, off_policy=False):
         flags = (False,) * (len(ids) - n) + (True,) * n
         sampler = draw.normal(-4, 0.5, n).astype(np.float32)
         rows.append(grpo.Row(Example(f"r{i}", ids, flags), [1.0, -0.7, 0.0, 0.4][i % 4], sampler))
-    for row, values in grpo.logprobs_of(forward.split(lora()), rows, config):
+    for row, values in grpo.logprobs_of(logprobs.split(lora()), rows, config):
         row.reference = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
         if off_policy:  # near the policy's own, so that ratios are on both sides of the bounds
             row.old = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
@@ -148,7 +137,7 @@ def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_co
     config = settings_of(loss=kind, kl_coef=kl_coef, unbiased_kl=unbiased, clip_eps_high=0.28, micro_tokens=40)
     rows = some_rows(config, off_policy=off_policy)
     model = lora()
-    loss, grads, sums = grpo.gradient(model, forward.split(model), rows, config)
+    loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
     expected, expected_grads = plainly(model, rows, config)
     assert loss == pytest.approx(expected, abs=2e-5)
     assert_close(grads, expected_grads, 2e-4)
@@ -159,7 +148,7 @@ def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_co
 
 def test_split_order_and_padding_change_nothing():
     model = lora()
-    halves = forward.split(model)
+    halves = logprobs.split(model)
     results = []
     for micro, order in ((9999, 1), (40, 1), (1, 1), (9999, -1), (60, -1)):
         config = settings_of(micro_tokens=micro, kl_coef=0.1)
@@ -177,7 +166,7 @@ def test_rows_without_advantage_can_be_left_out():
         model, rows = lora(), some_rows(config, off_policy=True)
         useful = grpo.weighed(rows, config)
         assert len(useful) == 6 and len(rows) == 8
-        (a, grads, _), (b, more, _) = (grpo.gradient(model, forward.split(model), r, config) for r in (useful, rows))
+        (a, grads, _), (b, more, _) = (grpo.gradient(model, logprobs.split(model), r, config) for r in (useful, rows))
         assert a == pytest.approx(b, abs=1e-6)
         assert_close(grads, more)
     assert len(grpo.weighed(rows, settings_of(kl_coef=0.1))) == 8  # the KL term teaches them too
@@ -190,7 +179,7 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
         config = settings_of(group_size=2, **changes)
         group = [made(reward, (20 + i, 30, 40)) for i, reward in enumerate(values)]
         rows = grpo.weighed(grpo.rows_of([group], config), config)
-        return grpo.gradient(loaded.model, forward.split(loaded.model), rows, config)[1] if rows else None
+        return grpo.gradient(loaded.model, logprobs.split(loaded.model), rows, config)[1] if rows else None
 
     assert gradient_of((0.3, 0.3)) is None
     for advantage in ("std", "batch", "none", "rloo", "mean"):
@@ -267,7 +256,7 @@ def test_the_stop_token_is_learned():
 
     before = logprob()
     optimizer = optim.make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
-    halves = forward.split(loaded.model)
+    halves = logprobs.split(loaded.model)
     row = grpo.learn(loaded.model, halves, rows, optimizer, adapters.reference(loaded.model, None), 1, config)
     assert logprob() > before + 0.01 and row["optim/updates"] == 1
     # A cut-off completion that is masked is not learned from, though its reward counts in the group.
@@ -284,7 +273,7 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
     model = make_model()
     mx.random.seed(0)
     settings = adapters.start(model, config)  # changes nothing yet: the model is its reference
-    halves = forward.split(model)
+    halves = logprobs.split(model)
 
     def measured(reference):
         rows = some_rows(config)
@@ -372,14 +361,14 @@ def test_importance_weights_are_of_the_sampler():
     model = lora()
     config = settings_of()
     rows = some_rows(config)
-    truth = {id(row): values for row, values in grpo.logprobs_of(forward.split(model), rows, config)}
+    truth = {id(row): values for row, values in grpo.logprobs_of(logprobs.split(model), rows, config)}
     for row in rows:
         row.sampler = truth[id(row)] - np.float32(np.log(1.5))
-    plain = grpo.gradient(model, forward.split(model), rows, config)
+    plain = grpo.gradient(model, logprobs.split(model), rows, config)
     assert plain[2]["kl_sampler"] / plain[2]["tokens"] == pytest.approx(0.5 - np.log(1.5), abs=1e-4)
     for cap, factor in ((2.0, 1.5), (1.2, 1.2)):
         changed = config.model_copy(update={"importance": "token", "importance_cap": cap})
-        grads = grpo.gradient(model, forward.split(model), rows, changed)[1]
+        grads = grpo.gradient(model, logprobs.split(model), rows, changed)[1]
         for (_, a), (_, b) in zip(tree_flatten(grads), tree_flatten(plain[1]), strict=True):
             assert mx.abs(a - factor * b).max() <= 1e-4 * mx.abs(b).max()
 

@@ -15,9 +15,10 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import evaluation, forward, grpo, rollouts, sampling
+from mlx_traces import evaluation, grpo, rollouts
 from mlx_traces.config import AdapterConfig, GRPOConfig
-from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.engine import generate, logprobs
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
 from mlx_traces.records import Problem
 
@@ -76,7 +77,7 @@ class Bandit:
         requests = [Request(PROMPTS[i % 2], seed=1000 + i) for i in range(STEPS * SIZE * len(PROMPTS))]
         params = SamplingParams(**{"max_tokens": 2, "temperature": TEMPERATURE, **changes})
         with adapters.merged(self.model):
-            made = dict(sampling.generate(self.loaded, requests, params, 1024, logprobs=True))
+            made = dict(generate.generate(self.loaded, requests, params, 1024, logprobs=True))
         found = [self.rollout(i % 2, made[i]) for i in range(len(requests))]
         by_prompt = [found[i :: len(PROMPTS)] for i in range(len(PROMPTS))]
         return [[group[at : at + SIZE] for group in by_prompt] for at in range(0, STEPS * SIZE, SIZE)]
@@ -103,7 +104,7 @@ def settings_of(**changes):
 
 def sampled_gradients(bandit, steps, config):
     """Return the negative gradient of every step by array, (steps, size) float64."""
-    halves, found = forward.split(bandit.model), {}
+    halves, found = logprobs.split(bandit.model), {}
     for groups in steps:
         rows = grpo.weighed(grpo.rows_of(groups, config), config)
         _, grads, _ = grpo.gradient(bandit.model, halves, rows, config)

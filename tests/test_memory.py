@@ -11,16 +11,18 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import forward, grpo, memory, optim, planning, ppo, sft, traces
-from mlx_traces.batching import Example
+from mlx_traces import grpo, memory, optim, planning, ppo, sft, traces
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
-from mlx_traces.drawing import Request, SamplingParams
+from mlx_traces.engine import logprobs as engine_logprobs
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.generate import generate
+from mlx_traces.engine.logprobs import checkpointed, head_logprobs, split
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
-from mlx_traces.sampling import generate
 from mlx_traces.tasks import countdown
 
 TOLERANCE = 0.25
@@ -70,7 +72,7 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
         group_size=2,
     )
     loaded = made(config, **changes)
-    halves, optimizer = forward.split(loaded.model), optim.make_optimizer(config, 10)
+    halves, optimizer = split(loaded.model), optim.make_optimizer(config, 10)
     optimizer.init(loaded.model.trainable_parameters())
     mx.eval(optimizer.state)
     draw = np.random.default_rng(0)
@@ -82,7 +84,7 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
     held = mx.get_active_memory() / 1e9  # by other tests too
 
     def work():
-        with forward.checkpointed(loaded.model.layers, checkpoint):
+        with checkpointed(loaded.model.layers, checkpoint):
             grpo.learn(loaded.model, halves, batch, optimizer, lambda: None, 1, config)
 
     found = memory.of_reinforcement(loaded, config, PROMPT)
@@ -184,7 +186,7 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
         "grpo": GRPOConfig(**SHORT, kl_coef=0.01),
         "ppo": PPOConfig(**SHORT, epochs=1),
     }[kind]
-    recipe, whole = {"sft": sft, "grpo": grpo, "ppo": ppo}[kind], forward.head_logprobs
+    recipe, whole = {"sft": sft, "grpo": grpo, "ppo": ppo}[kind], head_logprobs
     results = {}
     for name, fits in (("whole", 10**9), ("halved", 16)):
 
@@ -193,7 +195,7 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
                 raise RuntimeError(f"[metal::malloc] Attempting to allocate {len(states)} bytes")
             return whole(halves, states, *given, **named)
 
-        monkeypatch.setattr(forward, "head_logprobs", logprobs)
+        monkeypatch.setattr(engine_logprobs, "head_logprobs", logprobs)
         results[name] = recipe.train(settings, tmp_path / name)
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         results[name] = results[name], [row for row in rows if "loss" in row]

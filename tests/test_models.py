@@ -174,7 +174,7 @@ def test_turns_that_say_nothing(template):
 
 
 def test_special_tokens_are_no_text_but_those_of_thoughts():
-    from mlx_traces.drawing import text_of
+    from mlx_traces.engine.sampling import text_of
 
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|END_RESPONSE|>"], special_tokens=True)

@@ -12,9 +12,11 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 from test_grpo import Killed, assert_close, assert_same_outcome, lora, made, outcome
 
-from mlx_traces import batching, checkpoints, forward, memory, optim, ppo
-from mlx_traces.batching import Example
+from mlx_traces import checkpoints, memory, optim, ppo
 from mlx_traces.config import AdapterConfig, PPOConfig, build
+from mlx_traces.engine import batching
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import checkpointed, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 
@@ -30,7 +32,7 @@ def critic(seed=0, **changes):
     model = make_model(**changes) if changes else lora()
     if changes:
         adapters.start(model, AdapterConfig(kind="full"))
-    halves = forward.split(model)
+    halves = split(model)
     module = ppo.ActorCritic(model, halves)
     draw = np.random.default_rng(seed)
     arrays = [
@@ -154,7 +156,7 @@ def test_split_padding_and_checkpointed_layers_change_nothing(poison):
     for micro, again in ((9999, False), (40, False), (1, False), (60, True)):
         config = settings_of(micro_tokens=micro)
         rows = some_rows(module, halves, settings_of())
-        with forward.checkpointed(module.policy.layers, again):
+        with checkpointed(module.policy.layers, again):
             results.append(ppo.gradient(module, halves, rows, config))
     for loss, grads, sums in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
@@ -201,7 +203,7 @@ def test_entropies_can_be_differentiated(head):
     model.freeze()
     if head:
         model.lm_head.unfreeze()
-    halves = forward.split(model)
+    halves = split(model)
     assert halves.frozen_head is not bool(head)
     draw = np.random.default_rng(0)
     states, weights = (draw.normal(0, 1, shape).astype(np.float32) for shape in ((9, 64), (9,)))
@@ -209,7 +211,7 @@ def test_entropies_can_be_differentiated(head):
     weights = mx.array(weights)
 
     def ours(states, both):
-        logprobs, entropies = forward.head_logprobs(halves, states, targets, 0.7, 0.002, entropy_slopes=both)
+        logprobs, entropies = head_logprobs(halves, states, targets, 0.7, 0.002, entropy_slopes=both)
         return (weights * (logprobs + 2 * entropies)).sum()
 
     def plain(states):
@@ -248,7 +250,7 @@ def rows_for(rewards_, module, halves, config, finish="stop"):
 @pytest.mark.parametrize("whiten", [True, False])
 def test_reversed_rewards_reverse_the_gradient(whiten):
     model = lora()
-    halves = forward.split(model)
+    halves = split(model)
     module, config = ppo.ActorCritic(model, halves), PPOConfig(whiten=whiten, group_size=2)
     one, other = (
         ppo.gradient(module, halves, rows_for(values, module, halves, config), config)[1]["policy"]
@@ -260,7 +262,7 @@ def test_reversed_rewards_reverse_the_gradient(whiten):
 
 def test_what_the_values_foresaw_teaches_the_policy_nothing():
     model = lora()
-    halves = forward.split(model)
+    halves = split(model)
     module = ppo.ActorCritic(model, halves)
     config = PPOConfig(whiten=False, gae_lambda=0.9)
     rows = rows_for((0.5, 0.5), module, halves, config)

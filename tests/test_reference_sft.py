@@ -8,9 +8,11 @@ import pytest
 from conftest import make_config
 from mlx.utils import tree_flatten
 
-from mlx_traces import batching, forward, sft
-from mlx_traces.batching import Example
+from mlx_traces import sft
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine import batching
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import checkpointed, split, token_logprobs
 from mlx_traces.models import adapters
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
@@ -84,8 +86,8 @@ def test_a_step_is_that_of_transformers(models, changes, layers):
     theirs, ours = models
     loss, gradients = their_gradient(theirs, ours, rows())
     config = SFTConfig(data="x", rank=RANK, scale=SCALE, **changes)
-    with forward.checkpointed(ours.layers, layers):
-        value, grads = sft.step_gradient(ours, forward.split(ours), rows(), config)
+    with checkpointed(ours.layers, layers):
+        value, grads = sft.step_gradient(ours, split(ours), rows(), config)
         mx.eval(grads)
     found = dict(tree_flatten(grads))
     assert value == pytest.approx(loss, abs=TOLERANCE)
@@ -101,7 +103,7 @@ def test_logprobs_are_those_of_transformers(models):
     theirs, ours = models
     *hooks, _ = adapted(theirs, ours)
     ids, positions = batching.pad(rows())
-    found, entropies = forward.token_logprobs(forward.split(ours), mx.array(ids), positions, temperature=0.7)
+    found, entropies = token_logprobs(split(ours), mx.array(ids), positions, temperature=0.7)
     logprobs, spread = [], []
     for example in rows():
         with torch.no_grad():

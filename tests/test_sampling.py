@@ -12,10 +12,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
-from mlx_traces import drawing
-from mlx_traces.drawing import Request, SamplingParams, decode, draw
+from mlx_traces.engine import sampling
+from mlx_traces.engine.generate import Usage, generate, rows_that_fit
+from mlx_traces.engine.sampling import Request, SamplingParams, decode, draw
 from mlx_traces.errors import UserError
-from mlx_traces.sampling import Usage, generate, rows_that_fit
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
 
@@ -197,7 +197,7 @@ def test_drawing_in_parts_is_drawing_at_once_and_follows_the_formulas(monkeypatc
     logits, uniforms = draws.normal(0, 3, (5, 40)).astype(np.float32), draws.random(5, np.float32)
     settings = np.array([(temperature, *filters) for temperature in temperatures], np.float32)
     tokens, logprobs = draw(mx.array(logits), uniforms, settings, True)
-    monkeypatch.setattr(drawing, "DRAWN_AT_ONCE", 2 * 40)
+    monkeypatch.setattr(sampling, "DRAWN_AT_ONCE", 2 * 40)
     parts, own = draw(mx.array(logits), uniforms, settings, True)
     assert parts.tolist() == tokens.tolist() and mx.allclose(own, logprobs, atol=1e-6).item()
     assert draw(mx.array(logits), uniforms, settings, False)[0].tolist() == tokens.tolist()
@@ -304,14 +304,14 @@ def test_one_rows_infinity_is_its_own(settings, logprobs):
     logits[1, 7] = np.inf  # as float16 overflows
     both = np.tile(np.array([settings], np.float32), (3, 1))
     tokens = draw(mx.array(logits), np.full(3, 0.5, np.float32), both, logprobs)[0].tolist()
-    assert tokens[1] == drawing.NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
+    assert tokens[1] == sampling.NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
 
 
 def test_a_window_without_a_mask_begins_at_the_buffers_beginning(tiny, monkeypatch):
     """Attention that reads from there whatever slice it is given, as cuDNN's does for one query, changes no token."""
     from mlx_lm.models import qwen2
 
-    from mlx_traces.slots import SlotCache
+    from mlx_traces.engine.kv_cache import SlotCache
 
     whole, seen = qwen2.scaled_dot_product_attention, []
 
@@ -462,9 +462,9 @@ def test_a_beginning_that_all_prompts_share_is_read_once(tiny):
 
 
 def test_long_prompts_are_read_in_pieces(tiny, monkeypatch):
-    from mlx_traces import sampling
+    from mlx_traces.engine import generate
 
-    monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", 7)
+    monkeypatch.setitem(generate.PREFILL_TOKENS, "cpu", 7)
     expected = [one_by_one(tiny, prompt, 12) for prompt in prompts()]
     assert [
         r.completion_ids for r in run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=12))
@@ -473,13 +473,13 @@ def test_long_prompts_are_read_in_pieces(tiny, monkeypatch):
 
 def test_the_window_moves_and_rows_are_dropped(tiny, monkeypatch):
     """A long run with rows of every length: the buffers move left, idle rows go, and no token changes."""
-    from mlx_traces import slots
+    from mlx_traces.engine import kv_cache
 
-    monkeypatch.setattr(slots, "STEP", 16)
+    monkeypatch.setattr(kv_cache, "STEP", 16)
     moved, kept = [], []
-    shift, keep = slots.SlotCache.shift, slots.SlotCache.keep
-    monkeypatch.setattr(slots.SlotCache, "shift", lambda self, by: (moved.append(by), shift(self, by)))
-    monkeypatch.setattr(slots.SlotCache, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows)))
+    shift, keep = kv_cache.SlotCache.shift, kv_cache.SlotCache.keep
+    monkeypatch.setattr(kv_cache.SlotCache, "shift", lambda self, by: (moved.append(by), shift(self, by)))
+    monkeypatch.setattr(kv_cache.SlotCache, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows)))
     each = [SamplingParams(max_tokens=5 + 11 * (i % 7)) for i in range(48)]
     requests = [Request(p) for p in prompts() * 4]
     usage = Usage()
@@ -505,10 +505,10 @@ def test_rows_follow_from_the_memory(tiny):
 
 
 def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
-    from mlx_traces import sampling
+    from mlx_traces.engine import generate
 
     expected = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
-    take, failed = sampling._Engine._take, []
+    take, failed = generate._Engine._take, []
 
     def fail_once(engine, step):
         if len(engine.request_of) > 3 and step.number > 25 and not failed:
@@ -516,17 +516,17 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         yield from take(engine, step)
 
-    monkeypatch.setattr(sampling._Engine, "_take", fail_once)
+    monkeypatch.setattr(generate._Engine, "_take", fail_once)
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
     assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
     assert tiny.notes == ["out of memory: 4 rows at once from here on"]
     failed.clear()
     with pytest.raises(UserError, match="memory ran out with a single row"):
         monkeypatch.setattr(
-            sampling._Engine, "_begin_step", lambda engine: (_ for _ in ()).throw(RuntimeError("CUDA: out of memory"))
+            generate._Engine, "_begin_step", lambda engine: (_ for _ in ()).throw(RuntimeError("CUDA: out of memory"))
         )
         run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))
     monkeypatch.undo()
-    monkeypatch.setattr(sampling._Engine, "_take", lambda engine, step: 1 / 0)
+    monkeypatch.setattr(generate._Engine, "_take", lambda engine, step: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # any other fault stays one
         run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))

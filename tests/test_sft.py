@@ -14,9 +14,10 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import checkpoints, examples, forward, optim, sft, training
-from mlx_traces.batching import Example
+from mlx_traces import checkpoints, examples, optim, sft, training
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
+from mlx_traces.engine import logprobs
+from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.records import Problem, Trace
@@ -356,7 +357,7 @@ def lora():
 
 def test_a_step_is_the_mean_over_its_tokens_however_it_is_split():
     model, batch = lora(), rows()
-    halves = forward.split(model)
+    halves = logprobs.split(model)
     whole, parts, single = (
         sft.step_gradient(model, halves, batch, SFTConfig(data="x", micro_tokens=n)) for n in (9999, 60, 1)
     )
@@ -558,7 +559,7 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     # The adapter that was kept has this loss.
     loaded = sft.models.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
     data = sft.prepare(loaded, config)
-    assert sft.mean_loss(forward.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
+    assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
     again = sft.train(config, tmp_path / "run", resume=True)  # finished already: nothing changes
     assert (again.steps, again.best_step, again.valid_loss) == (result.steps, result.best_step, result.valid_loss)
 
@@ -611,7 +612,7 @@ def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):
         result = sft.train(config, tmp_path / kind)
         loaded = sft.models.load(config.model, result.adapter, device="cpu")
         data = sft.prepare(loaded, config)
-        assert sft.mean_loss(forward.split(loaded.model), data.valid, config) == pytest.approx(
+        assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(
             result.valid_loss, abs=1e-5
         )
 

@@ -6,9 +6,11 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten
 
-from mlx_traces import forward, sharing
-from mlx_traces.batching import Example
+from mlx_traces import sharing
 from mlx_traces.config import AdapterConfig
+from mlx_traces.engine import logprobs as engine_logprobs
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 
@@ -40,12 +42,12 @@ def groups(lengths, size=3, seed=0, rest=9):
 
 
 def measured(model, rows, budget, shares):
-    halves = sharing.split(model) if shares else forward.split(model)
+    halves = sharing.split(model) if shares else split(model)
     draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
     weights = [mx.array(draw.astype(np.float32)) for draw in draws]
 
     def loss_of(states, targets, indices):
-        logprobs, entropies = forward.head_logprobs(halves, states, targets, 0.7)
+        logprobs, entropies = head_logprobs(halves, states, targets, 0.7)
         return (logprobs * mx.concatenate([weights[i] for i in indices])).sum(), {"entropy": -entropies.sum()}
 
     return sharing.accumulate(model, halves, rows, budget, loss_of)
@@ -100,7 +102,7 @@ def test_states_without_a_gradient():
     model, rows = lora(), groups((12, 9, 14, 7))
     found = {}
     for shares in (False, True):
-        halves = sharing.split(model) if shares else forward.split(model)
+        halves = sharing.split(model) if shares else split(model)
         for indices, states, targets in sharing.each(halves, rows, 64, lambda *micro: micro):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
@@ -141,7 +143,7 @@ def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(dtype, monkeypatch)
 
 def failing(monkeypatch, above):
     """Let memory run out for every forward pass of more than so many tokens to learn; return what was asked for."""
-    whole, asked = forward.head_logprobs, []
+    whole, asked = head_logprobs, []
 
     def logprobs(halves, states, targets, *given):
         asked.append(states.shape[0])
@@ -149,7 +151,7 @@ def failing(monkeypatch, above):
             raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum")
         return whole(halves, states, targets, *given)
 
-    monkeypatch.setattr(forward, "head_logprobs", logprobs)
+    monkeypatch.setattr(engine_logprobs, "head_logprobs", logprobs)
     return asked
 
 
@@ -169,7 +171,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monke
 
 def test_what_does_not_fit_is_remembered_and_told():
     model, rows = lora(), groups((12, 9, 14, 7))
-    halves = forward.split(model)
+    halves = split(model)
     read = [states.shape[0] for _, states, _ in sharing.each(halves, rows, 4096, lambda *micro: micro)]
     assert halves.room.metrics() == {} and len(read) == 1
     asked = []
@@ -200,6 +202,6 @@ def test_memory_that_does_not_hold_one_row_is_told_in_a_line(monkeypatch):
     failing(monkeypatch, above=0)
     with pytest.raises(UserError, match=r"memory ran out on one sequence of \d+ tokens alone \(.metal::malloc"):
         measured(model, rows, 64, False)
-    monkeypatch.setattr(forward, "head_logprobs", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine_logprobs, "head_logprobs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # any other fault stays one
         measured(model, rows, 64, False)

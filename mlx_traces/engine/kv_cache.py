@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_traces import forward
+from mlx_traces.engine import logprobs
 
 STEP = 256  # positions by which the buffers grow
 KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
@@ -131,7 +131,7 @@ def mask_axes(model: nn.Module) -> int | None:
     can be decoded at once, and 0 if not even that is right. The answer is kept with the model.
     """
     if not hasattr(model, KEPT):
-        rows = [forward.probe(model, 24), forward.probe(model, 3)] * 4
+        rows = [logprobs.probe(model, 24), logprobs.probe(model, 3)] * 4
         rows.pop()  # seven: as many key-value heads would misread four axes
         training = model.training
         model.eval()
@@ -162,7 +162,7 @@ def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool
             for cache, own in zip(caches, read, strict=True):
                 cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
         found = model(mx.full((len(rows), 1), token), cache=caches)[:, -1]
-        return forward.alike(found, mx.concatenate([alone[place % 2] for place in range(len(rows))]))
+        return logprobs.alike(found, mx.concatenate([alone[place % 2] for place in range(len(rows))]))
     except (ValueError, TypeError, AttributeError, IndexError):  # shapes or positions that do not go together
         return False
 

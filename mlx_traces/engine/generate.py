@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_traces.drawing import (
+from mlx_traces.engine.mlx_lm_fallback import generate_plainly
+from mlx_traces.engine.sampling import (
     Request,
     SamplingParams,
     draw,
@@ -28,7 +29,6 @@ from mlx_traces.drawing import (
     uniforms_of,
 )
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.fallback import generate_plainly
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.runtime.device import limits, out_of_memory
@@ -137,7 +137,7 @@ def rows_that_fit(
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces.slots import STEP
+    from mlx_traces.engine.kv_cache import STEP
 
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads = config.get("num_attention_heads") or 1
@@ -168,7 +168,7 @@ def _run(
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    from mlx_traces.slots import mask_axes
+    from mlx_traces.engine.kv_cache import mask_axes
 
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
     axes = mask_axes(loaded.model) if plain else 0
@@ -232,7 +232,7 @@ class _Engine:
     ):
         import mlx.core as mx
 
-        from mlx_traces.slots import SlotCache, Window
+        from mlx_traces.engine.kv_cache import SlotCache, Window
 
         self.loaded, self.requests, self.params, self.usage = loaded, requests, params, usage
         # Groups stay together, and prompts come longest first: later ones then fit where earlier ones were.
@@ -301,7 +301,7 @@ class _Engine:
 
     def _make_room(self) -> None:
         """Before the buffers are full, move the window to their beginning, if that frees a quarter of them."""
-        from mlx_traces.slots import STEP
+        from mlx_traces.engine.kv_cache import STEP
 
         window, next_prompt = self.window, len(self.requests[self.pending[0]].prompt_ids) if self.pending else 0
         idle = self.request_of < 0
@@ -436,7 +436,7 @@ class _Engine:
 
     def _prefill(self, bodies: list[tuple[int, ...]], budget: int) -> list[tuple[Any, Any]]:
         """Return each layer's keys and values, (k, heads, longest, size), of token sequences, aligned right."""
-        from mlx_traces.slots import align_right
+        from mlx_traces.engine.kv_cache import align_right
 
         if self.shared and not self.shared_caches:
             self.shared_caches = self._run_prompt(np.array([bodies[0][: self.shared]]), budget)

@@ -172,7 +172,7 @@ def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
     """
     import mlx.core as mx
 
-    from mlx_traces.forward import blocks
+    from mlx_traces.engine.logprobs import blocks
 
     parts, most = blocks(scaled, -mx.inf), 1 - 2**-23  # what rounds to the whole would point behind the last one
     sums = mx.logsumexp(parts, axis=-1)
@@ -193,7 +193,7 @@ def _total(logits: Any) -> Any:
     """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `forward.logsumexp`."""
     import mlx.core as mx
 
-    from mlx_traces.forward import blocks
+    from mlx_traces.engine.logprobs import blocks
 
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
 

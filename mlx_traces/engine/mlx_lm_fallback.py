@@ -9,15 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_traces.drawing import (
-    Request,
-    SamplingParams,
-    draw,
-    finish,
-    refuse_no_token,
-    settings_of,
-    uniforms_of,
-)
+from mlx_traces.engine.sampling import Request, SamplingParams, draw, finish, refuse_no_token, settings_of, uniforms_of
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
@@ -56,7 +48,7 @@ def prompts_together(model: Any) -> int:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mlx_traces.forward import alike, probe
+    from mlx_traces.engine.logprobs import alike, probe
 
     if hasattr(model, KEPT):
         return getattr(model, KEPT)
