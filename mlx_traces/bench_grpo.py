@@ -31,10 +31,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import evaluation, grpo, memory, ppo, rewards, rollouts
+from mlx_traces import grpo, memory, ppo, rewards, rollouts
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem
@@ -235,7 +236,7 @@ def _timed(steps: Sequence[Step]) -> Sequence[Step]:
 class OurSteps:
     """A new adapter on a second tree of the model's arrays, and the steps that it learns from."""
 
-    def __init__(self, loaded: LoadedModel, planned: evaluation.Plan, config: RLConfig, every_row: bool) -> None:
+    def __init__(self, loaded: LoadedModel, planned: evaluator.Plan, config: RLConfig, every_row: bool) -> None:
         self.loaded, self.planned, self.config = replace(loaded, model=twin(loaded.model)), planned, config
         self.every_row, self.progress, self.number = every_row, rollouts.Progress(), 0
         mx.random.seed(config.seed)
@@ -304,7 +305,7 @@ def _run_peer(
     peer: nn.Module,
     reference: nn.Module,
     loaded: LoadedModel,
-    planned: evaluation.Plan,
+    planned: evaluator.Plan,
     config: GRPOConfig,
     turns: Callable,
     count: int,

@@ -1,22 +1,19 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import CompareConfig, EvalConfig, build, shipped
 from mlx_traces.errors import UserError
-from mlx_traces.readers import read_json, read_jsonl
-from mlx_traces.records import EvalResult
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
-from mlx_traces.tables import Run
+from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
+from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mlx_traces.evaluation import Plan
+    from mlx_traces.evaluation.evaluator import Plan
+
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
 # Adapters that come with the repository, and the prompt each is shown with.
@@ -24,48 +21,6 @@ TRAINED = (
     *(("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct")),
     *(("nano-grpo", "direct"), ("nano-ppo", "direct")),
 )
-
-
-def read_run(path: str | Path) -> Run:
-    """Read a finished run folder.
-
-    Raises:
-        UserError: if it is not one, or has no result yet.
-    """
-    folder = RunFolder(Path(path))
-    if not folder.path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    if not folder.finished:
-        raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
-    result = read_json(folder.path / "result.json")
-    missing = [field.name for field in fields(EvalResult) if field.name not in result]
-    if missing:
-        raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
-    samples = [_shared(row) for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
-    return Run(folder.path.name, result, samples, about)
-
-
-def _shared(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a sample whose repeated texts are one object with their equals in all samples and runs.
-
-    Keys, ids, questions and prompts repeat from run to run; twenty runs so take half of the memory.
-    """
-    return {sys.intern(key): _one(value) if key != "completion" else value for key, value in row.items()}
-
-
-def _one(value: Any) -> Any:
-    if type(value) is str:
-        return sys.intern(value)
-    return _shared(value) if type(value) is dict else value
-
-
-def by_extractor(run: Run, extractor: str) -> Run:
-    """Return a run judged by another of its extractors."""
-    from mlx_traces.evaluation import rehead
-
-    samples = [rehead(row, extractor) for row in run.samples]
-    return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
 
 
 def default_evals() -> list[EvalConfig]:
@@ -140,7 +95,7 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are looked at before the first evaluation.
     """
-    from mlx_traces.evaluation import plan
+    from mlx_traces.evaluation.evaluator import plan
 
     collected, evals = [read_run(path) for path in dict.fromkeys(config.runs)], config.evals
     if config.extractor:
@@ -164,7 +119,7 @@ def obtain(planned: "Plan", path: Path, progress: bool = False, apart: bool = Fa
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
-    from mlx_traces.evaluation import run
+    from mlx_traces.evaluation.run import run
 
     if not RunFolder(path).finished:
         if apart:
@@ -191,17 +146,19 @@ def _run_apart(config: EvalConfig, path: Path, progress: bool) -> None:
 
 
 def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
-    from mlx_traces.evaluation import plan, run
+    from mlx_traces.evaluation.evaluator import plan
+    from mlx_traces.evaluation.run import run
 
     run(plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
 def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
     """Carry out a comparison: its runs, their table, and the files in ``config.out`` if that is set."""
-    from mlx_traces import report, tables
+    from mlx_traces import report
+    from mlx_traces.evaluation import comparison
 
     runs = collect(config, progress)
-    frame = tables.compare_runs(runs, config.baseline or 0)
+    frame = comparison.compare_runs(runs, config.baseline or 0)
     if config.out:
         report.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))
     return frame, runs

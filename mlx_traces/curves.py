@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import stats
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import stats
+from mlx_traces.evaluation.comparison import check_samples
 from mlx_traces.readers import is_number, parse_row, read_json
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS
-from mlx_traces.tables import check_samples
 from mlx_traces.text import clean, duration, number
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_traces import tables
+from mlx_traces.evaluation import comparison
 from mlx_traces.runtime.files import replacing
 from mlx_traces.text import fold, number, percent
 
@@ -130,7 +131,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def row_name(row: dict[str, Any]) -> tuple[str, str]:
     """Name a row of a comparison: (model and adapter, prompt and, where two are alike, the run)."""
-    name, prompt = tables.model_name(row["model"], row["adapter"]), tables.clean(row["prompt"])
+    name, prompt = comparison.model_name(row["model"], row["adapter"]), tables.clean(row["prompt"])
     same = row["label"] == f"{name}_{prompt}"
     return name, prompt if same else f"{prompt}, {tables.clean(row['run'])}"
 

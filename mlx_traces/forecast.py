@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import evaluation, examples, memory, rollouts, rounds, sft, traces, training
+from mlx_traces import examples, memory, rollouts, rounds, sft, traces, training
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -34,7 +34,8 @@ from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generate import Usage, generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import Plan
+from mlx_traces.evaluation import evaluator
+from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
@@ -126,7 +127,7 @@ def _missing(compared: CompareConfig) -> list[EvalConfig]:
     def there(settings: EvalConfig) -> bool:
         if settings.adapter and not Path(settings.adapter).is_dir():
             return False
-        return RunFolder(Path(compared.runs_dir) / evaluation.plan(settings).label).finished
+        return RunFolder(Path(compared.runs_dir) / evaluator.plan(settings).label).finished
 
     return [settings for settings in compared.evals if not there(settings)]
 
@@ -251,7 +252,7 @@ class Outlook:
         settings = self.config.compare.model_copy(
             update={"model": self.spec, "task": self.config.task, "prompt": self.config.prompt}
         )
-        planned = evaluation.plan(settings)
+        planned = evaluator.plan(settings)
         prompts = [loaded.render(planned.prompt, problem).ids for problem in planned.problems[:4]]
         return Probe(loaded, prompts)
 
@@ -270,7 +271,7 @@ class Outlook:
             made, seconds = self.raw
             return Forecast(seconds, seconds, None, f"{len(made):,} traces; made just now to count them, and dropped")
         if isinstance(recipe, GenerateConfig):
-            asked = self._asked(evaluation.plan(recipe.model_copy(update={"adapter": None})), recipe)
+            asked = self._asked(evaluator.plan(recipe.model_copy(update={"adapter": None})), recipe)
             return self._sampling(asked, asked.problems, "")
         if isinstance(recipe, SFTConfig):
             return self._sft(station, recipe)
@@ -283,7 +284,7 @@ class Outlook:
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""
-        asked = self._asked(evaluation.plan(missing[0].model_copy(update={"adapter": None})), missing[0])
+        asked = self._asked(evaluator.plan(missing[0].model_copy(update={"adapter": None})), missing[0])
         return self._sampling(asked, asked.problems * len(missing), f"{len(missing)} of {count} evaluations, each of ")
 
     def notes(self, found: dict[str, Forecast]) -> list[str]:
@@ -391,7 +392,7 @@ class Outlook:
             mean, longest = self._lengths(kept[:PROBED], config)
             return (len(kept), mean), (len(kept), mean), longest, f"{len(kept):,} traces"
         drawn = self.plan["generated"].recipe
-        asked = self._asked(evaluation.plan(drawn.model_copy(update={"adapter": None})), drawn)
+        asked = self._asked(evaluator.plan(drawn.model_copy(update={"adapter": None})), drawn)
         right = _mean([run["accuracy"] for run in self.earlier], CORRECT)
         most = asked.problems * min(asked.samples, self.config.filter.per_problem or asked.samples)
         count = min(most, right * asked.completions)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import evaluation
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator, local
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import distributed
@@ -55,7 +55,7 @@ def _generate(
     from mlx_traces.models import loading
 
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
-    planned, kept = evaluation.plan(config), []
+    planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
     planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
@@ -148,7 +148,7 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 def _traces(
-    planned: evaluation.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
+    planned: evaluator.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
 ) -> Iterator[Trace]:
     """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
     from mlx_traces.models import adapters
@@ -156,7 +156,7 @@ def _traces(
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model):
-        for index, completion in evaluation.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
+        for index, completion in local.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout
             text = completion.whole

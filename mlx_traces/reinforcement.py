@@ -17,7 +17,7 @@ from mlx_traces import checkpoints, memory, rewards, rollouts, tracking, trainin
 from mlx_traces.config import RLConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import Plan
+from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces import figures, tables
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import provenance
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_all(
-    runs: Sequence[tables.Run], frame: pd.DataFrame, out: Path, config: dict[str, Any] | None = None
+    runs: Sequence[comparison.Run], frame: pd.DataFrame, out: Path, config: dict[str, Any] | None = None
 ) -> list[Path]:
     """Write a comparison to a folder: table.md, .csv and .json, per_question.csv, results.json, accuracy.png.
 
@@ -35,19 +36,19 @@ def write_all(
         UserError: if the folder cannot be written.
     """
     markdown = tables.to_markdown(frame)
-    if (strata := tables.strata(runs)) is not None:
+    if (strata := comparison.strata(runs)) is not None:
         markdown += f"\n{tables.parts_to_markdown(strata)}"
-    if warnings := tables.differences(runs):
+    if warnings := comparison.differences(runs):
         markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
     abouts = [{"run": run.name, **run.about} for run in runs]
     texts = {
         "table.md": markdown,
         "table.csv": tables.to_csv(frame),
         "table.json": to_json(tables.to_json(frame)),
-        "per_question.csv": tables.to_csv(tables.per_question(runs)),
-        "results.json": to_json(tables.source_results(runs)),
+        "per_question.csv": tables.to_csv(comparison.per_question(runs)),
+        "results.json": to_json(comparison.source_results(runs)),
         "provenance.json": to_json(
-            {**provenance(), "config": config, "runs": dict(zip(tables.labels(runs), abouts, strict=True))}
+            {**provenance(), "config": config, "runs": dict(zip(comparison.labels(runs), abouts, strict=True))}
         ),
     }
     try:

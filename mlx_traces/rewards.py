@@ -27,7 +27,8 @@ from typing import Any
 
 from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
-from mlx_traces.evaluation import Completion, Plan
+from mlx_traces.evaluation.completion import Completion
+from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.quality import text_scores
 from mlx_traces.records import Problem, Trace
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import evaluation, policy, rewards, selection, training
+from mlx_traces import policy, rewards, selection, training
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import Completion, Plan
+from mlx_traces.evaluation import evaluator, local
+from mlx_traces.evaluation.completion import Completion
+from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
@@ -72,7 +74,7 @@ def sample(
     done: list[Any] = [None] * len(todo)
     loaded.model.eval()
     with adapters.merged(loaded.model):
-        for index, completion in evaluation.completions_of(loaded, planned, logprobs=True)(todo):
+        for index, completion in local.completions_of(loaded, planned, logprobs=True)(todo):
             done[index] = completion
     return [done[at : at + size] for at in range(0, len(done), size)]
 
@@ -123,7 +125,7 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     held_out = training.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
-    notes = [*evaluation.split_notes(config), *(evaluation.split_notes(config.evaluate) if config.evaluate else [])]
+    notes = [*evaluator.split_notes(config), *(evaluator.split_notes(config.evaluate) if config.evaluate else [])]
     same = selection.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
     problems = [problem for problem in planned.problems if not same(problem)]
     left_out = len(planned.problems) - len(problems)
@@ -141,11 +143,11 @@ def _training_plan(settings: EvalConfig, config: RLConfig, more: int = 0) -> Pla
     """Load as many problems as will be drawn, and some more; all there are, if none were asked for by number."""
     wanted = config.limit or config.num_steps * config.prompts_per_step + more
     try:
-        return evaluation.plan(settings.model_copy(update={"limit": wanted}))
+        return evaluator.plan(settings.model_copy(update={"limit": wanted}))
     except UserError:
         if config.limit is not None:
             raise
-    return evaluation.plan(settings)
+    return evaluator.plan(settings)
 
 
 def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
@@ -255,7 +257,7 @@ def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Itera
         yield {
             "kind": kind,
             "id": rollout.problem.id,
-            "question": evaluation.question_of(task, rollout.problem),
+            "question": evaluator.question_of(task, rollout.problem),
             "completion": rollout.completion.rollout.text,
             "finish_reason": rollout.completion.rollout.finish_reason,
             "tokens": len(rollout.ids),

@@ -17,20 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import (
-    comparison,
-    evaluation,
-    generation,
-    rewards,
-    scoring,
-    selection,
-    tables,
-    text,
-    traces,
-    tracking,
-    training,
-    webpage,
-)
+from mlx_traces import comparison, generation, rewards, scoring, selection, text, traces, tracking, training, webpage
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -47,6 +34,7 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, names
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
@@ -247,7 +235,7 @@ class Outcome(NamedTuple):
     """What the rounds end with: the comparison's table, its runs, and the report's file."""
 
     frame: Any
-    runs: list[tables.Run]
+    runs: list[comparison.Run]
     page: Path
 
 
@@ -267,7 +255,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
     compared = comparison_of(config, plan)
     check(plan, compared)
     for settings in (config.raw, config.generate, config.compare):
-        for note in evaluation.split_notes(settings):
+        for note in evaluator.split_notes(settings):
             say(f"note: {note}")
     for station in plan:
         if station.finished:
@@ -302,7 +290,7 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     _refuse_other_adapters(trainings(plan))
     for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
         tracking.client(name)
-    asked = evaluation.plan(compared.evals[0])
+    asked = evaluator.plan(compared.evals[0])
     same = selection.same_problem(asked.problems, asked.prompt)
     for station in plan:
         if not isinstance(station.recipe, (RawConfig, GenerateConfig, RLConfig)):
@@ -389,17 +377,17 @@ def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
     return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out))
 
 
-def gains(runs: list[tables.Run]) -> list[str]:
+def gains(runs: list[comparison.Run]) -> list[str]:
     """Say what each round changed against the one before, by the paired test of the comparison (`tables.paired`).
 
     Won and lost are problems that the later round answered right more, or less, often.
     """
     lines = []
     for before, after in pairwise(runs):
-        pair = tables.paired(after, before)
+        pair = comparison.paired(after, before)
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
-            f"{tables.label(after)} against {tables.label(before)}: {text.percent(pair['diff'], signed=True)} "
+            f"{comparison.label(after)} against {comparison.label(before)}: {text.percent(pair['diff'], signed=True)} "
             f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
             f"{text.p_text(pair['p_value'])}"
         )

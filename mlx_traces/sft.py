@@ -17,13 +17,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import checkpoints, evaluation, examples, memory, optim, selection, sharing, tracking, training
+from mlx_traces import checkpoints, examples, memory, optim, selection, sharing, tracking, training
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching, generate
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace, problem_id
@@ -68,7 +69,7 @@ class Data:
 
     train: list[Example]
     valid: list[Example]
-    held_out: evaluation.Plan | None
+    held_out: evaluator.Plan | None
     notes: list[str]
 
 
@@ -91,7 +92,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
                 yield where, trace
 
     encoded = examples.encode_all(loaded, learned(), *how)
-    notes = evaluation.split_notes(config.evaluate) if config.evaluate else []
+    notes = evaluator.split_notes(config.evaluate) if config.evaluate else []
     notes += examples.describe(encoded, config.max_length)
     rows = encoded.examples
     if left_out:

@@ -11,9 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import comparison, endpoint, evaluation, findings, report, tables, webpage
+from mlx_traces import comparison, report, tables, webpage
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import comparison, endpoint, evaluator
+from mlx_traces.evaluation import pairs as evaluation_pairs
+from mlx_traces.evaluation.pairs import (
+    Pair,
+    bits_cells,
+    bits_frame,
+    bits_table,
+    markdown,
+    pairs_cells,
+    pairs_frame,
+    sentence,
+    summary_cells,
+)
 from mlx_traces.models import convert, names
 from mlx_traces.readers import read_json
 from mlx_traces.runtime.files import to_json, write_atomic
@@ -23,8 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+    from mlx_traces.evaluation.comparison import Run
     from mlx_traces.models.convert import Conversion
-    from mlx_traces.tables import Run
 
 ALONE = (
     "Each row is one model answering once, greedily or from one seed: nothing here speaks of another training run, "
@@ -50,12 +63,12 @@ class Entry:
         """Whether the model is there to be evaluated."""
         return self.conversion is None or self.conversion.path.is_dir()
 
-    def plan(self) -> evaluation.Plan:
+    def plan(self) -> evaluator.Plan:
         """Check the evaluation and load its problems; with the unconverted model as long as there is no other."""
         config = self.config
         if self.conversion is not None and self.ready:
             config = config.model_copy(update={"model": str(self.conversion.path)})
-        return evaluation.plan(config)
+        return evaluator.plan(config)
 
     def named(self, made: Run) -> Run:
         """Return its run under the name that it has in the tables."""
@@ -70,7 +83,7 @@ class Layout:
 
     name: str
     entries: list[Entry]
-    plans: list[evaluation.Plan]
+    plans: list[evaluator.Plan]
     baseline: int
     notes: list[str]
 
@@ -86,7 +99,7 @@ class Part:
     runs: list[Run]
     comparison: pd.DataFrame
     summary: pd.DataFrame
-    pairs: list[findings.Pair]
+    pairs: list[Pair]
     bits: list[pd.DataFrame]
     notes: list[str]
 
@@ -142,7 +155,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
     return found
 
 
-def _require_same_problems(found: list[Entry], plans: list[evaluation.Plan]) -> None:
+def _require_same_problems(found: list[Entry], plans: list[evaluator.Plan]) -> None:
     """Refuse models that are asked different problems, as only the same ones can be compared."""
     asked = [{problem.id for problem in planned.problems} for planned in plans]
     for entry, planned, own in zip(found, plans, asked, strict=True):
@@ -154,21 +167,23 @@ def _require_same_problems(found: list[Entry], plans: list[evaluation.Plan]) -> 
             )
 
 
-def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluation.Plan]) -> int:
+def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
     """Find the baseline among a task's evaluations: the first whose label, label and prompt, or run is called so."""
     if config.baseline is None:
         return 0
     rows = [
-        tables.Run(
+        comparison.Run(
             planned.label, {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}, []
         )
         for planned in plans
     ]
     rows = [entry.named(row) for entry, row in zip(found, rows, strict=True)]
-    shown, choices = tables.labels(rows), []
+    shown, choices = comparison.labels(rows), []
     for i, (entry, row) in enumerate(zip(found, rows, strict=True)):
         names = [entry.label, f"{entry.label}_{row.result['prompt']}"] if entry.label else []
-        names += [tables.label(row), shown[i]] + ([row.name] if entry.ready else [])  # a converted model's run is new
+        names += [comparison.label(row), shown[i]] + (
+            [row.name] if entry.ready else []
+        )  # a converted model's run is new
         if config.baseline in names:
             return i
         choices += names
@@ -240,13 +255,13 @@ def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
 def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
     found = layout.entries
-    frame = tables.compare_runs(runs, layout.baseline)
-    chosen = findings.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
+    frame = comparison.compare_runs(runs, layout.baseline)
+    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     origins = {entry.conversion.model: convert.origin(entry.conversion.model) for entry in found if entry.conversion}
     told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
-    notes = [*layout.notes, *tables.differences(runs), *told]
-    return Part(layout.name, runs, frame, findings.summary(runs), chosen, _bits(found, runs, about), notes)
+    notes = [*layout.notes, *comparison.differences(runs), *told]
+    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, _bits(found, runs, about), notes)
 
 
 def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> list[pd.DataFrame]:
@@ -255,7 +270,7 @@ def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> l
     for i, entry in enumerate(found):
         groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
     several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
-    return [findings.bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+    return [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
 
 
 def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
@@ -306,8 +321,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
     for part in parts:
         folder = Path(config.out) / part.name if len(parts) > 1 else Path(config.out)
         report.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
-        frames = {"summary": part.summary, "strata": tables.strata(part.runs)}
-        frames |= {"pairs": findings.pairs_frame(part.pairs)} if part.pairs else {}
+        frames = {"summary": part.summary, "strata": comparison.strata(part.runs)}
+        frames |= {"pairs": pairs_frame(part.pairs)} if part.pairs else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
         try:
             for name, frame in frames.items():
@@ -322,16 +337,16 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
 
 def to_markdown(name: str, part: Part) -> str:
     """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
-    sections = [("Summary", findings.markdown(findings.summary_cells(part.summary)))]
+    sections = [("Summary", markdown(summary_cells(part.summary)))]
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
-    if (strata := tables.strata(part.runs)) is not None:
+    if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", tables.parts_to_markdown(strata)))
     if part.pairs:
         sentences = "".join(f"* {line}\n" for line in said(part))
-        pairs = findings.markdown(findings.pairs_cells(part.pairs))
+        pairs = markdown(pairs_cells(part.pairs))
         sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
     for frame in part.bits:
-        sections.append(("Bits", f"{findings.markdown(findings.bits_cells(frame))}\n{ran_as(frame)}\n"))
+        sections.append(("Bits", f"{markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
         sections.append(("Notes", "".join(f"* {note}\n" for note in part.notes)))
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)
@@ -340,21 +355,21 @@ def to_markdown(name: str, part: Part) -> str:
 def to_terminal(part: Part) -> list[Table | str]:
     """Return a part's tables and lines as a terminal shows them, in order."""
     shown: list[Table | str | None] = [
-        tables.grid(f"{part.name}: summary", *findings.summary_cells(part.summary)),
+        tables.grid(f"{part.name}: summary", *summary_cells(part.summary)),
         tables.to_terminal(part.comparison),
         tables.strata_table(part.runs),
     ]
     if part.pairs:
-        shown.append(tables.grid("pairs", *findings.pairs_cells(part.pairs)))
+        shown.append(tables.grid("pairs", *pairs_cells(part.pairs)))
         shown += [*said(part), ALONE]
     for frame in part.bits:
-        shown += [findings.bits_table(frame, "bits"), ran_as(frame)]
+        shown += [bits_table(frame, "bits"), ran_as(frame)]
     return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
 
 
 def said(part: Part) -> list[str]:
     """Return the sentence on each pair."""
-    return [findings.sentence(pair) for pair in part.pairs]
+    return [sentence(pair) for pair in part.pairs]
 
 
 def ran_as(frame: pd.DataFrame) -> str:
@@ -371,7 +386,7 @@ def ran_as(frame: pd.DataFrame) -> str:
 
 def as_json(name: str, part: Part) -> dict[str, Any]:
     """Return a part as plain data; what is missing is None."""
-    strata = tables.strata(part.runs)
+    strata = comparison.strata(part.runs)
     return {
         "study": name,
         "task": part.name,
@@ -380,7 +395,7 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "summary": _records(part.summary),
         "comparison": tables.to_json(part.comparison)["rows"],
         "strata": [] if strata is None else _records(strata),
-        "pairs": _records(findings.pairs_frame(part.pairs)) if part.pairs else [],
+        "pairs": _records(pairs_frame(part.pairs)) if part.pairs else [],
         "bits": [_records(frame) for frame in part.bits],
         "notes": part.notes,
     }

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import cards, evaluation
+from mlx_traces import cards
 from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime.run_folder import RunFolder
@@ -47,10 +48,10 @@ def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
     return asked.model_copy(update={"thinking": config.thinking})
 
 
-def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluation.Plan | None:
+def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:
     """Return the evaluation that is made at each validation, with its problems."""
     settings = validation_of(config)
-    return None if settings is None else evaluation.plan(EvalConfig(model=model, **settings.model_dump()))
+    return None if settings is None else evaluator.plan(EvalConfig(model=model, **settings.model_dump()))
 
 
 def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, Any]:
@@ -60,11 +61,11 @@ def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, An
     return {**settings, "evaluate": asked and asked.model_dump(mode="json")}
 
 
-def answer(loaded: LoadedModel, held_out: evaluation.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions."""
     loaded.model.eval()
     with adapters.merged(loaded.model):
-        samples = evaluation.measure(loaded, held_out)
+        samples = local.measure(loaded, held_out)
     row = {
         "valid/accuracy": sum(sample["correct"] for sample in samples) / len(samples),
         "valid/finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),

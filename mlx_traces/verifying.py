@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import comparison, evaluation, traces
+from mlx_traces import traces
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import NANO, is_folder
 from mlx_traces.quality import problem_of as problem_of_trace
@@ -102,11 +103,11 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
     return f"{len(samples):,} samples, verdicts and figures agree", lines
 
 
-def _figure_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
+def _figure_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
     """Say which figures of a result are not those of its samples."""
     if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
         return ["result.json: its figures were not checked, as not every problem has all its samples once"]
-    summary = asdict(evaluation.summarize(planned, samples, "", 0.0, []))
+    summary = asdict(evaluator.summarize(planned, samples, "", 0.0, []))
     return [
         f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
         for key in EvalResult.__dataclass_fields__
@@ -115,7 +116,7 @@ def _figure_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], resul
     ]
 
 
-def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluation.Plan:
+def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
     """Rebuild the plan of a run from its identity; its problems are those of the samples, so it holds none."""
     where = f"{folder.path / 'run.json'}"
     prompt = identity.get("prompt")
@@ -127,7 +128,7 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
     if result["extractor"] not in task.extractors:
         raise UserError(f"{folder.path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
     try:
-        return evaluation.Plan(config, task, Prompt(**prompt), result["extractor"], [])
+        return evaluator.Plan(config, task, Prompt(**prompt), result["extractor"], [])
     except TypeError as error:
         raise UserError(f"{where}: 'prompt' is not one ({first_line(error)})") from None
 
@@ -144,7 +145,7 @@ def is_pair(tags: Any) -> bool:
 
 
 def regraded(
-    planned: evaluation.Plan, row: dict[str, Any], where: str, own_tags: Sequence[str] | None = None
+    planned: evaluator.Plan, row: dict[str, Any], where: str, own_tags: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone.
 
@@ -157,7 +158,7 @@ def regraded(
         "extractions": {name: score.extracted for name, score in scores.items()},
         "verdicts": {name: score.verdict for name, score in scores.items()},
     }
-    return evaluation.rehead({**row, **judged, "gold": problem.gold, "stratum": problem.stratum}, planned.extractor)
+    return evaluator.rehead({**row, **judged, "gold": problem.gold, "stratum": problem.stratum}, planned.extractor)
 
 
 def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
@@ -204,7 +205,7 @@ def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return []
 
 
-def _problem_lines(planned: evaluation.Plan, samples: list[dict[str, Any]], digest: str) -> list[str]:
+def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], digest: str) -> list[str]:
     """Say which samples are missing, too many, or of other problems than ``run.json`` says."""
     config, lines = planned.config, []
     golds = {row["id"]: row["gold"] for row in samples}

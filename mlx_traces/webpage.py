@@ -17,6 +17,7 @@ from mlx_traces import curves, figures, tables
 from mlx_traces import text as mlx_traces_text
 from mlx_traces.curves import EVALUATION, Record
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import comparison
 from mlx_traces.readers import is_number
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
@@ -36,7 +37,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(
-    runs: Sequence[str | Path | tables.Run], out: str | Path, png: str | Path | None = None, baseline: str | None = None
+    runs: Sequence[str | Path | comparison.Run],
+    out: str | Path,
+    png: str | Path | None = None,
+    baseline: str | None = None,
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -80,8 +84,8 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def _record(run: Path | tables.Run) -> Record:
-    if isinstance(run, tables.Run):
+def _record(run: Path | comparison.Run) -> Record:
+    if isinstance(run, comparison.Run):
         return Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
     return curves.read(run)
 
@@ -159,7 +163,7 @@ class Page:
         Raises:
             UserError: if a finished evaluation is damaged, or no run is named ``baseline``.
         """
-        groups: dict[Any, list[tables.Run]] = {}
+        groups: dict[Any, list[comparison.Run]] = {}
         states: dict[Any, str | None] = {}
         empty = []
         for i, record in enumerate(records):
@@ -185,9 +189,9 @@ class Page:
             sections.append(self._comparison(group, first, states[key]))
         return [*sections, *empty]
 
-    def _comparison(self, runs: list[tables.Run], baseline: int, state: str | None) -> dict[str, Any]:
+    def _comparison(self, runs: list[comparison.Run], baseline: int, state: str | None) -> dict[str, Any]:
         """Return the section of the evaluations of one set of problems."""
-        frame = tables.compare_runs(runs, baseline)
+        frame = comparison.compare_runs(runs, baseline)
         protocol = tables.protocol_line(frame)
         rows = _rows(frame, runs, baseline)
         several = len(runs) > 1
@@ -218,8 +222,8 @@ class Page:
                 )
             )
         for name, title, parts, note in (
-            ("difficulty", "Accuracy by difficulty", tables.strata(runs), ""),
-            ("extractors", "Accuracy by extractor", tables.extractors(runs), _agreement(runs)),
+            ("difficulty", "Accuracy by difficulty", comparison.strata(runs), ""),
+            ("extractors", "Accuracy by extractor", comparison.extractors(runs), _agreement(runs)),
         ):
             if parts is not None:
                 charts.append(
@@ -245,7 +249,7 @@ class Page:
             "rows": rows,
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
-            "warnings": tables.differences(runs),
+            "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in curves.notes_of(run.result)],
             "charts": charts,
         }
@@ -296,7 +300,7 @@ class Page:
 # ------------------------------------------------------------------------------------------------ evaluations
 
 
-def evaluated(record: Record) -> tables.Run:
+def evaluated(record: Record) -> comparison.Run:
     """Return an evaluation as the comparison takes it; an unfinished one has the problems that are complete.
 
     Raises:
@@ -305,7 +309,7 @@ def evaluated(record: Record) -> tables.Run:
     if record.result is not None:
         if missing := [key for key in ("model", "prompt") if key not in record.result]:
             raise UserError(f"{record.path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-        return tables.Run(record.name, record.result, record.samples, record.about)
+        return comparison.Run(record.name, record.result, record.samples, record.about)
     settings = record.settings
     prompt = settings.get("prompt")
     size = curves.whole(settings.get("samples")) or 1
@@ -317,17 +321,19 @@ def evaluated(record: Record) -> tables.Run:
     result["model"] = str(result["model"])
     result["prompt"] = str(prompt.get("name") if isinstance(prompt, dict) else prompt)
     result["extractor"] = next((next(iter(row["verdicts"]), None) for row in record.samples), None)
-    return tables.Run(record.name, result, [row for row in record.samples if counts[row["id"]] == size], record.about)
+    return comparison.Run(
+        record.name, result, [row for row in record.samples if counts[row["id"]] == size], record.about
+    )
 
 
-def _rows(frame: pd.DataFrame, runs: Sequence[tables.Run], baseline: int) -> list[dict[str, Any]]:
+def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) -> list[dict[str, Any]]:
     """Return the comparison's rows with names, colours and paired counts."""
     rows = []
     for i, row in enumerate(frame.to_dict("records")):
         name, notes = figures.row_name(row)
         pair = {"wins": 0, "losses": 0}
         if i != baseline:
-            pair = {key: tables.paired(runs[i], runs[baseline])[key] for key in pair}
+            pair = {key: comparison.paired(runs[i], runs[baseline])[key] for key in pair}
         speed = row["tokens_per_second"]
         rows.append(
             {
@@ -370,10 +376,10 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     )
 
 
-def _agreement(runs: Sequence[tables.Run]) -> str:
+def _agreement(runs: Sequence[comparison.Run]) -> str:
     """Say how often all extractors of each run judge a completion alike."""
     parts = []
-    for run, name in zip(runs, tables.labels(runs), strict=True):
+    for run, name in zip(runs, comparison.labels(runs), strict=True):
         alike = sum(len({verdict == "correct" for verdict in row["verdicts"].values()}) == 1 for row in run.samples)
         parts.append(f"{name} {percent(alike / len(run.samples))} %")
     return f"All extractors judge alike, as correct or not: {', '.join(parts)} of the completions."
@@ -397,7 +403,9 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
     memory = found.get("memory/peak_gb")
     return {
         "name": run.name,
-        "notes": tables.model_name(str(run.settings.get("model", "–")), adapter if isinstance(adapter, str) else None),
+        "notes": comparison.model_name(
+            str(run.settings.get("model", "–")), adapter if isinstance(adapter, str) else None
+        ),
         "color": i,
         "baseline": False,
         "finished": run.result is not None,

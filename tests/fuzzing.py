@@ -35,6 +35,7 @@ from pathlib import Path
 
 from mlx_traces import asking, config, curves, quality, reformatting, tables, traces, webpage
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison
 from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.records import Problem, Trace
@@ -285,10 +286,15 @@ def _compared(text: str) -> None:
     record = curves.read(_run_folder("compared", text))
     if record.kind == curves.EVALUATION:
         found = [webpage.evaluated(record)]
-        frame = tables.compare_runs(found)
-        json.dumps(tables.to_json(frame)), json.dumps(tables.source_results(found))
-        texts = [tables.to_markdown(frame), tables.to_csv(frame), tables.to_csv(tables.per_question(found))]
-        tables.to_terminal(frame), tables.strata_table(found), tables.extractors_table(found), tables.differences(found)
+        frame = comparison.compare_runs(found)
+        json.dumps(tables.to_json(frame)), json.dumps(comparison.source_results(found))
+        texts = [tables.to_markdown(frame), tables.to_csv(frame), tables.to_csv(comparison.per_question(found))]
+        (
+            tables.to_terminal(frame),
+            tables.strata_table(found),
+            tables.extractors_table(found),
+            comparison.differences(found),
+        )
         assert not set(texts[0]) & set("\x1b\x00\x9b\u202e")
 
 

@@ -12,9 +12,10 @@ from conftest import save_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from mlx_traces import cards, evaluation, fusing, grpo, sft
+from mlx_traces import cards, fusing, grpo, sft
 from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import run
 from mlx_traces.runtime.provenance import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +218,7 @@ def test_evaluations_of_the_adapter_and_its_base_are_put_in_and_others_refused(t
     ask = {"task": "countdown", "limit": 2, "max_tokens": 2, "rows": 2, "prompt": "direct"}
     runs = {name: tmp_path / name for name in ("with", "without", "other")}
     for name, adapter in (("with", str(folder)), ("without", None)):
-        evaluation.evaluate(config=EvalConfig(**ask, adapter=adapter), out=runs[name])
+        run.evaluate(config=EvalConfig(**ask, adapter=adapter), out=runs[name])
     shutil.copytree(runs["with"], runs["other"])
     about = json.loads((runs["other"] / "run.json").read_text())
     about["identity"]["adapter_files"] = fingerprint(ROOT / "adapters" / "nano-ppo")

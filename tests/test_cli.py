@@ -93,10 +93,10 @@ def test_messages_stay_on_one_clean_line(tmp_path):
 
 
 def test_version_and_interrupt(monkeypatch):
-    from mlx_traces import evaluation
+    from mlx_traces.evaluation import run
 
     assert call("--version").exit_code == 0
-    monkeypatch.setattr(evaluation, "evaluate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run, "evaluate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = call("eval")
     assert result.exit_code == 130 and "--resume" in result.stderr
 

@@ -8,9 +8,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from mlx_traces import curves, figures, stats
+from mlx_traces import curves, figures
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import stats
 from mlx_traces.text import duration
 
 

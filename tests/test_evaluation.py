@@ -7,11 +7,13 @@ import killing
 import pytest
 
 import mlx_traces
-from mlx_traces.comparison import read_run, requested
+from mlx_traces.comparison import requested
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import Answered, grade_sample, plan, sample_seed, summarize
-from mlx_traces.tables import Run, per_question
+from mlx_traces.evaluation.comparison import Run, per_question, read_run
+from mlx_traces.evaluation.completion import Answered
+from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
+from mlx_traces.evaluation.local import sample_seed
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import curves, evaluation, quality, rewards, tables, traces, webpage
+from mlx_traces import curves, quality, rewards, tables, traces, webpage
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.runtime import run_folder
@@ -393,7 +394,7 @@ def test_metrics_of_any_name_are_pictures_in_their_folder(tmp_path, name):
 def test_a_runs_folder_is_under_runs_whatever_model_and_prompt_are_called(tmp_path, name):
     config = build(EvalConfig, {"model": name, "adapter": None, "task": "qa"})
     try:
-        label = evaluation.Plan(config, qa.TASK, Prompt(name, "x"), "tolerant", []).label
+        label = evaluator.Plan(config, qa.TASK, Prompt(name, "x"), "tolerant", []).label
     except UserError:  # a folder that is there, and no model
         assert Path(name).is_dir()
         return
@@ -498,19 +499,23 @@ def test_runs_with_hostile_texts_are_shown_as_texts(tmp_path, monkeypatch):
     assert_plain(CliRunner().invoke(main, ["watch", "--once", "a"], catch_exceptions=False).output)
     assert_plain(CliRunner().invoke(main, ["verify", "a"]).output)
     found = [webpage.evaluated(curves.read(run)) for run in runs]
-    frame = tables.compare_runs(found)
+    frame = comparison.compare_runs(found)
     from rich.console import Console
 
     shown = Console(file=io.StringIO(), width=100)
     for table in (tables.to_terminal(frame), tables.strata_table(found), tables.extractors_table(found)):
         shown.print(table)
-    assert_plain(shown.file.getvalue() + "".join(tables.differences(found)))
-    for markdown in (tables.to_markdown(frame), tables.parts_to_markdown(tables.strata(found))):
+    assert_plain(shown.file.getvalue() + "".join(comparison.differences(found)))
+    for markdown in (tables.to_markdown(frame), tables.parts_to_markdown(comparison.strata(found))):
         assert_plain(markdown)
         assert "<script" not in markdown.replace("\\<", "")
         bars = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}
         assert len(bars) == 1
-    for text in (tables.to_csv(frame), tables.to_csv(tables.per_question(found)), tables.to_csv(tables.strata(found))):
+    for text in (
+        tables.to_csv(frame),
+        tables.to_csv(comparison.per_question(found)),
+        tables.to_csv(comparison.strata(found)),
+    ):
         assert_plain(text)
         for cell in (cell for row in csv.reader(io.StringIO(text)) for cell in row if cell):
             assert cell[0] not in "=+-@\t\r＝＋－＠" or re.fullmatch(r"-?[0-9.e-]+", cell)

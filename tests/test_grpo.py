@@ -14,11 +14,12 @@ import pytest
 from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import checkpoints, evaluation, grpo, optim, policy, ppo, reinforcement, rewards, rollouts, training
+from mlx_traces import checkpoints, grpo, optim, policy, ppo, reinforcement, rewards, rollouts, training
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import completion, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
@@ -190,7 +191,7 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
 
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
-    return rollouts.Rollout(Problem("p", {}, "1"), evaluation.Completion("", "", sampled), {"correct": reward}, reward)
+    return rollouts.Rollout(Problem("p", {}, "1"), completion.Completion("", "", sampled), {"correct": reward}, reward)
 
 
 @pytest.mark.parametrize("advantage", ["std", "batch", "none", "rloo", "mean"])
@@ -221,7 +222,7 @@ def test_what_is_told_of_completions_without_a_reward():
     assert [rollouts.informative(group) for group in groups] == [True, False]
     row = rollouts.figures(groups)
     assert row["reward/mean"] == row["reward/correct"] == 0.5 and row["rollout/zero_std_groups"] == 0.5
-    task = evaluation.get_task("qa")
+    task = evaluator.get_task("qa")
     groups = [[replace(one, problem=Problem("p", {"question": "q"}, "1")) for one in group] for group in groups]
     shown = {row["kind"]: row["reward"] for row in rollouts.shown_of(groups, task, 1, 0)}
     assert (shown["best"], shown["worst"]) == (1, 0)
@@ -618,8 +619,8 @@ def test_difficulty_is_measured_once(settings, tmp_path, monkeypatch):
 
 def test_overlong_completions_cost():
     config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"correct": 1.0})
-    task = evaluation.get_task("countdown")
-    planned = evaluation.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
+    task = evaluator.get_task("countdown")
+    planned = evaluator.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
     problem = task.parse({"nums": [1, 2], "target": 3}, "")
     group = [made(0, range(n)).completion for n in (8, 10)]
     ((short, long),) = rollouts.scored(planned, [problem], [group], {}, config)
@@ -720,9 +721,9 @@ def test_the_same_question_in_other_words_of_space_and_case_is_a_validation_prob
         f"{other} has no splits: 'valid' is all of it; a part is 'valid[:100]'",
         "1 training problems are validation problems and are left out",
     ]
-    assert evaluation.split_notes(GRPOConfig(data=str(other))) == []  # not asked for by name
-    assert evaluation.split_notes(GRPOConfig(data=str(other), split="train[:1]")) == []
-    assert evaluation.split_notes(GRPOConfig(data="owner/name", split="train")) == []
+    assert evaluator.split_notes(GRPOConfig(data=str(other))) == []  # not asked for by name
+    assert evaluator.split_notes(GRPOConfig(data=str(other), split="train[:1]")) == []
+    assert evaluator.split_notes(GRPOConfig(data="owner/name", split="train")) == []
 
 
 def test_validation_problems_are_not_trained_on(settings, tmp_path):

@@ -15,10 +15,11 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import evaluation, grpo, rollouts
+from mlx_traces import grpo, rollouts
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.engine import generate, logprobs
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.evaluation import completion
 from mlx_traces.models import adapters
 from mlx_traces.records import Problem
 
@@ -84,7 +85,7 @@ class Bandit:
 
     def rollout(self, prompt, sampled):
         reward = float(self.rewards[prompt, OUTCOMES.index(sampled.completion_ids)])
-        return rollouts.Rollout(Problem(str(prompt), {}, ""), evaluation.Completion("", "", sampled), {}, reward)
+        return rollouts.Rollout(Problem(str(prompt), {}, ""), completion.Completion("", "", sampled), {}, reward)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import config, evaluation, grpo, ppo, sft, traces
+from mlx_traces import config, grpo, ppo, sft, traces
+from mlx_traces.evaluation import evaluator
 from mlx_traces.tasks import countdown
 
 pytestmark = pytest.mark.skipif(
@@ -104,14 +105,14 @@ ASKED = {"task": "countdown", "prompt": "direct", "max_tokens": 24, "limit": PRO
 
 
 def test_an_evaluation_of_ten_thousand_problems_and_a_comparison_of_twenty(tmp_path, monkeypatch):
-    gauge, clock, grade = Gauge(PROBLEMS), [], evaluation.grade_sample
+    gauge, clock, grade = Gauge(PROBLEMS), [], evaluator.grade_sample
 
     def counted(*given):
         clock.append(time.process_time())
         gauge(len(clock))
         return grade(*given)
 
-    monkeypatch.setattr(evaluation, "grade_sample", counted)
+    monkeypatch.setattr(evaluator, "grade_sample", counted)
     first = tmp_path / "run-0"
     result = mlx_traces.evaluate(out=first, **ASKED)
     gauge.check("eval", warm=0.5)  # until then the key-value buffers grow

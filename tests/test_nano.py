@@ -162,7 +162,8 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
     """They fit nano, mlx_lm puts them on too, and each answers more of 300 problems than nano in its prompt."""
     from mlx_lm import load
 
-    from mlx_traces import comparison, evaluation
+    from mlx_traces import comparison
+    from mlx_traces.evaluation import evaluator, local
     from mlx_traces.models import loading, names
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
@@ -177,7 +178,7 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
     def correct(settings):
         settings = settings.model_copy(update={"limit": 300})
         loaded = loading.load("nano", settings.adapter)
-        return sum(row["correct"] for row in evaluation.measure(loaded, evaluation.plan(settings)))
+        return sum(row["correct"] for row in local.measure(loaded, evaluator.plan(settings)))
 
     base = {settings.prompt: correct(settings) for settings in evals[:2]}
     for settings in evals[2:]:

@@ -10,9 +10,10 @@ import shutil
 import pytest
 
 import mlx_traces
-from mlx_traces import comparison, evaluation, origins, tables
+from mlx_traces import comparison
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison, differences, evaluator
 from mlx_traces.models.names import resolve
 from mlx_traces.runtime import fingerprints
 from mlx_traces.runtime.fingerprints import doubt, fingerprint
@@ -58,35 +59,35 @@ def changed(*path, to):
     ],
 )
 def test_each_difference_is_pointed_out(path, to, line):
-    assert origins.differences({"a": ABOUT, "b": changed(*path, to=to)}) == [line]
+    assert differences.differences({"a": ABOUT, "b": changed(*path, to=to)}) == [line]
 
 
 def test_what_is_the_same_or_not_known_or_in_the_table_is_not():
-    assert origins.differences({"a": ABOUT, "b": ABOUT}) == []
-    assert origins.differences({"a": ABOUT, "b": {}, "c": {"identity": 3, "versions": [], "backend": "x"}}) == []
+    assert differences.differences({"a": ABOUT, "b": ABOUT}) == []
+    assert differences.differences({"a": ABOUT, "b": {}, "c": {"identity": 3, "versions": [], "backend": "x"}}) == []
     for path, to in (
         (("versions", "python"), "3.12"),  # moves no result
         (("identity", "model"), "other"),  # a column of the table
         (("identity", "prompt"), {"name": "direct", "user": "other"}),
         (("started",), "later"),
     ):
-        assert origins.differences({"a": ABOUT, "b": changed(*path, to=to)}) == []
+        assert differences.differences({"a": ABOUT, "b": changed(*path, to=to)}) == []
     greedy = changed("identity", "temperature", to=0.0)
     other = copy.deepcopy(greedy)
     other["identity"]["top_p"] = 0.5
-    assert origins.differences({"a": greedy, "b": other}) == []
+    assert differences.differences({"a": greedy, "b": other}) == []
 
 
 def test_runs_graded_by_other_rules():
     """A run that does not say its version was graded by the first."""
     now = changed("grader", to=2)
-    assert origins.differences({"a": ABOUT, "b": now}) == ["graders' rules differ: version 1 in a; version 2 in b"]
-    assert origins.differences({"a": now, "b": now}) == []
+    assert differences.differences({"a": ABOUT, "b": now}) == ["graders' rules differ: version 1 in a; version 2 in b"]
+    assert differences.differences({"a": now, "b": now}) == []
 
 
 def test_three_runs_and_hostile_names():
     other = changed("versions", "mlx", to="0.33\x1b[31m")
-    assert origins.differences({"a": ABOUT, "b\n": other, "c": ABOUT}) == [
+    assert differences.differences({"a": ABOUT, "b\n": other, "c": ABOUT}) == [
         "versions differ: mlx 0.32.4 in a, c; mlx 0.33[31m in b"
     ]
 
@@ -104,7 +105,7 @@ def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps(about))
         (tmp_path / name / "samples.jsonl").write_text(json.dumps(row) + "\n")
     runs = [comparison.by_extractor(comparison.read_run(tmp_path / name), "answer") for name in "ab"]
-    assert tables.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
+    assert comparison.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
     (tmp_path / "b" / "run.json").unlink()
     assert comparison.read_run(tmp_path / "b").about == {}
 
@@ -195,7 +196,7 @@ def test_a_fingerprint_of_an_older_version_is_neither_the_same_nor_another(tmp_p
     assert doubt(old, new) and doubt(new, old) and not doubt(old, "a" * 12) and not doubt(None, new)
     line = "model nano may be another one (noted by an older version, which read only the first and last MiB of a file)"
     abouts = {"a": changed("identity", "model_files", to=old), "b": changed("identity", "model_files", to=new)}
-    assert origins.differences(abouts) == [f"{line} in a than in b"]
+    assert differences.differences(abouts) == [f"{line} in a than in b"]
     folder = RunFolder(tmp_path / "run")
     folder.begin({"model_files": old, "seed": 0}, {})
     with pytest.raises(UserError, match="cannot be told whether it was of the same content .model_files: noted by an"):
@@ -214,13 +215,13 @@ def test_what_a_model_is_shown_is_part_of_a_runs_identity(tmp_path):
 
     def label(**row):
         (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Q?", "answer": "1", **row}) + "\n")
-        return evaluation.plan(EvalConfig(task="qa", data=str(tmp_path / "q.jsonl"), prompt=str(prompt))).label
+        return evaluator.plan(EvalConfig(task="qa", data=str(tmp_path / "q.jsonl"), prompt=str(prompt))).label
 
     assert label(context="one") == label(context="one", other=3) != label(context="two")
 
     def shown(nums):
         (tmp_path / "c.jsonl").write_text(json.dumps({"nums": nums, "target": 6}) + "\n")
-        return evaluation.plan(EvalConfig(task="countdown", data=str(tmp_path / "c.jsonl"))).identity()
+        return evaluator.plan(EvalConfig(task="countdown", data=str(tmp_path / "c.jsonl"))).identity()
 
     first, second = shown([1, 2, 3]), shown([3, 2, 1])
     assert {key for key in first if first[key] != second[key]} == {"shown"}

@@ -7,8 +7,8 @@ from time import sleep
 import pytest
 from rich.console import Console
 
-from mlx_traces import evaluation
 from mlx_traces.cli.train import training_bar
+from mlx_traces.evaluation import run
 from mlx_traces.runtime import progress
 
 REINFORCED = {
@@ -65,7 +65,7 @@ def test_the_live_line_of_a_training_fits_the_terminal(terminal, name):
 @pytest.mark.parametrize("terminal", [80, 60], indirect=True)
 def test_the_live_line_of_an_evaluation_fits_the_terminal(terminal):  # eval's, compare's and study's
     width, file = terminal
-    with evaluation._bar(True, 13_190, []) as advance:
+    with run._bar(True, 13_190, []) as advance:
         for _ in range(20):
             advance({"correct": True, "tokens": 900})
     last = file.lines()[-1]
@@ -88,7 +88,7 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
 
 
 def test_a_short_command_prints_no_progress_in_a_log(capsys):
-    with evaluation._bar(True, 2, []) as advance:
+    with run._bar(True, 2, []) as advance:
         advance({"correct": True, "tokens": None})
     assert capsys.readouterr().err == "" and progress.EVERY == 30
 

@@ -7,9 +7,9 @@ import sys
 import datasets
 import pytest
 
-from mlx_traces import evaluation
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator
 from mlx_traces.readers import is_file, read_jsonl, read_yaml
 from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
@@ -106,15 +106,15 @@ def test_a_prompt_shows_the_answer_only_where_it_says_so(tmp_path):
     for task in ("gsm8k", "qa"):
         config = EvalConfig(task=task, data=str(data), prompt=str(path))
         path.write_text("user: '{question} Hint: {answer}'\n")
-        for read in (get_task(task).prompt, lambda _: evaluation.plan(config)):  # noqa: B023
+        for read in (get_task(task).prompt, lambda _: evaluator.plan(config)):  # noqa: B023
             with pytest.raises(UserError, match="mine.yaml: {answer} would show the model the answer; take it out, or"):
                 read(str(path))
         path.write_text("user: '{question} Hint: {answer}'\nshow_gold: true\n")
         assert get_task(task).prompt(str(path)).user == "{question} Hint: {answer}"
-        assert evaluation.plan(config).notes == ["the prompt mine shows the model the answer ({answer})"]
+        assert evaluator.plan(config).notes == ["the prompt mine shows the model the answer ({answer})"]
         path.write_text("user: '{question} {{answer}}'\nshow_gold: true\n")
         assert get_task(task).prompt(str(path)) == load_prompt(path)
-        assert evaluation.plan(config).notes == []
+        assert evaluator.plan(config).notes == []
     path.write_text("user: x\nshow_gold: 1\n")
     with pytest.raises(UserError, match="'show_gold' must be a bool, not 1"):
         load_prompt(path)

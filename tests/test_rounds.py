@@ -9,12 +9,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_traces import evaluation, forecast, reinforcement, rounds
+from mlx_traces import forecast, reinforcement, rounds
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator
+from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
-from mlx_traces.tables import Run
 from mlx_traces.traces import manifest_path, read_traces
 
 TINY = {
@@ -420,7 +421,7 @@ def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monk
     loaded = loading.load("nano")
 
     def prompt_of(**settings):
-        planned = evaluation.plan(EvalConfig(prompt="thinking", **settings))
+        planned = evaluator.plan(EvalConfig(prompt="thinking", **settings))
         lengths = [len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems]
         return sum(lengths) / len(lengths)
 

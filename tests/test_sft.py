@@ -812,7 +812,7 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
 
 
 def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
-    from mlx_traces import evaluation
+    from mlx_traces.evaluation import run
     from mlx_traces.models import loading
 
     folder = tmp_path / "dated"
@@ -837,9 +837,9 @@ def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
     data = tmp_path / "qa.jsonl"
     data.write_text('{"question": "1+1", "answer": "2"}\n')
     asked = {"model": str(folder), "task": "qa", "data": str(data), "max_tokens": 2, "device": "cpu"}
-    evaluation.evaluate(out=tmp_path / "eval", date="2025-03-01", **asked)
-    evaluation.evaluate(out=tmp_path / "eval", resume=True, **asked)
+    run.evaluate(out=tmp_path / "eval", date="2025-03-01", **asked)
+    run.evaluate(out=tmp_path / "eval", resume=True, **asked)
     assert shown[3:] == ["01.03."] * 2
     assert json.loads((tmp_path / "eval" / "run.json").read_text())["identity"]["date"] == "2025-03-01"
-    plain = evaluation.evaluate(out=tmp_path / "plain", **asked | {"model": str(model_folder)})
+    plain = run.evaluate(out=tmp_path / "plain", **asked | {"model": str(model_folder)})
     assert plain and "date" not in json.loads((tmp_path / "plain" / "run.json").read_text())["identity"]

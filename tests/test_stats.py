@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_traces import stats
+from mlx_traces.evaluation import stats
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])

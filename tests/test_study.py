@@ -15,11 +15,13 @@ from scipy.stats import binomtest
 from test_models import R1
 from test_tables import BASE, BETTER, make_run, rendered
 
-from mlx_traces import comparison, evaluation, findings, study
+from mlx_traces import comparison, study
 from mlx_traces.cli import main
 from mlx_traces.config import StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.findings import Pair
+from mlx_traces.evaluation import pairs
+from mlx_traces.evaluation import run as evaluation_run
+from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
 
 PHI4 = (
@@ -76,17 +78,17 @@ def three_runs():
 
 
 def test_summary_by_hand():
-    first, second, _ = findings.summary(three_runs()).to_dict("records")
+    first, second, _ = pairs.summary(three_runs()).to_dict("records")
     assert (first["total_cases"], first["correct"], first["incorrect"], first["success_rate"]) == (8, 2, 6, 0.25)
     assert (first["ci_low"], first["ci_high"]) == pytest.approx((0.0715, 0.5907), abs=1e-4)
     assert (second["model"], second["correct"], second["incorrect"]) == ("nano_thinking", 6, 2)
-    headings, rows = findings.summary_cells(findings.summary(three_runs()))
+    headings, rows = pairs.summary_cells(pairs.summary(three_runs()))
     assert headings == ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"]
     assert rows[0] == ["nano_plain", "8", "25.0 %", "[7.1, 59.1]", "2", "6"]
 
 
 def test_every_pair_by_hand_with_holm():
-    found = findings.pairs(three_runs())
+    found = pairs.pairs(three_runs())
     names = [(pair.a, pair.b) for pair in found]
     assert names == [
         ("nano_thinking", "nano_plain"),
@@ -102,18 +104,18 @@ def test_every_pair_by_hand_with_holm():
 
 
 def test_pairs_with_the_baseline_alone_are_a_smaller_family():
-    found = findings.pairs(three_runs(), baseline=1)
+    found = pairs.pairs(three_runs(), baseline=1)
     assert [(pair.a, pair.b) for pair in found] == [("nano_plain", "nano_thinking"), ("nano_boxed", "nano_thinking")]
     assert [pair.p_holm for pair in found] == pytest.approx([2 * binomtest(5, 6).pvalue] * 2)
-    assert findings.pairs(three_runs()[:1]) == []
+    assert pairs.pairs(three_runs()[:1]) == []
 
 
 def test_pairs_of_several_samples_count_problems():
     one, two = make_run("a", [[1, 1], [1, 0], [0, 0], [1, 1]]), make_run("b", [[1, 0], [1, 1], [0, 0], [1, 0]])
-    (pair,) = findings.pairs([one, two])
+    (pair,) = pairs.pairs([one, two])
     assert (pair.wins, pair.losses, pair.problems, pair.diff) == (1, 2, 4, -0.125)
     single = make_run("c", [1, 1, 0, 0])  # one sample against two: shares are compared, not counts
-    (pair,) = findings.pairs([single, one])
+    (pair,) = pairs.pairs([single, one])
     assert (pair.wins, pair.losses) == (1, 1)
 
 
@@ -125,39 +127,39 @@ def test_the_sentence_on_a_difference():
         "thinking is right more often than direct: +10.0 points [7.3, 12.8] on 1,000 problems, 150 won and 50 lost "
         "(p < 1e-4; after Holm over 15 pairs < 1e-4)."
     )
-    assert findings.sentence(CLEAR) == text
-    assert findings.sentence(CLEAR.swapped()) == text  # the better one is named first, whoever was `a`
+    assert pairs.sentence(CLEAR) == text
+    assert pairs.sentence(CLEAR.swapped()) == text  # the better one is named first, whoever was `a`
     assert CLEAR.swapped().swapped() == CLEAR and CLEAR.swapped().low == -0.128
     alone = replace(CLEAR, family=1, p=0.03, p_holm=0.03)
-    assert findings.sentence(alone).endswith("150 won and 50 lost (p = 0.030).")
+    assert pairs.sentence(alone).endswith("150 won and 50 lost (p = 0.030).")
 
 
 def test_the_sentence_on_no_difference_says_what_is_still_possible():
     close = replace(CLEAR, wins=60, losses=40, diff=0.02, low=-0.0005, high=0.04, p=0.0569, p_holm=0.85)
-    assert findings.sentence(close) == (
+    assert pairs.sentence(close) == (
         "No difference shown between thinking and direct: +2.0 points [-0.1, 4.0] on 1,000 problems, 60 won and 40 "
         "lost (p = 0.057; after Holm over 15 pairs = 0.850); a difference of up to 4.0 points either way is compatible."
     )
     # p alone would do, Holm's does not: nothing is claimed
     lucky = replace(CLEAR, p=0.01, p_holm=0.15)
-    text = findings.sentence(lucky)
+    text = pairs.sentence(lucky)
     assert text.startswith("No difference shown between thinking and direct: +10.0 points [7.3, 12.8]")
     assert text.endswith("a difference of up to 12.8 points is compatible, and so, after Holm, is none.")
-    assert findings.sentence(replace(lucky, p_holm=0.0501)).startswith("No difference")
-    assert findings.sentence(replace(lucky, p_holm=0.0499)).startswith("thinking is right more often")
+    assert pairs.sentence(replace(lucky, p_holm=0.0501)).startswith("No difference")
+    assert pairs.sentence(replace(lucky, p_holm=0.0499)).startswith("thinking is right more often")
 
 
 def test_no_disagreement_is_not_called_equality():
     same = replace(CLEAR, wins=0, losses=0, diff=0.0, low=0.0, high=0.0, p=1.0, p_holm=1.0)
-    assert findings.sentence(same) == (
+    assert pairs.sentence(same) == (
         "No difference shown between thinking and direct: they are right on the same ones of 1,000 problems; a "
         "difference of up to 0.4 points either way is compatible."  # Wilson's upper end of 0 in 1,000: 0.38 %
     )
 
 
 def test_the_sentence_names_answers_that_were_cut_off():
-    assert "Cut off" not in findings.sentence(replace(CLEAR, cut_a=0.019))
-    text = findings.sentence(replace(CLEAR, cut_a=0.3, cut_b=0.02))
+    assert "Cut off" not in pairs.sentence(replace(CLEAR, cut_a=0.019))
+    text = pairs.sentence(replace(CLEAR, cut_a=0.3, cut_b=0.02))
     assert text.endswith(". Cut off at the token cap: 30.0 % of thinking and 2.0 % of direct.")
 
 
@@ -167,14 +169,14 @@ def test_bits_are_compared_with_the_most_of_them():
         {"bits": 4, "group_size": 64, "bits_per_weight": 4.5, "file_mb": 0.5, "ran_as": "quantized float32 on cpu"},
         {"bits": 16, "group_size": None, "bits_per_weight": 16.0, "file_mb": 1700.4, "ran_as": "dense float32 on cpu"},
     ]
-    frame = findings.bits_frame(runs, facts)
+    frame = pairs.bits_frame(runs, facts)
     four, sixteen = frame.to_dict("records")
     assert np.isnan(sixteen["diff"]) and (four["diff"], four["p_value"]) == (0.5, pytest.approx(0.21875))
-    headings, rows = findings.bits_cells(frame)
+    headings, rows = pairs.bits_cells(frame)
     assert len(headings) == len(rows[0]) == 13
     assert rows[0][:7] == ["nano_plain", "4", "64", "4.50", "0.50", "–", "123"]
     assert rows[1][:5] == ["nano_thinking", "16", "–", "16.00", "1,700"] and rows[1][-1] == "–"
-    text = rendered(findings.bits_table(frame, "bits"))
+    text = rendered(pairs.bits_table(frame, "bits"))
     assert "+50.0" in text and max(map(len, text.splitlines())) <= 100
     assert study.ran_as(frame) == (
         "Weights that computed the answers: quantized float32 on cpu: nano_plain; dense float32 on cpu: nano_thinking. "
@@ -282,9 +284,9 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
     assert [line[:10].strip() for line in lines] == ["to make", "to make", "to convert", "to make", "to make"]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
-    made, run = [], evaluation.run
+    made, run = [], evaluation_run.run
     monkeypatch.setattr(
-        evaluation, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
+        evaluation_run, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
     )
     said = []
     (part,) = study.run(config, said.append)

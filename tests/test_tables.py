@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlx_traces import report, stats, tables
+from mlx_traces import report, tables
 from mlx_traces.errors import UserError
-from mlx_traces.tables import Run
+from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation.comparison import Run
 from mlx_traces.text import p_text, percent
 
 
@@ -92,7 +93,7 @@ def rendered(renderable, width: int = 100) -> str:
 
 
 def test_compare_runs_on_eight_problems_by_hand():
-    frame = tables.compare_runs(three_runs())
+    frame = comparison.compare_runs(three_runs())
     base, better, same = frame.to_dict("records")
     assert (base["accuracy"], base["correct_count"], base["total_questions"]) == (0.25, 2, 8)
     assert (base["ci_low"], base["ci_high"]) == pytest.approx((0.0715, 0.5907), abs=1e-4)
@@ -110,31 +111,31 @@ def test_compare_runs_on_eight_problems_by_hand():
 
 @pytest.mark.parametrize("baseline", [1, -2, "better", "nano+sft-01_thinking"])
 def test_baseline_by_index_name_or_label(baseline):
-    frame = tables.compare_runs(three_runs(), baseline)
+    frame = comparison.compare_runs(three_runs(), baseline)
     assert frame["diff"].isna().tolist() == [False, True, False]
     assert frame["diff"].tolist()[0] == -0.5
 
 
 def test_unknown_baseline_names_the_runs():
     with pytest.raises(UserError, match=r"unknown baseline 'bettr'.*base, better or same.*did you mean 'better'"):
-        tables.compare_runs(three_runs(), "bettr")
+        comparison.compare_runs(three_runs(), "bettr")
     with pytest.raises(UserError, match="there are 3 runs"):
-        tables.compare_runs(three_runs(), 3)
+        comparison.compare_runs(three_runs(), 3)
     with pytest.raises(UserError, match="no runs to compare"):
-        tables.compare_runs([])
+        comparison.compare_runs([])
 
 
 def test_pairing_is_by_problem_id_not_by_line():
     runs = three_runs()
-    expected = tables.compare_runs(runs)
+    expected = comparison.compare_runs(runs)
     shuffled = [replace(run, samples=run.samples[i:] + run.samples[:i]) for i, run in enumerate(runs)]
-    assert tables.compare_runs(shuffled).equals(expected)
+    assert comparison.compare_runs(shuffled).equals(expected)
 
 
 def test_several_samples_cluster_by_problem():
     a = [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     b = [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
-    frame = tables.compare_runs([make_run("a", a), make_run("b", b, prompt="boxed")])
+    frame = comparison.compare_runs([make_run("a", a), make_run("b", b, prompt="boxed")])
     base, other = frame.to_dict("records")
     assert (base["accuracy"], base["correct_count"], base["total_questions"]) == (7 / 20, 7, 20)
     assert (base["ci_low"], base["ci_high"]) == stats.wilson_clustered([2, 4, 0, 1, 0], 4)
@@ -149,7 +150,7 @@ def test_one_sample_against_several():
     greedy = make_run("greedy", [1, 0, 0, 1])
     sampled = make_run("sampled", [[1, 0, 0], [1, 1, 1], [0, 0, 1], [1, 1, 1]], prompt="boxed")
     for baseline, sign in ((0, 1), (1, -1)):
-        row = tables.compare_runs([greedy, sampled], baseline).to_dict("records")[1 - baseline]
+        row = comparison.compare_runs([greedy, sampled], baseline).to_dict("records")[1 - baseline]
         assert row["diff"] == pytest.approx(sign * (-2 / 3 + 1 + 1 / 3 + 0) / 4)
         assert row["p_value"] == pytest.approx(stats.sign_flip([-2, 3, 1, 0]))
 
@@ -158,7 +159,7 @@ def test_different_problems_are_refused_with_the_ids():
     one, two = make_run("one", [1] * 8), make_run("two", [1] * 9)
     two = replace(two, samples=[row for row in two.samples if row["id"] not in ("p0", "p3", "p4", "p5", "p6")])
     expected = r"runs one and two .* 5 only in one \(p0, p3, p4, \.\.\.\), 1 only in two \(p8\); .*--limit"
-    for compare in (tables.compare_runs, tables.per_question):
+    for compare in (comparison.compare_runs, comparison.per_question):
         with pytest.raises(UserError, match=expected) as refused:
             compare([one, two])
         assert "\n" not in str(refused.value)
@@ -166,20 +167,20 @@ def test_different_problems_are_refused_with_the_ids():
 
 def test_unfinished_and_broken_runs_are_refused():
     with pytest.raises(UserError, match="run empty has no samples"):
-        tables.compare_runs([replace(make_run("empty", [1]), samples=[])])
+        comparison.compare_runs([replace(make_run("empty", [1]), samples=[])])
     run = make_run("cut", [[1, 0], [1, 1]])
     with pytest.raises(UserError, match=r"run cut: problem p1 has 1 samples where others have 2.*--resume"):
-        tables.compare_runs([replace(run, samples=run.samples[:-1])])
+        comparison.compare_runs([replace(run, samples=run.samples[:-1])])
     with pytest.raises(UserError, match="run cut: sample 1 of problem p1 is there twice"):
-        tables.compare_runs([replace(run, samples=[*run.samples, run.samples[-1]])])
+        comparison.compare_runs([replace(run, samples=[*run.samples, run.samples[-1]])])
 
 
 def test_differences_between_settings_are_named_and_prompts_may_differ():
     runs = three_runs()
-    assert tables.differences(runs) == []
+    assert comparison.differences(runs) == []
     runs[1].result["max_tokens"] = 2048
     runs[2].result["extractor"] = "strict"
-    assert tables.differences(runs) == [
+    assert comparison.differences(runs) == [
         "extractor differs: tolerant in base, better; strict in same",
         "max_tokens differs: 400 in base, same; 2048 in better",
     ]
@@ -193,7 +194,7 @@ def test_labels_are_short_and_unique():
         make_run("d", [1], model="nano", adapter="runs/grpo-02"),
         make_run("d", [1], model="nano", adapter="old/grpo-02"),
     ]
-    assert tables.labels(runs) == [
+    assert comparison.labels(runs) == [
         "M-4bit_plain_a",
         "M-4bit_plain_b",
         "M-4bit+sft/adapter_plain",
@@ -220,7 +221,7 @@ def test_signed_percent(share, text):
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_terminal_table_fits_100_columns_and_shows_everything(count):
     runs = many_runs(count)
-    text = rendered(tables.to_terminal(tables.compare_runs(runs)))
+    text = rendered(tables.to_terminal(comparison.compare_runs(runs)))
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert "Qwen2.5-Coder-0.5B- " in text  # folded at a dash
@@ -232,13 +233,13 @@ def test_terminal_table_fits_100_columns_and_shows_everything(count):
 
 
 def test_terminal_table_reads_as_promised():
-    text = rendered(tables.to_terminal(tables.compare_runs(three_runs())))
+    text = rendered(tables.to_terminal(comparison.compare_runs(three_runs())))
     for piece in ("25.0 %", "[7.1, 59.1]", "+50.0", "0.219", "0.438", "12.5 %", "123/s", "nano+sft-01"):
         assert piece in text
 
 
 def test_a_long_prompt_name_is_folded_and_not_cut():
-    text = rendered(tables.to_terminal(tables.compare_runs([make_run("r", [1, 0], prompt="ß" * 40)])))
+    text = rendered(tables.to_terminal(comparison.compare_runs([make_run("r", [1, 0], prompt="ß" * 40)])))
     assert text.count("ß") == 40
     assert max(map(len, text.splitlines())) <= 100
 
@@ -246,7 +247,7 @@ def test_a_long_prompt_name_is_folded_and_not_cut():
 def test_terminal_and_markdown_show_pass_at_k():
     outcomes = [[1, 0], [0, 0], [1, 1]]
     run = make_run("k", outcomes, pass_at_k={"1": 0.5, "2": 2 / 3}, maj_at_k={"1": 2 / 3, "2": 0.6}, temperature=0.7)
-    frame = tables.compare_runs([run, make_run("k2", outcomes, prompt="boxed")])
+    frame = comparison.compare_runs([run, make_run("k2", outcomes, prompt="boxed")])
     text = rendered(tables.to_terminal(frame))
     for piece in (
         "pass@2 66.7 %",
@@ -266,8 +267,8 @@ HOSTILE = "org/[red]x[bold] |$a$ <b>\x1b[31m\u202e\n=1+1"
 
 def test_hostile_names_stay_text(tmp_path):
     runs = [make_run("r\x1b]0;t\x07", [1, 0], model=HOSTILE), make_run("s", [0, 1], prompt="=cmd|x\n\x00")]
-    frame = tables.compare_runs(runs)
-    for text in (rendered(tables.to_terminal(frame)), tables.to_markdown(frame), *tables.labels(runs)):
+    frame = comparison.compare_runs(runs)
+    for text in (rendered(tables.to_terminal(frame)), tables.to_markdown(frame), *comparison.labels(runs)):
         assert not any(c in text for c in "\x1b\x07\x00\u202e")
     assert "[red]x[bold]" in rendered(tables.to_terminal(frame))
     row = next(line for line in tables.to_markdown(frame).splitlines() if "red" in line)
@@ -279,7 +280,7 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_markdown_table_is_complete():
-    lines = tables.to_markdown(tables.compare_runs(three_runs())).splitlines()
+    lines = tables.to_markdown(comparison.compare_runs(three_runs())).splitlines()
     assert lines[0] == "gsm8k test · tolerant extractor · at most 400 tokens · greedy"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert {len(row) for row in cells} == {13}
@@ -297,14 +298,14 @@ def test_markdown_table_is_complete():
 
 
 def test_json_has_exactly_the_documented_keys():
-    table = tables.to_json(tables.compare_runs(three_runs()))
+    table = tables.to_json(comparison.compare_runs(three_runs()))
     rows = json.loads(json.dumps(table, allow_nan=False))["rows"]
     keys = "model adapter prompt accuracy correct_count total_questions ci_low ci_high diff diff_low diff_high "
     keys += "p_value p_holm tokens_per_answer tokens_per_second"
     assert all(list(row) == keys.split() for row in rows)
     assert rows[0]["diff"] is rows[0]["p_holm"] is rows[0]["adapter"] is None
     assert rows[1]["correct_count"] == 6
-    alone = tables.to_json(tables.compare_runs([make_run("x", [1], tokens_per_second=None)]))["rows"][0]
+    alone = tables.to_json(comparison.compare_runs([make_run("x", [1], tokens_per_second=None)]))["rows"][0]
     assert alone["tokens_per_second"] is alone["p_value"] is None
 
 
@@ -329,20 +330,20 @@ def test_json_has_exactly_the_documented_keys():
 )
 def test_csv_cells_are_no_formulas(text, cell):
     run = make_run("r", [0], extracted=text)
-    rows = list(csv.reader(io.StringIO(tables.to_csv(tables.per_question([run])), newline="")))
+    rows = list(csv.reader(io.StringIO(tables.to_csv(comparison.per_question([run])), newline="")))
     assert rows[1][3] == cell
 
 
 def test_csv_holds_unpaired_surrogates_and_fractions():
     run = make_run("r", [0, 1, 1], extracted="\ud800x")
-    tables.to_csv(tables.per_question([run])).encode()
-    row = next(csv.DictReader(io.StringIO(tables.to_csv(tables.compare_runs([run])))))
+    tables.to_csv(comparison.per_question([run])).encode()
+    row = next(csv.DictReader(io.StringIO(tables.to_csv(comparison.compare_runs([run])))))
     assert float(row["accuracy"]) == 2 / 3
     assert (row["correct_count"], row["p_value"], row["adapter"]) == ("2", "", "")
 
 
 def test_per_question_rows():
-    frame = tables.per_question(three_runs())
+    frame = comparison.per_question(three_runs())
     assert list(frame.columns[:5]) == [
         "question_id",
         "question",
@@ -357,7 +358,7 @@ def test_per_question_rows():
 def test_per_question_of_several_samples_is_the_majority_and_its_share():
     run = make_run("k", [[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     run.samples[-1]["extracted"] = run.samples[-2]["extracted"] = run.samples[-3]["extracted"] = None
-    frame = tables.per_question([run])
+    frame = comparison.per_question([run])
     assert frame["nano_plain_prediction"].tolist() == ["1", "42", None]
     assert frame["nano_plain_correct"].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
 
@@ -365,7 +366,7 @@ def test_per_question_of_several_samples_is_the_majority_and_its_share():
 def test_source_results():
     runs = three_runs()
     runs[1].result["timestamp"] = "2025-03-01T00:00:00+00:00"
-    results = tables.source_results(runs)
+    results = comparison.source_results(runs)
     assert results["timestamp"] == "2025-03-01T00:00:00+00:00"
     assert results["models"][1] == {
         "model_type": "nano+sft-01_thinking",
@@ -381,14 +382,14 @@ def test_accuracy_by_stratum_and_by_extractor():
         make_run("a", BASE, strata=("4 numbers", "3 numbers")),
         make_run("b", BETTER, strata=("4 numbers", "3 numbers"), prompt="thinking"),
     ]
-    frame = tables.strata(runs)
+    frame = comparison.strata(runs)
     assert frame["part"].tolist() == ["3 numbers", "3 numbers", "4 numbers", "4 numbers"]
     assert frame["correct_count"].tolist() == [1, 2, 1, 4]
     assert frame["total_questions"].tolist() == [4] * 4
     assert "100.0 % [51.0, 100.0] 4 of 4" in tables.parts_to_markdown(frame)
     assert "4 of 4" in rendered(tables.strata_table(runs))
     assert tables.strata_table(three_runs()) is None
-    assert tables.extractors(three_runs())["correct_count"].tolist() == [2, 0, 6, 0, 2, 0]
+    assert comparison.extractors(three_runs())["correct_count"].tolist() == [2, 0, 6, 0, 2, 0]
     text = rendered(tables.extractors_table(many_runs(2)))
     assert "tolerant" in text
     assert max(map(len, text.splitlines())) <= 100
@@ -397,7 +398,7 @@ def test_accuracy_by_stratum_and_by_extractor():
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_write_all_leaves_whole_files_only(tmp_path, count):
     runs = many_runs(count, size=40)
-    frame = tables.compare_runs(runs)
+    frame = comparison.compare_runs(runs)
     out = tmp_path / "new" / "folder"
     written = report.write_all(runs, frame, out)
     assert written == report.write_all(runs, frame, out)
@@ -421,7 +422,7 @@ def test_write_all_into_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     runs = three_runs()
     with pytest.raises(UserError, match=r"cannot be written.*choose another --out"):
-        report.write_all(runs, tables.compare_runs(runs), tmp_path / "out")
+        report.write_all(runs, comparison.compare_runs(runs), tmp_path / "out")
 
 
 WHOLE_PROCESS = """

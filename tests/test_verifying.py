@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-from mlx_traces import evaluation, sft, traces, verifying
+from mlx_traces import sft, traces, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import Completion
+from mlx_traces.evaluation import evaluator
+from mlx_traces.evaluation.completion import Completion
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, get_task
@@ -24,7 +25,7 @@ QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 app
 
 def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
     """Write an evaluation whose completions are given, a problem's one after the other."""
-    planned = evaluation.plan(config)
+    planned = evaluator.plan(config)
     rows = []
     for place, problem in enumerate(planned.problems):
         text = planned.prompt.messages(problem)[-1]["content"] + prompt_end
@@ -32,11 +33,11 @@ def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
             answer = answers[(place * config.samples + number) % len(answers)]
             rollout = Rollout((1,), (2,) * 5, answer, "stop")
             opened = "<think>\n" if prompt_end.endswith("<think>\n") else ""
-            row = evaluation.grade_sample(planned, problem, number, Completion(text, opened, rollout, own_tags))
+            row = evaluator.grade_sample(planned, problem, number, Completion(text, opened, rollout, own_tags))
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
     run.begin(planned.identity(), {"grader": GRADER} | ({"own_tags": own_tags} if own_tags else {}))
-    run.finish(rows, asdict(evaluation.summarize(planned, rows, folder.name, 0.1, [])))
+    run.finish(rows, asdict(evaluator.summarize(planned, rows, folder.name, 0.1, [])))
     return folder
 
 

@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from test_curves import write_training
 
-from mlx_traces import curves, figures, tables, text, webpage
+from mlx_traces import curves, figures, text, webpage
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 HOSTILE = [
@@ -100,7 +101,7 @@ def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
     runs += [write_evaluation(tmp_path / "better", BETTER, adapter="runs/sft-01")]
     runs += [write_evaluation(tmp_path / "alone", [1, 0]), write_training(tmp_path / "rl2", evaluate={"limit": 40})]
     page = page_of(*runs, out=tmp_path / "out" / "page.html")
-    frame = tables.compare_runs([webpage.evaluated(curves.read(run)) for run in (runs[0], runs[2])])
+    frame = comparison.compare_runs([webpage.evaluated(curves.read(run)) for run in (runs[0], runs[2])])
     row = frame.to_dict("records")[1]
     assert "Countdown: 2 runs on the same problems" in page.text and "Countdown: nano" in page.text
     assert f"+50.0 points {text.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text

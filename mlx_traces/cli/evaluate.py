@@ -29,7 +29,7 @@ def eval_command(
 
     With --endpoint a server that speaks OpenAI's protocol runs the model, and no model is loaded here.
     """
-    from mlx_traces.evaluation import evaluate
+    from mlx_traces.evaluation.run import evaluate
 
     config = configured(EvalConfig, config_file, settings)
     result = evaluate(config=config, out=out, runs_dir=runs_dir, resume=resume, progress=True)
@@ -106,7 +106,8 @@ def compare_command(
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
     thinking, and with its trained adapters where the checkout has them.
     """
-    from mlx_traces import comparison, tables
+    from mlx_traces import comparison
+    from mlx_traces.evaluation import comparison
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -116,7 +117,7 @@ def compare_command(
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
     frame, collected = comparison.compared(config, progress=True)
-    for line in tables.differences(collected):
+    for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
     _print(frame, collected, format_, extractors)
     if config.out:
@@ -158,10 +159,10 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     ways; a summary goes to stderr.
     """
     from mlx_traces.errors import unknown
-    from mlx_traces.evaluation import regrade
+    from mlx_traces.evaluation.evaluator import regrade
+    from mlx_traces.evaluation.stats import wilson
     from mlx_traces.readers import read_jsonl
     from mlx_traces.runtime.files import write_new
-    from mlx_traces.stats import wilson
     from mlx_traces.tasks import get_task
 
     grader = get_task(task)

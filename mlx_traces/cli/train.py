@@ -19,7 +19,7 @@ from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, R
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Sample completions of training problems; write them as traces, with their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
-    from mlx_traces.evaluation import split_notes
+    from mlx_traces.evaluation.evaluator import split_notes
     from mlx_traces.generation import generate
 
     for note in split_notes(config):

@@ -27,6 +27,7 @@ from mlx_traces.text import clean
 if TYPE_CHECKING:
     import httpx2
 
+
 # Settings of a model that is loaded here; a server has settled them itself.
 LOCAL = ("adapter", "weights", "dtype", "device", "trust_remote_code", "rows", "memory_limit")
 ROUTES = ("/chat/completions", "/completions")

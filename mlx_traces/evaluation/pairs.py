@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import stats, tables, text
-from mlx_traces.tables import Run
+from mlx_traces import tables, text
+from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation.comparison import Run
 from mlx_traces.text import interval, p_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
 
 LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table of pairs
 CUT_OFF = 0.02  # share of answers cut off at the token cap from which a sentence mentions it
@@ -66,8 +68,8 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for run, name in zip(runs, tables.labels(runs), strict=True):
-        figures = stats.accuracy(list(tables.outcomes_of(run).values()))
+    for run, name in zip(runs, comparison.labels(runs), strict=True):
+        figures = stats.accuracy(list(comparison.outcomes_of(run).values()))
         total, correct = figures["total_questions"], figures["correct_count"]
         rows.append(
             {
@@ -96,10 +98,10 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
     """
-    names = tables.labels(runs)
+    names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    found = [(i, j, tables.paired(runs[j], runs[i])) for i, j in chosen]
+    found = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
     adjusted = stats.holm([figures["p_value"] for _, _, figures in found])
     return [
         Pair(
@@ -165,7 +167,7 @@ def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataF
     import pandas as pd
 
     most = max(range(len(runs)), key=lambda i: (about[i]["bits"] or 0, -i))
-    compared = tables.compare_runs(runs, most).to_dict("records")
+    compared = comparison.compare_runs(runs, most).to_dict("records")
     kept = ("accuracy", "correct_count", "total_questions", "ci_low", "ci_high")
     tested = ("diff", "diff_low", "diff_high", "p_value", "p_holm")
     return pd.DataFrame(

@@ -3,24 +3,19 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from mlx_traces import endpoint, stats
-from mlx_traces.config import AnswerConfig, Config, EndpointConfig, EvalConfig, build
+from mlx_traces.config import AnswerConfig, Config, EndpointConfig
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import endpoint, stats
+from mlx_traces.evaluation.completion import Answered, Completion
 from mlx_traces.readers import is_file
-from mlx_traces.records import EvalResult, Problem, Rollout, Score
-from mlx_traces.runtime import distributed
-from mlx_traces.runtime.files import held
-from mlx_traces.runtime.interrupts import Stopped, listening
-from mlx_traces.runtime.provenance import fingerprint, now, provenance, settled
-from mlx_traces.runtime.run_folder import RunFolder
-from mlx_traces.tasks import GRADER, Task, get_task, thoughts
+from mlx_traces.records import EvalResult, Problem, Score
+from mlx_traces.runtime.provenance import fingerprint, now
+from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.prompts import Prompt, columns_of, load_prompt
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -31,55 +26,6 @@ LABEL_BYTES = 150  # of a folder's name, before its digits; file systems take 25
 Sample = dict[str, Any]
 Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
 Stop = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began.
-
-    ``own_tags`` are those that the model thinks between, if they are not among ``thoughts.TAGS``.
-    """
-
-    prompt: str
-    opened: str
-    rollout: Rollout
-    own_tags: thoughts.Pair | None = None
-
-    @property
-    def whole(self) -> str:
-        """The assistant's whole turn, its thought between tags that graders know."""
-        return thoughts.usual(self.opened + self.text, self.own_tags)
-
-    @property
-    def text(self) -> str:
-        """What the model said, without the stop token."""
-        return self.rollout.text
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens that took, the stop token included."""
-        return len(self.rollout.completion_ids)
-
-    @property
-    def finish_reason(self) -> str:
-        """Why it ended."""
-        return self.rollout.finish_reason
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a server answered: the prompt and the text of it; ``tokens`` is None where it does not count them."""
-
-    prompt: str
-    opened: str
-    text: str
-    tokens: int | None
-    finish_reason: str
-
-    @property
-    def whole(self) -> str:
-        """The assistant's whole turn."""
-        return self.opened + self.text
 
 
 @dataclass(frozen=True)
@@ -220,146 +166,6 @@ def _prompt(task: Task, config: AnswerConfig, problems: list[Problem]) -> Prompt
     return replace(prompt, **changes)
 
 
-def evaluate(
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = False,
-    runs_dir: str | Path = "runs",
-    config: EvalConfig | None = None,
-    **settings: Any,
-) -> EvalResult:
-    """Evaluate a model on a task; ``mlx-traces eval`` from Python.
-
-    Args:
-        out: the run folder; default: a name made of the settings, under ``runs_dir``.
-        resume: continue a run that was cut off; finished samples are kept.
-        progress: show a progress bar on stderr.
-        runs_dir: where run folders are kept.
-        config: complete settings, in place of ``settings``.
-        **settings: the fields of ``EvalConfig``: ``model``, ``task``, ``prompt``, ``limit``, ...
-
-    Returns:
-        The result; the run folder holds it as ``result.json``, beside every sample.
-
-    Raises:
-        UserError: if the input is wrong.
-    """
-    if config is not None and settings:
-        raise UserError(f"give config or {', '.join(settings)}, not both")
-    planned = plan(config or build(EvalConfig, settings))
-    return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
-
-
-def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
-    """Carry out a plan in the run folder ``path``.
-
-    Raises:
-        UserError: if the input is wrong.
-        Stopped: after Ctrl-C; what was finished is kept.
-    """
-    if endpoint.behind(planned.config):
-        with _alone(path, resume) as (folder, stop):
-            folder.check(planned.identity(), planned.idle)
-            with _server(planned, stop) as source:
-                return _run(planned, folder, progress, source)
-    with distributed.at_work(path, resume) as (folder, stop):
-        from mlx_traces.models.loading import of_its_day
-
-        planned = replace(planned, config=of_its_day(planned.config, folder.identity))
-        return _run(planned, folder, progress, _engine(planned, stop))
-
-
-@contextmanager
-def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
-    """Begin or continue a run as `ranks.at_work` does, in the one process that asks a server and needs no MLX."""
-    RunFolder(path).refuse(resume)
-    with held(path / ".lock"), listening() as pressed:
-        yield RunFolder(path), pressed
-
-
-def _engine(planned: Plan, stop: Stop) -> Source:
-    """Load the model of a plan."""
-    from mlx_traces.models.loading import load
-    from mlx_traces.runtime import device
-
-    config = planned.config
-    loaded = load(config.model, config.adapter, **config.load_arguments())
-    backend = loaded.backend
-    device.reset_peak_memory()
-    return Source(
-        completions_of(loaded, planned, stop=stop),
-        {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
-        ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
-        | {"backend": asdict(backend), "rows": config.rows, "ranks": distributed.world().size()}
-        | _settled(planned, loaded.path),
-        loaded.notes,
-        device.peak_memory_gb,
-    )
-
-
-def _settled(planned: Plan, model: Path | None) -> dict[str, Any]:
-    settings = {**planned.config.model_dump(mode="json"), "prompt": planned.prompt.name, "extractor": planned.extractor}
-    return settled(settings, model, planned.config.adapter, problems=[problem.id for problem in planned.problems])
-
-
-@contextmanager
-def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
-    """Reach the server of a plan."""
-    config = planned.config
-    server = endpoint.Server(config)
-
-    def generate(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Answered]]:
-        """Yield the server's answers as they come."""
-        opened = "" if planned.prompt.chat else planned.prompt.prefill
-        seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
-        pairs = zip(todo, seeds, strict=True)
-        asks = [endpoint.ask(config, planned.prompt, problem, seed) for (problem, _), seed in pairs]
-        return (
-            (index, Answered(asks[index].text, opened, reply.text, reply.tokens, reply.finish_reason))
-            for index, reply in endpoint.answers(server, asks, stop)
-        )
-
-    try:
-        known = server.models()
-        details = {"server": {"url": server.url, "models": known}, "concurrency": config.concurrency}
-        details |= _settled(planned, None)
-        if known and config.model not in known:
-            server.notes.append(f"the server's list of models does not name {config.model}")
-        yield Source(generate, {}, details, server.notes, lambda: None)
-    finally:
-        server.close()
-
-
-def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> EvalResult:
-    config = planned.config
-    identity = planned.identity() | source.identity
-    samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
-    done = {(row["id"], row["sample"]) for row in samples}
-    todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
-    completions = source.generate(todo)  # refuses bad requests before anything is written
-    folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
-    before = max((row["elapsed"] for row in samples), default=0.0)
-    start = perf_counter()
-    with _bar(progress, len(wanted), samples) as advance:
-        for index, completion in completions:
-            problem, sample = todo[index]
-            row = grade_sample(planned, problem, sample, completion)
-            row["elapsed"] = round(before + perf_counter() - start, 3)
-            folder.append([row])
-            samples.append(row)
-            advance(row)
-    if len(samples) < len(wanted):
-        raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
-    order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
-    samples.sort(key=lambda row: order[row["id"], row["sample"]])
-    notes = [*planned.notes, *source.notes]
-    result = summarize(planned, samples, folder.path.name, source.memory(), notes)
-    folder.finish(samples, asdict(result))
-    return result
-
-
 def rehead(row: Sample, extractor: str) -> Sample:
     """Return a sample with another extractor as its headline; all have judged it already.
 
@@ -370,109 +176,6 @@ def rehead(row: Sample, extractor: str) -> Sample:
         raise unknown("extractor of this run", extractor, row["verdicts"])
     verdict = row["verdicts"][extractor]
     return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}
-
-
-def measure(loaded: Any, planned: Plan) -> list[Sample]:
-    """Answer a plan's problems by a model that is loaded, in memory; samples come in the problems' order."""
-    todo = [(problem, sample) for problem in planned.problems for sample in range(planned.config.samples)]
-    rows: list[Sample] = [{}] * len(todo)
-    for index, completion in completions_of(loaded, planned)(todo):
-        rows[index] = grade_sample(planned, *todo[index], completion)
-    return rows
-
-
-def completions_of(
-    loaded: Any, planned: Plan, logprobs: bool = False, stop: Callable[[], bool] | None = None
-) -> Generate:
-    """Make the plain function from (problem, sample) pairs to completions, as they finish, until ``stop`` says so."""
-    from mlx_traces.engine.generate import generate
-    from mlx_traces.engine.sampling import Request, SamplingParams
-
-    config = planned.config
-    params = SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        stop=planned.prompt.stop,
-    )
-
-    def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
-        rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
-        seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
-        requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
-
-        def sampled(indices: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
-            """Complete some requests."""
-            asked = [requests[index] for index in indices]
-            done = generate(loaded, asked, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
-            return ((indices[place], rollout) for place, rollout in done)
-
-        whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
-        return (
-            (index, Completion(rendered[index].text, rendered[index].opened, rollout, loaded.own_tags))
-            for index, rollout in _shared_out(whole, sampled, len(requests), 4 * config.rows, stop)
-        )
-
-    return completions
-
-
-def _shared_out(
-    whole: Iterator[tuple[int, Rollout]],
-    sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]],
-    count: int,
-    wave: int,
-    stop: Callable[[], bool] | None,
-) -> Iterator[tuple[int, Rollout]]:
-    """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time.
-
-    One process alone completes the ``whole``, and hands on each rollout at once. After what is handed on, ``stop`` is
-    asked.
-    """
-    size = distributed.world().size()
-    if size == 1:
-        for found in whole:
-            yield found
-            if stop and stop():
-                return
-        return
-    for start in range(0, count, wave * size):
-        part = range(start, min(count, start + wave * size))
-        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
-        for index, fields in distributed.gather(own):
-            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-            yield index, Rollout(**fields | lists)
-        if stop and stop():
-            return
-
-
-@contextmanager
-def _bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sample], None]]:
-    """Yield a function to call with each finished sample; it drives the progress on stderr."""
-    if not show:
-        yield lambda row: None
-        return
-    from mlx_traces.runtime.progress import progress
-
-    correct, tokens, start = sum(row["correct"] for row in samples), 0, perf_counter()
-    done = len(samples)
-    with progress("eval") as shown:
-        shown.update(done, total)
-
-        def advance(row: Sample) -> None:
-            nonlocal correct, tokens, done
-            correct, tokens, done = correct + row["correct"], tokens + (row["tokens"] or 0), done + 1
-            speed = tokens / (perf_counter() - start)
-            shown.update(done, total, [f"{100 * correct / done:.1f} % correct", f"{speed:.0f} tokens/s"])
-
-        yield advance
-
-
-def sample_seed(seed: int, problem_id: str, sample: int) -> int:
-    """Return the 64-bit seed of one completion's random stream; it depends on nothing else in the run."""
-    digest = hashlib.sha256(f"{seed} {problem_id} {sample}".encode()).digest()
-    return int.from_bytes(digest[:8])
 
 
 def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion | Answered) -> Sample:

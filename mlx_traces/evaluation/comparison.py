@@ -1,0 +1,444 @@
+"""Stored runs read and compared on the same problems."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.evaluation import differences as evaluation_differences
+from mlx_traces.evaluation import stats
+from mlx_traces.readers import is_number, read_json, read_jsonl
+from mlx_traces.records import EvalResult
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
+from mlx_traces.tasks import TASKS, get_task
+from mlx_traces.text import clean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a finished run folder.
+
+    Raises:
+        UserError: if it is not one, or has no result yet.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    if not folder.finished:
+        raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
+    result = read_json(folder.path / "result.json")
+    missing = [field.name for field in fields(EvalResult) if field.name not in result]
+    if missing:
+        raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
+    about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
+    samples = [_shared(row) for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
+    return Run(folder.path.name, result, samples, about)
+
+
+def _shared(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample whose repeated texts are one object with their equals in all samples and runs.
+
+    Keys, ids, questions and prompts repeat from run to run; twenty runs so take half of the memory.
+    """
+    return {sys.intern(key): _one(value) if key != "completion" else value for key, value in row.items()}
+
+
+def _one(value: Any) -> Any:
+    if type(value) is str:
+        return sys.intern(value)
+    return _shared(value) if type(value) is dict else value
+
+
+def by_extractor(run: Run, extractor: str) -> Run:
+    """Return a run judged by another of its extractors."""
+    from mlx_traces.evaluation.evaluator import rehead
+
+    samples = [rehead(row, extractor) for row in run.samples]
+    return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
+
+
+JSON_KEYS = (
+    "model",
+    "adapter",
+    "prompt",
+    "accuracy",
+    "correct_count",
+    "total_questions",
+    "ci_low",
+    "ci_high",
+    "diff",
+    "diff_low",
+    "diff_high",
+    "p_value",
+    "p_holm",
+    "tokens_per_answer",
+    "tokens_per_second",
+)
+PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
+
+_GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished evaluation as its run folder holds it.
+
+    ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
+    run.json, as far as it is known: what the run was made with.
+    """
+
+    name: str
+    result: dict[str, Any]
+    samples: list[dict[str, Any]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse, by UserError, values of another kind than an evaluation writes."""
+        _check_kinds(self.result, _RESULT_KINDS, f"run {clean(self.name)}: result.json")
+        check_samples(self.samples, f"run {clean(self.name)}")
+
+
+def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
+    """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
+    for number, row in enumerate(rows, 1):
+        _check_kinds(row, _SAMPLE_KINDS, f"{where}: sample {number}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _are_shares(value: Any) -> bool:
+    return isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", k) and is_number(v) for k, v in value.items())
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_TEXT: _Kind = ("a text", _is_text)
+_COUNT: _Kind = ("a whole number", _is_whole)
+_FIGURE: _Kind = ("a number", is_number)
+_SHARES: _Kind = ("shares by number of samples", _are_shares)
+_SAMPLE_KINDS = {
+    **dict.fromkeys(("id", "question", "gold", "finish_reason", "verdict"), _TEXT),
+    **{"sample": _COUNT, "tokens?": _COUNT, "correct": ("true or false", lambda value: isinstance(value, bool))},
+    **{"verdicts": ("an object of texts", _are_texts), "extracted?": _TEXT, "stratum?": _TEXT},
+}
+_RESULT_KINDS = {
+    **dict.fromkeys(("model", "prompt"), _TEXT),
+    **dict.fromkeys(("adapter?", "task?", "split?", "extractor?", "timestamp?"), _TEXT),
+    **dict.fromkeys(("max_tokens?", "temperature?"), _FIGURE),
+    **dict.fromkeys(("pass_at_k?", "maj_at_k?"), _SHARES),
+}  # with ? it may be null
+
+
+def _check_kinds(row: dict[str, Any], kinds: dict[str, _Kind], where: str) -> None:
+    for key, (what, right) in kinds.items():
+        name = key.removesuffix("?")
+        if name in row and not right(row[name]) and (row[name] is not None or name == key):
+            raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}; evaluate it anew")
+
+
+def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
+    """Compare runs over the same problems with a baseline among them.
+
+    The interval of an accuracy is Wilson's, with several samples a problem at their effective number
+    (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
+    p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
+    on the differences of correct counts, which is McNemar's where there is one. Holm's adjustment is over the
+    runs compared with the baseline.
+
+    Args:
+        runs: at least one run; rows keep their order.
+        baseline: index, run name or label of the run that the others are compared with.
+
+    Returns:
+        One row a run: ``JSON_KEYS``, then ``run``, ``label``, ``truncated`` (share of answers cut off), the
+        protocol (task to samples_per_problem) and, where runs have them, ``pass@k`` and ``maj@k``.
+        ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
+        no difference and no p-value.
+
+    Raises:
+        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
+    """
+    import pandas as pd
+
+    names = labels(runs)
+    first = _baseline_index(runs, names, baseline)
+    outcomes = [outcomes_of(run) for run in runs]
+    for run, own in zip(runs, outcomes, strict=True):
+        _require_same_problems(runs[first], run, outcomes[first], own)
+    counts = [np.array([sum(own[id]) for id in outcomes[first]]) for own in outcomes]
+    samples = [len(next(iter(own.values()))) for own in outcomes]
+
+    rows: list[dict[str, Any]] = []
+    for i, run in enumerate(runs):
+        overall = stats.accuracy(list(outcomes[i].values()))
+        comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
+        if i != first:
+            comparison |= _paired(counts[i], samples[i], counts[first], samples[first])
+        rows.append(
+            {
+                "model": run.result["model"],
+                "adapter": run.result.get("adapter") or None,
+                "prompt": run.result["prompt"],
+                **overall,
+                **comparison,
+                "tokens_per_answer": _mean([row["tokens"] for row in run.samples]),
+                "tokens_per_second": speed if is_number(speed := run.result.get("tokens_per_second")) else None,
+                "run": run.name,
+                "label": names[i],
+                "truncated": sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples),
+                **{key: run.result.get(key) for key in PROTOCOL},
+                "samples_per_problem": samples[i],
+                **{f"pass@{k}": share for k, share in (run.result.get("pass_at_k") or {}).items()},
+                **{f"maj@{k}": share for k, share in (run.result.get("maj_at_k") or {}).items()},
+            }
+        )
+    others = [row for i, row in enumerate(rows) if i != first]
+    for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
+        row["p_holm"] = adjusted
+    return pd.DataFrame(rows)
+
+
+def paired(one: Run, two: Run) -> dict[str, float | int]:
+    """Compare two runs problem by problem, as ``compare_runs`` does.
+
+    Returns:
+        ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
+        ``diff``, ``diff_low``, ``diff_high`` and ``p_value`` of ``one`` minus ``two``.
+
+    Raises:
+        UserError: if a run has no or uneven samples, or the problems differ.
+    """
+    outcomes = [outcomes_of(run) for run in (one, two)]
+    _require_same_problems(one, two, *outcomes)
+    a, b = (np.array([sum(own[id]) for id in outcomes[0]]) for own in outcomes)
+    samples_a, samples_b = (len(next(iter(own.values()))) for own in outcomes)
+    more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
+    counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
+    return counts | _paired(a, samples_a, b, samples_b)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Return a line for each setting, prompts apart, in which the runs differ and so are hard to compare.
+
+    Then one for each thing that they were made with and that differs: versions, device, weights, files, prompt texts.
+    """
+    lines = []
+    for key in PROTOCOL:
+        groups: dict[str, list[str]] = {}
+        for run in runs:
+            groups.setdefault(str(run.result.get(key)), []).append(run.name)
+        if len(groups) > 1:
+            shown = "; ".join(f"{value} in {', '.join(names)}" for value, names in groups.items())
+            lines.append(clean(f"{key} differs: {shown}"))
+    seen = Counter(run.name for run in runs)
+    names = [f"{run.name} (row {i})" if seen[run.name] > 1 else run.name for i, run in enumerate(runs, start=1)]
+    return lines + evaluation_differences.differences(dict(zip(names, (run.about for run in runs), strict=True)))
+
+
+def label(run: Run) -> str:
+    """Name a run briefly: ``model+adapter_prompt``, folders by their last part."""
+    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(run.result['prompt'])}"
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Name each run briefly and uniquely: ``label``, with the run's name where two would be alike."""
+    names = [label(run) for run in runs]
+    seen = Counter(names)
+    names = [f"{name}_{clean(runs[i].name)}" if seen[name] > 1 else name for i, name in enumerate(names)]
+    seen = Counter(names)
+    return [f"{name}_{i}" if seen[name] > 1 else name for i, name in enumerate(names, start=1)]
+
+
+def model_name(model: str, adapter: str | None) -> str:
+    """Shorten ``org/model`` and the folder of an adapter to ``model+adapter``."""
+    short = clean(model).rstrip("/").rsplit("/", 1)[-1]
+    if not isinstance(adapter, str) or not adapter:  # a frame holds nan for none
+        return short
+    parts = clean(adapter).rstrip("/").split("/")
+    return f"{short}+{'/'.join(parts[-2:] if parts[-1] in _GENERIC_FOLDERS else parts[-1:])}"
+
+
+def per_question(runs: Sequence[Run]) -> pd.DataFrame:
+    """Lay the runs side by side, one row a problem.
+
+    Returns:
+        ``question_id``, ``question``, ``correct_answer``, and for each run ``<label>_prediction`` and
+        ``<label>_correct`` (True or False). With several samples a problem the prediction is the majority's
+        and ``correct`` the share of correct samples.
+
+    Raises:
+        UserError: if the problems of the runs differ.
+    """
+    import pandas as pd
+
+    outcomes = [outcomes_of(run) for run in runs]
+    for run, own in zip(runs, outcomes, strict=True):
+        _require_same_problems(runs[0], run, outcomes[0], own)
+    first = {row["id"]: row for row in reversed(runs[0].samples)}
+    columns: dict[str, list[Any]] = {
+        "question_id": list(outcomes[0]),
+        "question": [first[id]["question"] for id in outcomes[0]],
+        "correct_answer": [first[id]["gold"] for id in outcomes[0]],
+    }
+    for run, name, own in zip(runs, labels(runs), outcomes, strict=True):
+        answers: dict[str, list[str | None]] = {id: [] for id in own}
+        for row in run.samples:
+            answers[row["id"]].append(row["extracted"])
+        columns[f"{name}_prediction"] = [_winner(run, answers[id], first[id]["gold"]) for id in outcomes[0]]
+        columns[f"{name}_correct"] = [
+            bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
+        ]
+    return pd.DataFrame(columns, dtype=object)
+
+
+def _winner(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
+    """Return the majority's answer, as its first voter wrote it; of an unknown task equal texts vote alike."""
+    task, extractor = run.result["task"], run.result["extractor"]
+    votes = get_task(task).votes(answers, gold, extractor) if task in TASKS else list(answers)
+    return answers[votes.index(stats.majority(votes))]
+
+
+def source_results(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return ``{"models": [{model_type, accuracy, correct, total, timestamp}], "timestamp"}``.
+
+    Accuracy is a fraction. The outer timestamp is that of the newest run: the same runs give the same file.
+    """
+    models = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        overall = stats.accuracy(list(outcomes_of(run).values()))
+        models.append(
+            {
+                "model_type": name,
+                "accuracy": overall["accuracy"],
+                "correct": overall["correct_count"],
+                "total": overall["total_questions"],
+                "timestamp": run.result.get("timestamp"),
+            }
+        )
+    return {"models": models, "timestamp": max((m["timestamp"] or "" for m in models), default="") or None}
+
+
+def strata(runs: Sequence[Run]) -> pd.DataFrame | None:
+    """Split the accuracy of each run by stratum.
+
+    Returns:
+        One row a stratum and run: ``part`` (the stratum), ``label``, ``accuracy``, ``correct_count``,
+        ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
+    """
+    frame = _split(runs, lambda row: {row.get("stratum") or "": row["correct"]})
+    return None if frame is None else frame.sort_values("part", kind="stable", ignore_index=True)
+
+
+def extractors(runs: Sequence[Run]) -> pd.DataFrame | None:
+    """Judge each run by every extractor; like ``strata``, with the extractor as ``part``."""
+    return _split(runs, lambda row: {name: verdict == "correct" for name, verdict in row["verdicts"].items()})
+
+
+def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool]]) -> pd.DataFrame | None:
+    """Compute accuracies by part; ``judge`` says whether a sample is correct, for each part it belongs to."""
+    import pandas as pd
+
+    rows = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        parts: dict[str, dict[str, list[bool]]] = {}
+        for sample in run.samples:
+            for part, correct in judge(sample).items():
+                parts.setdefault(part, {}).setdefault(sample["id"], []).append(correct)
+        rows += [
+            {"part": part, "label": name, **stats.accuracy(list(problems.values()))} for part, problems in parts.items()
+        ]
+    return pd.DataFrame(rows) if len({row["part"] for row in rows}) > 1 else None
+
+
+def outcomes_of(run: Run) -> dict[str, list[bool]]:
+    """Return whether each sample of each problem is correct, by problem id in the run's order.
+
+    Raises:
+        UserError: if there are none, a sample is there twice, or problems have different numbers of samples.
+    """
+    outcomes: dict[str, list[bool]] = {}
+    seen = set()
+    for row in run.samples:
+        if (key := (row["id"], row.get("sample", 0))) in seen:
+            raise UserError(f"run {run.name}: sample {key[1]} of problem {key[0]} is there twice; repeat the run")
+        seen.add(key)
+        outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
+    if not outcomes:
+        raise UserError(f"run {run.name} has no samples; evaluate it first")
+    sizes = Counter(map(len, outcomes.values()))
+    if len(sizes) > 1:
+        few = min(outcomes, key=lambda id: len(outcomes[id]))
+        raise UserError(
+            f"run {run.name}: problem {few} has {len(outcomes[few])} samples where others have {max(sizes)}; "
+            "finish the run with --resume"
+        )
+    return outcomes
+
+
+def _require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two: Collection[str]) -> None:
+    """Refuse runs over different problems; say how many ids each has alone, and the first few."""
+    only_one = [id for id in ids_one if id not in ids_two]
+    only_two = [id for id in ids_two if id not in ids_one]
+    if only_one or only_two:
+        parts = []
+        for run, only in ((one, only_one), (two, only_two)):
+            few = f" ({', '.join(clean(id) for id in only[:3])}{', ...' if len(only) > 3 else ''})" if only else ""
+            parts.append(f"{len(only)} only in {clean(run.name)}{few}")
+        raise UserError(
+            f"runs {clean(one.name)} and {clean(two.name)} are over different problems: {', '.join(parts)}; "
+            "evaluate both with the same --task, --data, --split, --limit and --seed"
+        )
+
+
+def _baseline_index(runs: Sequence[Run], names: Sequence[str], baseline: int | str) -> int:
+    """Find the baseline by index, run name or label."""
+    if not runs:
+        raise UserError("there are no runs to compare; name at least one run folder")
+    if isinstance(baseline, int):
+        if not -len(runs) <= baseline < len(runs):
+            raise UserError(f"baseline {baseline}: there are {len(runs)} runs, counted from 0")
+        return baseline % len(runs)
+    for known in ([run.name for run in runs], names):
+        if baseline in known:
+            return list(known).index(baseline)
+    raise unknown("baseline", baseline, [run.name for run in runs])
+
+
+def _paired(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:
+    """Return difference, interval and p-value of two models on the same problems, from (P,) correct counts."""
+    change = stats.paired_bootstrap(a / samples_a, b / samples_b)
+    p_value = _paired_p_value(a, samples_a, b, samples_b)
+    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value}
+
+
+def _paired_p_value(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> float:
+    """Test two models on the same problems, from (P,) correct counts: exact McNemar, or exact sign flips."""
+    if samples_a == samples_b == 1:
+        return stats.mcnemar(int((a > b).sum()), int((a < b).sum()))
+    common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
+    return stats.sign_flip(a * (common // samples_a) - b * (common // samples_b))
+
+
+def _mean(counts: Sequence[int | None]) -> float:
+    """Return the mean of counts; not a number if one is not known."""
+    return math.nan if None in counts else sum(counts) / len(counts)
