@@ -154,13 +154,13 @@ def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
 
 def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
     """Carry out a comparison: its runs, their table, and the files in ``config.out`` if that is set."""
-    from mlx_traces import report
     from mlx_traces.evaluation import comparison
+    from mlx_traces.report import export
 
     runs = collect(config, progress)
     frame = comparison.compare_runs(runs, config.baseline or 0)
     if config.out:
-        report.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))
+        export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))
     return frame, runs
 
 

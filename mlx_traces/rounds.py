@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import comparison, generation, rewards, scoring, selection, text, traces, tracking, training, webpage
+from mlx_traces import comparison, generation, rewards, scoring, selection, text, traces, tracking, training
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -38,6 +38,7 @@ from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, names
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
+from mlx_traces.report import page
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
@@ -277,7 +278,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         write_atomic(file, to_json(about))
     trained = [station.out for station in trainings(plan)]
     answered = [Path(config.runs_dir) / run.name for run in runs]
-    return Outcome(frame, runs, webpage.write([*answered, *trained], Path(compared.out) / "report.html")[0])
+    return Outcome(frame, runs, page.write([*answered, *trained], Path(compared.out) / "report.html")[0])
 
 
 def check(plan: list[Station], compared: CompareConfig) -> None:

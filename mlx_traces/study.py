@@ -11,24 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import comparison, report, tables, webpage
+from mlx_traces import comparison
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
-from mlx_traces.evaluation.pairs import (
-    Pair,
-    bits_cells,
-    bits_frame,
-    bits_table,
-    markdown,
-    pairs_cells,
-    pairs_frame,
-    sentence,
-    summary_cells,
-)
+from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.readers import read_json
+from mlx_traces.report import export, page, tables
+from mlx_traces.report.tables import bits_cells, bits_table, pairs_cells, pairs_frame, pairs_markdown, summary_cells
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -320,7 +312,7 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         return
     for part in parts:
         folder = Path(config.out) / part.name if len(parts) > 1 else Path(config.out)
-        report.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
+        export.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
         frames = {"summary": part.summary, "strata": comparison.strata(part.runs)}
         frames |= {"pairs": pairs_frame(part.pairs)} if part.pairs else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
@@ -332,21 +324,21 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
             write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    webpage.write([run for part in parts for run in part.runs], config.out)
+    page.write([run for part in parts for run in part.runs], config.out)
 
 
 def to_markdown(name: str, part: Part) -> str:
     """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
-    sections = [("Summary", markdown(summary_cells(part.summary)))]
+    sections = [("Summary", pairs_markdown(summary_cells(part.summary)))]
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", tables.parts_to_markdown(strata)))
     if part.pairs:
         sentences = "".join(f"* {line}\n" for line in said(part))
-        pairs = markdown(pairs_cells(part.pairs))
+        pairs = pairs_markdown(pairs_cells(part.pairs))
         sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
     for frame in part.bits:
-        sections.append(("Bits", f"{markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
+        sections.append(("Bits", f"{pairs_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
         sections.append(("Notes", "".join(f"* {note}\n" for note in part.notes)))
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)

@@ -33,12 +33,14 @@ from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-from mlx_traces import asking, config, curves, quality, reformatting, tables, traces, webpage
+from mlx_traces import asking, config, quality, reformatting, traces
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison
 from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.records import Problem, Trace
+from mlx_traces.report import run_view, tables, terminal
+from mlx_traces.report.page import evaluated, render, visible
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import TASKS, Task, answers, countdown, get_task, gsm8k, prompts, qa, thoughts
 from mlx_traces.tasks.data import split_slice
@@ -271,21 +273,21 @@ def _run_folder(name: str, text: str) -> Path:
 def _watched(text: str) -> None:
     from rich.console import Console
 
-    record = curves.read(_run_folder("run", text))
+    record = run_view.read(_run_folder("run", text))
     with Path("/dev/null").open("w") as nothing:
-        Console(file=nothing, width=100).print(curves.display(record, 100, 0.0))
-    assert not set(curves.state(record) + record.name) & set("\x1b\x00\u202e\n")
+        Console(file=nothing, width=100).print(terminal.display(record, 100, 0.0))
+    assert not set(terminal.state(record) + record.name) & set("\x1b\x00\u202e\n")
 
 
 def _page(text: str) -> None:
-    page = webpage.render([], [curves.read(_run_folder("page", text))])
+    page = render([], [run_view.read(_run_folder("page", text))])
     assert page.count("<script") == page.count("</script") <= 2 and not set(page) & set("\x1b\x00\x9b\u202e")
 
 
 def _compared(text: str) -> None:
-    record = curves.read(_run_folder("compared", text))
-    if record.kind == curves.EVALUATION:
-        found = [webpage.evaluated(record)]
+    record = run_view.read(_run_folder("compared", text))
+    if record.kind == run_view.EVALUATION:
+        found = [evaluated(record)]
         frame = comparison.compare_runs(found)
         json.dumps(tables.to_json(frame)), json.dumps(comparison.source_results(found))
         texts = [tables.to_markdown(frame), tables.to_csv(frame), tables.to_csv(comparison.per_question(found))]
@@ -323,7 +325,7 @@ def _data_names(text: str) -> None:
 
 
 def _shown(text: str) -> None:
-    assert not set(webpage.visible(text)) & set(ACTING)
+    assert not set(visible(text)) & set(ACTING)
 
 
 def _shown_line(text: str) -> None:

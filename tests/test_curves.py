@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from mlx_traces import curves, figures
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import stats
+from mlx_traces.report import curves, figures, run_view, terminal
 from mlx_traces.text import duration
 
 
@@ -48,13 +48,13 @@ def write_training(path, steps=6, num_steps=10, finished=False, **identity):
 
 def shown(record, width=100, now=None):
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(curves.display(record, width, now))
+    console.print(terminal.display(record, width, now))
     return console.file.getvalue()
 
 
 def test_curves_of_a_running_training(tmp_path):
     run = write_training(tmp_path / "run", evaluate={"limit": 40})
-    record = curves.read(run)
+    record = run_view.read(run)
     found = {curve.metric.key: curve for curve in curves.curves(record)}
     assert (record.kind, record.step, record.steps, record.result) == ("reinforcement learning", 6, 10, None)
     assert (record.seconds, record.remaining) == (24.0, 16.0)
@@ -67,11 +67,11 @@ def test_curves_of_a_running_training(tmp_path):
     assert found["policy/new_thing"].metric.title == "Policy: new thing"
     assert (held_out.best, reward.best, found["loss"].best) == (0.5, 0.6, None)
     assert found["policy/entropy"].constant and not reward.constant
-    assert curves.state(record) == "step 6 of 10, 0:24, about 0:16 to go"
+    assert terminal.state(record) == "step 6 of 10, 0:24, about 0:16 to go"
 
 
 def test_intervals_only_where_the_shares_are_of_that_many_problems(tmp_path):
-    record = curves.read(write_training(tmp_path / "run", evaluate={"limit": 41}))
+    record = run_view.read(write_training(tmp_path / "run", evaluate={"limit": 41}))
     assert curves.curves(record)[0].low == []
 
 
@@ -79,21 +79,21 @@ def test_a_torn_last_line_is_left_out_and_left_there(tmp_path):
     run = write_training(tmp_path / "run")
     whole = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(whole + b'{"step": 7, "reward/mean": 0.9\xc3')
-    assert curves.read(run).step == 6
+    assert run_view.read(run).step == 6
     assert (run / "metrics.jsonl").read_bytes().startswith(whole + b'{"step": 7')
     (run / "metrics.jsonl").write_bytes(whole + b'{"step": 7, "rew\n{"step": 8}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:8: not JSON"):
-        curves.read(run)
+        run_view.read(run)
     (run / "metrics.jsonl").write_bytes(whole + b'{"step": "x"}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:8: 'step' is no number"):
-        curves.read(run)
+        run_view.read(run)
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
-        curves.read(tmp_path / "none")
+        run_view.read(tmp_path / "none")
     with pytest.raises(UserError, match=r"it has no run\.json"):
-        curves.read(tmp_path)
+        run_view.read(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["many", None, True, [3], {"x": 1}, float("nan"), 10**400, -5])
@@ -103,11 +103,11 @@ def test_what_is_no_number_in_a_foreign_folder_is_taken_as_unknown(tmp_path, val
         row = {"step": 7, "time/sample": 2.0, "time/update": 1.0, "time/reward": value, "loss": value}
         file.write(json.dumps(row | {"time/total": value}) + "\n")
     (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"steps": value}))
-    record = curves.read(run)
+    record = run_view.read(run)
     assert (record.step, record.steps, record.remaining) == (7, None, None)
     assert "step 7, 0:24" in shown(record) and "held-out accuracy 50.0 % at step 4" in shown(record)
     (run / "result.json").write_text(json.dumps({"notes": value if value != [3] else 3}))
-    assert "finished, step 7 of 7" in shown(curves.read(run)) and "note:" not in shown(curves.read(run))
+    assert "finished, step 7 of 7" in shown(run_view.read(run)) and "note:" not in shown(run_view.read(run))
 
 
 @pytest.mark.parametrize(
@@ -123,24 +123,24 @@ def test_what_is_no_number_in_a_foreign_folder_is_taken_as_unknown(tmp_path, val
     ],
 )
 def test_how_many_samples_there_will_be(settings, steps):
-    record = curves.Record(Path("run"), curves.EVALUATION, {"identity": settings}, [], [], None)
-    assert record.steps == steps and curves.state(record) == "samples 0" + (f" of {steps}" if steps else "")
+    record = run_view.Record(Path("run"), run_view.EVALUATION, {"identity": settings}, [], [], None)
+    assert record.steps == steps and terminal.state(record) == "samples 0" + (f" of {steps}" if steps else "")
 
 
 def test_a_finished_evaluation_without_its_samples_says_so():
-    record = curves.Record(Path("run"), curves.EVALUATION, {}, [], [], {"model": "nano"})
+    record = run_view.Record(Path("run"), run_view.EVALUATION, {}, [], [], {"model": "nano"})
     text = " ".join(shown(record).split())
     assert "result.json is there, samples.jsonl is missing or empty" in text and "no step yet" not in text
 
 
 def test_blocks_by_hand():
-    assert curves.blocks([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert curves.blocks([0, 0, 7, 7], 2) == "▁█"
-    assert curves.blocks([2, 2, 2], 8) == "▄▄▄"
-    assert curves.blocks([], 8) == ""
-    assert curves.blocks([1e308, 1e308, -1e308, -1e308], 2) == "█▁" and curves.blocks([0.0, 0.0], 2) == "▄▄"
-    assert len(curves.blocks(list(range(1001)), 37)) == 37
-    assert curves.blocks([1, 0, -1], 3) == "█▅▁"
+    assert terminal.blocks([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert terminal.blocks([0, 0, 7, 7], 2) == "▁█"
+    assert terminal.blocks([2, 2, 2], 8) == "▄▄▄"
+    assert terminal.blocks([], 8) == ""
+    assert terminal.blocks([1e308, 1e308, -1e308, -1e308], 2) == "█▁" and terminal.blocks([0.0, 0.0], 2) == "▄▄"
+    assert len(terminal.blocks(list(range(1001)), 37)) == 37
+    assert terminal.blocks([1, 0, -1], 3) == "█▅▁"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (754.4, "12:34"), (3723, "1:02:03")])
@@ -150,7 +150,7 @@ def test_durations(seconds, text):
 
 @pytest.mark.parametrize("width", [60, 100, 160])
 def test_the_display_fits_and_says_first_last_and_best(tmp_path, width):
-    text = shown(curves.read(write_training(tmp_path / "run", evaluate={"limit": 40})), width)
+    text = shown(run_view.read(write_training(tmp_path / "run", evaluate={"limit": 40})), width)
     assert max(map(len, text.splitlines())) <= width
     assert "step 6 of 10" in text and "held-out accuracy 50.0 % at step 4 [35.2, 64.8]" in text
     (reward,) = (
@@ -161,7 +161,7 @@ def test_the_display_fits_and_says_first_last_and_best(tmp_path, width):
 
 def test_terminal_codes_do_not_reach_the_terminal(tmp_path):
     run = write_training(tmp_path / "run\x1b[31m", finished=True, model="na\x1b]0;title\x07no")
-    text = shown(curves.read(run))
+    text = shown(run_view.read(run))
     assert "red note" in text and not any(c in text for c in "\x1b\x07")
 
 
@@ -194,8 +194,8 @@ def test_watch_ends_by_itself_when_the_run_is_finished(tmp_path, monkeypatch):
 def test_a_run_without_a_step(tmp_path):
     run = write_training(tmp_path / "run", steps=0)
     (run / "metrics.jsonl").write_text("")
-    assert "no step yet" in shown(curves.read(run))
-    assert "nothing new for" in shown(curves.read(run), now=4e9)
+    assert "no step yet" in shown(run_view.read(run))
+    assert "nothing new for" in shown(run_view.read(run), now=4e9)
 
 
 def test_running_means_and_thinning_by_hand():

@@ -17,13 +17,14 @@ import pytest
 from click.testing import CliRunner
 
 import mlx_traces
-from mlx_traces import comparison, study, tables, verifying
+from mlx_traces import comparison, study, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint
 from mlx_traces.evaluation.evaluator import plan
 from mlx_traces.records import Problem
+from mlx_traces.report import tables
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks.prompts import Prompt
 

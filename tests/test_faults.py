@@ -17,10 +17,11 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import curves, generation, scoring, sft
+from mlx_traces import generation, scoring, sft
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
+from mlx_traces.report import run_view, terminal
 from mlx_traces.runtime import files, provenance, run_folder
 
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
@@ -360,11 +361,11 @@ def test_a_clock_that_goes_back(recipes, tmp_path, monkeypatch):
     for path in out.iterdir():
         os.utime(path, (4e9, 4e9))  # files of the future
     monkeypatch.setattr(provenance, "now", lambda: "1970-01-01T00:00:00+00:00")
-    record = curves.read(out)
+    record = run_view.read(out)
     from rich.console import Console
 
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(curves.display(record, 80, 1e9))
+    console.print(terminal.display(record, 80, 1e9))
     assert "nothing new" not in console.export_text()
     recipes["sft"](tmp_path / "cut", True)
     assert killing.compare(tmp_path / "whole", tmp_path / "cut") == 0

@@ -24,13 +24,15 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import curves, quality, rewards, tables, traces, webpage
+from mlx_traces import quality, rewards, traces
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
+from mlx_traces.report import run_view, tables
+from mlx_traces.report.page import Page, evaluated, write
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import gsm8k, qa
 from mlx_traces.tasks.data import split_slice
@@ -164,7 +166,7 @@ def test_names_of_any_length():
 def test_json_too_deep_is_no_json(tmp_path):
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not JSON"):
-        curves.read(tmp_path)
+        run_view.read(tmp_path)
     (tmp_path / adapters.CONFIG).write_text("[" * 100_000)
     (tmp_path / adapters.WEIGHTS).touch()
     with pytest.raises(UserError, match="not JSON"):
@@ -217,7 +219,7 @@ def test_samples_of_other_kinds_are_refused(tmp_path, change):
     lines[1] = json.dumps(json.loads(lines[1]) | change)
     (run / "samples.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=rf"sample 2: '{next(iter(change))}' must be"):
-        webpage.write([run], tmp_path / "page.html")
+        write([run], tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_a_result_of_other_kinds_is_refused(tmp_path, change):
     run = write_evaluation(tmp_path / "a", [1, 0])
     (run / "result.json").write_text(json.dumps(json.loads((run / "result.json").read_text()) | change))
     with pytest.raises(UserError, match=rf"result.json: '{next(iter(change))}' must be"):
-        webpage.write([run], tmp_path / "page.html")
+        write([run], tmp_path / "page.html")
 
 
 # ------------------------------------------------------------------------------------------------ no code of others
@@ -351,7 +353,7 @@ def test_a_reward_runs_only_when_it_is_named(tmp_path, monkeypatch):
     (folder / adapters.CONFIG).write_text(json.dumps(settings | named))
     adapters.own_settings(adapters.read_config(folder))
     run = write_training(tmp_path / "run", finished=True, rewards={"evil:f": 1}, reward="evil:f")
-    webpage.write([run], tmp_path / "page.html")
+    write([run], tmp_path / "page.html")
     assert "evil" not in sys.modules and not Path("ran").exists()
     assert rewards.load({"evil:f": 1.0}, ())["evil:f"](["x"]) == [1] and Path("ran").exists()
     del sys.modules["evil"]
@@ -383,9 +385,9 @@ def test_metrics_of_any_name_are_pictures_in_their_folder(tmp_path, name):
     lines = [json.dumps({"step": step, name: step * 0.5}) for step in (1, 2)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     before = set(tmp_path.rglob("*"))
-    (file,) = webpage.write([run], tmp_path / "out" / "page.html")
-    page = webpage.Page()
-    page.trainings([curves.read(run)])
+    (file,) = write([run], tmp_path / "out" / "page.html")
+    page = Page()
+    page.trainings([run_view.read(run)])
     assert all(re.fullmatch(r"[a-z0-9-]{1,80}\.png", picture) for picture in page.pictures)
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "out", file}
 
@@ -498,7 +500,7 @@ def test_runs_with_hostile_texts_are_shown_as_texts(tmp_path, monkeypatch):
     (runs[0] / "kept").rename(runs[0] / "result.json")
     assert_plain(CliRunner().invoke(main, ["watch", "--once", "a"], catch_exceptions=False).output)
     assert_plain(CliRunner().invoke(main, ["verify", "a"]).output)
-    found = [webpage.evaluated(curves.read(run)) for run in runs]
+    found = [evaluated(run_view.read(run)) for run in runs]
     frame = comparison.compare_runs(found)
     from rich.console import Console
 
@@ -519,7 +521,7 @@ def test_runs_with_hostile_texts_are_shown_as_texts(tmp_path, monkeypatch):
         assert_plain(text)
         for cell in (cell for row in csv.reader(io.StringIO(text)) for cell in row if cell):
             assert cell[0] not in "=+-@\t\r＝＋－＠" or re.fullmatch(r"-?[0-9.e-]+", cell)
-    page = webpage.write(runs, tmp_path / "page.html")[0].read_text()
+    page = write(runs, tmp_path / "page.html")[0].read_text()
     assert_plain(page.replace("\t", ""))
     assert page.count("<script") == page.count("</script") == 2
     assert not re.search(r"<[^>]*\son[a-z]+\s*=", re.sub(r"(?s)<script.*?</script>", "", page))

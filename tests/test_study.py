@@ -23,6 +23,7 @@ from mlx_traces.evaluation import pairs
 from mlx_traces.evaluation import run as evaluation_run
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
+from mlx_traces.report import tables
 
 PHI4 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -82,7 +83,7 @@ def test_summary_by_hand():
     assert (first["total_cases"], first["correct"], first["incorrect"], first["success_rate"]) == (8, 2, 6, 0.25)
     assert (first["ci_low"], first["ci_high"]) == pytest.approx((0.0715, 0.5907), abs=1e-4)
     assert (second["model"], second["correct"], second["incorrect"]) == ("nano_thinking", 6, 2)
-    headings, rows = pairs.summary_cells(pairs.summary(three_runs()))
+    headings, rows = tables.summary_cells(pairs.summary(three_runs()))
     assert headings == ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"]
     assert rows[0] == ["nano_plain", "8", "25.0 %", "[7.1, 59.1]", "2", "6"]
 
@@ -172,11 +173,11 @@ def test_bits_are_compared_with_the_most_of_them():
     frame = pairs.bits_frame(runs, facts)
     four, sixteen = frame.to_dict("records")
     assert np.isnan(sixteen["diff"]) and (four["diff"], four["p_value"]) == (0.5, pytest.approx(0.21875))
-    headings, rows = pairs.bits_cells(frame)
+    headings, rows = tables.bits_cells(frame)
     assert len(headings) == len(rows[0]) == 13
     assert rows[0][:7] == ["nano_plain", "4", "64", "4.50", "0.50", "–", "123"]
     assert rows[1][:5] == ["nano_thinking", "16", "–", "16.00", "1,700"] and rows[1][-1] == "–"
-    text = rendered(pairs.bits_table(frame, "bits"))
+    text = rendered(tables.bits_table(frame, "bits"))
     assert "+50.0" in text and max(map(len, text.splitlines())) <= 100
     assert study.ran_as(frame) == (
         "Weights that computed the answers: quantized float32 on cpu: nano_plain; dense float32 on cpu: nano_thinking. "

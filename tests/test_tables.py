@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlx_traces import report, tables
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
+from mlx_traces.report import export, tables
 from mlx_traces.text import p_text, percent
 
 
@@ -274,7 +274,7 @@ def test_hostile_names_stay_text(tmp_path):
     row = next(line for line in tables.to_markdown(frame).splitlines() if "red" in line)
     assert row.replace("\\|", "").count("|") == 14
     assert "<b>" not in row.replace("\\<", "")
-    report.write_all(runs, frame, tmp_path)
+    export.write_all(runs, frame, tmp_path)
     header = next(csv.reader((tmp_path / "per_question.csv").open(newline="")))
     assert len(header) == 7
 
@@ -400,8 +400,8 @@ def test_write_all_leaves_whole_files_only(tmp_path, count):
     runs = many_runs(count, size=40)
     frame = comparison.compare_runs(runs)
     out = tmp_path / "new" / "folder"
-    written = report.write_all(runs, frame, out)
-    assert written == report.write_all(runs, frame, out)
+    written = export.write_all(runs, frame, out)
+    assert written == export.write_all(runs, frame, out)
     names = [
         "accuracy.png",
         "per_question.csv",
@@ -422,7 +422,7 @@ def test_write_all_into_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     runs = three_runs()
     with pytest.raises(UserError, match=r"cannot be written.*choose another --out"):
-        report.write_all(runs, comparison.compare_runs(runs), tmp_path / "out")
+        export.write_all(runs, comparison.compare_runs(runs), tmp_path / "out")
 
 
 WHOLE_PROCESS = """

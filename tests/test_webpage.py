@@ -13,10 +13,13 @@ import pytest
 from click.testing import CliRunner
 from test_curves import write_training
 
-from mlx_traces import curves, figures, text, webpage
+from mlx_traces import text
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison
+from mlx_traces.report import figures, run_view
+from mlx_traces.report import page as report_page
+from mlx_traces.report.page import TEMPLATES, _training_row, embedded, evaluated, write
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 HOSTILE = [
@@ -89,7 +92,7 @@ class Page(HTMLParser):
 
 
 def page_of(*runs, out, **more):
-    file, *_ = webpage.write(runs, out, **more)
+    file, *_ = write(runs, out, **more)
     return Page(file.read_text())
 
 
@@ -101,7 +104,7 @@ def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
     runs += [write_evaluation(tmp_path / "better", BETTER, adapter="runs/sft-01")]
     runs += [write_evaluation(tmp_path / "alone", [1, 0]), write_training(tmp_path / "rl2", evaluate={"limit": 40})]
     page = page_of(*runs, out=tmp_path / "out" / "page.html")
-    frame = comparison.compare_runs([webpage.evaluated(curves.read(run)) for run in (runs[0], runs[2])])
+    frame = comparison.compare_runs([evaluated(run_view.read(run)) for run in (runs[0], runs[2])])
     row = frame.to_dict("records")[1]
     assert "Countdown: 2 runs on the same problems" in page.text and "Countdown: nano" in page.text
     assert f"+50.0 points {text.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text
@@ -132,7 +135,7 @@ def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     runs = [write_evaluation(tmp_path / "a", BASE), write_training(tmp_path / "b", finished=True)]
-    html = webpage.write(runs, tmp_path / "page.html")[0].read_text()
+    html = write(runs, tmp_path / "page.html")[0].read_text()
     assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", html)
     page = Page(html)
     for tag, attributes in page.tags:
@@ -150,7 +153,7 @@ def test_hostile_completions_stay_data(tmp_path):
     run = write_evaluation(
         tmp_path / "a", [1, 0] * 4, completion=[*HOSTILE, "x" * 50_000], model="<script>$a$</script>"
     )
-    html = webpage.write([run], tmp_path / "page.html")[0].read_text()
+    html = write([run], tmp_path / "page.html")[0].read_text()
     page = Page(html)
     assert len(page.scripts) == 2 and html.count("<script") == 2 and "<!--" not in html
     texts = [row["solution"] for row in page.data["rows"]]
@@ -162,14 +165,14 @@ def test_hostile_completions_stay_data(tmp_path):
 
 
 def test_many_samples_are_cut_down_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(webpage, "MOST_TRACES", 20)
+    monkeypatch.setattr(report_page, "MOST_TRACES", 20)
     runs = [write_evaluation(tmp_path / name, [1, 0] * 20, model=name) for name in "ab"]
     page = page_of(*runs, out=tmp_path)
     rows = page.data["rows"]
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(10)] * 2
     assert "20 samples; 60 more are in the run folders" in page.text
-    monkeypatch.setattr(webpage, "MOST_CHARACTERS", 500)
-    assert len(webpage.embedded([curves.read(run) for run in runs])["rows"]) < 20
+    monkeypatch.setattr(report_page, "MOST_CHARACTERS", 500)
+    assert len(embedded([run_view.read(run) for run in runs])["rows"]) < 20
 
 
 def test_unfinished_and_empty_runs(tmp_path):
@@ -198,10 +201,10 @@ def test_texts_in_the_place_of_numbers_are_left_out(tmp_path):
     trained = write_training(tmp_path / "t", finished=True, num_steps="many")
     changes = {"best_step": "three", "tokens_per_second": "fast", "notes": 5}
     (trained / "result.json").write_text(json.dumps(changes))
-    row = webpage._training_row(0, curves.read(trained))
+    row = _training_row(0, run_view.read(trained))
     assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("–", "–")
     (trained / "result.json").write_text(json.dumps({"best_step": 1200, "tokens_per_second": 0}))
-    row = webpage._training_row(0, curves.read(trained))
+    row = _training_row(0, run_view.read(trained))
     assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("1,200", "–")
     cut = write_evaluation(tmp_path / "e", BASE, finished=False)
     about = json.loads((cut / "run.json").read_text())
@@ -215,15 +218,15 @@ def test_texts_in_the_place_of_numbers_are_left_out(tmp_path):
 
 
 def test_runs_already_read_and_a_folder_to_write_to(tmp_path):
-    run = webpage.evaluated(curves.read(write_evaluation(tmp_path / "a", BASE)))
-    assert webpage.write([run], tmp_path / "out") == [tmp_path / "out" / "report.html"]
+    run = evaluated(run_view.read(write_evaluation(tmp_path / "a", BASE)))
+    assert write([run], tmp_path / "out") == [tmp_path / "out" / "report.html"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
 
 def test_pictures(tmp_path):
     runs = [write_evaluation(tmp_path / "a", BASE), write_evaluation(tmp_path / "b", BETTER, model="two")]
     runs += [write_training(tmp_path / "c"), write_evaluation(tmp_path / "d", [1])]
-    _, *pictures = webpage.write(runs, tmp_path / "page.html", png=tmp_path / "png")
+    _, *pictures = write(runs, tmp_path / "page.html", png=tmp_path / "png")
     names = {path.name for path in pictures}
     assert names >= {"accuracy.png", "accuracy-2.png", "wins.png", "difficulty.png", "reinforcement-reward-mean.png"}
     assert names == {path.name for path in (tmp_path / "png").iterdir()}
@@ -246,7 +249,7 @@ def test_the_command_and_its_errors(tmp_path):
         )
         assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
     with pytest.raises(UserError, match="there are no runs"):
-        webpage.write([], tmp_path)
+        write([], tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ a browser
@@ -291,7 +294,7 @@ def test_a_browser_shows_hostile_completions_as_text_and_fetches_nothing(tmp_pat
     completions = [*HOSTILE, *lures, *["5"] * 30]
     run = write_evaluation(tmp_path / "a", [1, 0] * (len(completions) // 2), completion=completions)
     runs = [run, write_training(tmp_path / "b", finished=True)]
-    document, log = browse(webpage.write(runs, tmp_path / "page.html")[0])
+    document, log = browse(write(runs, tmp_path / "page.html")[0])
     server.shutdown()
     assert asked == []
     assert "CONSOLE" not in log, log
@@ -322,7 +325,7 @@ def lab(color, eyes):
 
 
 def test_colours_are_told_apart_by_all_eyes_in_light_and_dark():
-    style = (webpage.TEMPLATES / "report.css").read_text()
+    style = (TEMPLATES / "report.css").read_text()
     sets = [re.findall(r"--c\d+: (#[0-9a-f]{6})", part) for part in style.split("prefers-color-scheme: dark")]
     assert sets[0] == list(figures.COLORS) and len(sets[1]) == len(figures.COLORS) >= 12
     for colors, added, all_of_them in ((sets[0], 23, 9), (sets[1], 22, 6)):
@@ -339,7 +342,7 @@ def test_many_runs_differ_in_colour_or_look(tmp_path):
     assert len(looks) == 48
     runs = [write_evaluation(tmp_path / f"e{i}", BASE, max_tokens=64 + i) for i in range(count)]
     runs += [write_training(tmp_path / f"t{i}") for i in range(count)]
-    html = webpage.write(runs, tmp_path / "page.html", tmp_path / "png")[0].read_text()
+    html = write(runs, tmp_path / "page.html", tmp_path / "png")[0].read_text()
     swatches = re.findall(
         r'<th scope="row"><span class="(swatch look\d)" style="(background-color: var\(--c\d+\))"', html
     )

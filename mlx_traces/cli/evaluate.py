@@ -126,7 +126,7 @@ def compare_command(
 
 def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
     """Print a comparison in one of FORMATS."""
-    from mlx_traces import tables
+    from mlx_traces.report import tables
 
     if format_ == "json":
         click.echo(json.dumps(tables.to_json(frame), indent=1))

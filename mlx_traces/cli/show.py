@@ -16,9 +16,9 @@ def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: s
 
     RUNS are run folders of evaluations and trainings in any mix, finished or not. The page needs no network.
     """
-    from mlx_traces import webpage
+    from mlx_traces.report import page
 
-    page, *pictures = webpage.write(runs, out, png, baseline)
+    page, *pictures = page.write(runs, out, png, baseline)
     click.echo(f"written to {page}" + (f", {len(pictures)} pictures in {png}" if pictures else ""))
 
 
@@ -73,13 +73,13 @@ def watch_command(run: str, once: bool, every: float) -> None:
     """Show a run's curves in the terminal, with first, last and best values, until it is finished."""
     from rich.console import Console
 
-    from mlx_traces import curves
+    from mlx_traces.report import run_view, terminal
 
-    record = curves.read(run)
+    record = run_view.read(run)
     if once or not sys.stdout.isatty():
         width = None if sys.stdout.isatty() else 100
         console = Console(width=width, highlight=False)
-        console.print(curves.display(record, console.width, time.time()))
+        console.print(terminal.display(record, console.width, time.time()))
         return
     from rich.live import Live
 
@@ -87,10 +87,10 @@ def watch_command(run: str, once: bool, every: float) -> None:
     try:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             while True:
-                live.update(curves.display(record, console.width, time.time()), refresh=True)
+                live.update(terminal.display(record, console.width, time.time()), refresh=True)
                 if record.result is not None:
                     break
                 time.sleep(every)
-                record = curves.read(run)
+                record = run_view.read(run)
     except KeyboardInterrupt:
         return

@@ -152,7 +152,8 @@ def rounds_command(
     import_mlx()
     from rich.console import Console
 
-    from mlx_traces import forecast, rounds, tables
+    from mlx_traces import forecast, rounds
+    from mlx_traces.report import tables
 
     if dry_run:
         click.echo("\n".join(forecast.lines(config)))

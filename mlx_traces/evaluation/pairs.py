@@ -5,26 +5,21 @@ Frames hold fractions; texts and rendered tables hold percent and points.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import tables, text
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.text import interval, p_text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
 
 
 LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table of pairs
 CUT_OFF = 0.02  # share of answers cut off at the token cap from which a sentence mentions it
-
-Cells = tuple[list[str], list[list[str]]]  # headings, rows
 
 
 @dataclass(frozen=True)
@@ -184,89 +179,6 @@ def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataF
     )
 
 
-def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
-    """Return pairs as a frame, a row each, ``sentence`` last."""
-    import pandas as pd
-
-    return pd.DataFrame([{**asdict(pair), "sentence": sentence(pair)} for pair in found])
-
-
-def summary_cells(frame: pd.DataFrame) -> Cells:
-    """Lay ``summary`` out as the source documents print it, with Wilson's interval."""
-    rows = [
-        [
-            row["model"],
-            f"{row['total_cases']:,}",
-            f"{percent(row['success_rate'])} %",
-            interval(row["ci_low"], row["ci_high"]),
-            f"{row['correct']:,}",
-            f"{row['incorrect']:,}",
-        ]
-        for row in frame.to_dict("records")
-    ]
-    return ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"], rows
-
-
-def pairs_cells(found: Sequence[Pair]) -> Cells:
-    """Lay pairs out: who against whom, wins, losses, difference with its interval, p, Holm's p."""
-    rows = [
-        [
-            f"{pair.a}\nagainst {pair.b}",
-            f"{pair.wins:,}",
-            f"{pair.losses:,}",
-            percent(pair.diff, signed=True),
-            interval(pair.low, pair.high),
-            p_text(pair.p),
-            p_text(pair.p_holm),
-        ]
-        for pair in found
-    ]
-    return ["pair", "won", "lost", "difference", "95 % interval", "p", "p (Holm)"], rows
-
-
-def bits_cells(frame: pd.DataFrame) -> Cells:
-    """Lay ``bits_frame`` out, a line a run."""
-    rows = []
-    for row in frame.to_dict("records"):
-        base = math.isnan(row["diff"])
-        rows.append(
-            [
-                row["label"],
-                _number(row["bits"], ".0f"),
-                _number(row["group_size"], ".0f"),
-                _number(row["bits_per_weight"], ".2f"),
-                _number(row["file_mb"], ",.2f" if row["file_mb"] and row["file_mb"] < 10 else ",.0f"),
-                _number(row["peak_memory_gb"], ".2f"),
-                _number(row["tokens_per_second"], ",.0f"),
-                f"{percent(row['accuracy'])} %",
-                interval(row["ci_low"], row["ci_high"]),
-                "–" if base else percent(row["diff"], signed=True),
-                "–" if base else interval(row["diff_low"], row["diff_high"]),
-                p_text(row["p_value"]),
-                p_text(row["p_holm"]),
-            ]
-        )
-    headings = ["model", "bits", "group", "bits a weight", "file MB", "peak GB", "tokens/s", "accuracy"]
-    return [*headings, "95 % interval", "to most bits", "95 % interval", "p", "p (Holm)"], rows
-
-
-def bits_table(frame: pd.DataFrame, title: str) -> Table:
-    """Lay ``bits_frame`` out for a terminal of 100 columns: intervals below their values."""
-    headings, rows = bits_cells(frame)
-    stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
-    cells = [
-        ["\n".join(text.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
-    ]
-    names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
-    return tables.grid(title, names, cells)
-
-
-def markdown(cells: Cells) -> str:
-    """Return cells as a Markdown table whose first column is text."""
-    headings, rows = cells
-    return tables.markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
-
-
 def _cut_off(run: Run) -> float:
     return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
 
@@ -275,7 +187,3 @@ def _p(p: float) -> str:
     """Return ``= 0.012``, or ``< 1e-4``."""
     text = p_text(p)
     return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else format(value, form)

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import curves, figures, tables
 from mlx_traces import text as mlx_traces_text
-from mlx_traces.curves import EVALUATION, Record
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison
 from mlx_traces.readers import is_number
+from mlx_traces.report import curves, figures, run_view, tables, terminal
+from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
 from mlx_traces.tasks import thoughts
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from jinja2 import Environment
     from matplotlib.figure import Figure
+
 
 MOST_TRACES = 3000  # samples embedded, of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
@@ -87,7 +88,7 @@ def write(
 def _record(run: Path | comparison.Run) -> Record:
     if isinstance(run, comparison.Run):
         return Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
-    return curves.read(run)
+    return run_view.read(run)
 
 
 def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
@@ -171,7 +172,7 @@ class Page:
                 continue
             run, finished = evaluated(record), record.result is not None
             if not run.samples:
-                state = curves.state(record)
+                state = terminal.state(record)
                 told = f"{state[:1].upper()}{state[1:]}." if record.lost else "No sample is finished."
                 section = {"kind": "empty", "title": record.name, "told": told, "notes": []}
                 empty.append(section | {"state": None if record.lost else state})
@@ -179,7 +180,7 @@ class Page:
             problems = frozenset(row["id"] for row in run.samples)
             key = (run.result.get("task"), problems) if finished else i
             groups.setdefault(key, []).append(run)
-            states[key] = None if finished else curves.state(record)
+            states[key] = None if finished else terminal.state(record)
         names = [run.name for group in groups.values() for run in group]
         if baseline is not None and baseline not in names:
             raise unknown("baseline", baseline, names) if names else UserError("there is no evaluation to compare with")
@@ -250,14 +251,14 @@ class Page:
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
             "warnings": comparison.differences(runs),
-            "notes": [f"{run.name}: {note}" for run in runs for note in curves.notes_of(run.result)],
+            "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
         }
 
     def trainings(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Return a section for the trainings of each kind, at most ``OVERLAID`` in one."""
         sections = []
-        for kind in (curves.REINFORCEMENT, curves.FINE_TUNING):
+        for kind in (run_view.REINFORCEMENT, run_view.FINE_TUNING):
             runs = [record for record in records if record.kind == kind]
             for at in range(0, len(runs), OVERLAID):
                 sections.append(self._training(kind, runs[at : at + OVERLAID], at))
@@ -312,7 +313,7 @@ def evaluated(record: Record) -> comparison.Run:
         return comparison.Run(record.name, record.result, record.samples, record.about)
     settings = record.settings
     prompt = settings.get("prompt")
-    size = curves.whole(settings.get("samples")) or 1
+    size = run_view.whole(settings.get("samples")) or 1
     counts: dict[str, int] = {}
     for row in record.samples:
         counts[row["id"]] = counts.get(row["id"], 0) + 1
@@ -409,13 +410,13 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
         "color": i,
         "baseline": False,
         "finished": run.result is not None,
-        "state": curves.state(run).removeprefix("finished, "),
+        "state": terminal.state(run).removeprefix("finished, "),
         "cells": {
             "held out": ends(held_out.metric.key) if held_out else "–",
             "best": held_out.text(held_out.best) if held_out else "–",
             "kept step": "–" if best is None else f"{best:,}",
             "reward": ends("reward/mean"),
-            "loss": ends("loss") if run.kind == curves.FINE_TUNING else "–",
+            "loss": ends("loss") if run.kind == run_view.FINE_TUNING else "–",
             "tokens": ends("rollout/length"),
             "tokens/s": f"{speed:,.0f}" if speed else "–",
             "memory": f"{max(memory.values):.2f} GB" if memory else "–",
@@ -440,7 +441,7 @@ def _provenance(record: Record) -> dict[str, Any]:
     items = {
         "folder": str(record.path),
         "kind": record.kind,
-        "state": curves.state(record),
+        "state": terminal.state(record),
         "command": about.get("command"),
         "started": about.get("started"),
         "device": backend.get("description") if isinstance(backend, dict) else None,

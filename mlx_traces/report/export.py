@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import figures, tables
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison
+from mlx_traces.report import figures, tables
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import provenance
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import tables
 from mlx_traces.evaluation import comparison
+from mlx_traces.report import tables
 from mlx_traces.runtime.files import replacing
 from mlx_traces.text import fold, number, percent
 

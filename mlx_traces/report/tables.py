@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlx_traces import text
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
+from mlx_traces.evaluation.pairs import Pair, sentence
 from mlx_traces.text import clean, fold, interval, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
 
 _FORMULA_START = tuple("=+-@\t\r\n＝＋－＠")
 _NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
@@ -236,3 +240,93 @@ def _csv_cell(value: Any) -> Any:
     text = f"'{value}" if value.startswith(_FORMULA_START) and not _NUMBER.fullmatch(value) else value
     # pandas does not quote a bare \r, and readers split at it.
     return visible(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+Cells = tuple[list[str], list[list[str]]]  # headings, rows
+
+
+def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
+    """Return pairs as a frame, a row each, ``sentence`` last."""
+    import pandas as pd
+
+    return pd.DataFrame([{**asdict(pair), "sentence": sentence(pair)} for pair in found])
+
+
+def summary_cells(frame: pd.DataFrame) -> Cells:
+    """Lay ``summary`` out as the source documents print it, with Wilson's interval."""
+    rows = [
+        [
+            row["model"],
+            f"{row['total_cases']:,}",
+            f"{percent(row['success_rate'])} %",
+            interval(row["ci_low"], row["ci_high"]),
+            f"{row['correct']:,}",
+            f"{row['incorrect']:,}",
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return ["model", "total cases", "success rate", "95 % interval", "correct", "incorrect"], rows
+
+
+def pairs_cells(found: Sequence[Pair]) -> Cells:
+    """Lay pairs out: who against whom, wins, losses, difference with its interval, p, Holm's p."""
+    rows = [
+        [
+            f"{pair.a}\nagainst {pair.b}",
+            f"{pair.wins:,}",
+            f"{pair.losses:,}",
+            percent(pair.diff, signed=True),
+            interval(pair.low, pair.high),
+            p_text(pair.p),
+            p_text(pair.p_holm),
+        ]
+        for pair in found
+    ]
+    return ["pair", "won", "lost", "difference", "95 % interval", "p", "p (Holm)"], rows
+
+
+def bits_cells(frame: pd.DataFrame) -> Cells:
+    """Lay ``bits_frame`` out, a line a run."""
+    rows = []
+    for row in frame.to_dict("records"):
+        base = math.isnan(row["diff"])
+        rows.append(
+            [
+                row["label"],
+                _number(row["bits"], ".0f"),
+                _number(row["group_size"], ".0f"),
+                _number(row["bits_per_weight"], ".2f"),
+                _number(row["file_mb"], ",.2f" if row["file_mb"] and row["file_mb"] < 10 else ",.0f"),
+                _number(row["peak_memory_gb"], ".2f"),
+                _number(row["tokens_per_second"], ",.0f"),
+                f"{percent(row['accuracy'])} %",
+                interval(row["ci_low"], row["ci_high"]),
+                "–" if base else percent(row["diff"], signed=True),
+                "–" if base else interval(row["diff_low"], row["diff_high"]),
+                p_text(row["p_value"]),
+                p_text(row["p_holm"]),
+            ]
+        )
+    headings = ["model", "bits", "group", "bits a weight", "file MB", "peak GB", "tokens/s", "accuracy"]
+    return [*headings, "95 % interval", "to most bits", "95 % interval", "p", "p (Holm)"], rows
+
+
+def bits_table(frame: pd.DataFrame, title: str) -> Table:
+    """Lay ``bits_frame`` out for a terminal of 100 columns: intervals below their values."""
+    headings, rows = bits_cells(frame)
+    stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
+    cells = [
+        ["\n".join(text.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
+    ]
+    names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
+    return grid(title, names, cells)
+
+
+def pairs_markdown(cells: Cells) -> str:
+    """Return cells as a Markdown table whose first column is text."""
+    headings, rows = cells
+    return markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else format(value, form)

@@ -1,0 +1,150 @@
+"""Runs as they stand, finished or not, and their curves: read, summed up, drawn with characters. No MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_traces.evaluation import stats
+from mlx_traces.readers import is_number
+from mlx_traces.report.run_view import EVALUATION, FINE_TUNING, Record, whole
+from mlx_traces.text import clean, number
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One key of ``metrics.jsonl`` for readers.
+
+    ``share``: a fraction, shown in percent. ``better``: 1 where more is better, -1 where less is, 0 for neither.
+    """
+
+    key: str
+    title: str
+    share: bool = False
+    better: int = 0
+
+
+METRICS = (
+    Metric("valid/accuracy", "Held-out accuracy", share=True, better=1),
+    Metric("valid/loss", "Held-out loss, nats a token", better=-1),
+    Metric("reward/mean", "Reward", better=1),
+    Metric("loss", "Loss"),
+    Metric("rollout/length", "Tokens a completion"),
+    Metric("rollout/finished", "Finished completions", share=True, better=1),
+    Metric("policy/entropy", "Entropy, nats a token"),
+    Metric("policy/kl_ref", "KL to the reference"),
+    Metric("policy/kl_old", "KL of the step's updates"),
+    Metric("policy/kl_sampler", "KL to the sampler"),
+    Metric("policy/clip_fraction", "Clipped ratios", share=True),
+    Metric("rollout/zero_std_groups", "Groups of equal reward", share=True, better=-1),
+    Metric("valid/finished", "Held-out, finished", share=True, better=1),
+    Metric("valid/length", "Held-out, tokens an answer"),
+    Metric("optim/grad_norm", "Norm of the gradient"),
+    Metric("optim/lr", "Learning rate"),
+    Metric("tokens_per_second", "Tokens a second", better=1),
+    Metric("time/step", "Seconds a step", better=-1),
+    Metric("memory/peak_gb", "Peak memory, GB"),
+)
+TITLES = {
+    "reward/": "Reward: ",
+    "policy/": "Policy: ",
+    "valid/": "Held-out ",
+    "value/": "Value: ",
+    "time/": "Seconds: ",
+}
+ASIDE = {"step", "tokens", "time/total", "optim/updates", "rollout/groups", "time/sample", "time/update", "time/reward"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of a metric over steps; ``low`` and ``high`` are 95 % intervals, empty where there are none."""
+
+    metric: Metric
+    steps: list[float]
+    values: list[float]
+    low: list[float]
+    high: list[float]
+
+    @property
+    def constant(self) -> bool:
+        """Whether there is nothing to see: several values, all alike."""
+        return len(self.values) > 1 and len(set(self.values)) == 1
+
+    @property
+    def best(self) -> float | None:
+        """The best value; None where neither more nor less is better."""
+        if not self.metric.better:
+            return None
+        return max(self.values) if self.metric.better > 0 else min(self.values)
+
+    def text(self, value: float | None) -> str:
+        """Write a value of this metric."""
+        if value is None:
+            return "–"
+        return f"{100 * value:.1f} %" if self.metric.share else number(value)
+
+
+def curves(record: Record) -> list[Curve]:
+    """Return a run's curves in the order of ``METRICS``, then the metrics that are not named there.
+
+    An evaluation has one, the accuracy so far over the samples.
+    """
+    if record.kind == EVALUATION:
+        return _running_accuracy(record)
+    rows = [_derived(row) for row in record.metrics]
+    keys = [metric.key for metric in METRICS]
+    others = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in keys and key not in ASIDE]
+    known = [metric if metric.key != "loss" else _loss(record.kind) for metric in METRICS]
+    made = [_curve(rows, metric) for metric in (*known, *(Metric(key, _title(key)) for key in others))]
+    found = [curve for curve in made if curve.values]
+    mean = next((curve.values for curve in found if curve.metric.key == "reward/mean"), None)
+    alone = [curve for curve in found if curve.metric.key.startswith("reward/") and curve.values == mean]
+    return [_with_intervals(curve, record) for curve in found if curve not in alone[1:]]
+
+
+def _loss(kind: str) -> Metric:
+    """Return the loss's metric; a policy's loss has no better side, its gradient alone says something."""
+    return Metric("loss", "Loss", better=-1 if kind == FINE_TUNING else 0)
+
+
+def _derived(row: dict[str, Any]) -> dict[str, Any]:
+    """Add tokens a second and seconds a step where a line has what they follow from."""
+    parts = [row.get(key) for key in ("time/sample", "time/update")]
+    if not all(map(is_number, parts)):
+        return row
+    seconds = sum(parts) + (row["time/reward"] if is_number(row.get("time/reward")) else 0)
+    speed = {"tokens_per_second": row["tokens"] / sum(parts)} if is_number(row.get("tokens")) and sum(parts) else {}
+    return {"time/step": seconds, **speed, **row}
+
+
+def _curve(rows: Sequence[dict[str, Any]], metric: Metric) -> Curve:
+    points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
+    return Curve(metric, [step for step, _ in points], [value for _, value in points], [], [])
+
+
+def _with_intervals(curve: Curve, record: Record) -> Curve:
+    """Give held-out accuracies their Wilson intervals, where the number of problems is known."""
+    held_out = record.settings.get("evaluate")
+    count = whole(held_out.get("limit")) if isinstance(held_out, dict) else None
+    if curve.metric.key != "valid/accuracy" or not count:
+        return curve
+    correct = [value * count for value in curve.values]
+    if any(abs(value - round(value)) > 1e-6 or not 0 <= value <= count for value in correct):
+        return curve  # fewer problems than asked for
+    ends = [stats.wilson(round(value), count) for value in correct]
+    return Curve(curve.metric, curve.steps, curve.values, [low for low, _ in ends], [high for _, high in ends])
+
+
+def _running_accuracy(record: Record) -> list[Curve]:
+    values, correct = [], 0
+    for count, row in enumerate(record.samples, 1):
+        correct += bool(row["correct"])
+        values.append(correct / count)
+    metric = Metric("accuracy", "Correct so far", share=True)
+    return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
+
+
+def _title(key: str) -> str:
+    prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
+    return clean(TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " "))

@@ -1,0 +1,148 @@
+"""A run as it stands, finished or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import UserError
+from mlx_traces.evaluation.comparison import check_samples
+from mlx_traces.readers import is_number, parse_row, read_json
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS
+from mlx_traces.text import clean
+
+EVALUATION, REINFORCEMENT, FINE_TUNING = "evaluation", "reinforcement learning", "fine-tuning"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder as it stands.
+
+    ``about`` is run.json, ``metrics`` and ``samples`` are the lines so far, ``result`` is None until it is finished.
+    """
+
+    path: Path
+    kind: str
+    about: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return clean(self.path.resolve().name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        identity = self.about.get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @property
+    def step(self) -> int:
+        """The last step of a training, or the number of samples of an evaluation."""
+        if self.kind == EVALUATION:
+            return len(self.samples)
+        return int(max((row["step"] for row in self.metrics), default=0))
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps there will be, as far as that is known."""
+        if self.result is not None:
+            return self.step
+        if self.kind == EVALUATION:
+            limit, samples = whole(self.settings.get("limit")), whole(self.settings.get("samples") or 1)
+            return limit * samples if limit and samples else None
+        return whole(self.settings.get("num_steps")) or whole(self.about.get("steps"))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is an evaluation that has its result, and no sample to show for it."""
+        return self.kind == EVALUATION and self.result is not None and not self.samples
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of its result, or of its beginning as long as there is none, each on one line."""
+        return notes_of(self.about if self.result is None else self.result)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        key, rows = ("elapsed", self.samples) if self.kind == EVALUATION else ("time/total", self.metrics)
+        return float(max((row[key] for row in rows if is_number(row.get(key))), default=0.0))
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that the rest will take at the pace of the last 20 lines; None where that cannot be said."""
+        timed = [(row["step"], row["time/total"]) for row in self.metrics if is_number(row.get("time/total"))]
+        if self.kind == EVALUATION:
+            timed = [(0, 0.0), (self.step, self.seconds)]
+        timed = timed[-20:]
+        if self.result is not None or self.steps is None or len(timed) < 2 or timed[-1][0] <= timed[0][0]:
+            return None
+        pace = (timed[-1][1] - timed[0][1]) / (timed[-1][0] - timed[0][0])
+        return pace * (self.steps - self.step)
+
+
+def read(path: str | Path) -> Record:
+    """Read a run folder, finished or not; nothing is changed in it.
+
+    A last line that is not whole is left out: it is being written, or was when the run was cut off.
+
+    Raises:
+        UserError: if it is no run folder, or a file in it is broken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    if not any((path / name).exists() for name in ("run.json", "result.json")):
+        raise UserError(f"{path}: not a run folder, it has no run.json; name one that eval, sft or grpo wrote")
+    about = read_json(path / "run.json") if (path / "run.json").exists() else {}
+    result = read_json(path / "result.json") if (path / "result.json").exists() else None
+    settings = about.get("identity")
+    settings = settings if isinstance(settings, dict) else {}
+    trained = (path / "metrics.jsonl").exists() or "learning_rate" in settings
+    metrics = lines_so_far(path / "metrics.jsonl", ("step",))
+    if not trained:
+        samples = lines_so_far(path / "samples.jsonl", SAMPLE_COLUMNS)
+        check_samples(samples, str(path / "samples.jsonl"))
+        return Record(path, EVALUATION, about, [], samples, result)
+    reinforced = "group_size" in settings or any("reward/mean" in row for row in metrics)
+    kind = REINFORCEMENT if reinforced else FINE_TUNING
+    return Record(path, kind, about, metrics, lines_so_far(path / "samples.jsonl", ("step", "completion")), result)
+
+
+def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read the whole lines of a file of JSON lines that may still be written; without the file there are none.
+
+    Raises:
+        UserError: at a whole line that is no JSON object, lacks a column, or has a step that is no number.
+    """
+    try:
+        content = path.read_bytes()
+        text = content[: content.rfind(b"\n") + 1].decode()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    rows = []
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append(parse_row(line, f"{path}:{line_number}", columns, finite=False))
+            if "step" in columns and not is_number(rows[-1]["step"]):
+                raise UserError(f"{path}:{line_number}: 'step' is no number; the file is damaged")
+    return rows
+
+
+def notes_of(content: dict[str, Any]) -> list[str]:
+    """Return the notes of a file's content, each on one line; none where they are no list."""
+    notes = content.get("notes")
+    return [clean(note) for note in notes] if isinstance(notes, list) else []
+
+
+def whole(value: Any) -> int | None:
+    """Return a count from a file; None for what is none."""
+    return int(value) if is_number(value) and value >= 1 else None

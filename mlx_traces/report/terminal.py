@@ -1,0 +1,119 @@
+"""Curves and figures for the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_traces.evaluation import stats
+from mlx_traces.report.curves import Curve, curves
+from mlx_traces.report.run_view import EVALUATION, Record
+from mlx_traces.text import clean, duration, number
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+
+def blocks(values: Sequence[float], width: int) -> str:
+    """Draw values with eighths of a character's height, from their least to their most.
+
+    More values than ``width`` are averaged over equal parts; values all alike are a line in the middle.
+    """
+    if not values:
+        return ""
+    count, largest = min(width, len(values)), max(map(abs, values)) or 1.0
+    ends = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(value / largest for value in values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    low, high = min(means), max(means)
+    if high == low:
+        return BLOCKS[3] * count
+    return "".join(BLOCKS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
+
+
+def state(record: Record) -> str:
+    """Say in one line how far a run is: ``step 37 of 55, 2:10, about 1:03 to go``."""
+    if record.lost:
+        return "finished, but its samples are gone: result.json is there, samples.jsonl is missing or empty"
+    what = "samples" if record.kind == EVALUATION else "step"
+    parts = [f"{what} {record.step:,}" + (f" of {record.steps:,}" if record.steps else "")]
+    if record.seconds:
+        parts.append(duration(record.seconds))
+    if record.result is not None:
+        return ", ".join(["finished", *parts])
+    if record.remaining is not None:
+        parts.append(f"about {duration(record.remaining)} to go")
+    return ", ".join(parts)
+
+
+def display(record: Record, width: int, now: float | None = None) -> RenderableType:
+    """Lay a run out for a terminal: what it is, how far, and each curve with its first, last and best value.
+
+    Args:
+        record: the run.
+        width: of the terminal, in characters.
+        now: seconds since 1970, to say how old the last line is; None leaves it out.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    narrow = width < 72
+    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=18 if narrow else 28)
+    room = max(8, min(60, width - (40 if narrow else 64)))
+    table.add_column("", no_wrap=True, width=room)
+    for heading in ("first", "last", "best"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = curves(record)
+    for curve in shown:
+        first, last = curve.values[0], curve.values[-1]
+        texts = [curve.text(value) for value in (first, last, curve.best)]
+        style = "dim" if curve.constant else "cyan"
+        table.add_row(Text(curve.metric.title), Text(blocks(curve.values, room), style=style), *map(Text, texts))
+    lines = [Text(f"{record.name}  {_what(record)}", style="bold"), Text(state(record))]
+    if record.kind == EVALUATION and record.samples:
+        lines.append(Text(_verdicts(record)))
+    if held_out := next((curve for curve in shown if curve.metric.key == "valid/accuracy"), None):
+        lines.append(Text(_held_out(held_out)))
+    lines += [Text(f"note: {note}", style="dim") for note in (record.notes if record.result else [])]
+    if now is not None and record.result is None and (age := now - _touched(record.path)) > 60:
+        lines.append(Text(f"nothing new for {duration(age)}", style="yellow"))
+    return Group(*lines, *([table] if shown else [] if record.lost else [Text("no step yet")]))
+
+
+def _what(record: Record) -> str:
+    model, adapter = record.settings.get("model"), record.settings.get("adapter")
+    names = [clean(name) for name in (model, adapter) if isinstance(name, str)]
+    return f"{record.kind} of {' + '.join(names)}" if names else record.kind
+
+
+def _verdicts(record: Record) -> str:
+    outcomes: dict[str, list[bool]] = {}
+    for row in record.samples:
+        outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
+    share = stats.accuracy(list(outcomes.values()))
+    accuracy, low, high = (f"{100 * share[key]:.1f}" for key in ("accuracy", "ci_low", "ci_high"))
+    counts = Counter(clean(row["verdict"]) for row in record.samples).most_common()
+    return f"correct {accuracy} % [{low}, {high}]; {', '.join(f'{name} {count:,}' for name, count in counts)}"
+
+
+def _held_out(curve: Curve) -> str:
+    text = f"held-out accuracy {curve.text(curve.values[-1])} at step {number(curve.steps[-1])}"
+    return text + (f" [{100 * curve.low[-1]:.1f}, {100 * curve.high[-1]:.1f}]" if curve.low else "")
+
+
+def _touched(path: Path) -> float:
+    """Return when a run's lines were last added to."""
+    files = [path / name for name in ("metrics.jsonl", "samples.jsonl", "run.json")]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=time.time())
