@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import examples, optim, sft
+from mlx_traces import optim, sft
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching, logprobs
@@ -29,7 +29,9 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
-from mlx_traces.traces import countdown_traces, gsm8k_traces, read_traces
+from mlx_traces.traces import encoding
+from mlx_traces.traces.files import read_traces
+from mlx_traces.traces.solutions import countdown_traces, gsm8k_traces
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def bench_rows(
     else:
         made = gsm8k_traces("train", str(problems), count, 0) if problems else countdown_traces(count, "train", 0)
         found = ((f"trace {number}", trace) for number, trace in enumerate(made, 1))
-    encoded = examples.encode_all(loaded, islice(found, count), config.max_length, "skip")
+    encoded = encoding.encode_all(loaded, islice(found, count), config.max_length, "skip")
     if not encoded.examples:
         raise UserError(f"no trace of at most {config.max_length} tokens; raise --max-length or give other --data")
     return encoded.examples

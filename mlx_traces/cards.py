@@ -26,7 +26,7 @@ from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.runtime.run_folder import whole_lines
 from mlx_traces.tasks import TASKS, gsm8k
 from mlx_traces.text import clean
-from mlx_traces.traces import manifest_path
+from mlx_traces.traces.files import manifest_path
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"

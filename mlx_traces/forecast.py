@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import examples, memory, rollouts, rounds, sft, traces, training
+from mlx_traces import memory, rollouts, rounds, sft, training
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -42,6 +42,7 @@ from mlx_traces.records import Trace
 from mlx_traces.rounds import Station
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.text import duration
+from mlx_traces.traces import encoding, files
 
 LENGTH = 0.5  # of max_tokens, where no earlier run tells how long completions are
 CORRECT = 0.5  # of the completions, where no earlier run tells; the filter keeps those
@@ -261,7 +262,7 @@ class Outlook:
         """The first station's traces, as they are or would be, and the seconds that this took."""
         station, began = self.plan["raw"], perf_counter()
         if station.finished:
-            return [trace for _, trace in traces.read_traces(station.out)], 0.0
+            return [trace for _, trace in files.read_traces(station.out)], 0.0
         return list(rounds.raw_traces(self.config, Counter())[0]), perf_counter() - began
 
     def of(self, station: Station) -> Forecast:
@@ -381,14 +382,14 @@ class Outlook:
 
     def _lengths(self, some: Sequence[Trace], config: SFTConfig) -> tuple[float, int]:
         how = config.max_length, config.over_long, config.thinking
-        encoded = examples.encode_all(self.probe.loaded, ((trace.id, trace) for trace in some), *how)
+        encoded = encoding.encode_all(self.probe.loaded, ((trace.id, trace) for trace in some), *how)
         lengths = [len(example.ids) for example in encoded.examples] or [config.max_length]
         return sum(lengths) / len(lengths), max(lengths)
 
     def _own(self, config: SFTConfig) -> tuple[tuple[float, float], tuple[float, float], int, str]:
         """The same of the traces that the filter will have kept."""
         if self.plan["filtered"].finished:
-            kept = [trace for _, trace in traces.read_traces(self.plan["filtered"].out)]
+            kept = [trace for _, trace in files.read_traces(self.plan["filtered"].out)]
             mean, longest = self._lengths(kept[:PROBED], config)
             return (len(kept), mean), (len(kept), mean), longest, f"{len(kept):,} traces"
         drawn = self.plan["generated"].recipe

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import cards, examples, sft
+from mlx_traces import cards, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError, choices, first_line
@@ -21,7 +21,8 @@ from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.convert import GROUP, LEFT_BEHIND, _name, add_up, own_dtype
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
-from mlx_traces.traces import read_traces, source_of
+from mlx_traces.traces import encoding
+from mlx_traces.traces.files import read_traces, source_of
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 
@@ -122,7 +123,7 @@ def fuse(
 def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float, int]:
     """Return the mean cross-entropy of (where, trace) pairs, in nats per learned token, and how many those are."""
     config = SFTConfig(data="")
-    rows = examples.encode_all(loaded, traces, config.max_length, "cut").examples
+    rows = encoding.encode_all(loaded, traces, config.max_length, "cut").examples
     if not rows:
         raise UserError("the traces have no token to measure a loss on")
     return sft.mean_loss(logprobs.split(loaded.model), rows, config), sum(row.count for row in rows)

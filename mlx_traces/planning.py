@@ -144,13 +144,13 @@ def _longest_prompt(loaded: "LoadedModel", config: RLConfig) -> tuple[int, str]:
 
 def _longest_trace(loaded: "LoadedModel", config: SFTConfig) -> tuple[int, str]:
     """Return the tokens of the longest trace; ``max_length`` where the traces are not made yet."""
-    from mlx_traces import examples
-    from mlx_traces.traces import read_traces
+    from mlx_traces.traces import encoding
+    from mlx_traces.traces.files import read_traces
 
     if not Path(config.data).exists():
         return config.max_length, f"max_length, as {config.data} is not there yet"
     rows = islice(read_traces(Path(config.data)), READ)
-    encoded = examples.encode_all(loaded, rows, config.max_length, config.over_long, config.thinking).examples
+    encoded = encoding.encode_all(loaded, rows, config.max_length, config.over_long, config.thinking).examples
     if not encoded:
         raise UserError(f"{config.data}: no traces to train on; raise max_length ({config.max_length})")
     return max(len(example.ids) for example in encoded), f"the longest of {len(encoded):,}"

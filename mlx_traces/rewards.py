@@ -29,8 +29,8 @@ from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan
-from mlx_traces.quality import text_scores
 from mlx_traces.records import Problem, Trace
+from mlx_traces.traces.quality import text_scores
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
 RIGHT = ("correct", "gated")  # these say whether a completion is right; the last one there is what counts
@@ -154,8 +154,8 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
 
     Its failures are counted over all of a run, from `FEWEST_JUDGED` completions on: a step may have few right ones.
     """
-    from mlx_traces import asking
     from mlx_traces.models import loading
+    from mlx_traces.traces import judge
 
     loaded = loading.load(config.judge, **config.load_arguments())
     failed = total = 0
@@ -167,14 +167,14 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
             Trace(problem.id, tuple(planned.prompt.messages(problem)), completion.opened + completion.rollout.text)
             for problem, completion in samples
         ]
-        said = asking.judgements(loaded, traces, problems, config)
-        found = [asking.parse_judgement(reply or "") for reply in said]
+        said = judge.judgements(loaded, traces, problems, config)
+        found = [judge.parse_judgement(reply or "") for reply in said]
         failed, total = failed + found.count(None), total + len(found)
         if total >= FEWEST_JUDGED:
-            asking.refuse_failures(loaded, failed, total, said, config)
+            judge.refuse_failures(loaded, failed, total, said, config)
         return found
 
-    grades.identity = asking.identity_of(loaded)
+    grades.identity = judge.identity_of(loaded)
     return grades
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import policy, rewards, selection, training
+from mlx_traces import policy, rewards, training
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
@@ -27,6 +27,7 @@ from mlx_traces.records import Problem
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
+from mlx_traces.traces import filter
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
     notes = [*evaluator.split_notes(config), *(evaluator.split_notes(config.evaluate) if config.evaluate else [])]
-    same = selection.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
+    same = filter.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
     problems = [problem for problem in planned.problems if not same(problem)]
     left_out = len(planned.problems) - len(problems)
     if left_out and config.limit is None:  # as many others in their place, where there are such

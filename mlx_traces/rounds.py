@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import comparison, generation, rewards, scoring, selection, text, traces, tracking, training
+from mlx_traces import comparison, rewards, text, tracking, training
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -43,6 +43,7 @@ from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k
+from mlx_traces.traces import files, filter, generate, score, solutions
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
@@ -63,7 +64,7 @@ class Station:
     @property
     def finished(self) -> bool:
         """Whether the output is complete; all stations write theirs whole."""
-        return RunFolder(self.out).finished if self.out.suffix != ".jsonl" else traces.manifest_path(self.out).exists()
+        return RunFolder(self.out).finished if self.out.suffix != ".jsonl" else files.manifest_path(self.out).exists()
 
 
 def stations(config: RoundsConfig, show: Show) -> list[Station]:
@@ -163,24 +164,24 @@ def make_raw(config: RoundsConfig, out: Path) -> list[str]:
     raw, skipped = config.raw, Counter()
     made, source = raw_traces(config, skipped)
     counts = {"skipped": skipped}
-    origin = traces.source_of(source) if source in (raw.file, raw.data) else {"source": source}
+    origin = files.source_of(source) if source in (raw.file, raw.data) else {"source": source}
     manifest = {**origin, "config": raw.model_dump(mode="json"), "counts": counts, "seed": raw.seed}
-    return [f"{traces.write_traces(out, made, manifest):,} traces"]
+    return [f"{files.write_traces(out, made, manifest):,} traces"]
 
 
 def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace], str]:
     """Return the first station's traces as they are made, and where they are from; ``skipped`` counts the others."""
     raw, task = config.raw, get_task(config.task)
     if raw.file is not None:
-        return (trace for _, trace in traces.read_traces(Path(raw.file))), raw.file
+        return (trace for _, trace in files.read_traces(Path(raw.file))), raw.file
     styles = [task.prompt(name) for name in raw.prompts or [config.prompt]]
     if config.task == "countdown":
         count = raw.count or RAW_PROBLEMS
-        return traces.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
+        return solutions.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
     made = (
         trace
         for style in styles
-        for trace in traces.gsm8k_traces(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
+        for trace in solutions.gsm8k_traces(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
     )
     return made, raw.data or gsm8k.HUB
 
@@ -203,7 +204,7 @@ def _generate(config: GenerateConfig, out: Path, show: Show) -> list[str]:
         advance({"step": seen, "correct": 100 * correct / seen}, total)
 
     with show(out.name) as advance:
-        counts = generation.generate(config, out, resume=True, show=count)
+        counts = generate.generate(config, out, resume=True, show=count)
     return [", ".join(f"{count:,} {name}" for name, count in counts.items())]
 
 
@@ -222,13 +223,13 @@ def _reinforce(config: RLConfig, out: Path, show: Show) -> list[str]:
 
 
 def _score(source: Path, config: ScoreConfig, out: Path) -> list[str]:
-    scored = scoring.score_file(source, out, config)
-    means = [(name, mean) for name, mean, _ in scoring.summary(scored) if mean is not None]
+    scored = score.score_file(source, out, config)
+    means = [(name, mean) for name, mean, _ in score.summary(scored) if mean is not None]
     return [", ".join(f"{name} {mean:.3f}" for name, mean in means)]
 
 
 def _filter(source: Path, config: FilterConfig, out: Path) -> list[str]:
-    report = scoring.filter_file(source, out, config)
+    report = filter.filter_file(source, out, config)
     return [f"{rule}: {removed:,} removed, {left:,} left" for rule, removed, left in report]
 
 
@@ -264,7 +265,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             continue
         say(f"{station.name}: making {station.out}")
         if station.out.suffix == ".jsonl":
-            traces.discard_unfinished(station.out)
+            files.discard_unfinished(station.out)
         for line in station.make():
             say(f"{station.name}: {line}")
     frame, runs = comparison.compared(compared, progress)
@@ -292,7 +293,7 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
         tracking.client(name)
     asked = evaluator.plan(compared.evals[0])
-    same = selection.same_problem(asked.problems, asked.prompt)
+    same = filter.same_problem(asked.problems, asked.prompt)
     for station in plan:
         if not isinstance(station.recipe, (RawConfig, GenerateConfig, RLConfig)):
             continue
@@ -318,11 +319,11 @@ def _learned(station: Station, task: Task) -> list[Problem] | list[Trace]:
 
         return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems  # which may not be there yet
     if station.finished and station.out.exists():
-        return [trace for _, trace in traces.read_traces(station.out)]
+        return [trace for _, trace in files.read_traces(station.out)]
     if isinstance(recipe, GenerateConfig):
         return task.load(recipe.split, recipe.data, recipe.limit, recipe.seed)
     if recipe.file is not None:
-        return [trace for _, trace in traces.read_traces(Path(recipe.file))]
+        return [trace for _, trace in files.read_traces(Path(recipe.file))]
     if task.name == "countdown":
         made = countdown.generate(recipe.split, recipe.count or RAW_PROBLEMS, recipe.seed)
         return [task.parse({"nums": nums, "target": target}, "raw") for nums, target in made]

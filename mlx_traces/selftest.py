@@ -177,11 +177,11 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
 
 
 def _examples(loaded: LoadedModel) -> list[Any]:
-    from mlx_traces import examples
-    from mlx_traces.traces import countdown_traces
+    from mlx_traces.traces import encoding
+    from mlx_traces.traces.solutions import countdown_traces
 
     traces = countdown_traces(4, "train", seed=0)
-    return [examples.encode(loaded, trace, examples.turn_end(loaded)) for trace in traces]
+    return [encoding.encode(loaded, trace, encoding.turn_end(loaded)) for trace in traces]
 
 
 # -------------------------------------------------------------------------------------------------- the reference

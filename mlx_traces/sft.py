@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import checkpoints, examples, memory, optim, selection, sharing, tracking, training
+from mlx_traces import checkpoints, memory, optim, sharing, tracking, training
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching, generate
 from mlx_traces.engine.batching import Example
@@ -32,7 +32,8 @@ from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
 from mlx_traces.runtime.run_folder import RunFolder, whole_lines
-from mlx_traces.traces import read_traces
+from mlx_traces.traces import encoding, filter
+from mlx_traces.traces.files import read_traces
 from mlx_traces.training import Progress
 
 
@@ -80,7 +81,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     """
     how = config.max_length, config.over_long, config.thinking
     plan = training.held_out_plan(config.model, config)
-    same = selection.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
+    same = filter.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
     left_out = 0
 
     def learned() -> Iterator[tuple[str, Trace]]:
@@ -91,15 +92,15 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
             else:
                 yield where, trace
 
-    encoded = examples.encode_all(loaded, learned(), *how)
+    encoded = encoding.encode_all(loaded, learned(), *how)
     notes = evaluator.split_notes(config.evaluate) if config.evaluate else []
-    notes += examples.describe(encoded, config.max_length)
+    notes += encoding.describe(encoded, config.max_length)
     rows = encoded.examples
     if left_out:
         notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
-        kept = examples.encode_all(loaded, read_traces(Path(config.valid)), *how)
-        notes += [f"{config.valid}: {line}" for line in examples.describe(kept, config.max_length)]
+        kept = encoding.encode_all(loaded, read_traces(Path(config.valid)), *how)
+        notes += [f"{config.valid}: {line}" for line in encoding.describe(kept, config.max_length)]
         if not kept.examples:
             raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")
         ids, valid = {problem_id(example.id) for example in kept.examples}, kept.examples

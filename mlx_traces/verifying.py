@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import traces
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import NANO, is_folder
-from mlx_traces.quality import problem_of as problem_of_trace
 from mlx_traces.readers import read_json, read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
@@ -24,6 +22,8 @@ from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
 from mlx_traces.text import clean
+from mlx_traces.traces import files
+from mlx_traces.traces.quality import problem_of as problem_of_trace
 
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
@@ -264,9 +264,9 @@ def _brief(value: Any) -> str:
 
 def _traces(file: Path) -> tuple[str, list[str]]:
     """Grade the traces of a file that have a verdict anew, by the extractor that gave it, and count them."""
-    manifest, lines, seen = traces.manifest_of(file), [], Counter()
+    manifest, lines, seen = files.manifest_of(file), [], Counter()
     config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
-    for where, trace in traces.read_traces(file):
+    for where, trace in files.read_traces(file):
         seen["written"] += 1
         seen["cut off"] += trace.finish_reason == "length"
         problem = problem_of_trace(trace, where) if trace.verdict else None

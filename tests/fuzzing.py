@@ -33,7 +33,7 @@ from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-from mlx_traces import asking, config, quality, reformatting, traces
+from mlx_traces import config
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison
 from mlx_traces.models import adapters
@@ -45,6 +45,7 @@ from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import TASKS, Task, answers, countdown, get_task, gsm8k, prompts, qa, thoughts
 from mlx_traces.tasks.data import split_slice
 from mlx_traces.text import clean
+from mlx_traces.traces import files, importing, judge, quality, reformat
 
 CHARACTERS = 100_000  # of the longest input that has to keep to the bounds; of a longer one they grow in proportion
 SECONDS = 0.05  # of the processor, for a call
@@ -200,7 +201,7 @@ def _tags(text: str) -> None:
 
 
 def _reformatted(text: str) -> None:
-    reformatting.by_rule(text)
+    reformat.by_rule(text)
 
 
 def _scored(tags: str, text: str) -> None:
@@ -210,7 +211,7 @@ def _scored(tags: str, text: str) -> None:
 
 
 def _judged(text: str) -> None:
-    score = asking.parse_judgement(text)
+    score = judge.parse_judgement(text)
     assert score is None or 0 <= score <= 1
 
 
@@ -221,7 +222,7 @@ def _row(task: str, text: str) -> None:
 
 
 def _read_traces(text: str) -> None:
-    for where, trace in islice(traces.read_traces(_file("traces.jsonl", text)), ROWS_READ):
+    for where, trace in islice(files.read_traces(_file("traces.jsonl", text)), ROWS_READ):
         problem = quality.problem_of(trace, where)
         if problem is not None:
             quality.headline(get_task(trace.task), problem, trace.completion)
@@ -229,7 +230,7 @@ def _read_traces(text: str) -> None:
 
 
 def _imported(suffix: str, form: str, task: Task | None, text: str) -> None:
-    for trace in islice(traces.import_traces(str(_file(f"import{suffix}", text)), form, task), ROWS_READ):
+    for trace in islice(importing.import_traces(str(_file(f"import{suffix}", text)), form, task), ROWS_READ):
         assert isinstance(trace, Trace) and trace.completion.encode("utf-8") is not None
 
 
@@ -309,11 +310,11 @@ def _resumed(text: str) -> None:
 def _manifest(text: str) -> None:
     _file("data.manifest.json", text)
     _file("data.jsonl", "{}")
-    traces.manifest_of(_folder() / "data.jsonl")
+    files.manifest_of(_folder() / "data.jsonl")
 
 
 def _cache(text: str) -> None:
-    asking.Cache(_file("judge.jsonl", text))
+    judge.Cache(_file("judge.jsonl", text))
 
 
 def _names(text: str) -> None:

@@ -323,10 +323,10 @@ SETTINGS = {
 
 def trials() -> dict[str, Trial]:
     """Return each long command on the embedded model, at settings that take it seconds."""
-    from mlx_traces import traces
     from mlx_traces.tasks import countdown
+    from mlx_traces.traces import solutions
 
-    made = traces.countdown_traces(24, "train", 3, prompts=[countdown.TASK.prompt("thinking")])
+    made = solutions.countdown_traces(24, "train", 3, prompts=[countdown.TASK.prompt("thinking")])
     data = "".join(
         json.dumps({"id": one.id, "messages": one.messages, "completion": one.completion, **one.to_row()}) + "\n"
         for one in made

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import mlx_traces
-from mlx_traces import config, generation, grpo, ppo, sft, traces
+from mlx_traces import config, grpo, ppo, sft
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks import countdown
+from mlx_traces.traces import files, generate, solutions
 
 ADAPTER = str(Path(__file__).parents[1] / "adapters/nano-epoch1")
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 32}
@@ -35,8 +36,8 @@ SETTINGS = {
 def prepare(folder):
     """Write what is trained on."""
     problems = countdown.TASK.prompt("thinking")
-    made = traces.countdown_traces(14, "train", 3, prompts=[problems])
-    traces.write_traces(folder / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+    made = solutions.countdown_traces(14, "train", 3, prompts=[problems])
+    files.write_traces(folder / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
 
 
 def place(kind, folder, name):
@@ -64,7 +65,7 @@ def make(kind, folder, name, resume=False, stop=False):
     if kind == "sft":
         settings = {**settings, "data": str(folder / "data.jsonl"), "valid_share": 0.2}
     if kind == "generate":
-        return generation.generate(config.GenerateConfig(**settings), out, resume, show)
+        return generate.generate(config.GenerateConfig(**settings), out, resume, show)
     recipe, form = {"grpo": (grpo, "GRPOConfig"), "ppo": (ppo, "PPOConfig"), "sft": (sft, "SFTConfig")}[kind]
     return recipe.train(getattr(config, form)(**settings), out, resume, show)
 

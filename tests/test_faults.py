@@ -17,12 +17,13 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import generation, scoring, sft
+from mlx_traces import sft
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.report import run_view, terminal
 from mlx_traces.runtime import files, provenance, run_folder
+from mlx_traces.traces import generate, score
 
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
 LONG = "MLX_TRACES_KILLS" in os.environ
@@ -104,8 +105,8 @@ def recipes(data, tiny_folder, monkeypatch):
     made = {
         "sft": lambda resume: sft.train(SFTConfig(**training), "run", resume),
         "eval": lambda resume: mlx_traces.evaluate(out="run", resume=resume, **asked),
-        "generate": lambda resume: generation.generate(GenerateConfig(**asked), "own.jsonl", resume),
-        "score": lambda resume: scoring.score_file(data, Path("scored.jsonl"), ScoreConfig()),
+        "generate": lambda resume: generate.generate(GenerateConfig(**asked), "own.jsonl", resume),
+        "score": lambda resume: score.score_file(data, Path("scored.jsonl"), ScoreConfig()),
     }
 
     def within(name, folder, resume):
@@ -322,17 +323,17 @@ def test_a_spoiled_checkpoint(recipes, tmp_path, monkeypatch):
 def test_a_writer_killed_between_a_file_and_its_manifest(data, tmp_path, monkeypatch):
     """The manifest is put in its place, by its hash of the file; nobody else's file gets it."""
     out, about = tmp_path / "scored.jsonl", tmp_path / "scored.manifest.json"
-    scoring.score_file(data, out, ScoreConfig())
+    score.score_file(data, out, ScoreConfig())
     left = tmp_path / f".999999999-{run_folder.platform.node()}.tmp-{about.name}"
     content, lines = about.read_bytes(), out.read_bytes()
     about.rename(left)
     out.write_bytes(lines + b"\n")
     with pytest.raises(UserError, match=f"{out} exists; remove it"):
-        scoring.score_file(data, out, ScoreConfig())
+        score.score_file(data, out, ScoreConfig())
     assert left.exists() and not about.exists()
     out.write_bytes(lines)
     with pytest.raises(UserError, match=f"{out} exists; remove it"):
-        scoring.score_file(data, out, ScoreConfig())
+        score.score_file(data, out, ScoreConfig())
     assert about.read_bytes() == content and not left.exists()
 
 
@@ -390,9 +391,9 @@ def test_two_scorers_of_one_file(data, tmp_path):
     out = tmp_path / "new" / "scored.jsonl"
     with files.held(tmp_path / "new" / ".scored.lock"):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
-            scoring.score_file(data, out, ScoreConfig())
+            score.score_file(data, out, ScoreConfig())
         assert not out.exists()
-    scoring.score_file(data, out, ScoreConfig())
+    score.score_file(data, out, ScoreConfig())
     assert sorted(path.name for path in out.parent.iterdir()) == ["scored.jsonl", "scored.manifest.json"]
 
 

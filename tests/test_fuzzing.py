@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import quality, rewards, traces
+from mlx_traces import rewards
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, unknown
@@ -38,6 +38,7 @@ from mlx_traces.tasks import gsm8k, qa
 from mlx_traces.tasks.data import split_slice
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.text import clean, inert, visible
+from mlx_traces.traces import files, importing, quality
 
 PACKAGE = Path(tables.__file__).parent
 IDS = [target.name for target in TARGETS]
@@ -343,7 +344,7 @@ def test_a_reward_runs_only_when_it_is_named(tmp_path, monkeypatch):
     trace |= {"columns": row, "source": "evil:f", "scores": {"evil:f": 1}}
     Path("t.jsonl").write_text(json.dumps(trace | {"task": "evil:f"}) + "\n")
     with pytest.raises(UserError, match="unknown task"):
-        [quality.problem_of(trace, where) for where, trace in traces.read_traces(Path("t.jsonl"))]
+        [quality.problem_of(trace, where) for where, trace in files.read_traces(Path("t.jsonl"))]
     Path("t.jsonl").write_text(json.dumps(trace | {"task": "qa"}) + "\n")
     assert CliRunner().invoke(main, ["score", "t.jsonl", "--out", "s.jsonl"], catch_exceptions=False).exit_code == 0
     folder = tmp_path / "adapter"
@@ -418,9 +419,9 @@ def test_rows_of_any_content_are_written_to_the_file_that_was_named(tmp_path):
         row = {"messages": turns, "id": name, "source": name, "question": name or "?", "answer": "4", "task": name}
         file = tmp_path / f"{index}.jsonl"
         file.write_text(json.dumps(row) + "\n")
-        made = traces.import_traces(str(file), "messages", qa.TASK, "think")
+        made = importing.import_traces(str(file), "messages", qa.TASK, "think")
         before = set(tmp_path.rglob("*"))
-        traces.write_traces(
+        files.write_traces(
             tmp_path / f"{index}-out.jsonl", made, {"source": name, "config": row, "counts": {}, "seed": None}
         )
         new = {path.name for path in set(tmp_path.rglob("*")) - before}

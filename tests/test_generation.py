@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mlx_traces import generation
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import manifest_of, manifest_path, read_traces
+from mlx_traces.traces import generate
+from mlx_traces.traces.files import manifest_of, manifest_path, read_traces
 
 CONFIG = GenerateConfig(limit=6, samples=3, max_tokens=96, rows=8, prompt="thinking")
 
@@ -23,7 +23,7 @@ def rows(path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("generated") / "own.jsonl"
-    counts = generation.generate(CONFIG, out)
+    counts = generate.generate(CONFIG, out)
     return out, counts
 
 
@@ -60,15 +60,15 @@ def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
 
 
 def test_a_generated_trace_is_learned_as_it_was_sampled(tmp_path):
-    from mlx_traces import examples
+    from mlx_traces.traces import encoding
 
     loaded, out = loading.load("nano"), tmp_path / "own.jsonl"
     config = CONFIG.model_copy(update={"limit": 2, "samples": 2, "thinking": True, "template_args": {"effort": 1}})
-    generation.generate(config, out)
+    generate.generate(config, out)
     for trace in rows(out):
         assert (trace.thinking, trace.template_args) == (True, {"effort": 1})
         prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
-        example = examples.encode(loaded, trace, examples.turn_end(loaded))
+        example = encoding.encode(loaded, trace, encoding.turn_end(loaded))
         assert example.ids == (*prompt, *trace.completion_ids)
         assert example.trained == (*[False] * len(prompt), *[True] * len(trace.completion_ids))
 
@@ -81,19 +81,19 @@ def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(whole, tmp_path, m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generation.generate(CONFIG, out, show=stop)
+        generate.generate(CONFIG, out, show=stop)
     with (tmp_path / ".own.part.jsonl").open("a") as file:
         file.write('{"id": "cut off whi')
     with pytest.raises(UserError, match="was begun and cut off; pass --resume"):
-        generation.generate(CONFIG, out)
+        generate.generate(CONFIG, out)
     with pytest.raises(UserError, match=r"begun with other settings \(seed"):
-        generation.generate(CONFIG.model_copy(update={"seed": 1}), out, resume=True)
+        generate.generate(CONFIG.model_copy(update={"seed": 1}), out, resume=True)
     seen = []
-    assert generation.generate(CONFIG, out, resume=True, show=lambda trace, total: seen.append(trace)) == whole[1]
+    assert generate.generate(CONFIG, out, resume=True, show=lambda trace, total: seen.append(trace)) == whole[1]
     assert len(seen) == 18  # those of the first run are counted too
     assert [trace.completion_ids for trace in rows(out)] == [trace.completion_ids for trace in rows(whole[0])]
     with pytest.raises(UserError, match="exists; remove it"):
-        generation.generate(CONFIG, out)
+        generate.generate(CONFIG, out)
 
 
 def test_cut_off_between_the_file_and_its_manifest(tmp_path, monkeypatch):
@@ -102,14 +102,14 @@ def test_cut_off_between_the_file_and_its_manifest(tmp_path, monkeypatch):
         renamed = Path.replace
         patch.setattr(Path, "replace", lambda a, b: 1 / 0 if "manifest" in b.name else renamed(a, b))
         with pytest.raises(ZeroDivisionError):
-            generation.generate(config, out)
+            generate.generate(config, out)
     content = out.read_bytes()
     assert not manifest_path(out).exists()
-    generation.generate(config, out, resume=True)
+    generate.generate(config, out, resume=True)
     assert out.read_bytes() == content and manifest_of(out) and not list(tmp_path.glob(".own*"))
     manifest_path(out).unlink()
     with pytest.raises(UserError, match="exists; remove it"):  # now it is somebody's
-        generation.generate(config, out, resume=True)
+        generate.generate(config, out, resume=True)
     assert out.read_bytes() == content
 
 

@@ -20,9 +20,10 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import config, grpo, ppo, sft, traces
+from mlx_traces import config, grpo, ppo, sft
 from mlx_traces.evaluation import evaluator
 from mlx_traces.tasks import countdown
+from mlx_traces.traces import files, solutions
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("MLX_TRACES_LONG") != "1", reason="takes minutes; MLX_TRACES_LONG=1 runs it"
@@ -61,8 +62,8 @@ class Gauge:
 
 def direct(folder, count):
     """Write short traces: a question and its answer."""
-    made = traces.countdown_traces(count, "train", 3, prompts=[countdown.TASK.prompt("direct")])
-    traces.write_traces(folder / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+    made = solutions.countdown_traces(count, "train", 3, prompts=[countdown.TASK.prompt("direct")])
+    files.write_traces(folder / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
     return str(folder / "data.jsonl")
 
 

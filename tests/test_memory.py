@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import grpo, memory, optim, planning, ppo, sft, traces
+from mlx_traces import grpo, memory, optim, planning, ppo, sft
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.engine import logprobs as engine_logprobs
@@ -24,6 +24,7 @@ from mlx_traces.models import adapters, loading
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks import countdown
+from mlx_traces.traces import files, solutions
 
 TOLERANCE = 0.25
 PROMPT = 16
@@ -175,8 +176,8 @@ SHORT = {"task": "countdown", "prompt": "direct", **STEPS, "rank": 4, "rewards":
 
 @pytest.mark.parametrize("kind", ["sft", "grpo", "ppo"])
 def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind, tmp_path, monkeypatch):
-    made = traces.countdown_traces(8, "train", 3, prompts=[countdown.TASK.prompt("direct")])
-    traces.write_traces(tmp_path / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+    made = solutions.countdown_traces(8, "train", 3, prompts=[countdown.TASK.prompt("direct")])
+    files.write_traces(tmp_path / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
     (tmp_path / "uneven.py").write_text(
         "def reward(completions):\n    return [i % 4 for i in range(len(completions))]\n"
     )

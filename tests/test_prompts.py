@@ -15,7 +15,7 @@ from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt, fill, load_prompt
-from mlx_traces.traces import import_traces
+from mlx_traces.traces.importing import import_traces
 
 PROBLEM = Problem("p-1", {"question": "Use {x}?", "nums": [1, 2]}, "3")
 

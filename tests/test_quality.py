@@ -11,19 +11,9 @@ from hypothesis import strategies as st
 
 from mlx_traces.config import ScoreConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.quality import (
-    MAX_EQUATIONS,
-    combined,
-    equations,
-    faithfulness,
-    format_score,
-    length,
-    quality_scores,
-    repetition,
-    structure,
-    thought_of,
-)
 from mlx_traces.tasks import get_task
+from mlx_traces.traces.equations import MAX_EQUATIONS, equations, faithfulness
+from mlx_traces.traces.quality import combined, format_score, length, quality_scores, repetition, structure, thought_of
 
 COUNTDOWN = get_task("countdown")
 PROBLEM = COUNTDOWN.parse({"nums": [49, 25, 22], "target": 46}, "test")

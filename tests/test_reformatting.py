@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from mlx_traces.cli import main
 from mlx_traces.config import ReformatConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import format_score, headline, problem_of
 from mlx_traces.records import Rollout, Trace
-from mlx_traces.reformatting import REWRITING, by_rule, reformat, reformat_file
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import restyle
-from mlx_traces.traces import manifest_of, read_traces
+from mlx_traces.traces.files import manifest_of, read_traces
+from mlx_traces.traces.quality import format_score, headline, problem_of
+from mlx_traces.traces.reformat import REWRITING, by_rule, reformat, reformat_file
 
 ASKED = ({"role": "user", "content": "Make 30 from 3, 4, 6."},)
 WORK, ANSWER = "4 + 6 = 10, 10 * 3 = 30 yes", "<answer>3 * (4 + 6)</answer>"

@@ -16,7 +16,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
-from mlx_traces.traces import manifest_path, read_traces
+from mlx_traces.traces.files import manifest_path, read_traces
 
 TINY = {
     "name": "try",

@@ -14,7 +14,7 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import checkpoints, examples, optim, sft, training
+from mlx_traces import checkpoints, optim, sft, training
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
@@ -23,6 +23,7 @@ from mlx_traces.models import adapters
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.traces import encoding
 
 # ---------------------------------------------------------------------------------- which tokens are learned
 
@@ -39,7 +40,7 @@ CHAT = (
 def learned(template, messages, completion, **fields):
     """Return the text of an example and the learned parts of it, `|` before each."""
     loaded = wrap(make_tokenizer(template))
-    example = examples.encode(loaded, Trace("t", tuple(messages), completion, **fields), examples.turn_end(loaded))
+    example = encoding.encode(loaded, Trace("t", tuple(messages), completion, **fields), encoding.turn_end(loaded))
     text, inside = "", False
     for token, flag in zip(example.ids, example.trained, strict=True):
         text += "|" if flag and not inside else ""
@@ -151,7 +152,7 @@ def test_ids_are_those_of_the_template_whatever_the_tokenizer(prepend, template)
     tokenizer = make_tokenizer(template) if prepend is None else pieces(prepend, template)
     loaded = wrap(tokenizer)
     for turns in (ONE, THREE):
-        example = examples.encode(loaded, Trace("t", tuple(turns), "4"), examples.turn_end(loaded))
+        example = encoding.encode(loaded, Trace("t", tuple(turns), "4"), encoding.turn_end(loaded))
         whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "4"}], return_dict=False)
         assert list(example.ids) == whole[: len(example.ids)]  # which may go on with a line end
         end = loaded.tokenizer.get_vocab()["<|im_end|>"]
@@ -166,7 +167,7 @@ def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
 
     def example():
         loaded = wrap(pieces("always", AROUND["spaces"][0]))
-        return examples.encode(loaded, Trace("t", tuple(THREE), "4"), examples.turn_end(loaded))
+        return encoding.encode(loaded, Trace("t", tuple(THREE), "4"), encoding.turn_end(loaded))
 
     known = example()
     monkeypatch.setattr(Chat, "_places", lambda *_: None)  # as tokenizers that are written in Python
@@ -176,8 +177,8 @@ def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
 def test_turns_that_are_not_learned_are_counted():
     loaded = wrap(make_tokenizer(STRIPPING))
     thought = [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE]
-    encoded = examples.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "2"))], 500, "refuse")
-    assert encoded.turns == 1 and "1 earlier turns of the assistant are not learned" in examples.describe(encoded, 9)[0]
+    encoded = encoding.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "2"))], 500, "refuse")
+    assert encoded.turns == 1 and "1 earlier turns of the assistant are not learned" in encoding.describe(encoded, 9)[0]
 
 
 SWITCHED = CHATML.replace(
@@ -188,16 +189,16 @@ SWITCHED = CHATML.replace(
 def test_a_thought_is_learned_after_a_prompt_that_leaves_it_room():
     loaded = wrap(make_tokenizer(SWITCHED))
     traces = [("f:1", Trace("t", tuple(ONE), "<think>b</think>2")), ("f:2", Trace("t", tuple(ONE), "2"))]
-    encoded = examples.encode_all(loaded, traces, 500, "refuse")
+    encoded = encoding.encode_all(loaded, traces, 500, "refuse")
     texts = [loaded.tokenizer.decode(example.ids) for example in encoded.examples]
     assert texts == [PROMPT + "<think>b</think>2<|im_end|>", PROMPT + "</think>2<|im_end|>"] and encoded.thinking == 1
-    assert "1 traces with a thought" in examples.describe(encoded, 500)[0]
+    assert "1 traces with a thought" in encoding.describe(encoded, 500)[0]
     with pytest.raises(UserError, match=r"f:1: the completion has a thought, .* leaves it no room; set thinking"):
-        examples.encode_all(loaded, traces, 500, "refuse", thinking=False)
+        encoding.encode_all(loaded, traces, 500, "refuse", thinking=False)
     for shut in (True, False):  # nothing to switch
         loaded = wrap(make_tokenizer(OPENING.replace("<think>\n", "<think></think>" if shut else "</think>")))
         with pytest.raises(UserError, match="no thinking switch; leave such traces out"):
-            examples.encode_all(loaded, traces, 500, "refuse")
+            encoding.encode_all(loaded, traces, 500, "refuse")
 
 
 def test_the_switch_is_the_traces_or_the_trainings():
@@ -205,7 +206,7 @@ def test_the_switch_is_the_traces_or_the_trainings():
     for own, given, thinks in ((None, None, False), (True, None, True), (None, True, True), (True, False, False)):
         opened = "<think>" if thinks else "</think>"
         trace = Trace("t", tuple(ONE), "b</think>2" if thinks else "2", thinking=own)
-        example = examples.encode_all(loaded, [("f:1", trace)], 500, "refuse", given).examples[0]
+        example = encoding.encode_all(loaded, [("f:1", trace)], 500, "refuse", given).examples[0]
         assert PROMPT + opened in loaded.tokenizer.decode(example.ids)
 
 
@@ -213,7 +214,7 @@ def test_the_templates_variables_are_the_traces_or_the_models():
     loaded = wrap(make_tokenizer("{{ effort | default('low') }}" + CHATML))
     trace = Trace("t", tuple(ONE), "2", template_args={"effort": "high"})
     for changes, text in (({}, "high"), ({"template_args": {"effort": "some"}}, "some")):
-        example = examples.encode(replace(loaded, **changes), trace, examples.turn_end(loaded))
+        example = encoding.encode(replace(loaded, **changes), trace, encoding.turn_end(loaded))
         assert loaded.tokenizer.decode(example.ids).startswith(text)
     assert Trace.from_row(json.loads(json.dumps(trace.to_row())), "f:1") == trace
     for name, value in (("thinking", "yes"), ("template_args", [1])):
@@ -227,11 +228,11 @@ def test_a_trace_of_ones_own_is_learned_by_its_tokens():
     trace = Trace(
         "t", tuple(ONE), "ST", completion_ids=(s, t, end), finish_reason="stop"
     )  # which is one token, usually
-    ends = examples.turn_end(loaded)
-    assert examples.encode(loaded, trace, ends).ids[-3:] == (s, t, end)
-    assert examples.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
+    ends = encoding.turn_end(loaded)
+    assert encoding.encode(loaded, trace, ends).ids[-3:] == (s, t, end)
+    assert encoding.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
     for other in ({"completion": "STO"}, {"completion_ids": (10**6, end)}, {"completion_ids": ("S", end)}):
-        assert examples.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
+        assert encoding.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
 
 
 def test_one_turn_is_learned_where_three_are_refused():
@@ -251,10 +252,10 @@ def test_prompt_tokens_are_those_of_sampling():
     loaded = wrap(make_tokenizer())
     for messages in (ONE, CHAT):
         rendered = loaded.render_turns([dict(turn) for turn in messages])
-        example = examples.encode(loaded, Trace("t", tuple(messages), "STOP"), examples.turn_end(loaded))
+        example = encoding.encode(loaded, Trace("t", tuple(messages), "STOP"), encoding.turn_end(loaded))
         assert example.ids[: len(rendered.ids)] == rendered.ids
         # The completion's tokens are its own: no merge across the border.
-        assert example.ids[len(rendered.ids) :] == (*loaded.tokenizer.encode("STOP"), examples.turn_end(loaded))
+        assert example.ids[len(rendered.ids) :] == (*loaded.tokenizer.encode("STOP"), encoding.turn_end(loaded))
 
 
 def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
@@ -267,7 +268,7 @@ def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
     )
     loaded = wrap(tokenizer)
     for messages in (ONE, CHAT):
-        example = examples.encode(loaded, Trace("t", tuple(messages), " 4"), examples.turn_end(loaded))
+        example = encoding.encode(loaded, Trace("t", tuple(messages), " 4"), encoding.turn_end(loaded))
         assert example.ids[0] == start and example.ids.count(start) == 1
         prompt = loaded.render_turns([dict(turn) for turn in messages]).ids
         assert example.ids[: len(prompt)] == prompt and sum(example.trained[len(prompt) :]) == len(example.ids) - len(
@@ -279,7 +280,7 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
     closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     loaded = wrap(make_tokenizer(CHATML.replace("assistant\n{% endif %}", f"assistant\n{closed}{{% endif %}}")))
     for thinking, opened in ((None, ""), (True, ""), (False, "<think>\n\n</think>\n\n")):
-        example = examples.encode(loaded, Trace("t", tuple(ONE), "2"), examples.turn_end(loaded), thinking)
+        example = encoding.encode(loaded, Trace("t", tuple(ONE), "2"), encoding.turn_end(loaded), thinking)
         assert loaded.tokenizer.decode(example.ids) == f"{PROMPT}{opened}2<|im_end|>" and example.count == 2
         rows = sft.prepare(loaded, SFTConfig(**settings, thinking=thinking)).train
         assert all(opened in loaded.tokenizer.decode(row.ids) for row in rows)
@@ -292,10 +293,10 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
 def test_a_turn_that_is_not_to_be_learned_is_not():
     loaded = wrap(make_tokenizer())
     turns = (*ONE, {"role": "assistant", "content": "bad"}, *ONE, {"role": "assistant", "content": "good"}, *ONE)
-    end = examples.turn_end(loaded)
+    end = encoding.turn_end(loaded)
     places = {"bad": len(ONE), "good": 2 * len(ONE) + 1}
     for left_out in ((), (places["bad"],), (places["good"],), tuple(places.values())):
-        example = examples.encode(loaded, Trace("t", turns, "last", not_learned=left_out or None), end)
+        example = encoding.encode(loaded, Trace("t", turns, "last", not_learned=left_out or None), end)
         learned = loaded.tokenizer.decode([i for i, own in zip(example.ids, example.trained, strict=True) if own])
         assert [word in learned for word in ("bad", "good")] == [places[word] not in left_out for word in places]
         assert "last" in learned
@@ -303,35 +304,35 @@ def test_a_turn_that_is_not_to_be_learned_is_not():
 
 def test_turn_end_is_what_the_template_writes():
     vocabulary = make_tokenizer().get_vocab()
-    assert examples.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
-    assert examples.turn_end(wrap(make_tokenizer(None))) == vocabulary["<|endoftext|>"]
+    assert encoding.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
+    assert encoding.turn_end(wrap(make_tokenizer(None))) == vocabulary["<|endoftext|>"]
     none = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    assert examples.turn_end(wrap(make_tokenizer(none))) == vocabulary["<|endoftext|>"]
+    assert encoding.turn_end(wrap(make_tokenizer(none))) == vocabulary["<|endoftext|>"]
     loaded = wrap(make_tokenizer(None))
     loaded.tokenizer._tokenizer.eos_token = None
     with pytest.raises(UserError, match="names no token that ends a text"):
-        examples.turn_end(replace(loaded, stop_ids=frozenset()))
+        encoding.turn_end(replace(loaded, stop_ids=frozenset()))
 
 
 def test_over_long_traces():
     loaded = wrap(make_tokenizer())
     traces = [(f"f:{i}", Trace(f"t{i}", tuple(ONE), "x" * n)) for i, n in enumerate((5, 50, 1))]
-    longest = len(examples.encode(loaded, traces[0][1], 0).ids)
-    skipped = examples.encode_all(loaded, traces, longest, "skip")
+    longest = len(encoding.encode(loaded, traces[0][1], 0).ids)
+    skipped = encoding.encode_all(loaded, traces, longest, "skip")
     assert [e.id for e in skipped.examples] == ["t0", "t2"] and (skipped.over_long, skipped.cut) == (1, 0)
-    assert examples.describe(skipped, longest) == [
+    assert encoding.describe(skipped, longest) == [
         f"1 traces have more than {longest} tokens and are left out (max_length)"
     ]
-    cut = examples.encode_all(loaded, traces, longest, "cut")
+    cut = encoding.encode_all(loaded, traces, longest, "cut")
     assert [len(e.ids) for e in cut.examples] == [longest, longest, longest - 4] and cut.cut == 1
     assert cut.examples[1].count == 6  # five letters and a sixth in place of the stop token
-    assert "1 traces were cut" in examples.describe(cut, longest)[0]
-    none_left = examples.encode_all(loaded, traces, longest - 6, "cut")
+    assert "1 traces were cut" in encoding.describe(cut, longest)[0]
+    none_left = encoding.encode_all(loaded, traces, longest - 6, "cut")
     assert none_left.examples == [] and none_left.over_long == 3  # the prompt alone teaches nothing
     with pytest.raises(UserError, match=f"f:1: .* more than max_length {longest}"):
-        examples.encode_all(loaded, traces, longest, "refuse")
+        encoding.encode_all(loaded, traces, longest, "refuse")
     with pytest.raises(UserError, match="f:9: 'completion' is empty"):
-        examples.encode_all(loaded, [("f:9", Trace("t", tuple(ONE), " \n"))], 99, "skip")
+        encoding.encode_all(loaded, [("f:9", Trace("t", tuple(ONE), " \n"))], 99, "skip")
 
 
 # ---------------------------------------------------------------------------------- a step

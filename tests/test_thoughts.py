@@ -2,11 +2,11 @@
 
 import pytest
 
-from mlx_traces.quality import format_score, thought_of
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
 from mlx_traces.tasks.qa import find_text
 from mlx_traces.tasks.thoughts import FINAL, TAGS, UNTAGGED, after_thought, answer_part, closing_of, normalise, parts
+from mlx_traces.traces.quality import format_score, thought_of
 
 COUNTDOWN = get_task("countdown")
 PROBLEM = COUNTDOWN.parse({"nums": [2, 3, 4], "target": 20}, "test")

@@ -15,13 +15,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_traces import traces
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
 from mlx_traces.records import Trace
 from mlx_traces.tasks import countdown, get_task, gsm8k, solver, thoughts
 from mlx_traces.tasks.thoughts import normalise, parts, restyle
-from mlx_traces.traces import import_traces, manifest_of, read_traces, write_traces
+from mlx_traces.traces import files, importing, solutions
+from mlx_traces.traces.files import manifest_of, read_traces, write_traces
+from mlx_traces.traces.importing import import_traces
 
 NATALIA = {
     "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
@@ -99,7 +100,7 @@ def test_the_manifest_says_what_the_file_is(tmp_path):
     assert path.read_bytes() == line
     assert manifest["sha256"] == hashlib.sha256(line).hexdigest()
     assert manifest["config"] == {"b": 1, "a": None}
-    assert manifest["config_hash"] == traces.config_hash({"a": None, "b": 1}) != traces.config_hash({"a": 0, "b": 1})
+    assert manifest["config_hash"] == files.config_hash({"a": None, "b": 1}) != files.config_hash({"a": 0, "b": 1})
     assert set(manifest["versions"]) >= {"python", "mlx-traces"} and manifest["command"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["time"])
     path.write_bytes(line.replace(b'"A"', b'"B"'))
@@ -261,7 +262,7 @@ def test_grades_do_not_change(opening, thought):
 def test_hostile_texts_take_linear_time(tmp_path, piece):
     text = piece * (1_000_000 // len(piece))
     start = time.perf_counter()
-    normalise(text), restyle(text + "x", "sky-t1"), traces._ANNOTATION.sub("", text)
+    normalise(text), restyle(text + "x", "sky-t1"), solutions._ANNOTATION.sub("", text)
     assert time.perf_counter() - start < 5
 
 
@@ -282,7 +283,7 @@ def test_worked_solutions_become_traces(tmp_path):
         ("boxed", "boxed", f"{told}\n\\boxed{{72}}", {"tolerant", "flexible", "last_number"}),
     ):
         skipped = Counter()
-        first, second = traces.gsm8k_traces("train", path, None, 0, style=style, skipped=skipped)
+        first, second = solutions.gsm8k_traces("train", path, None, 0, style=style, skipped=skipped)
         assert skipped == {"no worked solution": 1}
         assert first.source == "rows.jsonl"
         assert first.completion == completion and "It is $2,000." in second.completion
@@ -293,12 +294,12 @@ def test_worked_solutions_become_traces(tmp_path):
             scores = gsm8k.grade(gsm8k.parse(one.columns, "here"), one.completion)
             assert {name for name, score in scores.items() if score.correct} == extractors
     with pytest.raises(UserError, match="unknown style 'bold'"):
-        list(traces.gsm8k_traces("train", path, None, 0, style="bold"))
+        list(solutions.gsm8k_traces("train", path, None, 0, style="bold"))
 
 
 def test_the_solvers_traces_are_correct_in_every_prompt_style():
     skipped = Counter()
-    made = list(traces.countdown_traces(60, "train", 4, (3, 4), tuple(countdown.PROMPTS.values()), skipped))
+    made = list(solutions.countdown_traces(60, "train", 4, (3, 4), tuple(countdown.PROMPTS.values()), skipped))
     assert len(made) == 3 * (60 - skipped["no short trace"])
     assert [one.prompt for one in made[:3]] == ["direct", "thinking", "tinyzero"] and made[0].id == made[2].id
     for one in made:
@@ -320,7 +321,7 @@ def test_a_countdown_trace_word_for_word():
     )
     assert solver.solved(countdown.PROMPTS["direct"], [1, 1, 1], 50) is None
     skipped = Counter()
-    list(traces.countdown_traces(400, "train", 0, (4, 4), skipped=skipped))
+    list(solutions.countdown_traces(400, "train", 0, (4, 4), skipped=skipped))
     assert skipped["no short trace"] > 0
 
 
@@ -363,7 +364,7 @@ def test_every_format(tmp_path, form, row, before):
     (tmp_path / "rows.json").write_text(json.dumps([row], indent=1))
     (same,) = imported(tmp_path / "rows.json", form)
     assert same.to_row() == {**one.to_row(), "source": "rows.json"}
-    for column in traces.FORMATS[form]:
+    for column in importing.FORMATS[form]:
         path = write_lines(tmp_path / "less.jsonl", {"mine": 1, **{k: v for k, v in row.items() if k != column}})
         with pytest.raises(UserError, match=rf"less.jsonl:1: '{column}' is missing; this row has mine"):
             imported(path, form)
@@ -407,7 +408,7 @@ def test_open_r1_keeps_what_its_own_checks_found_correct(tmp_path):
 APART = {"role": "assistant", "content": "It is 42."}
 
 
-@pytest.mark.parametrize("field", traces.THOUGHTS)
+@pytest.mark.parametrize("field", importing.THOUGHTS)
 def test_a_thought_in_a_field_of_its_own_is_kept(tmp_path, field):
     """In every format of conversations, in the import's tags; also where nothing follows it, or the content has it."""
     thought = {field: "Seven sixes."}
@@ -573,7 +574,7 @@ def test_a_part_of_a_hub_data_set(monkeypatch):
         assert (name, split) == ("nobody/set", "default")
         return ((f"{name}[{index}]", {"text": str(index)}) for index in part(10))
 
-    monkeypatch.setattr(traces, "hub_rows", hub_rows)
+    monkeypatch.setattr(files, "hub_rows", hub_rows)
     made = imported("nobody/set", "text", split="default[3:5]")
     assert [(one.completion, one.source) for one in made] == [("3", "nobody/set"), ("4", "nobody/set")]
 
@@ -635,8 +636,8 @@ def test_errors_of_the_commands_are_one_line(tmp_path):
 
 def test_help_names_every_format_and_style():
     text = call("data", "import", "--help").output
-    assert all(name in text for name in (*traces.FORMATS, *thoughts.STYLES, "keep"))
-    assert all(name in call("data", "gsm8k", "--help").output for name in traces.GSM8K_STYLES)
+    assert all(name in text for name in (*importing.FORMATS, *thoughts.STYLES, "keep"))
+    assert all(name in call("data", "gsm8k", "--help").output for name in solutions.GSM8K_STYLES)
 
 
 def test_the_readmes_field_table_and_lines_are_true(tmp_path):
@@ -646,7 +647,7 @@ def test_the_readmes_field_table_and_lines_are_true(tmp_path):
     (tmp_path / "trace.jsonl").write_text(block)
     assert len(list(read_traces(tmp_path / "trace.jsonl"))) == block.count("\n") > 1
     blocks = dict(re.findall(r"^`([\w-]+)`: (?:[^\n]+\n)+\n```json\n(.*?)```", text, re.DOTALL | re.MULTILINE))
-    assert set(blocks) == set(traces.FORMATS)
+    assert set(blocks) == set(importing.FORMATS)
     for form, block in blocks.items():
         (tmp_path / "rows.jsonl").write_text(block)
         assert imported(tmp_path / "rows.jsonl", form)

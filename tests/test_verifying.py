@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-from mlx_traces import sft, traces, verifying
+from mlx_traces import sft, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
@@ -19,6 +19,7 @@ from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.traces import files
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 
@@ -274,7 +275,7 @@ def test_a_file_of_traces(tmp_path):
     told = {"source": "nano", "config": {"extractor": "answer"}, "seed": 0}
 
     def checked(name, rows, **counts):
-        traces.write_traces(tmp_path / name, rows, {**told, "counts": counts})
+        files.write_traces(tmp_path / name, rows, {**told, "counts": counts})
         return verifying.verify(tmp_path / name)
 
     agrees, lines = checked("own.jsonl", made, **{"correct": 0, "cut off": 1})

@@ -88,13 +88,13 @@ def data_countdown_traces(
     count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
 ) -> None:
     """Write the solver's traces of Countdown problems: a search told step by step, then the answer."""
-    from mlx_traces import traces
     from mlx_traces.tasks import countdown
+    from mlx_traces.traces import solutions
 
     styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
     skipped = Counter()
-    made = traces.countdown_traces(count, split, seed, operands, styles, skipped)
+    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped)
     _write(out, made, "solver", config, skipped, seed)
 
 
@@ -115,16 +115,16 @@ def data_gsm8k(
     split: str, data: str | None, limit: int | None, seed: int, style: str, prompt: str | None, out: str
 ) -> None:
     """Write GSM8K's worked solutions as traces, without their calculator annotations."""
-    from mlx_traces import traces
     from mlx_traces.errors import unknown
     from mlx_traces.tasks import gsm8k
+    from mlx_traces.traces import solutions
 
-    if style not in traces.GSM8K_STYLES:
-        raise unknown("style", style, traces.GSM8K_STYLES)
-    asked = gsm8k.TASK.prompt(prompt or traces.GSM8K_STYLES[style])
+    if style not in solutions.GSM8K_STYLES:
+        raise unknown("style", style, solutions.GSM8K_STYLES)
+    asked = gsm8k.TASK.prompt(prompt or solutions.GSM8K_STYLES[style])
     config = {"split": split, "data": data, "limit": limit, "seed": seed, "style": style, "prompt": asked.name}
     skipped = Counter()
-    made = traces.gsm8k_traces(split, data, limit, seed, asked, style, skipped)
+    made = solutions.gsm8k_traces(split, data, limit, seed, asked, style, skipped)
     _write(out, made, data or gsm8k.HUB, config, skipped, seed)
 
 
@@ -154,14 +154,14 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
     A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
     a turn of weight 0 is not learned; other fields of a turn are left out and counted.
     """
-    from mlx_traces import traces
     from mlx_traces.tasks import get_task
+    from mlx_traces.traces import importing
 
     grader = get_task(task) if task else None
     config = {"data": data, "format": form, "task": task, "style": style, "split": split, "strict": strict}
     skipped, dropped = Counter(), Counter()
     own = None if style == "keep" else style
-    made = traces.import_traces(data, form, grader, own, split, skipped, dropped, strict)
+    made = importing.import_traces(data, form, grader, own, split, skipped, dropped, strict)
     _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None, dropped)
 
 
@@ -175,7 +175,7 @@ def _write(
     dropped: Counter | None = None,
 ) -> None:
     """Write traces and their manifest, and say how many."""
-    from mlx_traces.traces import counted, source_of, write_traces
+    from mlx_traces.traces.files import counted, source_of, write_traces
 
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
     origin = source_of(source) if source == config.get("data") else {"source": source}

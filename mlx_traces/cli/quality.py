@@ -19,7 +19,7 @@ from mlx_traces.errors import UserError
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
     """Score the traces of IN: correctness, form, structure, faithfulness, length, repetition and what models say."""
-    from mlx_traces.scoring import score_file, summary
+    from mlx_traces.traces.score import score_file, summary
 
     if mix:
         settings["mix"] = dict(_weight(item) for item in mix)
@@ -45,7 +45,7 @@ def _weight(item: str) -> tuple[str, str]:
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Keep the traces of IN that pass the rules, and tell what each rule removed."""
-    from mlx_traces.scoring import filter_file
+    from mlx_traces.traces.filter import filter_file
 
     report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])
@@ -59,8 +59,8 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution; keep those that are still correct."""
-    from mlx_traces.reformatting import reformat_file
-    from mlx_traces.traces import counted
+    from mlx_traces.traces.files import counted
+    from mlx_traces.traces.reformat import reformat_file
 
     written, dropped = reformat_file(Path(source), Path(out), configured(ReformatConfig, config_file, settings))
     left_out = counted({"dropped": dropped})

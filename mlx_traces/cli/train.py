@@ -20,7 +20,7 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
     """Sample completions of training problems; write them as traces, with their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
     from mlx_traces.evaluation.evaluator import split_notes
-    from mlx_traces.generation import generate
+    from mlx_traces.traces.generate import generate
 
     for note in split_notes(config):
         click.echo(f"note: {note}", err=True)

@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.asking import judge
-from mlx_traces.config import FilterConfig, ScoreConfig
+from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import COMPONENTS, combined, headline, problem_of, text_scores
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.files import held
-from mlx_traces.selection import Report, select
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import read_traces, refuse_written, source_of, write_traces
+from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
+from mlx_traces.traces.judge import judge
+from mlx_traces.traces.quality import COMPONENTS, combined, headline, problem_of, text_scores
 
 BATCH_TOKENS = 4096  # read at once for perplexity, padding included
 
@@ -36,32 +35,6 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
         manifest = {**origin, "config": config.model_dump(mode="json"), "counts": {}, "seed": None, "models": models}
         write_traces(out, traces, manifest)
     return traces
-
-
-def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
-    """Write the selected traces of a file to a new one with its manifest; return what each rule removed.
-
-    Raises:
-        UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
-    """
-    refuse_written(out)
-    origin = source_of(source)
-    traces = [trace for _, trace in read_traces(source)]
-    if not traces:
-        raise UserError(f"{source} has no traces")
-    problems = []
-    if config.eval_task:
-        problems = get_task(config.eval_task).load(
-            config.eval_split, config.eval_data, config.eval_limit, config.eval_seed
-        )
-    elif config.eval_data:
-        raise UserError(f"--eval-data {config.eval_data}: name its task with --eval-task")
-    kept, report = select(traces, config, problems)
-    counts = {"removed": {rule: removed for rule, removed, _ in report}}
-    settings = config.model_dump(mode="json")
-    manifest = {**origin, "config": settings, "counts": counts, "seed": config.seed, "problems": problems}
-    write_traces(out, kept, manifest)
-    return report
 
 
 def score_traces(
@@ -173,7 +146,7 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | No
 
     from mlx_traces.engine.batching import Example, micro_batches, pad
     from mlx_traces.engine.logprobs import split, token_logprobs
-    from mlx_traces.examples import encode
+    from mlx_traces.traces.encoding import encode
 
     examples: dict[int, Example] = {}
     for index, trace in enumerate(traces):

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import asking
 from mlx_traces.config import ReformatConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import format_score, headline, problem_of
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
-from mlx_traces.traces import read_traces, refuse_written, source_of, write_traces
+from mlx_traces.traces import judge
+from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
+from mlx_traces.traces.quality import format_score, headline, problem_of
 
 REWRITING = Prompt(
     name="rewriting",
@@ -140,10 +140,10 @@ def _by_model(
     loaded = loading.load(config.model, **config.load_arguments())
     used["model"] = loaded.about()
     questions: list[dict[str, Any]] = [
-        {"question": asking.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
+        {"question": judge.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
     ]
-    cache = asking.Cache(Path(config.cache), "--cache")
-    said = asking.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
+    cache = judge.Cache(Path(config.cache), "--cache")
+    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 

@@ -7,14 +7,16 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
 from statistics import median
 
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
-from mlx_traces.quality import headline, words
 from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
+from mlx_traces.traces.quality import headline, words
 
 SHINGLE = 5  # words
 SHORT_QUESTION = 8  # words; a shorter one is known by its problem's id alone
@@ -327,3 +329,29 @@ def _pass_rates(traces: Sequence[Trace], verdicts: list[str | None], kept: list[
             judged[trace.id].append(verdict == "correct")
     rates = {identity: sum(outcomes) / len(outcomes) for identity, outcomes in judged.items()}
     return {index: rates.get(traces[index].id) for index in kept}
+
+
+def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
+    """Write the selected traces of a file to a new one with its manifest; return what each rule removed.
+
+    Raises:
+        UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
+    """
+    refuse_written(out)
+    origin = source_of(source)
+    traces = [trace for _, trace in read_traces(source)]
+    if not traces:
+        raise UserError(f"{source} has no traces")
+    problems = []
+    if config.eval_task:
+        problems = get_task(config.eval_task).load(
+            config.eval_split, config.eval_data, config.eval_limit, config.eval_seed
+        )
+    elif config.eval_data:
+        raise UserError(f"--eval-data {config.eval_data}: name its task with --eval-task")
+    kept, report = select(traces, config, problems)
+    counts = {"removed": {rule: removed for rule, removed, _ in report}}
+    settings = config.model_dump(mode="json")
+    manifest = {**origin, "config": settings, "counts": counts, "seed": config.seed, "problems": problems}
+    write_traces(out, kept, manifest)
+    return report

@@ -1,0 +1,96 @@
+"""Traces from worked solutions: GSM8K's, and a solver's for Countdown."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlx_traces.errors import unknown
+from mlx_traces.readers import is_file
+from mlx_traces.records import Problem, Trace
+from mlx_traces.tasks import countdown, gsm8k
+from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.solver import _opening, solved
+from mlx_traces.traces.importing import _skip
+
+# ---------------------------------------------------------------------------------- traces of the tasks
+
+GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+
+
+def gsm8k_traces(
+    split: str,
+    data: str | None,
+    limit: int | None,
+    seed: int,
+    prompt: Prompt | None = None,
+    style: str = "think",
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    r"""Yield GSM8K's worked solutions as traces, without their calculator annotations ``<<48/2=24>>``.
+
+    Args:
+        split: as for the task's ``load``, as are ``data``, ``limit`` and ``seed``.
+        data: a file or hub data set, or None for the task's own.
+        limit: size of a seeded sample, or None for all.
+        seed: of the sample.
+        prompt: how the question is put; None for the one that asks for the style.
+        style: ``think`` (solution as thought, then ``<answer>72</answer>``), ``plain`` (then ``#### 72``) or ``boxed``
+            (then ``\boxed{72}``).
+        skipped: gets the number of rows without a worked solution.
+    """
+    if style not in GSM8K_STYLES:
+        raise unknown("style", style, GSM8K_STYLES)
+    prompt = prompt or gsm8k.PROMPTS[GSM8K_STYLES[style]]
+    source = Path(data).name if data and is_file(data) else f"{data or gsm8k.HUB} {split}"
+    for problem in gsm8k.load(split, data, limit, seed):
+        solution = _ANNOTATION.sub("", str(problem.columns["answer"]).rpartition("####")[0]).strip()
+        if not solution:
+            _skip(skipped, "no worked solution")
+            continue
+        if style == "think":
+            completion = f"{_opening(prompt)}{solution}\n</think>\n<answer>{problem.gold}</answer>"
+        else:
+            end = f"#### {problem.gold}" if style == "plain" else f"\\boxed{{{problem.gold}}}"
+            completion = f"{prompt.prefill}{solution}\n{end}"
+        yield _task_trace("gsm8k", problem, prompt, completion, source)
+
+
+def countdown_traces(
+    count: int,
+    split: str,
+    seed: int,
+    operands: tuple[int, int] = (3, 4),
+    prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    """Yield the solver's traces of ``count`` generated problems, one for every prompt.
+
+    Args:
+        count: how many problems; one without a short trace gives none.
+        split: as for ``countdown.generate``, as are ``seed`` and ``operands``.
+        seed: the same seed gives the same problems.
+        operands: fewest and most numbers of a problem.
+        prompts: how they are put.
+        skipped: gets the number of problems without a short trace.
+    """
+    for nums, target in countdown.generate(split, count, seed, operands):
+        problem = countdown.parse({"nums": nums, "target": target}, "solver")
+        for prompt in prompts:
+            if (found := solved(prompt, nums, target)) is None:
+                _skip(skipped, "no short trace")
+                break
+            yield _task_trace("countdown", problem, prompt, found[1], "solver")
+
+
+def _task_trace(task: str, problem: Problem, prompt: Prompt, completion: str, source: str) -> Trace:
+    return Trace(
+        id=problem.id,
+        messages=tuple(prompt.messages(problem)),
+        completion=completion,
+        task=task,
+        columns=problem.columns,
+        prompt=prompt.name,
+        source=source,
+    )
