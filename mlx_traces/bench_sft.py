@@ -20,7 +20,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import optim, sft
 from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching, logprobs
@@ -32,6 +31,8 @@ from mlx_traces.runtime import distributed
 from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces
 from mlx_traces.traces.solutions import countdown_traces, gsm8k_traces
+from mlx_traces.train import sft
+from mlx_traces.train.optimizer import clip, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,14 @@ def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow
 def our_epochs(model: nn.Module, rows: Sequence[Example], config: SFTConfig) -> Iterator[None]:
     """Put a new adapter on the model, then train an epoch for each item that is drawn, as ``mlx-traces sft`` does."""
     adapters.start(model, config)
-    halves, optimizer = logprobs.split(model), optim.make_optimizer(config, 1000)
+    halves, optimizer = logprobs.split(model), make_optimizer(config, 1000)
     lengths = [len(row.ids) for row in rows]
     model.train()
     epoch = 0
     while True:
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
             _, grads = sft.step_gradient(model, halves, [rows[index] for index in indices], config)
-            grads, _ = optim.clip(grads, config.max_grad_norm)
+            grads, _ = clip(grads, config.max_grad_norm)
             optimizer.update(model, grads)
             mx.eval(model.trainable_parameters(), optimizer.state)
         epoch += 1

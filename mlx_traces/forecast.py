@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import memory, rollouts, rounds, sft, training
+from mlx_traces import rollouts, rounds
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -43,6 +43,7 @@ from mlx_traces.rounds import Station
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.text import duration
 from mlx_traces.traces import encoding, files
+from mlx_traces.train import gradients, loop, memory, sft
 
 LENGTH = 0.5  # of max_tokens, where no earlier run tells how long completions are
 CORRECT = 0.5  # of the completions, where no earlier run tells; the filter keeps those
@@ -206,7 +207,7 @@ class Probe:
         ids = tuple((ids * (length // len(ids) + 1))[:length])
         batch = [Example("probe", ids, (False,) * (length - learned) + (True,) * learned)] * count
         began = perf_counter()
-        with logprobs.checkpointed(self.loaded.model.layers, config.checkpoint_layers):
+        with gradients.checkpointed(self.loaded.model.layers, config.checkpoint_layers):
             sft.step_gradient(self.loaded.model, self.halves, batch, config)
         return perf_counter() - began
 
@@ -343,7 +344,7 @@ class Outlook:
 
     def _held_out(self, config: RLConfig | SFTConfig, times: int) -> tuple[float, float, float, str]:
         """Return seconds about and at most, memory, and words, of the problems answered at validations."""
-        planned = training.held_out_plan(self.spec, config)
+        planned = loop.held_out_plan(self.spec, config)
         if planned is None:
             return 0.0, 0.0, 0.0, ""
         asked = self._asked(planned, config.evaluate)

@@ -20,16 +20,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import optim, policy, reinforcement, sharing, training
+from mlx_traces import policy, reinforcement
 from mlx_traces.config import GRPOConfig
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
+from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.reinforcement import Result
 from mlx_traces.rollouts import Group
 from mlx_traces.runtime import distributed
+from mlx_traces.train import gradients, loop
+from mlx_traces.train.gradients import checkpointed
+from mlx_traces.train.optimizer import clip, make_optimizer
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
@@ -42,9 +45,9 @@ class Learner:
 
     def __init__(self, loaded: LoadedModel, config: GRPOConfig) -> None:
         self.config, self.module, self.resamples = config, loaded.model, config.max_resamples
-        self.halves = split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
+        self.halves = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
-        self.optimizer = optim.make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
+        self.optimizer = make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update the model by a step's groups; return metrics."""
@@ -140,7 +143,7 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
         )
         return loss, sums | {"entropy": entropies.sum(), "kl_sampler": policy.kl_sampler(old, sampler, mask)}
 
-    return sharing.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
+    return gradients.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
 
 
 def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
@@ -154,7 +157,7 @@ def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Itera
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
             found[index] = values.tolist()
 
-    sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
+    gradients.each(halves, [row.example for row in own], config.micro_tokens, read)
     for row, values in zip(rows, distributed.gather(found), strict=True):
         yield row, np.array(values, np.float32)
 
@@ -192,8 +195,8 @@ def learn(
             if not batch:
                 continue
             loss, grads, more = gradient(model, halves, batch, config)
-            grads, norm = optim.clip(grads, config.max_grad_norm)
-            training.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
+            grads, norm = clip(grads, config.max_grad_norm)
+            loop.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
             optimizer.update(model, grads)
             mx.eval(model.trainable_parameters(), optimizer.state)
             losses.append(loss)

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_traces import memory
 from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig, read_config
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.memory import Estimate, Most
+from mlx_traces.train import memory
+from mlx_traces.train.memory import Estimate, Most
 
 if TYPE_CHECKING:
     from mlx_traces.models.loading import LoadedModel

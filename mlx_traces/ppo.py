@@ -28,17 +28,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import optim, policy, reinforcement, sharing, training
+from mlx_traces import policy, reinforcement
 from mlx_traces.config import PPOConfig
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
+from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.reinforcement import Result
 from mlx_traces.rollouts import Group
 from mlx_traces.runtime import distributed
+from mlx_traces.train import gradients, loop
+from mlx_traces.train.gradients import checkpointed
+from mlx_traces.train.optimizer import clip, make_optimizer, of_parts
 
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
@@ -82,15 +85,15 @@ class Learner:
                 f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}"
             )
         self.config = config
-        self.halves = split(loaded.model) if config.checkpoint_layers else sharing.split(loaded.model)
+        self.halves = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
         self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
         self.module = ActorCritic(loaded.model, self.halves)
         updates = config.epochs * config.minibatches
         critic = config.model_copy(update={"learning_rate": config.value_learning_rate})
-        self.optimizer = optim.of_parts(
+        self.optimizer = of_parts(
             {
-                "policy": optim.make_optimizer(config, (config.num_steps - warmup) * updates),
-                "value": optim.make_optimizer(critic, config.num_steps * updates),
+                "policy": make_optimizer(config, (config.num_steps - warmup) * updates),
+                "value": make_optimizer(critic, config.num_steps * updates),
             }
         )
 
@@ -155,7 +158,7 @@ def _read_all(
         for index, *both in zip(indices, *arrays, strict=True):
             found[index] = [array.tolist() for array in both]
 
-    sharing.each(halves, [row.example for row in own], config.micro_tokens, read)
+    gradients.each(halves, [row.example for row in own], config.micro_tokens, read)
     for row, arrays in zip(rows, distributed.gather(found), strict=True):
         yield row, *(np.array(values, np.float32) for values in arrays)
 
@@ -240,7 +243,7 @@ def gradient(
 
     learned = module.value if values_only else module
     examples = [row.example for row in rows]
-    loss, grads, sums = sharing.accumulate(learned, halves, examples, config.micro_tokens, loss_of)
+    loss, grads, sums = gradients.accumulate(learned, halves, examples, config.micro_tokens, loss_of)
     return loss, {"value": grads} if values_only else grads, sums
 
 
@@ -272,10 +275,10 @@ def learn(
         for at in range(min(config.minibatches, len(rows))):
             batch = weighed(order[at :: config.minibatches])
             loss, grads, more = gradient(module, halves, batch, config, step <= config.value_warmup_steps)
-            clipped = {name: optim.clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
+            clipped = {name: clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
             total = math.hypot(*(norm.item() for _, norm in clipped.values()))
             advice = f"value_learning_rate ({config.value_learning_rate:g})"
-            training.refuse_nonfinite(loss, total, step, config, advice)
+            loop.refuse_nonfinite(loss, total, step, config, advice)
             for name, (own, norm) in clipped.items():
                 parts[name].update(module, own)
                 norms[name] += norm.item()

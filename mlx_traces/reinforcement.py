@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import checkpoints, memory, rewards, rollouts, tracking, training
+from mlx_traces import rewards, rollouts
 from mlx_traces.config import RLConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError
@@ -26,6 +26,7 @@ from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
 from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.train import checkpoints, loop, memory, tracking
 
 NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
@@ -139,9 +140,9 @@ def _train(
     def validate() -> dict[str, Any]:
         if held_out is None:
             return {}
-        row, shown = training.answer(loaded, held_out)
+        row, shown = loop.answer(loaded, held_out)
         if progress.better(row["valid/accuracy"]):
-            training.keep(loaded, folder, settings, about(name, config), {"step": progress.step, **row})
+            loop.keep(loaded, folder, settings, about(name, config), {"step": progress.step, **row})
         folder.log("samples.jsonl", *({"step": progress.step, "kind": "held out", **one} for one in shown))
         return row
 
@@ -187,7 +188,7 @@ def _train(
         if stopping:
             raise Stopped(f"stopped after step {step} of {config.num_steps}")
     if progress.best is None:
-        training.keep(loaded, folder, settings, about(name, config))
+        loop.keep(loaded, folder, settings, about(name, config))
     result = _result(folder, progress, [*loaded.notes, *learner.halves.room.notes, *notes])
     folder.conclude(asdict(result))
     return result
@@ -223,16 +224,16 @@ def identity_of(
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
     return {
-        **training.identity_of(config, *NOT_IDENTITY),
+        **loop.identity_of(config, *NOT_IDENTITY),
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
-        "data_files": training.digest(config.data) if config.data and is_file(config.data) else config.data,
+        "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
         **loaded.shown(),
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         "weights": loaded.backend.weights,
         "dtype": loaded.backend.dtype,
-        **{f"reward {name}": ", ".join(f"{file.name} {training.digest(file)}" for file in own[name]) for name in own},
+        **{f"reward {name}": ", ".join(f"{file.name} {loop.digest(file)}" for file in own[name]) for name in own},
     }
 
 

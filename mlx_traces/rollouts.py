@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import policy, rewards, training
+from mlx_traces import policy, rewards
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
@@ -28,6 +28,7 @@ from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
 from mlx_traces.traces import filter
+from mlx_traces.train import loop
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ Group = list[Rollout]
 
 
 @dataclass
-class Progress(training.Progress):
+class Progress(loop.Progress):
     """Where a training is, and how many problems were drawn."""
 
     drawn: int = 0
@@ -123,7 +124,7 @@ def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
 
 def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     """Return what is trained on and what is answered at validations, no problem in both; and notes."""
-    held_out = training.held_out_plan(config.model, config)
+    held_out = loop.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
     notes = [*evaluator.split_notes(config), *(evaluator.split_notes(config.evaluate) if config.evaluate else [])]
@@ -171,7 +172,7 @@ def by_difficulty(loaded: LoadedModel, planned: Plan, config: RLConfig, file: Pa
     if (low, high) == (0, 1):
         return planned, []
     if not file.exists():
-        groups = sample(loaded, planned, planned.problems, config.probe_samples, training.step_seed(config.seed, 0))
+        groups = sample(loaded, planned, planned.problems, config.probe_samples, loop.step_seed(config.seed, 0))
         pairs = [(problem, one) for problem, group in zip(planned.problems, groups, strict=True) for one in group]
         parts = rewards.score(planned, pairs, {}, {"correct": 1.0}, config.tags)
         counts = Counter()
@@ -213,7 +214,7 @@ def collect(
         began = perf_counter()
         problems = [next(stream) for _ in range(config.prompts_per_step - len(kept))]
         first = len(groups) * config.group_size
-        seed = training.step_seed(config.seed, step)
+        seed = loop.step_seed(config.seed, step)
         completions = sample(loaded, planned, problems, config.group_size, seed, first)
         sampled = perf_counter()
         groups += scored(planned, problems, completions, functions, config)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import comparison, rewards, text, tracking, training
+from mlx_traces import comparison, rewards, text
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -44,6 +44,7 @@ from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k
 from mlx_traces.traces import files, filter, generate, score, solutions
+from mlx_traces.train import loop, tracking
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
@@ -84,7 +85,7 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)
         files = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
-        before.append([name, content, *(training.digest(file) for file in files if Path(file).is_file())])
+        before.append([name, content, *(loop.digest(file) for file in files if Path(file).is_file())])
         before[-1] += _read_by(settings) if isinstance(settings, RLConfig) else []
         digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
         out = folder / f"{config.name}-{name}-{digest}{'' if folder == runs else '.jsonl'}"
@@ -117,7 +118,7 @@ def _read_by(settings: RLConfig) -> list[str]:
     files = [_file_of(name.partition(":")[0]) for name in settings.rewards if ":" in name]
     files += [Path(settings.judge_prompt)] if settings.judge_prompt else []
     folder = settings.reference and Path(settings.reference)
-    digests = [training.digest(file) for file in files if file and file.is_file()]
+    digests = [loop.digest(file) for file in files if file and file.is_file()]
     return [*digests, *([fingerprint(folder)] if folder and folder.is_dir() else [])]
 
 
@@ -187,7 +188,7 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
 
 
 def _sft(config: SFTConfig, out: Path, show: Show) -> list[str]:
-    from mlx_traces import sft
+    from mlx_traces.train import sft
 
     with show(out.name) as advance:
         result = sft.train(config, out, resume=out.exists(), show=advance)

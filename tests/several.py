@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import mlx_traces
-from mlx_traces import config, grpo, ppo, sft
+from mlx_traces import config, grpo, ppo
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, generate, solutions
+from mlx_traces.train import sft
 
 ADAPTER = str(Path(__file__).parents[1] / "adapters/nano-epoch1")
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 32}

@@ -15,13 +15,14 @@ import pytest
 from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import grpo, sharing
+from mlx_traces import grpo
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.engine import generate
 from mlx_traces.engine.batching import Example, pad
 from mlx_traces.engine.logprobs import head_logprobs
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
+from mlx_traces.train import gradients
 
 HALVED = (
     *("llama", "phi3", "gemma", "qwen3", "qwen3_moe", "olmo2"),
@@ -222,7 +223,7 @@ def test_the_gradient_is_the_plain_one(architecture):
     shaken = [(name, array + 0.05 * mx.random.normal(array.shape)) for name, array in arrays(model)]
     model.load_weights(shaken, strict=False)
     model.train()
-    halves = sharing.split(model)
+    halves = gradients.split(model)
     assert halves.frozen_head == (halves.trunk is not model) == (architecture not in WHOLE)
     assert halves.trunk(mx.array([[1, 2]])).shape[-1] == (128 if architecture in WHOLE else 64)
 
@@ -237,7 +238,7 @@ def test_the_gradient_is_the_plain_one(architecture):
         losses = nn.losses.cross_entropy(logits.reshape(-1, logits.shape[-1])[mx.array(positions)], targets)
         return -(losses * weights).sum()
 
-    total, found, _ = sharing.accumulate(model, halves, rows, 40, ours)
+    total, found, _ = gradients.accumulate(model, halves, rows, 40, ours)
     wanted, expected = nn.value_and_grad(model, plain)()
     assert total == pytest.approx(wanted.item(), abs=1e-4)
     found = dict(tree_flatten(found))

@@ -64,10 +64,11 @@ def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
-    from mlx_traces import bench_sft, sft
+    from mlx_traces import bench_sft
     from mlx_traces.config import SFTConfig
     from mlx_traces.engine import logprobs
     from mlx_traces.engine.batching import Example
+    from mlx_traces.train import sft
 
     rows = [
         Example(str(row), tuple(range(5, 5 + length)), (False,) * 4 + (True,) * (length - 4))

@@ -12,11 +12,12 @@ from conftest import save_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from mlx_traces import cards, fusing, grpo, sft
+from mlx_traces import grpo
 from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import run
 from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.train import fuse, model_card, sft
 
 ROOT = Path(__file__).parent.parent
 # Of the hub's documentation, "Licenses": some of each family, and what people write in their place.
@@ -32,7 +33,7 @@ def accepted(path):
     """
     text = path.read_text()
     front = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
-    assert front.get("license") is None or front["license"] in cards.LICENCES
+    assert front.get("license") is None or front["license"] in model_card.LICENCES
     if front.get("license") == "other":
         assert re.fullmatch(r"[a-z0-9.+-]+", front.get("license_name", "x"))
         assert re.match("https://", front.get("license_link", "https://"))
@@ -110,12 +111,12 @@ def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     assert f"| `loss` | {last['loss']:.4g} |" in card.text
     assert str(tmp_path) not in str(card) and str(model_folder.parent) not in str(card)
     before = fingerprint(out / "adapter")
-    assert cards.rewrite(out / "adapter").read_text() == str(card)
+    assert model_card.rewrite(out / "adapter").read_text() == str(card)
     assert fingerprint(out / "adapter") == before  # evaluations know the adapter as before
     valid = sft.train(SFTConfig(**settings, valid_share=0.4, learning_rate=0.01, eval_every=1), tmp_path / "valid")
     text = (tmp_path / "valid" / "adapter" / "README.md").read_text()
     assert f"at step {valid.best_step}, the one" in text and f"| `valid/loss` | {valid.valid_loss:.4g} |" in text
-    fusing.fuse(str(model_folder), str(out / "adapter"), tmp_path / "whole")
+    fuse.fuse(str(model_folder), str(out / "adapter"), tmp_path / "whole")
     fused = accepted(tmp_path / "whole" / "README.md")
     assert "One model (16 bits" in fused.text and "adapter_path" not in fused.text and "# whole" in fused.text
 
@@ -135,15 +136,17 @@ def test_grpo_writes_its_validation_into_the_model_index(model_folder, tmp_path)
 
 def test_a_hub_model_is_the_base_and_its_data_set_is_named(tmp_path, monkeypatch):
     fronts = {"license": "apache-2.0", "language": "en", "base_model": "Qwen/Qwen2.5-0.5B-Instruct"}
-    monkeypatch.setattr(cards, "_front_matter_of", lambda name, revision: fronts)
+    monkeypatch.setattr(model_card, "_front_matter_of", lambda name, revision: fronts)
     name = "mlx-community/Qwen2.5-0.5B-Instruct-4bit"
-    card = accepted(cards.write(adapter_in(tmp_path / "a", f"{name}@main", task="gsm8k")))
+    card = accepted(model_card.write(adapter_in(tmp_path / "a", f"{name}@main", task="gsm8k")))
     assert (card.data.base_model, card.data.base_model_relation) == (name, "adapter")
     assert card.data.license == "apache-2.0" and card.data.datasets == ["openai/gsm8k"]
     assert f'load("{name}", adapter_path=' in card.text
-    other = cards.write(adapter_in(tmp_path / "b", name, task="countdown", data="Jiayi-Pan/Countdown-Tasks-3to4@main"))
+    other = model_card.write(
+        adapter_in(tmp_path / "b", name, task="countdown", data="Jiayi-Pan/Countdown-Tasks-3to4@main")
+    )
     assert accepted(other).data.datasets == ["Jiayi-Pan/Countdown-Tasks-3to4"]
-    assert accepted(cards.write(adapter_in(tmp_path / "c", name))).data.get("datasets") is None
+    assert accepted(model_card.write(adapter_in(tmp_path / "c", name))).data.get("datasets") is None
 
 
 def test_the_data_sets_of_sft_follow_from_its_files_manifests(tmp_path, monkeypatch):
@@ -153,15 +156,15 @@ def test_the_data_sets_of_sft_follow_from_its_files_manifests(tmp_path, monkeypa
         Path(f"{name}.manifest.json").write_text(json.dumps(manifest))
         Path(f"{name}.jsonl").write_text("")
     training = {"model": "mlx-community/Q-4bit", "data": "kept.jsonl"}
-    assert cards.datasets_of(training, "sft") == ["openai/gsm8k"]
+    assert model_card.datasets_of(training, "sft") == ["openai/gsm8k"]
     own = {"source": "mlx-community/Q-4bit", "config": {"data": "some/hub-set"}}
     Path("own.manifest.json").write_text(json.dumps(own))
-    assert cards.datasets_of(training, "sft") == ["some/hub-set"]
+    assert model_card.datasets_of(training, "sft") == ["some/hub-set"]
 
 
 @pytest.mark.parametrize("given", [*LISTED, *NOT_LISTED])
 def test_licences_are_the_hubs_or_other(given):
-    licence = cards._licence({"license": given, "license_link": "LICENSE"}, "org/name")
+    licence = model_card._licence({"license": given, "license_link": "LICENSE"}, "org/name")
     if given in LISTED[:-2] or given == "openrail++":
         assert licence == {"license": given}
     elif given:
@@ -179,7 +182,7 @@ def test_a_base_without_a_card_or_with_a_broken_one_has_no_licence(tmp_path):
         folder.mkdir()
         if text is not None:
             (folder / "README.md").write_text(text)
-        card = accepted(cards.write(adapter_in(tmp_path / f"a{number}", str(folder))))
+        card = accepted(model_card.write(adapter_in(tmp_path / f"a{number}", str(folder))))
         assert "license" not in card.data.to_dict() or card.data.license is None
         assert "not known here" in card.text and str(tmp_path) not in str(card)
 
@@ -197,7 +200,7 @@ def test_foreign_text_is_neither_yaml_nor_markdown_nor_a_path(tmp_path, monkeypa
         adapter=f"{home}/runs/start/adapter",
         prefill="/no_think",
     )
-    card = accepted(cards.write(folder))
+    card = accepted(model_card.write(folder))
     text = str(card)
     assert str(tmp_path) not in text and "/somewhere" not in text and "start/adapter" in text
     assert text.count("\n---\n") == 2 - 1 + text.partition("yaml\n")[2].count("\n---\n")  # only inside the settings
@@ -223,14 +226,14 @@ def test_evaluations_of_the_adapter_and_its_base_are_put_in_and_others_refused(t
     about = json.loads((runs["other"] / "run.json").read_text())
     about["identity"]["adapter_files"] = fingerprint(ROOT / "adapters" / "nano-ppo")
     (runs["other"] / "run.json").write_text(json.dumps(about))
-    card = accepted(cards.rewrite(folder, [runs["without"], runs["with"]]))
+    card = accepted(model_card.rewrite(folder, [runs["without"], runs["with"]]))
     (own,) = card.data.eval_results
     result = json.loads((runs["with"] / "result.json").read_text())
     assert own.metric_value == round(100 * result["accuracy"], 1) and own.dataset_split == "test"
     assert "none, the base model" in card.text and "| `nano-grpo` | `countdown` | `direct` |" in card.text
     assert "95 % interval [" in own.metric_name and "n = 2" in own.metric_name
     with pytest.raises(UserError, match="of another adapter"):
-        cards.rewrite(folder, [runs["other"]])
+        model_card.rewrite(folder, [runs["other"]])
     (folder / "README.md").write_text("# My own words\n")
     with pytest.raises(UserError, match="not written by mlx-traces; move it away"):
-        cards.rewrite(folder)
+        model_card.rewrite(folder)

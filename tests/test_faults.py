@@ -17,13 +17,13 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import sft
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.report import run_view, terminal
 from mlx_traces.runtime import files, provenance, run_folder
 from mlx_traces.traces import generate, score
+from mlx_traces.train import sft
 
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
 LONG = "MLX_TRACES_KILLS" in os.environ
@@ -269,7 +269,7 @@ class Killed(BaseException):
 
 def cut_off(recipe, folder, monkeypatch):
     """Run until the second checkpoint is there, and what was logged after it."""
-    from mlx_traces import checkpoints
+    from mlx_traces.train import checkpoints
 
     whole, count = checkpoints.save, []
 

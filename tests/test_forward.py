@@ -14,7 +14,6 @@ from mlx_traces.engine.batching import Example, pad
 from mlx_traces.engine.logprobs import (
     Split,
     _frozen_chunk,
-    checkpointed,
     head_logprobs,
     logsumexp,
     rows_per_chunk,
@@ -22,6 +21,7 @@ from mlx_traces.engine.logprobs import (
     token_logprobs,
 )
 from mlx_traces.models import adapters
+from mlx_traces.train.gradients import checkpointed
 
 VOCABULARY = 128
 SMALL = 5 * 4 * VOCABULARY / 2**20  # MiB of five rows of logits

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import fusing
 from mlx_traces.cli import main
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.train import fuse
 
 IDS = mx.array([[5, 9, 30, 61, 12, 77, 20, 8]])
 
@@ -48,7 +48,7 @@ def test_the_fused_model_is_the_adapted_one_up_to_rounding(tiny_folder, tmp_path
     adapter = make_adapter(tiny_folder, tmp_path / "adapter", kind)
     unfused = loading.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model(IDS)
     base = loading.load(str(tiny_folder), weights="dense", dtype="float32").model(IDS)
-    result = fusing.fuse(str(tiny_folder), str(adapter), tmp_path / "fused")
+    result = fuse.fuse(str(tiny_folder), str(adapter), tmp_path / "fused")
     assert (result.bits, result.dtype, result.loss_fused) == (16, "float16", None)
     ours = loading.load(str(tmp_path / "fused"))
     away, change = mx.abs(ours.model(IDS) - unfused).max().item(), mx.abs(base - unfused).max().item()
@@ -65,7 +65,7 @@ def test_the_fused_model_is_the_adapted_one_up_to_rounding(tiny_folder, tmp_path
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_every_weight_is_rounded_once(tiny_folder, tmp_path, kind):
     adapter = make_adapter(tiny_folder, tmp_path / "adapter", kind, ["self_attn.q_proj"])
-    fusing.fuse(f"{tiny_folder}+{adapter}", None, tmp_path / "fused")
+    fuse.fuse(f"{tiny_folder}+{adapter}", None, tmp_path / "fused")
     model = loading.load(str(tiny_folder), str(adapter), weights="dense", dtype="float32").model
     exact = {name: module.fuse() for name, module in model.named_modules() if "lora_a" in module}
     stored = mx.load(str(tmp_path / "fused" / "model.safetensors"))
@@ -94,12 +94,12 @@ def test_fewer_bits_keep_the_bases_layout_and_tell_the_change(tiny_folder, tmp_p
 
 def test_a_dense_base_is_quantized_by_groups_of_64(tmp_path, tiny_folder):
     dense = tmp_path / "dense"
-    fusing.fuse(str(tiny_folder), str(make_adapter(tiny_folder, tmp_path / "a", "lora")), dense)
+    fuse.fuse(str(tiny_folder), str(make_adapter(tiny_folder, tmp_path / "a", "lora")), dense)
     adapter = make_adapter(dense, tmp_path / "b", "lora")
-    result = fusing.fuse(str(dense), str(adapter), tmp_path / "c", 4, write_traces(tmp_path / "t.jsonl"))
+    result = fuse.fuse(str(dense), str(adapter), tmp_path / "c", 4, write_traces(tmp_path / "t.jsonl"))
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"} and result.loss_fused > 0
-    assert fusing.warning(result).startswith("4 bits round")
+    assert fuse.warning(result).startswith("4 bits round")
 
 
 def test_what_is_refused(tiny_folder, tmp_path):
@@ -115,7 +115,7 @@ def test_what_is_refused(tiny_folder, tmp_path):
     ):
         adapter_folder, *rest = arguments
         with pytest.raises(UserError, match=message):
-            fusing.fuse(str(tiny_folder), adapter_folder and str(adapter_folder), *rest)
+            fuse.fuse(str(tiny_folder), adapter_folder and str(adapter_folder), *rest)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "there"]
 
 
@@ -125,13 +125,13 @@ def test_an_adapter_that_overflows_leaves_no_folder(tiny_folder, tmp_path):
     mx.eval(weights)  # before its file is replaced
     mx.save_safetensors(str(adapter / "adapters.safetensors"), {name: 1e4 * array for name, array in weights.items()})
     with pytest.raises(UserError, match="does not fit float16"):
-        fusing.fuse(str(tiny_folder), str(adapter), tmp_path / "fused")
+        fuse.fuse(str(tiny_folder), str(adapter), tmp_path / "fused")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_layers_without_an_adapter_keep_their_quantized_weights(tiny_folder, tmp_path):
     adapter = make_adapter(tiny_folder, tmp_path / "adapter", "lora", ["self_attn.q_proj"])
-    fusing.fuse(str(tiny_folder), str(adapter), tmp_path / "fused", 4, write_traces(tmp_path / "traces.jsonl"))
+    fuse.fuse(str(tiny_folder), str(adapter), tmp_path / "fused", 4, write_traces(tmp_path / "traces.jsonl"))
     before = mx.load(str(tiny_folder / "model.safetensors"))
     after = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     assert {name for name in after if after[name].dtype == mx.float32} == set()

@@ -14,7 +14,7 @@ import pytest
 from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import checkpoints, grpo, optim, policy, ppo, reinforcement, rewards, rollouts, training
+from mlx_traces import grpo, policy, ppo, reinforcement, rewards, rollouts
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
@@ -24,6 +24,9 @@ from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.runtime import run_folder
+from mlx_traces.train import checkpoints, loop
+from mlx_traces.train import optimizer as train_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 # ---------------------------------------------------------------------------------- rewards of these tests
 
@@ -256,7 +259,7 @@ def test_the_stop_token_is_learned():
         return (logits[stop] - mx.logsumexp(logits)).item()
 
     before = logprob()
-    optimizer = optim.make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
+    optimizer = make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
     halves = logprobs.split(loaded.model)
     row = grpo.learn(loaded.model, halves, rows, optimizer, adapters.reference(loaded.model, None), 1, config)
     assert logprob() > before + 0.01 and row["optim/updates"] == 1
@@ -566,8 +569,8 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
 def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, monkeypatch):
     values = iter((0.2, 0.5, 0.5, 0.4, 0.9))
     saved = []
-    monkeypatch.setattr(training, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
-    monkeypatch.setattr(training, "keep", lambda *_: saved.append(1))
+    monkeypatch.setattr(loop, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
+    monkeypatch.setattr(loop, "keep", lambda *_: saved.append(1))
     config = GRPOConfig(**{**settings, "num_steps": 20, "patience": 2})
     result = grpo.train(config, tmp_path / "run")
     assert (result.best_step, result.accuracy, result.accuracy_before, result.steps) == (2, 0.5, 0.2, 6)
@@ -704,7 +707,7 @@ def test_a_validation_problem_is_left_out_by_its_twin_too(settings, monkeypatch)
     config = GRPOConfig(**settings)
     planned, held_out, _ = rollouts.prepare(config)
     twin = replace(held_out, problems=[replace(planned.problems[0], id=planned.problems[0].id + "#2")])
-    monkeypatch.setattr(training, "held_out_plan", lambda *_: twin)
+    monkeypatch.setattr(loop, "held_out_plan", lambda *_: twin)
     assert {p.id for p in rollouts.prepare(config)[0].problems} == {p.id for p in planned.problems[1:]}
 
 
@@ -753,7 +756,7 @@ def test_an_adapter_of_another_model(settings, tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "norm"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, where):
-    whole, clip, calls = grpo.gradient, optim.clip, []
+    whole, clip, calls = grpo.gradient, train_optimizer.clip, []
 
     def gradient(*args):
         calls.append(1)
@@ -765,7 +768,7 @@ def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, mo
         return grads, norm * float("nan") if where == "norm" and len(calls) == 3 else norm
 
     monkeypatch.setattr(grpo, "gradient", gradient)
-    monkeypatch.setattr(optim, "clip", clipped)
+    monkeypatch.setattr(train_optimizer, "clip", clipped)
     config = GRPOConfig(**settings)
     with pytest.raises(UserError, match=r"step 3: the loss is .*Lower learning_rate \(0.01\) or max_grad_norm"):
         grpo.train(config, tmp_path / "run")

@@ -20,10 +20,11 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import config, grpo, ppo, sft
+from mlx_traces import config, grpo, ppo
 from mlx_traces.evaluation import evaluator
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, solutions
+from mlx_traces.train import sft
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("MLX_TRACES_LONG") != "1", reason="takes minutes; MLX_TRACES_LONG=1 runs it"

@@ -11,13 +11,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import grpo, memory, optim, planning, ppo, sft
+from mlx_traces import grpo, planning, ppo
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.engine import logprobs as engine_logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generate import generate
-from mlx_traces.engine.logprobs import checkpointed, head_logprobs, split
+from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
@@ -25,6 +25,9 @@ from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, solutions
+from mlx_traces.train import memory, sft
+from mlx_traces.train.gradients import checkpointed
+from mlx_traces.train.optimizer import make_optimizer
 
 TOLERANCE = 0.25
 PROMPT = 16
@@ -73,7 +76,7 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
         group_size=2,
     )
     loaded = made(config, **changes)
-    halves, optimizer = split(loaded.model), optim.make_optimizer(config, 10)
+    halves, optimizer = split(loaded.model), make_optimizer(config, 10)
     optimizer.init(loaded.model.trainable_parameters())
     mx.eval(optimizer.state)
     draw = np.random.default_rng(0)

@@ -12,13 +12,15 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 from test_grpo import Killed, assert_close, assert_same_outcome, lora, made, outcome
 
-from mlx_traces import checkpoints, memory, optim, ppo
+from mlx_traces import ppo
 from mlx_traces.config import AdapterConfig, PPOConfig, build
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import checkpointed, head_logprobs, split
+from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.train import checkpoints, memory, optimizer
+from mlx_traces.train.gradients import checkpointed
 
 # ---------------------------------------------------------------------------------- a minibatch
 
@@ -547,12 +549,12 @@ def test_settings_out_of_range(name, value):
 
 @pytest.mark.parametrize("part", ["policy", "value"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, part):
-    whole, clip = ppo.learn, optim.clip
+    whole, clip = ppo.learn, optimizer.clip
 
     def broken(*args):
         if args[5] == 3:
             monkeypatch.setattr(
-                optim, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
+                optimizer, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
             )
         return whole(*args)
 

@@ -8,12 +8,13 @@ import pytest
 from conftest import make_config
 from mlx.utils import tree_flatten
 
-from mlx_traces import sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import checkpointed, split, token_logprobs
+from mlx_traces.engine.logprobs import split, token_logprobs
 from mlx_traces.models import adapters
+from mlx_traces.train import sft
+from mlx_traces.train.gradients import checkpointed
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 pytestmark = pytest.mark.reference

@@ -199,7 +199,7 @@ def test_another_content_of_a_file_of_problems_is_another_station(finished, tmp_
 
 def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch):
     """Killed in the first epoch, then run again: the adapters are those of the uninterrupted rounds."""
-    from mlx_traces import sft
+    from mlx_traces.train import sft
 
     config, real, steps = config_in(tmp_path, epoch1={**TINY["epoch1"], "save_every": 1}), sft.step_gradient, []
 

@@ -14,7 +14,6 @@ import pytest
 from conftest import CHATML, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import checkpoints, optim, sft, training
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
@@ -24,6 +23,9 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import encoding
+from mlx_traces.train import checkpoints, loop, sft
+from mlx_traces.train import optimizer as train_optimizer
+from mlx_traces.train.optimizer import clip, make_optimizer, schedule
 
 # ---------------------------------------------------------------------------------- which tokens are learned
 
@@ -381,7 +383,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_split():
 
 def test_learning_rate():
     config = OptimizerConfig(learning_rate=1.0, warmup=0.2, final_rate=0.1)
-    rate = optim.schedule(config, 21)
+    rate = schedule(config, 21)
     rates = [rate(done).item() for done in range(21)]
     np.testing.assert_allclose(rates[:6], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], atol=1e-6)
     assert rates[-1] == pytest.approx(0.1) and rates[5:] == sorted(rates[5:], reverse=True)
@@ -391,10 +393,10 @@ def test_learning_rate():
 
 def test_update_is_adamws():
     config = OptimizerConfig(learning_rate=0.1, warmup=0, final_rate=1, weight_decay=0.3, betas=(0.9, 0.98))
-    optimizer, weights = optim.make_optimizer(config, 5), {"w": mx.array([1.0, -2.0])}
+    optimizer, weights = make_optimizer(config, 5), {"w": mx.array([1.0, -2.0])}
     expected, m, v = np.array([1.0, -2.0]), 0.0, 0.0
     for step, gradient in enumerate(([1.0, 0.5], [-3.0, 0.1], [0.2, 4.0]), 1):
-        clipped, norm = optim.clip({"w": mx.array(gradient)}, 2.0)
+        clipped, norm = clip({"w": mx.array(gradient)}, 2.0)
         assert norm.item() == pytest.approx(np.linalg.norm(gradient))
         weights = optimizer.apply_gradients(clipped, weights)
         g = np.array(gradient) * min(1, 2 / np.linalg.norm(gradient))
@@ -568,7 +570,7 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
 def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
     config = SFTConfig(**{**settings, "warmup": 0.5})
     steps = sft.train(config, tmp_path / "run").steps
-    rate = optim.schedule(config, steps)
+    rate = schedule(config, steps)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row["optim/lr"] for row in rows if "optim/lr" in row]
     assert logged == pytest.approx([rate(step).item() for step in range(steps)])
@@ -643,7 +645,7 @@ def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_pat
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monkeypatch, value):
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "clip", lambda grads, norm: (grads, mx.array(value)))
+        patch.setattr(train_optimizer, "clip", lambda grads, norm: (grads, mx.array(value)))
         with pytest.raises(UserError, match=f"step 1: .* gradient's norm {value}; nothing was overwritten"):
             sft.train(SFTConfig(**settings), tmp_path / "a")
     measure, calls = sft.mean_loss, []
@@ -694,7 +696,7 @@ def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
     asked = SimpleNamespace(
         problems=[Problem(name, {"question": name}, "") for name in ("p3", "p5#2")], prompt=Prompt("own", "{question}")
     )
-    monkeypatch.setattr(training, "held_out_plan", lambda *_: asked)
+    monkeypatch.setattr(loop, "held_out_plan", lambda *_: asked)
     data = sft.prepare(loaded, config.model_copy(update={"valid_share": 0.0}))
     assert len(data.train) == 20 and not {row.id for row in data.train} & {"p3", "p3#2", "p5", "p5#2"}
 

@@ -6,13 +6,13 @@ import pytest
 from conftest import make_model
 from mlx.utils import tree_flatten
 
-from mlx_traces import sharing
 from mlx_traces.config import AdapterConfig
 from mlx_traces.engine import logprobs as engine_logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
+from mlx_traces.train import gradients
 
 
 def lora(kind="lora"):
@@ -42,7 +42,7 @@ def groups(lengths, size=3, seed=0, rest=9):
 
 
 def measured(model, rows, budget, shares):
-    halves = sharing.split(model) if shares else split(model)
+    halves = gradients.split(model) if shares else split(model)
     draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
     weights = [mx.array(draw.astype(np.float32)) for draw in draws]
 
@@ -50,7 +50,7 @@ def measured(model, rows, budget, shares):
         logprobs, entropies = head_logprobs(halves, states, targets, 0.7)
         return (logprobs * mx.concatenate([weights[i] for i in indices])).sum(), {"entropy": -entropies.sum()}
 
-    return sharing.accumulate(model, halves, rows, budget, loss_of)
+    return gradients.accumulate(model, halves, rows, budget, loss_of)
 
 
 def distance(one, other):
@@ -78,19 +78,19 @@ def test_a_prompt_that_asks_for_nothing_is_seen(monkeypatch):
     """The prompts' share of the gradient is not small: without it the comparison above fails."""
     model, rows = lora(), groups((12, 9, 14, 7))
     whole = measured(model, rows, 64, False)[1]
-    monkeypatch.setattr(sharing.Prompts, "pull_back", lambda *_: iter(()))
+    monkeypatch.setattr(gradients.Prompts, "pull_back", lambda *_: iter(()))
     assert distance(whole, measured(model, rows, 64, True)[1]) > 0.01
 
 
 def test_each_prompt_is_read_once_where_that_saves_tokens(monkeypatch):
     model, read = lora(), []
-    whole = sharing.Prompts._read
+    whole = gradients.Prompts._read
 
     def counted(self, halves, chunk):
         read.append(len(self.ids[chunk]))
         return whole(self, halves, chunk)
 
-    monkeypatch.setattr(sharing.Prompts, "_read", counted)
+    monkeypatch.setattr(gradients.Prompts, "_read", counted)
     measured(model, groups((12, 9, 14, 7)), 4096, True)
     assert read == [2, 4, 4]  # to try it out on two rows; once forward; once more for the gradient
     read.clear()
@@ -102,8 +102,8 @@ def test_states_without_a_gradient():
     model, rows = lora(), groups((12, 9, 14, 7))
     found = {}
     for shares in (False, True):
-        halves = sharing.split(model) if shares else split(model)
-        for indices, states, targets in sharing.each(halves, rows, 64, lambda *micro: micro):
+        halves = gradients.split(model) if shares else split(model)
+        for indices, states, targets in gradients.each(halves, rows, 64, lambda *micro: micro):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
                 indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
@@ -117,28 +117,28 @@ def test_states_without_a_gradient():
 
 def test_models_are_asked_whether_they_can(monkeypatch):
     model = lora()
-    assert sharing.split(model).caches == len(model.layers)
-    monkeypatch.setattr(sharing._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
-    assert not sharing.split(model).caches
+    assert gradients.split(model).caches == len(model.layers)
+    monkeypatch.setattr(gradients._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
+    assert not gradients.split(model).caches
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(dtype, monkeypatch):
     model = make_model()
     model.set_dtype(dtype)
-    states, begin = sharing.Prompts.states, sharing._Continued.__init__
+    states, begin = gradients.Prompts.states, gradients._Continued.__init__
 
     def rounded(self, *given):  # as another order of summation moves a real model's
         found, tokens = states(self, *given)
         share = 1e-3 if dtype == mx.float32 else 0.03
         return found * (1 + share * mx.random.normal(found.shape)).astype(dtype), tokens
 
-    monkeypatch.setattr(sharing.Prompts, "states", rounded)
-    assert sharing.split(model).caches == 2
+    monkeypatch.setattr(gradients.Prompts, "states", rounded)
+    assert gradients.split(model).caches == 2
     monkeypatch.setattr(
-        sharing._Continued, "__init__", lambda self, keys, *given: begin(self, mx.zeros_like(keys), *given)
+        gradients._Continued, "__init__", lambda self, keys, *given: begin(self, mx.zeros_like(keys), *given)
     )
-    assert not sharing.split(model).caches
+    assert not gradients.split(model).caches
 
 
 def failing(monkeypatch, above):
@@ -172,7 +172,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monke
 def test_what_does_not_fit_is_remembered_and_told():
     model, rows = lora(), groups((12, 9, 14, 7))
     halves = split(model)
-    read = [states.shape[0] for _, states, _ in sharing.each(halves, rows, 4096, lambda *micro: micro)]
+    read = [states.shape[0] for _, states, _ in gradients.each(halves, rows, 4096, lambda *micro: micro)]
     assert halves.room.metrics() == {} and len(read) == 1
     asked = []
 
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_remembered_and_told():
             raise RuntimeError("CUDA error: out of memory")
         return indices
 
-    found = sharing.each(halves, rows, 4096, take)
+    found = gradients.each(halves, rows, 4096, take)
     assert (
         asked[0] == len(rows)
         and len(asked) > 2
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_remembered_and_told():
     assert halves.room.notes == [
         f"out of memory (CUDA error: out of memory): micro-batches of at most {most} tokens from here on"
     ]
-    assert len(sharing.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
+    assert len(gradients.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
 
 
 def test_memory_that_does_not_hold_one_row_is_told_in_a_line(monkeypatch):

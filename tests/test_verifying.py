@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-from mlx_traces import sft, verifying
+from mlx_traces import verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
@@ -20,6 +20,7 @@ from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import files
+from mlx_traces.train import sft
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 

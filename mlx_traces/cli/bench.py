@@ -171,8 +171,9 @@ def bench_sft_command(
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import bench_sft, memory
+    from mlx_traces import bench_sft
     from mlx_traces.models import adapters
+    from mlx_traces.train import memory
 
     load = {name: getattr(config, name) for name in LoadConfig.model_fields}
     loaded = loading.load(config.model, **load)

@@ -32,9 +32,9 @@ def card_command(adapter: str, runs: tuple[str, ...]) -> None:
     """
     from pathlib import Path
 
-    from mlx_traces import cards
+    from mlx_traces.train import model_card
 
-    click.echo(f"written to {cards.rewrite(Path(adapter), [Path(run) for run in runs])}")
+    click.echo(f"written to {model_card.rewrite(Path(adapter), [Path(run) for run in runs])}")
 
 
 @click.command("push")
@@ -50,10 +50,10 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
     """
     from pathlib import Path
 
-    from mlx_traces import pushing
+    from mlx_traces.train import push
 
-    upload = pushing.prepare(Path(adapter))
-    pushing.check_name(name)
+    upload = push.prepare(Path(adapter))
+    push.check_name(name)
     sizes = upload.sizes()
     for file, size in sizes.items():
         click.echo(f"{size:>15,}  {file}")
@@ -61,7 +61,7 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
     if dry_run:
         click.echo(f"{told}, {'public' if public else 'private'}: nothing was uploaded (--dry-run)")
         return
-    address = pushing.push(upload, name, public, lambda line: click.echo(line, err=True))
+    address = push.push(upload, name, public, lambda line: click.echo(line, err=True))
     click.echo(f"{told}: {address}")
 
 

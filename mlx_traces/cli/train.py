@@ -48,7 +48,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import sft
+    from mlx_traces.train import sft
 
     with training_bar("sft") as show:
         result = sft.train(config, out, resume, show)
@@ -118,15 +118,15 @@ def fuse_command(**arguments: Any) -> None:
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import fusing
+    from mlx_traces.train import fuse
 
-    result = fusing.fuse(**arguments, progress=lambda line: click.echo(line, err=True))
+    result = fuse.fuse(**arguments, progress=lambda line: click.echo(line, err=True))
     click.echo(f"{result.path}: {result.bits} bits, {result.dtype}")
     if result.loss_fused is not None:
         base = "" if result.loss_base is None else f"base {result.loss_base:.4f}, "
         losses = f"with adapter {result.loss_unfused:.4f}, fused {result.loss_fused:.4f}"
         click.echo(f"loss on {result.tokens:,} tokens: {base}{losses} nats per token")
-    if line := fusing.warning(result):
+    if line := fuse.warning(result):
         click.echo(f"warning: {line}", err=True)
 
 

@@ -8,8 +8,7 @@ head that is not trained and a loss that is not known yet).
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -356,47 +355,3 @@ def probe(model: Callable[[mx.array], mx.array], length: int) -> tuple[int, ...]
     """Return tokens to try a model on, from all over its vocabulary."""
     vocabulary = model(mx.array([[0]])).shape[-1]  # a shape; it is never computed
     return tuple(np.random.default_rng(length).integers(0, vocabulary, length).tolist())
-
-
-@contextmanager
-def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
-    """Keep no activations inside these layers while the context lasts; the backward pass computes them again.
-
-    Only these objects change, and only until the context ends: other models of the same class are not touched.
-    """
-    before = [type(layer) for layer in layers]
-    if wanted:
-        for layer in layers:
-            layer.__class__ = _checkpointed_class(type(layer), _drops(layer))
-    try:
-        yield
-    finally:
-        for layer, kind in zip(layers, before, strict=True):
-            layer.__class__ = kind
-
-
-def _drops(layer: nn.Module) -> bool:
-    """Whether a layer has dropout."""
-    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in layer.modules())
-
-
-def _checkpointed_class(kind: type[nn.Module], drops: bool) -> type[nn.Module]:
-    """Make the subclass whose call is checkpointed, with the trainable parameters as explicit inputs."""
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Dropout has to drop the same when the layer is computed again. The stream cannot be put back to where it was,
-        # so there are three: one for the layer, and one to go on with after each of its two calls.
-        own, *after = mx.random.randint(0, 2**31 - 1, (3,)).tolist() if drops and self.training else (None,)
-
-        def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:
-            self.update(parameters)
-            if own is not None:
-                mx.random.seed(own)
-            result = kind.__call__(self, *inputs, **named)
-            if own is not None:
-                mx.random.seed(after.pop(0) if len(after) > 1 else after[0])
-            return result
-
-        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
-
-    return type(kind.__name__, (kind,), {"__call__": call})

@@ -19,6 +19,7 @@ from mlx_traces.runtime.device import Backend
 if TYPE_CHECKING:
     from mlx_traces.models.loading import LoadedModel
 
+
 # Per token: (hidden, feed-forward, attention scores); a score is one head's for one earlier token.
 KEPT = (7.0, 5.0, 1.2)  # by each layer
 WORKING = (16.0, 4.5, 1.6)  # by the layer at work, beside what it keeps

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.adapters import write_arrays
-from mlx_traces.optim import restore, state_of
 from mlx_traces.runtime.files import on_the_way, sync
+from mlx_traces.train.optimizer import restore, state_of
 
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 

@@ -17,11 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import checkpoints, memory, optim, sharing, tracking, training
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import batching, generate
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import Split, checkpointed, head_logprobs, split
+from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams, decode
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
@@ -34,7 +33,10 @@ from mlx_traces.runtime.provenance import fingerprint, provenance, settled
 from mlx_traces.runtime.run_folder import RunFolder, whole_lines
 from mlx_traces.traces import encoding, filter
 from mlx_traces.traces.files import read_traces
-from mlx_traces.training import Progress
+from mlx_traces.train import checkpoints, gradients, loop, memory, tracking
+from mlx_traces.train.gradients import checkpointed
+from mlx_traces.train.loop import Progress
+from mlx_traces.train.optimizer import clip, make_optimizer
 
 
 def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], config: SFTConfig) -> tuple[float, Any]:
@@ -49,7 +51,7 @@ def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], con
         logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, entropies=False)
         return -logprobs.sum() / total, {}
 
-    return sharing.accumulate(model, halves, batch, config.micro_tokens, loss_of)[:2]
+    return gradients.accumulate(model, halves, batch, config.micro_tokens, loss_of)[:2]
 
 
 def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> float:
@@ -60,7 +62,7 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
         logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False)
         return logprobs.sum().item()
 
-    total = -sum(sharing.each(halves, own, config.micro_tokens, read))
+    total = -sum(gradients.each(halves, own, config.micro_tokens, read))
     return sum(distributed.gather([total])) / sum(example.count for example in rows)
 
 
@@ -80,7 +82,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     Traces of the problems that are answered at validation are left out of the training, with a note.
     """
     how = config.max_length, config.over_long, config.thinking
-    plan = training.held_out_plan(config.model, config)
+    plan = loop.held_out_plan(config.model, config)
     same = filter.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
     left_out = 0
 
@@ -200,7 +202,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
         },
     )
 
-    optimizer = optim.make_optimizer(config, steps)
+    optimizer = make_optimizer(config, steps)
     progress, checkpoint = Progress(), folder.path / "checkpoint.safetensors"
     if checkpoint.exists():
         progress = Progress(**checkpoints.load(checkpoint, loaded.model, optimizer))
@@ -216,7 +218,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
                 f"Lower learning_rate ({config.learning_rate:g})"
             )
         if row and progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
-            training.keep(loaded, folder, settings, about(config), {"step": progress.step, **row})
+            loop.keep(loaded, folder, settings, about(config), {"step": progress.step, **row})
         folder.log("samples.jsonl", *({"step": progress.step, **sample} for sample in shown))
         return row
 
@@ -235,13 +237,13 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
         for step, batch in islice(_steps(data.train, lengths, config), progress.step, None):
             if config.patience and progress.waited >= config.patience:
                 break
-            mx.random.seed(training.step_seed(config.seed, step))  # dropout
+            mx.random.seed(loop.step_seed(config.seed, step))  # dropout
             loaded.model.train()
             began = perf_counter()
             loss, grads = step_gradient(loaded.model, halves, batch, config)
-            grads, norm = optim.clip(grads, config.max_grad_norm)
+            grads, norm = clip(grads, config.max_grad_norm)
             ids = ", ".join(sorted({example.id for example in batch}))
-            training.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
+            loop.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
             optimizer.update(loaded.model, grads)
             mx.eval(loaded.model.trainable_parameters(), optimizer.state)
             progress.step, progress.seconds = step, perf_counter() - start
@@ -265,7 +267,7 @@ def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show:
             if stopping:
                 raise Stopped(f"stopped after step {step} of {steps}")
     if progress.best is None:
-        training.keep(loaded, folder, settings, about(config))
+        loop.keep(loaded, folder, settings, about(config))
     batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]
     notes = [*loaded.notes, *halves.room.notes, *data.notes]
     result = _result(folder, progress, batching.padding_share(batches, lengths), notes)
@@ -298,11 +300,11 @@ def validation(
     if data.valid:
         row["valid/loss"] = mean_loss(halves, data.valid, config)
     if data.held_out:
-        answers, shown = training.answer(loaded, data.held_out)
+        answers, shown = loop.answer(loaded, data.held_out)
         row |= answers
     elif data.valid:
         with_room = (row for row in data.valid if _room(loaded, row) > 0)
-        shown = continued(loaded, list(islice(with_room, training.SHOWN)))
+        shown = continued(loaded, list(islice(with_room, loop.SHOWN)))
     return row, shown
 
 
@@ -324,7 +326,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     shown: list[dict[str, Any]] = [{}] * len(asked)
     with adapters.merged(loaded.model):
         requests = [Request(row.ids[:start]) for row, start in asked]
-        for index, rollout in generate.generate(loaded, requests, params, rows=training.SHOWN):
+        for index, rollout in generate.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]
             shown[index] = {
                 "id": row.id,
@@ -338,12 +340,12 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
 def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content."""
     digests = {
-        name: training.digest(file)
+        name: loop.digest(file)
         for name, file in (("data_files", config.data), ("valid_files", config.valid))
         if file is not None
     }
     return {
-        **training.identity_of(config, "data", "valid"),
+        **loop.identity_of(config, "data", "valid"),
         # Before, traces of one problem that its file has twice could be on both sides.
         **({"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}),
         **digests,

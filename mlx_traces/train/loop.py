@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import cards
 from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.train import model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
 # Settings that a run may go on with others of: they decide where it runs and what is told, or how a step is parted,
@@ -92,7 +92,7 @@ def keep(
         row: the line of metrics of the validation that chose it; default: the run's last line tells.
     """
     adapters.save(loaded.model, folder.path / "adapter", settings, about)
-    cards.write(folder.path / "adapter", row and [row], cards.base_of(loaded.name, loaded.path))
+    model_card.write(folder.path / "adapter", row and [row], model_card.base_of(loaded.name, loaded.path))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -9,6 +9,7 @@ keys and values and their gradient.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import optim
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
 from mlx_traces.runtime import distributed
+from mlx_traces.train import optimizer
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
 
@@ -103,7 +104,7 @@ def _accumulate(
         value_and_grad = nn.value_and_grad(model, whole)
         for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
             (part, more), grad = value_and_grad(indices)
-            grads = optim.add(grads, grad)
+            grads = optimizer.add(grads, grad)
             mx.eval(part, more, grads)
             loss += part.item()
             sums.update(_items(more))
@@ -117,12 +118,12 @@ def _accumulate(
     value_and_grads = mx.value_and_grad(continued, argnums=(0, 1))
     for indices in _micro_batches(prompts.rest, micro_tokens):
         (part, more), (grad, pulls) = value_and_grads(model.trainable_parameters(), memory, indices)
-        grads, asked = optim.add(grads, grad), optim.add(asked, pulls)
+        grads, asked = optimizer.add(grads, grad), optimizer.add(asked, pulls)
         mx.eval(part, more, grads, asked)
         loss += part.item()
         sums.update(_items(more))
     for grad in prompts.pull_back(model, halves, asked, micro_tokens):
-        grads = optim.add(grads, grad)
+        grads = optimizer.add(grads, grad)
         mx.eval(grads)
     return loss, grads, sums
 
@@ -295,3 +296,47 @@ def _pairs(memory: Arrays) -> Iterator[tuple[mx.array, mx.array]]:
 
 def _items(sums: dict[str, mx.array]) -> dict[str, float]:
     return {name: value.item() for name, value in sums.items()}
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
+    """Keep no activations inside these layers while the context lasts; the backward pass computes them again.
+
+    Only these objects change, and only until the context ends: other models of the same class are not touched.
+    """
+    before = [type(layer) for layer in layers]
+    if wanted:
+        for layer in layers:
+            layer.__class__ = _checkpointed_class(type(layer), _drops(layer))
+    try:
+        yield
+    finally:
+        for layer, kind in zip(layers, before, strict=True):
+            layer.__class__ = kind
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer has dropout."""
+    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in layer.modules())
+
+
+def _checkpointed_class(kind: type[nn.Module], drops: bool) -> type[nn.Module]:
+    """Make the subclass whose call is checkpointed, with the trainable parameters as explicit inputs."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Dropout has to drop the same when the layer is computed again. The stream cannot be put back to where it was,
+        # so there are three: one for the layer, and one to go on with after each of its two calls.
+        own, *after = mx.random.randint(0, 2**31 - 1, (3,)).tolist() if drops and self.training else (None,)
+
+        def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:
+            self.update(parameters)
+            if own is not None:
+                mx.random.seed(own)
+            result = kind.__call__(self, *inputs, **named)
+            if own is not None:
+                mx.random.seed(after.pop(0) if len(after) > 1 else after[0])
+            return result
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call})

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import cards
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import adapters
 from mlx_traces.models.names import check
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.fingerprints import MODEL_FILES
+from mlx_traces.train import model_card
 
 SETTINGS = (adapters.CONFIG, "fused.json")  # of our making: they name files of this machine
 
@@ -44,14 +44,14 @@ def prepare(folder: Path) -> Upload:
         folder = folder / "adapter"
     if (folder / "config.json").exists() and not (folder / adapters.CONFIG).exists():
         check(str(folder))
-        found = {path for pattern in (*MODEL_FILES, "*.py", cards.CARD) for path in folder.glob(pattern)}
+        found = {path for pattern in (*MODEL_FILES, "*.py", model_card.CARD) for path in folder.glob(pattern)}
         names = sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
         return Upload("model", {name: _content(folder / name) for name in names})
     adapters.read_config(folder)
-    if not (folder / cards.CARD).exists():
-        raise UserError(f"{folder}: no {cards.CARD} to go with it; write one with: mlx-traces card {folder}")
+    if not (folder / model_card.CARD).exists():
+        raise UserError(f"{folder}: no {model_card.CARD} to go with it; write one with: mlx-traces card {folder}")
     return Upload(
-        "adapter", {name: _content(folder / name) for name in (cards.CARD, adapters.CONFIG, adapters.WEIGHTS)}
+        "adapter", {name: _content(folder / name) for name in (model_card.CARD, adapters.CONFIG, adapters.WEIGHTS)}
     )
 
 
@@ -59,7 +59,7 @@ def _content(file: Path) -> Path | bytes:
     if file.name not in SETTINGS:
         return file
     try:
-        return to_json(cards.shown(json.loads(file.read_text(encoding="utf-8")))).encode()
+        return to_json(model_card.shown(json.loads(file.read_text(encoding="utf-8")))).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({first_line(error)}); make it anew, or remove it") from None
 

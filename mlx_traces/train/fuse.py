@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces import cards, sft
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError, choices, first_line
@@ -23,6 +22,7 @@ from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces, source_of
+from mlx_traces.train import model_card, sft
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 
@@ -111,7 +111,7 @@ def fuse(
         about["data"] = source_of(data) if data else None
         (scratch / "fused.json").write_text(to_json(about), encoding="utf-8")
         weights, own = (scratch, f"{bits} bits, {dtype}"), Path(adapter).expanduser()
-        cards.write(own, base=cards.base_of(name), fused=weights, title=cards.title_of(out))
+        model_card.write(own, base=model_card.base_of(name), fused=weights, title=model_card.title_of(out))
         put_in_place(scratch, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
