@@ -31,7 +31,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces import grpo, ppo, rewards, rollouts
 from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.errors import UserError, unknown
@@ -39,7 +38,8 @@ from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem
-from mlx_traces.reinforcement import Learner
+from mlx_traces.rl import grpo, ppo, rewards, rollouts
+from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import distributed
 from mlx_traces.train import memory
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from mlx_traces import rollouts, rounds
+from mlx_traces import rounds
 from mlx_traces.config import (
     CompareConfig,
     EvalConfig,
@@ -39,6 +39,7 @@ from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
+from mlx_traces.rl import rollouts
 from mlx_traces.rounds import Station
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.text import duration

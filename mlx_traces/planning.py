@@ -135,7 +135,7 @@ def _refuse_absent(model: str) -> None:
 
 
 def _longest_prompt(loaded: "LoadedModel", config: RLConfig) -> tuple[int, str]:
-    from mlx_traces import rollouts
+    from mlx_traces.rl import rollouts
 
     few = math.ceil(PROBED / config.prompts_per_step)
     planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": min(config.num_steps, few)}))

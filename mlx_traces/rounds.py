@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import comparison, rewards, text
+from mlx_traces import comparison, text
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -39,6 +39,7 @@ from mlx_traces.models import adapters, names
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.report import page
+from mlx_traces.rl import rewards
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
@@ -210,7 +211,7 @@ def _generate(config: GenerateConfig, out: Path, show: Show) -> list[str]:
 
 
 def _reinforce(config: RLConfig, out: Path, show: Show) -> list[str]:
-    from mlx_traces import grpo, ppo
+    from mlx_traces.rl import grpo, ppo
 
     train = ppo.train if isinstance(config, PPOConfig) else grpo.train
     with show(out.name) as advance:
@@ -316,7 +317,7 @@ def _learned(station: Station, task: Task) -> list[Problem] | list[Trace]:
     """Return what a station's problems are, or will be: those in its file of traces, if that is there."""
     recipe = station.recipe
     if isinstance(recipe, RLConfig):
-        from mlx_traces import rollouts
+        from mlx_traces.rl import rollouts
 
         return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems  # which may not be there yet
     if station.finished and station.out.exists():

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import mlx_traces
-from mlx_traces import config, grpo, ppo
+from mlx_traces import config
+from mlx_traces.rl import grpo, ppo
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks import countdown

@@ -15,13 +15,13 @@ import pytest
 from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import grpo
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.engine import generate
 from mlx_traces.engine.batching import Example, pad
 from mlx_traces.engine.logprobs import head_logprobs
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
+from mlx_traces.rl import grpo
 from mlx_traces.train import gradients
 
 HALVED = (

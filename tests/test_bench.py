@@ -165,8 +165,9 @@ def test_a_ppo_step_of_the_bench_moves_policy_and_values_and_not_the_model(tiny)
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces import bench_grpo, rollouts
+    from mlx_traces import bench_grpo
     from mlx_traces.config import PPOConfig
+    from mlx_traces.rl import rollouts
 
     before = tree_flatten(tiny.model.parameters())
     config = PPOConfig(prompts_per_step=1, group_size=2, max_tokens=8, value_warmup_steps=3, num_steps=9)

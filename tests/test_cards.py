@@ -12,10 +12,10 @@ from conftest import save_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from mlx_traces import grpo
 from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import run
+from mlx_traces.rl import grpo
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.train import fuse, model_card, sft
 

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from test_curves import write_training
 from test_webpage import write_evaluation
 
-from mlx_traces import rewards
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError, unknown
@@ -33,6 +32,7 @@ from mlx_traces.models import adapters
 from mlx_traces.readers import is_file, parse_row
 from mlx_traces.report import run_view, tables
 from mlx_traces.report.page import Page, evaluated, write
+from mlx_traces.rl import rewards
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks import gsm8k, qa
 from mlx_traces.tasks.data import split_slice

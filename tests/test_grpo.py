@@ -14,7 +14,6 @@ import pytest
 from conftest import make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import grpo, policy, ppo, reinforcement, rewards, rollouts
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
@@ -23,6 +22,7 @@ from mlx_traces.evaluation import completion, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
+from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.runtime import run_folder
 from mlx_traces.train import checkpoints, loop
 from mlx_traces.train import optimizer as train_optimizer
@@ -134,7 +134,7 @@ def assert_close(a, b, tolerance=1e-5):
         ("dapo", False, 0.3, True),
         ("dapo", True, 0.3, True),
         ("gspo", True, 0.3, True),
-        *((kind, True, 0.0, False) for kind in policy.KINDS if kind != "dapo"),
+        *((kind, True, 0.0, False) for kind in losses.KINDS if kind != "dapo"),
     ],
 )
 def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased):
@@ -165,7 +165,7 @@ def test_split_order_and_padding_change_nothing():
 
 
 def test_rows_without_advantage_can_be_left_out():
-    for kind in policy.KINDS:
+    for kind in losses.KINDS:
         config = settings_of(loss=kind)
         model, rows = lora(), some_rows(config, off_policy=True)
         useful = grpo.weighed(rows, config)
@@ -314,7 +314,7 @@ def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
 
 def test_the_reference_is_the_adapter_that_training_starts_from_unless_it_is_named():
     def reference_of(begun=None, **changes):
-        return reinforcement.with_reference(GRPOConfig(**{"kl_coef": 0.1, **changes}), begun or {}).reference
+        return trainer.with_reference(GRPOConfig(**{"kl_coef": 0.1, **changes}), begun or {}).reference
 
     assert reference_of() is reference_of(reference="base") is None  # without an adapter
     assert reference_of(reference="other") == reference_of(adapter="start", reference="other") == "other"

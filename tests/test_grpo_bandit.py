@@ -15,13 +15,13 @@ import pytest
 from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
-from mlx_traces import grpo, rollouts
 from mlx_traces.config import AdapterConfig, GRPOConfig
 from mlx_traces.engine import generate, logprobs
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation import completion
 from mlx_traces.models import adapters
 from mlx_traces.records import Problem
+from mlx_traces.rl import grpo, rollouts
 
 STOP = 3
 TEMPERATURE = 0.6

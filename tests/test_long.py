@@ -20,8 +20,9 @@ import mlx.core as mx
 import pytest
 
 import mlx_traces
-from mlx_traces import config, grpo, ppo
+from mlx_traces import config
 from mlx_traces.evaluation import evaluator
+from mlx_traces.rl import grpo, ppo
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, solutions
 from mlx_traces.train import sft

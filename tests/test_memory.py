@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import grpo, planning, ppo
+from mlx_traces import planning
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.engine import logprobs as engine_logprobs
@@ -21,6 +21,7 @@ from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.rl import grpo, ppo
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks import countdown

@@ -6,8 +6,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_traces import policy
 from mlx_traces.errors import UserError
+from mlx_traces.rl.losses import (
+    KINDS,
+    SCALES,
+    explained_variance,
+    gae,
+    group_advantages,
+    kl_k3,
+    kl_sampler,
+    overlong_penalty,
+    policy_loss,
+    reinforce_advantages,
+    rloo_advantages,
+    sampler_weights,
+    token_weights,
+    value_loss,
+    whiten,
+)
 
 LENGTHS = (7, 3, 5, 1, 6, 4)
 CUT = 4  # the row that was truncated and is masked out
@@ -45,7 +61,7 @@ class Batch:
 
 
 def weights_of(batch, kind, **options):
-    return policy.token_weights(mx.array(batch.mask), kind, max_tokens=9, **options)
+    return token_weights(mx.array(batch.mask), kind, max_tokens=9, **options)
 
 
 def loss_of(batch, kind, weights=None, new=None, **options):
@@ -58,7 +74,7 @@ def loss_of(batch, kind, weights=None, new=None, **options):
             options[name] = mx.array(array, mx.float32)
     weights = weights_of(batch, kind) if weights is None else weights
     options = {"clip_eps": LOW, "clip_eps_high": HIGH, **options}
-    return policy.policy_loss(*arrays, mx.array(batch.mask), weights, kind=kind, **options)
+    return policy_loss(*arrays, mx.array(batch.mask), weights, kind=kind, **options)
 
 
 def gradient_of(batch, kind, weights=None, **options):
@@ -118,7 +134,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", policy.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_loss_and_gradient_are_the_formula_token_by_token(kind, variant):
     batch = Batch()
@@ -135,7 +151,7 @@ def test_loss_and_gradient_are_the_formula_token_by_token(kind, variant):
     np.testing.assert_allclose(gradient_of(batch, kind, **options), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", policy.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_stands_in_the_padding_is_never_read(kind):
     clean = Batch(poison=0)
     for poison in (1e4, math.inf, math.nan):
@@ -152,7 +168,7 @@ def test_what_stands_in_the_padding_is_never_read(kind):
         assert (gradients[1][~dirty.mask] == 0).all()
 
 
-@pytest.mark.parametrize("kind", policy.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 2, 3), (1,) * 6])
 def test_micro_batches_add_up_to_the_step(kind, sizes):
     batch = Batch()
@@ -174,7 +190,7 @@ def test_micro_batches_add_up_to_the_step(kind, sizes):
     assert sums == pytest.approx({name: float(value) for name, value in metrics.items()}, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", policy.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_row_order_and_padding_do_not_matter(kind):
     batch, order = Batch(), [4, 2, 5, 0, 3, 1]
     turned = batch.take(order, width=12)
@@ -187,19 +203,19 @@ def test_row_order_and_padding_do_not_matter(kind):
 def test_swapping_the_two_rewards_of_a_group_flips_the_update():
     batch = Batch()
     batch.new = batch.old.copy()
-    for kind in policy.KINDS:
+    for kind in KINDS:
         gradients = []
         for rewards in ([[1.0, 0.0]], [[0.0, 1.0]]):
-            batch.advantages = np.array(policy.group_advantages(mx.array(rewards * 3))).reshape(-1)
+            batch.advantages = np.array(group_advantages(mx.array(rewards * 3))).reshape(-1)
             gradients.append(gradient_of(batch, kind))
         np.testing.assert_allclose(gradients[0], -gradients[1], atol=1e-7)
         assert np.abs(gradients[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", policy.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_rewards_give_no_gradient_at_all(kind):
     batch = Batch()
-    batch.advantages = np.array(policy.group_advantages(mx.full((2, 3), 0.1))).reshape(-1)
+    batch.advantages = np.array(group_advantages(mx.full((2, 3), 0.1))).reshape(-1)
     assert (gradient_of(batch, kind) == 0).all()
 
 
@@ -214,7 +230,7 @@ def test_the_first_update_has_the_whole_gradient():
 
 def test_kinds_differ_where_their_definitions_do():
     batch = Batch()
-    losses = {kind: float(loss_of(batch, kind)[0]) for kind in policy.KINDS}
+    losses = {kind: float(loss_of(batch, kind)[0]) for kind in KINDS}
     ordered = sorted(losses.values())
     assert min(np.diff(ordered)) > 1e-3
     even = batch.take([1, 1, 1])
@@ -232,11 +248,11 @@ def test_weights_by_hand():
         "cispo": [1 / 6, 1 / 6, 0, 1 / 6],
         "reinforce": [1 / 4, 1 / 4, 0, 1 / 4],
     }
-    assert set(expected) == set(policy.KINDS)
+    assert set(expected) == set(KINDS)
     for kind, rows in expected.items():
-        weights = policy.token_weights(mask, kind, max_tokens=5)
+        weights = token_weights(mask, kind, max_tokens=5)
         np.testing.assert_allclose(weights, np.array(rows)[:, None] * np.array(mask), atol=1e-7)
-        nothing = policy.token_weights(mx.zeros((2, 3)), kind, max_tokens=5)
+        nothing = token_weights(mx.zeros((2, 3)), kind, max_tokens=5)
         assert (np.array(nothing) == 0).all()
 
 
@@ -280,26 +296,26 @@ def test_metrics_of_gspo_are_counted_row_by_row():
 
 def test_kl_is_zero_with_zero_gradient_at_the_reference():
     logprobs = mx.array(np.random.default_rng(0).uniform(-20, 0, 50).astype(np.float32))
-    assert (np.array(policy.kl_k3(logprobs, logprobs)) == 0).all()
-    assert (np.array(mx.grad(lambda x: policy.kl_k3(x, logprobs).sum())(logprobs)) == 0).all()
+    assert (np.array(kl_k3(logprobs, logprobs)) == 0).all()
+    assert (np.array(mx.grad(lambda x: kl_k3(x, logprobs).sum())(logprobs)) == 0).all()
 
 
 def test_kl_is_the_formula_and_unbiased():
     random = np.random.default_rng(1)
     new, ref = random.uniform(-5, 0, 100), random.uniform(-5, 0, 100)
     expected = np.exp(ref - new) - 1 - (ref - new)
-    np.testing.assert_allclose(policy.kl_k3(mx.array(new), mx.array(ref)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(kl_k3(mx.array(new), mx.array(ref)), expected, rtol=1e-5, atol=1e-6)
     close = new + 1e-3 * random.normal(size=100)
     seen = np.float32(close).astype(float) - np.float32(new)
-    near = np.array(policy.kl_k3(mx.array(new), mx.array(close)))
+    near = np.array(kl_k3(mx.array(new), mx.array(close)))
     np.testing.assert_allclose(near, np.expm1(seen) - seen, atol=1e-9)
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
-    mean = (p * np.array(policy.kl_k3(mx.array(np.log(p)), mx.array(np.log(q))))).sum()
+    mean = (p * np.array(kl_k3(mx.array(np.log(p)), mx.array(np.log(q))))).sum()
     assert mean == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
 
 
 def test_far_ratios_stay_finite_for_either_sign():
-    for kind in policy.KINDS:
+    for kind in KINDS:
         for gap in (-500.0, 500.0):
             batch = Batch()
             batch.new = batch.old + gap
@@ -324,10 +340,10 @@ def test_only_the_policys_own_log_probabilities_get_a_gradient():
     def loss(old, ref, importance, kind):
         new, advantages = mx.array(batch.new, mx.float32), mx.array(batch.advantages, mx.float32)
         options = {"ref_logprobs": ref, "importance": importance, "kl_coef": 0.1, "unbiased_kl": True}
-        return policy.policy_loss(new, old, advantages, mask, weights, kind=kind, **options)[0]
+        return policy_loss(new, old, advantages, mask, weights, kind=kind, **options)[0]
 
     arrays = [mx.array(a, mx.float32) for a in (batch.old, batch.ref, batch.importance)]
-    for kind in policy.KINDS:
+    for kind in KINDS:
         for gradient in mx.grad(loss, argnums=(0, 1, 2))(*arrays, kind):
             assert (np.array(gradient) == 0).all()
 
@@ -335,7 +351,7 @@ def test_only_the_policys_own_log_probabilities_get_a_gradient():
 def test_group_advantages():
     rewards = np.array([[1.0, 0.0, 0.5, 2.0], [0.1, 0.1, 0.1, 0.1], [100.0, 101.0, 100.5, 99.0]])
     assert np.ptp(rewards[1]) == 0
-    for scale in policy.SCALES:
+    for scale in SCALES:
         expected = np.zeros(rewards.shape)
         for i, group in enumerate(rewards):
             sample = {"std": group, "batch": rewards.reshape(-1), "none": None}[scale]
@@ -345,7 +361,7 @@ def test_group_advantages():
                 spread = math.sqrt(sum((r - mean) ** 2 for r in sample) / (len(sample) - 1)) + 1e-4
             for j, reward in enumerate(group):
                 expected[i, j] = (reward - sum(group) / 4) / spread
-        found = np.array(policy.group_advantages(mx.array(rewards), scale))
+        found = np.array(group_advantages(mx.array(rewards), scale))
         np.testing.assert_allclose(found, expected, atol=2e-5)
         assert (found[1] == 0).all()
 
@@ -354,45 +370,45 @@ def test_equal_groups_are_exactly_zero_whatever_their_reward():
     for value in np.random.default_rng(0).normal(0, 10, 50).astype(np.float32):
         for size in (2, 3, 5, 7):
             rewards = mx.full((1, size), float(value))
-            for advantages in (policy.group_advantages(rewards), policy.rloo_advantages(rewards)):
+            for advantages in (group_advantages(rewards), rloo_advantages(rewards)):
                 assert (np.array(advantages) == 0).all()
 
 
 def test_rloo_and_reinforce_advantages():
     rewards = np.random.default_rng(2).normal(size=(3, 4))
     expected = [[r - (sum(group) - r) / 3 for r in group] for group in rewards]
-    np.testing.assert_allclose(policy.rloo_advantages(mx.array(rewards)), expected, atol=1e-6)
-    np.testing.assert_allclose(policy.reinforce_advantages(mx.array(rewards)), rewards - rewards.mean(), atol=1e-6)
-    np.testing.assert_allclose(policy.reinforce_advantages(mx.array(rewards), False), rewards, atol=1e-6)
+    np.testing.assert_allclose(rloo_advantages(mx.array(rewards)), expected, atol=1e-6)
+    np.testing.assert_allclose(reinforce_advantages(mx.array(rewards)), rewards - rewards.mean(), atol=1e-6)
+    np.testing.assert_allclose(reinforce_advantages(mx.array(rewards), False), rewards, atol=1e-6)
 
 
 def test_what_is_refused():
     for rewards in (mx.zeros((3, 1)), mx.zeros((4,))):
-        for advantages in (policy.group_advantages, policy.rloo_advantages):
+        for advantages in (group_advantages, rloo_advantages):
             with pytest.raises(ValueError, match="at least 2"):
                 advantages(rewards)
     batch = Batch()
     mask = mx.array(batch.mask)
     with pytest.raises(UserError, match="choose std"):
-        policy.group_advantages(mx.zeros((1, 2)), "group")
+        group_advantages(mx.zeros((1, 2)), "group")
     with pytest.raises(UserError, match="did you mean 'grpo'"):
-        policy.token_weights(mask, "gropo")
+        token_weights(mask, "gropo")
     with pytest.raises(UserError, match="unknown loss"):
         loss_of(batch, "ppo", weights_of(batch, "dapo"))
     with pytest.raises(UserError, match="token or sequence"):
-        policy.sampler_weights(mask, mask, mask, level="row")
+        sampler_weights(mask, mask, mask, level="row")
     with pytest.raises(ValueError, match="max_tokens"):
-        policy.token_weights(mask, "dr_grpo")
+        token_weights(mask, "dr_grpo")
     with pytest.raises(ValueError, match="ref_logprobs"):
         loss_of(batch, "grpo", kl_coef=0.1)
     with pytest.raises(ValueError, match="does not fit"):
-        policy.overlong_penalty(mx.array([1]), 10, 11)
+        overlong_penalty(mx.array([1]), 10, 11)
 
 
 def test_overlong_penalty():
     lengths = mx.array([0, 15, 16, 18, 20, 21, 500])
-    assert policy.overlong_penalty(lengths, 20, 4).tolist() == [0, 0, 0, -0.5, -1, -1, -1]
-    assert policy.overlong_penalty(lengths, 20, 0).tolist() == [0, 0, 0, 0, 0, -1, -1]
+    assert overlong_penalty(lengths, 20, 4).tolist() == [0, 0, 0, -0.5, -1, -1, -1]
+    assert overlong_penalty(lengths, 20, 0).tolist() == [0, 0, 0, 0, 0, -1, -1]
 
 
 def test_sampler_weights():
@@ -401,7 +417,7 @@ def test_sampler_weights():
     cap, seen = 1.2, set()
     for level in ("token", "sequence"):
         for drop in (False, True):
-            found = np.array(policy.sampler_weights(trainer, sampler, mask, cap=cap, level=level, drop=drop))
+            found = np.array(sampler_weights(trainer, sampler, mask, cap=cap, level=level, drop=drop))
             for i, t in np.ndindex(*batch.mask.shape):
                 gaps = [batch.new[i, u] - batch.old[i, u] for u in range(7) if batch.mask[i, u]]
                 expected = math.exp(sum(gaps) if level == "sequence" else 0)
@@ -413,7 +429,7 @@ def test_sampler_weights():
                 assert found[i, t] == pytest.approx(expected if batch.mask[i, t] else 0, rel=1e-5)
     assert len(seen) == 8
     kept = (batch.new - batch.old)[batch.mask]
-    found = policy.kl_sampler(trainer, sampler, mask)
+    found = kl_sampler(trainer, sampler, mask)
     assert float(found) == pytest.approx((np.exp(kept) - 1 - kept).sum(), rel=1e-5)
 
 
@@ -422,7 +438,7 @@ def test_gae_is_the_discounted_sum_of_errors(gamma, lam):
     random, batch = np.random.default_rng(5), Batch()
     rewards, values = random.normal(size=(2, 6, 7))
     poisoned = [np.where(batch.mask, array, np.nan) for array in (rewards, values)]
-    advantages, returns = policy.gae(*map(mx.array, poisoned), mx.array(batch.mask), gamma=gamma, lam=lam)
+    advantages, returns = gae(*map(mx.array, poisoned), mx.array(batch.mask), gamma=gamma, lam=lam)
     expected = np.zeros((6, 7))
     for i in range(6):
         tokens = np.flatnonzero(batch.mask[i])
@@ -444,11 +460,11 @@ def test_whiten():
     poisoned = mx.array(np.where(batch.mask, x, np.inf))
     expected = np.where(batch.mask, (x - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), 0)
     mask = mx.array(batch.mask)
-    np.testing.assert_allclose(policy.whiten(poisoned, mask), expected, atol=1e-5)
+    np.testing.assert_allclose(whiten(poisoned, mask), expected, atol=1e-5)
     expected = np.where(batch.mask, expected + kept.mean(), 0)
-    np.testing.assert_allclose(policy.whiten(poisoned, mask, shift=False), expected, atol=1e-5)
-    assert (np.array(policy.whiten(mx.array([2.0, 5.0]), mx.array([True, False]))) == 0).all()
-    assert (np.array(policy.whiten(mx.full((4,), 2.0), mx.ones((4,)))) == 0).all()
+    np.testing.assert_allclose(whiten(poisoned, mask, shift=False), expected, atol=1e-5)
+    assert (np.array(whiten(mx.array([2.0, 5.0]), mx.array([True, False]))) == 0).all()
+    assert (np.array(whiten(mx.full((4,), 2.0), mx.ones((4,)))) == 0).all()
 
 
 def test_value_loss_and_its_gradient():
@@ -469,11 +485,11 @@ def test_value_loss_and_its_gradient():
         expected[i, t] = (token(values[i, t] + 1e-6, i, t) - token(values[i, t] - 1e-6, i, t)) / 2e-6
     assert 3 < clipped < len(cells) - 3
     poisoned = [mx.array(np.where(batch.mask, array, 1e4)) for array in (values, old, returns)]
-    loss, metrics = policy.value_loss(*poisoned, mask, weights)
+    loss, metrics = value_loss(*poisoned, mask, weights)
     assert float(loss) == pytest.approx(sum(token(values[i, t], i, t) for i, t in cells), rel=1e-5)
     assert float(metrics["value_clip"]) == clipped and float(metrics["tokens"]) == len(cells)
     assert float(metrics["value_error"]) == pytest.approx(np.square(values - returns)[batch.mask].sum(), rel=1e-5)
-    gradient = mx.grad(lambda v: policy.value_loss(v, *poisoned[1:], mask, weights)[0])(poisoned[0])
+    gradient = mx.grad(lambda v: value_loss(v, *poisoned[1:], mask, weights)[0])(poisoned[0])
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
@@ -483,9 +499,9 @@ def test_explained_variance():
     mask = mx.array(batch.mask)
     poisoned = [mx.array(np.where(batch.mask, array, np.nan)) for array in (values, returns)]
     expected = 1 - np.var((returns - values)[batch.mask]) / np.var(returns[batch.mask])
-    assert float(policy.explained_variance(*poisoned, mask)) == pytest.approx(expected, rel=1e-5)
-    assert float(policy.explained_variance(poisoned[1] + 3, poisoned[1], mask)) == pytest.approx(1, abs=1e-5)
-    assert not np.isfinite(float(policy.explained_variance(poisoned[0], mx.ones((6, 7)), mask)))
+    assert float(explained_variance(*poisoned, mask)) == pytest.approx(expected, rel=1e-5)
+    assert float(explained_variance(poisoned[1] + 3, poisoned[1], mask)) == pytest.approx(1, abs=1e-5)
+    assert not np.isfinite(float(explained_variance(poisoned[0], mx.ones((6, 7)), mask)))
 
 
 def test_targets_and_sampler_weights_carry_no_gradient():
@@ -493,12 +509,12 @@ def test_targets_and_sampler_weights_carry_no_gradient():
     mask, weights = mx.array(batch.mask), weights_of(batch, "dapo")
     new, old, ref = (mx.array(array) for array in (batch.new, batch.old, batch.ref))
     functions = [
-        lambda x: policy.sampler_weights(x, old, mask).sum(),
-        lambda x: policy.sampler_weights(old, x, mask).sum(),
-        lambda x: policy.gae(new, x, mask)[0].sum(),
-        lambda x: policy.gae(new, x, mask)[1].sum(),
-        lambda x: policy.value_loss(new, x, old, mask, weights)[0],
-        lambda x: policy.value_loss(new, old, x, mask, weights)[0],
+        lambda x: sampler_weights(x, old, mask).sum(),
+        lambda x: sampler_weights(old, x, mask).sum(),
+        lambda x: gae(new, x, mask)[0].sum(),
+        lambda x: gae(new, x, mask)[1].sum(),
+        lambda x: value_loss(new, x, old, mask, weights)[0],
+        lambda x: value_loss(new, old, x, mask, weights)[0],
     ]
     for function in functions:
         assert (np.array(mx.grad(function)(ref)) == 0).all()
@@ -538,7 +554,7 @@ class Bandit:
             first = random.choice(3, rows, p=self.p[0])
             second = np.array([random.choice(3, p=self.p[1 + f]) if f else 1 for f in first])
             rewards = self.rewards[first, np.where(first == 0, 0, second)].reshape(GROUPS, SIZE)
-            advantages = sign * policy.rloo_advantages(mx.array(rewards)).reshape(-1)
+            advantages = sign * rloo_advantages(mx.array(rewards)).reshape(-1)
             mask = np.stack([np.ones(rows), (first > 0) | (not masked)], axis=1)
             states, tokens = np.stack([0 * first, 1 + first], axis=1), np.stack([first, second], axis=1)
             gradients.append(-np.array(self._step(mixed, states, tokens, advantages, mx.array(mask), kind)))
@@ -549,9 +565,9 @@ class Bandit:
         def loss(table):
             rows = table - mx.logsumexp(table, axis=1, keepdims=True)
             logprobs = mx.take_along_axis(rows[mx.array(states)], mx.array(tokens)[..., None], axis=-1)[..., 0]
-            weights = policy.token_weights(mask, kind)
+            weights = token_weights(mask, kind)
             old = mx.stop_gradient(logprobs)
-            return policy.policy_loss(logprobs, old, advantages, mask, weights, kind=kind)[0]
+            return policy_loss(logprobs, old, advantages, mask, weights, kind=kind)[0]
 
         return mx.grad(loss)(table)
 

@@ -12,13 +12,13 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map
 from test_grpo import Killed, assert_close, assert_same_outcome, lora, made, outcome
 
-from mlx_traces import ppo
 from mlx_traces.config import AdapterConfig, PPOConfig, build
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.rl import ppo
 from mlx_traces.train import checkpoints, memory, optimizer
 from mlx_traces.train.gradients import checkpointed
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import make_config, make_tokenizer
 
-from mlx_traces import policy
+from mlx_traces.rl import losses
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 torch = pytest.importorskip("torch", reason="the reference needs torch")
@@ -101,30 +101,30 @@ def test_targets_and_losses_are_trls(tmp_path, monkeypatch, stop):
         ours = -BETA * (first.logprobs - first.ref_logprobs)
         ours[:, -1] += first.scores
         np.testing.assert_allclose(ours.numpy(), first.rewards.numpy(), atol=TOLERANCE)
-    advantages, returns = policy.gae(rewards, values, to_mlx(states), gamma=GAMMA, lam=LAM)
+    advantages, returns = losses.gae(rewards, values, to_mlx(states), gamma=GAMMA, lam=LAM)
     np.testing.assert_allclose(returns, (first.returns * states).numpy(), atol=TOLERANCE)
-    whitened = policy.whiten(advantages, to_mlx(tokens))
+    whitened = losses.whiten(advantages, to_mlx(tokens))
     np.testing.assert_allclose(whitened, first.advantages.numpy(), atol=TOLERANCE)
     clipped = value_clipped = 0
     for at in moments:
         rows = at.micro_batch_inds
         mask, seen = to_mlx(tokens[rows]), to_mlx(states[rows])
-        loss, sums = policy.policy_loss(
+        loss, sums = losses.policy_loss(
             to_mlx(at.new_logprobs),
             to_mlx(at.mb_logprobs),
             whitened[mx.array(rows)],
             mask,
-            policy.token_weights(mask, "dapo"),
+            losses.token_weights(mask, "dapo"),
             kind="dapo",
             clip_eps=CLIP,
         )
         assert abs(loss.item() - at.pg_loss.item()) < TOLERANCE
-        value_loss, more = policy.value_loss(
+        value_loss, more = losses.value_loss(
             to_mlx(at.vpred),
             to_mlx(at.mb_values),
             to_mlx(at.mb_return),
             seen,
-            policy.token_weights(seen, "dapo"),
+            losses.token_weights(seen, "dapo"),
             clip_eps=VALUE_CLIP,
         )
         assert abs(value_loss.item() / at.vf_loss.item() - 1) < TOLERANCE

@@ -13,8 +13,8 @@ import pytest
 from conftest import make_config, make_tokenizer
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_traces import grpo, policy
 from mlx_traces.config import GRPOConfig
+from mlx_traces.rl import grpo, losses
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 trl = pytest.importorskip("trl", reason="the reference needs trl")
@@ -165,7 +165,7 @@ class Ours:
                 extra = {name: array[part] if isinstance(array, mx.array) else array for name, array in options.items()}
                 mask = mx.array(self.mask[rows])
                 arrays = (self.logprobs(model, rows), old[part], advantages[part], mask, weights[part])
-                return policy.policy_loss(*arrays, kind=kind, clip_eps=LOW, clip_eps_high=HIGH, **extra)
+                return losses.policy_loss(*arrays, kind=kind, clip_eps=LOW, clip_eps_high=HIGH, **extra)
 
             (value, metrics), mine = nn.value_and_grad(self.model, loss)(self.model)
             total, sums = total + float(value), [*sums, {name: float(s) for name, s in metrics.items()}]
@@ -186,8 +186,8 @@ def compare(trainer, inputs, folder, kind, updates=3, sampler=None):
     ours, args = Ours(trainer, folder), trainer.args
     rows = len(LENGTHS)
     micro_batches = [list(range(start, start + MICRO)) for start in range(0, rows, MICRO)]
-    weights = policy.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT)
-    advantages = policy.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE)).reshape(-1)
+    weights = losses.token_weights(mx.array(ours.mask), kind, max_tokens=LIMIT)
+    advantages = losses.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE)).reshape(-1)
     worst = {"advantages": float(np.abs(inputs["advantages"].numpy() - np.array(advantages)).max())}
     assert inputs["completion_mask"].numpy().tolist() == ours.mask.astype(int).tolist()
 
@@ -207,7 +207,7 @@ def compare(trainer, inputs, folder, kind, updates=3, sampler=None):
         options = {"ref_logprobs": reference, "kl_coef": args.beta, "unbiased_kl": unbiased}
     if sampler is not None:
         drawn, mode = sampler
-        options["importance"] = policy.sampler_weights(
+        options["importance"] = losses.sampler_weights(
             mx.array(new), mx.array(drawn), mx.array(ours.mask), cap=1.2, **SAMPLERS[mode]
         )
         theirs = np.broadcast_to(inputs["importance_sampling_ratio"].numpy(), ours.mask.shape)
@@ -276,7 +276,7 @@ def test_importance_weights_are_trls(folder, tmp_path, mode, record_property):
 @pytest.mark.parametrize(("scale", "theirs"), [("std", "group"), ("batch", "batch"), ("none", "none")])
 def test_advantages_are_trls(folder, tmp_path, scale, theirs):
     _, inputs = make_trainer(folder, tmp_path, scale_rewards=theirs)
-    advantages = policy.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE), scale)
+    advantages = losses.group_advantages(mx.array(REWARDS).reshape(PROMPTS, SIZE), scale)
     np.testing.assert_allclose(np.array(advantages).reshape(-1), inputs["advantages"].numpy(), atol=1e-5)
 
 
@@ -297,4 +297,4 @@ def test_the_overlong_penalty_is_trls():
     lengths = list(range(40))
     for cache in (0, 1, 10, 30):
         expected = get_soft_overlong_punishment(30, cache)(completion_ids=[[0] * length for length in lengths])
-        np.testing.assert_allclose(policy.overlong_penalty(mx.array(lengths), 30, cache), expected, atol=1e-6)
+        np.testing.assert_allclose(losses.overlong_penalty(mx.array(lengths), 30, cache), expected, atol=1e-6)

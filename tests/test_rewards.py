@@ -6,12 +6,12 @@ from time import process_time
 
 import pytest
 
-from mlx_traces import rewards
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.records import Rollout
+from mlx_traces.rl import rewards
 from mlx_traces.tasks import get_task
 
 COUNTDOWN = get_task("countdown")

@@ -9,13 +9,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_traces import forecast, reinforcement, rounds
+from mlx_traces import forecast, rounds
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
+from mlx_traces.rl import trainer
 from mlx_traces.traces.files import manifest_path, read_traces
 
 TINY = {
@@ -123,7 +124,7 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
 
 def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatch):
     """Killed in its second step, then run again: the adapter is that of the uninterrupted one."""
-    from mlx_traces import grpo
+    from mlx_traces.rl import grpo
 
     settings = {"grpo": {**GRPO["grpo"], "rewards": {"length": 1.0, "format": 0}}}  # another name, the same rewards
     config, real, steps, said = config_in(finished[0], round3=settings), grpo.learn, [], []
@@ -162,7 +163,7 @@ def test_the_reference_is_what_the_third_round_starts_from_unless_it_is_named(fi
         return rounds.stations(config_in(finished[0], round3=settings), quiet)[-1].recipe
 
     def reference_of(**changes):
-        return reinforcement.with_reference(third_of(**changes), {}).reference
+        return trainer.with_reference(third_of(**changes), {}).reference
 
     assert reference_of(kl_coef=0.1) == third_of().adapter and "epoch2" in third_of().adapter
     assert reference_of() is None and reference_of(kl_coef=0.1, reference="base") == "base"

@@ -78,7 +78,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         from mlx_traces.runtime.device import import_mlx
 
         import_mlx()
-        from mlx_traces import grpo, ppo
+        from mlx_traces.rl import grpo, ppo
 
         train = {"grpo": grpo.train, "ppo": ppo.train}[name]
         with training_bar(name) as show:

@@ -20,15 +20,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import policy, reinforcement
 from mlx_traces.config import GRPOConfig
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.reinforcement import Result
-from mlx_traces.rollouts import Group
+from mlx_traces.rl import losses, trainer
+from mlx_traces.rl.rollouts import Group
+from mlx_traces.rl.trainer import Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
@@ -37,7 +37,7 @@ from mlx_traces.train.optimizer import clip, make_optimizer
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
     """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. See `reinforcement.train`."""
-    return reinforcement.train("grpo", config, out, Learner, resume, show)
+    return trainer.train("grpo", config, out, Learner, resume, show)
 
 
 class Learner:
@@ -61,7 +61,7 @@ def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
     rewards = np.array([[np.nan if r.reward is None else r.reward for r in group] for group in groups], np.float32)
     there, found = ~np.isnan(rewards), np.zeros(rewards.shape, np.float32)
     if config.advantage == "mean":
-        found[there] = np.array(policy.reinforce_advantages(mx.array(rewards[there]))) if there.any() else 0
+        found[there] = np.array(losses.reinforce_advantages(mx.array(rewards[there]))) if there.any() else 0
         return found.reshape(-1)
     every = None if there.all() else mx.array(rewards[there])
     for size in range(2, rewards.shape[1] + 1):  # groups of so many rewards, which is all of them as a rule
@@ -69,9 +69,9 @@ def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
             places = there & alike[:, None]
             values = mx.array(rewards[places].reshape(-1, size))
             if config.advantage == "rloo":
-                result = policy.rloo_advantages(values)
+                result = losses.rloo_advantages(values)
             else:
-                result = policy.group_advantages(values, config.advantage, every=every)
+                result = losses.group_advantages(values, config.advantage, every=every)
             found[places] = np.array(result).reshape(-1)
     return found.reshape(-1)
 
@@ -109,7 +109,7 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     if not rows:
         return []
     mask = batching.padded([np.ones(row.example.count, np.float32) for row in rows])
-    weights = np.array(policy.token_weights(mask, config.loss, max_tokens=config.max_tokens))
+    weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.max_tokens))
     for row, own in zip(rows, weights, strict=True):
         row.weights = own[: row.example.count]
     return [row for row in rows if row.example.count and (row.advantage or config.kl_coef)]
@@ -126,8 +126,8 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
         old = mx.stop_gradient(logprobs) if micro[0].old is None else batching.padded([row.old for row in micro])
         sampler, importance = batching.padded([row.sampler for row in micro]), None
         if config.importance != "none":
-            importance = policy.sampler_weights(old, sampler, mask, cap=config.importance_cap, level=config.importance)
-        loss, sums = policy.policy_loss(
+            importance = losses.sampler_weights(old, sampler, mask, cap=config.importance_cap, level=config.importance)
+        loss, sums = losses.policy_loss(
             logprobs,
             old,
             mx.array([row.advantage for row in micro]),
@@ -141,7 +141,7 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
             unbiased_kl=config.unbiased_kl,
             importance=importance,
         )
-        return loss, sums | {"entropy": entropies.sum(), "kl_sampler": policy.kl_sampler(old, sampler, mask)}
+        return loss, sums | {"entropy": entropies.sum(), "kl_sampler": losses.kl_sampler(old, sampler, mask)}
 
     return gradients.accumulate(model, halves, [row.example for row in rows], config.micro_tokens, loss_of)
 

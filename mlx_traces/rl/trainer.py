@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_traces import rewards, rollouts
 from mlx_traces.config import RLConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError
@@ -21,7 +20,8 @@ from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
-from mlx_traces.rollouts import Group
+from mlx_traces.rl import rewards, rollouts
+from mlx_traces.rl.rollouts import Group
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled

@@ -28,7 +28,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_traces import policy, reinforcement
 from mlx_traces.config import PPOConfig
 from mlx_traces.engine import batching
 from mlx_traces.engine.batching import Example
@@ -36,8 +35,9 @@ from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.reinforcement import Result
-from mlx_traces.rollouts import Group
+from mlx_traces.rl import losses, trainer
+from mlx_traces.rl.rollouts import Group
+from mlx_traces.rl.trainer import Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
@@ -46,7 +46,7 @@ from mlx_traces.train.optimizer import clip, make_optimizer, of_parts
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
     """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. See `reinforcement.train`."""
-    return reinforcement.train("ppo", config, out, Learner, resume, show)
+    return trainer.train("ppo", config, out, Learner, resume, show)
 
 
 class ValueHead(nn.Module):
@@ -174,18 +174,18 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
         batching.padded([getattr(row, name) for row in rows]) for name in ("old", "sampler", "values")
     )
     got = batching.padded([_rewards(row, config) for row in rows])
-    advantages, returns = policy.gae(got, values, mask, gamma=config.gamma, lam=config.gae_lambda)
-    outcomes, _ = policy.gae(got, mx.zeros_like(values), mask, gamma=config.gamma, lam=1.0)
+    advantages, returns = losses.gae(got, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+    outcomes, _ = losses.gae(got, mx.zeros_like(values), mask, gamma=config.gamma, lam=1.0)
     if config.whiten:
-        advantages = policy.whiten(advantages, mask)
+        advantages = losses.whiten(advantages, mask)
     for row, own, target in zip(rows, np.array(advantages), np.array(returns), strict=True):
         row.advantages, row.returns = own[: row.example.count], target[: row.example.count]
-    explained = policy.explained_variance(values, outcomes, mask).item()
+    explained = losses.explained_variance(values, outcomes, mask).item()
     vary = mx.where(mask, outcomes, -math.inf).max().item() > mx.where(mask, outcomes, math.inf).min().item()
     metrics = {
         "value/explained_variance": explained if vary else None,
         "value/mean": np.concatenate([row.values for row in rows]).mean().item(),
-        "policy/kl_sampler": policy.kl_sampler(old, sampler, mask).item() / mask.sum().item(),
+        "policy/kl_sampler": losses.kl_sampler(old, sampler, mask).item() / mask.sum().item(),
     }
     if config.kl_coef:
         metrics["policy/kl_ref"] = np.concatenate([row.old - row.reference for row in rows]).mean().item()
@@ -226,14 +226,14 @@ def gradient(
             batching.padded([getattr(row, name) for row in micro])
             for name in ("weights", "values", "returns", "old", "advantages")
         )
-        loss, sums = policy.value_loss(module.value(states)[index], old_values, returns, mask, weights, clip_eps=bound)
+        loss, sums = losses.value_loss(module.value(states)[index], old_values, returns, mask, weights, clip_eps=bound)
         sums |= {"value_loss": mx.stop_gradient(loss)}
         if values_only:
             return loss, sums
         logprobs, entropies = head_logprobs(
             halves, states, targets, **options, entropy_slopes=bool(config.entropy_coef)
         )
-        surrogate, more = policy.policy_loss(
+        surrogate, more = losses.policy_loss(
             logprobs[index], old, advantages, mask, weights, kind="dapo", clip_eps=config.clip_eps
         )
         loss = loss + surrogate

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_traces import policy, rewards
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
@@ -24,6 +23,7 @@ from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem
+from mlx_traces.rl import losses, rewards
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
@@ -97,7 +97,7 @@ def scored(
     if config.overlong == "penalty":
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
         slope = min(config.overlong_tokens, config.max_tokens)
-        for i, penalty in enumerate(policy.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
+        for i, penalty in enumerate(losses.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
             parts[i] |= {"overlong": penalty}
             totals[i] = None if totals[i] is None else totals[i] + penalty
     rollouts = [Rollout(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
