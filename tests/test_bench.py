@@ -6,9 +6,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_traces import bench_ranks
 from mlx_traces.cli import main
 from mlx_traces.cli.bench import _without_ranks
+from mlx_traces.diagnostics import bench_ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 
@@ -64,8 +64,8 @@ def test_the_peer_computes_our_loss_and_both_leave_the_model_as_it_was(tiny):
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
-    from mlx_traces import bench_sft
     from mlx_traces.config import SFTConfig
+    from mlx_traces.diagnostics import bench_sft
     from mlx_traces.engine import logprobs
     from mlx_traces.engine.batching import Example
     from mlx_traces.train import sft
@@ -117,12 +117,12 @@ def test_bench_grpo_without_repeats_times_the_first_step():
 def test_bench_grpo_leaves_out_what_teaches_nothing_and_the_model_as_it_was(tiny):
     from mlx.utils import tree_flatten
 
-    from mlx_traces import bench_grpo
     from mlx_traces.config import GRPOConfig
+    from mlx_traces.diagnostics import bench_rl
 
     before = tree_flatten(tiny.model.parameters())
     config = GRPOConfig(prompts_per_step=1, group_size=2, max_tokens=8)
-    line = bench_grpo.bench_grpo(tiny, config, repeats=1)
+    line = bench_rl.bench_grpo(tiny, config, repeats=1)
     assert line.learned == 0  # random text solves nothing
     after = tree_flatten(tiny.model.parameters())
     assert all(a is b for (_, a), (_, b) in zip(before, after, strict=True))
@@ -165,14 +165,14 @@ def test_a_ppo_step_of_the_bench_moves_policy_and_values_and_not_the_model(tiny)
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces import bench_grpo
     from mlx_traces.config import PPOConfig
+    from mlx_traces.diagnostics import bench_rl
     from mlx_traces.rl import rollouts
 
     before = tree_flatten(tiny.model.parameters())
     config = PPOConfig(prompts_per_step=1, group_size=2, max_tokens=8, value_warmup_steps=3, num_steps=9)
-    config = bench_grpo._alone(config, 2)
-    steps = bench_grpo.OurSteps(tiny, rollouts.prepare(config)[0], config, every_row=True)
+    config = bench_rl._alone(config, 2)
+    steps = bench_rl.OurSteps(tiny, rollouts.prepare(config)[0], config, every_row=True)
     start = [mx.array(array) for _, array in tree_flatten(steps.learner.module.trainable_parameters())]
     step, problems = steps.make()
     assert step.tokens and step.learned == 1 and len(problems) == 1 and 0 < step.sampling < step.seconds

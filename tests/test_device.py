@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_traces import doctor
+from mlx_traces.diagnostics import doctor
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import blas, device, hub
 

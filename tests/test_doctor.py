@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from packaging.requirements import Requirement
 
-from mlx_traces import doctor, selftest
 from mlx_traces.cli import main
+from mlx_traces.diagnostics import doctor, selftest
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.runtime import device

@@ -13,8 +13,8 @@ import pytest
 import several
 from click.testing import CliRunner
 
-from mlx_traces import bench as bench_room
 from mlx_traces.cli import main
+from mlx_traces.diagnostics import bench_generate
 from mlx_traces.models import loading
 from mlx_traces.runtime import distributed
 
@@ -171,9 +171,10 @@ def test_bench_counts_the_tokens_of_all_ranks(tmp_path):
     (row,) = json.loads(said[said.index("{\n") :])["rows"]
     assert (row["ranks"], row["prompts"]) == (2, 9)
     loaded = loading.load("nano")
-    prompts = bench_room.bench_prompts(loaded, None, 9)
+    prompts = bench_generate.bench_prompts(loaded, None, 9)
     assert (
-        row["completion_tokens"] == bench_room.bench_generate(loaded, prompts, [4], 8, repeats=1)[0].completion_tokens
+        row["completion_tokens"]
+        == bench_generate.bench_generate(loaded, prompts, [4], 8, repeats=1)[0].completion_tokens
     )
 
 

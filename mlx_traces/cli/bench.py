@@ -50,7 +50,7 @@ class Ranked(click.Command):
             return super().invoke(ctx)
         if ctx.params.get("against"):
             raise UserError("--ranks times our own work alone; leave out --against")
-        from mlx_traces import bench_ranks
+        from mlx_traces.diagnostics import bench_ranks
 
         arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
         found, about = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
@@ -110,12 +110,12 @@ def bench_generate_command(
     """Time the sampling engine: tokens per second, milliseconds a step, memory, and the ratio to a peer."""
     if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows {rows}: give numbers from 1 up, as in 32,128")
-    from mlx_traces import bench
+    from mlx_traces.diagnostics import bench_generate
     from mlx_traces.models import loading
 
     loaded = loading.load(model, **settings)
-    asked = bench.bench_prompts(loaded, Path(prompts) if prompts else None, count)
-    lines = bench.bench_generate(
+    asked = bench_generate.bench_prompts(loaded, Path(prompts) if prompts else None, count)
+    lines = bench_generate.bench_generate(
         loaded,
         asked,
         [int(part) for part in rows.split(",")],
@@ -171,7 +171,7 @@ def bench_sft_command(
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import bench_sft
+    from mlx_traces.diagnostics import bench_sft
     from mlx_traces.models import adapters
     from mlx_traces.train import memory
 
@@ -263,12 +263,12 @@ def _bench_reinforcement(
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import bench_grpo
+    from mlx_traces.diagnostics import bench_rl
 
-    if against in bench_grpo.PEERS:
-        bench_grpo.trainer()
+    if against in bench_rl.PEERS:
+        bench_rl.trainer()
     loaded = loading.load(config.model, **{name: getattr(config, name) for name in LoadConfig.model_fields})
-    line = bench_grpo.bench_grpo(
+    line = bench_rl.bench_grpo(
         loaded, config, against, as_shipped, repeats, every_row, lambda line: click.echo(line, err=True)
     )
     if as_json:

@@ -39,7 +39,7 @@ def nano_reference(out: Path) -> None:
 
     To be repeated whenever nano was built anew: --out mlx_traces/assets/selftest.json.
     """
-    from mlx_traces import selftest
+    from mlx_traces.diagnostics import selftest
 
     content = selftest.write_reference(out)
     tokens = sum(len(completion["tokens"]) for completion in content["completions"])
@@ -55,7 +55,7 @@ def doctor_command(as_json: bool, self_test: bool) -> None:
     Looks at versions, device, memory, BLAS, disk and the hub, and tests generation and a training step of the
     embedded model against stored numbers. Exit status 1 if commands would fail, or results could not be trusted.
     """
-    from mlx_traces import doctor
+    from mlx_traces.diagnostics import doctor
 
     lines = doctor.report(self_test)
     if as_json:

@@ -270,7 +270,7 @@ def _self_test() -> Line:
     fix = f"do not trust this machine's results; pip install --force-reinstall {versions}, then run doctor again"
     fix += "; on a GPU, --device cpu is a way around"
     try:
-        from mlx_traces import selftest
+        from mlx_traces.diagnostics import selftest
 
         found = selftest.run()
     except UserError as error:

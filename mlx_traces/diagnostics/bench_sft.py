@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces.bench import PEERS, Run, measured, middle, ratio
 from mlx_traces.config import SFTConfig
+from mlx_traces.diagnostics.bench_generate import PEERS, Run, measured, middle, ratio
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError, unknown

@@ -31,8 +31,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_traces.bench_sft import twin
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
+from mlx_traces.diagnostics.bench_sft import twin
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters
