@@ -6,7 +6,7 @@ Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothin
 from mlx_traces.runtime import blas as blas
 
 # The modules are named otherwise: a submodule `evaluate`, once imported, would hide the function.
-_LAZY = {"evaluate": "mlx_traces.evaluation.run", "compare": "mlx_traces.comparison"}
+_LAZY = {"evaluate": "mlx_traces.evaluation.run", "compare": "mlx_traces.pipelines.compare"}
 __all__ = ["__version__", "compare", "evaluate"]
 
 

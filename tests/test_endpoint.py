@@ -17,12 +17,12 @@ import pytest
 from click.testing import CliRunner
 
 import mlx_traces
-from mlx_traces import comparison, study, verifying
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint
+from mlx_traces.evaluation import endpoint
 from mlx_traces.evaluation.evaluator import plan
+from mlx_traces.pipelines import compare, study, verify
 from mlx_traces.records import Problem
 from mlx_traces.report import tables
 from mlx_traces.runtime.interrupts import Stopped
@@ -123,7 +123,7 @@ def test_a_run_by_a_server_is_a_run_as_any_other(fake, tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["server"] == {"url": f"{fake.url}/v1", "models": ["served", "other"]}
     assert run["identity"]["endpoint"] == f"{fake.url}/v1" and not {"timeout", "retries"} & set(run["identity"])
-    assert verifying.verify(tmp_path / "run") == ("6 samples, verdicts and figures agree", [])
+    assert verify.verify(tmp_path / "run") == ("6 samples, verdicts and figures agree", [])
     assert {body["messages"][0]["content"] for body in posts(fake)} == {
         row["prompt"].removeprefix("user: ") for row in rows_of(tmp_path / "run")
     }
@@ -169,7 +169,7 @@ def test_a_text_prompt_is_graded_with_its_prefill(fake, tmp_path):
     result = evaluated(fake, tmp_path / "run", prompt=str(tmp_path / "own.yaml"))
     assert {path for path, _, _ in fake.asked} == {"/v1/models", "/v1/completions"} and result.truncated == 1
     assert {row["extracted"] for row in rows_of(tmp_path / "run")} == {"1 + 1"}
-    assert verifying.verify(tmp_path / "run")[1] == []
+    assert verify.verify(tmp_path / "run")[1] == []
 
 
 def test_samples_have_seeds_of_their_own_and_neutral_settings_go_where_they_are_not_known(fake, tmp_path):
@@ -364,7 +364,7 @@ def test_what_a_server_leaves_out_is_said_and_foreign_text_is_kept_safe(fake, tm
         "the server did not say why 6 of 6 completions ended",
     ]
     assert rows_of(tmp_path / "run")[0]["completion"].startswith("half ? <answer>")
-    assert verifying.verify(tmp_path / "run")[1] == []
+    assert verify.verify(tmp_path / "run")[1] == []
     frame = mlx_traces.compare(tmp_path / "run", out=tmp_path / "tables")
     assert "| – | – | 0.0 % |" in tables.to_markdown(frame)
     assert json.loads(json.dumps(tables.to_json(frame), allow_nan=False))["rows"][0]["tokens_per_answer"] is None
@@ -505,12 +505,12 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
         for prompt in ("direct", "thinking")
         for where in ({}, {"endpoint": address})
     ]
-    frame, runs = comparison.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path / "runs")))
+    frame, runs = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path / "runs")))
     for local, served in (runs[:2], runs[2:]):
         for one, two in zip(local.samples, served.samples, strict=True):
             same = ("id", "completion", "tokens", "finish_reason", "verdicts", "extractions")
             assert {name: one[name] for name in same} == {name: two[name] for name in same}
-        assert comparison.paired(local, served)["diff"] == 0
+        assert compare.paired(local, served)["diff"] == 0
     assert {row["finish_reason"] for row in runs[3].samples} == {"stop", "length"}
     assert len({row["completion"] for row in runs[3].samples}) == 8
     assert list(frame["model"]) == [str(folder), f"{folder}@{address.removeprefix('http://')}"] * 2

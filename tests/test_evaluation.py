@@ -7,13 +7,13 @@ import killing
 import pytest
 
 import mlx_traces
-from mlx_traces.comparison import requested
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation.comparison import Run, per_question, read_run
 from mlx_traces.evaluation.completion import Answered
 from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
 from mlx_traces.evaluation.local import sample_seed
+from mlx_traces.pipelines.compare import requested
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 

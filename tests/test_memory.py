@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_config, make_model, make_tokenizer, wrap
 
-from mlx_traces import planning
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.engine import logprobs as engine_logprobs
@@ -21,6 +20,7 @@ from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.pipelines import estimate
 from mlx_traces.rl import grpo, ppo
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
@@ -253,7 +253,7 @@ def write(path, text):
 
 def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
     file = write(tmp_path / "grpo.yaml", f"# mlx-traces grpo {tmp_path}/grpo.yaml\nmodel: nano\n{GRPO}")
-    made = planning.plan(file)
+    made = estimate.plan(file)
     loaded = loading.load("nano")
     config = GRPOConfig(rank=4, prompts_per_step=4, group_size=4, max_tokens=32)
     adapters.start(loaded.model, config)
@@ -271,7 +271,7 @@ def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
         return replace(found, backend=replace(found.backend, memory_gb=small))
 
     monkeypatch.setattr(loading, "load", cramped)
-    made = planning.plan(file)
+    made = estimate.plan(file)
     assert made.fault and made.lines()[-3:] == [
         "  largest rows: none fits",
         "  largest micro_tokens: none fits",
@@ -282,10 +282,10 @@ def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
 def test_a_plan_of_sft_takes_the_traces_or_max_length(tmp_path):
     text = f"# mlx-traces sft {tmp_path}/sft.yaml\nmodel: nano\ndata: {tmp_path}/traces.jsonl\nmax_length: 300\n"
     file = write(tmp_path / "sft.yaml", text)
-    assert "sequences of 300 tokens (max_length, as " in planning.plan(file).told
+    assert "sequences of 300 tokens (max_length, as " in estimate.plan(file).told
     row = '{"id": "a", "messages": [{"role": "user", "content": "1 + 2"}], "completion": "3"}\n'
     write(tmp_path / "traces.jsonl", row * 3)
-    made = planning.plan(file)
+    made = estimate.plan(file)
     assert "(the longest of 3)" in made.told and set(made.most) == {"micro_tokens", "max_length"}
     assert "key-value cache" not in "".join(made.lines())
 
@@ -302,9 +302,9 @@ def test_a_plan_of_sft_takes_the_traces_or_max_length(tmp_path):
 )
 def test_a_plan_refuses_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        planning.plan(write(tmp_path / "x.yaml", text))
+        estimate.plan(write(tmp_path / "x.yaml", text))
     with pytest.raises(UserError, match="cannot be read"):
-        planning.plan(tmp_path / "missing.yaml")
+        estimate.plan(tmp_path / "missing.yaml")
 
 
 def cache_limit():

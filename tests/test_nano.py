@@ -162,18 +162,18 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
     """They fit nano, mlx_lm puts them on too, and each answers more of 300 problems than nano in its prompt."""
     from mlx_lm import load
 
-    from mlx_traces import comparison
     from mlx_traces.evaluation import evaluator, local
     from mlx_traces.models import loading, names
+    from mlx_traces.pipelines import compare
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
-    evals = comparison.default_evals()
+    evals = compare.default_evals()
     assert [(settings.adapter is None, settings.prompt) for settings in evals[:2]] == [
         (True, "direct"),
         (True, "thinking"),
     ]
     shown = [(Path(settings.adapter).name, settings.prompt) for settings in evals[2:]]
-    assert shown == list(comparison.TRAINED)
+    assert shown == list(compare.TRAINED)
 
     def correct(settings):
         settings = settings.model_copy(update={"limit": 300})

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_traces import forecast, rounds
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
+from mlx_traces.pipelines import estimate, rounds
 from mlx_traces.rl import trainer
 from mlx_traces.traces.files import manifest_path, read_traces
 
@@ -313,7 +313,7 @@ def test_another_adapter_than_the_one_a_round_goes_on_with_is_refused_at_the_sta
     config = config_in(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         rounds.run(config, lambda line: None, quiet)
-    assert "the rounds would end with: " in forecast.lines(config)[-1] and not list(tmp_path.iterdir())
+    assert "the rounds would end with: " in estimate.lines(config)[-1] and not list(tmp_path.iterdir())
 
 
 def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(finished, tmp_path):
@@ -331,10 +331,10 @@ def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(fin
 
 
 def test_a_dry_run_tells_completions_that_pass_the_context(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast.Probe, "sampling", lambda *_: (1000.0, 500.0))
+    monkeypatch.setattr(estimate.Probe, "sampling", lambda *_: (1000.0, 500.0))
     room = loading.load("nano").context
     config = config_in(tmp_path, epoch1=None, epoch2=None, round3={"grpo": {**STEPS, "max_tokens": room}})
-    said = forecast.lines(config)[-1]
+    said = estimate.lines(config)[-1]
     assert "the rounds would end with: round3: problem " in said and f"context of {room}" in said
 
 
@@ -371,7 +371,7 @@ def column(lines, place):
 
 
 def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finished, third, tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
     folder = finished[0]
     longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
     file = tmp_path / "rounds.yaml"
@@ -394,31 +394,31 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
 
 def test_a_dry_run_of_what_is_there_measures_nothing(finished, monkeypatch):
     monkeypatch.setattr(loading, "load", None)
-    said = forecast.lines(config_in(finished[0]))
+    said = estimate.lines(config_in(finished[0]))
     assert set(column(said, 1).values()) == {"there"} and "" not in said
 
 
 def test_a_dry_run_of_a_model_that_is_not_here_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load", None)
-    said = forecast.lines(config_in(tmp_path, model="someone/some-model-4bit", round3=PPO))
+    said = estimate.lines(config_in(tmp_path, model="someone/some-model-4bit", round3=PPO))
     assert set(column(said, 1).values()) == {"to make"} and not list(tmp_path.iterdir())
     assert said[-1].startswith("no estimates: someone/some-model-4bit is not on this machine yet")
 
 
 def test_a_dry_run_says_what_would_stop_the_rounds(tmp_path):
-    said = forecast.lines(config_in(tmp_path, round3={"grpo": {**STEPS, "split": "test"}}))
+    said = estimate.lines(config_in(tmp_path, round3={"grpo": {**STEPS, "split": "test"}}))
     assert set(column(said, 1).values()) == {"to make"} and "round3" in column(said, 1)
     assert "no estimates, and the rounds would end with: round3: " in said[-1]
 
 
 def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monkeypatch):
     """By hand: prompts at 1,000 tokens/s, completions at 500, gradients at 2,000."""
-    monkeypatch.setattr(forecast.Probe, "sampling", lambda *_: (1000.0, 500.0))
-    monkeypatch.setattr(forecast.Probe, "training", lambda *_: 2000.0)
+    monkeypatch.setattr(estimate.Probe, "sampling", lambda *_: (1000.0, 500.0))
+    monkeypatch.setattr(estimate.Probe, "training", lambda *_: 2000.0)
     grpo = {**STEPS, "group_size": 4, "num_steps": 10, "updates_per_batch": 2, "kl_coef": 0.1, "limit": 2}
     config = config_in(tmp_path, round3={"grpo": grpo})
     plan = rounds.stations(config, quiet)
-    outlook, by_name = forecast.Outlook(config, plan), {station.name: station for station in plan}
+    outlook, by_name = estimate.Outlook(config, plan), {station.name: station for station in plan}
     loaded = loading.load("nano")
 
     def prompt_of(**settings):
@@ -445,19 +445,19 @@ def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monk
 
 
 def test_the_lengths_of_earlier_runs_are_what_is_expected(finished):
-    found = forecast.earlier(finished[0] / "runs", "nano", "countdown", {"thinking"})
+    found = estimate.earlier(finished[0] / "runs", "nano", "countdown", {"thinking"})
     assert len(found) >= 3 and all(0 < run["mean_tokens"] <= 96 for run in found)
-    assert not forecast.earlier(finished[0] / "runs", "nano", "countdown", {"direct"})
-    assert not forecast.earlier(finished[0] / "runs", "other", "countdown", {"thinking"})
+    assert not estimate.earlier(finished[0] / "runs", "nano", "countdown", {"direct"})
+    assert not estimate.earlier(finished[0] / "runs", "other", "countdown", {"thinking"})
 
 
 def test_a_probe_leaves_the_weights_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     config = config_in(tmp_path)
-    outlook = forecast.Outlook(config, rounds.stations(config, quiet))
+    outlook = estimate.Outlook(config, rounds.stations(config, quiet))
     probe = outlook.probe
     before = {name: mx.array(array) for name, array in tree_flatten(probe.loaded.model.parameters())}
     read, sampled = probe.sampling(4, 96, None)

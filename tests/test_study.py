@@ -15,7 +15,6 @@ from scipy.stats import binomtest
 from test_models import R1
 from test_tables import BASE, BETTER, make_run, rendered
 
-from mlx_traces import comparison, study
 from mlx_traces.cli import main
 from mlx_traces.config import StudyConfig, build
 from mlx_traces.errors import UserError
@@ -23,6 +22,7 @@ from mlx_traces.evaluation import pairs
 from mlx_traces.evaluation import run as evaluation_run
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
+from mlx_traces.pipelines import compare, study
 from mlx_traces.report import tables
 
 PHI4 = (
@@ -370,13 +370,13 @@ def test_labels_settings_and_adapters_that_are_not_there_yet(tiny_folder, tmp_pa
 def test_apart_is_the_same_evaluation_with_its_own_memory(tiny_folder, tmp_path, questions):
     config = config_of(tmp_path, questions, {"model": str(tiny_folder)})
     plan = study.entries(config, config.tasks[0])[0][0].plan()
-    here = comparison.obtain(plan, tmp_path / "here")
-    there = comparison.obtain(plan, tmp_path / "there", apart=True)
+    here = compare.obtain(plan, tmp_path / "here")
+    there = compare.obtain(plan, tmp_path / "there", apart=True)
     assert [row["completion"] for row in here.samples] == [row["completion"] for row in there.samples]
     assert 0 < there.result["peak_memory_gb"] < here.result["peak_memory_gb"]  # this process has run other tests
     broken = replace(plan, config=plan.config.model_copy(update={"model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="no such folder"):  # a UserError over there is one here
-        comparison.obtain(broken, tmp_path / "broken", apart=True)
+        compare.obtain(broken, tmp_path / "broken", apart=True)
 
 
 @pytest.mark.parametrize(

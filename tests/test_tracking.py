@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from mlx_traces import rounds
 from mlx_traces.config import GRPOConfig, RoundsConfig, SFTConfig, build
 from mlx_traces.errors import UserError
+from mlx_traces.pipelines import rounds
 from mlx_traces.rl import grpo
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.run_folder import RunFolder

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-from mlx_traces import verifying
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.completion import Completion
+from mlx_traces.pipelines import verify
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER, get_task
@@ -95,7 +95,7 @@ def test_what_was_opened_is_found_in_the_prompt_as_the_model_found_it(opener, pr
     prompt, problem = Prompt("p", user, prefill=prefill, chat=chat), Problem("x", {"question": "1 + 2?"}, "3")
     rendered = wrap(make_tokenizer(template)).render(prompt, problem)
     assert not chat or not opener or "<think>" in rendered.text.rpartition("assistant")[2]
-    assert verifying.opened_of(prompt, problem, rendered.text) == rendered.opened
+    assert verify.opened_of(prompt, problem, rendered.text) == rendered.opened
 
 
 def test_the_models_own_tags_are_stored_with_the_run(tmp_path):
@@ -110,7 +110,7 @@ def test_the_models_own_tags_are_stored_with_the_run(tmp_path):
 
 
 def test_a_folder_may_be_moved(countdown, tmp_path):
-    assert verifying.verify(countdown.rename(tmp_path / "elsewhere"))[1] == []
+    assert verify.verify(countdown.rename(tmp_path / "elsewhere"))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -153,17 +153,17 @@ def test_a_missing_a_doubled_and_a_moved_sample_are_found(countdown):
     (countdown / "samples.jsonl").write_text(whole + whole.splitlines(True)[7])
     assert f"{name}: sample 0 is there 2 times" in call(countdown).output
     (countdown / "samples.jsonl").write_text("".join(reversed(whole.splitlines(True))))
-    assert verifying.verify(countdown)[1] == ["the samples are not in the order of the problems"]
+    assert verify.verify(countdown)[1] == ["the samples are not in the order of the problems"]
 
 
 def test_problems_that_are_not_at_hand_are_checked_by_their_digest(qa, tmp_path):
     (tmp_path / "questions.jsonl").unlink()
-    assert verifying.verify(qa)[1] == []
+    assert verify.verify(qa)[1] == []
     change(qa, "samples.jsonl", 7, lambda row: None)
-    lines = verifying.verify(qa)[1]
+    lines = verify.verify(qa)[1]
     assert lines[0].endswith("sample 1 is missing") and "figures were not checked" in lines[1]
     change(qa, "samples.jsonl", 6, lambda row: None)
-    assert "the 3 problems are not those of run.json, or not in their order" in verifying.verify(qa)[1]
+    assert "the 3 problems are not those of run.json, or not in their order" in verify.verify(qa)[1]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_problems_that_are_not_at_hand_are_checked_by_their_digest(qa, tmp_path)
 )
 def test_a_changed_figure_is_found(countdown, name, value):
     change_json(countdown, "result.json", **{name: value})
-    lines = verifying.verify(countdown)[1]
+    lines = verify.verify(countdown)[1]
     assert lines and all(line.startswith(f"result.json: {name}") for line in lines)
 
 
@@ -192,17 +192,17 @@ def test_what_is_no_finished_run_is_refused(countdown, tmp_path):
     ):
         change(countdown, "samples.jsonl", 0, lambda row, edit=edit: row | edit)
         with pytest.raises(UserError, match=message):
-            verifying.verify(countdown)
+            verify.verify(countdown)
         (countdown / "samples.jsonl").write_text(samples)
     (countdown / "samples.jsonl").write_text(samples[:-40])
     with pytest.raises(UserError, match=r"samples.jsonl:12: not JSON"):
-        verifying.verify(countdown)
+        verify.verify(countdown)
     for name, message in (("result.json", "no result.json; finish"), ("run.json", "no run.json; name a folder")):
         (countdown / name).unlink()
         with pytest.raises(UserError, match=message):
-            verifying.verify(countdown)
+            verify.verify(countdown)
     with pytest.raises(UserError, match="no such run folder"):
-        verifying.verify(tmp_path / "none")
+        verify.verify(tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------------------------ trainings
@@ -244,11 +244,11 @@ def test_a_changed_training_is_found(trained):
         assert result.exit_code == 1 and message in result.output, result.output
         (trained / "metrics.jsonl").write_text(metrics)
     (trained / "metrics.jsonl").write_text("".join(metrics.splitlines(True)[:-1]))
-    lines = verifying.verify(trained)[1]
+    lines = verify.verify(trained)[1]
     assert any("is missing" in line for line in lines) and any("were planned" in line for line in lines)
     (trained / "metrics.jsonl").write_text(metrics)
     change_json(trained, "result.json", valid_loss=0.5)
-    assert verifying.verify(trained)[1][0].startswith("result.json: valid_loss is 0.5, metrics.jsonl gives ")
+    assert verify.verify(trained)[1][0].startswith("result.json: valid_loss is 0.5, metrics.jsonl gives ")
 
 
 def test_a_damaged_adapter_is_found(trained):
@@ -258,13 +258,13 @@ def test_a_damaged_adapter_is_found(trained):
     mx.eval(arrays)
     name = sorted(arrays)[0]
     file.write_bytes(whole[:-10])
-    assert "damaged" in verifying.verify(trained)[1][0]
+    assert "damaged" in verify.verify(trained)[1][0]
     mx.save_safetensors(str(file), {key: value for key, value in arrays.items() if key != name})
-    assert "1 tensors missing from the file" in verifying.verify(trained)[1][0]
+    assert "1 tensors missing from the file" in verify.verify(trained)[1][0]
     mx.save_safetensors(str(file), arrays | {name: arrays[name] * float("nan")})
-    assert f"{name} has numbers that are not finite" in verifying.verify(trained)[1][0]
+    assert f"{name} has numbers that are not finite" in verify.verify(trained)[1][0]
     file.unlink()
-    assert "adapters.safetensors is missing" in verifying.verify(trained)[1][0]
+    assert "adapters.safetensors is missing" in verify.verify(trained)[1][0]
 
 
 def test_a_file_of_traces(tmp_path):
@@ -277,7 +277,7 @@ def test_a_file_of_traces(tmp_path):
 
     def checked(name, rows, **counts):
         files.write_traces(tmp_path / name, rows, {**told, "counts": counts})
-        return verifying.verify(tmp_path / name)
+        return verify.verify(tmp_path / name)
 
     agrees, lines = checked("own.jsonl", made, **{"correct": 0, "cut off": 1})
     assert agrees == "4 traces, 4 verdicts and the manifest agree" and not lines
@@ -288,4 +288,4 @@ def test_a_file_of_traces(tmp_path):
     with (tmp_path / "own.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(UserError, match="is not the file that its manifest describes"):
-        verifying.verify(tmp_path / "own.jsonl")
+        verify.verify(tmp_path / "own.jsonl")

@@ -106,18 +106,17 @@ def compare_command(
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
     thinking, and with its trained adapters where the checkout has them.
     """
-    from mlx_traces import comparison
-    from mlx_traces.evaluation import comparison
+    from mlx_traces.pipelines import compare
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
     asked = read_config(CompareConfig, config_file, given)
-    config = comparison.requested(asked, runs, models, prompts, settings)
+    config = compare.requested(asked, runs, models, prompts, settings)
     note_unused(config)
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
-    frame, collected = comparison.compared(config, progress=True)
-    for line in comparison.differences(collected):
+    frame, collected = compare.compared(config, progress=True)
+    for line in compare.differences(collected):
         click.echo(f"note: {line}", err=True)
     _print(frame, collected, format_, extractors)
     if config.out:
@@ -195,17 +194,17 @@ def verify_command(runs: tuple[str, ...]) -> None:
     Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
     and its adapter. Exits with 1 if anything differs.
     """
-    from mlx_traces import verifying
+    from mlx_traces.pipelines import verify
 
     differ = False
     for run in runs:
-        agrees, lines = verifying.verify(run)
+        agrees, lines = verify.verify(run)
         click.echo(
             f"{run}: {len(lines):,} {'difference' if len(lines) == 1 else 'differences'}"
             if lines
             else f"{run}: {agrees}"
         )
-        for line in verifying.shown(lines):
+        for line in verify.shown(lines):
             click.echo(f"  {clean(line)}")
         differ = differ or bool(lines)
     if differ:

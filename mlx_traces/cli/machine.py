@@ -77,7 +77,7 @@ def plan_command(config_file: str, kind: str | None) -> None:
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
-    from mlx_traces import planning
+    from mlx_traces.pipelines import estimate
 
-    for line in planning.plan(config_file, kind).lines():
+    for line in estimate.plan(config_file, kind).lines():
         click.echo(line)

@@ -29,7 +29,7 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
     import_mlx()
     from rich.console import Console
 
-    from mlx_traces import study
+    from mlx_traces.pipelines import study
 
     if dry_run:
         for line in study.preview(config):

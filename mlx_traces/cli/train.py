@@ -152,11 +152,11 @@ def rounds_command(
     import_mlx()
     from rich.console import Console
 
-    from mlx_traces import forecast, rounds
+    from mlx_traces.pipelines import estimate, rounds
     from mlx_traces.report import tables
 
     if dry_run:
-        click.echo("\n".join(forecast.lines(config)))
+        click.echo("\n".join(estimate.lines(config)))
         return
     frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
     console = Console(width=None if sys.stdout.isatty() else 100)

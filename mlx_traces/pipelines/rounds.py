@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_traces import comparison, text
+from mlx_traces import text
 from mlx_traces.config import (
     AdapterConfig,
     CompareConfig,
@@ -34,8 +34,9 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import comparison, evaluator
+from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters, names
+from mlx_traces.pipelines import compare
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.report import page
@@ -239,7 +240,7 @@ class Outcome(NamedTuple):
     """What the rounds end with: the comparison's table, its runs, and the report's file."""
 
     frame: Any
-    runs: list[comparison.Run]
+    runs: list[compare.Run]
     page: Path
 
 
@@ -270,7 +271,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             files.discard_unfinished(station.out)
         for line in station.make():
             say(f"{station.name}: {line}")
-    frame, runs = comparison.compared(compared, progress)
+    frame, runs = compare.compared(compared, progress)
     made = [
         {"name": station.name, "out": str(station.out), "config": station.recipe.model_dump(mode="json")}
         for station in plan
@@ -381,17 +382,17 @@ def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
     return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out))
 
 
-def gains(runs: list[comparison.Run]) -> list[str]:
+def gains(runs: list[compare.Run]) -> list[str]:
     """Say what each round changed against the one before, by the paired test of the comparison (`tables.paired`).
 
     Won and lost are problems that the later round answered right more, or less, often.
     """
     lines = []
     for before, after in pairwise(runs):
-        pair = comparison.paired(after, before)
+        pair = compare.paired(after, before)
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
-            f"{comparison.label(after)} against {comparison.label(before)}: {text.percent(pair['diff'], signed=True)} "
+            f"{compare.label(after)} against {compare.label(before)}: {text.percent(pair['diff'], signed=True)} "
             f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
             f"{text.p_text(pair['p_value'])}"
         )
