@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
-from mlx_traces.cli.bench import _without_ranks
+from mlx_traces.cli.diagnostics import _without_ranks
 from mlx_traces.diagnostics import bench_ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading

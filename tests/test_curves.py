@@ -182,10 +182,10 @@ def test_watch_ends_by_itself_when_the_run_is_finished(tmp_path, monkeypatch):
         looks.append(1)
         (run / "result.json").write_text(json.dumps({"steps": 6}))
 
-    monkeypatch.setattr("mlx_traces.cli.show.sys.stdout", io.StringIO())
-    monkeypatch.setattr("mlx_traces.cli.show.sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("mlx_traces.cli.show.time.sleep", finish)
-    from mlx_traces.cli.show import watch_command
+    monkeypatch.setattr("mlx_traces.cli.report.sys.stdout", io.StringIO())
+    monkeypatch.setattr("mlx_traces.cli.report.sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("mlx_traces.cli.report.time.sleep", finish)
+    from mlx_traces.cli.report import watch_command
 
     watch_command.callback(run=str(run), once=False, every=1.0)
     assert looks == [1]

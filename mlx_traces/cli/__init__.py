@@ -3,23 +3,14 @@
 import click
 
 import mlx_traces
-from mlx_traces.cli.bench import bench_group
 from mlx_traces.cli.configs import configs_command
-from mlx_traces.cli.data import data_group
-from mlx_traces.cli.evaluate import compare_command, eval_command, grade_command, verify_command
-from mlx_traces.cli.machine import doctor_command, nano_group, plan_command
+from mlx_traces.cli.diagnostics import bench_group, doctor_command, nano_group
+from mlx_traces.cli.evaluate import eval_command, grade_command
 from mlx_traces.cli.options import Commands
-from mlx_traces.cli.quality import filter_command, reformat_command, score_command
-from mlx_traces.cli.show import card_command, push_command, report_command, watch_command
-from mlx_traces.cli.study import study_command
-from mlx_traces.cli.train import (
-    fuse_command,
-    generate_command,
-    grpo_command,
-    ppo_command,
-    rounds_command,
-    sft_command,
-)
+from mlx_traces.cli.pipelines import compare_command, rounds_command, study_command, verify_command
+from mlx_traces.cli.report import card_command, push_command, report_command, watch_command
+from mlx_traces.cli.traces import data_group, filter_command, generate_command, reformat_command, score_command
+from mlx_traces.cli.train import fuse_command, grpo_command, plan_command, ppo_command, sft_command
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})

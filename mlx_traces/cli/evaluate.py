@@ -1,18 +1,15 @@
 """eval, compare, grade and verify."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, Sectioned, configured, note_unused, settings_options
-from mlx_traces.config import CompareConfig, EvalConfig, read_config
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
+from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.text import clean, inert
-
-FORMATS = ("table", "markdown", "csv", "json")
+from mlx_traces.text import inert
 
 
 @click.command("eval", cls=Sectioned)
@@ -78,74 +75,6 @@ def _speed(result: Any) -> list[str]:
     ]
 
 
-@click.command("compare")
-@click.argument("runs", nargs=-1, type=click.Path())
-@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
-@click.option("--prompt", "prompts", multiple=True, help="Prompt style to try with each model; repeat for more.")
-@click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, evals, baseline, out.")
-@click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
-@click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
-@click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--format", "format_", type=click.Choice(FORMATS), default="table", help="What to print.")
-@click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
-@settings_options(EvalConfig, "model", "prompt", "adapter")
-def compare_command(
-    runs: tuple[str, ...],
-    models: tuple[str, ...],
-    prompts: tuple[str, ...],
-    config_file: str | None,
-    baseline: str | None,
-    out: str | None,
-    runs_dir: str | None,
-    format_: str,
-    extractors: bool,
-    settings: dict,
-) -> None:
-    """Evaluate what is missing, then print one table with intervals and paired p-values.
-
-    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
-    thinking, and with its trained adapters where the checkout has them.
-    """
-    from mlx_traces.pipelines import compare
-
-    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    asked = read_config(CompareConfig, config_file, given)
-    config = compare.requested(asked, runs, models, prompts, settings)
-    note_unused(config)
-    if extractors and format_ != "table":
-        click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
-    frame, collected = compare.compared(config, progress=True)
-    for line in compare.differences(collected):
-        click.echo(f"note: {line}", err=True)
-    _print(frame, collected, format_, extractors)
-    if config.out:
-        click.echo(f"written to {config.out}", err=True)
-
-
-def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
-    """Print a comparison in one of FORMATS."""
-    from mlx_traces.report import tables
-
-    if format_ == "json":
-        click.echo(json.dumps(tables.to_json(frame), indent=1))
-    elif format_ == "csv":
-        click.echo(tables.to_csv(frame), nl=False)
-    elif format_ == "markdown":
-        click.echo(tables.to_markdown(frame))
-    else:
-        from rich.console import Console
-
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(tables.to_terminal(frame))
-        for part in (
-            tables.strata_table(collected),
-            tables.extractors_table(collected) if extractors else None,
-        ):
-            if part is not None:
-                console.print(part)
-
-
 @click.command("grade")
 @click.argument("file", type=click.Path())
 @click.option("--task", required=True, help="Task whose grader judges: gsm8k, countdown or qa.")
@@ -184,28 +113,3 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     low, high = wilson(correct, len(lines))
     share = f"{100 * correct / len(lines):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     click.echo(f"{correct} of {len(lines)} correct by {name}: {share}", err=True)
-
-
-@click.command("verify")
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
-def verify_command(runs: tuple[str, ...]) -> None:
-    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo, files of traces.
-
-    Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
-    and its adapter. Exits with 1 if anything differs.
-    """
-    from mlx_traces.pipelines import verify
-
-    differ = False
-    for run in runs:
-        agrees, lines = verify.verify(run)
-        click.echo(
-            f"{run}: {len(lines):,} {'difference' if len(lines) == 1 else 'differences'}"
-            if lines
-            else f"{run}: {agrees}"
-        )
-        for line in verify.shown(lines):
-            click.echo(f"  {clean(line)}")
-        differ = differ or bool(lines)
-    if differ:
-        sys.exit(1)

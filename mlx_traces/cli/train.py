@@ -1,6 +1,5 @@
 """generate, sft, grpo and ppo: a model's own traces, an adapter trained on traces, or on rewards."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,33 +7,24 @@ from typing import Any
 import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
-from mlx_traces.config import GenerateConfig, GRPOConfig, PPOConfig, RLConfig, RoundsConfig, SFTConfig
+from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
 
 
-@click.command("generate", cls=Sectioned)
-@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
-@click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
-@settings_options(GenerateConfig)
-def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
-    """Sample completions of training problems; write them as traces, with their log-probabilities."""
-    config = configured(GenerateConfig, config_file, settings)
-    from mlx_traces.evaluation.evaluator import split_notes
-    from mlx_traces.traces.generate import generate
+@click.command("plan")
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
+@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: as the file's first line says.")
+def plan_command(config_file: str, kind: str | None) -> None:
+    """Say what memory the training of CONFIG will take, by part, and the largest settings that still fit.
 
-    for note in split_notes(config):
-        click.echo(f"note: {note}", err=True)
-    with training_bar("generate") as show:
-        seen = correct = 0
+    CONFIG is a YAML file of sft, grpo or ppo. The model is loaded; nothing is trained, downloaded or written.
+    """
+    from mlx_traces.runtime.device import import_mlx
 
-        def advance(trace: Any, total: int) -> None:
-            nonlocal seen, correct
-            seen, correct = seen + 1, correct + (trace.verdict == "correct")
-            show({"step": seen, "correct": 100 * correct / seen}, total)
+    import_mlx()
+    from mlx_traces.pipelines import estimate
 
-        counts = generate(config, out, resume, advance)
-    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    click.echo(f"{told}; in {out}", err=True)
+    for line in estimate.plan(config_file, kind).lines():
+        click.echo(line)
 
 
 @click.command("sft", cls=Sectioned)
@@ -128,42 +118,6 @@ def fuse_command(**arguments: Any) -> None:
         click.echo(f"loss on {result.tokens:,} tokens: {base}{losses} nats per token")
     if line := fuse.warning(result):
         click.echo(f"warning: {line}", err=True)
-
-
-@click.command("rounds")
-@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
-@click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
-@click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
-@click.option(
-    "--dry-run", is_flag=True, help="Print the stations, and the time and memory of those to make; make nothing."
-)
-def rounds_command(
-    config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
-) -> None:
-    """SFT on raw traces, SFT on the model's own filtered traces, GRPO or PPO; then the table and report of it all.
-
-    Repeat the command after it was cut off: what is there is not made again.
-    """
-    given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
-    config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
-    from mlx_traces.runtime.device import import_mlx
-
-    import_mlx()
-    from rich.console import Console
-
-    from mlx_traces.pipelines import estimate, rounds
-    from mlx_traces.report import tables
-
-    if dry_run:
-        click.echo("\n".join(estimate.lines(config)))
-        return
-    frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(tables.to_terminal(frame))
-    for line in rounds.gains(runs):
-        click.echo(line)
-    click.echo(f"report: {page}")
 
 
 SHOWN = (

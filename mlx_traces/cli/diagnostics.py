@@ -1,5 +1,6 @@
 """bench: measure this machine, beside a peer where one is named."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import click
 
-from mlx_traces.cli.options import settings_options
-from mlx_traces.config import GRPOConfig, LoadConfig, PPOConfig, RLConfig, SFTConfig, build
+from mlx_traces.cli.options import ConfigFile, configured, settings_options
+from mlx_traces.config import GRPOConfig, LoadConfig, NanoConfig, PPOConfig, RLConfig, SFTConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.provenance import provenance
@@ -292,3 +293,60 @@ def _bench_reinforcement(
             f"warm-up {line.peer_warmup_seconds:.1f} s  by {line.peer} ({line.peer_weights} weights): "
             f"ratio {line.ratio:.2f} by seconds, {line.tokens_ratio:.2f} by tokens/s"
         )
+
+
+@click.group("nano")
+def nano_group() -> None:
+    """The embedded model."""
+
+
+@nano_group.command("build")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
+@settings_options(NanoConfig)
+def nano_build(config_file: str | None, settings: dict) -> None:
+    """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
+    from mlx_traces.runtime.device import import_mlx
+
+    config = configured(NanoConfig, config_file, settings)
+    import_mlx()
+    from mlx_traces.models import nano
+    from mlx_traces.runtime.progress import progress
+
+    nano.check_sizes(config)
+    with progress("nano") as shown:
+        out = nano.build(config, lambda step, steps, loss: shown.update(step, steps, [f"loss {loss:.3f}"]))
+    click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown")
+
+
+@nano_group.command("reference")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; it is replaced.")
+def nano_reference(out: Path) -> None:
+    """Write the numbers that doctor's self-test compares with: nano in float32 on this CPU.
+
+    To be repeated whenever nano was built anew: --out mlx_traces/assets/selftest.json.
+    """
+    from mlx_traces.diagnostics import selftest
+
+    content = selftest.write_reference(out)
+    tokens = sum(len(completion["tokens"]) for completion in content["completions"])
+    click.echo(f"written to {out}: {tokens} log-probabilities and a training step")
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
+@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step against stored numbers.")
+def doctor_command(as_json: bool, self_test: bool) -> None:
+    """Say what this machine runs on, how fast, whether right, and what to do about what is wrong.
+
+    Looks at versions, device, memory, BLAS, disk and the hub, and tests generation and a training step of the
+    embedded model against stored numbers. Exit status 1 if commands would fail, or results could not be trusted.
+    """
+    from mlx_traces.diagnostics import doctor
+
+    lines = doctor.report(self_test)
+    if as_json:
+        click.echo(json.dumps(doctor.as_rows(lines), indent=1))
+    else:
+        doctor.show(lines)
+    if any(line.failed for line in lines):
+        raise SystemExit(1)

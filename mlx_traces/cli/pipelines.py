@@ -1,0 +1,178 @@
+"""study."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_traces.cli.options import ConfigFile, configured, note_unused, settings_options
+from mlx_traces.cli.train import training_bar
+from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
+from mlx_traces.text import clean
+
+FORMATS = ("table", "markdown", "csv", "json")
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, type=click.Path())
+@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt style to try with each model; repeat for more.")
+@click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, evals, baseline, out.")
+@click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
+@click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
+@click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
+@click.option("--format", "format_", type=click.Choice(FORMATS), default="table", help="What to print.")
+@click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
+@settings_options(EvalConfig, "model", "prompt", "adapter")
+def compare_command(
+    runs: tuple[str, ...],
+    models: tuple[str, ...],
+    prompts: tuple[str, ...],
+    config_file: str | None,
+    baseline: str | None,
+    out: str | None,
+    runs_dir: str | None,
+    format_: str,
+    extractors: bool,
+    settings: dict,
+) -> None:
+    """Evaluate what is missing, then print one table with intervals and paired p-values.
+
+    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
+    thinking, and with its trained adapters where the checkout has them.
+    """
+    from mlx_traces.pipelines import compare
+
+    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    asked = read_config(CompareConfig, config_file, given)
+    config = compare.requested(asked, runs, models, prompts, settings)
+    note_unused(config)
+    if extractors and format_ != "table":
+        click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
+    frame, collected = compare.compared(config, progress=True)
+    for line in compare.differences(collected):
+        click.echo(f"note: {line}", err=True)
+    _print(frame, collected, format_, extractors)
+    if config.out:
+        click.echo(f"written to {config.out}", err=True)
+
+
+def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
+    """Print a comparison in one of FORMATS."""
+    from mlx_traces.report import tables
+
+    if format_ == "json":
+        click.echo(json.dumps(tables.to_json(frame), indent=1))
+    elif format_ == "csv":
+        click.echo(tables.to_csv(frame), nl=False)
+    elif format_ == "markdown":
+        click.echo(tables.to_markdown(frame))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        console.print(tables.to_terminal(frame))
+        for part in (
+            tables.strata_table(collected),
+            tables.extractors_table(collected) if extractors else None,
+        ):
+            if part is not None:
+                console.print(part)
+
+
+@click.command("verify")
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+def verify_command(runs: tuple[str, ...]) -> None:
+    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo, files of traces.
+
+    Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
+    and its adapter. Exits with 1 if anything differs.
+    """
+    from mlx_traces.pipelines import verify
+
+    differ = False
+    for run in runs:
+        agrees, lines = verify.verify(run)
+        click.echo(
+            f"{run}: {len(lines):,} {'difference' if len(lines) == 1 else 'differences'}"
+            if lines
+            else f"{run}: {agrees}"
+        )
+        for line in verify.shown(lines):
+            click.echo(f"  {clean(line)}")
+        differ = differ or bool(lines)
+    if differ:
+        sys.exit(1)
+
+
+@click.command("study")
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
+@click.option("--out", type=click.Path(), help="Folder of the tables.  [default: tables/ and CONFIG's name]")
+@click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are.  [default: runs]")
+@click.option("--dry-run", is_flag=True, help="Print the evaluations and which are there; make nothing.")
+def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
+    """Every model in every prompt: summary, strata, every pair tested, and what may be said of it.
+
+    A model that is to have other bits is converted first. Repeat the command after it was cut off, or with more
+    models in CONFIG: what is there is not made again.
+    """
+    folders = {"out": out, "runs_dir": runs_dir}
+    config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
+    if config.out is None:
+        config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
+    from mlx_traces.runtime.device import import_mlx
+
+    import_mlx()
+    from rich.console import Console
+
+    from mlx_traces.pipelines import study
+
+    if dry_run:
+        for line in study.preview(config):
+            click.echo(line)
+        return
+    parts = study.run(config, lambda line: click.echo(line, err=True), progress=True)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for part in parts:
+        for item in study.to_terminal(part):
+            console.print(item, markup=False, highlight=False)
+    click.echo(f"written to {config.out}", err=True)
+
+
+@click.command("rounds")
+@click.argument("config_file", metavar="CONFIG", type=ConfigFile())
+@click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
+@click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
+@click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the stations, and the time and memory of those to make; make nothing."
+)
+def rounds_command(
+    config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
+) -> None:
+    """SFT on raw traces, SFT on the model's own filtered traces, GRPO or PPO; then the table and report of it all.
+
+    Repeat the command after it was cut off: what is there is not made again.
+    """
+    given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
+    config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
+    from mlx_traces.runtime.device import import_mlx
+
+    import_mlx()
+    from rich.console import Console
+
+    from mlx_traces.pipelines import estimate, rounds
+    from mlx_traces.report import tables
+
+    if dry_run:
+        click.echo("\n".join(estimate.lines(config)))
+        return
+    frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(tables.to_terminal(frame))
+    for line in rounds.gains(runs):
+        click.echo(line)
+    click.echo(f"report: {page}")
