@@ -52,7 +52,10 @@ def test_help_needs_no_mlx():
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("module", ["config", "tasks.gsm8k", "tasks.countdown", "tasks.qa", "stats", "tables", "runs"])
+@pytest.mark.parametrize(
+    "module",
+    ["config", "tasks.gsm8k", "tasks.countdown", "tasks.qa", "evaluation.stats", "report.tables", "runtime.run_folder"],
+)
 def test_these_rooms_never_load_mlx(module):
     code = f"import sys, mlx_traces.{module}\nassert not any(name.startswith('mlx.') for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

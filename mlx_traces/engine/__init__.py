@@ -1,0 +1,1 @@
+"""Batched generation and log-probabilities of given tokens."""

@@ -1,0 +1,1 @@
+"""Completions graded and stored as runs; statistics of runs on the same problems."""

@@ -1,0 +1,1 @@
+"""A name to weights, tokenizer, chat template and adapter."""

@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.models import convert as models_convert
 from mlx_traces.models import names
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
@@ -107,10 +106,10 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     model, config = _lazy(source, wanted.model, trust_remote_code)
-    own, dtype = _quantization(config), models_convert.own_dtype(source, config)
+    own, dtype = _quantization(config), own_dtype(source, config)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    kept = models_convert.add_up(model)
+    kept = add_up(model)
     model.set_dtype(dtype)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)  # one at a time: the wide intermediates do not pile up
@@ -125,7 +124,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     except RuntimeError as error:  # MLX's word for a disk that is full
         raise OSError(first_line(error)) from None
     save_config(config, folder / "config.json", keep_vision_config=True)
-    left = {path for pattern in models_convert.LEFT_BEHIND for path in source.glob(pattern)}
+    left = {path for pattern in LEFT_BEHIND for path in source.glob(pattern)}
     for path in sorted(set(source.iterdir()) - left):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,1 @@
+"""Reinforcement learning on a task's own grader: GRPO and its variants, PPO."""

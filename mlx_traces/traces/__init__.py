@@ -1,0 +1,1 @@
+"""Trace files: made, imported, generated, scored, filtered, reformatted, encoded as tokens."""

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning, and what all training shares: loop, gradients, optimizer, checkpoints, memory."""

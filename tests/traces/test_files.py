@@ -641,7 +641,7 @@ def test_help_names_every_format_and_style():
 
 
 def test_the_readmes_field_table_and_lines_are_true(tmp_path):
-    text = (Path(__file__).parent.parent / "data" / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "data" / "README.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(Trace.__dataclass_fields__)
     (block,) = re.findall(r"```json trace\n(.*?)```", text, re.DOTALL)
     (tmp_path / "trace.jsonl").write_text(block)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 KEPT = 33.6  # MB of freed buffers that MLX keeps on a CPU
 GROWTH = 1.05  # the most that memory may be after the warm-up, over what it was then
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Gauge:

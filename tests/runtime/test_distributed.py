@@ -18,7 +18,7 @@ from mlx_traces.diagnostics import bench_generate
 from mlx_traces.models import loading
 from mlx_traces.runtime import distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MAIN = ("-c", "from mlx_traces.cli import main; main()")
 BAD = """
 import os

@@ -28,7 +28,7 @@ from mlx_traces.report import tables
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.tasks.prompts import Prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {"model": "served", "task": "countdown", "prompt": "thinking", "limit": 6, "max_tokens": 64, "retries": 2}
 KEY = "sk-very-secret-0123456789"
 

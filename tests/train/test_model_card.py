@@ -19,7 +19,7 @@ from mlx_traces.rl import grpo
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.train import fuse, model_card, sft
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Of the hub's documentation, "Licenses": some of each family, and what people write in their place.
 LISTED = ("apache-2.0", "mit", "llama3.2", "gemma", "cc-by-nc-4.0", "bigscience-bloom-rail-1.0", "other", "openrail++")
 NOT_LISTED = ("Apache 2.0", "apache2", "llama-3", "qwen", "")

@@ -1,6 +1,6 @@
 """Hostile input: readers that take anything, code that runs nothing, names that stay inside, texts that stay texts.
 
-The long search is `python -m tests.fuzzing`; what it found stands here as a test each.
+The long search is `python -m tests.stress.fuzzing`; what it found stands here as a test each.
 """
 
 import ast
@@ -22,7 +22,7 @@ from fuzzing import TARGETS, TOKENS, Tally, Target, long_inputs, mutated, tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_curves import write_training
-from test_webpage import write_evaluation
+from test_page import write_evaluation
 
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
@@ -40,7 +40,7 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.text import clean, inert, visible
 from mlx_traces.traces import files, importing, quality
 
-PACKAGE = Path(tables.__file__).parent
+PACKAGE = Path(tables.__file__).parents[1]
 IDS = [target.name for target in TARGETS]
 
 

@@ -444,7 +444,7 @@ def test_comparing_two_whole_test_sets_takes_under_three_seconds(tmp_path):
     for run in many_runs(2):
         (tmp_path / f"{run.name}.json").write_text(json.dumps(vars(run)))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(tables.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tables.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", WHOLE_PROCESS, tmp_path], env=environment, capture_output=True, text=True
     )

@@ -5,7 +5,7 @@ take any text without an exception other than UserError, in `SECONDS` and `MEMOR
 the long search is guided by coverage (atheris, of the extra ``fuzz``; Linux):
 
     pip install -e '.[fuzz]'
-    python -m tests.fuzzing --inputs 1000000
+    python -m tests.stress.fuzzing --inputs 1000000
 
 It prints for each reader its inputs, seconds, slowest call and greatest memory, then every failure with its smallest
 input, and ends with status 1 if there is any.
@@ -457,7 +457,7 @@ TRAINING = PART.join((json.dumps(TRAINED), json.dumps({"best_step": 2, "notes": 
 KINDS = {name.lower(): name for name in dir(config) if name.endswith("Config")}
 SHIPPED = tuple(
     f"{KINDS[f'{command}config']}{PART}{path.read_text()}"
-    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     for command in re.findall(r"mlx-traces (\w+)", path.read_text())[:1]
 )
 ADAPTER = {
@@ -699,7 +699,7 @@ def _searched(target: Target, inputs: int, seed: int) -> dict:
 def main() -> int:
     """Search every target, or those named; print a line for each; return 1 if anything was found."""
     options = argparse.ArgumentParser(
-        prog="python -m tests.fuzzing", description="Search for inputs that break a reader."
+        prog="python -m tests.stress.fuzzing", description="Search for inputs that break a reader."
     )
     options.add_argument("--inputs", type=int, default=100_000, help="of all targets together")
     options.add_argument("--target", action="append", choices=[target.name for target in TARGETS])

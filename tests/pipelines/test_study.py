@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import CHATML, make_config, make_tokenizer, randomized
 from mlx.utils import tree_flatten
 from scipy.stats import binomtest
-from test_models import R1
+from test_loading import R1
 from test_tables import BASE, BETTER, make_run, rendered
 
 from mlx_traces.cli import main

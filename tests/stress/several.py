@@ -19,7 +19,7 @@ from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, generate, solutions
 from mlx_traces.train import sft
 
-ADAPTER = str(Path(__file__).parents[1] / "adapters/nano-epoch1")
+ADAPTER = str(Path(__file__).parents[2] / "adapters/nano-epoch1")
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 32}
 RL = {
     **ASKED,

@@ -120,7 +120,7 @@ def test_versions_are_held_against_those_tested(monkeypatch):
 
 
 def test_the_oldest_tested_versions_are_the_lower_bounds():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     bounds = {one.name.lower(): one.specifier for one in map(Requirement, project["dependencies"])}
     for name, (low, _) in doctor.TESTED.items():

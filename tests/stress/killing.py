@@ -1,8 +1,8 @@
 """Processes killed by ``kill -9``, and what they leave: shared by the tests of commands that can be resumed.
 
-``python -m tests.killing --kills 20`` kills each long command on the embedded model 20 times at random moments, goes on
-with it each time, and compares what it ends with to an uninterrupted run; ``python -m tests.killing --kills 20 sft
-grpo`` those two alone, ``python -m tests.killing --kills 20 -- COMMAND ... --out run`` any other (its inputs by full
+``python -m tests.stress.killing --kills 20`` kills each long command on the embedded model 20 times at random moments, goes on
+with it each time, and compares what it ends with to an uninterrupted run; ``python -m tests.stress.killing --kills 20 sft
+grpo`` those two alone, ``python -m tests.stress.killing --kills 20 -- COMMAND ... --out run`` any other (its inputs by full
 paths, its outputs by relative ones).
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("MLX_TRACES_KILLS", "5"))  # of a suite's run; more for a longer one
 POLL = 0.005  # seconds between two looks at a folder
 
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Kill the commands that are named, and print what became of each."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     own = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
-    parser = argparse.ArgumentParser(prog="python -m tests.killing", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.killing", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"{', '.join(WORDS)}; default: all.")
     parser.add_argument("--kills", type=int, default=KILLS, help="Of each command.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
