@@ -1,13 +1,16 @@
 """Teach small language models to reason, and measure whether they did.
 
-Importing this package loads a fast BLAS on Linux (`mlx_traces.blas`) and nothing else; MLX comes later.
+Importing this package loads a fast BLAS on Linux (`runtime.blas`) and nothing else; MLX comes later.
 """
 
 from mlx_traces.runtime import blas as blas
 
-# The modules are named otherwise: a submodule `evaluate`, once imported, would hide the function.
-_LAZY = {"evaluate": "mlx_traces.evaluation.run", "compare": "mlx_traces.pipelines.compare"}
-__all__ = ["__version__", "compare", "evaluate"]
+_LAZY = {
+    "evaluate": "mlx_traces.evaluation.run",
+    "compare": "mlx_traces.pipelines.compare",
+    **dict.fromkeys(("generate", "load", "train_grpo", "train_ppo", "train_sft"), "mlx_traces.api"),
+}
+__all__ = ["__version__", "compare", "evaluate", "generate", "load", "train_grpo", "train_ppo", "train_sft"]
 
 
 def __getattr__(name: str):

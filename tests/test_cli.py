@@ -264,19 +264,22 @@ def test_configurations_are_listed_and_found_by_name(tmp_path, monkeypatch):
     assert max(map(len, listed.stdout.splitlines()[1:])) <= 80
     for file in (ROOT / "configs").glob("*.yaml"):
         assert f"\n{file.stem}  (mlx-traces " in listed.stdout
-    assert "\nnano  (mlx-traces nano build)\n  The embedded model, as it comes with the package.\n" in listed.stdout
-    for name in ("grpo_nano", "grpo_nano.yaml", "configs/grpo_nano.yaml"):
-        assert find_config(name) == ROOT / "configs" / "grpo_nano.yaml"
+    assert (
+        "\nnano_build_countdown  (mlx-traces nano build)\n  The embedded model, as it comes with the package.\n"
+        in listed.stdout
+    )
+    for name in ("grpo_countdown_nano", "grpo_countdown_nano.yaml", "configs/grpo_countdown_nano.yaml"):
+        assert find_config(name) == ROOT / "configs" / "grpo_countdown_nano.yaml"
     for home in ("configs", "."):  # the nearer one wins
         (tmp_path / home).mkdir(exist_ok=True)
-        (tmp_path / home / "grpo_nano.yaml").write_text("num_steps: some\n")
-        for name in ("grpo_nano", "grpo_nano.yaml"):
-            assert find_config(name) == Path(home, "grpo_nano.yaml")
-    assert "grpo_nano.yaml: num_steps: must be a whole number" in call("grpo", "grpo_nano").output
-    for name in ("grpo_nanu", "./x/grpo_nano", "\0", "x" * 5_000):
+        (tmp_path / home / "grpo_countdown_nano.yaml").write_text("num_steps: some\n")
+        for name in ("grpo_countdown_nano", "grpo_countdown_nano.yaml"):
+            assert find_config(name) == Path(home, "grpo_countdown_nano.yaml")
+    assert "grpo_countdown_nano.yaml: num_steps: must be a whole number" in call("grpo", "grpo_countdown_nano").output
+    for name in ("grpo_countdown_nanu", "./x/grpo_countdown_nano", "\0", "x" * 5_000):
         with pytest.raises(UserError, match="no such configuration file"):
             find_config(name)
-    assert "did you mean 'grpo_nano'" in call("grpo", "grpo_nanu").output
+    assert "did you mean 'grpo_countdown_nano'" in call("grpo", "grpo_countdown_nanu").output
 
 
 def test_every_command_takes_a_configuration_by_name(tmp_path, monkeypatch):
@@ -293,9 +296,11 @@ def test_every_command_takes_a_configuration_by_name(tmp_path, monkeypatch):
         for param in command.params:
             if param.name == "config_file":
                 seen += 1
-                assert param.type_cast_value(None, "nano") == str(ROOT / "configs" / "nano.yaml"), words
+                assert param.type_cast_value(None, "nano_build_countdown") == str(
+                    ROOT / "configs" / "nano_build_countdown.yaml"
+                ), words
     assert seen >= 13
-    shown = call("study", "study_countdown", "--dry-run")  # whose adapters are those shipped
+    shown = call("study", "study_countdown_nano", "--dry-run")  # whose adapters are those shipped
     assert shown.exit_code == 0 and "nano-epoch2" in shown.stdout
 
 
@@ -306,9 +311,14 @@ def test_the_package_is_run_as_a_module(tmp_path):
     assert done.stdout.startswith("mlx-traces, version ")
 
 
+def readmes():
+    """Every README that is written by hand: not the model cards of adapters."""
+    return sorted(path for path in ROOT.rglob("README.md") if path.parent.parent != ROOT / "adapters")
+
+
 def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
+    pages = "\n".join(path.read_text() for path in readmes())
+    text = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", pages, re.DOTALL)).replace("\\\n", " ")
     for line in text.splitlines():
         for part in re.split(r"&&|\|", line.partition(" #")[0]):
             words = shlex.split(part)
@@ -316,7 +326,7 @@ def readme_commands():
                 yield words[1:]
 
 
-@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", sorted(set(map(tuple, readme_commands()))), ids=" ".join)
 def test_the_readme_names_commands_and_options_that_exist(words):
     command, rest = main, list(words)
     while rest and hasattr(command, "commands") and rest[0] in command.commands:
@@ -329,7 +339,7 @@ def test_the_readme_names_commands_and_options_that_exist(words):
 
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert list((tmp_path / "runs").iterdir())

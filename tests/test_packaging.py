@@ -62,7 +62,7 @@ def test_a_wheel_holds_what_the_comparison_needs(tmp_path):
     assert wheel.stat().st_size < 8e6
     for needed in (
         "mlx_traces/assets/nano/model.safetensors",
-        "mlx_traces/templates/report.html",
+        "mlx_traces/report/templates/report.html",
         "mlx_traces/__main__.py",
         *(f"mlx_traces/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")),
         next(name for name in names if name.endswith(".dist-info/licenses/mlx_traces/LICENSE")),

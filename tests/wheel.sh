@@ -3,7 +3,7 @@
 #   sh tests/wheel.sh                          newest versions of the dependencies
 #   sh tests/wheel.sh lowest-direct            the lower bounds of pyproject.toml
 #   sh tests/wheel.sh highest 3.13             another Python
-#   sh tests/wheel.sh lowest-direct 3.11 tests/test_stats.py tests/test_models.py      these tests too
+#   sh tests/wheel.sh lowest-direct 3.11 tests/evaluation/test_stats.py tests/models/test_loading.py      these tests too
 # Needs uv. Works in a folder of its own, outside the checkout, so that nothing but the wheel is imported.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,7 +19,7 @@ uv pip install -q -p "$work/venv/bin/python" -r "$work/pins.txt" "$work"/dist/*.
 cp -r "$root/tests" "$root/README.md" "$root/pyproject.toml" "$root/data" "$work"
 cd "$work"
 venv/bin/python -m mlx_traces configs
-venv/bin/mlx-traces study study_countdown --dry-run
+venv/bin/mlx-traces study study_countdown_nano --dry-run
 venv/bin/mlx-traces doctor
 venv/bin/mlx-traces compare --prompt direct --prompt thinking --limit 20 --runs-dir runs
 venv/bin/mlx-traces verify runs/*

@@ -43,6 +43,7 @@ def compare_command(
     RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
     thinking, and with its trained adapters where the checkout has them.
     """
+    from mlx_traces.evaluation import comparison
     from mlx_traces.pipelines import compare
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
@@ -53,7 +54,7 @@ def compare_command(
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
     frame, collected = compare.compared(config, progress=True)
-    for line in compare.differences(collected):
+    for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
     _print(frame, collected, format_, extractors)
     if config.out:

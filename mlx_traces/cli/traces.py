@@ -222,7 +222,7 @@ def _weight(item: str) -> tuple[str, str]:
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Keep the traces of IN that pass the rules, and tell what each rule removed."""
-    from mlx_traces.traces.filter import filter_file
+    from mlx_traces.traces.filtering import filter_file
 
     report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])

@@ -173,7 +173,7 @@ def ratio(ours: list[Run], peers: list[Run]) -> float:
 
 
 def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, Any]:
-    from mlx_traces.engine.generate import Usage, generate
+    from mlx_traces.engine.generation import Usage, generate
     from mlx_traces.engine.sampling import Request, SamplingParams
 
     usage, asked = Usage(), [Request(prompts[index]) for index in distributed.share(len(prompts))]

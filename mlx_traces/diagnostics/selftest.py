@@ -87,7 +87,7 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
 
 def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: float) -> tuple[list[str], float]:
     """Complete the prompts by the engine; return what is wrong, and the largest deviation in nats."""
-    from mlx_traces.engine.generate import generate
+    from mlx_traces.engine.generation import generate
     from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 
     prompts = prompts_of(loaded)

@@ -24,7 +24,7 @@ def completions_of(
     loaded: Any, planned: Plan, logprobs: bool = False, stop: Callable[[], bool] | None = None
 ) -> Generate:
     """Make the plain function from (problem, sample) pairs to completions, as they finish, until ``stop`` says so."""
-    from mlx_traces.engine.generate import generate
+    from mlx_traces.engine.generation import generate
     from mlx_traces.engine.sampling import Request, SamplingParams
 
     config = planned.config

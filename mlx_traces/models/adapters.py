@@ -122,7 +122,6 @@ def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict
     """
     from mlx.utils import tree_flatten
 
-    from mlx_traces.models.adapters import write_arrays
     from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 
     with on_the_way(folder):

@@ -33,7 +33,7 @@ from mlx_traces.config import (
 )
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.generate import Usage, generate
+from mlx_traces.engine.generation import Usage, generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import evaluator

@@ -34,7 +34,7 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import evaluator
+from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, names
 from mlx_traces.pipelines import compare
 from mlx_traces.readers import is_file
@@ -45,7 +45,7 @@ from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k
-from mlx_traces.traces import files, filter, generate, score, solutions
+from mlx_traces.traces import files, filtering, generate, score, solutions
 from mlx_traces.train import loop, tracking
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
@@ -232,7 +232,7 @@ def _score(source: Path, config: ScoreConfig, out: Path) -> list[str]:
 
 
 def _filter(source: Path, config: FilterConfig, out: Path) -> list[str]:
-    report = filter.filter_file(source, out, config)
+    report = filtering.filter_file(source, out, config)
     return [f"{rule}: {removed:,} removed, {left:,} left" for rule, removed, left in report]
 
 
@@ -240,7 +240,7 @@ class Outcome(NamedTuple):
     """What the rounds end with: the comparison's table, its runs, and the report's file."""
 
     frame: Any
-    runs: list[compare.Run]
+    runs: list[comparison.Run]
     page: Path
 
 
@@ -296,7 +296,7 @@ def check(plan: list[Station], compared: CompareConfig) -> None:
     for name in {station.recipe.report_to for station in trainings(plan) if not station.finished} - {None}:
         tracking.client(name)
     asked = evaluator.plan(compared.evals[0])
-    same = filter.same_problem(asked.problems, asked.prompt)
+    same = filtering.same_problem(asked.problems, asked.prompt)
     for station in plan:
         if not isinstance(station.recipe, (RawConfig, GenerateConfig, RLConfig)):
             continue
@@ -382,17 +382,17 @@ def comparison_of(config: RoundsConfig, plan: list[Station]) -> CompareConfig:
     return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out))
 
 
-def gains(runs: list[compare.Run]) -> list[str]:
+def gains(runs: list[comparison.Run]) -> list[str]:
     """Say what each round changed against the one before, by the paired test of the comparison (`tables.paired`).
 
     Won and lost are problems that the later round answered right more, or less, often.
     """
     lines = []
     for before, after in pairwise(runs):
-        pair = compare.paired(after, before)
+        pair = comparison.paired(after, before)
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
-            f"{compare.label(after)} against {compare.label(before)}: {text.percent(pair['diff'], signed=True)} "
+            f"{comparison.label(after)} against {comparison.label(before)}: {text.percent(pair['diff'], signed=True)} "
             f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
             f"{text.p_text(pair['p_value'])}"
         )

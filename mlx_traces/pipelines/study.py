@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import endpoint, evaluator
+from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
@@ -165,16 +165,18 @@ def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[e
     if config.baseline is None:
         return 0
     rows = [
-        compare.Run(
+        comparison.Run(
             planned.label, {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}, []
         )
         for planned in plans
     ]
     rows = [entry.named(row) for entry, row in zip(found, rows, strict=True)]
-    shown, choices = compare.labels(rows), []
+    shown, choices = comparison.labels(rows), []
     for i, (entry, row) in enumerate(zip(found, rows, strict=True)):
         names = [entry.label, f"{entry.label}_{row.result['prompt']}"] if entry.label else []
-        names += [compare.label(row), shown[i]] + ([row.name] if entry.ready else [])  # a converted model's run is new
+        names += [comparison.label(row), shown[i]] + (
+            [row.name] if entry.ready else []
+        )  # a converted model's run is new
         if config.baseline in names:
             return i
         choices += names
@@ -246,12 +248,12 @@ def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
 def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
     found = layout.entries
-    frame = compare.compare_runs(runs, layout.baseline)
+    frame = comparison.compare_runs(runs, layout.baseline)
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     origins = {entry.conversion.model: convert.origin(entry.conversion.model) for entry in found if entry.conversion}
     told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
-    notes = [*layout.notes, *compare.differences(runs), *told]
+    notes = [*layout.notes, *comparison.differences(runs), *told]
     return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, _bits(found, runs, about), notes)
 
 
@@ -312,7 +314,7 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
     for part in parts:
         folder = Path(config.out) / part.name if len(parts) > 1 else Path(config.out)
         export.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
-        frames = {"summary": part.summary, "strata": compare.strata(part.runs)}
+        frames = {"summary": part.summary, "strata": comparison.strata(part.runs)}
         frames |= {"pairs": pairs_frame(part.pairs)} if part.pairs else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
         try:
@@ -330,7 +332,7 @@ def to_markdown(name: str, part: Part) -> str:
     """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
     sections = [("Summary", pairs_markdown(summary_cells(part.summary)))]
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
-    if (strata := compare.strata(part.runs)) is not None:
+    if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", tables.parts_to_markdown(strata)))
     if part.pairs:
         sentences = "".join(f"* {line}\n" for line in said(part))
@@ -377,7 +379,7 @@ def ran_as(frame: pd.DataFrame) -> str:
 
 def as_json(name: str, part: Part) -> dict[str, Any]:
     """Return a part as plain data; what is missing is None."""
-    strata = compare.strata(part.runs)
+    strata = comparison.strata(part.runs)
     return {
         "study": name,
         "task": part.name,

@@ -27,7 +27,7 @@ from mlx_traces.rl import losses, rewards
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
-from mlx_traces.traces import filter
+from mlx_traces.traces import filtering
 from mlx_traces.train import loop
 
 
@@ -128,7 +128,7 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
     notes = [*evaluator.split_notes(config), *(evaluator.split_notes(config.evaluate) if config.evaluate else [])]
-    same = filter.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
+    same = filtering.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
     problems = [problem for problem in planned.problems if not same(problem)]
     left_out = len(planned.problems) - len(problems)
     if left_out and config.limit is None:  # as many others in their place, where there are such

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from mlx_traces.errors import unknown
-from mlx_traces.tasks import thoughts
 
 Pair = tuple[str, str]
 
@@ -161,7 +160,7 @@ def parts(text: str) -> tuple[str | None, str]:
 def _parts(text: str) -> tuple[str | None, str, bool]:
     """Return thought, solution, and whether the thought is still open."""
     pieces, start, closed, is_open = [], 0, 0, False
-    for tag in thoughts.tags(text):
+    for tag in tags(text):
         pieces.append(text[start : tag.start()].strip())
         start, kind = tag.end(), tag.lastgroup
         if kind:

@@ -79,7 +79,7 @@ def replies(
     Returns:
         Texts, what the template opens not included; None where question and reply do not fit in the model's context.
     """
-    from mlx_traces.engine.generate import generate
+    from mlx_traces.engine.generation import generate
     from mlx_traces.engine.sampling import Request, SamplingParams
 
     name, adapter, files, adapter_files = identity_of(loaded)

@@ -94,7 +94,7 @@ def shape_of(loaded: "LoadedModel") -> Shape:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mlx_traces.engine.generate import PREFILL_TOKENS
+    from mlx_traces.engine.generation import PREFILL_TOKENS
 
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
@@ -224,7 +224,7 @@ def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int)
 
 
 def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_limit: float | None) -> int:
-    from mlx_traces.engine.generate import rows_that_fit
+    from mlx_traces.engine.generation import rows_that_fit
     from mlx_traces.engine.sampling import Request, SamplingParams
 
     return rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(max_tokens)], memory_limit)

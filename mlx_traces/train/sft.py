@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_traces.config import SFTConfig
-from mlx_traces.engine import batching, generate
+from mlx_traces.engine import batching, generation
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams, decode
@@ -31,7 +31,7 @@ from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
 from mlx_traces.runtime.run_folder import RunFolder, whole_lines
-from mlx_traces.traces import encoding, filter
+from mlx_traces.traces import encoding, filtering
 from mlx_traces.traces.files import read_traces
 from mlx_traces.train import checkpoints, gradients, loop, memory, tracking
 from mlx_traces.train.gradients import checkpointed
@@ -83,7 +83,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     """
     how = config.max_length, config.over_long, config.thinking
     plan = loop.held_out_plan(config.model, config)
-    same = filter.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
+    same = filtering.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
     left_out = 0
 
     def learned() -> Iterator[tuple[str, Trace]]:
@@ -326,7 +326,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     shown: list[dict[str, Any]] = [{}] * len(asked)
     with adapters.merged(loaded.model):
         requests = [Request(row.ids[:start]) for row, start in asked]
-        for index, rollout in generate.generate(loaded, requests, params, rows=loop.SHOWN):
+        for index, rollout in generation.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]
             shown[index] = {
                 "id": row.id,

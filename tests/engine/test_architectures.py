@@ -16,7 +16,7 @@ from conftest import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig, GRPOConfig
-from mlx_traces.engine import generate
+from mlx_traces.engine import generation
 from mlx_traces.engine.batching import Example, pad
 from mlx_traces.engine.logprobs import head_logprobs
 from mlx_traces.errors import UserError
@@ -114,9 +114,9 @@ def greedy(model, ids, count, stop_ids):
 def test_sampled_as_one_by_one(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     prompts = [tuple(range(at, at + length)) for at, length in enumerate((5, 21, 3, 12))]
-    params = generate.SamplingParams(max_tokens=20)
-    requests = [generate.Request(prompt) for prompt in prompts]
-    found = dict(generate.generate(loaded, requests, [params] * 4, 3))
+    params = generation.SamplingParams(max_tokens=20)
+    requests = [generation.Request(prompt) for prompt in prompts]
+    found = dict(generation.generate(loaded, requests, [params] * 4, 3))
     for at, prompt in enumerate(prompts):
         assert found[at].completion_ids == greedy(loaded.model, prompt, 20, loaded.stop_ids), prompt
     assert any("special cache" in note for note in loaded.notes) == (architecture in SPECIAL)
@@ -127,9 +127,9 @@ def test_sampled_as_one_by_one(architecture):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL, *UNPADDED, *UNBATCHED])
 def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
-    each = [generate.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
-    requests = [generate.Request(tuple(range(3, 3 + length)), seed) for seed, length in enumerate((6, 11, 4))]
-    found = dict(generate.generate(loaded, requests, each, 2, logprobs=True))
+    each = [generation.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
+    requests = [generation.Request(tuple(range(3, 3 + length)), seed) for seed, length in enumerate((6, 11, 4))]
+    found = dict(generation.generate(loaded, requests, each, 2, logprobs=True))
     for at, (request, params) in enumerate(zip(requests, each, strict=True)):
         ids = (*request.prompt_ids, *found[at].completion_ids)
         logits = np.array(loaded.model(mx.array([ids[:-1]]))[0], np.float64)[len(request.prompt_ids) - 1 :]
@@ -159,11 +159,14 @@ def ignoring_masks(monkeypatch, module):
 
 def test_a_model_that_ignores_the_mask_is_decoded_one_row_at_once(monkeypatch):
     """As mlx_lm's MiniCPM3 did; rows that began apart are compared with themselves alone."""
-    params, requests = generate.SamplingParams(max_tokens=8), [generate.Request((3, 4, 5, 6)), generate.Request((7,))]
+    params, requests = (
+        generation.SamplingParams(max_tokens=8),
+        [generation.Request((3, 4, 5, 6)), generation.Request((7,))],
+    )
 
     def sampled():
         loaded = replace(wrap(make_tokenizer(), tiny("minicpm3")), notes=[])
-        found = dict(generate.generate(loaded, requests, params, 2))
+        found = dict(generation.generate(loaded, requests, params, 2))
         for at, request in enumerate(requests):
             assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
         return loaded.notes
@@ -183,8 +186,8 @@ def test_a_model_that_reads_its_cache_in_its_own_way_is_sampled_by_mlx_lm(monkey
 
     monkeypatch.setattr(module.Model, "__call__", asks)
     loaded = replace(wrap(make_tokenizer(), tiny("llama")), notes=[])
-    requests = [generate.Request((3, 4, 5, 6)), generate.Request((7,))]
-    found = dict(generate.generate(loaded, requests, generate.SamplingParams(max_tokens=8), 2))
+    requests = [generation.Request((3, 4, 5, 6)), generation.Request((7,))]
+    found = dict(generation.generate(loaded, requests, generation.SamplingParams(max_tokens=8), 2))
     for at, request in enumerate(requests):
         assert found[at].completion_ids == greedy(loaded.model, request.prompt_ids, 8, loaded.stop_ids)
     assert any("mlx_lm's own batched generation" in note for note in loaded.notes)
@@ -195,7 +198,7 @@ def test_what_mlx_lm_cannot_decode_at_all_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(module.LlamaModel, "__call__", lambda *_, **__: [][0])
     loaded = wrap(make_tokenizer(), tiny("llama4"))
     with pytest.raises(UserError, match="tiny: mlx_lm cannot decode this model even one row at a time"):
-        list(generate.generate(loaded, [generate.Request((1, 2))], generate.SamplingParams(max_tokens=2)))
+        list(generation.generate(loaded, [generation.Request((1, 2))], generation.SamplingParams(max_tokens=2)))
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "llama4"])
@@ -203,7 +206,7 @@ def test_what_mlx_lm_cannot_decode_at_all_is_told_in_a_line(monkeypatch):
 def test_outputs_that_are_no_numbers_are_told_on_mlx_lms_ways_too(architecture, temperature):
     loaded = replace(wrap(make_tokenizer(), broken(tiny(architecture))), notes=[])
     with pytest.raises(UserError, match=r"^tiny: its outputs are not finite numbers"):
-        list(generate.generate(loaded, [generate.Request((1, 2))], generate.SamplingParams(3, temperature)))
+        list(generation.generate(loaded, [generation.Request((1, 2))], generation.SamplingParams(3, temperature)))
 
 
 @pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WHOLE, *SPECIAL])

@@ -6,19 +6,20 @@ import json
 import os
 import random
 import shutil
+from dataclasses import fields
 
 import pytest
 
 import mlx_traces
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import differences, evaluator
+from mlx_traces.evaluation import comparison, differences, evaluator
 from mlx_traces.models.names import resolve
-from mlx_traces.pipelines import compare
+from mlx_traces.records import EvalResult
 from mlx_traces.runtime import fingerprints
 from mlx_traces.runtime.fingerprints import doubt, fingerprint
 from mlx_traces.runtime.provenance import settled
-from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
 
 ABOUT = {
     "identity": {
@@ -93,21 +94,21 @@ def test_three_runs_and_hostile_names():
 
 
 def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
-    fields = compare.fields(compare.EvalResult)
+    columns = fields(EvalResult)
     for name, about in (("a", ABOUT), ("b", changed("versions", "mlx", to="0.33"))):
         (tmp_path / name).mkdir()
-        result = {field.name: 0 for field in fields} | {"model": "nano", "adapter": None, "prompt": "thinking"}
+        result = {field.name: 0 for field in columns} | {"model": "nano", "adapter": None, "prompt": "thinking"}
         result |= {"extractor": "answer", "task": "countdown", "split": "test", "timestamp": "x", "run": name}
         result |= {"pass_at_k": {}, "maj_at_k": {}, "notes": []}
-        row = {key: "x" for key in compare.SAMPLE_COLUMNS} | {"sample": 0, "tokens": 3, "correct": True}
+        row = {key: "x" for key in SAMPLE_COLUMNS} | {"sample": 0, "tokens": 3, "correct": True}
         row |= {"elapsed": 0.1, "verdicts": {"answer": "correct"}, "extractions": {"answer": "x"}}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
         (tmp_path / name / "run.json").write_text(json.dumps(about))
         (tmp_path / name / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    runs = [compare.by_extractor(compare.read_run(tmp_path / name), "answer") for name in "ab"]
-    assert compare.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
+    runs = [comparison.by_extractor(comparison.read_run(tmp_path / name), "answer") for name in "ab"]
+    assert comparison.differences(runs) == ["versions differ: mlx 0.32.4 in a; mlx 0.33 in b"]
     (tmp_path / "b" / "run.json").unlink()
-    assert compare.read_run(tmp_path / "b").about == {}
+    assert comparison.read_run(tmp_path / "b").about == {}
 
 
 def test_fingerprints_change_with_a_weight_an_adapter_and_a_problem(tmp_path):

@@ -20,7 +20,7 @@ import mlx_traces
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import endpoint
+from mlx_traces.evaluation import comparison, endpoint
 from mlx_traces.evaluation.evaluator import plan
 from mlx_traces.pipelines import compare, study, verify
 from mlx_traces.records import Problem
@@ -510,7 +510,7 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
         for one, two in zip(local.samples, served.samples, strict=True):
             same = ("id", "completion", "tokens", "finish_reason", "verdicts", "extractions")
             assert {name: one[name] for name in same} == {name: two[name] for name in same}
-        assert compare.paired(local, served)["diff"] == 0
+        assert comparison.paired(local, served)["diff"] == 0
     assert {row["finish_reason"] for row in runs[3].samples} == {"stop", "length"}
     assert len({row["completion"] for row in runs[3].samples}) == 8
     assert list(frame["model"]) == [str(folder), f"{folder}@{address.removeprefix('http://')}"] * 2

@@ -559,7 +559,7 @@ def test_check_reads_no_weights_and_asks_no_hub(tiny_folder, tmp_path, monkeypat
 
 def test_check_does_without_mlx(tmp_path):
     folder = adapter(tmp_path / "a")
-    program = "import sys; from mlx_traces.models import check; check('nano', sys.argv[1])"
+    program = "import sys; from mlx_traces.models.names import check; check('nano', sys.argv[1])"
     program += "; print('mlx.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

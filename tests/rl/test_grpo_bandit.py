@@ -16,7 +16,7 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig, GRPOConfig
-from mlx_traces.engine import generate, logprobs
+from mlx_traces.engine import generation, logprobs
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation import completion
 from mlx_traces.models import adapters
@@ -78,7 +78,7 @@ class Bandit:
         requests = [Request(PROMPTS[i % 2], seed=1000 + i) for i in range(STEPS * SIZE * len(PROMPTS))]
         params = SamplingParams(**{"max_tokens": 2, "temperature": TEMPERATURE, **changes})
         with adapters.merged(self.model):
-            made = dict(generate.generate(self.loaded, requests, params, 1024, logprobs=True))
+            made = dict(generation.generate(self.loaded, requests, params, 1024, logprobs=True))
         found = [self.rollout(i % 2, made[i]) for i in range(len(requests))]
         by_prompt = [found[i :: len(PROMPTS)] for i in range(len(PROMPTS))]
         return [[group[at : at + SIZE] for group in by_prompt] for at in range(0, STEPS * SIZE, SIZE)]

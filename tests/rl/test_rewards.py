@@ -163,7 +163,7 @@ def judging(tiny, tmp_path, monkeypatch):
             put.append(texts)
             return ((i, Rollout(requests[i].prompt_ids, (1,), reply_of(text), "stop")) for i, text in enumerate(texts))
 
-        monkeypatch.setattr("mlx_traces.engine.generate.generate", generate)
+        monkeypatch.setattr("mlx_traces.engine.generation.generate", generate)
         (tmp_path / "rubric.yaml").write_text("user: 'Q {question} T {trace}'\n")
         files = {"judge_prompt": str(tmp_path / "rubric.yaml"), "judge_cache": str(tmp_path / "judge.jsonl")}
         return RLConfig(judge="some-judge", judge_max_tokens=8, rows=4, **files, **changes)

@@ -11,7 +11,7 @@ import pytest
 import several
 
 from mlx_traces.errors import UserError
-from mlx_traces.runtime import files, run_folder
+from mlx_traces.runtime import files
 from mlx_traces.runtime.files import held
 
 HOLD = "import sys, time; from pathlib import Path; from mlx_traces import runs\n"
@@ -122,7 +122,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with held(tmp_path / ".lock"):
         assert (tmp_path / ".lock").exists()
-    assert run_folder.fcntl is fcntl and not (tmp_path / ".lock").exists()
+    assert files.fcntl is fcntl and not (tmp_path / ".lock").exists()
 
 
 def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, monkeypatch):

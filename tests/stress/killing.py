@@ -1,9 +1,8 @@
 """Processes killed by ``kill -9``, and what they leave: shared by the tests of commands that can be resumed.
 
-``python -m tests.stress.killing --kills 20`` kills each long command on the embedded model 20 times at random moments, goes on
-with it each time, and compares what it ends with to an uninterrupted run; ``python -m tests.stress.killing --kills 20 sft
-grpo`` those two alone, ``python -m tests.stress.killing --kills 20 -- COMMAND ... --out run`` any other (its inputs by full
-paths, its outputs by relative ones).
+``python -m tests.stress.killing --kills 20`` kills each long command on the embedded model 20 times at random moments,
+goes on with it each time, and compares what it ends with to an uninterrupted run; ``... --kills 20 sft grpo`` those two
+alone, ``... --kills 20 -- COMMAND ... --out run`` any other (its inputs by full paths, its outputs by relative ones).
 """
 
 import argparse

@@ -176,7 +176,7 @@ def compared(folders):
     Those of the CPU are not moved by other work beside it.
     """
     code = (
-        "import sys, time\nfrom mlx_traces.cli import main\nfrom mlx_traces.device import peak_resident_bytes\n"
+        "import sys, time\nfrom mlx_traces.cli import main\nfrom mlx_traces.runtime.device import peak_resident_bytes\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    print(time.process_time(), peak_resident_bytes())\n"
     )
     arguments = ["compare", *map(str, folders), "--out", str(folders[0].parent / "table")]

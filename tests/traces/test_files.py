@@ -574,7 +574,7 @@ def test_a_part_of_a_hub_data_set(monkeypatch):
         assert (name, split) == ("nobody/set", "default")
         return ((f"{name}[{index}]", {"text": str(index)}) for index in part(10))
 
-    monkeypatch.setattr(files, "hub_rows", hub_rows)
+    monkeypatch.setattr(importing, "hub_rows", hub_rows)
     made = imported("nobody/set", "text", split="default[3:5]")
     assert [(one.completion, one.source) for one in made] == [("3", "nobody/set"), ("4", "nobody/set")]
 

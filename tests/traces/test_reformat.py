@@ -118,7 +118,7 @@ def rewriter(tiny, monkeypatch):
             return ((i, Rollout(requests[i].prompt_ids, (1,), reply_of(text), "stop")) for i, text in enumerate(texts))
 
         monkeypatch.setattr("mlx_traces.models.loading.load", lambda name, **_: tiny)
-        monkeypatch.setattr("mlx_traces.engine.generate.generate", generate)
+        monkeypatch.setattr("mlx_traces.engine.generation.generate", generate)
         return put
 
     return use

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import CHATML, make_tokenizer, wrap
 
-import mlx_traces.engine.generate
+import mlx_traces.engine.generation
 from mlx_traces.cli import main
 from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
@@ -185,7 +185,7 @@ def replies(monkeypatch):
             order = reversed(range(len(requests)))  # as they finish
             return ((i, Rollout(requests[i].prompt_ids, (1,), reply_of(texts[i]), "stop")) for i in order)
 
-        monkeypatch.setattr(mlx_traces.engine.generate, "generate", generate)
+        monkeypatch.setattr(mlx_traces.engine.generation, "generate", generate)
         return put
 
     return use

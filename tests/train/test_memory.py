@@ -15,7 +15,7 @@ from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.engine import logprobs as engine_logprobs
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.generate import generate
+from mlx_traces.engine.generation import generate
 from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError

@@ -18,7 +18,7 @@ from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.models import adapters
+from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
@@ -560,7 +560,7 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     assert result.best_step == best and result.valid_loss == losses[best]
     assert max(losses) == result.steps == best + 2 < 9 * 4
     # The adapter that was kept has this loss.
-    loaded = sft.models.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
+    loaded = loading.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
     data = sft.prepare(loaded, config)
     assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
     again = sft.train(config, tmp_path / "run", resume=True)  # finished already: nothing changes
@@ -613,7 +613,7 @@ def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):
     for kind in ("full", "dora"):
         config = SFTConfig(**{**settings, "kind": kind, "epochs": 1, "learning_rate": 0.001})
         result = sft.train(config, tmp_path / kind)
-        loaded = sft.models.load(config.model, result.adapter, device="cpu")
+        loaded = loading.load(config.model, result.adapter, device="cpu")
         data = sft.prepare(loaded, config)
         assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(
             result.valid_loss, abs=1e-5

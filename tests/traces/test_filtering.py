@@ -11,7 +11,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.traces.filter import jaccard, same_problem, select, shingles
+from mlx_traces.traces.filtering import jaccard, same_problem, select, shingles
 
 OFF = {"correct_only": False, "finished": False, "duplicates": False}
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."

@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
 from mlx_traces.engine import sampling
-from mlx_traces.engine.generate import Usage, generate, rows_that_fit
+from mlx_traces.engine.generation import Usage, generate, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams, decode, draw
 from mlx_traces.errors import UserError
 
@@ -462,9 +462,9 @@ def test_a_beginning_that_all_prompts_share_is_read_once(tiny):
 
 
 def test_long_prompts_are_read_in_pieces(tiny, monkeypatch):
-    from mlx_traces.engine import generate
+    from mlx_traces.engine import generation
 
-    monkeypatch.setitem(generate.PREFILL_TOKENS, "cpu", 7)
+    monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", 7)
     expected = [one_by_one(tiny, prompt, 12) for prompt in prompts()]
     assert [
         r.completion_ids for r in run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=12))
@@ -505,10 +505,10 @@ def test_rows_follow_from_the_memory(tiny):
 
 
 def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
-    from mlx_traces.engine import generate
+    from mlx_traces.engine import generation
 
     expected = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
-    take, failed = generate._Engine._take, []
+    take, failed = generation._Engine._take, []
 
     def fail_once(engine, step):
         if len(engine.request_of) > 3 and step.number > 25 and not failed:
@@ -516,17 +516,17 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         yield from take(engine, step)
 
-    monkeypatch.setattr(generate._Engine, "_take", fail_once)
+    monkeypatch.setattr(generation._Engine, "_take", fail_once)
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
     assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
     assert tiny.notes == ["out of memory: 4 rows at once from here on"]
     failed.clear()
     with pytest.raises(UserError, match="memory ran out with a single row"):
         monkeypatch.setattr(
-            generate._Engine, "_begin_step", lambda engine: (_ for _ in ()).throw(RuntimeError("CUDA: out of memory"))
+            generation._Engine, "_begin_step", lambda engine: (_ for _ in ()).throw(RuntimeError("CUDA: out of memory"))
         )
         run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))
     monkeypatch.undo()
-    monkeypatch.setattr(generate._Engine, "_take", lambda engine, step: 1 / 0)
+    monkeypatch.setattr(generation._Engine, "_take", lambda engine, step: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # any other fault stays one
         run(tiny, [Request(prompts()[0])], SamplingParams(max_tokens=4))

@@ -1,0 +1,111 @@
+"""What a script needs beside ``mlx_traces.evaluate`` and ``mlx_traces.compare``, one function a step.
+
+Each is an attribute of ``mlx_traces`` itself. Settings are the fields of the command's pydantic model in
+``mlx_traces.config``, by the names of the command's flags. Everything raises `UserError`, one line that says where,
+what, and the way out, if the input is wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, build
+from mlx_traces.engine.generation import generate as complete
+from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.errors import UserError
+from mlx_traces.models.loading import LoadedModel, load
+from mlx_traces.records import Rollout
+from mlx_traces.rl import grpo, ppo
+from mlx_traces.rl.trainer import Result
+from mlx_traces.tasks.prompts import Message
+from mlx_traces.train import sft
+from mlx_traces.train.sft import SFTResult
+
+__all__ = ["generate", "load", "train_grpo", "train_ppo", "train_sft"]
+
+
+def generate(
+    model: LoadedModel | str,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    thinking: bool | None = None,
+    rows: int = 32,
+    seed: int = 0,
+    logprobs: bool = False,
+) -> list[Rollout]:
+    """Complete prompts by the model's chat template, ``rows`` at once.
+
+    Args:
+        model: as `load` returned it, or a name for it.
+        prompts: a user's text each, or a conversation of ``{"role", "content"}`` turns.
+        max_tokens: maximum length of a completion, in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        top_k: sample from the k likeliest tokens; 0: from all.
+        min_p: drop tokens less likely than this fraction of the likeliest one.
+        stop: texts that end a completion.
+        thinking: the template's thinking switch; ``None`` leaves it at its default.
+        rows: batch size of decoding.
+        seed: prompt number i draws by ``seed + i``, whatever else is in the batch.
+        logprobs: also keep each token's float32 log-probability, in nats.
+
+    Returns:
+        A rollout for each prompt, in order: ``text``, ``completion_ids``, ``finish_reason``, ``logprobs``.
+    """
+    loaded = load(model) if isinstance(model, str) else model
+    turns = [[{"role": "user", "content": one}] if isinstance(one, str) else [dict(t) for t in one] for one in prompts]
+    requests = [
+        Request(loaded.render_turns(messages, thinking=thinking).ids, seed + i) for i, messages in enumerate(turns)
+    ]
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, tuple(stop))
+    done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
+    return [done[i] for i in range(len(requests))]
+
+
+def train_sft(
+    *,
+    out: str | Path,
+    resume: bool = False,
+    show: Callable | None = None,
+    config: SFTConfig | None = None,
+    **settings: Any,
+) -> SFTResult:
+    """Fine-tune a model on traces; ``mlx-traces sft`` from Python. See `train.sft.train`."""
+    return sft.train(_settings(SFTConfig, config, settings), out, resume, show)
+
+
+def train_grpo(
+    *,
+    out: str | Path,
+    resume: bool = False,
+    show: Callable | None = None,
+    config: GRPOConfig | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. See `rl.grpo.train`."""
+    return grpo.train(_settings(GRPOConfig, config, settings), out, resume, show)
+
+
+def train_ppo(
+    *,
+    out: str | Path,
+    resume: bool = False,
+    show: Callable | None = None,
+    config: PPOConfig | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. See `rl.ppo.train`."""
+    return ppo.train(_settings(PPOConfig, config, settings), out, resume, show)
+
+
+def _settings(kind: type, config: Any, settings: dict[str, Any]) -> Any:
+    """Return ``config``, or the settings as one; they are not given both."""
+    if config is not None and settings:
+        raise UserError(f"give config or {', '.join(settings)}, not both")
+    return config or build(kind, settings)

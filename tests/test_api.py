@@ -1,0 +1,47 @@
+"""The Python API: what the commands do, from a script."""
+
+import json
+
+import pytest
+
+import mlx_traces
+from mlx_traces.config import SFTConfig
+from mlx_traces.errors import UserError
+
+
+def test_every_name_of_the_api_is_there():
+    for name in mlx_traces.__all__:
+        assert getattr(mlx_traces, name) is not None
+    assert set(mlx_traces.__all__) <= set(dir(mlx_traces))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mlx_traces.nothing
+
+
+def test_prompts_are_completed_in_order_whatever_is_beside_them():
+    loaded = mlx_traces.load("nano")
+    questions = [
+        "Make 20 from the numbers [2, 3, 4].",
+        [{"role": "user", "content": "Make 9 from the numbers [4, 5]."}],
+    ]
+    both = mlx_traces.generate(loaded, questions, max_tokens=8, temperature=1.0, logprobs=True)
+    assert [len(one.completion_ids) <= 8 and one.finish_reason in ("stop", "length") for one in both] == [True, True]
+    assert all(len(one.logprobs) == len(one.completion_ids) for one in both)
+    (alone,) = mlx_traces.generate("nano", questions[1:], max_tokens=8, temperature=1.0, seed=1)
+    assert alone.completion_ids == both[1].completion_ids
+    with pytest.raises(UserError, match="max_tokens must be at least 1"):
+        mlx_traces.generate(loaded, questions, max_tokens=0)
+
+
+def test_trainings_take_the_names_of_the_flags(tmp_path):
+    row = {"id": "a", "messages": [{"role": "user", "content": "1+1"}], "completion": "2"}
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps({**row, "id": f"t{i}"}) + "\n" for i in range(4)))
+    data = {"data": str(tmp_path / "traces.jsonl"), "valid_share": 0.0, "rank": 2, "epochs": 1}
+    assert mlx_traces.train_sft(model="nano", out=tmp_path / "sft", **data).steps == 1
+    short = {"task": "countdown", "num_steps": 1, "prompts_per_step": 1, "group_size": 2, "max_tokens": 4, "rank": 2}
+    for train in (mlx_traces.train_grpo, mlx_traces.train_ppo):
+        result = train(model="nano", out=tmp_path / train.__name__, **short)
+        assert result.steps == 1 and (tmp_path / train.__name__ / "adapter" / "adapters.safetensors").exists()
+    with pytest.raises(UserError, match="give config or model, not both"):
+        mlx_traces.train_sft(out=tmp_path / "x", config=SFTConfig(data="x"), model="nano")
+    with pytest.raises(UserError, match="did you mean 'num_steps'"):
+        mlx_traces.train_grpo(out=tmp_path / "x", num_step=1)
