@@ -155,7 +155,8 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
 
     from mlx_traces.engine import logprobs
     from mlx_traces.models import adapters
-    from mlx_traces.train import optimizer, sft
+    from mlx_traces.train import sft
+    from mlx_traces.train.optimizer import clip, make_optimizer
 
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
     adapters.start(loaded.model, config)
@@ -166,9 +167,9 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     loaded.model.load_weights(waves, strict=False)
     loaded.model.train()
     batch = _examples(loaded)
-    halves, optimizer = logprobs.split(loaded.model), optimizer.make_optimizer(config, 10)
+    halves, optimizer = logprobs.split(loaded.model), make_optimizer(config, 10)
     loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
-    grads, norm = optimizer.clip(grads, config.max_grad_norm)
+    grads, norm = clip(grads, config.max_grad_norm)
     optimizer.update(loaded.model, grads)
     mx.eval(loaded.model.trainable_parameters(), optimizer.state, norm)
     loaded.model.eval()

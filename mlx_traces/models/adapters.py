@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.readers import is_number, parse_json, text_of
@@ -338,8 +336,10 @@ def _shown(value: Any) -> str:
     return json.dumps(value)[:60]
 
 
-def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Replace a safetensors file all at once: temporary file, fsync, rename."""
+    import mlx.core as mx
+
     mx.eval(list(arrays.values()))  # what goes wrong in computing them is no fault of the disk
     try:
         with on_the_way(path), replacing(path) as scratch:

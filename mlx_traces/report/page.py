@@ -116,7 +116,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("mlx_traces"),
+        loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

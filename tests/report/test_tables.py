@@ -429,13 +429,14 @@ WHOLE_PROCESS = """
 import json, sys
 from pathlib import Path
 from rich.console import Console
-from mlx_traces import report, tables
+from mlx_traces.evaluation import comparison
+from mlx_traces.report import export, tables
 assert not {"pandas", "matplotlib", "scipy", "mlx.core"} & set(sys.modules)
 folder = Path(sys.argv[1])
-runs = [tables.Run(**json.loads(path.read_text())) for path in sorted(folder.glob("run-*.json"))]
-frame = tables.compare_runs(runs)
+runs = [comparison.Run(**json.loads(path.read_text())) for path in sorted(folder.glob("run-*.json"))]
+frame = comparison.compare_runs(runs)
 Console(width=100).print(tables.to_terminal(frame))
-report.write_all(runs, frame, folder / "out")
+export.write_all(runs, frame, folder / "out")
 assert not {"matplotlib.pyplot", "scipy", "mlx.core"} & set(sys.modules)
 """
 

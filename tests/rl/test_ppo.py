@@ -19,7 +19,7 @@ from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.rl import ppo
-from mlx_traces.train import checkpoints, memory, optimizer
+from mlx_traces.train import checkpoints, memory
 from mlx_traces.train.gradients import checkpointed
 
 # ---------------------------------------------------------------------------------- a minibatch
@@ -549,12 +549,12 @@ def test_settings_out_of_range(name, value):
 
 @pytest.mark.parametrize("part", ["policy", "value"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, part):
-    whole, clip = ppo.learn, optimizer.clip
+    whole, clip = ppo.learn, ppo.clip
 
     def broken(*args):
         if args[5] == 3:
             monkeypatch.setattr(
-                optimizer, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
+                ppo, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
             )
         return whole(*args)
 

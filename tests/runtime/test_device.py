@@ -142,13 +142,13 @@ def test_openblas_is_loaded_and_fast():
     assert blas.loaded.path.endswith(blas.WHEELS[0])
     # One thread, best of many: a busy machine must not fail this. Reference BLAS makes 2 to 6.
     one = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'"
-    speed = python(f"{one}; from mlx_traces import doctor; print(doctor.matmul_gflops(512, tries=40))")
+    speed = python(f"{one}; from mlx_traces.diagnostics import doctor; print(doctor.matmul_gflops(512, tries=40))")
     assert float(speed) > 10
 
 
 @linux
 def test_too_late_is_said():
-    out = python("import mlx.core, mlx_traces.blas as b; print(b.loaded.path, b.loaded.reason)")
+    out = python("import mlx.core, mlx_traces.runtime.blas as b; print(b.loaded.path, b.loaded.reason)")
     assert out == "None mlx was imported before mlx_traces"
 
 

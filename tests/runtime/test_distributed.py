@@ -146,7 +146,7 @@ def test_a_lost_rank_is_named_without_a_launcher_too(tmp_path):
         hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in (one, two)]
     (tmp_path / "hosts.json").write_text(json.dumps(hosts))
     code = (
-        "import os, time\nfrom mlx_traces import ranks\n"
+        "import os, time\nfrom mlx_traces.runtime import distributed as ranks\n"
         "try:\n    for turn in range(10**6):\n        ranks.gather([turn])\n"
         "        turn == 3 and ranks.world().rank() == 1 and os._exit(9)\n"
         "except ranks.Lost as lost:\n    print('lost:', lost)\n"

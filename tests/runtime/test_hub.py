@@ -25,7 +25,7 @@ PROGRAM = """
 import json, os, sys, traceback
 import datasets, huggingface_hub, mlx_traces, mlx_lm.utils, mlx_lm.models.qwen2
 from huggingface_hub import constants
-import mlx_traces.evaluation, mlx_traces.pushing, mlx_traces.sft
+import mlx_traces.evaluation.run, mlx_traces.train.push, mlx_traces.train.sft
 from mlx_traces.cli import main
 for line in sys.stdin:
     order = json.loads(line)

@@ -14,17 +14,17 @@ from mlx_traces.errors import UserError
 from mlx_traces.runtime import files
 from mlx_traces.runtime.files import held
 
-HOLD = "import sys, time; from pathlib import Path; from mlx_traces import runs\n"
-HOLD += "with runs.held(Path(sys.argv[1])):\n    Path(sys.argv[1] + '.on').touch()\n    time.sleep(600)\n"
+HOLD = "import sys, time; from pathlib import Path; from mlx_traces.runtime import files\n"
+HOLD += "with files.held(Path(sys.argv[1])):\n    Path(sys.argv[1] + '.on').touch()\n    time.sleep(600)\n"
 RACE = """
-import os, sys; from pathlib import Path; from mlx_traces import runs, errors
+import os, sys; from pathlib import Path; from mlx_traces import errors; from mlx_traces.runtime import files
 folder = Path(sys.argv[1])
 (folder / f"ready-{os.getpid()}").touch()
 while not (folder / "go").exists():
     pass
 for turn in range(300):
     try:
-        with runs.held(folder / "run" / ".lock"):
+        with files.held(folder / "run" / ".lock"):
             mark = folder / "mark"
             mark.touch(exist_ok=False)
             mark.unlink()

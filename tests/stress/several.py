@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx_traces
 from mlx_traces import config
+from mlx_traces.evaluation import evaluator, local, run
 from mlx_traces.rl import grpo, ppo
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.interrupts import Stopped
@@ -59,11 +60,11 @@ def make(kind, folder, name, resume=False, stop=False):
 
     out, settings = place(kind, folder, name), SETTINGS[kind]
     if kind == "eval":
-        whole, mlx_traces.evaluation.grade_sample = mlx_traces.evaluation.grade_sample, counted(show)
+        local.grade_sample = run.grade_sample = counted(show)
         try:
             return mlx_traces.evaluate(out=out, resume=resume, **settings)
         finally:
-            mlx_traces.evaluation.grade_sample = whole
+            local.grade_sample = run.grade_sample = evaluator.grade_sample
     if kind == "sft":
         settings = {**settings, "data": str(folder / "data.jsonl"), "valid_share": 0.2}
     if kind == "generate":
@@ -72,7 +73,7 @@ def make(kind, folder, name, resume=False, stop=False):
     return recipe.train(getattr(config, form)(**settings), out, resume, show)
 
 
-def counted(show, grade=mlx_traces.evaluation.grade_sample):
+def counted(show, grade=evaluator.grade_sample):
     """Return the grader that calls ``show`` each time."""
 
     def graded(*args):

@@ -374,7 +374,7 @@ def test_a_clock_that_goes_back(recipes, tmp_path, monkeypatch):
 
 
 def test_no_duration_is_taken_from_the_calendar_and_no_order_from_file_times():
-    """Only the display of a run that goes on looks at the time of day beside a file's; stamps come from `runs.now`."""
+    """Only the display of a run that goes on looks at the clock beside a file's; `provenance.now` makes stamps."""
     found = set()
     for path in (killing.ROOT / "mlx_traces").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -382,7 +382,7 @@ def test_no_duration_is_taken_from_the_calendar_and_no_order_from_file_times():
                 name = f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else node.attr
                 if name in ("time.time", "datetime.now") or node.attr in ("st_mtime", "st_ctime", "getmtime", "utcnow"):
                     found.add((path.stem, node.attr))
-    assert found == {("show", "time"), ("curves", "time"), ("curves", "st_mtime"), ("runs", "now")}
+    assert found == {("report", "time"), ("terminal", "time"), ("terminal", "st_mtime"), ("provenance", "now")}
 
 
 def test_two_scorers_of_one_file(data, tmp_path):

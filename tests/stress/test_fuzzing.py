@@ -257,7 +257,12 @@ SHELLS = {
     "spawnv",
     "unsafe_load",
 }
-IMPORTERS = {"__init__.py": 1, "tasks/__init__.py": 1, "tracking.py": 1, "rewards.py": 1}  # by a table; a named reward
+IMPORTERS = {"__init__.py": 1, "tasks/__init__.py": 1, "train/tracking.py": 1, "rl/rewards.py": 1}  # tables; a named reward
+    "__init__.py": 1,
+    "tasks/__init__.py": 1,
+    "train/tracking.py": 1,
+    "rl/rewards.py": 1,
+}  # by a table; a named reward
 
 
 def faults(source):
@@ -323,7 +328,7 @@ def test_the_look_at_the_source_sees(source):
 
 def test_the_flag_is_off_by_itself():
     assert EvalConfig().trust_remote_code is False
-    assert "model.eval()" in (PACKAGE / "models.py").read_text() and not list(
+    assert "model.eval()" in (PACKAGE / "models/loading.py").read_text() and not list(
         faults("model.eval(); mx.eval(x); re.compile(y)")
     )
 

@@ -7,7 +7,6 @@ from conftest import make_model
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig
-from mlx_traces.engine import logprobs as engine_logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
@@ -151,7 +150,7 @@ def failing(monkeypatch, above):
             raise RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum")
         return whole(halves, states, targets, *given)
 
-    monkeypatch.setattr(engine_logprobs, "head_logprobs", logprobs)
+    monkeypatch.setitem(globals(), "head_logprobs", logprobs)
     return asked
 
 
@@ -202,6 +201,6 @@ def test_memory_that_does_not_hold_one_row_is_told_in_a_line(monkeypatch):
     failing(monkeypatch, above=0)
     with pytest.raises(UserError, match=r"memory ran out on one sequence of \d+ tokens alone \(.metal::malloc"):
         measured(model, rows, 64, False)
-    monkeypatch.setattr(engine_logprobs, "head_logprobs", lambda *_: 1 / 0)
+    monkeypatch.setitem(globals(), "head_logprobs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # any other fault stays one
         measured(model, rows, 64, False)

@@ -13,7 +13,6 @@ from conftest import make_config, make_model, make_tokenizer, wrap
 
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
-from mlx_traces.engine import logprobs as engine_logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.logprobs import head_logprobs, split
@@ -200,7 +199,8 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
                 raise RuntimeError(f"[metal::malloc] Attempting to allocate {len(states)} bytes")
             return whole(halves, states, *given, **named)
 
-        monkeypatch.setattr(engine_logprobs, "head_logprobs", logprobs)
+        for module in (sft, grpo, ppo):
+            monkeypatch.setattr(module, "head_logprobs", logprobs)
         results[name] = recipe.train(settings, tmp_path / name)
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         results[name] = results[name], [row for row in rows if "loss" in row]

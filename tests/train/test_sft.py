@@ -24,7 +24,6 @@ from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import encoding
 from mlx_traces.train import checkpoints, loop, sft
-from mlx_traces.train import optimizer as train_optimizer
 from mlx_traces.train.optimizer import clip, make_optimizer, schedule
 
 # ---------------------------------------------------------------------------------- which tokens are learned
@@ -510,7 +509,7 @@ import os, sys
 import mlx_traces
 import mlx.core as mx
 from pathlib import Path
-from mlx_traces import sft
+from mlx_traces.train import sft
 from mlx_traces.config import SFTConfig
 
 name, count = sys.argv[1], int(sys.argv[2])
@@ -645,7 +644,7 @@ def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_pat
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monkeypatch, value):
     with monkeypatch.context() as patch:
-        patch.setattr(train_optimizer, "clip", lambda grads, norm: (grads, mx.array(value)))
+        patch.setattr(sft, "clip", lambda grads, norm: (grads, mx.array(value)))
         with pytest.raises(UserError, match=f"step 1: .* gradient's norm {value}; nothing was overwritten"):
             sft.train(SFTConfig(**settings), tmp_path / "a")
     measure, calls = sft.mean_loss, []
