@@ -257,12 +257,12 @@ SHELLS = {
     "spawnv",
     "unsafe_load",
 }
-IMPORTERS = {"__init__.py": 1, "tasks/__init__.py": 1, "train/tracking.py": 1, "rl/rewards.py": 1}  # tables; a named reward
+IMPORTERS = {  # by a table, or a reward that is named
     "__init__.py": 1,
     "tasks/__init__.py": 1,
     "train/tracking.py": 1,
     "rl/rewards.py": 1,
-}  # by a table; a named reward
+}
 
 
 def faults(source):
