@@ -13,9 +13,15 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
+from mlx_lm import batch_generate
+
+from mlx_traces.engine.generation import Usage, generate
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
+from mlx_traces.tasks import get_task
 
 PEERS = ("mlx-lm",)
 SOURCE = "countdown"
@@ -151,8 +157,6 @@ def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: s
 @contextmanager
 def measured() -> Iterator[Run]:
     """Measure what happens in the context; the run that it gives is complete when the context ends."""
-    import mlx.core as mx
-
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -173,9 +177,6 @@ def ratio(ours: list[Run], peers: list[Run]) -> float:
 
 
 def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> tuple[int, Any]:
-    from mlx_traces.engine.generation import Usage, generate
-    from mlx_traces.engine.sampling import Request, SamplingParams
-
     usage, asked = Usage(), [Request(prompts[index]) for index in distributed.share(len(prompts))]
     for _ in generate(loaded, asked, SamplingParams(max_tokens), rows, usage=usage):
         pass
@@ -184,8 +185,6 @@ def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_to
 
 def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> int:
     """Run mlx_lm's ``batch_generate`` with its own settings, the number of rows apart."""
-    from mlx_lm import batch_generate
-
     asked = [list(ids) for ids in prompts]
     response = batch_generate(model, tokenizer, asked, max_tokens=max_tokens, completion_batch_size=rows)
     return response.stats.generation_tokens
@@ -193,8 +192,6 @@ def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: in
 
 def bench_prompts(loaded: LoadedModel, file: Path | None, count: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Return the token ids of ``count`` prompts: GSM8K-like questions of a file, else generated Countdown problems."""
-    from mlx_traces.tasks import get_task
-
     task = get_task("gsm8k" if file else SOURCE)
     problems = task.load("test", str(file) if file else None, count, seed)
     return [loaded.render(task.prompts[task.default_prompt], problem).ids for problem in problems]

@@ -29,7 +29,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.optimizers import Adam
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback
 
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
 from mlx_traces.diagnostics.bench_sft import twin
@@ -313,9 +315,6 @@ def _run_peer(
     progress: Callable[[str], None],
 ) -> list[Step]:
     """Run ``train_grpo``, a step of ours before each of its own; return its steps."""
-    from mlx.optimizers import Adam
-    from mlx_lm.tuner.callbacks import TrainingCallback
-
     module, steps, stderr = trainer(), [], sys.stderr
     asked: list[Problem] = []
     rendered: list[Any] = []

@@ -18,7 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
+from mlx.optimizers import Adam
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
 
 from mlx_traces.config import SFTConfig
 from mlx_traces.diagnostics.bench_generate import PEERS, Run, measured, middle, ratio
@@ -120,8 +123,6 @@ def bench_sft(
 
     def batches(dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator[Any]:
         """Yield mlx_lm's batches of all epochs, each timed until its last step is done, after one of ours."""
-        from mlx_lm.tuner.trainer import iterate_batches
-
         for name in turns():
             progress(f"{name}, {against}")
             with measured() as run:
@@ -196,9 +197,6 @@ def _train_peer(
     model: nn.Module, rows: Sequence[Example], config: SFTConfig, batches: Callable, epochs: int, ours: nn.Module
 ) -> tuple[int, int]:
     """Run mlx_lm's trainer on ``batches``; return the bytes that belong to (our model, the peer's model) alone."""
-    from mlx.optimizers import Adam
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-
     adapters.start(model, config)
     apart = _apart(ours, model), _apart(model, ours)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -234,8 +232,6 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def _shipped(loaded: LoadedModel) -> nn.Module:
-    import mlx_lm
-
     return mlx_lm.load(str(loaded.path))[0]
 
 

@@ -20,13 +20,25 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine.generation import generate
+from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters, loading
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.models.names import NANO
 from mlx_traces.readers import read_json
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.tasks import countdown
+from mlx_traces.traces import encoding
+from mlx_traces.traces.solutions import countdown_traces
+from mlx_traces.train import sft
+from mlx_traces.train.optimizer import clip, make_optimizer
 
 PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
 MAX_TOKENS = 24
@@ -67,8 +79,6 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
     Raises:
         UserError: if nano or the reference cannot be read, or are not of each other.
     """
-    from mlx_traces.models import loading
-
     start = perf_counter()
     stored = load_reference() if stored is None else stored
     loaded = loading.load(NANO) if loaded is None else loaded
@@ -87,9 +97,6 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
 
 def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: float) -> tuple[list[str], float]:
     """Complete the prompts by the engine; return what is wrong, and the largest deviation in nats."""
-    from mlx_traces.engine.generation import generate
-    from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
-
     prompts = prompts_of(loaded)
     for number, (ids, known) in enumerate(zip(prompts, stored, strict=True), 1):
         if list(ids) != known["prompt"]:
@@ -134,8 +141,6 @@ def _training(loaded: LoadedModel, stored: dict[str, float], allowed: float) -> 
 
 def prompts_of(loaded: LoadedModel) -> list[tuple[int, ...]]:
     """Return the token ids of the self-test's prompts."""
-    from mlx_traces.tasks import countdown
-
     asked = [
         (countdown.PROMPTS[style], countdown.parse({"nums": list(nums), "target": target}, "self-test"))
         for style, nums, target in PROBLEMS
@@ -149,14 +154,7 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     The adapter's weights are sines, the same on every device and in every version, and none is 0, so that every matrix
     has a gradient.
     """
-    import mlx.core as mx
-    import numpy as np
-    from mlx.utils import tree_flatten
-
     from mlx_traces.engine import logprobs
-    from mlx_traces.models import adapters
-    from mlx_traces.train import sft
-    from mlx_traces.train.optimizer import clip, make_optimizer
 
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
     adapters.start(loaded.model, config)
@@ -178,9 +176,6 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
 
 
 def _examples(loaded: LoadedModel) -> list[Any]:
-    from mlx_traces.traces import encoding
-    from mlx_traces.traces.solutions import countdown_traces
-
     traces = countdown_traces(4, "train", seed=0)
     return [encoding.encode(loaded, trace, encoding.turn_end(loaded)) for trace in traces]
 
@@ -203,11 +198,6 @@ def reference() -> dict[str, Any]:
 
     No cache, no batch, no engine: each token is the likeliest of a forward pass over all tokens before it.
     """
-    import mlx.core as mx
-    import numpy as np
-
-    from mlx_traces.models import loading
-
     loaded = loading.load(NANO, device="cpu", weights="dense", dtype="float32")
     completions = []
     for prompt in prompts_of(loaded):

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
     Request,
@@ -134,11 +138,6 @@ def rows_that_fit(
     tokens + ``slots.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
     the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations) leave.
     """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    from mlx_traces.engine.kv_cache import STEP
-
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads = config.get("num_attention_heads") or 1
     hidden = config.get("hidden_size") or 0
@@ -165,11 +164,6 @@ def _run(
     usage: Usage,
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; with half the rows after running out of memory."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
-
-    from mlx_traces.engine.kv_cache import mask_axes
-
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
     axes = mask_axes(loaded.model) if plain else 0
     if axes is None:
@@ -230,10 +224,6 @@ class _Engine:
         usage: Usage,
         axes: int,
     ):
-        import mlx.core as mx
-
-        from mlx_traces.engine.kv_cache import SlotCache, Window
-
         self.loaded, self.requests, self.params, self.usage = loaded, requests, params, usage
         # Groups stay together, and prompts come longest first: later ones then fit where earlier ones were.
         self.pending = deque(
@@ -282,8 +272,6 @@ class _Engine:
 
     def _begin_step(self) -> _Step:
         """Send a step for every row on its way; it reads the tokens of the step before, wherever that is."""
-        import mlx.core as mx
-
         start = perf_counter()
         self._make_room()
         logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
@@ -301,8 +289,6 @@ class _Engine:
 
     def _make_room(self) -> None:
         """Before the buffers are full, move the window to their beginning, if that frees a quarter of them."""
-        from mlx_traces.engine.kv_cache import STEP
-
         window, next_prompt = self.window, len(self.requests[self.pending[0]].prompt_ids) if self.pending else 0
         idle = self.request_of < 0
         if window.write % STEP or not window.write:
@@ -321,8 +307,6 @@ class _Engine:
             self.window.refresh()
 
     def _move(self, by: int) -> None:
-        import mlx.core as mx
-
         for cache in self.caches:
             cache.shift(by)
             mx.eval([array for array in (cache.keys, cache.values) if array is not None])  # one layer twice, not all
@@ -358,8 +342,6 @@ class _Engine:
 
     def _drop_idle(self, ahead: _Step) -> _Step:
         """Keep the working rows alone once many have nothing to do and nothing is pending."""
-        import mlx.core as mx
-
         keep = np.flatnonzero(self.request_of >= 0)
         if not len(keep) or len(keep) > DROP * len(self.request_of):
             return ahead
@@ -379,8 +361,6 @@ class _Engine:
 
     def _admit(self) -> None:
         """Give free slots their next prompts: all but the last token is read here, the last by the next step."""
-        import mlx.core as mx
-
         start = perf_counter()
         free = np.flatnonzero(self.request_of < 0).tolist()
         taken = [(slot, self.pending.popleft()) for slot in free[: len(self.pending)]]
@@ -426,8 +406,6 @@ class _Engine:
 
     def _fill(self, slots: list[list[int]], layers: list[tuple[Any, Any]]) -> None:
         """Copy the keys and values of each prompt into every slot of its group."""
-        import mlx.core as mx
-
         order = sorted((slot, row) for row, group in enumerate(slots) for slot in group)
         rows = mx.array([row for _, row in order])
         alike = [row for _, row in order] == list(range(len(slots)))
@@ -436,8 +414,6 @@ class _Engine:
 
     def _prefill(self, bodies: list[tuple[int, ...]], budget: int) -> list[tuple[Any, Any]]:
         """Return each layer's keys and values, (k, heads, longest, size), of token sequences, aligned right."""
-        from mlx_traces.engine.kv_cache import align_right
-
         if self.shared and not self.shared_caches:
             self.shared_caches = self._run_prompt(np.array([bodies[0][: self.shared]]), budget)
         lengths = [len(body) for body in bodies]
@@ -452,9 +428,6 @@ class _Engine:
 
         Padding stands behind every real token, so the causal mask alone keeps it out.
         """
-        import mlx.core as mx
-        from mlx_lm.models.cache import make_prompt_cache
-
         caches = make_prompt_cache(self.loaded.model)
         for cache, (keys, values) in zip(caches, self.shared_caches, strict=False):
             cache.keys, cache.values = (mx.repeat(array, len(tokens), axis=0) for array in (keys, values))

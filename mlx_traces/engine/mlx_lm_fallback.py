@@ -7,8 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_traces.engine.logprobs import alike, probe
 from mlx_traces.engine.sampling import Request, SamplingParams, draw, finish, refuse_no_token, settings_of, uniforms_of
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.loading import LoadedModel
@@ -45,11 +49,6 @@ def prompts_together(model: Any) -> int:
     which pads nothing, and their rows decoded together. 0 if not even that is right, as for caches that cannot be put
     together. Found out by doing it with three prompts, each compared with itself alone; kept with the model.
     """
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-
-    from mlx_traces.engine.logprobs import alike, probe
-
     if hasattr(model, KEPT):
         return getattr(model, KEPT)
     training = model.training
@@ -79,8 +78,6 @@ def prompts_together(model: Any) -> int:
 
 def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together: int) -> list[Any]:
     """Return what mlx_lm draws each prompt's first two tokens from, (1, 2, V), where the first drawn is ``token``."""
-    import mlx.core as mx
-
     seen: list[list[Any]] = [[] for _ in prompts]
 
     def sampler(kept: list[Any]) -> Any:
@@ -101,9 +98,6 @@ def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together:
 
 
 def _generator(model: Any, stops: list[list[int]], rows: int, together: int) -> Any:
-    import mlx.core as mx
-    from mlx_lm.generate import BatchGenerator
-
     return BatchGenerator(
         model,
         stop_tokens=stops,
@@ -152,9 +146,6 @@ def _one_by_one(
     loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], order: list[int], logprobs: bool
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode one row after the other, each with a cache of its own as the model makes it."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-
     for index in order:
         request, settings = requests[index], params[index]
         sampler, rollout = RowSampler(request, settings, logprobs), None
@@ -188,8 +179,6 @@ class RowSampler:
 
     def __call__(self, logits: Any) -> Any:
         """Draw the next token."""
-        import mlx.core as mx
-
         number = self.uniforms[min(self.count, len(self.uniforms) - 1)]
         self.count += 1
         token, own = draw(logits.astype(mx.float32), np.array([number]), self.settings, self.wanted)

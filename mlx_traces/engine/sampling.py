@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlx_traces.engine.logprobs import blocks
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
@@ -130,8 +132,6 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
         (R,) int32 tokens, -1 where the logits are not finite numbers; (R, 2) float32 log-probabilities of them under
         the distribution drawn from and under the model's own, or None.
     """
-    import mlx.core as mx
-
     rows, most = len(settings), max(1, DRAWN_AT_ONCE // logits.shape[-1])
     if rows > most and mx.default_device() == mx.Device(mx.cpu):
         parts = [slice(at, at + most) for at in range(0, rows, most)]
@@ -170,10 +170,6 @@ def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
 
     A token without weight is not drawn.
     """
-    import mlx.core as mx
-
-    from mlx_traces.engine.logprobs import blocks
-
     parts, most = blocks(scaled, -mx.inf), 1 - 2**-23  # what rounds to the whole would point behind the last one
     sums = mx.logsumexp(parts, axis=-1)
     top = sums.max(axis=-1, keepdims=True)
@@ -191,10 +187,6 @@ def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
 
 def _total(logits: Any) -> Any:
     """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `forward.logsumexp`."""
-    import mlx.core as mx
-
-    from mlx_traces.engine.logprobs import blocks
-
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
 
 
@@ -222,8 +214,6 @@ def refuse_no_token(loaded: LoadedModel, tokens: np.ndarray) -> None:
 
 def _pick(array: Any, tokens: Any) -> Any:
     """Return (R,) elements of (R, V), one a row."""
-    import mlx.core as mx
-
     return mx.take_along_axis(array, tokens[:, None], axis=-1)[:, 0]
 
 
@@ -233,8 +223,6 @@ def _kept(logits: Any, settings: np.ndarray) -> Any:
     As in mlx_lm the next filter sees what the one before left, without renormalising. ``logits`` have 0 at their
     greatest.
     """
-    import mlx.core as mx
-
     weights = mx.exp(logits)
     order = mx.argsort(-logits, axis=-1)
     descending = mx.take_along_axis(weights, order, axis=-1)

@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import compute_bits_per_weight, dequantize_model, load_model, quantize_model, save_config, save_model
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import names
@@ -78,8 +79,6 @@ def describe(folder: Path) -> dict[str, Any]:
     ``bits_per_weight`` counts scales, biases and what stays dense (mlx_lm's count); ``file_mb`` is the size of the
     weights on disk in 1e6 bytes. No weights are read.
     """
-    from mlx_lm.utils import compute_bits_per_weight
-
     model, config = _lazy(folder, str(folder), False)
     own = config.get("quantization") or {}
     size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
@@ -101,10 +100,6 @@ def origin(model: str) -> dict[str, Any] | None:
 
 def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bool) -> dict[str, Any] | None:
     """Write weights, configuration and the source's other files; return the source's own quantization."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import quantize_model, save_config, save_model
-
     model, config = _lazy(source, wanted.model, trust_remote_code)
     own, dtype = _quantization(config), own_dtype(source, config)
     for key in ("quantization", "quantization_config"):
@@ -133,8 +128,6 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
 
 def _lazy(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
     """Load a model without reading its weights yet."""
-    from mlx_lm.utils import load_model
-
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
@@ -164,8 +157,6 @@ def add_up(model: nn.Module) -> set[str]:
     Raises:
         UserError: for a layer that cannot be expanded or fused.
     """
-    from mlx_lm.utils import dequantize_model
-
     model.set_dtype(mx.float32)  # scales and biases: 16-bit ones would round the weights
     modules = list(model.named_modules())
     adapted = {name: module for name, module in modules if "lora_a" in module}

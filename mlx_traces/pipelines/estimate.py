@@ -39,6 +39,7 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
+from mlx_traces.models.names import NANO, is_folder
 from mlx_traces.pipelines import rounds
 from mlx_traces.pipelines.rounds import Station
 from mlx_traces.readers import read_json
@@ -47,6 +48,7 @@ from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.text import duration
 from mlx_traces.traces import encoding, files
+from mlx_traces.traces.files import read_traces
 from mlx_traces.train import gradients, loop, memory, sft
 from mlx_traces.train.memory import Estimate, Most
 
@@ -585,8 +587,6 @@ def _refuse_absent(model: str) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from mlx_traces.models.names import NANO, is_folder
-
     name, _, revision = model.partition("@")
     if model == NANO or is_folder(model) or model.count("/") != 1:
         return
@@ -601,8 +601,6 @@ def _refuse_absent(model: str) -> None:
 
 
 def _longest_prompt(loaded: "LoadedModel", config: RLConfig) -> tuple[int, str]:
-    from mlx_traces.rl import rollouts
-
     few = math.ceil(LARGEST_PROBED / config.prompts_per_step)
     planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": min(config.num_steps, few)}))
     return rollouts.longest_prompt(loaded, planned), f"the longest of {len(planned.problems):,}"
@@ -610,9 +608,6 @@ def _longest_prompt(loaded: "LoadedModel", config: RLConfig) -> tuple[int, str]:
 
 def _longest_trace(loaded: "LoadedModel", config: SFTConfig) -> tuple[int, str]:
     """Return the tokens of the longest trace; ``max_length`` where the traces are not made yet."""
-    from mlx_traces.traces import encoding
-    from mlx_traces.traces.files import read_traces
-
     if not Path(config.data).exists():
         return config.max_length, f"max_length, as {config.data} is not there yet"
     rows = islice(read_traces(Path(config.data)), READ)

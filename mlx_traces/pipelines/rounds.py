@@ -40,13 +40,13 @@ from mlx_traces.pipelines import compare
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.report import page
-from mlx_traces.rl import rewards
+from mlx_traces.rl import grpo, ppo, rewards
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k
 from mlx_traces.traces import files, filtering, generate, score, solutions
-from mlx_traces.train import loop, tracking
+from mlx_traces.train import loop, sft, tracking
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
@@ -190,8 +190,6 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
 
 
 def _sft(config: SFTConfig, out: Path, show: Show) -> list[str]:
-    from mlx_traces.train import sft
-
     with show(out.name) as advance:
         result = sft.train(config, out, resume=out.exists(), show=advance)
     speed = f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s"
@@ -212,8 +210,6 @@ def _generate(config: GenerateConfig, out: Path, show: Show) -> list[str]:
 
 
 def _reinforce(config: RLConfig, out: Path, show: Show) -> list[str]:
-    from mlx_traces.rl import grpo, ppo
-
     train = ppo.train if isinstance(config, PPOConfig) else grpo.train
     with show(out.name) as advance:
         result = train(config, out, resume=out.exists(), show=advance)

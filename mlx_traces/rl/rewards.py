@@ -29,7 +29,9 @@ from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.models import loading
 from mlx_traces.records import Problem, Trace
+from mlx_traces.traces import judge
 from mlx_traces.traces.quality import text_scores
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
@@ -154,9 +156,6 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
 
     Its failures are counted over all of a run, from `FEWEST_JUDGED` completions on: a step may have few right ones.
     """
-    from mlx_traces.models import loading
-    from mlx_traces.traces import judge
-
     loaded = loading.load(config.judge, **config.load_arguments())
     failed = total = 0
 

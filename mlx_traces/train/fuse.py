@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import quantize_model, save_config, save_model
 
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import logprobs
@@ -131,8 +132,6 @@ def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float
 
 def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_remote_code: bool) -> str:
     """Fuse, and write weights, configuration and the base's other files; return the 16-bit type."""
-    from mlx_lm.utils import quantize_model, save_config, save_model
-
     # A full adapter holds dense weights, so the base must be dense before it fits.
     kind = {"weights": "dense", "dtype": "float32"} if full else {"weights": "quantized"}
     loaded = loading.load(name, adapter, **kind, trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
@@ -32,8 +33,6 @@ T = TypeVar("T")
 
 def split(model: nn.Module) -> Split:
     """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
-
     halves, caches = logprobs.split(model), make_prompt_cache(model)
     if not all(type(cache) is KVCache for cache in caches):
         return halves

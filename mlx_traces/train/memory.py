@@ -13,7 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from mlx_traces.config import RLConfig, SFTSettings
+from mlx_traces.engine.generation import PREFILL_TOKENS, rows_that_fit
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.runtime.device import Backend
 
 if TYPE_CHECKING:
@@ -91,11 +96,6 @@ class Estimate:
 
 def shape_of(loaded: "LoadedModel") -> Shape:
     """Return the sizes of a model that is ready to train: its adapter is on it, the rest is frozen."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    from mlx_traces.engine.generation import PREFILL_TOKENS
-
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
     weights = [array for _, array in tree_flatten(loaded.model.parameters())]
@@ -122,9 +122,6 @@ def shape_of(loaded: "LoadedModel") -> Shape:
 
 def _floating(model: Any) -> list[Any]:
     """Return what decides the type of activations: frozen numbers that are no integers, an adapter's left out."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
     arrays = dict(tree_flatten(model.parameters()))
     added = (".lora_a", ".lora_b", ".m")
     return [a for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating) and not name.endswith(added)]
@@ -224,9 +221,6 @@ def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int)
 
 
 def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_limit: float | None) -> int:
-    from mlx_traces.engine.generation import rows_that_fit
-    from mlx_traces.engine.sampling import Request, SamplingParams
-
     return rows_that_fit(loaded, [Request((0,) * prompt)], [SamplingParams(max_tokens)], memory_limit)
 
 
