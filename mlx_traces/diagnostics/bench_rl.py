@@ -41,7 +41,6 @@ from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem
 from mlx_traces.rl import grpo, ppo, rewards, rollouts
-from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import distributed
 from mlx_traces.train import memory
 
@@ -245,7 +244,7 @@ class OurSteps:
         mx.random.seed(config.seed)
         adapters.start(self.loaded.model, config)
         self.room = ppo if isinstance(config, PPOConfig) else grpo
-        self.learner: Learner = self.room.Learner(self.loaded, config)
+        self.learner = self.room.start(self.loaded, config)
         mx.eval(self.learner.module.parameters())
         self.functions = rewards.load(config.rewards, list(planned.problems[0].columns))
 
@@ -257,12 +256,13 @@ class OurSteps:
             self.loaded, self.planned, self.functions, self.progress, self.number, self.config
         )
         learned = [_all_differ(group) for group in groups] if self.every_row else groups
-        self.learner.learn(learned, self.number)
+        rows = self.room.rows_of(learned, self.config)
+        self.room.learn(self.learner, rows, self.number, self.config)
         every = [rollout for group in groups for rollout in group]
         step.end(sum(len(rollout.ids) for rollout in every))
         step.sampling = seconds["time/sample"]
-        rows = self.room.rows_of(learned, self.config)
-        taught = sum(bool(getattr(row, "advantage", True) and row.example.count) for row in rows)  # values teach PPO
+        # A row without an advantage teaches PPO's values.
+        taught = sum(bool((self.room is ppo or row.advantage) and row.example.count) for row in rows)
         step.learned = taught / len(every)
         return step, [group[0].problem for group in groups]
 

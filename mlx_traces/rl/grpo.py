@@ -12,7 +12,6 @@ much.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ import numpy as np
 
 from mlx_traces.config import GRPOConfig
 from mlx_traces.engine import batching
-from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.rl import losses, trainer
-from mlx_traces.rl.rollouts import Group
-from mlx_traces.rl.trainer import Result
+from mlx_traces.rl.rollouts import Group, Row
+from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
@@ -36,24 +34,38 @@ from mlx_traces.train.optimizer import clip, make_optimizer
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. See `reinforcement.train`."""
-    return trainer.train("grpo", config, out, Learner, resume, show)
+    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python.
+
+    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
+    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+
+    Args:
+        config: the settings.
+        out: the run folder.
+        resume: continue a run that was cut off; the result is that of an uninterrupted one.
+        show: called with each line of metrics and the number of steps.
+
+    Raises:
+        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
+        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
+    """
+    with trainer.opened("grpo", config, out, resume, show) as setup:
+        config, learner = setup.config, start(setup.loaded, setup.config)
+        run = trainer.Run(setup, learner)
+        for step in run.steps():
+            groups, kept = run.collect(step, config.max_resamples)  # P groups of G scored completions
+            rows = rows_of(kept, config)  # with their advantages
+            metrics = learn(learner, rows, step, config)
+            run.end_step(step, groups, metrics)  # logs, validates, keeps the best adapter, saves
+        return run.result()
 
 
-class Learner:
-    """What a step changes, and how: the model's adapter, by AdamW."""
-
-    def __init__(self, loaded: LoadedModel, config: GRPOConfig) -> None:
-        self.config, self.module, self.resamples = config, loaded.model, config.max_resamples
-        self.halves = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
-        self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
-        self.optimizer = make_optimizer(config, config.num_steps * config.updates_per_batch * config.minibatches)
-
-    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Update the model by a step's groups; return metrics."""
-        rows = rows_of(groups, self.config)
-        with checkpointed(self.module.layers, self.config.checkpoint_layers):
-            return learn(self.module, self.halves, rows, self.optimizer, self.reference, step, self.config)
+def start(loaded: LoadedModel, config: GRPOConfig) -> Learner:
+    """Return what is trained, the model's adapter, and its optimizer, AdamW."""
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
+    updates = config.num_steps * config.updates_per_batch * config.minibatches
+    return Learner(loaded.model, trunk_and_head, make_optimizer(config, updates), reference)
 
 
 def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
@@ -76,22 +88,6 @@ def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
     return found.reshape(-1)
 
 
-@dataclass
-class Row:
-    """A rollout as it is learned from; arrays have a float32 for each of its completion tokens.
-
-    ``sampler`` are the log-probabilities that it was sampled with, ``old`` those of the policy before the step's first
-    update where there are several, ``reference`` the reference's where there is one, ``weights`` the update's.
-    """
-
-    example: Example
-    advantage: float
-    sampler: np.ndarray
-    weights: np.ndarray | None = None
-    old: np.ndarray | None = None
-    reference: np.ndarray | None = None
-
-
 def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
     """Make the step's rows, one for each rollout; a cut-off one that is masked has no token to learn."""
     if not groups:
@@ -100,7 +96,7 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
     rollouts = [rollout for group in groups for rollout in group]
     for rollout, advantage in zip(rollouts, advantages(groups, config).tolist(), strict=True):
         example = rollout.example(learned=not (rollout.cut_off and config.overlong == "mask"))
-        rows.append(Row(example, advantage, np.array(rollout.completion.rollout.logprobs, np.float32)))
+        rows.append(Row(example, np.array(rollout.completion.rollout.logprobs, np.float32), advantage))
     return rows
 
 
@@ -162,15 +158,7 @@ def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Itera
         yield row, np.array(values, np.float32)
 
 
-def learn(
-    model: nn.Module,
-    halves: Split,
-    rows: Sequence[Row],
-    optimizer: Any,
-    reference: Callable,
-    step: int,
-    config: GRPOConfig,
-) -> dict[str, float]:
+def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) -> dict[str, float]:
     """Update the model by a step's rows, once or several times; return metrics.
 
     Where no row can teach, nothing happens, not even a step of the optimizer.
@@ -178,30 +166,32 @@ def learn(
     Raises:
         UserError: if the loss or the gradient is not finite; this update is not made.
     """
-    useful = weighed(rows, config)
-    if config.kl_coef:
-        with reference():
+    model, halves, optimizer = learner.module, learner.split, learner.optimizer
+    with checkpointed(model.layers, config.checkpoint_layers):
+        useful = weighed(rows, config)
+        if config.kl_coef:
+            with learner.reference():
+                for row, values in logprobs_of(halves, useful, config):
+                    row.reference = values
+        if config.updates_per_batch * config.minibatches > 1:
             for row, values in logprobs_of(halves, useful, config):
-                row.reference = values
-    if config.updates_per_batch * config.minibatches > 1:
-        for row, values in logprobs_of(halves, useful, config):
-            row.old = values
-    losses, norms, sums = [], [], Counter()
-    draw = random.Random(f"{config.seed} step {step}")
-    for _ in range(config.updates_per_batch):
-        order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
-        for part in range(config.minibatches):
-            batch = weighed(order[part :: config.minibatches], config)
-            if not batch:
-                continue
-            loss, grads, more = gradient(model, halves, batch, config)
-            grads, norm = clip(grads, config.max_grad_norm)
-            loop.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
-            optimizer.update(model, grads)
-            mx.eval(model.trainable_parameters(), optimizer.state)
-            losses.append(loss)
-            norms.append(norm.item())
-            sums.update(more)
+                row.old = values
+        losses, norms, sums = [], [], Counter()
+        draw = random.Random(f"{config.seed} step {step}")
+        for _ in range(config.updates_per_batch):
+            order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
+            for part in range(config.minibatches):
+                batch = weighed(order[part :: config.minibatches], config)
+                if not batch:
+                    continue
+                loss, grads, more = gradient(model, halves, batch, config)
+                grads, norm = clip(grads, config.max_grad_norm)
+                loop.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
+                optimizer.update(model, grads)
+                mx.eval(model.trainable_parameters(), optimizer.state)
+                losses.append(loss)
+                norms.append(norm.item())
+                sums.update(more)
     if not losses:
         return {"optim/updates": 0}
     return {

@@ -20,7 +20,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,13 @@ import numpy as np
 
 from mlx_traces.config import PPOConfig
 from mlx_traces.engine import batching
-from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.rl import losses, trainer
-from mlx_traces.rl.rollouts import Group
-from mlx_traces.rl.trainer import Result
+from mlx_traces.rl.rollouts import Group, Row
+from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
@@ -45,8 +43,30 @@ from mlx_traces.train.optimizer import clip, make_optimizer, of_parts
 
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. See `reinforcement.train`."""
-    return trainer.train("ppo", config, out, Learner, resume, show)
+    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python.
+
+    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
+    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+
+    Args:
+        config: the settings.
+        out: the run folder.
+        resume: continue a run that was cut off; the result is that of an uninterrupted one.
+        show: called with each line of metrics and the number of steps.
+
+    Raises:
+        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
+        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
+    """
+    with trainer.opened("ppo", config, out, resume, show) as setup:
+        config, learner = setup.config, start(setup.loaded, setup.config)
+        run = trainer.Run(setup, learner)
+        for step in run.steps():
+            groups, kept = run.collect(step)  # a group of equal rewards teaches too: the values
+            rows = rows_of(kept, config)
+            metrics = learn(learner, rows, step, config)
+            run.end_step(step, groups, metrics)  # logs, validates, keeps the best adapter, saves
+        return run.result()
 
 
 class ValueHead(nn.Module):
@@ -73,55 +93,21 @@ class ActorCritic(nn.Module):
         self.value = ValueHead(halves.trunk(mx.array([[0]])).shape[-1])
 
 
-class Learner:
-    """What a step changes, and how: the model's adapter and a value head, each by its own AdamW."""
-
-    resamples = 0  # a group of equal rewards teaches too: the values, and what they did not foresee
-
-    def __init__(self, loaded: LoadedModel, config: PPOConfig) -> None:
-        warmup = config.value_warmup_steps
-        if warmup >= config.num_steps:
-            raise UserError(
-                f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}"
-            )
-        self.config = config
-        self.halves = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
-        self.reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
-        self.module = ActorCritic(loaded.model, self.halves)
-        updates = config.epochs * config.minibatches
-        critic = config.model_copy(update={"learning_rate": config.value_learning_rate})
-        self.optimizer = of_parts(
-            {
-                "policy": make_optimizer(config, (config.num_steps - warmup) * updates),
-                "value": make_optimizer(critic, config.num_steps * updates),
-            }
-        )
-
-    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Update the module by a step's groups; return metrics."""
-        with checkpointed(self.module.policy.layers, self.config.checkpoint_layers):
-            rows = rows_of(groups, self.config)
-            return learn(self.module, self.halves, rows, self.optimizer, self.reference, step, self.config)
-
-
-@dataclass
-class Row:
-    """A rollout as it is learned from; arrays have a float32 for each of its completion tokens.
-
-    ``sampler`` are the log-probabilities that it was sampled with; ``old`` and ``values`` the policy's and the value
-    head's before the step's first update, ``reference`` the reference's where there is one; ``advantages`` and
-    ``returns`` are what is learned from them, ``weights`` the update's.
-    """
-
-    example: Example
-    reward: float
-    sampler: np.ndarray
-    old: np.ndarray | None = None
-    values: np.ndarray | None = None
-    reference: np.ndarray | None = None
-    advantages: np.ndarray | None = None
-    returns: np.ndarray | None = None
-    weights: np.ndarray | None = None
+def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
+    """Return what is trained, the model's adapter and a value head, each by its own AdamW."""
+    warmup = config.value_warmup_steps
+    if warmup >= config.num_steps:
+        raise UserError(f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}")
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
+    module = ActorCritic(loaded.model, trunk_and_head)
+    updates = config.epochs * config.minibatches
+    critic = config.model_copy(update={"learning_rate": config.value_learning_rate})
+    optimizers = {
+        "policy": make_optimizer(config, (config.num_steps - warmup) * updates),
+        "value": make_optimizer(critic, config.num_steps * updates),
+    }
+    return Learner(module, trunk_and_head, of_parts(optimizers), reference)
 
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
@@ -130,7 +116,8 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     for rollout in (rollout for group in groups for rollout in group):
         if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None:
             continue
-        rows.append(Row(rollout.example(), rollout.reward, np.array(rollout.completion.rollout.logprobs, np.float32)))
+        sampler = np.array(rollout.completion.rollout.logprobs, np.float32)
+        rows.append(Row(rollout.example(), sampler, reward=rollout.reward))
     return [row for row in rows if row.example.count]
 
 
@@ -179,7 +166,7 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
     if config.whiten:
         advantages = losses.whiten(advantages, mask)
     for row, own, target in zip(rows, np.array(advantages), np.array(returns), strict=True):
-        row.advantages, row.returns = own[: row.example.count], target[: row.example.count]
+        row.advantage, row.returns = own[: row.example.count], target[: row.example.count]
     explained = losses.explained_variance(values, outcomes, mask).item()
     vary = mx.where(mask, outcomes, -math.inf).max().item() > mx.where(mask, outcomes, math.inf).min().item()
     metrics = {
@@ -224,7 +211,7 @@ def gradient(
         index, mask = batching.places([row.example.count for row in micro])
         weights, old_values, returns, old, advantages = (
             batching.padded([getattr(row, name) for row in micro])
-            for name in ("weights", "values", "returns", "old", "advantages")
+            for name in ("weights", "values", "returns", "old", "advantage")
         )
         loss, sums = losses.value_loss(module.value(states)[index], old_values, returns, mask, weights, clip_eps=bound)
         sums |= {"value_loss": mx.stop_gradient(loss)}
@@ -247,15 +234,7 @@ def gradient(
     return loss, {"value": grads} if values_only else grads, sums
 
 
-def learn(
-    module: ActorCritic,
-    halves: Split,
-    rows: Sequence[Row],
-    optimizer: Any,
-    reference: Callable,
-    step: int,
-    config: PPOConfig,
-) -> dict[str, float]:
+def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -> dict[str, float]:
     """Update policy and values by a step's rows, several times over; in the warm-up steps the values alone.
 
     Without any row nothing happens, not even a step of the optimizers.
@@ -265,26 +244,28 @@ def learn(
     """
     if not rows:
         return {"optim/updates": 0}
-    foresee(module, halves, rows, reference, config)
-    metrics = aim(rows, config)
-    parts = dict(zip(("policy", "value"), optimizer.optimizers, strict=True))
-    losses, norms, sums = [], Counter(), Counter()
-    draw = random.Random(f"{config.seed} step {step}")
-    for _ in range(config.epochs):
-        order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
-        for at in range(min(config.minibatches, len(rows))):
-            batch = weighed(order[at :: config.minibatches])
-            loss, grads, more = gradient(module, halves, batch, config, step <= config.value_warmup_steps)
-            clipped = {name: clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
-            total = math.hypot(*(norm.item() for _, norm in clipped.values()))
-            advice = f"value_learning_rate ({config.value_learning_rate:g})"
-            loop.refuse_nonfinite(loss, total, step, config, advice)
-            for name, (own, norm) in clipped.items():
-                parts[name].update(module, own)
-                norms[name] += norm.item()
-            mx.eval(module.trainable_parameters(), optimizer.state)
-            losses.append(loss)
-            sums.update(more)
+    module, halves, optimizer = learner.module, learner.split, learner.optimizer
+    with checkpointed(module.policy.layers, config.checkpoint_layers):
+        foresee(module, halves, rows, learner.reference, config)
+        metrics = aim(rows, config)
+        parts = dict(zip(("policy", "value"), optimizer.optimizers, strict=True))
+        losses, norms, sums = [], Counter(), Counter()
+        draw = random.Random(f"{config.seed} step {step}")
+        for _ in range(config.epochs):
+            order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
+            for at in range(min(config.minibatches, len(rows))):
+                batch = weighed(order[at :: config.minibatches])
+                loss, grads, more = gradient(module, halves, batch, config, step <= config.value_warmup_steps)
+                clipped = {name: clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
+                total = math.hypot(*(norm.item() for _, norm in clipped.values()))
+                advice = f"value_learning_rate ({config.value_learning_rate:g})"
+                loop.refuse_nonfinite(loss, total, step, config, advice)
+                for name, (own, norm) in clipped.items():
+                    parts[name].update(module, own)
+                    norms[name] += norm.item()
+                mx.eval(module.trainable_parameters(), optimizer.state)
+                losses.append(loss)
+                sums.update(more)
     count = len(losses)
     metrics |= {
         "loss": sum(losses) / count,

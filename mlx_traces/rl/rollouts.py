@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_traces.config import EvalConfig, RLConfig
 from mlx_traces.engine.batching import Example
@@ -32,7 +33,7 @@ from mlx_traces.train import loop
 
 
 @dataclass(frozen=True)
-class Rollout:
+class ScoredCompletion:
     """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies."""
 
     problem: Problem
@@ -56,7 +57,28 @@ class Rollout:
         return self.completion.rollout.finish_reason == "length"
 
 
-Group = list[Rollout]
+Group = list[ScoredCompletion]
+
+
+@dataclass
+class Row:
+    """A scored completion as it is learned from; arrays have a float32 for each of its completion tokens.
+
+    ``sampler`` are the log-probabilities that it was sampled with; ``old`` the policy's before the step's first update,
+    where an algorithm needs them, ``reference`` the reference's where there is one. ``advantage`` is one number for all
+    tokens, or an array; ``weights`` are the update's. PPO has the ``reward``, the value head's ``values`` before the
+    first update, and the ``returns`` that it learns from.
+    """
+
+    example: Example
+    sampler: np.ndarray
+    advantage: float | np.ndarray = 0.0
+    reward: float = 0.0
+    weights: np.ndarray | None = None
+    old: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    values: np.ndarray | None = None
+    returns: np.ndarray | None = None
 
 
 @dataclass
@@ -100,7 +122,7 @@ def scored(
         for i, penalty in enumerate(losses.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
             parts[i] |= {"overlong": penalty}
             totals[i] = None if totals[i] is None else totals[i] + penalty
-    rollouts = [Rollout(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
+    rollouts = [ScoredCompletion(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
     return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
 
 

@@ -1,14 +1,15 @@
-"""A reinforcement run: rollouts, an algorithm's update, held-out accuracy, the best adapter; resumable at any moment.
+"""A reinforcement run around an algorithm's loop: model, problems and rewards; rollouts; log, validation, checkpoints.
 
-The algorithms (``grpo``, ``ppo``) say what a step's groups of rollouts change; all else about a run is here.
+``grpo`` and ``ppo`` own their loops; what both do before, between and after the steps is here.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,34 +23,25 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
-from mlx_traces.runtime import device, distributed
-from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime import distributed
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
-from mlx_traces.train import checkpoints, loop, memory, tracking
+from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.train import loop, memory, tracking
 
 NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
 
-class Learner(Protocol):
-    """An algorithm at work on a model that has its adapter on.
+@dataclass
+class Learner:
+    """What an algorithm trains, and by what: a checkpoint holds ``module`` and ``optimizer``.
 
-    ``module`` holds all that is trained and ``optimizer`` is its: what a checkpoint keeps. ``halves`` are the model's,
-    which know what fits in the memory. ``resamples`` says how often problems may be drawn again in place of groups of
-    equal reward.
+    ``split`` is the model's trunk and head; ``reference`` a context in which the model is the KL term's reference.
     """
 
     module: nn.Module
-    halves: logprobs.Split
+    split: logprobs.Split
     optimizer: Any
-    resamples: int
-
-    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Update the module by a step's groups; return metrics.
-
-        Raises:
-            UserError: if the loss or the gradient is not finite; this update is not made.
-        """
+    reference: Callable
 
 
 @dataclass(frozen=True)
@@ -69,129 +61,162 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def train(
-    name: str,
-    config: RLConfig,
-    out: str | Path,
-    make_learner: Callable[[LoadedModel, Any], Learner],
-    resume: bool = False,
-    show: Callable | None = None,
-) -> Result:
-    """Train a model by reinforcement on a task.
+class Run(loop.Training):
+    """A training whose steps draw problems, sample rollouts of them, and score these.
 
-    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+    Args:
+        setup: as `opened` yields it.
+        learner: what the algorithm trains; a checkpoint holds its module and optimizer.
+    """
+
+    def __init__(self, setup: "Setup", learner: Learner) -> None:
+        self.setup, config, folder, loaded = setup, setup.config, setup.folder, setup.loaded
+        setup.begin()
+        self.planned, more = rollouts.by_difficulty(loaded, setup.planned, config, folder.path / "pass_rates.json")
+        self.notes = [*setup.notes, *more]
+        super().__init__(
+            folder,
+            loaded,
+            config,
+            module=learner.module,
+            optimizer=learner.optimizer,
+            room=learner.split.room,
+            adapter=setup.adapter,
+            about=about(setup.name, config),
+            last=config.num_steps,
+            every=config.eval_every,
+            validate=self._answered,
+            progress=rollouts.Progress(),
+            stop=setup.stop,
+            show=setup.show,
+        )
+
+    def collect(self, step: int, resamples: int = 0) -> tuple[list[Group], list[Group]]:
+        """Return a step's groups of scored completions, and those of them to learn from; see `rollouts.collect`."""
+        functions, progress = self.setup.functions, self.progress
+        groups, kept, self.seconds = rollouts.collect(
+            self.loaded, self.planned, functions, progress, step, self.config, resamples
+        )
+        self.collected = perf_counter()
+        return groups, kept
+
+    def end_step(self, step: int, groups: Sequence[Group], learned: Mapping[str, Any]) -> None:
+        """Log, validate and save as `Training.end_step` does; the step's rollouts are told too.
+
+        Raises:
+            UserError: if the model's outputs are no longer finite numbers; nothing is saved.
+        """
+        _refuse_broken(self.loaded, step, self.config)
+        seconds = {**self.seconds, "time/update": perf_counter() - self.collected}
+        shown = rollouts.shown_of(groups, self.planned.task, step, self.config.seed)
+        super().end_step(step, {**rollouts.figures(groups), **learned, **seconds}, shown)
+
+    def result(self) -> Result:
+        """End the training; return what came of it, which the run folder has as ``result.json``."""
+        metrics, progress = self.end(), self.progress
+        rows = [row for row in metrics if "tokens" in row]
+        accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
+        sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))
+        notes = [*self.loaded.notes, *self.room.notes, *self.notes]
+        if rows and not any(row.get("optim/updates") for row in rows):
+            notes.append("no step had anything to learn from; see rollout/zero_std_groups: the adapter is as it began")
+        result = Result(
+            adapter=str(self.folder.path / "adapter"),
+            steps=progress.step,
+            best_step=progress.best_step,
+            accuracy=accuracies.get(progress.best_step),
+            accuracy_before=accuracies.get(0),
+            seconds=progress.seconds,
+            sample_seconds=sampling,
+            update_seconds=updating,
+            tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
+            peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
+            notes=[*notes, *self.unmoved()],
+        )
+        self.folder.conclude(asdict(result))
+        return result
+
+    def _answered(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        if self.setup.held_out is None:
+            return {}, []
+        row, shown = loop.answer(self.loaded, self.setup.held_out)
+        return row, [{"kind": "held out", **one} for one in shown]
+
+
+@dataclass
+class Setup:
+    """A run before its first step: the model with its adapter on, the problems, and the rewards."""
+
+    name: str
+    config: RLConfig
+    folder: RunFolder
+    loaded: LoadedModel
+    planned: Plan
+    held_out: Plan | None
+    functions: Mapping[str, Callable]
+    adapter: dict[str, Any]
+    identity: dict[str, Any]
+    longest: int
+    notes: list[str]
+    stop: Callable[[], bool]
+    show: Callable | None
+
+    def begin(self) -> None:
+        """Begin the folder: what decides the result, and what it was made with."""
+        config, loaded, held_out = self.config, self.loaded, self.held_out
+        found = memory.of_reinforcement(loaded, config, self.longest)
+        self.notes += filter(None, [memory.fits(found, loaded.backend)])
+        asked = {"problems": [problem.id for problem in self.planned.problems]}
+        asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
+        read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
+        ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size()}
+        self.folder.begin(self.identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *self.notes]})
+
+
+@contextmanager
+def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
+    """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
 
     Args:
         name: of the algorithm, for the adapter's settings file.
         config: the settings.
         out: the run folder.
-        make_learner: takes the model, its adapter on, and the settings.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
+        resume: continue a run that was cut off.
         show: called with each line of metrics and the number of steps.
 
     Raises:
-        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
+        UserError: if the input is wrong, or the folder's run is another one.
     """
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
-        return _train(name, config, folder, make_learner, stop, show)
-
-
-def _train(
-    name: str,
-    config: RLConfig,
-    folder: RunFolder,
-    make_learner: Callable[[LoadedModel, Any], Learner],
-    stop: Callable[[], bool],
-    show: Callable | None,
-) -> Result:
-    config = with_reference(names.with_adapter(config), folder.identity)
-    config = loading.of_its_day(config, folder.identity)
-    planned, held_out, notes = rollouts.prepare(config)
-    functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
-    loaded = loading.load(config.model, config.adapter, **config.load_arguments())
-    longest = rollouts.longest_prompt(loaded, planned)
-    identity = identity_of(config, planned, loaded, functions)
-    identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}
-    folder.check(identity)
-    mx.random.seed(config.seed)
-    settings = adapters.start(loaded.model, config, config.adapter)
-    learner = make_learner(loaded, config)
-    notes += filter(None, [memory.fits(memory.of_reinforcement(loaded, config, longest), loaded.backend)])
-    ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size(), "notes": [*loaded.notes, *notes]}
-    asked = {"problems": [problem.id for problem in planned.problems]}
-    asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
-    read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
-    folder.begin(identity, {**provenance(), **read, **ran})
-    planned, more = rollouts.by_difficulty(loaded, planned, config, folder.path / "pass_rates.json")
-    notes += more
-
-    progress, checkpoint = rollouts.Progress(), folder.path / "checkpoint.safetensors"
-    if checkpoint.exists():
-        progress = rollouts.Progress(**checkpoints.load(checkpoint, learner.module, learner.optimizer))
-    kept = progress.step if checkpoint.exists() else -1
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        folder.rewind(file, kept)
-
-    def validate() -> dict[str, Any]:
-        if held_out is None:
-            return {}
-        row, shown = loop.answer(loaded, held_out)
-        if progress.better(row["valid/accuracy"]):
-            loop.keep(loaded, folder, settings, about(name, config), {"step": progress.step, **row})
-        folder.log("samples.jsonl", *({"step": progress.step, "kind": "held out", **one} for one in shown))
-        return row
-
-    def log(row: dict[str, Any]) -> None:
-        row = {"step": progress.step, **row}
-        folder.log("metrics.jsonl", row)
-        if show:
-            show(row, config.num_steps)
-
-    device.reset_peak_memory()
-    start = perf_counter() - progress.seconds
-    if not progress.step and (first := validate()):
-        log(first)
-    for step in range(progress.step + 1, config.num_steps + 1):
-        if config.patience and progress.waited >= config.patience:
-            break
-        groups, kept_groups, seconds = rollouts.collect(
-            loaded, planned, functions, progress, step, config, learner.resamples
+        config = with_reference(names.with_adapter(config), folder.identity)
+        config = loading.of_its_day(config, folder.identity)
+        planned, held_out, notes = rollouts.prepare(config)
+        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
+        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        longest = rollouts.longest_prompt(loaded, planned)
+        identity = identity_of(config, planned, loaded, functions)
+        identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}
+        folder.check(identity)
+        mx.random.seed(config.seed)
+        adapter = adapters.start(loaded.model, config, config.adapter)
+        yield Setup(
+            name,
+            config,
+            folder,
+            loaded,
+            planned,
+            held_out,
+            functions,
+            adapter,
+            identity,
+            longest,
+            notes,
+            stop,
+            show,
         )
-        began = perf_counter()
-        learned = learner.learn(kept_groups, step)
-        _refuse_broken(loaded, step, config)
-        seconds["time/update"] = perf_counter() - began
-        progress.step, progress.seconds = step, perf_counter() - start
-        row = {
-            **rollouts.figures(groups),
-            **learned,
-            **seconds,
-            "memory/peak_gb": device.peak_memory_gb(),
-            "time/total": progress.seconds,
-            **learner.halves.room.metrics(),
-        }
-        folder.log(
-            "samples.jsonl",
-            *({"step": step, **one} for one in rollouts.shown_of(groups, planned.task, step, config.seed)),
-        )
-        if step % config.eval_every == 0 or step == config.num_steps:
-            row |= validate()
-        log(row)
-        stopping = stop() and step < config.num_steps
-        if step % config.save_every == 0 or step == config.num_steps or stopping:
-            checkpoints.save(checkpoint, learner.module, learner.optimizer, asdict(progress))
-        if stopping:
-            raise Stopped(f"stopped after step {step} of {config.num_steps}")
-    if progress.best is None:
-        loop.keep(loaded, folder, settings, about(name, config))
-    result = _result(folder, progress, [*loaded.notes, *learner.halves.room.notes, *notes])
-    folder.conclude(asdict(result))
-    return result
 
 
 def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
@@ -244,27 +269,3 @@ def about(name: str, config: RLConfig) -> dict[str, Any]:
         "trained_by": f"mlx-traces {name}",
         "training": config.model_dump(mode="json", exclude_unset=True, exclude={"report_to"}),
     }
-
-
-def _result(folder: RunFolder, progress: rollouts.Progress, notes: list[str]) -> Result:
-    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
-    rows = [row for row in metrics if "tokens" in row]
-    accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
-    sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))
-    if rows and not any(row.get("optim/updates") for row in rows):
-        notes = [*notes, "no step had anything to learn from; see rollout/zero_std_groups: the adapter is as it began"]
-    if progress.best_step == 0:
-        notes = [*notes, "no validation was better than the start; the adapter is the one training began with"]
-    return Result(
-        adapter=str(folder.path / "adapter"),
-        steps=progress.step,
-        best_step=progress.best_step,
-        accuracy=accuracies.get(progress.best_step),
-        accuracy_before=accuracies.get(0),
-        seconds=progress.seconds,
-        sample_seconds=sampling,
-        update_seconds=updating,
-        tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
-        peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
-        notes=notes,
-    )

@@ -1,19 +1,32 @@
-"""What the training loops share: how far they are, answers to held-out problems, numbers that are none."""
+"""What the training loops share: resume, log, validate, keep the best adapter, save, stop.
+
+``sft``, ``grpo`` and ``ppo`` each write their own loop and call a `Training` between its steps:
+
+    for step in run.steps():
+        metrics = ...  # one optimizer step of the algorithm
+        run.end_step(step, metrics)
+    return run.end(...)
+"""
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+import mlx.nn as nn
 
 from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.runtime.run_folder import RunFolder
-from mlx_traces.train import model_card
+from mlx_traces.runtime import device
+from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.train import checkpoints, model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
 # Settings that a run may go on with others of: they decide where it runs and what is told, or how a step is parted,
@@ -38,6 +51,117 @@ class Progress:
             return False
         self.best, self.best_step, self.waited = value, self.step, 0
         return True
+
+
+class Training:
+    """A training at work in its run folder.
+
+    Making one goes on from the checkpoint, if the folder has one: module, optimizer, progress, and the lines of
+    ``metrics.jsonl`` and ``samples.jsonl`` are those of its last saved step.
+
+    Args:
+        folder: the run's.
+        loaded: the model, its adapter on.
+        config: the settings, with ``patience`` and ``save_every``.
+        module: all that is trained; what a checkpoint holds, with ``optimizer``.
+        optimizer: its optimizer.
+        room: which micro-batches the memory has turned out to hold; tells its metrics and notes.
+        adapter: the adapter's settings, as `adapters.start` returned them.
+        about: further entries of the adapter's settings file.
+        last: number of steps.
+        every: steps between validations.
+        validate: returns metrics, none where nothing is held out, and lines for ``samples.jsonl``.
+        progress: where a new training is.
+        stop: whether the user asked to stop.
+        show: called with each line of metrics and the number of steps.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        loaded: LoadedModel,
+        config: RLConfig | SFTSettings,
+        *,
+        module: nn.Module,
+        optimizer: Any,
+        room: Any,
+        adapter: dict[str, Any],
+        about: dict[str, Any],
+        last: int,
+        every: int,
+        validate: Callable[[], tuple[dict[str, Any], Sequence[dict[str, Any]]]],
+        progress: Progress,
+        stop: Callable[[], bool],
+        show: Callable | None,
+    ) -> None:
+        self.folder, self.loaded, self.config = folder, loaded, config
+        self.module, self.optimizer, self.room = module, optimizer, room
+        self.adapter, self.about, self.last, self.every = adapter, about, last, every
+        self.validate, self.progress, self.stop, self.show = validate, progress, stop, show
+        self.checkpoint = folder.path / "checkpoint.safetensors"
+        begun = self.checkpoint.exists()
+        if begun:
+            self.progress = type(progress)(**checkpoints.load(self.checkpoint, module, optimizer))
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            folder.rewind(file, self.progress.step if begun else -1)  # if not, the first validation is made again too
+
+    def steps(self) -> Iterator[int]:
+        """Yield the numbers of the steps that are left, from 1; before the first one the start is validated."""
+        device.reset_peak_memory()
+        self.began = perf_counter() - self.progress.seconds
+        if not self.progress.step and (row := self._validated()):
+            self._log(row)
+        while self.progress.step < self.last and not 0 < self.config.patience <= self.progress.waited:
+            yield self.progress.step + 1
+
+    def end_step(self, step: int, metrics: Mapping[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
+        """Log a step; validate, keep the best adapter and save a checkpoint where it is time.
+
+        Raises:
+            Stopped: if the user asked to stop; the checkpoint is written.
+        """
+        self.progress.step, self.progress.seconds = step, perf_counter() - self.began
+        row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
+        row |= self.room.metrics()
+        self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
+        if step % self.every == 0 or step == self.last:
+            row |= self._validated()
+        self._log(row)
+        stopping = self.stop() and step < self.last
+        if step % self.config.save_every == 0 or step == self.last or stopping:
+            checkpoints.save(self.checkpoint, self.module, self.optimizer, asdict(self.progress))
+        if stopping:
+            raise Stopped(f"stopped after step {step} of {self.last}")
+
+    def end(self) -> list[dict[str, Any]]:
+        """Keep the last adapter where no validation chose one; return the lines of metrics."""
+        if self.progress.best is None:
+            keep(self.loaded, self.folder, self.adapter, self.about)
+        return whole_lines(self.folder.path / "metrics.jsonl", ("step",))
+
+    def unmoved(self) -> list[str]:
+        """Return a note if no validation was better than the start."""
+        note = "no validation was better than the start; the adapter is the one training began with"
+        return [note] if self.progress.best_step == 0 else []
+
+    def _validated(self) -> dict[str, Any]:
+        """Validate, and keep the adapter if it is the best so far; return the metrics."""
+        row, shown = self.validate()
+        if not math.isfinite(loss := row.get("valid/loss", 0.0)):
+            raise UserError(
+                f"step {self.progress.step}: the validation loss is {loss}; nothing was overwritten. "
+                f"Lower learning_rate ({self.config.learning_rate:g})"
+            )
+        if row and self.progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
+            keep(self.loaded, self.folder, self.adapter, self.about, {"step": self.progress.step, **row})
+        self.folder.log("samples.jsonl", *({"step": self.progress.step, **sample} for sample in shown))
+        return row
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        row = {"step": self.progress.step, **row}
+        self.folder.log("metrics.jsonl", row)
+        if self.show:
+            self.show(row, self.last)
 
 
 def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:

@@ -27,13 +27,12 @@ from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace, problem_id
-from mlx_traces.runtime import device, distributed
-from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime import distributed
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.traces import encoding, filtering
 from mlx_traces.traces.files import read_traces
-from mlx_traces.train import checkpoints, gradients, loop, memory, tracking
+from mlx_traces.train import gradients, loop, memory, tracking
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.loop import Progress
 from mlx_traces.train.optimizer import clip, make_optimizer
@@ -164,130 +163,95 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
-        return _train(config, folder, stop, show)
+        config = loading.of_its_day(names.with_adapter(config), folder.identity)
+        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        data = prepare(loaded, config)
+        lengths = [len(example.ids) for example in data.train]
+        per_epoch = math.ceil(len(data.train) / config.batch_size)
+        last = config.epochs * per_epoch
+        adapter = _begin(config, folder, loaded, data, last)
+        model, halves, optimizer = loaded.model, split(loaded.model), make_optimizer(config, last)
+        run = loop.Training(
+            folder,
+            loaded,
+            config,
+            module=model,
+            optimizer=optimizer,
+            room=halves.room,
+            adapter=adapter,
+            about=about(config),
+            last=last,
+            every=config.eval_every or per_epoch,
+            validate=lambda: validation(loaded, halves, data, config),
+            progress=Progress(),
+            stop=stop,
+            show=show,
+        )
+        batches = islice(_batches(data.train, lengths, config), run.progress.step, None)
+        with checkpointed(model.layers, config.checkpoint_layers):
+            for step in run.steps():
+                batch, began = next(batches), perf_counter()
+                mx.random.seed(loop.step_seed(config.seed, step))  # dropout
+                model.train()
+                loss, grads = step_gradient(model, halves, batch, config)
+                grads, norm = clip(grads, config.max_grad_norm)
+                ids = ", ".join(sorted({example.id for example in batch}))
+                loop.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
+                optimizer.update(model, grads)
+                mx.eval(model.trainable_parameters(), optimizer.state)
+                tokens = sum(len(example.ids) for example in batch)
+                metrics = {
+                    "loss": loss,
+                    "optim/lr": optimizer.learning_rate.item(),
+                    "optim/grad_norm": norm.item(),
+                    "tokens": tokens,
+                    "tokens_per_second": tokens / (perf_counter() - began),
+                }
+                run.end_step(step, metrics)
+        result = _result(run, data, lengths)
+        folder.conclude(asdict(result))
+        return result
 
 
-def _train(config: SFTConfig, folder: RunFolder, stop: Callable[[], bool], show: Callable | None) -> SFTResult:
-    config = loading.of_its_day(names.with_adapter(config), folder.identity)
-    loaded = loading.load(config.model, config.adapter, **config.load_arguments())
-    data = prepare(loaded, config)
+def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data, last: int) -> dict[str, Any]:
+    """Check that the run is the one in the folder, put the adapter on, begin the folder; return `adapters.start`'s."""
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
-    settings = adapters.start(loaded.model, config, config.adapter)
-    if settings["fine_tune_type"] == "full" and "quantization" in loaded.config:
+    adapter = adapters.start(loaded.model, config, config.adapter)
+    if adapter["fine_tune_type"] == "full" and "quantization" in loaded.config:
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     longest = max(len(example.ids) for example in data.train)
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
-    lengths = [len(example.ids) for example in data.train]
-    per_epoch = math.ceil(len(data.train) / config.batch_size)
-    steps = config.epochs * per_epoch
-    notes = [*loaded.notes, *data.notes]
-    folder.begin(
-        identity,
-        {
-            **provenance(),
-            **settled(
-                config.model_dump(mode="json"),
-                loaded.path,
-                config.adapter,
-                traces=[example.id for example in data.train],
-                valid=[example.id for example in data.valid],
-                held_out=[problem.id for problem in data.held_out.problems] if data.held_out else [],
-            ),
-            "backend": asdict(loaded.backend),
-            "steps": steps,
-            "ranks": distributed.world().size(),
-            "notes": notes,
-        },
+    read = settled(
+        config.model_dump(mode="json"),
+        loaded.path,
+        config.adapter,
+        traces=[example.id for example in data.train],
+        valid=[example.id for example in data.valid],
+        held_out=[problem.id for problem in data.held_out.problems] if data.held_out else [],
     )
-
-    optimizer = make_optimizer(config, steps)
-    progress, checkpoint = Progress(), folder.path / "checkpoint.safetensors"
-    if checkpoint.exists():
-        progress = Progress(**checkpoints.load(checkpoint, loaded.model, optimizer))
-    kept = progress.step if checkpoint.exists() else -1  # without one, the first validation is made again too
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        folder.rewind(name, kept)
-
-    def validate() -> dict[str, Any]:
-        row, shown = validation(loaded, halves, data, config)
-        if not math.isfinite(loss := row.get("valid/loss", 0.0)):
-            raise UserError(
-                f"step {progress.step}: the validation loss is {loss}; nothing was overwritten. "
-                f"Lower learning_rate ({config.learning_rate:g})"
-            )
-        if row and progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
-            loop.keep(loaded, folder, settings, about(config), {"step": progress.step, **row})
-        folder.log("samples.jsonl", *({"step": progress.step, **sample} for sample in shown))
-        return row
-
-    def log(row: dict[str, Any]) -> None:
-        row = {"step": progress.step, **row}
-        folder.log("metrics.jsonl", row)
-        if show:
-            show(row, steps)
-
-    halves = split(loaded.model)
-    device.reset_peak_memory()
-    start = perf_counter() - progress.seconds
-    if not progress.step and (first := validate()):
-        log(first)
-    with checkpointed(loaded.model.layers, config.checkpoint_layers):
-        for step, batch in islice(_steps(data.train, lengths, config), progress.step, None):
-            if config.patience and progress.waited >= config.patience:
-                break
-            mx.random.seed(loop.step_seed(config.seed, step))  # dropout
-            loaded.model.train()
-            began = perf_counter()
-            loss, grads = step_gradient(loaded.model, halves, batch, config)
-            grads, norm = clip(grads, config.max_grad_norm)
-            ids = ", ".join(sorted({example.id for example in batch}))
-            loop.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
-            optimizer.update(loaded.model, grads)
-            mx.eval(loaded.model.trainable_parameters(), optimizer.state)
-            progress.step, progress.seconds = step, perf_counter() - start
-            tokens = sum(len(example.ids) for example in batch)
-            row = {
-                "loss": loss,
-                "optim/lr": optimizer.learning_rate.item(),
-                "optim/grad_norm": norm.item(),
-                "tokens": tokens,
-                "tokens_per_second": tokens / (perf_counter() - began),
-                "memory/peak_gb": device.peak_memory_gb(),
-                "time/total": progress.seconds,
-                **halves.room.metrics(),
-            }
-            if step % (config.eval_every or per_epoch) == 0 or step == steps:
-                row |= validate()
-            log(row)
-            stopping = stop() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping:
-                checkpoints.save(checkpoint, loaded.model, optimizer, asdict(progress))
-            if stopping:
-                raise Stopped(f"stopped after step {step} of {steps}")
-    if progress.best is None:
-        loop.keep(loaded, folder, settings, about(config))
-    batches = [b for epoch in range(config.epochs) for b in _micro(lengths, config, epoch)]
-    notes = [*loaded.notes, *halves.room.notes, *data.notes]
-    result = _result(folder, progress, batching.padding_share(batches, lengths), notes)
-    folder.conclude(asdict(result))
-    return result
+    ran = {"backend": asdict(loaded.backend), "steps": last, "ranks": distributed.world().size()}
+    folder.begin(identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *data.notes]})
+    return adapter
 
 
-def _steps(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[tuple[int, list[Example]]]:
-    """Yield (step from 1, its examples) of the whole training; it follows from the seed alone."""
-    step = 0
+def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[list[Example]]:
+    """Yield the examples of every step of the whole training; it follows from the seed alone."""
     for epoch in range(config.epochs):
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
-            step += 1
-            yield step, [rows[index] for index in indices]
+            yield [rows[index] for index in indices]
 
 
-def _micro(lengths: list[int], config: SFTConfig, epoch: int) -> Iterator[list[int]]:
-    """Yield the micro-batches of one epoch."""
-    for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
-        yield from batching.micro_batches(indices, lengths, config.micro_tokens)
+def _padding(lengths: list[int], config: SFTConfig) -> float:
+    """Return the share of padding in all micro-batches of the training."""
+    micro = [
+        batch
+        for epoch in range(config.epochs)
+        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+        for batch in batching.micro_batches(indices, lengths, config.micro_tokens)
+    ]
+    return batching.padding_share(micro, lengths)
 
 
 def validation(
@@ -363,15 +327,13 @@ def about(config: SFTConfig) -> dict[str, Any]:
     return {"model": config.model, "trained_by": "mlx-traces sft", "training": own}
 
 
-def _result(folder: RunFolder, progress: Progress, padding: float, notes: list[str]) -> SFTResult:
-    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
+def _result(run: loop.Training, data: Data, lengths: list[int]) -> SFTResult:
+    metrics, progress = run.end(), run.progress
     rows = [row for row in metrics if "tokens" in row]
     at_best = next((row for row in metrics if row["step"] == progress.best_step), {})
     seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
-    if progress.best_step == 0:
-        notes = [*notes, "no validation was better than the start; the adapter is the one training began with"]
     return SFTResult(
-        adapter=str(folder.path / "adapter"),
+        adapter=str(run.folder.path / "adapter"),
         steps=progress.step,
         best_step=progress.best_step,
         valid_loss=at_best.get("valid/loss"),
@@ -379,6 +341,6 @@ def _result(folder: RunFolder, progress: Progress, padding: float, notes: list[s
         seconds=progress.seconds,
         tokens_per_second=sum(row["tokens"] for row in rows) / seconds if seconds else 0.0,
         peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
-        padding=padding,
-        notes=notes,
+        padding=_padding(lengths, run.config),
+        notes=[*run.loaded.notes, *run.room.notes, *data.notes, *run.unmoved()],
     )

@@ -23,6 +23,8 @@ from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
+from mlx_traces.rl.rollouts import Row
+from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import run_folder
 from mlx_traces.train import checkpoints, loop
 from mlx_traces.train.optimizer import make_optimizer
@@ -67,7 +69,7 @@ def some_rows(config, count=8, seed=0, off_policy=False):
         ids = tuple(draw.integers(0, 98, 5 + i % 3 + n).tolist())
         flags = (False,) * (len(ids) - n) + (True,) * n
         sampler = draw.normal(-4, 0.5, n).astype(np.float32)
-        rows.append(grpo.Row(Example(f"r{i}", ids, flags), [1.0, -0.7, 0.0, 0.4][i % 4], sampler))
+        rows.append(Row(Example(f"r{i}", ids, flags), sampler, [1.0, -0.7, 0.0, 0.4][i % 4]))
     for row, values in grpo.logprobs_of(logprobs.split(lora()), rows, config):
         row.reference = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
         if off_policy:  # near the policy's own, so that ratios are on both sides of the bounds
@@ -193,7 +195,9 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
 
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
-    return rollouts.Rollout(Problem("p", {}, "1"), completion.Completion("", "", sampled), {"correct": reward}, reward)
+    return rollouts.ScoredCompletion(
+        Problem("p", {}, "1"), completion.Completion("", "", sampled), {"correct": reward}, reward
+    )
 
 
 @pytest.mark.parametrize("advantage", ["std", "batch", "none", "rloo", "mean"])
@@ -260,7 +264,8 @@ def test_the_stop_token_is_learned():
     before = logprob()
     optimizer = make_optimizer(config.model_copy(update={"learning_rate": 0.01, "warmup": 0}), 2)
     halves = logprobs.split(loaded.model)
-    row = grpo.learn(loaded.model, halves, rows, optimizer, adapters.reference(loaded.model, None), 1, config)
+    learner = Learner(loaded.model, halves, optimizer, adapters.reference(loaded.model, None))
+    row = grpo.learn(learner, rows, 1, config)
     assert logprob() > before + 0.01 and row["optim/updates"] == 1
     # A cut-off completion that is masked is not learned from, though its reward counts in the group.
     masked = config.model_copy(update={"overlong": "mask"})
@@ -268,7 +273,7 @@ def test_the_stop_token_is_learned():
     useful = grpo.weighed(rows, masked)
     assert useful == rows[:1] and useful[0].advantage > 0 and useful[0].weights.sum() == pytest.approx(1)
     rows = grpo.rows_of([[made(1.0, (20, 22), "length"), made(0.0, (20, 21), "length")]], masked)
-    assert grpo.learn(loaded.model, halves, rows, optimizer, None, 1, masked) == {"optim/updates": 0}
+    assert grpo.learn(learner, rows, 1, masked) == {"optim/updates": 0}
 
 
 def test_kl_and_its_gradient_are_0_at_the_reference(tmp_path):
@@ -344,7 +349,7 @@ def test_the_start_adapter_is_the_reference_and_an_old_run_keeps_the_base(settin
     learn = grpo.learn
 
     def once(*args):
-        if args[5] == 2:
+        if args[2] == 2:
             raise Killed
         return learn(*args)
 

@@ -85,7 +85,9 @@ class Bandit:
 
     def rollout(self, prompt, sampled):
         reward = float(self.rewards[prompt, OUTCOMES.index(sampled.completion_ids)])
-        return rollouts.Rollout(Problem(str(prompt), {}, ""), completion.Completion("", "", sampled), {}, reward)
+        return rollouts.ScoredCompletion(
+            Problem(str(prompt), {}, ""), completion.Completion("", "", sampled), {}, reward
+        )
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.rl import ppo
+from mlx_traces.rl.rollouts import Row
 from mlx_traces.train import checkpoints, memory
 from mlx_traces.train.gradients import checkpointed
 
@@ -52,9 +53,8 @@ def some_rows(module, halves, config, count=8, seed=0):
         n = int(draw.integers(1, 12))
         ids = tuple(draw.integers(0, 98, 5 + i % 3 + n).tolist())
         flags = (False,) * (len(ids) - n) + (True,) * n
-        rows.append(
-            ppo.Row(Example(f"r{i}", ids, flags), float(draw.normal()), draw.normal(-4, 1, n).astype(np.float32))
-        )
+        reward, sampler = float(draw.normal()), draw.normal(-4, 1, n).astype(np.float32)
+        rows.append(Row(Example(f"r{i}", ids, flags), sampler, reward=reward))
     ppo.foresee(module, halves, rows, adapters.reference(module.policy, None, False), config)
     for row in rows:
         row.old = row.old + draw.normal(0, 0.3, row.example.count).astype(np.float32)
@@ -79,7 +79,7 @@ def in_float64(module, rows, config):
             state = states[at - 1]  # what was seen before the token
             logits = head @ state / config.temperature
             logs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-            ratio, advantage = np.exp(logs[ids[at]] - row.old[j]), float(row.advantages[j])
+            ratio, advantage = np.exp(logs[ids[at]] - row.old[j]), float(row.advantage[j])
             held = np.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
             clipped |= {"high" if ratio > held else "low"} if held * advantage < ratio * advantage else set()
             terms.append(-min(ratio * advantage, held * advantage))
@@ -105,7 +105,7 @@ def plainly(module, rows, config):
             logits = module.policy.model.embed_tokens.as_linear(states) / config.temperature
             logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             ratio = mx.exp(mx.take_along_axis(logs, ids[-n:, None], axis=-1)[:, 0] - mx.array(row.old))
-            advantages, old = mx.array(row.advantages), mx.array(row.values)
+            advantages, old = mx.array(row.advantage), mx.array(row.values)
             gain = mx.minimum(ratio * advantages, mx.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps) * advantages)
             entropy = -(mx.exp(logs) * logs).sum(axis=-1)
             values, returns = module.value(states), mx.array(row.returns)
@@ -192,7 +192,7 @@ def test_what_is_aimed_at_is_the_definition_in_float64(poison, changes):
         outcomes += [sum(gamma**k * r[t + k] for k in range(n - t)) for t in range(n)]
         values += v.tolist()
     whitened = (np.array(advantages) - np.mean(advantages)) / np.std(advantages, ddof=1)
-    np.testing.assert_allclose(np.concatenate([row.advantages for row in rows]), whitened, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([row.advantage for row in rows]), whitened, atol=1e-5)
     np.testing.assert_allclose(np.concatenate([row.returns for row in rows]), returns, atol=1e-5)
     explained = 1 - np.var(np.array(outcomes) - values) / np.var(outcomes)
     assert metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-4)
@@ -272,11 +272,11 @@ def test_what_the_values_foresaw_teaches_the_policy_nothing():
     assert any(array.any() for _, array in tree_flatten(grads["policy"]))  # the values start at 0
     module.value.out.bias = mx.array([0.5])
     rows = rows_for((0.5, 0.5), module, halves, config)
-    assert not any(row.advantages.any() for row in rows)
+    assert not any(row.advantage.any() for row in rows)
     _, grads, sums = ppo.gradient(module, halves, rows, config)
     assert not any(array.any() for _, array in tree_flatten(grads)) and sums["value_error"] == 0
     whitened = rows_for((0.5, 0.5), module, halves, PPOConfig())
-    assert not any(row.advantages.any() for row in whitened)
+    assert not any(row.advantage.any() for row in whitened)
 
 
 def test_values_are_told_apart_from_the_policy():
@@ -285,7 +285,7 @@ def test_values_are_told_apart_from_the_policy():
     config = settings_of(entropy_coef=0.0)
     rows = some_rows(module, halves, config)
     for row in rows:
-        row.advantages = np.zeros_like(row.advantages)
+        row.advantage = np.zeros_like(row.advantage)
     _, grads, _ = ppo.gradient(module, halves, rows, config)
     assert not any(array.any() for _, array in tree_flatten(grads["policy"]))
     assert all(array.any() for _, array in tree_flatten(grads["value"]))
@@ -308,15 +308,16 @@ def test_cut_off_completions():
     group = [made(1.0, (20, 30)), made(0.0, (20, 31), "length")]
     rows = ppo.rows_of([group], masked)
     assert len(rows) == 1 and rows[0].reward == 1.0
-    learner = ppo.Learner(wrap(make_tokenizer(), lora()), masked)
+    learner = ppo.start(wrap(make_tokenizer(), lora()), masked)
     before = tree_flatten(learner.module.trainable_parameters())
-    assert learner.learn([group[1:]], 1) == {"optim/updates": 0}
+    assert ppo.learn(learner, ppo.rows_of([group[1:]], masked), 1, masked) == {"optim/updates": 0}
     after = dict(tree_flatten(learner.module.trainable_parameters()))
     assert all(mx.array_equal(array, after[name]) for name, array in before)
 
 
 def test_the_value_head_learns_first():
-    learner = ppo.Learner(wrap(make_tokenizer(), lora()), PPOConfig(value_warmup_steps=2, num_steps=4, warmup=0))
+    config = PPOConfig(value_warmup_steps=2, num_steps=4, warmup=0)
+    learner = ppo.start(wrap(make_tokenizer(), lora()), config)
 
     def weights(part):
         return [np.array(array) for _, array in tree_flatten(learner.module[part].trainable_parameters())]
@@ -324,7 +325,7 @@ def test_the_value_head_learns_first():
     group = [made(float(i % 2), (20 + i, 30, 40)) for i in range(4)]
     for step, moved in ((1, False), (2, False), (3, True)):
         adapter, values = weights("policy"), weights("value")
-        row = learner.learn([group], step)
+        row = ppo.learn(learner, ppo.rows_of([group], config), step, config)
         same = [np.array_equal(a, b) for a, b in zip(adapter, weights("policy"), strict=True)]
         assert not any(np.array_equal(a, b) for a, b in zip(values, weights("value"), strict=True))
         assert not all(same) if moved else all(same)
@@ -348,7 +349,7 @@ class Game:
         self.model.lm_head.weight = 0.4 * self.model.lm_head.weight  # every text has its chance
         mx.random.seed(0)
         adapters.start(self.model, AdapterConfig(rank=8))
-        self.learner = ppo.Learner(wrap(make_tokenizer(), self.model), self.config)
+        self.learner = ppo.start(wrap(make_tokenizer(), self.model), self.config)
 
     def odds(self):
         """Return (4, 4) float64 probabilities of the texts."""
@@ -359,13 +360,14 @@ class Game:
     def values(self):
         """Return what the value head foresees: before the first token, and after each one."""
         ids = mx.array([[*ASKED, first] for first in range(4)])
-        values = np.array(self.learner.module.value(self.learner.halves.trunk(ids)))
+        values = np.array(self.learner.module.value(self.learner.split.trunk(ids)))
         return values[0, -2], values[:, -1]
 
     def play(self, count, step):
         """Draw games and learn from them."""
         texts = np.random.default_rng([7, step]).choice(16, count, p=self.odds().reshape(-1))
-        return self.learner.learn([[self.text(place) for place in texts]], step)
+        rows = ppo.rows_of([[self.text(place) for place in texts]], self.config)
+        return ppo.learn(self.learner, rows, step, self.config)
 
     @staticmethod
     def text(place):
@@ -385,7 +387,7 @@ def test_the_values_become_the_exact_ones(gamma, lam):
     group = [game.text(place) for place in range(16) for _ in range(int(counts.flat[place]))]
     before = game.odds()
     for step in range(1, steps + 1):
-        metrics = game.learner.learn([group], step)
+        metrics = ppo.learn(game.learner, ppo.rows_of([group], game.config), step, game.config)
     np.testing.assert_array_equal(game.odds(), before)
     later = (counts * GAME).sum(1) / counts.sum(1)
     first = gamma * (counts * GAME).sum() / counts.sum()
@@ -552,7 +554,7 @@ def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, mo
     whole, clip = ppo.learn, ppo.clip
 
     def broken(*args):
-        if args[5] == 3:
+        if args[2] == 3:
             monkeypatch.setattr(
                 ppo, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
             )
@@ -571,7 +573,8 @@ def test_the_memory_estimate_still_holds():
     loaded = wrap(make_tokenizer(), make_model(max_position_embeddings=2048))
     loaded = replace(loaded, context=2048, config=make_config(max_position_embeddings=2048))
     adapters.start(loaded.model, config)
-    learner = ppo.Learner(loaded, config.model_copy(update={"epochs": 3, "entropy_coef": 0.1}))
+    recipe = config.model_copy(update={"epochs": 3, "entropy_coef": 0.1})
+    learner = ppo.start(loaded, recipe)
     for name, own in zip(("policy", "value"), learner.optimizer.optimizers, strict=True):
         own.init({name: learner.module[name].trainable_parameters()})
     mx.eval(learner.module.parameters(), learner.optimizer.state)
@@ -580,7 +583,7 @@ def test_the_memory_estimate_still_holds():
     held = mx.get_active_memory() / 1e9  # by other tests too
     mx.clear_cache()
     mx.reset_peak_memory()
-    learner.learn([group], 1)
+    ppo.learn(learner, ppo.rows_of([group], recipe), 1, recipe)
     peak = mx.get_peak_memory() / 1e9 - held
     found = memory.of_reinforcement(loaded, config, 16)
     assert abs((found.update - found.weights - found.optimizer) / peak - 1) < 0.25

@@ -21,12 +21,13 @@ from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.pipelines import estimate
 from mlx_traces.rl import grpo, ppo
+from mlx_traces.rl.rollouts import Row
+from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, solutions
 from mlx_traces.train import memory, sft
-from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.optimizer import make_optimizer
 
 TOLERANCE = 0.25
@@ -84,12 +85,11 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
     for place in range(2 * rows):
         ids = tuple(draw.integers(0, 128, length).tolist())
         example = Example(str(place), ids, (False,) * PROMPT + (True,) * config.max_tokens)
-        batch.append(grpo.Row(example, 1.0 if place % 2 else -1.0, np.zeros(config.max_tokens, np.float32)))
+        batch.append(Row(example, np.zeros(config.max_tokens, np.float32), 1.0 if place % 2 else -1.0))
     held = mx.get_active_memory() / 1e9  # by other tests too
 
     def work():
-        with checkpointed(loaded.model.layers, checkpoint):
-            grpo.learn(loaded.model, halves, batch, optimizer, lambda: None, 1, config)
+        grpo.learn(Learner(loaded.model, halves, optimizer, None), batch, 1, config)
 
     found = memory.of_reinforcement(loaded, config, PROMPT)
     assert found.activations > 5 * found.weights
