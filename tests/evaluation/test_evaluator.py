@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import killing
 import pytest
+from stress import killing
 
 import mlx_traces
 from mlx_traces.config import CompareConfig, EvalConfig

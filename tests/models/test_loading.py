@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
+from factories import CHATML, R1, make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from tokenizers.processors import TemplateProcessing
 
@@ -33,12 +33,6 @@ LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-R1 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}"
-    "{% elif m['role'] == 'system' %}{{ m['content'] }}"
-    "{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 R1_ALWAYS = R1.replace(
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}", "{{ '<|Assistant|><think>\n' }}"

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from conftest import CHATML, make_tokenizer, wrap
+from factories import CHATML, make_tokenizer, wrap
 
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig

@@ -8,9 +8,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_config, make_model, make_tokenizer, wrap
+from factories import (
+    Killed,
+    assert_close,
+    assert_same_outcome,
+    lora,
+    made,
+    make_config,
+    make_model,
+    make_tokenizer,
+    outcome,
+    wrap,
+)
 from mlx.utils import tree_flatten, tree_map
-from test_grpo import Killed, assert_close, assert_same_outcome, lora, made, outcome
 
 from mlx_traces.config import AdapterConfig, PPOConfig, build
 from mlx_traces.engine import batching
@@ -457,7 +467,7 @@ def settings(model_folder, tmp_path):
         "task": "qa",
         "data": str(file),
         "limit": 7,
-        "rewards": {"test_grpo:capitals": 1.0},
+        "rewards": {"factories:capitals": 1.0},
         "learning_rate": 0.01,
         "value_learning_rate": 0.01,
         "warmup": 0.5,
@@ -501,7 +511,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
     rewards_ = [row["reward/mean"] for row in steps]
     assert np.mean(rewards_[-4:]) > np.mean(rewards_[:4]) + 0.2
     names = {
-        *("reward/mean", "reward/test_grpo:capitals", "rollout/length", "policy/kl_sampler", "policy/kl_ref"),
+        *("reward/mean", "reward/factories:capitals", "rollout/length", "policy/kl_sampler", "policy/kl_ref"),
         *("policy/entropy", "policy/clip_fraction", "policy/kl_old", "optim/grad_norm", "optim/lr", "loss"),
         *("value/loss", "value/explained_variance", "value/mean", "value/clip_fraction", "value/grad_norm", "value/lr"),
     }
@@ -516,7 +526,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
 
 
 def test_equal_rewards_explain_nothing(settings, tmp_path):
-    config = PPOConfig(**{**settings, "rewards": {"test_grpo:level": 1.0}, "num_steps": 1, "evaluate": None})
+    config = PPOConfig(**{**settings, "rewards": {"factories:level": 1.0}, "num_steps": 1, "evaluate": None})
     ppo.train(config, tmp_path / "run")
     (row,) = outcome(tmp_path / "run")[1]
     assert row["value/explained_variance"] is None and row["reward/mean"] == 0.5
@@ -530,7 +540,10 @@ def test_equal_rewards_explain_nothing(settings, tmp_path):
     [
         ({"value_warmup_steps": 4}, r"value_warmup_steps \(4\) leaves no step to the policy; num_steps is 4"),
         ({"kl_coef": 0.1, "kind": "full"}, "kl_coef: fully trained layers have no adapter to leave out"),
-        ({"rewards": {"test_grpo:broken": 1}}, "reward test_grpo:broken returned 'nan', not a finite number or None"),
+        (
+            {"rewards": {"factories:no_number": 1}},
+            "reward factories:no_number returned 'nan', not a finite number or None",
+        ),
     ],
 )
 def test_wrong_input(settings, tmp_path, changes, message):

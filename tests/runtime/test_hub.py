@@ -14,7 +14,7 @@ import mlx.core as mx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_config, make_model, make_tokenizer
+from factories import make_config, make_model, make_tokenizer
 from hub_server import TOKEN, Hub, Repository
 from mlx.utils import tree_flatten
 

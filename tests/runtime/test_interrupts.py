@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 
-import killing
 import mlx.core as mx
 import pytest
-import several
+from stress import killing, several
 
 from mlx_traces.runtime import interrupts
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import CHATML, make_tokenizer, wrap
+from factories import CHATML, make_tokenizer, wrap
 
 import mlx_traces.engine.generation
 from mlx_traces.cli import main

@@ -7,12 +7,12 @@ from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
-import killing
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CHATML, make_model, make_tokenizer, wrap
+from factories import CHATML, Killed, lora, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
+from stress import killing
 
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
@@ -348,15 +348,6 @@ def rows(count=7, seed=0):
     ]
 
 
-def lora():
-    model = make_model()
-    mx.random.seed(0)
-    adapters.start(model, AdapterConfig(rank=4))
-    arrays = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
-    model.load_weights(arrays, strict=False)
-    return model
-
-
 def test_a_step_is_the_mean_over_its_tokens_however_it_is_split():
     model, batch = lora(), rows()
     halves = logprobs.split(model)
@@ -460,10 +451,6 @@ def assert_same_outcome(out, expected):
     assert metrics == expected[1] and result == expected[2]
     assert weights.keys() == expected[0].keys()
     assert all(np.array_equal(weights[name], expected[0][name]) for name in weights)
-
-
-class Killed(BaseException):
-    """Stands for kill -9 within a test's own process."""
 
 
 def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
