@@ -2,11 +2,13 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -14,6 +16,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_traces.cli import main
 from mlx_traces.config import AdapterConfig
 from mlx_traces.evaluation import completion
 from mlx_traces.evaluation.comparison import Run
@@ -120,6 +123,34 @@ def wrap(tokenizer: PreTrainedTokenizerFast, model: nn.Module | None = None) -> 
         stop_ids=frozenset({vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}),
         context=512,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- traces
+
+ONE = [{"role": "user", "content": "1+1"}]
+PROMPT = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+NATALIA = {
+    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+    "answer": "In May 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72 clips.\n#### 72",
+}
+SKY = {
+    "system": "Structure your response into two main sections: Thought and Solution.",
+    "conversations": [
+        {"from": "user", "value": "Return your final response within \\boxed{}. What is $2+2$?"},
+        {
+            "from": "assistant",
+            "value": "<|begin_of_thought|>\n\nTwo and two.\n\nWait, count: 3, 4.\n\n<|end_of_thought|>\n\n"
+            "<|begin_of_solution|>\n\nThe sum is \\(\\boxed{4}\\).\n\n<|end_of_solution|>",
+        },
+    ],
+}
+SKY_NORMAL = "<think>\nTwo and two.\n\nWait, count: 3, 4.\n</think>\nThe sum is \\(\\boxed{4}\\)."
+MANIFEST = {"source": "hand", "config": {"b": 1, "a": None}, "counts": {"skipped": Counter()}, "seed": 3}
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 # ------------------------------------------------------------------------------------------------ runs and tables
@@ -293,3 +324,11 @@ def assert_same_outcome(out, expected):
 
 class Killed(BaseException):
     """Stands for kill -9 within a test's own process."""
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def call(*arguments):
+    """Call a command of mlx-traces in this process."""
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="mlx-traces")

@@ -37,9 +37,6 @@ from mlx_traces.runtime import run_folder
 from mlx_traces.train import checkpoints, loop
 from mlx_traces.train.optimizer import make_optimizer
 
-# ---------------------------------------------------------------------------------- rewards of these tests
-
-
 # ---------------------------------------------------------------------------------- a step
 
 
