@@ -15,6 +15,8 @@ from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
 from mlx_traces.evaluation.local import sample_seed
 from mlx_traces.pipelines.compare import requested
 
+pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
+
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 
 

@@ -126,18 +126,14 @@ def test_the_day_is_the_runs():
 
 
 def test_templates_that_fail_are_one_line():
-    failing = {
-        "{% for tool in tools %}x{% endfor %}": "TypeError: 'NoneType' object is not iterable",
-        "{{ messages[0].content.nothing.more }}": "no attribute 'nothing'",
-        "{% for": "unexpected",
-    }
-    for template, told in failing.items():
-        with pytest.raises(UserError, match=f"^tiny: its chat template refuses this conversation .*{told}") as caught:
+    refused = r"^tiny: its chat template refuses this conversation \(.+\)$"
+    for template in ("{% for tool in tools %}x{% endfor %}", "{{ messages[0].content.nothing.more }}", "{% for"):
+        with pytest.raises(UserError, match=refused) as caught:
             render(template)
         assert "\n" not in str(caught.value)
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = {"rag": CHATML}
-    with pytest.raises(UserError, match="tiny: .* multiple chat templates with no default"):
+    with pytest.raises(UserError, match=refused):
         wrap(tokenizer).render(PLAIN, PROBLEM)
 
 

@@ -325,9 +325,9 @@ def test_folders_that_are_no_model(tiny_folder, tmp_path):
     [
         ("config.json", "{", r"config\.json is not JSON"),
         ("config.json", "{}", "no 'model_type'"),
-        ("config.json", '{"model_type": "nosuch"}', "cannot be loaded .*nosuch not supported"),
+        ("config.json", '{"model_type": "nosuch"}', r"cannot be loaded \(.*nosuch"),
         ("config.json", '{"model_type": ["qwen2"]}', "no 'model_type'"),
-        ("config.json", '{"model_type": "qwen2"}', r"cannot be loaded \(TypeError: .*\); copy or download it anew"),
+        ("config.json", '{"model_type": "qwen2"}', r"cannot be loaded \(.+\); copy or download it anew"),
         ("config.json", '{"model_type": "qwen2", "hidden_size": "a"}', "cannot be loaded"),
         ("model.safetensors", "garbage", "cannot be loaded"),
         ("tokenizer.json", "{", "its tokenizer cannot be loaded"),

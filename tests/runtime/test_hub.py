@@ -18,6 +18,8 @@ from factories import make_config, make_model, make_tokenizer
 from hub_server import TOKEN, Hub, Repository
 from mlx.utils import tree_flatten
 
+pytestmark = pytest.mark.xdist_group("hub")  # one worker makes what its tests share
+
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 # The clients read their settings as they are imported, which takes seconds: a process that has imported them, with the
 # test hub's address, forks for each command, so that no command knows anything of the one before.

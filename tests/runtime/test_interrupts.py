@@ -63,7 +63,7 @@ def test_where_python_does_not_hear_it_nothing_changes():
 
 @pytest.mark.parametrize("kind", ["sft", "generate"])
 def test_a_stopped_run_ends_as_the_uninterrupted_one(kind, tmp_path):
-    """The others of ``several`` are stopped and resumed in ``test_ranks``."""
+    """The others of ``several`` are stopped and resumed in ``test_distributed``."""
     several.prepare(tmp_path)
     several.make(kind, tmp_path, "one")
     said = several.stopped(kind, tmp_path, "first")

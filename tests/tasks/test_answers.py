@@ -365,10 +365,10 @@ HOSTILE = (
 def test_hostile_length(head, piece):
     """No repetition makes any search slower than linear: quadratic would take minutes here."""
     response = head + piece * (SIZE // len(piece))
-    started = time.perf_counter()
+    started = time.process_time()
     for find in (tolerant, last_number, strict, flexible, last_boxed, last_answer_tag, parse_number):
         find(response)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
@@ -376,7 +376,7 @@ def test_hostile_length(head, piece):
 def test_hostile_number(head, piece):
     """Nor does any answer just within the length that is read."""
     text = (head + piece * answers.MAX_ANSWER)[: answers.MAX_ANSWER]
-    started = time.perf_counter()
+    started = time.process_time()
     value = parse_number(text)
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2
     assert value is None or abs(value) < 10**40

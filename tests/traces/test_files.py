@@ -229,9 +229,9 @@ def test_grades_do_not_change(opening, thought):
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "<", "<|", "<|end|>", "<|end|><|start|>assistant", " ", "<<"])
 def test_hostile_texts_take_linear_time(tmp_path, piece):
     text = piece * (1_000_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     normalise(text), restyle(text + "x", "sky-t1"), solutions._ANNOTATION.sub("", text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # ---------------------------------------------------------------------------------- traces of the tasks
