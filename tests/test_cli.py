@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from factories import call
 
 from mlx_traces.cli import main
 from mlx_traces.cli.options import settings_options
@@ -32,10 +33,6 @@ from mlx_traces.config import (
 from mlx_traces.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="mlx-traces")
 
 
 def lines(path):

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import broken, make_config, make_tokenizer, randomized, wrap
+from factories import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig, GRPOConfig

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import broken, make_model, make_tokenizer, wrap
+from factories import broken, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare

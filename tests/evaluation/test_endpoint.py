@@ -326,7 +326,7 @@ def test_a_reply_that_does_not_come_or_end(fake, tmp_path, drip):
 
     def respond(number, path, body):
         if not drip:
-            release.wait(5)
+            release.wait(20)
         return 200, {"Content-Length": 10_000}, b""
 
     fake.respond, original = respond, Handler.answer
@@ -341,7 +341,7 @@ def test_a_reply_that_does_not_come_or_end(fake, tmp_path, drip):
         start = time.monotonic()
         with pytest.raises(UserError, match=r"no whole reply in 0\.2 s, asked 2 times"):
             evaluated(fake, tmp_path / "run", limit=1, timeout=0.2, retries=1)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15  # the reply would take longer
     finally:
         Handler.answer = original
         release.set()
@@ -428,7 +428,7 @@ def test_the_second_ctrl_c_waits_for_nothing(fake, tmp_path, ctrl_c):
     try:
         with pytest.raises(KeyboardInterrupt):
             evaluated(fake, tmp_path / "run", concurrency=2)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15  # the reply comes after 20 s
         others = set(threading.enumerate()) - {threading.main_thread()}
         assert others and all(thread.daemon for thread in others)  # the process would end now
     finally:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import killing
 import pytest
+from stress import killing
 
 import mlx_traces
 from mlx_traces.config import CompareConfig, EvalConfig
@@ -14,6 +14,8 @@ from mlx_traces.evaluation.completion import Answered
 from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
 from mlx_traces.evaluation.local import sample_seed
 from mlx_traces.pipelines.compare import requested
+
+pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 

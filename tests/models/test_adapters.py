@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_config, make_model, make_tokenizer
+from factories import make_config, make_model, make_tokenizer
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig

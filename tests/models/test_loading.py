@@ -1,176 +1,25 @@
-"""Models: weights exactly the folder's, prompts exactly the template's, names that explain themselves."""
+"""Models: weights exactly the folder's, adapters on top of them, folders that are no model named in a line."""
 
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from conftest import CHATML, make_config, make_model, make_tokenizer, wrap
+from factories import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
-from tokenizers.processors import TemplateProcessing
 
-from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.models.adapters import attach
 from mlx_traces.models.loading import load
-from mlx_traces.models.names import check, is_folder, resolve, split_adapter
+from mlx_traces.models.names import check, resolve
 from mlx_traces.records import Problem
 from mlx_traces.tasks.prompts import Prompt
-
-PROBLEM = Problem("1", {"question": "2 + 2?"}, "4")
-PLAIN = Prompt("plain", "{question}")
-SYSTEM = Prompt("system", "{question}", system="Be brief.")
-
-LLAMA3 = (
-    "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-R1 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}"
-    "{% elif m['role'] == 'system' %}{{ m['content'] }}"
-    "{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
-)
-R1_ALWAYS = R1.replace(
-    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}", "{{ '<|Assistant|><think>\n' }}"
-)
-QWEN3 = CHATML.replace(
-    "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}",
-)
-GEMMA = (
-    "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate') }}{% endif %}<start_of_turn>{{ m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-DROPS_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-def render(template, prompt=PLAIN, thinking=None):
-    loaded = wrap(make_tokenizer(template))
-    rendered = loaded.render(prompt, PROBLEM, thinking)
-    assert list(rendered.ids) == loaded.tokenizer.encode(rendered.text, add_special_tokens=False)
-    assert rendered.text.endswith(rendered.opened)
-    return rendered, loaded.notes
-
-
-@pytest.mark.parametrize(
-    ("template", "text", "opened"),
-    [
-        (
-            CHATML,
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n",
-            "",
-        ),
-        (
-            LLAMA3,
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            "",
-        ),
-        (R1, "Be brief.<|User|>2 + 2?<|Assistant|><think>\n", "<think>\n"),
-        (R1_ALWAYS, "Be brief.<|User|>2 + 2?<|Assistant|><think>\n", "<think>\n"),
-    ],
-    ids=["chatml", "llama3", "r1", "r1 that always opens"],
-)
-def test_templates(template, text, opened):
-    rendered, notes = render(template, SYSTEM)
-    assert (rendered.text, rendered.opened) == (text, opened)
-    assert notes == []
-
-
-def test_thinking_switch():
-    assert render(QWEN3)[0].opened == ""  # the template's own default, not one of ours
-    assert render(QWEN3, thinking=True)[0].opened == ""
-    off, notes = render(QWEN3, thinking=False)
-    assert off.opened == "<think>\n\n</think>\n\n" and notes == []
-    assert off.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    _, notes = render(LLAMA3, thinking=False)
-    assert notes == ["tiny: its chat template has no thinking switch"]
-
-
-def test_the_switch_has_other_names():
-    for name in ("thinking", "reasoning", "enable_reasoning"):
-        template = CHATML + "{% if " + name + " %}<think>{% else %}</think>{% endif %}"
-        for thinking, end in ((True, "<think>"), (False, "</think>"), (None, "</think>")):
-            rendered, notes = render(template, thinking=thinking)
-            assert rendered.text.endswith(end) and notes == []
-            assert rendered.closed == (end == "</think>")
-
-
-def test_a_variable_of_the_template():
-    template = "{{ reasoning_effort | default('low') }} " + CHATML
-    loaded = wrap(make_tokenizer(template))
-    loaded.template_args = {"reasoning_effort": "high", "effort": 2}
-    assert loaded.render(PLAIN, PROBLEM, thinking=True).text.startswith("high <|im_start|>")
-    assert loaded.notes == [
-        "tiny: its chat template has no thinking switch",
-        "tiny: its chat template does not use effort",
-    ]
-    _, notes = render(template, thinking=True)
-    assert "no thinking switch; it reads reasoning_effort, which --template-arg NAME=VALUE sets" in notes[0]
-
-
-def test_the_day_is_the_runs():
-    template = "{{ strftime_now('%d %b %Y, %A') }}\n" + CHATML
-    loaded = wrap(make_tokenizer(template))
-    assert loaded.chat.dated and loaded.shown() == {}
-    on = replace(loaded, day=date(2024, 7, 26))
-    assert on.render(PLAIN, PROBLEM).text.startswith("26 Jul 2024, Friday\n<|im_start|>")
-    assert on.shown() == {"date": "2024-07-26"}
-    assert on.render(PLAIN, PROBLEM).text.partition("\n")[2] == render(CHATML)[0].text
-    assert replace(wrap(make_tokenizer(CHATML)), day=date(2024, 7, 26)).shown() == {}
-    config = EvalConfig()
-    assert loading.of_its_day(config, {}) == config == loading.of_its_day(config, {"weights": "dense"})
-    assert loading.of_its_day(config, {"date": "2024-07-26"}).date == date(2024, 7, 26)
-    own = EvalConfig(date="2025-01-01")
-    assert loading.of_its_day(own, {"date": "2024-07-26"}) == own
-
-
-def test_templates_that_fail_are_one_line():
-    failing = {
-        "{% for tool in tools %}x{% endfor %}": "TypeError: 'NoneType' object is not iterable",
-        "{{ messages[0].content.nothing.more }}": "no attribute 'nothing'",
-        "{% for": "unexpected",
-    }
-    for template, told in failing.items():
-        with pytest.raises(UserError, match=f"^tiny: its chat template refuses this conversation .*{told}") as caught:
-            render(template)
-        assert "\n" not in str(caught.value)
-    tokenizer = make_tokenizer(None)
-    tokenizer.chat_template = {"rag": CHATML}
-    with pytest.raises(UserError, match="tiny: .* multiple chat templates with no default"):
-        wrap(tokenizer).render(PLAIN, PROBLEM)
-
-
-@pytest.mark.parametrize("template", [CHATML, R1, GEMMA, DROPS_SYSTEM])
-def test_turns_that_say_nothing(template):
-    chat = wrap(make_tokenizer(template)).chat
-    for content in ("", "  "):
-        assert chat.prompt([{"role": "user", "content": content}]).text
-    alone = [{"role": "system", "content": "Be brief."}]
-    if template in (CHATML, R1):
-        assert "Be brief." in chat.prompt(alone).text
-    else:
-        with pytest.raises(UserError, match="tiny takes no system message, and here is no question to put it before"):
-            chat.prompt(alone)
 
 
 def test_special_tokens_are_no_text_but_those_of_thoughts():
@@ -186,83 +35,6 @@ def test_special_tokens_are_no_text_but_those_of_thoughts():
     tokenizer.add_tokens(["<|channel|>", "<|end|>"], special_tokens=True)
     text = "<|channel|>a<|end|>b"
     assert text_of(wrap(tokenizer), loaded.tokenizer.encode(text)) == text  # gpt-oss's frames tell its messages apart
-
-
-def test_no_switch_is_set_unasked():
-    seen = "{% if enable_thinking is defined %}set to {{ enable_thinking }}{% endif %}{{ messages[0]['content'] }}"
-    assert render(seen)[0].text == "2 + 2?"
-    assert render(seen, thinking=True)[0].text == "set to True2 + 2?"
-
-
-@pytest.mark.parametrize("template", [GEMMA, DROPS_SYSTEM], ids=["refused", "dropped"])
-def test_system_message_without_a_place(template):
-    rendered, notes = render(template, SYSTEM)
-    assert "Be brief.\n\n2 + 2?" in rendered.text and len(notes) == 1 and "no system message" in notes[0]
-    rendered, notes = render(template)
-    assert "2 + 2?" in rendered.text and notes == []
-
-
-def test_a_note_is_made_once():
-    loaded = wrap(make_tokenizer(GEMMA))
-    for _ in range(3):
-        loaded.render(SYSTEM, PROBLEM)
-    assert len(loaded.notes) == 1
-
-
-def test_a_conversation_that_the_template_refuses():
-    refuses = "{{ raise_exception('Nothing pleases me') }}"
-    with pytest.raises(UserError, match=r"tiny: its chat template refuses this conversation .*Nothing pleases me"):
-        render(refuses)
-
-
-def test_shots_and_prefill():
-    prompt = Prompt("p", "{question}", shots=(("1 + 1?", "2"),), prefill="Let me see.\n<think>")
-    rendered, _ = render(CHATML, prompt)
-    assert rendered.text == (
-        "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
-        "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nLet me see.\n<think>"
-    )
-    assert rendered.opened == "Let me see.\n<think>"
-    # One thought is opened, not two, where the template opens one as well.
-    rendered, _ = render(R1, prompt)
-    assert rendered.text.endswith("<|Assistant|>Let me see.\n<think>") and rendered.text.count("<think>") == 1
-    assert rendered.opened == "Let me see.\n<think>"
-    rendered, _ = render(R1, Prompt("p", "{question}", prefill="Hm."))
-    assert rendered.opened == "<think>\nHm."
-
-
-def test_a_think_tag_in_the_question_is_not_the_templates():
-    problem = Problem("1", {"question": "Use <think> tags."}, "")
-    rendered = wrap(make_tokenizer(CHATML)).render(PLAIN, problem)
-    assert rendered.opened == ""
-
-
-def test_without_chat_template():
-    rendered, notes = render(None, Prompt("p", "{question}", system="Be brief.", prefill="It is"))
-    assert rendered.text == "Be brief.\n\nUser: 2 + 2?\n\nAssistant: It is" and rendered.opened == "It is"
-    assert len(notes) == 1 and "no chat template" in notes[0]
-
-
-def test_prompt_as_text():
-    shots = (("Question: 1 + 1?\nAnswer:", "#### 2"),)
-    prompt = Prompt("p", "Question: {question}\nAnswer:", shots=shots, chat=False)
-    rendered, notes = render(CHATML, prompt)
-    assert rendered.text == "Question: 1 + 1?\nAnswer: #### 2\n\nQuestion: 2 + 2?\nAnswer:"
-    assert rendered.opened == "" and notes == []
-
-
-def test_first_token_of_the_text_once():
-    """A template writes it itself; a text without template gets what the tokenizer adds."""
-    tokenizer = make_tokenizer("<|endoftext|>" + CHATML)
-    first = tokenizer.get_vocab()["<|endoftext|>"]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", first)]
-    )
-    loaded = wrap(tokenizer)
-    assert tokenizer.encode("a")[0] == first
-    for prompt in (PLAIN, Prompt("p", "{question}", chat=False)):
-        ids = loaded.render(prompt, PROBLEM).ids
-        assert ids[0] == first and ids.count(first) == 1
 
 
 def test_stop_ids():
@@ -426,25 +198,6 @@ def test_adapter_folders_that_are_none(tiny_folder, tmp_path):
         load(f"{tiny_folder}+{tmp_path}", str(tmp_path))
 
 
-def test_split_adapter(tmp_path):
-    (tmp_path / "a+b").mkdir()
-    (tmp_path / "c").mkdir()
-    assert split_adapter("nano") == ("nano", None)
-    assert split_adapter("org/model@main+runs/x") == ("org/model@main", "runs/x")
-    assert split_adapter(str(tmp_path / "a+b")) == (str(tmp_path / "a+b"), None)
-    assert split_adapter(f"{tmp_path}/a+b+{tmp_path}/c") == (f"{tmp_path}/a+b", f"{tmp_path}/c")
-    assert split_adapter(f"nano+{tmp_path}/a+b") == ("nano", f"{tmp_path}/a+b")
-
-
-def test_split_adapter_expands_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "ad").mkdir()
-    assert split_adapter("nano+~/ad") == ("nano", f"{tmp_path}/ad")
-    assert split_adapter("~/ad+~/ad") == (f"{tmp_path}/ad", f"{tmp_path}/ad")
-    assert split_adapter("~/ad") == (f"{tmp_path}/ad", None)
-    assert split_adapter("nano+~/nothing") == ("nano", "~/nothing")
-
-
 def test_adapter_in_the_home_folder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = adapter(tmp_path / "ad")
@@ -489,51 +242,6 @@ def test_adapter_weights_that_are_none(tiny_folder, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "nanno",
-            r"unknown model 'nanno': give nano, a folder, or a hub id such as .*; did you mean 'nano'\?",
-        ),
-        ("Qwen2.5-0.5B-Instruct-4bit", r"did you mean 'mlx-community/Qwen2.5-0.5B-Instruct-4bit'\?"),
-        (
-            "mlx-community/Qwen2.5-7B-Instruct-4bt",
-            r"could not be downloaded \(HF_HUB_OFFLINE is set\); pass nano",
-        ),
-        ("mlx-community/Qwen2.5-7B-Instruct-4bt", r"did you mean 'mlx-community/Qwen2.5-7B-Instruct-4bit'\?"),
-        ("org/model@v1", r"org/model@v1 could not be downloaded"),
-        ("./nothing", r"\./nothing: no such folder; give nano"),
-        ("a/b/c", r"a/b/c: no such folder"),
-        ("nano@main", "has no revisions"),
-        ("", "unknown model ''"),
-        ("x" * 400, r"unknown model 'x+\.\.\.x+': give nano"),
-        ("~/" + "x" * 400, r"~/x+\.\.\.x+: no such folder"),
-        ("~nosuchuser/model", "~nosuchuser/model: no such folder"),
-        ("org/" + "x" * 200, "unknown model 'org/x.*: not of the form of a hub id"),
-        ("./two\nlines", r"\./two\?lines: no such folder"),
-    ],
-)
-def test_names_that_are_no_model(name, message, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message) as caught:
-        resolve(name)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-def test_names_too_long_for_a_folder():
-    assert not is_folder("x" * 400) and not is_folder("") and not is_folder("~nosuchuser/x") and is_folder(".")
-    assert split_adapter("x" * 400 + "+" + "y" * 400) == ("x" * 400, "y" * 400)
-    for name, adapter_name in (("x" * 400, None), ("nano", "x" * 400), ("nano+" + "x" * 400, None)):
-        for refuse in (check, load):
-            with pytest.raises(UserError) as caught:
-                refuse(name, adapter_name)
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
 def test_check_reads_no_weights_and_asks_no_hub(tiny_folder, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -563,36 +271,6 @@ def test_check_does_without_mlx(tmp_path):
     program += "; print('mlx.core' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-def hub_error(kind: str) -> Exception:
-    """Make the error that the hub client raises."""
-    from unittest.mock import Mock
-
-    from huggingface_hub import errors
-
-    return getattr(errors, kind)("many\nlines", response=Mock(headers={}, status_code=404))
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("RepositoryNotFoundError", "unknown model 'org/model': not on the hub, or private"),
-        ("GatedRepoError", "org/model asks for an agreement first"),
-        ("RevisionNotFoundError", "org/model has no revision 'v1'"),
-    ],
-)
-def test_hub_errors_are_one_line(kind, message, monkeypatch, tmp_path):
-    import huggingface_hub
-
-    def fail(*_, **__):
-        raise hub_error(kind)
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=message) as caught:
-        resolve("org/model@v1")
-    assert "\n" not in str(caught.value)
 
 
 def test_hub_model_at_a_revision(monkeypatch, tiny_folder, tmp_path):
@@ -647,9 +325,9 @@ def test_folders_that_are_no_model(tiny_folder, tmp_path):
     [
         ("config.json", "{", r"config\.json is not JSON"),
         ("config.json", "{}", "no 'model_type'"),
-        ("config.json", '{"model_type": "nosuch"}', "cannot be loaded .*nosuch not supported"),
+        ("config.json", '{"model_type": "nosuch"}', r"cannot be loaded \(.*nosuch"),
         ("config.json", '{"model_type": ["qwen2"]}', "no 'model_type'"),
-        ("config.json", '{"model_type": "qwen2"}', r"cannot be loaded \(TypeError: .*\); copy or download it anew"),
+        ("config.json", '{"model_type": "qwen2"}', r"cannot be loaded \(.+\); copy or download it anew"),
         ("config.json", '{"model_type": "qwen2", "hidden_size": "a"}', "cannot be loaded"),
         ("model.safetensors", "garbage", "cannot be loaded"),
         ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
@@ -696,7 +374,7 @@ def test_bad_values_are_refused_before_the_model_is_read():
 def test_real_model_dense_equals_quantized(real_model):
     prompt = Prompt("plain", "{question}", system="Be brief.")
     dense = load(str(real_model), device="cpu", weights="dense", dtype="float32")
-    rendered = dense.render(prompt, PROBLEM)
+    rendered = dense.render(prompt, Problem("1", {"question": "2 + 2?"}, "4"))
     assert rendered.text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     )

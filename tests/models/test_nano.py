@@ -159,7 +159,7 @@ def test_the_package_stays_small():
 
 
 def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better_than_the_base(monkeypatch, tmp_path):
-    """They fit nano, mlx_lm puts them on too, and each answers more of 300 problems than nano in its prompt."""
+    """They fit nano, mlx_lm puts them on too, and each answers more of 150 problems than nano in its prompt."""
     from mlx_lm import load
 
     from mlx_traces.evaluation import evaluator, local
@@ -176,7 +176,7 @@ def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better
     assert shown == list(compare.TRAINED)
 
     def correct(settings):
-        settings = settings.model_copy(update={"limit": 300})
+        settings = settings.model_copy(update={"limit": 150})
         loaded = loading.load("nano", settings.adapter)
         return sum(row["correct"] for row in local.measure(loaded, evaluator.plan(settings)))
 

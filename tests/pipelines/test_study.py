@@ -9,11 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import CHATML, make_config, make_tokenizer, randomized
+from factories import BASE, BETTER, CHATML, R1, make_config, make_run, make_tokenizer, randomized, rendered
 from mlx.utils import tree_flatten
 from scipy.stats import binomtest
-from test_loading import R1
-from test_tables import BASE, BETTER, make_run, rendered
 
 from mlx_traces.cli import main
 from mlx_traces.config import StudyConfig, build

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from conftest import CHATML, make_tokenizer, wrap
+from factories import CHATML, make_tokenizer, wrap
 
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, SFTConfig
@@ -21,6 +21,8 @@ from mlx_traces.tasks import GRADER, get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import files
 from mlx_traces.train import sft
+
+pytestmark = pytest.mark.xdist_group("verify")  # one worker makes what its tests share
 
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 

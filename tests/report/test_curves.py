@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from factories import write_training
 from rich.console import Console
 
 from mlx_traces.cli import main
@@ -13,37 +14,6 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import stats
 from mlx_traces.report import curves, figures, run_view, terminal
 from mlx_traces.text import duration
-
-
-def write_training(path, steps=6, num_steps=10, finished=False, **identity):
-    """Write a reinforcement run: reward step / 10, a validation at steps 0 and 4."""
-    path.mkdir(parents=True)
-    identity = {"model": "nano", "adapter": None, "num_steps": num_steps, "group_size": 8, **identity}
-    (path / "run.json").write_text(json.dumps({"identity": identity, "notes": []}))
-    rows = [{"step": 0, "valid/accuracy": 0.25}]
-    for step in range(1, steps + 1):
-        row = {"step": step, "reward/mean": step / 10, "reward/correct": step / 10, "loss": 1 / step, "tokens": 300}
-        row |= {"policy/entropy": 0.5, "policy/new_thing": -step, "time/sample": 2.0, "time/update": 1.0}
-        row |= {"time/total": 4.0 * step, "memory/peak_gb": 1.5}
-        rows.append(row | ({"valid/accuracy": 0.5} if step == 4 else {}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = [
-        {"step": 1, "kind": "best", "id": "p1", "question": "q", "completion": "<think>\nt\n</think>\n5"}
-        | {
-            "finish_reason": "stop",
-            "tokens": 9,
-            "reward": 1.2,
-            "rewards": {"correct": 1.0, "format": 0.2},
-            "gold": "5",
-        },
-        {"step": 4, "kind": "held out", "id": "p2", "question": "q", "completion": "6", "finish_reason": "length"}
-        | {"verdict": "wrong_value", "correct": False, "gold": "7"},
-    ]
-    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    if finished:
-        result = {"steps": steps, "best_step": 4, "tokens_per_second": 100.0, "notes": ["a \x1b[31mred note"]}
-        (path / "result.json").write_text(json.dumps(result))
-    return path
 
 
 def shown(record, width=100, now=None):

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_curves import write_training
+from factories import BASE, BETTER, write_evaluation, write_training
 
 from mlx_traces import text
 from mlx_traces.cli import main
@@ -31,31 +31,6 @@ HOSTILE = [
     "\x1b[31mred\x1b]0;title\x07 \u202eesrever \x00\x9b",
     "\u2028\u2029 {{ 7 * 7 }} {% raw %} &lt;b&gt; `${1}`",
 ]
-
-
-def write_evaluation(path, correct, completion="<think>\nhm\n</think>\n5", finished=True, samples=1, **settings):
-    """Write an evaluation of problems p0, p1, ...; every second one is of another difficulty."""
-    path.mkdir(parents=True)
-    identity = {"model": "nano", "adapter": None, "task": "countdown", "split": "test", "max_tokens": 64}
-    identity |= {"temperature": 0.0, "limit": len(correct), "samples": samples, "prompt": {"name": "thinking"}}
-    identity |= settings
-    rows = []
-    for i, right in enumerate(correct):
-        verdict = "correct" if right else "wrong_value"
-        rows.append(
-            {"id": f"p{i // samples}", "sample": i % samples, "question": f"question {i}", "prompt": "?"}
-            | {"completion": completion[i] if isinstance(completion, list) else completion, "tokens": 10 + i}
-            | {"finish_reason": "stop", "extracted": "5", "extractions": {"answer": "5", "tolerant": "5"}}
-            | {"verdicts": {"answer": verdict, "tolerant": "correct"}, "gold": "5", "correct": bool(right)}
-            | {"verdict": verdict, "stratum": f"{3 + i // samples % 2} operands", "elapsed": float(i)}
-        )
-    (path / "run.json").write_text(json.dumps({"identity": identity, "command": "mlx-traces eval"}))
-    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if finished:
-        result = {key: identity[key] for key in ("model", "adapter", "task", "split", "max_tokens", "temperature")}
-        result |= {"prompt": identity["prompt"]["name"], "extractor": "answer", "samples_per_problem": samples}
-        (path / "result.json").write_text(json.dumps(result | {"tokens_per_second": 100.0, "notes": []}))
-    return path
 
 
 class Page(HTMLParser):
@@ -94,9 +69,6 @@ class Page(HTMLParser):
 def page_of(*runs, out, **more):
     file, *_ = write(runs, out, **more)
     return Page(file.read_text())
-
-
-BASE, BETTER = [1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 1, 0]
 
 
 def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):

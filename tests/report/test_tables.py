@@ -12,59 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from factories import BASE, BETTER, make_run, rendered
 
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.report import export, tables
 from mlx_traces.text import p_text, percent
-
-
-def make_run(name: str, correct: list, *, strata: tuple[str, ...] = ("",), extracted: str = "1", **result) -> Run:
-    """Make a run from the outcomes of problems p0, p1, ...: 0 or 1, or a list of them for several samples."""
-    rows = []
-    for i, outcome in enumerate(correct):
-        samples = outcome if isinstance(outcome, list) else [outcome]
-        for k, right in enumerate(samples):
-            rows.append(
-                {
-                    "id": f"p{i}",
-                    "sample": k,
-                    "question": f"question {i}",
-                    "prompt": f"<user>question {i}",
-                    "completion": "so ...",
-                    "tokens": 10 + i,
-                    "finish_reason": "length" if i == 0 else "stop",
-                    "extracted": "42" if right else extracted,
-                    "extractions": {"tolerant": "42", "strict": None},
-                    "verdicts": {"tolerant": "correct" if right else "wrong_value", "strict": "no_answer"},
-                    "gold": "42",
-                    "correct": bool(right),
-                    "verdict": "correct" if right else "wrong_value",
-                    "stratum": strata[i % len(strata)],
-                }
-            )
-    defaults = {
-        "model": "org/nano",
-        "adapter": None,
-        "task": "gsm8k",
-        "prompt": "plain",
-        "extractor": "tolerant",
-        "split": "test",
-        "max_tokens": 400,
-        "temperature": 0.0,
-        "samples_per_problem": len(samples),
-        "tokens_per_second": 123.4,
-        "timestamp": "2025-01-01T00:00:00+00:00",
-        "pass_at_k": {},
-        "maj_at_k": {},
-    }
-    return Run(name, {**defaults, **result}, rows)
-
-
-BASE = [1, 1, 0, 0, 0, 0, 0, 0]
-BETTER = [1, 0, 1, 1, 1, 1, 1, 0]
 
 
 def three_runs() -> list[Run]:
@@ -84,12 +38,6 @@ def many_runs(count: int, size: int = 1319) -> list[Run]:
         model = f"mlx-community/Qwen2.5-Coder-{i}.5B-Instruct-with-a-very-long-name-4bit"
         runs.append(make_run(f"run-{i}", correct, model=model, adapter="adapters/" + "long-" * 8 + "name"))
     return runs
-
-
-def rendered(renderable, width: int = 100) -> str:
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(renderable)
-    return console.file.getvalue()
 
 
 def test_compare_runs_on_eight_problems_by_hand():

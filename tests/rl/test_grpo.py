@@ -6,22 +6,32 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
-import killing
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer, wrap
+from factories import (
+    Killed,
+    assert_close,
+    assert_same_outcome,
+    level,
+    lora,
+    made,
+    make_model,
+    make_tokenizer,
+    outcome,
+    wrap,
+)
 from mlx.utils import tree_flatten, tree_map
+from stress import killing
 
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, PPOConfig, build
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import completion, evaluator
+from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
-from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
 from mlx_traces.rl.trainer import Learner
@@ -29,31 +39,7 @@ from mlx_traces.runtime import run_folder
 from mlx_traces.train import checkpoints, loop
 from mlx_traces.train.optimizer import make_optimizer
 
-# ---------------------------------------------------------------------------------- rewards of these tests
-
-
-def capitals(completions):
-    return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]
-
-
-def level(completions):
-    return [0.5] * len(completions)
-
-
-def broken(completions):
-    return [float("nan")] * len(completions)
-
-
 # ---------------------------------------------------------------------------------- a step
-
-
-def lora(seed=0, scale=0.1):
-    model = make_model()
-    mx.random.seed(seed)
-    adapters.start(model, AdapterConfig(rank=4))
-    arrays = [(k, scale * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
-    model.load_weights(arrays, strict=False)
-    return model
 
 
 def settings_of(**changes):
@@ -122,11 +108,6 @@ def plainly(model, rows, config):
     return loss.item(), grads
 
 
-def assert_close(a, b, tolerance=1e-5):
-    for (name, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True):
-        assert mx.abs(x - y).max().item() <= tolerance * max(mx.abs(y).max().item(), 1e-3), name
-
-
 @pytest.mark.parametrize(
     ("kind", "off_policy", "kl_coef", "unbiased"),
     [
@@ -191,13 +172,6 @@ def test_swapped_rewards_flip_the_update_and_equal_ones_give_none():
         one, other = gradient_of((1, 0), advantage=advantage), gradient_of((0, 1), advantage=advantage)
         assert any(array.any() for _, array in tree_flatten(one))
         assert_close(one, tree_map(lambda array: -array, other))
-
-
-def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
-    sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
-    return rollouts.ScoredCompletion(
-        Problem("p", {}, "1"), completion.Completion("", "", sampled), {"correct": reward}, reward
-    )
 
 
 @pytest.mark.parametrize("advantage", ["std", "batch", "none", "rloo", "mean"])
@@ -406,7 +380,7 @@ def settings(model_folder, tmp_path):
         "task": "qa",
         "data": str(file),
         "limit": 7,
-        "rewards": {"test_grpo:capitals": 1.0},
+        "rewards": {"factories:capitals": 1.0},
         "num_steps": 4,
         "prompts_per_step": 3,
         "group_size": 4,
@@ -419,34 +393,6 @@ def settings(model_folder, tmp_path):
         "evaluate": {"task": "qa", "data": str(valid), "limit": 1, "max_tokens": 4},
         "device": "cpu",
     }
-
-
-def outcome(out):
-    """Return what must not depend on interruptions: weights, metrics, samples, the result."""
-    lines = {
-        name: [json.loads(line) for line in (out / name).read_text().splitlines()]
-        for name in ("metrics.jsonl", "samples.jsonl")
-    }
-    timeless = [
-        {name: value for name, value in row.items() if not name.startswith(("time", "memory"))}
-        for row in lines["metrics.jsonl"]
-    ]
-    result = json.loads((out / "result.json").read_text())
-    arrays = {}
-    for file in ("adapter/adapters.safetensors", "checkpoint.safetensors"):
-        arrays |= {f"{file} {name}": np.array(array) for name, array in mx.load(str(out / file)).items()}
-    return arrays, timeless, lines["samples.jsonl"], {k: result[k] for k in ("steps", "best_step", "accuracy", "notes")}
-
-
-def assert_same_outcome(out, expected):
-    arrays, *rest = outcome(out)
-    assert rest == list(expected[1:])
-    assert arrays.keys() == expected[0].keys()
-    assert all(np.array_equal(arrays[name], expected[0][name]) for name in arrays)
-
-
-class Killed(BaseException):
-    """Stands for kill -9 within a test's own process."""
 
 
 @pytest.mark.parametrize(
@@ -482,7 +428,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
     grpo.train(config, tmp_path / "counted")
     assert_same_outcome(tmp_path / "counted", expected)
     count = len(moments)
-    for place in [1, *range(6, count - 2, 5 if not changes else 11), count - 3, count]:
+    for place in [1, *range(6, count - 2, 7 if not changes else 13), count - 3, count]:
         out, wanted = tmp_path / str(place), place
         moments.clear()
         with pytest.raises(Killed):
@@ -532,7 +478,7 @@ def test_a_run_is_not_resumed_with_another_reward(settings, tmp_path, monkeypatc
 
 
 def test_equal_rewards_leave_every_weight_as_it_was(settings, tmp_path):
-    config = GRPOConfig(**{**settings, "rewards": {"test_grpo:level": 1.0}, "max_resamples": 1, "num_steps": 2})
+    config = GRPOConfig(**{**settings, "rewards": {"factories:level": 1.0}, "max_resamples": 1, "num_steps": 2})
     grpo.train(config, tmp_path / "run")
     model = loading.load(config.model, device="cpu").model
     mx.random.seed(config.seed)
@@ -553,7 +499,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
     rewards_ = [row["reward/mean"] for row in metrics if "reward/mean" in row]
     assert np.mean(rewards_[-5:]) > np.mean(rewards_[:5]) + 0.2
     names = {
-        *("reward/mean", "reward/test_grpo:capitals", "rollout/length", "rollout/finished", "rollout/zero_std_groups"),
+        *("reward/mean", "reward/factories:capitals", "rollout/length", "rollout/finished", "rollout/zero_std_groups"),
         *("policy/kl_sampler", "policy/entropy", "policy/clip_fraction", "optim/grad_norm", "optim/lr"),
     }
     assert all(names <= row.keys() for row in metrics if "reward/mean" in row)
@@ -564,7 +510,7 @@ def test_it_learns_and_says_what_it_did(settings, tmp_path):
         }
         assert shown.keys() == {"best", "worst", "random"}
         assert shown["best"]["reward"] >= shown["random"]["reward"] >= shown["worst"]["reward"]
-        assert shown["best"]["rewards"] == {"test_grpo:capitals": shown["best"]["reward"]}
+        assert shown["best"]["rewards"] == {"factories:capitals": shown["best"]["reward"]}
     assert result.steps == 25 and result.sample_seconds > 0 and result.update_seconds > 0
     written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert written["trained_by"] == "mlx-traces grpo" and written["lora_parameters"]["rank"] == 4
@@ -640,7 +586,10 @@ def test_overlong_completions_cost():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": {"test_grpo:broken": 1}}, "reward test_grpo:broken returned 'nan', not a finite number or None"),
+        (
+            {"rewards": {"factories:no_number": 1}},
+            "reward factories:no_number returned 'nan', not a finite number or None",
+        ),
         ({"rewards": {"corect": 1}}, "unknown reward 'corect': .*did you mean 'correct'"),
         ({"rewards": {}}, "rewards: none has a weight"),
         ({"max_tokens": 600}, r"problem qa-\w+: its prompt has \d+ tokens; 600 more pass the model's context of 512"),
@@ -817,14 +766,14 @@ def test_rewards_that_go_wrong_are_one_line(settings, tmp_path, name, said):
 
 
 def test_a_policy_that_breaks_is_noticed_before_anything_is_saved(settings, tmp_path):
-    config = GRPOConfig(**{**settings, "learning_rate": 1e30, "warmup": 0, "rewards": {f"{__name__}:capitals": 1}})
+    config = GRPOConfig(**{**settings, "learning_rate": 1e30, "warmup": 0, "rewards": {"factories:capitals": 1}})
     with pytest.raises(UserError, match=r"step 1: the model's outputs are no longer finite numbers.*learning_rate"):
         grpo.train(config, tmp_path / "run")
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
 
 
 def test_nothing_to_learn_from_is_said(settings, tmp_path):
-    config = GRPOConfig(**{**settings, "rewards": {f"{__name__}:level": 1}, "evaluate": None})
+    config = GRPOConfig(**{**settings, "rewards": {"factories:level": 1}, "evaluate": None})
     assert any(
         "nothing" in note or "no step had anything" in note for note in grpo.train(config, tmp_path / "run").notes
     )

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import make_config, make_model, make_tokenizer, wrap
+from factories import make_config, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig, GRPOConfig

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_config, make_tokenizer
+from factories import make_config, make_tokenizer
 
 from mlx_traces.rl import losses
 

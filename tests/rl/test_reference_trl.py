@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_config, make_tokenizer
+from factories import make_config, make_tokenizer
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_traces.config import GRPOConfig

@@ -188,7 +188,7 @@ def test_doctor_without_network(monkeypatch):
 
     start = time.perf_counter()
     lines = {line.what: line for line in doctor.report()}
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 30
     assert {"python", "mlx", "mlx-lm", "device", "memory", "matrix product", "nano", "hub"} <= set(lines)
     assert "HF_HUB_OFFLINE" in lines["hub"].fix and "--data FILE" in lines["hub"].value
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import several
 from click.testing import CliRunner
+from stress import several
 
 from mlx_traces.cli import main
 from mlx_traces.diagnostics import bench_generate

@@ -14,9 +14,11 @@ import mlx.core as mx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_config, make_model, make_tokenizer
+from factories import make_config, make_model, make_tokenizer
 from hub_server import TOKEN, Hub, Repository
 from mlx.utils import tree_flatten
+
+pytestmark = pytest.mark.xdist_group("hub")  # one worker makes what its tests share
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 # The clients read their settings as they are imported, which takes seconds: a process that has imported them, with the

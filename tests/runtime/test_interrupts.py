@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 
-import killing
 import mlx.core as mx
 import pytest
-import several
+from stress import killing, several
 
 from mlx_traces.runtime import interrupts
 
@@ -64,7 +63,7 @@ def test_where_python_does_not_hear_it_nothing_changes():
 
 @pytest.mark.parametrize("kind", ["sft", "generate"])
 def test_a_stopped_run_ends_as_the_uninterrupted_one(kind, tmp_path):
-    """The others of ``several`` are stopped and resumed in ``test_ranks``."""
+    """The others of ``several`` are stopped and resumed in ``test_distributed``."""
     several.prepare(tmp_path)
     several.make(kind, tmp_path, "one")
     said = several.stopped(kind, tmp_path, "first")

@@ -6,9 +6,8 @@ import json
 import os
 import platform
 
-import killing
 import pytest
-import several
+from stress import killing, several
 
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import files

@@ -12,9 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import killing
 import mlx.core as mx
 import pytest
+from factories import Killed
+from stress import killing
 
 import mlx_traces
 from mlx_traces.config import GenerateConfig, ScoreConfig, SFTConfig
@@ -261,10 +262,6 @@ def test_nothing_is_written_to_a_full_pipe(data):
 
 
 # ---------------------------------------------------------------------------------- files cut off or spoiled
-
-
-class Killed(BaseException):
-    """Stands for kill -9 within a test's own process."""
 
 
 def cut_off(recipe, folder, monkeypatch):

@@ -15,14 +15,13 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import fuzzing
 import pytest
 from click.testing import CliRunner
-from fuzzing import TARGETS, TOKENS, Tally, Target, long_inputs, mutated, tried
+from factories import write_evaluation, write_training
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_curves import write_training
-from test_page import write_evaluation
+from stress import fuzzing
+from stress.fuzzing import TARGETS, TOKENS, Tally, Target, long_inputs, mutated, tried
 
 from mlx_traces.cli import main
 from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config

@@ -154,11 +154,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_expressions_are_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert check(text, [3, 4, 6], 30) in {"not_an_expression", "wrong_numbers"}
     for wrapped in (text, f"<answer>{text}</answer>"):
         TASK.grade(parse({"nums": [3, 4, 6], "target": 30}, "here"), wrapped)
-    assert time.perf_counter() - start < 0.1  # 2 ms each; the rest is room for a busy machine
+    assert time.process_time() - start < 0.1  # of the processor: 2 ms each
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -168,10 +168,10 @@ def test_any_response_is_graded_quickly(text, head):
     seconds = []
     for _ in range(5):
         thoughts.after_thought.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         TASK.grade(problem, head + text)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.006  # 2 ms on an idle machine
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.03  # of the processor: 2 ms; what grows with the square takes seconds
 
 
 @settings(max_examples=300)

@@ -222,9 +222,9 @@ def test_last_line():
 def test_hostile_length(piece):
     """No response takes longer than its length; quadratic would take minutes."""
     problem = parse({"answer": "Elbe"}, "x:1")
-    started = time.perf_counter()
+    started = time.process_time()
     TASK.grade(problem, piece * (100_000 // len(piece)))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_task():

@@ -5,9 +5,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
+from factories import call
 
-from mlx_traces.cli import main
 from mlx_traces.config import ReformatConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Rollout, Trace
@@ -171,10 +170,6 @@ def test_a_model_of_random_weights_gives_none(tiny_folder, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- files
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="mlx-traces")
 
 
 def test_the_command(tmp_path):

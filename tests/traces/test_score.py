@@ -8,11 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import CHATML, make_tokenizer, wrap
+from factories import CHATML, call, make_tokenizer, wrap
 
 import mlx_traces.engine.generation
-from mlx_traces.cli import main
 from mlx_traces.config import ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
@@ -35,10 +33,6 @@ def trace(completion, **fields):
 
 RIGHT = trace(THOUGHT + "<answer>3 * (4 + 6)</answer>", task="countdown", columns=COLUMNS, finish_reason="stop")
 WRONG = trace(THOUGHT + "<answer>3 + 4 + 6</answer>", task="countdown", columns=COLUMNS, finish_reason="stop")
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="mlx-traces")
 
 
 # ---------------------------------------------------------------------------------------------- traces

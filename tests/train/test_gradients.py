@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_model
+from factories import make_model
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import make_config, make_model, make_tokenizer, wrap
+from factories import make_config, make_model, make_tokenizer, wrap
 
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig

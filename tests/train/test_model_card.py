@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
-from conftest import save_model
+from factories import save_model
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 

@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_config
+from factories import make_config
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import SFTConfig

@@ -1,18 +1,17 @@
-"""Fine-tuning: which tokens are learned, the gradient of a step, runs that are cut off, input that is wrong."""
+"""Fine-tuning: the gradient of a step, runs that are cut off, input that is wrong."""
 
 import json
 import shutil
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
-import killing
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CHATML, make_model, make_tokenizer, wrap
+from factories import CHATML, ONE, PROMPT, Killed, lora, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
+from stress import killing
 
 from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
@@ -26,316 +25,6 @@ from mlx_traces.traces import encoding
 from mlx_traces.train import checkpoints, loop, sft
 from mlx_traces.train.optimizer import clip, make_optimizer, schedule
 
-# ---------------------------------------------------------------------------------- which tokens are learned
-
-OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
-STRIPPING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] | trim }}")
-CHAT = (
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "1+1"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "2+2"},
-)
-
-
-def learned(template, messages, completion, **fields):
-    """Return the text of an example and the learned parts of it, `|` before each."""
-    loaded = wrap(make_tokenizer(template))
-    example = encoding.encode(loaded, Trace("t", tuple(messages), completion, **fields), encoding.turn_end(loaded))
-    text, inside = "", False
-    for token, flag in zip(example.ids, example.trained, strict=True):
-        text += "|" if flag and not inside else ""
-        inside = flag
-        text += loaded.tokenizer.decode([token])
-        text += "|" if token in loaded.stop_ids and flag else ""
-        inside = inside and token not in loaded.stop_ids
-    return text
-
-
-ONE = [{"role": "user", "content": "1+1"}]
-PROMPT = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "completion", "text"),
-    [
-        (CHATML, ONE, "It is 2", PROMPT + "|It is 2<|im_end|>|"),
-        (
-            CHATML,
-            CHAT,
-            "4",
-            "<|im_start|>system\nS<|im_end|>\n" + PROMPT + "|2<|im_end|>|\n<|im_start|>user\n2+2<|im_end|>\n"
-            "<|im_start|>assistant\n|4<|im_end|>|",
-        ),
-        # Spaces around an earlier turn, left there by this template, cut off by the next.
-        (
-            CHATML,
-            [*ONE, {"role": "assistant", "content": " 2\n"}, *ONE],
-            "2",
-            PROMPT + "| 2\n<|im_end|>|\n" + PROMPT + "|2<|im_end|>|",
-        ),
-        (
-            STRIPPING,
-            [*ONE, {"role": "assistant", "content": " 2\n"}, *ONE],
-            "2",
-            PROMPT + "|2<|im_end|>|\n" + PROMPT + "|2<|im_end|>|",
-        ),
-        # A thought that the template takes out of an earlier turn: the turn is another one, and not learned.
-        (
-            STRIPPING,
-            [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE],
-            "2",
-            PROMPT + "2<|im_end|>\n" + PROMPT + "|2<|im_end|>|",
-        ),
-        # A thought that the template opens is not learned, and stands there once.
-        (OPENING, ONE, "<think>\nb\n</think>\n2", PROMPT + "<think>\n|b\n</think>\n2<|im_end|>|"),
-        (OPENING, ONE, "<think>b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
-        (OPENING, ONE, "b</think>2", PROMPT + "<think>\n|b</think>2<|im_end|>|"),
-        (OPENING, ONE, "2", PROMPT + "<think>\n|\n</think>\n\n2<|im_end|>|"),  # none of its own: closed first
-        (None, ONE, " 2", "User: 1+1\n\nAssistant:| 2<|endoftext|>|"),
-        (None, CHAT, " 4", "S\n\nUser: 1+1\n\nAssistant:| 2\n\nUser: 2+2\n\nAssistant:| 4<|endoftext|>|"),
-        (None, [], "Text 2.", "|Text 2.<|endoftext|>|"),
-        (CHATML, [], "Text 2.", "|Text 2.<|im_end|>|"),
-    ],
-)
-def test_learned_tokens(template, messages, completion, text):
-    assert learned(template, messages, completion) == text
-
-
-# ------------------------------------------------------------------------ what templates write around an answer
-
-THREE = [*ONE, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2"}]
-EACH = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
-END = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-AROUND = {
-    "spaces": (EACH + " {{ m.content | trim }} <|im_end|>" + END + "{% endif %}", "", " ", " "),
-    "line ends": (EACH + "A:\n{{ m.content }}\n<|im_end|>\n" + END + "A:{% endif %}", "A:", "\n", "\n"),
-    "frames": (EACH + "<out>{{ m.content }}</out><|im_end|>" + END + "{% endif %}", "", "<out>", "</out>"),
-    "another head": (EACH + "B {{ m.content }}<|im_end|>" + END + "A {% endif %}", None, "", ""),
-    "an empty thought": (EACH + "A<think></think>{{ m.content }}<|im_end|>" + END + "A{% endif %}", None, "", ""),
-    "a thought in the prompt": (EACH + "A{{ m.content }}<|im_end|>" + END + "A<think>{% endif %}", None, "", ""),
-}
-
-
-@pytest.mark.parametrize("kind", AROUND)
-def test_what_the_template_writes_around_an_answer_is_learned_with_it_in_every_turn(kind):
-    template, opening, head, tail = AROUND[kind]
-    text = learned(template, THREE, "4")
-    assert f"|{head}2{tail}<|im_end|>|" in text and text.endswith(f"{head}4{tail}<|im_end|>|")
-    if opening is not None:
-        line = "\n" if kind == "line ends" else ""
-        assert text == f"[1+1]{opening}|{head}2{tail}<|im_end|>|{line}[2+2]{opening}|{head}4{tail}<|im_end|>|"
-    assert learned(template, THREE, f"{head}4{tail}") == text  # as it was sampled: nothing stands there twice
-
-
-def pieces(prepend, template):
-    """Make a tokenizer of SentencePiece's kind: a word begins with ▁, and with "always" every piece of a text does."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = [*(chr(code) for code in range(33, 127)), "▁", "\n", "▁2", "▁4"]
-    bpe = Tokenizer(models.BPE({c: at for at, c in enumerate(letters)}, [("▁", "2"), ("▁", "4")]))
-    if prepend == "always":
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prepend, split=False)
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|endoftext|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", chat_template=template)
-
-
-PLAINLY = EACH + "A:{{ m.content }}<|im_end|>" + END + "A:{% endif %}"
-
-
-@pytest.mark.parametrize("template", [PLAINLY, *(AROUND[kind][0] for kind in ("spaces", "line ends", "frames"))])
-@pytest.mark.parametrize("prepend", ["always", "first", "never", None])
-def test_ids_are_those_of_the_template_whatever_the_tokenizer(prepend, template):
-    tokenizer = make_tokenizer(template) if prepend is None else pieces(prepend, template)
-    loaded = wrap(tokenizer)
-    for turns in (ONE, THREE):
-        example = encoding.encode(loaded, Trace("t", tuple(turns), "4"), encoding.turn_end(loaded))
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "4"}], return_dict=False)
-        assert list(example.ids) == whole[: len(example.ids)]  # which may go on with a line end
-        end = loaded.tokenizer.get_vocab()["<|im_end|>"]
-        assert example.ids[-1] == end and example.trained[-1] and end not in whole[len(example.ids) :]
-        said = [token for token, flag in zip(example.ids, example.trained, strict=True) if flag]
-        assert said.count(end) == 1 + (turns is THREE)
-        assert sum("4" in token for token in tokenizer.convert_ids_to_tokens(said)) == 1
-
-
-def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
-    from mlx_traces.models.chat import Chat
-
-    def example():
-        loaded = wrap(pieces("always", AROUND["spaces"][0]))
-        return encoding.encode(loaded, Trace("t", tuple(THREE), "4"), encoding.turn_end(loaded))
-
-    known = example()
-    monkeypatch.setattr(Chat, "_places", lambda *_: None)  # as tokenizers that are written in Python
-    assert example() == known
-
-
-def test_turns_that_are_not_learned_are_counted():
-    loaded = wrap(make_tokenizer(STRIPPING))
-    thought = [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE]
-    encoded = encoding.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "2"))], 500, "refuse")
-    assert encoded.turns == 1 and "1 earlier turns of the assistant are not learned" in encoding.describe(encoded, 9)[0]
-
-
-SWITCHED = CHATML.replace(
-    "assistant\n{% endif %}", "assistant\n{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
-)
-
-
-def test_a_thought_is_learned_after_a_prompt_that_leaves_it_room():
-    loaded = wrap(make_tokenizer(SWITCHED))
-    traces = [("f:1", Trace("t", tuple(ONE), "<think>b</think>2")), ("f:2", Trace("t", tuple(ONE), "2"))]
-    encoded = encoding.encode_all(loaded, traces, 500, "refuse")
-    texts = [loaded.tokenizer.decode(example.ids) for example in encoded.examples]
-    assert texts == [PROMPT + "<think>b</think>2<|im_end|>", PROMPT + "</think>2<|im_end|>"] and encoded.thinking == 1
-    assert "1 traces with a thought" in encoding.describe(encoded, 500)[0]
-    with pytest.raises(UserError, match=r"f:1: the completion has a thought, .* leaves it no room; set thinking"):
-        encoding.encode_all(loaded, traces, 500, "refuse", thinking=False)
-    for shut in (True, False):  # nothing to switch
-        loaded = wrap(make_tokenizer(OPENING.replace("<think>\n", "<think></think>" if shut else "</think>")))
-        with pytest.raises(UserError, match="no thinking switch; leave such traces out"):
-            encoding.encode_all(loaded, traces, 500, "refuse")
-
-
-def test_the_switch_is_the_traces_or_the_trainings():
-    loaded = wrap(make_tokenizer(SWITCHED))
-    for own, given, thinks in ((None, None, False), (True, None, True), (None, True, True), (True, False, False)):
-        opened = "<think>" if thinks else "</think>"
-        trace = Trace("t", tuple(ONE), "b</think>2" if thinks else "2", thinking=own)
-        example = encoding.encode_all(loaded, [("f:1", trace)], 500, "refuse", given).examples[0]
-        assert PROMPT + opened in loaded.tokenizer.decode(example.ids)
-
-
-def test_the_templates_variables_are_the_traces_or_the_models():
-    loaded = wrap(make_tokenizer("{{ effort | default('low') }}" + CHATML))
-    trace = Trace("t", tuple(ONE), "2", template_args={"effort": "high"})
-    for changes, text in (({}, "high"), ({"template_args": {"effort": "some"}}, "some")):
-        example = encoding.encode(replace(loaded, **changes), trace, encoding.turn_end(loaded))
-        assert loaded.tokenizer.decode(example.ids).startswith(text)
-    assert Trace.from_row(json.loads(json.dumps(trace.to_row())), "f:1") == trace
-    for name, value in (("thinking", "yes"), ("template_args", [1])):
-        with pytest.raises(UserError, match=f"f:1: '{name}' must be"):
-            Trace.from_row({**trace.to_row(), "messages": ONE, name: value}, "f:1")
-
-
-def test_a_trace_of_ones_own_is_learned_by_its_tokens():
-    loaded = wrap(make_tokenizer())
-    s, t, end = (loaded.tokenizer.get_vocab()[token] for token in ("S", "T", "<|im_end|>"))
-    trace = Trace(
-        "t", tuple(ONE), "ST", completion_ids=(s, t, end), finish_reason="stop"
-    )  # which is one token, usually
-    ends = encoding.turn_end(loaded)
-    assert encoding.encode(loaded, trace, ends).ids[-3:] == (s, t, end)
-    assert encoding.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
-    for other in ({"completion": "STO"}, {"completion_ids": (10**6, end)}, {"completion_ids": ("S", end)}):
-        assert encoding.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
-
-
-def test_one_turn_is_learned_where_three_are_refused():
-    refuses = "{% if messages | length > 2 %}{{ raise_exception('No more') }}{% endif %}" + CHATML
-    assert learned(refuses, ONE, "2") == PROMPT + "|2<|im_end|>|"
-    assert learned("{% if messages | length > 1 %}{{ raise_exception('No') }}{% endif %}" + CHATML, ONE, "2").endswith(
-        "|2<|endoftext|>|"
-    )
-
-
-def test_a_completion_that_was_cut_off_has_no_end_to_learn():
-    assert learned(CHATML, ONE, "It", finish_reason="stop") == PROMPT + "|It<|im_end|>|"
-    assert learned(CHATML, ONE, "It", finish_reason="length") == PROMPT + "|It"
-
-
-def test_prompt_tokens_are_those_of_sampling():
-    loaded = wrap(make_tokenizer())
-    for messages in (ONE, CHAT):
-        rendered = loaded.render_turns([dict(turn) for turn in messages])
-        example = encoding.encode(loaded, Trace("t", tuple(messages), "STOP"), encoding.turn_end(loaded))
-        assert example.ids[: len(rendered.ids)] == rendered.ids
-        # The completion's tokens are its own: no merge across the border.
-        assert example.ids[len(rendered.ids) :] == (*loaded.tokenizer.encode("STOP"), encoding.turn_end(loaded))
-
-
-def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer(None)
-    start = tokenizer.get_vocab()["<|im_start|>"]
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-    )
-    loaded = wrap(tokenizer)
-    for messages in (ONE, CHAT):
-        example = encoding.encode(loaded, Trace("t", tuple(messages), " 4"), encoding.turn_end(loaded))
-        assert example.ids[0] == start and example.ids.count(start) == 1
-        prompt = loaded.render_turns([dict(turn) for turn in messages]).ids
-        assert example.ids[: len(prompt)] == prompt and sum(example.trained[len(prompt) :]) == len(example.ids) - len(
-            prompt
-        )
-
-
-def test_the_thinking_switch_is_that_of_the_prompts(settings):
-    closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n{% endif %}", f"assistant\n{closed}{{% endif %}}")))
-    for thinking, opened in ((None, ""), (True, ""), (False, "<think>\n\n</think>\n\n")):
-        example = encoding.encode(loaded, Trace("t", tuple(ONE), "2"), encoding.turn_end(loaded), thinking)
-        assert loaded.tokenizer.decode(example.ids) == f"{PROMPT}{opened}2<|im_end|>" and example.count == 2
-        rows = sft.prepare(loaded, SFTConfig(**settings, thinking=thinking)).train
-        assert all(opened in loaded.tokenizer.decode(row.ids) for row in rows)
-    evaluate = {"task": "countdown", "limit": 3}
-    for own, expected in ((None, False), (True, True)):
-        config = SFTConfig(**settings, thinking=False, evaluate={**evaluate, "thinking": own})
-        assert sft.prepare(loaded, config).held_out.config.thinking is expected
-
-
-def test_a_turn_that_is_not_to_be_learned_is_not():
-    loaded = wrap(make_tokenizer())
-    turns = (*ONE, {"role": "assistant", "content": "bad"}, *ONE, {"role": "assistant", "content": "good"}, *ONE)
-    end = encoding.turn_end(loaded)
-    places = {"bad": len(ONE), "good": 2 * len(ONE) + 1}
-    for left_out in ((), (places["bad"],), (places["good"],), tuple(places.values())):
-        example = encoding.encode(loaded, Trace("t", turns, "last", not_learned=left_out or None), end)
-        learned = loaded.tokenizer.decode([i for i, own in zip(example.ids, example.trained, strict=True) if own])
-        assert [word in learned for word in ("bad", "good")] == [places[word] not in left_out for word in places]
-        assert "last" in learned
-
-
-def test_turn_end_is_what_the_template_writes():
-    vocabulary = make_tokenizer().get_vocab()
-    assert encoding.turn_end(wrap(make_tokenizer())) == vocabulary["<|im_end|>"]
-    assert encoding.turn_end(wrap(make_tokenizer(None))) == vocabulary["<|endoftext|>"]
-    none = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    assert encoding.turn_end(wrap(make_tokenizer(none))) == vocabulary["<|endoftext|>"]
-    loaded = wrap(make_tokenizer(None))
-    loaded.tokenizer._tokenizer.eos_token = None
-    with pytest.raises(UserError, match="names no token that ends a text"):
-        encoding.turn_end(replace(loaded, stop_ids=frozenset()))
-
-
-def test_over_long_traces():
-    loaded = wrap(make_tokenizer())
-    traces = [(f"f:{i}", Trace(f"t{i}", tuple(ONE), "x" * n)) for i, n in enumerate((5, 50, 1))]
-    longest = len(encoding.encode(loaded, traces[0][1], 0).ids)
-    skipped = encoding.encode_all(loaded, traces, longest, "skip")
-    assert [e.id for e in skipped.examples] == ["t0", "t2"] and (skipped.over_long, skipped.cut) == (1, 0)
-    assert encoding.describe(skipped, longest) == [
-        f"1 traces have more than {longest} tokens and are left out (max_length)"
-    ]
-    cut = encoding.encode_all(loaded, traces, longest, "cut")
-    assert [len(e.ids) for e in cut.examples] == [longest, longest, longest - 4] and cut.cut == 1
-    assert cut.examples[1].count == 6  # five letters and a sixth in place of the stop token
-    assert "1 traces were cut" in encoding.describe(cut, longest)[0]
-    none_left = encoding.encode_all(loaded, traces, longest - 6, "cut")
-    assert none_left.examples == [] and none_left.over_long == 3  # the prompt alone teaches nothing
-    with pytest.raises(UserError, match=f"f:1: .* more than max_length {longest}"):
-        encoding.encode_all(loaded, traces, longest, "refuse")
-    with pytest.raises(UserError, match="f:9: 'completion' is empty"):
-        encoding.encode_all(loaded, [("f:9", Trace("t", tuple(ONE), " \n"))], 99, "skip")
-
-
 # ---------------------------------------------------------------------------------- a step
 
 
@@ -346,15 +35,6 @@ def rows(count=7, seed=0):
         Example(f"r{i}", tuple(draw.integers(0, 98, n).tolist()), (*(draw.random(n - 1) < 0.6).tolist(), True))
         for i, n in enumerate(lengths)
     ]
-
-
-def lora():
-    model = make_model()
-    mx.random.seed(0)
-    adapters.start(model, AdapterConfig(rank=4))
-    arrays = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(model.trainable_parameters())]
-    model.load_weights(arrays, strict=False)
-    return model
 
 
 def test_a_step_is_the_mean_over_its_tokens_however_it_is_split():
@@ -460,10 +140,6 @@ def assert_same_outcome(out, expected):
     assert metrics == expected[1] and result == expected[2]
     assert weights.keys() == expected[0].keys()
     assert all(np.array_equal(weights[name], expected[0][name]) for name in weights)
-
-
-class Killed(BaseException):
-    """Stands for kill -9 within a test's own process."""
 
 
 def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
@@ -661,6 +337,20 @@ def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monke
 
 
 # ---------------------------------------------------------------------------------- data and wrong input
+
+
+def test_the_thinking_switch_is_that_of_the_prompts(settings):
+    closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n{% endif %}", f"assistant\n{closed}{{% endif %}}")))
+    for thinking, opened in ((None, ""), (True, ""), (False, "<think>\n\n</think>\n\n")):
+        example = encoding.encode(loaded, Trace("t", tuple(ONE), "2"), encoding.turn_end(loaded), thinking)
+        assert loaded.tokenizer.decode(example.ids) == f"{PROMPT}{opened}2<|im_end|>" and example.count == 2
+        rows = sft.prepare(loaded, SFTConfig(**settings, thinking=thinking)).train
+        assert all(opened in loaded.tokenizer.decode(row.ids) for row in rows)
+    evaluate = {"task": "countdown", "limit": 3}
+    for own, expected in ((None, False), (True, True)):
+        config = SFTConfig(**settings, thinking=False, evaluate={**evaluate, "thinking": own})
+        assert sft.prepare(loaded, config).held_out.config.thinking is expected
 
 
 def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
