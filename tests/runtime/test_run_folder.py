@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+from pathlib import Path
 
 import killing
 import pytest
@@ -126,14 +127,36 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, monkeypatch):
-    lock, opened, removed = tmp_path / "run" / ".lock", os.open, []
+    lock, opened, made, turns = tmp_path / "run" / ".lock", os.open, Path.mkdir, []
 
     def late(path, *given):
-        if path == lock and not removed:
-            removed.append(lock.parent.rmdir())
+        if path == lock and len(turns) < 2:
+            turns.append(lock.parent.rmdir())
         return opened(path, *given)
 
+    def gone(path, *given, **options):
+        """It was there when it was to be made, and is not when it is looked at."""
+        if path == lock.parent and not turns:
+            turns.append(None)
+            raise FileExistsError(errno.EEXIST, "File exists")
+        return made(path, *given, **options)
+
     monkeypatch.setattr(os, "open", late)
+    monkeypatch.setattr(Path, "mkdir", gone)
     with files.held(lock):
-        assert removed and lock.exists()
+        assert len(turns) == 2 and lock.exists()
     assert not lock.parent.exists()
+
+
+def test_a_lock_that_its_owner_removes_while_it_is_looked_at_is_taken_anew(tmp_path, monkeypatch):
+    lock, state, removed = tmp_path / ".lock", Path.stat, []
+
+    def late(path, **options):
+        if path == lock and not removed and path.exists():
+            removed.append(lock.unlink())
+        return state(path, **options)
+
+    monkeypatch.setattr(Path, "exists", lambda path, **_: os.path.lexists(path))
+    monkeypatch.setattr(Path, "stat", late)
+    with files.held(lock):
+        assert removed and os.path.lexists(lock)
