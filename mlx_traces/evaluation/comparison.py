@@ -16,9 +16,9 @@ import numpy as np
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import differences as evaluation_differences
 from mlx_traces.evaluation import stats
-from mlx_traces.readers import is_number, read_json, read_jsonl
+from mlx_traces.readers import is_number
 from mlx_traces.records import EvalResult
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
+from mlx_traces.runtime.run_folder import existing
 from mlx_traces.tasks import TASKS, get_task
 from mlx_traces.text import clean
 
@@ -32,18 +32,12 @@ def read_run(path: str | Path) -> Run:
     Raises:
         UserError: if it is not one, or has no result yet.
     """
-    folder = RunFolder(Path(path))
-    if not folder.path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    if not folder.finished:
-        raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
-    result = read_json(folder.path / "result.json")
+    folder = existing(path, "result.json")
+    result = folder.result or {}
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
-    samples = [_shared(row) for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
-    return Run(folder.path.name, result, samples, about)
+    return Run(folder.path.name, result, [_shared(row) for row in folder.samples], folder.about)
 
 
 def _shared(row: dict[str, Any]) -> dict[str, Any]:

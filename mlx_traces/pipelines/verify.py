@@ -15,9 +15,9 @@ from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import NANO, is_folder
-from mlx_traces.readers import read_json, read_jsonl
+from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
 from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
@@ -50,19 +50,8 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
     """
     if str(path).endswith(".jsonl"):
         return _traces(Path(path))
-    folder = RunFolder(Path(path))
-    if not folder.path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    for name, way_out in (
-        ("run.json", "name a folder that eval, sft, grpo or ppo wrote"),
-        ("result.json", "finish the run with --resume"),
-    ):
-        if not (folder.path / name).exists():
-            raise UserError(f"{path}: no {name}; {way_out}")
-    identity = read_json(folder.path / "run.json").get("identity")
-    if not isinstance(identity, dict):
-        raise UserError(f"{folder.path / 'run.json'}: 'identity' is missing; the file is damaged")
-    result = read_json(folder.path / "result.json")
+    folder = existing(path, "run.json", "result.json")
+    identity, result = folder.identity, folder.result or {}
     if "best_step" in result:
         return _training(folder, identity, result)
     if "problems" not in identity:
@@ -85,7 +74,7 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
     samples, found, lines = [], [], []
-    about = read_json(folder.path / "run.json")
+    about = folder.about
     own_tags = about["own_tags"] if is_pair(about.get("own_tags")) else None
     for where, row in read_jsonl(folder.samples_path, columns):
         _check_kinds(row, where)
@@ -297,7 +286,7 @@ def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any
         metrics.append(row)
     steps = [row["step"] for row in metrics]
     lines = _step_lines(steps, result.get("steps"))
-    planned = identity.get("num_steps") or read_json(folder.path / "run.json").get("steps")
+    planned = identity.get("num_steps") or folder.about.get("steps")
     if planned and steps and (steps[-1] > planned or (steps[-1] < planned and not identity.get("patience"))):
         lines.append(f"metrics.jsonl: it ends with step {steps[-1]}, and {planned} were planned")
     lines += [

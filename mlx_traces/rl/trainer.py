@@ -25,7 +25,7 @@ from mlx_traces.rl.rollouts import Group
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import checkpoints, loop, memory, tracking
 
 NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
@@ -247,7 +247,7 @@ def about(name: str, config: RLConfig) -> dict[str, Any]:
 
 
 def _result(folder: RunFolder, progress: rollouts.Progress, notes: list[str]) -> Result:
-    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
+    metrics = folder.metrics
     rows = [row for row in metrics if "tokens" in row]
     accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
     sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))

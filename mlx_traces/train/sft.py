@@ -30,7 +30,7 @@ from mlx_traces.records import Trace, problem_id
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.provenance import fingerprint, provenance, settled
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.traces import encoding, filtering
 from mlx_traces.traces.files import read_traces
 from mlx_traces.train import checkpoints, gradients, loop, memory, tracking
@@ -364,7 +364,7 @@ def about(config: SFTConfig) -> dict[str, Any]:
 
 
 def _result(folder: RunFolder, progress: Progress, padding: float, notes: list[str]) -> SFTResult:
-    metrics = whole_lines(folder.path / "metrics.jsonl", ("step",))
+    metrics = folder.metrics
     rows = [row for row in metrics if "tokens" in row]
     at_best = next((row for row in metrics if row["step"] == progress.best_step), {})
     seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)

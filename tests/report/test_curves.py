@@ -92,7 +92,7 @@ def test_a_torn_last_line_is_left_out_and_left_there(tmp_path):
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         run_view.read(tmp_path / "none")
-    with pytest.raises(UserError, match=r"it has no run\.json"):
+    with pytest.raises(UserError, match=r"no run\.json; name a folder"):
         run_view.read(tmp_path)
 
 

@@ -1,10 +1,12 @@
 """Run folders: one process at a time, and what a killed one left."""
 
+import ast
 import errno
 import fcntl
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import killing
@@ -160,3 +162,13 @@ def test_a_lock_that_its_owner_removes_while_it_is_looked_at_is_taken_anew(tmp_p
     monkeypatch.setattr(Path, "stat", late)
     with files.held(lock):
         assert removed and os.path.lexists(lock)
+
+
+def test_only_the_run_folder_reads_what_a_run_says():
+    """Of the files of a run, no other module opens run.json, result.json or metrics.jsonl by itself."""
+    told, found = re.compile(r"'(run\.json|result\.json|metrics\.jsonl)'"), set()
+    for path in sorted(Path(files.__file__).parents[1].rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            reads = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("read_json", "whole_lines")
+            found |= {path.name} if reads and told.search(ast.unparse(node)) else set()
+    assert found == {"run_folder.py"}
