@@ -218,6 +218,7 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             rows.append(parse_row(line, f"{path}:{number}", columns, finite=False))
-            if "step" in columns and not is_number(rows[-1]["step"]):
-                raise UserError(f"{path}:{number}: 'step' is no number; the file is damaged")
+            if "step" in columns and not is_number(step := rows[-1]["step"]):
+                kind = type(step).__name__
+                raise UserError(f"{path}:{number}: 'step' must be a number, not {kind}; the file is damaged")
     return rows
