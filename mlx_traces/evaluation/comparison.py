@@ -117,6 +117,7 @@ class _Sample(BaseModel, strict=True):
     sample: int = _COUNT
     question: str = _TEXT
     prompt: str = _TEXT
+    opened: str = _TEXT
     completion: str = _TEXT
     tokens: int | None = _COUNT  # a server may not count them
     finish_reason: str = _TEXT

@@ -123,10 +123,13 @@ def regraded(
 ) -> dict[str, Any]:
     """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone.
 
-    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them.
+    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them. Samples of older versions do not say
+    what their turn held before the completion; their prompt does.
     """
     problem = problem_of(planned.task, row, where)
-    opened = opened_of(planned.prompt, problem, row["prompt"], (own_tags or ())[:1])
+    opened = row.get("opened")
+    if opened is None:
+        opened = opened_of(planned.prompt, problem, row["prompt"], (own_tags or ())[:1])
     scores = planned.task.grade(problem, usual(opened + row["completion"], own_tags))
     judged = {
         "extractions": {name: score.extracted for name, score in scores.items()},
