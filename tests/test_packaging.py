@@ -38,6 +38,7 @@ def test_every_import_is_a_dependency_with_a_lower_bound():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.split(".")[0])
     assert found - set(sys.stdlib_module_names) - {"mlx_traces"} - optional <= known
+    assert known - found <= {"cmeel_openblas", "mlx_lm_lora"}, "nothing imports it"
 
 
 def test_a_wheel_holds_what_the_comparison_needs(tmp_path):

@@ -25,7 +25,7 @@ venv/bin/mlx-traces compare --prompt direct --prompt thinking --limit 20 --runs-
 venv/bin/mlx-traces verify runs/*
 if [ $# -gt 0 ]; then
   cp -r "$root/configs" .
-  uv pip install -q -p venv/bin/python pytest hypothesis setuptools
+  uv pip install -q -p venv/bin/python pytest hypothesis scipy setuptools
   venv/bin/pytest -c /dev/null --rootdir . -q -p no:cacheprovider -W ignore "$@"
 fi
 echo "passed: $(venv/bin/python --version), $(grep -E '^(mlx|mlx-lm|transformers|numpy)==' pins.txt | tr '\n' ' ')"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import differences as evaluation_differences
 from mlx_traces.evaluation import stats
-from mlx_traces.readers import is_number, read_json, read_jsonl
+from mlx_traces.readers import is_number
 from mlx_traces.records import EvalResult
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
+from mlx_traces.runtime.run_folder import existing
 from mlx_traces.tasks import TASKS, get_task
 from mlx_traces.text import clean
 
@@ -32,18 +32,12 @@ def read_run(path: str | Path) -> Run:
     Raises:
         UserError: if it is not one, or has no result yet.
     """
-    folder = RunFolder(Path(path))
-    if not folder.path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    if not folder.finished:
-        raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
-    result = read_json(folder.path / "result.json")
+    folder = existing(path, "result.json")
+    result = folder.result or {}
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    about = read_json(folder.path / "run.json") if (folder.path / "run.json").exists() else {}
-    samples = [_shared(row) for _, row in read_jsonl(folder.samples_path, SAMPLE_COLUMNS)]
-    return Run(folder.path.name, result, samples, about)
+    return Run(folder.path.name, result, [_shared(row) for row in folder.samples], folder.about)
 
 
 def _shared(row: dict[str, Any]) -> dict[str, Any]:
@@ -105,55 +99,67 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse, by UserError, values of another kind than an evaluation writes."""
-        _check_kinds(self.result, _RESULT_KINDS, f"run {clean(self.name)}: result.json")
+        _check(_Result, self.result, f"run {clean(self.name)}: result.json")
         check_samples(self.samples, f"run {clean(self.name)}")
+
+
+_TEXT = Field(None, description="a text")
+_COUNT = Field(None, description="a whole number", gt=-(2**53), lt=2**53)
+_FIGURE = Field(None, description="a number", allow_inf_nan=False)
+_SHARES = Field(None, description="shares by number of samples")
+_Shares = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}\z")], Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class _Sample(BaseModel, strict=True):
+    """What the values in a line of samples.jsonl are, where they are there; descriptions end the messages."""
+
+    id: str = _TEXT
+    sample: int = _COUNT
+    question: str = _TEXT
+    prompt: str = _TEXT
+    opened: str = _TEXT
+    completion: str = _TEXT
+    tokens: int | None = _COUNT  # a server may not count them
+    finish_reason: str = _TEXT
+    extracted: str | None = _TEXT
+    extractions: dict[str, str | None] = Field(None, description="an object of texts")
+    verdicts: dict[str, str] = Field(None, description="an object of texts")
+    gold: str = _TEXT
+    correct: bool = Field(None, description="true or false")
+    verdict: str = _TEXT
+    stratum: str | None = _TEXT
+    elapsed: float = _FIGURE
+
+
+class _Result(BaseModel, strict=True):
+    """The same of result.json."""
+
+    model: str = _TEXT
+    adapter: str | None = _TEXT
+    prompt: str = _TEXT
+    task: str | None = _TEXT
+    split: str | None = _TEXT
+    extractor: str | None = _TEXT
+    timestamp: str | None = _TEXT
+    max_tokens: float | None = _FIGURE
+    temperature: float | None = _FIGURE
+    pass_at_k: _Shares | None = _SHARES
+    maj_at_k: _Shares | None = _SHARES
 
 
 def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
     """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
     for number, row in enumerate(rows, 1):
-        _check_kinds(row, _SAMPLE_KINDS, f"{where}: sample {number}")
+        _check(_Sample, row, f"{where}: sample {number}")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _are_shares(value: Any) -> bool:
-    return isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", k) and is_number(v) for k, v in value.items())
-
-
-_Kind = tuple[str, Callable[[Any], bool]]
-_TEXT: _Kind = ("a text", _is_text)
-_COUNT: _Kind = ("a whole number", _is_whole)
-_FIGURE: _Kind = ("a number", is_number)
-_SHARES: _Kind = ("shares by number of samples", _are_shares)
-_SAMPLE_KINDS = {
-    **dict.fromkeys(("id", "question", "gold", "finish_reason", "verdict"), _TEXT),
-    **{"sample": _COUNT, "tokens?": _COUNT, "correct": ("true or false", lambda value: isinstance(value, bool))},
-    **{"verdicts": ("an object of texts", _are_texts), "extracted?": _TEXT, "stratum?": _TEXT},
-}
-_RESULT_KINDS = {
-    **dict.fromkeys(("model", "prompt"), _TEXT),
-    **dict.fromkeys(("adapter?", "task?", "split?", "extractor?", "timestamp?"), _TEXT),
-    **dict.fromkeys(("max_tokens?", "temperature?"), _FIGURE),
-    **dict.fromkeys(("pass_at_k?", "maj_at_k?"), _SHARES),
-}  # with ? it may be null
-
-
-def _check_kinds(row: dict[str, Any], kinds: dict[str, _Kind], where: str) -> None:
-    for key, (what, right) in kinds.items():
-        name = key.removesuffix("?")
-        if name in row and not right(row[name]) and (row[name] is not None or name == key):
-            raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}; evaluate it anew")
+def _check(kind: type[BaseModel], row: dict[str, Any], where: str) -> None:
+    try:
+        kind.model_validate(row)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        what, found = kind.model_fields[name].description, type(row[name]).__name__
+        raise UserError(f"{where}: {name!r} must be {what}, not {found}; evaluate it anew") from None
 
 
 def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:

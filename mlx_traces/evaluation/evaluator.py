@@ -188,6 +188,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "sample": sample,
         "question": question_of(planned.task, problem),
         "prompt": completion.prompt,
+        "opened": completion.opened,
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,

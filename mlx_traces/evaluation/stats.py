@@ -1,5 +1,7 @@
 """Uncertainty of an accuracy and of a difference: small exact or seeded functions of arrays. No MLX.
 
+The tests hold them against SciPy, which takes longer to load than a comparison takes.
+
 One problem is one unit of evidence. Several samples of a problem are not independent, so everything that
 takes more than one sample a problem works on per-problem values: ``wilson_clustered``, ``paired_bootstrap``,
 ``sign_flip``.

@@ -42,7 +42,6 @@ from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.names import NANO, is_folder
 from mlx_traces.pipelines import rounds
 from mlx_traces.pipelines.rounds import Station
-from mlx_traces.readers import read_json
 from mlx_traces.records import Trace
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
@@ -476,7 +475,7 @@ def earlier(runs_dir: str | Path, model: str, task: str, prompts: set[str]) -> l
     found = []
     for file in sorted(Path(runs_dir).glob("*/result.json")):
         with suppress(UserError):  # a broken one is another command's to complain of
-            result = read_json(file)
+            result = RunFolder(file.parent).result or {}
             same = (result.get("model"), result.get("task")) == (model, task) and result.get("prompt") in prompts
             if same and {"mean_tokens", "accuracy"} <= result.keys():
                 found.append(result)

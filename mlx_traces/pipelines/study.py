@@ -18,7 +18,6 @@ from mlx_traces.evaluation import pairs as evaluation_pairs
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
-from mlx_traces.readers import read_json
 from mlx_traces.report import export, page, tables
 from mlx_traces.report.tables import bits_cells, bits_table, pairs_cells, pairs_frame, pairs_markdown, summary_cells
 from mlx_traces.runtime.files import to_json, write_atomic
@@ -268,7 +267,7 @@ def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> l
 
 def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     """Describe the weights of a run: on disk, and as they computed its answers."""
-    stored = read_json(Path(config.runs_dir) / made.name / "run.json")
+    stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
     if loaded and folder is None and (entry.config.model == names.NANO or names.is_folder(entry.config.model)):

@@ -15,9 +15,9 @@ from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import NANO, is_folder
-from mlx_traces.readers import read_json, read_jsonl
+from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
 from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
@@ -28,14 +28,6 @@ from mlx_traces.traces.quality import problem_of as problem_of_trace
 SHOWN = 10  # lines of differences of a run
 NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
 FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # of metrics.jsonl
-KINDS = {"id": str, "sample": int, "question": str, "prompt": str, "completion": str, "gold": str} | {
-    "tokens": (int, type(None)),  # a server may not count them
-    "finish_reason": str,
-    "verdicts": dict,
-    "extractions": dict,
-    "stratum": str,
-    "elapsed": (int, float),
-}
 
 
 def verify(path: str | Path) -> tuple[str, list[str]]:
@@ -50,19 +42,8 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
     """
     if str(path).endswith(".jsonl"):
         return _traces(Path(path))
-    folder = RunFolder(Path(path))
-    if not folder.path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    for name, way_out in (
-        ("run.json", "name a folder that eval, sft, grpo or ppo wrote"),
-        ("result.json", "finish the run with --resume"),
-    ):
-        if not (folder.path / name).exists():
-            raise UserError(f"{path}: no {name}; {way_out}")
-    identity = read_json(folder.path / "run.json").get("identity")
-    if not isinstance(identity, dict):
-        raise UserError(f"{folder.path / 'run.json'}: 'identity' is missing; the file is damaged")
-    result = read_json(folder.path / "result.json")
+    folder = existing(path, "run.json", "result.json")
+    identity, result = folder.identity, folder.result or {}
     if "best_step" in result:
         return _training(folder, identity, result)
     if "problems" not in identity:
@@ -85,10 +66,9 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
     samples, found, lines = [], [], []
-    about = read_json(folder.path / "run.json")
+    about = folder.about
     own_tags = about["own_tags"] if is_pair(about.get("own_tags")) else None
     for where, row in read_jsonl(folder.samples_path, columns):
-        _check_kinds(row, where)
         new = regraded(planned, row, where, own_tags)
         samples.append(row)
         found.append(new)
@@ -133,12 +113,6 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
         raise UserError(f"{where}: 'prompt' is not one ({first_line(error)})") from None
 
 
-def _check_kinds(row: dict[str, Any], where: str) -> None:
-    for name, kind in KINDS.items():
-        if not isinstance(row[name], kind):
-            raise UserError(f"{where}: {name!r} must not be {type(row[name]).__name__}; the line is damaged")
-
-
 def is_pair(tags: Any) -> bool:
     """Whether a value from a file is an opening and a closing tag."""
     return isinstance(tags, list) and len(tags) == 2 and all(isinstance(tag, str) and tag for tag in tags)
@@ -149,10 +123,13 @@ def regraded(
 ) -> dict[str, Any]:
     """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone.
 
-    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them.
+    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them. Samples of older versions do not say
+    what their turn held before the completion; their prompt does.
     """
     problem = problem_of(planned.task, row, where)
-    opened = opened_of(planned.prompt, problem, row["prompt"], (own_tags or ())[:1])
+    opened = row.get("opened")
+    if opened is None:
+        opened = opened_of(planned.prompt, problem, row["prompt"], (own_tags or ())[:1])
     scores = planned.task.grade(problem, usual(opened + row["completion"], own_tags))
     judged = {
         "extractions": {name: score.extracted for name, score in scores.items()},
@@ -297,7 +274,7 @@ def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any
         metrics.append(row)
     steps = [row["step"] for row in metrics]
     lines = _step_lines(steps, result.get("steps"))
-    planned = identity.get("num_steps") or read_json(folder.path / "run.json").get("steps")
+    planned = identity.get("num_steps") or folder.about.get("steps")
     if planned and steps and (steps[-1] > planned or (steps[-1] < planned and not identity.get("patience"))):
         lines.append(f"metrics.jsonl: it ends with step {steps[-1]}, and {planned} were planned")
     lines += [

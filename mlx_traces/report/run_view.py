@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.errors import UserError
 from mlx_traces.evaluation.comparison import check_samples
-from mlx_traces.readers import is_number, parse_row, read_json
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS
+from mlx_traces.readers import is_number
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing, lines_so_far
 from mlx_traces.text import clean
 
 EVALUATION, REINFORCEMENT, FINE_TUNING = "evaluation", "reinforcement learning", "fine-tuning"
@@ -94,47 +93,17 @@ def read(path: str | Path) -> Record:
     Raises:
         UserError: if it is no run folder, or a file in it is broken.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such run folder")
-    if not any((path / name).exists() for name in ("run.json", "result.json")):
-        raise UserError(f"{path}: not a run folder, it has no run.json; name one that eval, sft or grpo wrote")
-    about = read_json(path / "run.json") if (path / "run.json").exists() else {}
-    result = read_json(path / "result.json") if (path / "result.json").exists() else None
+    folder = existing(path, *([] if RunFolder(Path(path)).finished else ["run.json"]))
+    path, about, result, metrics = folder.path, folder.about, folder.result, folder.metrics
     settings = about.get("identity")
     settings = settings if isinstance(settings, dict) else {}
-    trained = (path / "metrics.jsonl").exists() or "learning_rate" in settings
-    metrics = lines_so_far(path / "metrics.jsonl", ("step",))
-    if not trained:
-        samples = lines_so_far(path / "samples.jsonl", SAMPLE_COLUMNS)
-        check_samples(samples, str(path / "samples.jsonl"))
+    if not (path / "metrics.jsonl").exists() and "learning_rate" not in settings:
+        samples = lines_so_far(folder.samples_path, SAMPLE_COLUMNS)
+        check_samples(samples, str(folder.samples_path))
         return Record(path, EVALUATION, about, [], samples, result)
     reinforced = "group_size" in settings or any("reward/mean" in row for row in metrics)
     kind = REINFORCEMENT if reinforced else FINE_TUNING
-    return Record(path, kind, about, metrics, lines_so_far(path / "samples.jsonl", ("step", "completion")), result)
-
-
-def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read the whole lines of a file of JSON lines that may still be written; without the file there are none.
-
-    Raises:
-        UserError: at a whole line that is no JSON object, lacks a column, or has a step that is no number.
-    """
-    try:
-        content = path.read_bytes()
-        text = content[: content.rfind(b"\n") + 1].decode()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    rows = []
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(parse_row(line, f"{path}:{line_number}", columns, finite=False))
-            if "step" in columns and not is_number(rows[-1]["step"]):
-                raise UserError(f"{path}:{line_number}: 'step' is no number; the file is damaged")
-    return rows
+    return Record(path, kind, about, metrics, lines_so_far(folder.samples_path, ("step", "completion")), result)
 
 
 def notes_of(content: dict[str, Any]) -> list[str]:

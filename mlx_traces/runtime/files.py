@@ -166,7 +166,7 @@ def _taken(lock: Path) -> int:
         descriptor = _opened(lock)
         try:
             free = _try_lock(descriptor)
-            if free and not (lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())):
+            if free and not _is_at(lock, descriptor):
                 os.close(descriptor)  # its owner finished, and removed it, since it was opened
                 continue
             _refuse_owner(lock, free)
@@ -186,12 +186,22 @@ def _taken(lock: Path) -> int:
 
 
 def _opened(lock: Path) -> int:
-    """Open a lock's file, its folder made; a few times, as one that ends may just then remove a folder that it made."""
-    for _ in range(TRIES):
-        with suppress(FileNotFoundError):
+    """Open a lock's file, its folder made; again and again, as one that ends may just then remove what it made."""
+    for left in reversed(range(TRIES)):
+        try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lock))
+        except (FileNotFoundError, FileExistsError):  # the second where the folder went while it was being made
+            if not left:
+                raise
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int) -> bool:

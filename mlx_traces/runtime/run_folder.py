@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
-from mlx_traces.readers import read_json, read_jsonl
+from mlx_traces.readers import is_number, parse_row, read_json, read_jsonl
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
 
@@ -16,6 +16,7 @@ SAMPLE_COLUMNS = (
     *("verdict", "stratum", "elapsed"),
 )
 NOTED_SINCE = ("shown", "held_out")  # what an identity has now, and had not in earlier versions
+WAY_OUT = {"run.json": "name a folder that eval, sft, grpo or ppo wrote", "result.json": "finish the run with --resume"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,34 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def begun(self) -> bool:
+        """Whether it is noted what was asked."""
+        return (self.path / "run.json").exists()
+
+    @property
     def finished(self) -> bool:
         """Whether the run has its result."""
         return (self.path / "result.json").exists()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``run.json`` says: what was asked, and what the run is made with; empty before that."""
+        return read_json(self.path / "run.json") if self.begun else {}
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What ``result.json`` says; None as long as the run is not finished."""
+        return read_json(self.path / "result.json") if self.finished else None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl`` so far, each with its ``step``; none of an evaluation."""
+        return lines_so_far(self.path / "metrics.jsonl", ("step",))
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The samples of a finished evaluation; UserError if there are none, or a line is not one."""
+        return [row for _, row in read_jsonl(self.samples_path, SAMPLE_COLUMNS)]
 
     def refuse(self, resume: bool) -> None:
         """Raise UserError if a run cannot be written here; nothing is touched."""
@@ -42,7 +68,7 @@ class RunFolder:
         used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if used and not resume:
             raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
-        if used and not (self.path / "run.json").exists():
+        if used and not self.begun:
             raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
 
     def recover(self, identity: dict[str, Any], idle: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -57,16 +83,14 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the result, as the run was begun; empty before that."""
-        if not (self.path / "run.json").exists():
-            return {}
-        stored = read_json(self.path / "run.json").get("identity")
+        stored = self.about.get("identity") if self.begun else {}
         if not isinstance(stored, dict):
             raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")
         return stored
 
     def check(self, identity: dict[str, Any], idle: Collection[str] = ()) -> None:
         """Raise UserError if the run was started with another identity; ``idle`` keys, which change nothing, aside."""
-        if not (self.path / "run.json").exists():
+        if not self.begun:
             return
         stored = self.identity
         if found := differences(stored, identity, idle):
@@ -82,7 +106,7 @@ class RunFolder:
 
     def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
         """Make the folder and note what decides the result, and details that do not: versions, device and alike."""
-        if (self.path / "run.json").exists():
+        if self.begun:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,10 +128,7 @@ class RunFolder:
     def rewind(self, name: str, step: int) -> None:
         """Drop the rows of later steps than ``step``, which are about to be made again."""
         path = self.path / name
-        rows = whole_lines(path, ("step",))
-        if strange := [row["step"] for row in rows if not isinstance(row["step"], int | float)]:
-            raise UserError(f"{path}: 'step' must be a number, not {type(strange[0]).__name__}; the file is damaged")
-        rows = [row for row in rows if row["step"] <= step]
+        rows = [row for row in lines_so_far(path, ("step",)) if row["step"] <= step]
         if path.exists():
             self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -157,13 +178,47 @@ def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
     return [f"{key}: {reason}" for key, reason in found.items() if reason]
 
 
+def existing(path: str | Path, *files: str) -> RunFolder:
+    """Return a run folder that is there and has ``files``; UserError if it is not or has not."""
+    folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    for name in files:
+        if not (folder.path / name).exists():
+            raise UserError(f"{path}: no {name}; {WAY_OUT[name]}")
+    return folder
+
+
 def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read JSON lines; a last line that was cut off while being written is removed from the file."""
-    if not path.exists():
+    """Read JSON lines as `lines_so_far` does; a last line cut off while being written is removed from the file."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with on_the_way(path), path.open("r+b") as file:
+                file.truncate(whole)
+    return lines_so_far(path, columns)
+
+
+def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read the whole lines of a file of JSON lines that may still be written; without the file there are none.
+
+    Raises:
+        UserError: at a whole line that is no JSON object, lacks a column, or has a step that is no number.
+    """
+    try:
+        content = path.read_bytes()
+        text = content[: content.rfind(b"\n") + 1].decode()
+    except FileNotFoundError:
         return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with on_the_way(path), path.open("r+b") as file:
-            file.truncate(whole)
-    return [row for _, row in read_jsonl(path, columns, finite=False)]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append(parse_row(line, f"{path}:{number}", columns, finite=False))
+            if "step" in columns and not is_number(step := rows[-1]["step"]):
+                kind = type(step).__name__
+                raise UserError(f"{path}:{number}: 'step' must be a number, not {kind}; the file is damaged")
+    return rows

@@ -25,7 +25,7 @@ from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import device
 from mlx_traces.runtime.interrupts import Stopped
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import checkpoints, model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
@@ -137,7 +137,7 @@ class Training:
         """Keep the last adapter where no validation chose one; return the lines of metrics."""
         if self.progress.best is None:
             keep(self.loaded, self.folder, self.adapter, self.about)
-        return whole_lines(self.folder.path / "metrics.jsonl", ("step",))
+        return self.folder.metrics
 
     def unmoved(self) -> list[str]:
         """Return a note if no validation was better than the start."""

@@ -23,7 +23,7 @@ from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
 from mlx_traces.runtime.provenance import fingerprint
-from mlx_traces.runtime.run_folder import whole_lines
+from mlx_traces.runtime.run_folder import RunFolder, existing
 from mlx_traces.tasks import TASKS, gsm8k
 from mlx_traces.text import clean
 from mlx_traces.traces.files import manifest_path
@@ -232,7 +232,7 @@ def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
 
 def _lines(run: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics of a run folder; none of a folder that is no run's."""
-    return whole_lines(run / "metrics.jsonl", ("step",)) if (run / "run.json").exists() else []
+    return RunFolder(run).metrics if RunFolder(run).begun else []
 
 
 def kept_row(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
@@ -442,8 +442,9 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     Raises:
         UserError: if it is none of them.
     """
-    about, result = read_json(run / "run.json").get("identity"), read_json(run / "result.json")
-    if not isinstance(about, dict) or "problems" not in about:
+    folder = existing(run, "run.json", "result.json")
+    about, result = folder.identity, folder.result or {}
+    if "problems" not in about:
         raise UserError(f"{run}: not an evaluation; make one with: mlx-traces eval --adapter {adapter}")
     own = about.get("adapter_files")
     now = fingerprint(adapter)
@@ -478,7 +479,7 @@ def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
 def _versions(run: Path) -> str:
     """Say by which version a run was made, if the adapter stands in one."""
     try:
-        versions = read_json(run / "run.json").get("versions") or {}
+        versions = RunFolder(run).about.get("versions") or {}
     except UserError:
         return ""
     known = [f"{name} {clean(versions[name])}" for name in ("mlx-traces", "mlx", "mlx-lm") if versions.get(name)]

@@ -21,7 +21,7 @@ from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.readers import read_json
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import to_json, write_atomic
-from mlx_traces.runtime.run_folder import RunFolder, whole_lines
+from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.text import clean
 
 PROJECT = "mlx-traces"  # unless the client's own environment variable names another
@@ -92,7 +92,7 @@ class Tracker:
             rows = [row]
             if self.run is None:
                 self._begin()
-                rows = whole_lines(self.folder.path / "metrics.jsonl", ("step",))
+                rows = self.folder.metrics
             for one in rows:
                 if one["step"] > self.last:
                     self.run.log({name: value for name, value in one.items() if name != "step"}, step=one["step"])
@@ -107,7 +107,7 @@ class Tracker:
                 CLIENTS[self.module.__name__][1](self.module, failed)
 
     def _begin(self) -> None:
-        about = read_json(self.folder.path / "run.json")
+        about = self.folder.about
         self.id, self.sent = run_id(self.folder.path), {}
         if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
             self.sent = dict(state["sent"])

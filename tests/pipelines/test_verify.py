@@ -88,6 +88,18 @@ def test_whole_evaluations_agree(qa, countdown):
     assert {"correct", "wrong_value", "no_answer"} == set(verdicts)  # the thought that never ends has no answer
 
 
+def test_what_was_opened_is_read_from_the_sample_or_as_before_from_its_prompt(qa):
+    whole = (qa / "samples.jsonl").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert {row["opened"] for row in rows} == {"<think>\n"}
+    older = [{key: value for key, value in row.items() if key != "opened"} for row in rows]
+    for kept in ([row | {"prompt": "another text"} for row in rows], older):
+        (qa / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        assert verify.verify(qa)[1] == []
+    change(qa, "samples.jsonl", 0, lambda row: row | {"opened": ""})
+    assert "verdict by tolerant is no_answer, found correct" in call(qa).output
+
+
 @pytest.mark.parametrize("opener", ["", "<think>\n", "<think>\n\n</think>\n\n"])
 @pytest.mark.parametrize("prefill", ["", "Let me see.", "<think>\nI"])
 @pytest.mark.parametrize("user", ["{question}", "Think in <think> and </think>: {question} \n", "{question} <think>"])

@@ -55,14 +55,14 @@ def test_a_torn_last_line_is_left_out_and_left_there(tmp_path):
     with pytest.raises(UserError, match=r"metrics.jsonl:8: not JSON"):
         run_view.read(run)
     (run / "metrics.jsonl").write_bytes(whole + b'{"step": "x"}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:8: 'step' is no number"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:8: 'step' must be a number, not str"):
         run_view.read(run)
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         run_view.read(tmp_path / "none")
-    with pytest.raises(UserError, match=r"it has no run\.json"):
+    with pytest.raises(UserError, match=r"no run\.json; name a folder"):
         run_view.read(tmp_path)
 
 

@@ -1,10 +1,13 @@
 """Run folders: one process at a time, and what a killed one left."""
 
+import ast
 import errno
 import fcntl
 import json
 import os
 import platform
+import re
+from pathlib import Path
 
 import pytest
 from stress import killing, several
@@ -125,14 +128,46 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_removes_at_that_moment_is_made_again(tmp_path, monkeypatch):
-    lock, opened, removed = tmp_path / "run" / ".lock", os.open, []
+    lock, opened, made, turns = tmp_path / "run" / ".lock", os.open, Path.mkdir, []
 
     def late(path, *given):
-        if path == lock and not removed:
-            removed.append(lock.parent.rmdir())
+        if path == lock and len(turns) < 2:
+            turns.append(lock.parent.rmdir())
         return opened(path, *given)
 
+    def gone(path, *given, **options):
+        """It was there when it was to be made, and is not when it is looked at."""
+        if path == lock.parent and not turns:
+            turns.append(None)
+            raise FileExistsError(errno.EEXIST, "File exists")
+        return made(path, *given, **options)
+
     monkeypatch.setattr(os, "open", late)
+    monkeypatch.setattr(Path, "mkdir", gone)
     with files.held(lock):
-        assert removed and lock.exists()
+        assert len(turns) == 2 and lock.exists()
     assert not lock.parent.exists()
+
+
+def test_a_lock_that_its_owner_removes_while_it_is_looked_at_is_taken_anew(tmp_path, monkeypatch):
+    lock, state, removed = tmp_path / ".lock", Path.stat, []
+
+    def late(path, **options):
+        if path == lock and not removed and path.exists():
+            removed.append(lock.unlink())
+        return state(path, **options)
+
+    monkeypatch.setattr(Path, "exists", lambda path, **_: os.path.lexists(path))
+    monkeypatch.setattr(Path, "stat", late)
+    with files.held(lock):
+        assert removed and os.path.lexists(lock)
+
+
+def test_only_the_run_folder_reads_what_a_run_says():
+    """Of the files of a run, no other module opens run.json, result.json or metrics.jsonl by itself."""
+    told, found = re.compile(r"'(run\.json|result\.json|metrics\.jsonl)'"), set()
+    for path in sorted(Path(files.__file__).parents[1].rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            reads = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("read_json", "whole_lines")
+            found |= {path.name} if reads and told.search(ast.unparse(node)) else set()
+    assert found == {"run_folder.py"}

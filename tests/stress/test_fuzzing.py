@@ -211,6 +211,7 @@ def test_a_step_that_is_no_number_is_refused(tmp_path):
         ),
         *({"sample": [0]}, {"verdicts": ["correct"]}, {"verdicts": {"answer": 1}}, {"stratum": {"a": 1}}, {"gold": 5}),
         *({"extracted": ["5"]}, {"question": None}, {"finish_reason": 0}, {"verdict": {}}),
+        *({"elapsed": "1"}, {"completion": None}, {"prompt": 1}, {"extractions": ["5"]}),
     ],
 )
 def test_samples_of_other_kinds_are_refused(tmp_path, change):
@@ -229,6 +230,7 @@ def test_samples_of_other_kinds_are_refused(tmp_path, change):
         {"prompt": None},
         {"adapter": ["x"]},
         {"temperature": "hot"},
+        {"temperature": 10**400},
         {"pass_at_k": [1]},
         {"maj_at_k": {"| x": 1}},
     ],
