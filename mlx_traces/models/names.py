@@ -30,6 +30,22 @@ def is_folder(spec: str) -> bool:
     return bool(spec) and _is(spec, Path.is_dir)
 
 
+def is_local(spec: str) -> bool:
+    """Whether a name is of a model that needs no hub: nano, or a folder."""
+    return spec == NANO or is_folder(spec)
+
+
+def is_here(spec: str) -> bool:
+    """Whether loading a model downloads nothing; of a name that `check` lets pass."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = spec.partition("@")
+    if is_local(spec):
+        return True
+    found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return isinstance(found, str) and _missing(Path(found).parent) is None
+
+
 def with_adapter(config: Any) -> Any:
     """Return settings whose ``adapter`` is the one that ``model`` names too, as in MODEL+ADAPTER.
 
