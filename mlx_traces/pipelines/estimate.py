@@ -5,7 +5,6 @@ is ``memory``'s estimate.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -26,13 +25,14 @@ from mlx_traces.config import (
     SFTConfig,
     read_config,
 )
-from mlx_traces.errors import UserError, unknown
+from mlx_traces.errors import MOST_NAME, UserError, choices, did_you_mean, unknown
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.pipelines import rounds
 from mlx_traces.pipelines.rounds import Station
+from mlx_traces.readers import read_yaml
 from mlx_traces.records import Trace
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
@@ -299,21 +299,24 @@ class Planned:
         return f"  largest {name}: {most.value:,}{f' ({why})' if most.value == most.top else ''}"
 
 
-def kind_of(path: Path) -> str:
-    """Return the recipe of a configuration: the command in its first line of comment.
+def kinds_of(path: Path) -> list[str]:
+    """Return the recipes of training that have all fields of a file, and need no other.
 
     Raises:
-        UserError: if the file cannot be read, or that line names no training.
+        UserError: if the file cannot be read, or there is none.
     """
-    try:
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    match = re.match(r"#\s*mlx-traces (\S+)", first)
-    if match is None or match[1] not in KINDS:
-        found = f"names {match[1]!r}" if match else "names no command"
-        raise UserError(f"{path}: its first line {found}; plan knows sft, grpo and ppo: pass --kind")
-    return match[1]
+    given, every = read_yaml(path).keys(), choices(KINDS)
+    known = [name for settings in KINDS.values() for name in settings.model_fields]
+    if stray := sorted(given - {*known}):
+        near = did_you_mean(stray[0], known)
+        raise UserError(f"{path}: {stray[0][:MOST_NAME]!r} is no setting of {every}{near}")
+    found = []
+    for kind, settings in KINDS.items():
+        needed = {name for name, field in settings.model_fields.items() if field.is_required()}
+        found += [kind] if needed <= given <= settings.model_fields.keys() else []
+    if not found:
+        raise UserError(f"{path}: its fields fit none of {every}; --kind says what one of them misses")
+    return found
 
 
 def plan(path: str | Path, kind: str | None = None) -> Planned:
@@ -321,16 +324,20 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
 
     Args:
         path: the YAML file of ``sft``, ``grpo`` or ``ppo``.
-        kind: which of them; default: as its first line says.
+        kind: which of them; default: the one that has the file's fields.
 
     Raises:
         UserError: if the configuration is wrong, or its model or problems are not here.
     """
-    path = Path(path)
-    kind = kind or kind_of(path)
-    if kind not in KINDS:
+    if kind is not None and kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    config = names.with_adapter(read_config(KINDS[kind], path, {}))
+    kinds = [kind] if kind else kinds_of(Path(path))
+    config, *others = [read_config(KINDS[kind], path, {}) for kind in kinds]
+    # GRPO and PPO take the same memory where what they share is the same.
+    shared = [one.model_dump(include={*RLConfig.model_fields}) for one in (config, *others)]
+    if any(one != shared[0] for one in shared):
+        raise UserError(f"{path}: its fields fit {' and '.join(kinds)} alike; pass --kind")
+    config = names.with_adapter(config)
     names.check(config.model, config.adapter)
     if not names.is_here(config.model):
         loads = f"eval --model {config.model} --limit 1 downloads it"
@@ -352,5 +359,5 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
     shape, limit = memory.shape_of(loaded), loaded.backend.memory_gb
     estimate = memory.estimate(shape, **sizes)
     most = memory.largest(shape, sizes, limit, loaded.context or NO_CONTEXT)
-    told = f"{kind} of {config.model} on {loaded.backend.description}: {length}"
+    told = f"{choices(kinds)} of {config.model} on {loaded.backend.description}: {length}"
     return Planned(estimate, told, limit, memory.fits(estimate, loaded.backend), most)
