@@ -21,7 +21,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.models.adapters import attach
 from mlx_traces.models.loading import load
-from mlx_traces.models.names import check, is_folder, resolve, split_adapter
+from mlx_traces.models.names import check, is_folder, is_here, local_folder, resolve, split_adapter
 from mlx_traces.records import Problem
 from mlx_traces.tasks.prompts import Prompt
 
@@ -443,6 +443,19 @@ def test_split_adapter_expands_the_home_folder(tmp_path, monkeypatch):
     assert split_adapter("~/ad+~/ad") == (f"{tmp_path}/ad", f"{tmp_path}/ad")
     assert split_adapter("~/ad") == (f"{tmp_path}/ad", None)
     assert split_adapter("nano+~/nothing") == ("nano", "~/nothing")
+    assert split_adapter("nano", "~/ad") == ("nano", f"{tmp_path}/ad") and split_adapter("nano", "") == ("nano", None)
+    with pytest.raises(UserError, match="two adapters, a and ~/ad: give one"):
+        split_adapter("nano+a", "~/ad")
+
+
+def test_what_is_on_this_machine_is_told_from_the_hub(tiny_folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert local_folder(str(tiny_folder)) == tiny_folder and local_folder("nano").is_dir()
+    assert local_folder("org/model") is None and is_here("nano") and not is_here("org/model@v1")
+    with pytest.raises(UserError, match="not a model folder"):
+        local_folder(str(tmp_path))
 
 
 def test_adapter_in_the_home_folder(tiny_folder, tmp_path, monkeypatch):
