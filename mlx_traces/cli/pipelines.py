@@ -148,9 +148,7 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
 @click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
 @click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
-@click.option(
-    "--dry-run", is_flag=True, help="Print the stations, and the time and memory of those to make; make nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Print the stages, and tokens and memory of those to make; make nothing.")
 def rounds_command(
     config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
 ) -> None:

@@ -12,7 +12,7 @@ from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
 
 @click.command("plan")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
-@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: as the file's first line says.")
+@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: the one that has the file's fields.")
 def plan_command(config_file: str, kind: str | None) -> None:
     """Say what memory the training of CONFIG will take, by part, and the largest settings that still fit.
 

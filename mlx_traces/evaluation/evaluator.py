@@ -104,12 +104,12 @@ class Plan:
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
-        from mlx_traces.models.names import NANO, is_folder, resolve
+        from mlx_traces.models.names import local_folder
 
-        local = config.model == NANO or is_folder(config.model)
+        folder = local_folder(config.model)
         return {
             **shared,
-            "model_files": fingerprint(resolve(config.model)[0]) if local else None,
+            "model_files": fingerprint(folder) if folder else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }
 

@@ -40,8 +40,8 @@ def conversion(model: str, bits: int, group_size: int, folder: Path) -> Conversi
 
     A local source is its files, a hub id its name and revision; nothing is downloaded or made.
     """
-    local = model == names.NANO or names.is_folder(model)
-    source = [model, fingerprint(names.resolve(model)[0])] if local else [model]
+    own = names.local_folder(model)
+    source = [model, fingerprint(own)] if own else [model]
     digest = hashlib.sha256(json.dumps([source, bits, group_size if bits < 16 else 0]).encode()).hexdigest()[:8]
     return Conversion(model, bits, group_size, folder / f"{_label(model, bits, group_size)}-{digest}")
 
@@ -93,9 +93,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def origin(model: str) -> dict[str, Any] | None:
     """Return the quantization that a model on this disk comes with, None for dense weights and hub ids."""
-    if model != names.NANO and not names.is_folder(model):
-        return None
-    return _quantization(json.loads((names.resolve(model)[0] / "config.json").read_text(encoding="utf-8")))
+    folder = names.local_folder(model)
+    return _quantization(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
 
 
 def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bool) -> dict[str, Any] | None:

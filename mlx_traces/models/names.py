@@ -30,28 +30,49 @@ def is_folder(spec: str) -> bool:
     return bool(spec) and _is(spec, Path.is_dir)
 
 
+def local_folder(spec: str) -> Path | None:
+    """Return the folder of nano or of a model that is a folder, checked; None for a hub id."""
+    return resolve(spec)[0] if spec == NANO or is_folder(spec) else None
+
+
+def is_here(spec: str) -> bool:
+    """Whether loading a model downloads nothing; of a name that `check` lets pass."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = spec.partition("@")
+    if local_folder(spec):
+        return True
+    found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return isinstance(found, str) and _missing(Path(found).parent) is None
+
+
 def with_adapter(config: Any) -> Any:
     """Return settings whose ``adapter`` is the one that ``model`` names too, as in MODEL+ADAPTER.
 
     Raises:
         UserError: if both name one.
     """
-    model, inner = split_adapter(config.model)
-    if inner and config.adapter:
-        raise UserError(f"--adapter {config.adapter}: {config.model} already names an adapter")
-    adapter = inner or (config.adapter and _expanded(config.adapter))
+    model, adapter = split_adapter(config.model, config.adapter)
     return config.model_copy(update={"model": model, "adapter": adapter})
 
 
-def split_adapter(spec: str) -> tuple[str, str | None]:
-    """Split ``MODEL+ADAPTER``; a folder whose own name has a ``+`` is that folder, ``~`` is expanded in folders."""
+def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Return model and adapter of ``MODEL+ADAPTER``, or of a model and an ``adapter`` beside it.
+
+    A folder whose own name has a ``+`` is that folder; ``~`` is expanded in folders.
+
+    Raises:
+        UserError: for two adapters.
+    """
     if "+" not in spec or is_folder(spec):
-        return _expanded(spec), None
+        return _expanded(spec), _expanded(adapter) if adapter else None
     parts = spec.split("+")
     splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
     known = [split for split in splits if is_folder(split[1])]
-    model, adapter = next((split for split in known if is_folder(split[0])), (known or splits)[0])
-    return _expanded(model), _expanded(adapter)
+    model, inner = next((split for split in known if is_folder(split[0])), (known or splits)[0])
+    if inner and adapter:
+        raise UserError(f"two adapters, {_short(inner)} and {_short(adapter)}: give one")
+    return _expanded(model), _expanded(inner or adapter or "")
 
 
 def check(name: str, adapter: str | None = None) -> None:
@@ -111,16 +132,13 @@ def _parts(name: str, adapter: str | None) -> tuple[str, str | None]:
     """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
     from mlx_traces.models.adapters import read_config
 
-    spec, inner = split_adapter(name)
-    if inner and adapter:
-        raise UserError(f"two adapters, {_short(inner)} and {_short(adapter)}: give one")
-    adapter = adapter or inner
+    spec, adapter = split_adapter(name, adapter)
     if adapter is None:
         return spec, None
     if not is_folder(adapter):
         raise UserError(f"{_short(adapter) or repr(adapter)}: no such adapter folder; give one that mlx_lm has trained")
-    read_config(Path(adapter).expanduser())
-    return spec, _expanded(adapter)
+    read_config(Path(adapter))
+    return spec, adapter
 
 
 def cached_models() -> list[str]:

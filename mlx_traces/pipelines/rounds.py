@@ -79,10 +79,8 @@ def stations(config: RoundsConfig, show: Show) -> list[Station]:
     _check(config)
     plan: list[Station] = []
     spec, adapter = names.split_adapter(config.model)
-    local = spec == names.NANO or names.is_folder(spec)
     before: list[Any] = [config.model, config.task, config.prompt]
-    before += [fingerprint(names.resolve(spec)[0])] if local else []
-    before += [fingerprint(Path(adapter))] if adapter else []
+    before += [fingerprint(Path(folder)) for folder in (names.local_folder(spec), adapter) if folder]
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.config import EvalConfig, StudyConfig, StudyModel, StudyTask, build
+from mlx_traces.config import EvalConfig, StudyConfig, StudyTask, build
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
@@ -107,7 +107,7 @@ def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str
     for given in (name for name in ("model", "adapter", "prompt") if name in shared):
         raise UserError(f"tasks: {given!r} is filled in by the study; name it under models or prompts")
     for place, model in enumerate(config.models):
-        spec, adapter = _adapter(model)
+        spec, adapter = names.split_adapter(model.model, model.adapter)
         if model.optional and adapter and not names.is_folder(adapter):
             notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
             continue
@@ -231,14 +231,6 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
     return parts
 
 
-def _adapter(model: StudyModel) -> tuple[str, str | None]:
-    """Return a model's name and its adapter's folder, from wherever the adapter is named."""
-    spec, inner = names.split_adapter(model.model)
-    if inner and model.adapter:
-        raise UserError(f"two adapters, {inner} and {model.adapter}: give one")
-    return spec, inner or model.adapter
-
-
 def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
     planned = entry.plan()  # anew, as its model may have been converted meanwhile
     return entry.named(compare.obtain(planned, Path(config.runs_dir) / planned.label, progress, config.apart))
@@ -270,8 +262,8 @@ def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
-    if loaded and folder is None and (entry.config.model == names.NANO or names.is_folder(entry.config.model)):
-        folder = names.resolve(entry.config.model)[0]
+    if loaded and folder is None:
+        folder = names.local_folder(entry.config.model)
     blank = dict.fromkeys(("bits", "group_size", "bits_per_weight", "file_mb"))
     facts = convert.describe(folder) if folder else blank
     identity, backend = stored["identity"], stored.get("backend") or {}

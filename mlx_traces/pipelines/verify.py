@@ -14,7 +14,7 @@ from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.models import adapters, loading
-from mlx_traces.models.names import NANO, is_folder
+from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
@@ -339,7 +339,7 @@ def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
         if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
             return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
         model = str(identity.get("model"))
-        if model == NANO or is_folder(model):
+        if local_folder(model):
             loading.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
     except UserError as error:
         return [f"adapter: {error}"]

@@ -78,10 +78,7 @@ def fuse(
     out = Path(out)
     if bits not in BITS:
         raise UserError(f"bits: {bits}; choose {choices(str(b) for b in BITS)}")
-    name, inner = names.split_adapter(model)
-    if adapter and inner:
-        raise UserError(f"two adapters, {inner} and {adapter}: give one")
-    adapter = adapter or inner
+    name, adapter = names.split_adapter(model, adapter)
     if adapter is None:
         raise UserError("no adapter to fuse: give --adapter, the folder that mlx-traces sft wrote")
     if bits < 16 and data is None:

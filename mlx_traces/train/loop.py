@@ -216,7 +216,7 @@ def keep(
         row: the line of metrics of the validation that chose it; default: the run's last line tells.
     """
     adapters.save(loaded.model, folder.path / "adapter", settings, about)
-    model_card.write(folder.path / "adapter", row and [row], model_card.base_of(loaded.name, loaded.path))
+    model_card.write(folder.path / "adapter", row, model_card.base_of(loaded.name, loaded.path))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -1,15 +1,15 @@
 """Model cards: the README.md of an adapter's folder, as the model hub reads it, and for people. No MLX.
 
-A card says what the adapter is for which base model, on what data and with which settings it was made, what was
-measured, and the base's licence. All of that is in the folder and in the run that it stands in, so a card can be
-written anew at any time. Texts of users and models are quoted as code; the machine's paths are cut to their ends.
+A card says for which base model an adapter is, on what data and with which settings it was made, what was measured,
+how to load it, and the base's licence: what the adapter's settings and the run that it stands in say, so that it can
+be written anew. Texts of users and models are quoted as code; the machine's paths are cut to their ends.
 """
 
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,17 +38,9 @@ METHODS = {
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",
 }
-FILES = (
-    "model",
-    "adapter",
-    "data",
-    "valid",
-    "reference",
-    "judge",
-    "judge_prompt",
-    "judge_cache",
-    "shots_data",
-    "prompt",
+FILES = (  # settings that name one
+    *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
+    *("judge", "judge_prompt", "judge_cache"),
 )
 # The hub's identifiers of licences (hub documentation, "Licenses", and those it has taken up since).
 IDENTIFIERS = """
@@ -70,15 +62,12 @@ class Base:
     """A base model as a card names it.
 
     ``name`` is without the machine's paths, ``hub_id`` None for what is not on the hub. ``licence`` holds the hub's
-    fields ``license``, ``license_name`` and ``license_link``, and is empty where nothing is known. ``made_of`` is what
-    the base's own card names as its base.
+    fields ``license``, ``license_name`` and ``license_link``, and is empty where nothing is known.
     """
 
     name: str
     hub_id: str | None
     licence: dict[str, str] = field(default_factory=dict)
-    language: Any = None
-    made_of: str | None = None
 
 
 def base_of(spec: str, folder: Path | None = None) -> Base:
@@ -89,27 +78,12 @@ def base_of(spec: str, folder: Path | None = None) -> Base:
         folder: where the model is, if it was loaded.
     """
     if spec == names.NANO:
-        return Base(spec, None, {"license": "mit"}, "en")
+        return Base(spec, None, {"license": "mit"})
     if names.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
-        return _described(last_parts(spec), None, _front_matter(folder or Path(spec).expanduser()))
+        return Base(last_parts(spec), None, _licence(_front_matter(folder or Path(spec).expanduser()), None))
     name, _, revision = spec.partition("@")
     front = _front_matter(folder) if folder and (folder / CARD).is_file() else _front_matter_of(name, revision or None)
-    return _described(spec, name, front)
-
-
-def _described(name: str, hub_id: str | None, front: Mapping[str, Any]) -> Base:
-    made_of, language = front.get("base_model"), front.get("language")
-    languages = [language] if isinstance(language, str) else language
-    fits = isinstance(languages, list) and all(
-        isinstance(one, str) and re.fullmatch("[a-z-]+", one) for one in languages
-    )
-    return Base(
-        name,
-        hub_id,
-        _licence(front, hub_id),
-        language if fits else None,
-        clean(made_of)[:100] if isinstance(made_of, str) else None,
-    )
+    return Base(spec, name, _licence(front, name))
 
 
 def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
@@ -156,7 +130,7 @@ def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
 
 def write(
     adapter: Path,
-    rows: Sequence[Mapping[str, Any]] | None = None,
+    row: Mapping[str, Any] | None = None,
     base: Base | None = None,
     runs: Sequence[Path] = (),
     fused: tuple[Path, str] | None = None,
@@ -166,7 +140,7 @@ def write(
 
     Args:
         adapter: the folder, complete but for its card.
-        rows: lines of metrics of its training; default: those of the run that it stands in.
+        row: the line of metrics of the validation that chose it; default: as the run that it stands in tells.
         base: what is known of the base model; default: what its name and the hub tell.
         runs: finished evaluations with the adapter, and of the base model alone.
         fused: the folder of the model that base and adapter were made, which gets the card, and its kind of weights.
@@ -184,7 +158,7 @@ def write(
     title = title or title_of(adapter)
     method = str(config.get("trained_by", "")).rpartition(" ")[2]
     results = [_evaluation(Path(run), adapter, config) for run in runs]
-    row, chosen = kept_row(_lines(adapter.parent) if rows is None else rows)
+    row, chosen = (row, True) if row else _kept(adapter.parent)
     measured = [*(result for result in results if result["adapter"]), *_validation(row, training)]
     content = {
         "title": _plain(title),
@@ -195,7 +169,6 @@ def write(
         "moment": f"at step {row.get('step', 0):,}, the one that was kept" if chosen else "at its last step",
         "chosen": chosen,
         "data": list(_data_lines(training, method)),
-        "versions": _versions(adapter.parent),
         "settings": (settings := _yaml(shown(training))),
         "fence": fence_for(settings),
         "licence": _licence_text(base),
@@ -230,20 +203,17 @@ def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
     return write(adapter, runs=runs)
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics of a run folder; none of a folder that is no run's."""
-    return RunFolder(run).metrics if RunFolder(run).begun else []
+def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
+    """Return the line of metrics at the step of a run's adapter, and whether a validation chose it.
 
 
-def kept_row(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Return the line of metrics at the step that an adapter is from, and whether a validation chose it.
-
-    It is the first of the best: by accuracy, else by loss, as the trainings keep it; the last line without validation.
+    It is the best step that the run's result names, else its last; empty for a folder that is no run's.
     """
-    for name, sign in (("valid/accuracy", 1), ("valid/loss", -1)):
-        if judged := [row for row in rows if name in row]:
-            return dict(max(judged, key=lambda row: sign * row[name])), True
-    return dict(rows[-1]) if rows else {}, False
+    folder = RunFolder(run)
+    rows = folder.metrics if folder.begun else []
+    best = (folder.result or {}).get("best_step")
+    chosen = next((row for row in rows if row["step"] == best), None)
+    return chosen or (rows[-1] if rows else {}), chosen is not None
 
 
 def _tells(name: str, value: Any) -> bool:
@@ -283,7 +253,6 @@ def _metadata(
         for result in results
     ]
     return {
-        "language": base.language,
         **base.licence,
         "library_name": "mlx",
         "pipeline_tag": "text-generation",
@@ -292,7 +261,7 @@ def _metadata(
             if base.hub_id
             else {}
         ),
-        "datasets": datasets_of(training, method) or None,
+        "datasets": _datasets(training, method) or None,
         "tags": [*tags, *([task] if task else [])],
         **({"model_name": title, "eval_results": found, "metrics": ["accuracy"]} if found else {}),
     }
@@ -306,15 +275,7 @@ def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None)
     on = "all layers" if layers in (-1, None) else f"the last {layers} layers"
     made = METHODS.get(method, "training")
     whole = f"One model ({fused}) of a base and an adapter, which is a" if fused else "A"
-    what = f"{whole} {KINDS[kind]} ({on}{size}) for {_base_text(base)}, made by {made} with mlx-traces"
-    return f"{what} and MLX." + (
-        f" Training began with the adapter {code(start)}." if (start := _start(config)) else ""
-    )
-
-
-def _start(config: dict[str, Any]) -> str | None:
-    given = (config.get("training") or {}).get("adapter") if isinstance(config.get("training"), dict) else None
-    return last_parts(given) if isinstance(given, str) else None
+    return f"{whole} {KINDS[kind]} ({on}{size}) for {_base_text(base)}, made by {made} with mlx-traces and MLX."
 
 
 def _base_text(base: Base) -> str:
@@ -322,7 +283,7 @@ def _base_text(base: Base) -> str:
         return f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
     if base.name == names.NANO:
         return "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
-    return f"the model in a folder {code(base.name)}" + (f", made of {code(base.made_of)}" if base.made_of else "")
+    return f"the model in a folder {code(base.name)}"
 
 
 def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
@@ -357,35 +318,21 @@ def _task_of(training: Mapping[str, Any]) -> str | None:
     return task if task in TASKS else None
 
 
-def datasets_of(training: Mapping[str, Any], method: str) -> list[str]:
-    """Return the hub data sets that a training learned from, as far as its settings and its files' manifests tell."""
-    if method in ("grpo", "ppo"):
-        data = training.get("data")
-        if data is None:
-            return [gsm8k.HUB] if training.get("task") == "gsm8k" else []
-        return [str(data).partition("@")[0]] if _is_hub_set(data) else []
-    found, data = [], training.get("data")
-    for _ in range(8):  # raw, generated, scored, filtered: a chain of files
-        manifest = _manifest(data)
-        config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
-        named = [manifest.get("source"), config.get("data"), config.get("hub")]
-        if config.get("task") == "gsm8k" and not config.get("data"):
-            named.append(gsm8k.HUB)
-        found += [str(name).partition("@")[0] for name in named if _is_hub_set(name)]
-        data = manifest.get("source")
-        if not data:
-            break
-    own = str(training.get("model")).partition("@")[0]  # the source of its own completions, and no data set
-    return [name for name in dict.fromkeys(found) if name != own]
+def _datasets(training: Mapping[str, Any], method: str) -> list[str]:
+    """Return the hub data set whose problems a reinforcement learned from, as its settings name it."""
+    data = training.get("data")
+    if method not in ("grpo", "ppo"):
+        return []  # a file of traces
+    if data is None:
+        return [gsm8k.HUB] if training.get("task") == "gsm8k" else []
+    return [data.partition("@")[0]] if _is_hub_set(data) else []
 
 
-def _manifest(data: Any) -> dict[str, Any]:
-    try:
-        return (
-            read_json(manifest_path(Path(data))) if isinstance(data, str) and manifest_path(Path(data)).exists() else {}
-        )
-    except (UserError, OSError, ValueError):
-        return {}
+def _written(data: str) -> str:
+    """Say how many traces a file has, as its manifest counts them."""
+    with suppress(UserError, OSError, ValueError, LookupError, TypeError):
+        return f"{read_json(manifest_path(Path(data)))['counts']['written']:,} traces"
+    return "Traces"
 
 
 def _is_hub_set(name: Any) -> bool:
@@ -405,10 +352,7 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
             f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."
         )
     elif isinstance(data, str):
-        counts = _manifest(data).get("counts")
-        written = counts.get("written") if isinstance(counts, dict) else None
-        number = f"{written:,} traces" if isinstance(written, int) else "Traces"
-        yield f"{number}, from the file {code(last_parts(data))}."
+        yield f"{_written(data)}, from the file {code(last_parts(data))}."
     else:
         yield "The settings do not say what data it was trained on."
 
@@ -474,16 +418,6 @@ def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
     accuracy, interval = f"{text.percent(result['accuracy'])} %", text.interval(result["ci_low"], result["ci_high"])
     counts = f"{result['correct_count']:,}", f"{result['total_questions']:,}"
     return name.replace("|", "\\|"), task, prompt, extractor, accuracy, interval, *counts, result["decoding"]
-
-
-def _versions(run: Path) -> str:
-    """Say by which version a run was made, if the adapter stands in one."""
-    try:
-        versions = RunFolder(run).about.get("versions") or {}
-    except UserError:
-        return ""
-    known = [f"{name} {clean(versions[name])}" for name in ("mlx-traces", "mlx", "mlx-lm") if versions.get(name)]
-    return f" of {known[0]} ({', '.join(known[1:])})" if known else ""
 
 
 def _licence_text(base: Base) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import load
-from mlx_traces.models.names import check, is_folder, resolve, split_adapter
+from mlx_traces.models.names import check, is_folder, is_here, local_folder, resolve, split_adapter
 
 
 def test_split_adapter(tmp_path):
@@ -24,6 +24,9 @@ def test_split_adapter_expands_the_home_folder(tmp_path, monkeypatch):
     assert split_adapter("~/ad+~/ad") == (f"{tmp_path}/ad", f"{tmp_path}/ad")
     assert split_adapter("~/ad") == (f"{tmp_path}/ad", None)
     assert split_adapter("nano+~/nothing") == ("nano", "~/nothing")
+    assert split_adapter("nano", "~/ad") == ("nano", f"{tmp_path}/ad") and split_adapter("nano", "") == ("nano", None)
+    with pytest.raises(UserError, match="two adapters, a and ~/ad: give one"):
+        split_adapter("nano+a", "~/ad")
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,13 @@ def test_hub_errors_are_one_line(kind, message, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         resolve("org/model@v1")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_on_this_machine_is_told_from_the_hub(tiny_folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert local_folder(str(tiny_folder)) == tiny_folder and local_folder("nano").is_dir()
+    assert local_folder("org/model") is None and is_here("nano") and not is_here("org/model@v1")
+    with pytest.raises(UserError, match="not a model folder"):
+        local_folder(str(tmp_path))

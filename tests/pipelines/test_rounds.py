@@ -332,8 +332,7 @@ def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(fin
         check(epoch1={"rank": 8})
 
 
-def test_a_dry_run_tells_completions_that_pass_the_context(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate.Probe, "sampling", lambda *_: (1000.0, 500.0))
+def test_a_dry_run_tells_completions_that_pass_the_context(tmp_path):
     room = loading.load("nano").context
     config = config_in(tmp_path, epoch1=None, epoch2=None, round3={"grpo": {**STEPS, "max_tokens": room}})
     said = estimate.lines(config)[-1]
@@ -372,8 +371,7 @@ def column(lines, place):
     return {row[0]: row[place] for row in rows[1:]}
 
 
-def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finished, third, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
+def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finished, third, tmp_path):
     folder = finished[0]
     longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
     file = tmp_path / "rounds.yaml"
@@ -385,13 +383,13 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
     assert tree(folder) == before and [path.name for path in tmp_path.iterdir()] == ["rounds.yaml"]
     said = result.output.splitlines()
     assert column(said, 1) == {**dict.fromkeys(NAMES, "there"), "round3": "to make", "comparison": "to make"}
-    assert column(said, 4)["round3"].endswith(" GB") and column(said, 4)["epoch1"] == "–"
-    assert any(line.startswith("round3: 3 steps of 2 problems x 4, about ") for line in said)
-    assert any(line.startswith("comparison: 1 of 4 evaluations, each of 8 problems") for line in said)
+    assert column(said, 3)["round3"].endswith(" GB") and column(said, 3)["epoch1"] == "–"
+    assert column(said, 2)["round3"] == f"{3 * 2 * 4 * 64:,}" and column(said, 2)["comparison"] == f"{8 * 96}"
+    assert "round3: 3 steps of 2 problems x 4, at most 64 tokens each" in said
+    assert "comparison: 1 of 4 evaluations, each of 8 problems, at most 96 tokens each" in said
     assert (
-        re.search(r"the mean of \d earlier runs", result.output)
-        and "at most: all of them reach max_tokens" in result.output
-    )
+        re.search(r"in all [\d.]+ GB at most; ", result.output) and "about" not in result.output
+    )  # no time is guessed
 
 
 def test_a_dry_run_of_what_is_there_measures_nothing(finished, monkeypatch):
@@ -413,59 +411,24 @@ def test_a_dry_run_says_what_would_stop_the_rounds(tmp_path):
     assert "no estimates, and the rounds would end with: round3: " in said[-1]
 
 
-def test_times_are_the_work_of_the_settings_at_the_measured_speed(tmp_path, monkeypatch):
-    """By hand: prompts at 1,000 tokens/s, completions at 500, gradients at 2,000."""
-    monkeypatch.setattr(estimate.Probe, "sampling", lambda *_: (1000.0, 500.0))
-    monkeypatch.setattr(estimate.Probe, "training", lambda *_: 2000.0)
-    grpo = {**STEPS, "group_size": 4, "num_steps": 10, "updates_per_batch": 2, "kl_coef": 0.1, "limit": 2}
+def test_tokens_at_most_are_those_of_the_settings(tmp_path):
+    held_out = {"task": "countdown", "prompt": "thinking", "limit": 3, "max_tokens": 10}
+    grpo = {**STEPS, "group_size": 4, "num_steps": 10, "limit": 2, "pass_rate_low": 0.1, "evaluate": held_out}
     config = config_in(tmp_path, round3={"grpo": grpo})
     plan = rounds.stations(config, quiet)
     outlook, by_name = estimate.Outlook(config, plan), {station.name: station for station in plan}
     loaded = loading.load("nano")
-
-    def prompt_of(**settings):
-        planned = evaluator.plan(EvalConfig(prompt="thinking", **settings))
-        lengths = [len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems]
-        return sum(lengths) / len(lengths)
-
-    generated, third = outlook.of(by_name["generated"]), outlook.of(by_name["round3"])
-    prompt = prompt_of(split="train", limit=16)
-    assert generated.seconds == pytest.approx(16 * prompt / 1000 + 64 * 48 / 500)  # half of max_tokens
-    assert generated.most == pytest.approx(16 * prompt / 1000 + 64 * 96 / 500)
-    prompt = prompt_of(split="train", limit=2)
-    for tokens, seconds in ((32, third.seconds), (64, third.most)):
-        sampled = 2 * prompt / 1000 + 8 * tokens / 500
-        learned = (2 * prompt + 8 * tokens) * (2 + 1 / 3 + 1 / 3) / 2000  # a group's prompt is read once
-        assert seconds == pytest.approx(10 * (sampled + learned))
-    own = outlook.of(by_name["epoch2"])
-    prompt = prompt_of(split="train", limit=16)
-    assert own.seconds == pytest.approx(32 * (prompt + 48) / 2000)  # two of four, by the filter and by half
-    first = outlook.of(by_name["epoch1"])
-    assert first.seconds == first.most and "24 traces of about" in first.told
-    assert all(one.memory_gb > 0.001 for one in (generated, third, own, first))
-    assert outlook.of(by_name["filtered"]).seconds is None and not list(tmp_path.iterdir())
-
-
-def test_the_lengths_of_earlier_runs_are_what_is_expected(finished):
-    found = estimate.earlier(finished[0] / "runs", "nano", "countdown", {"thinking"})
-    assert len(found) >= 3 and all(0 < run["mean_tokens"] <= 96 for run in found)
-    assert not estimate.earlier(finished[0] / "runs", "nano", "countdown", {"direct"})
-    assert not estimate.earlier(finished[0] / "runs", "other", "countdown", {"thinking"})
-
-
-def test_a_probe_leaves_the_weights_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    config = config_in(tmp_path)
-    outlook = estimate.Outlook(config, rounds.stations(config, quiet))
-    probe = outlook.probe
-    before = {name: mx.array(array) for name, array in tree_flatten(probe.loaded.model.parameters())}
-    read, sampled = probe.sampling(4, 96, None)
-    assert min(read, sampled, probe.training(outlook.first, 40, 20)) > 1
-    after = dict(tree_flatten(probe.loaded.model.parameters()))
-    assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
+    planned = evaluator.plan(EvalConfig(prompt="thinking", split="train", limit=16))
+    prompt = max(len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems)
+    found = {name: outlook.of(by_name[name]) for name in ("generated", "epoch1", "epoch2", "round3")}
+    assert found["generated"].tokens == 16 * 4 * 96
+    assert found["epoch2"].tokens == 32 * (prompt + 96)  # two of four are kept
+    assert found["round3"].tokens == (10 * 2 * 4 + 2 * 4) * 64 + 2 * 3 * 10  # steps, pass rates, two validations
+    assert "24 traces of at most " in found["epoch1"].told and "2 validations of 3 problems" in found["round3"].told
+    longest = max(len(tokens) for tokens in map(loaded.tokenizer.encode, (t.completion for t in outlook.raw)))
+    assert found["epoch1"].tokens % 24 == 0 and found["epoch1"].tokens >= 24 * longest
+    assert all(one.memory_gb > 0.001 for one in found.values())
+    assert outlook.of(by_name["filtered"]).tokens is None and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("station", ["raw", "generated", "round3"])

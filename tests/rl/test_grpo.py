@@ -781,7 +781,7 @@ def test_nothing_to_learn_from_is_said(settings, tmp_path):
 
 def test_two_adapters_are_refused(settings, tmp_path):
     config = GRPOConfig(**{**settings, "model": settings["model"] + "+some", "adapter": "other"})
-    with pytest.raises(UserError, match="already names an adapter"):
+    with pytest.raises(UserError, match="two adapters, some and other: give one"):
         grpo.train(config, tmp_path / "run")
 
 

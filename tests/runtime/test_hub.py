@@ -323,7 +323,7 @@ def test_a_card_has_the_licence_of_the_base_and_goes_to_the_hub(world):
     assert trained.code == 0, trained
     run = world.folder / "trained"
     card = (run / "adapter/README.md").read_text()
-    assert "license: apache-2.0" in card and "base_model: org/tiny" in card and "language: en" in card
+    assert "license: apache-2.0" in card and "base_model: org/tiny" in card
 
     told = world.run("push", "trained", "me/adapter", "--dry-run")
     assert told.code == 0 and not told.asked and "me/adapter, private: nothing was uploaded" in told.out

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from factories import make_config, make_model, make_tokenizer, wrap
 
 from mlx_traces.cli import main
-from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig
+from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, shipped
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.logprobs import head_logprobs, split
@@ -252,7 +252,7 @@ def write(path, text):
 
 
 def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
-    file = write(tmp_path / "grpo.yaml", f"# mlx-traces grpo {tmp_path}/grpo.yaml\nmodel: nano\n{GRPO}")
+    file = write(tmp_path / "grpo.yaml", f"# mlx-traces ppo of old\nmodel: nano\nloss: dapo\n{GRPO}")
     made = estimate.plan(file)
     loaded = loading.load("nano")
     config = GRPOConfig(rank=4, prompts_per_step=4, group_size=4, max_tokens=32)
@@ -262,7 +262,9 @@ def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
     assert made.most["rows"] == memory.Most(16, 16)
     printed = CliRunner().invoke(main, ["plan", str(file)]).output
     assert printed.splitlines() == made.lines() and "largest rows: 16 (all of a step)" in printed
+    file = write(tmp_path / "either.yaml", f"model: nano\n{GRPO}")
     assert CliRunner().invoke(main, ["plan", str(file), "--kind", "ppo"]).output.startswith("ppo of nano on ")
+    file = write(tmp_path / "grpo.yaml", f"model: nano\nloss: dapo\n{GRPO}")
     small = made.estimate.weights + made.estimate.optimizer
     real = loading.load
 
@@ -280,7 +282,7 @@ def test_a_plan_is_the_estimate_of_the_training_itself(tmp_path, monkeypatch):
 
 
 def test_a_plan_of_sft_takes_the_traces_or_max_length(tmp_path):
-    text = f"# mlx-traces sft {tmp_path}/sft.yaml\nmodel: nano\ndata: {tmp_path}/traces.jsonl\nmax_length: 300\n"
+    text = f"model: nano\ndata: {tmp_path}/traces.jsonl\nmax_length: 300\n"
     file = write(tmp_path / "sft.yaml", text)
     assert "sequences of 300 tokens (max_length, as " in estimate.plan(file).told
     row = '{"id": "a", "messages": [{"role": "user", "content": "1 + 2"}], "completion": "3"}\n'
@@ -293,18 +295,30 @@ def test_a_plan_of_sft_takes_the_traces_or_max_length(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: nano\n", "its first line names no command; plan knows sft, grpo and ppo: pass --kind"),
-        ("# mlx-traces rounds x.yaml\n", "its first line names 'rounds'"),
-        ("# mlx-traces grpo x.yaml\nmodel: nobody/nothing\n", "nobody/nothing is not on this machine"),
-        ("# mlx-traces grpo x.yaml\nmodel: ./none\n", "none"),
-        ("# mlx-traces grpo x.yaml\nrow: 3\n", "unknown field 'row'; did you mean 'rows'"),
+        ("# mlx-traces grpo x.yaml\nmodel: nano\n", "its fields fit grpo and ppo alike; pass --kind"),
+        ("model: nano\nname: try\n", "'name' is no setting of sft, grpo or ppo"),
+        ("model: nano\nmax_length: 300\n", "its fields fit none of sft, grpo or ppo; --kind"),
+        ("loss: dapo\ngae_lambda: 1\n", "its fields fit none of sft, grpo or ppo; --kind"),
+        ("loss: dapo\nmodel: nobody/nothing\n", "nobody/nothing is not on this machine"),
+        ("loss: dapo\nmodel: ./none\n", "none: no such folder"),
+        ("loss: dapo\nnum_steps: 0\n", "x.yaml: num_steps: must be at least 1"),
+        ("row: 3\n", "'row' is no setting of sft, grpo or ppo; did you mean 'rows'"),
     ],
 )
 def test_a_plan_refuses_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         estimate.plan(write(tmp_path / "x.yaml", text))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such configuration file"):
         estimate.plan(tmp_path / "missing.yaml")
+
+
+def test_the_fields_of_shipped_files_tell_their_recipe():
+    kinds = {path: path.name.partition("_")[0] for path in shipped("configs").glob("*.yaml")}
+    trainings = {path: kind for path, kind in kinds.items() if kind in estimate.KINDS}
+    assert len(trainings) > 4
+    for path, kind in trainings.items():
+        found = estimate.kinds_of(path)
+        assert kind in found and ("sft" in found) == (kind == "sft")
 
 
 def cache_limit():

@@ -73,8 +73,7 @@ def adapter_in(folder, model="nano", **training):
 def model_folder(tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("cards") / "tiny")
     (folder / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: Tiny Licence\nlicense_link: https://example.org/l\nlanguage: [en, fr]\n"
-        "base_model: tiny/parent\n---\n# Tiny\n"
+        "---\nlicense: other\nlicense_name: Tiny Licence\nlicense_link: https://example.org/l\n---\n# Tiny\n"
     )
     return folder
 
@@ -104,8 +103,8 @@ def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     sft.train(SFTConfig(**settings, valid_share=0), out)
     card = accepted(out / "adapter" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "tiny-licence")
-    assert card.data.license_link == "https://example.org/l" and card.data.language == ["en", "fr"]
-    assert "base_model" not in card.data.to_dict() and "`tiny`" in card.text and "`tiny/parent`" in card.text
+    assert card.data.license_link == "https://example.org/l"
+    assert "base_model" not in card.data.to_dict() and "`tiny`" in card.text
     assert "at its last step" in card.text and "# a run" in card.text and "sft" in card.data.tags
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| `loss` | {last['loss']:.4g} |" in card.text
@@ -116,6 +115,7 @@ def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     valid = sft.train(SFTConfig(**settings, valid_share=0.4, learning_rate=0.01, eval_every=1), tmp_path / "valid")
     text = (tmp_path / "valid" / "adapter" / "README.md").read_text()
     assert f"at step {valid.best_step}, the one" in text and f"| `valid/loss` | {valid.valid_loss:.4g} |" in text
+    assert model_card.rewrite(tmp_path / "valid" / "adapter").read_text() == text  # the step that its result names
     fuse.fuse(str(model_folder), str(out / "adapter"), tmp_path / "whole")
     fused = accepted(tmp_path / "whole" / "README.md")
     assert "One model (16 bits" in fused.text and "adapter_path" not in fused.text and "# whole" in fused.text
@@ -149,17 +149,16 @@ def test_a_hub_model_is_the_base_and_its_data_set_is_named(tmp_path, monkeypatch
     assert accepted(model_card.write(adapter_in(tmp_path / "c", name))).data.get("datasets") is None
 
 
-def test_the_data_sets_of_sft_follow_from_its_files_manifests(tmp_path, monkeypatch):
+def test_sft_tells_its_file_and_how_many_traces_the_manifest_counts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    generated = {"source": "mlx-community/Q-4bit+some/adapter", "config": {"task": "gsm8k", "data": None}}
-    for name, manifest in (("own", generated), ("kept", {"source": "own.jsonl", "config": {}})):
-        Path(f"{name}.manifest.json").write_text(json.dumps(manifest))
-        Path(f"{name}.jsonl").write_text("")
-    training = {"model": "mlx-community/Q-4bit", "data": "kept.jsonl"}
-    assert model_card.datasets_of(training, "sft") == ["openai/gsm8k"]
-    own = {"source": "mlx-community/Q-4bit", "config": {"data": "some/hub-set"}}
-    Path("own.manifest.json").write_text(json.dumps(own))
-    assert model_card.datasets_of(training, "sft") == ["some/hub-set"]
+    folder = adapter_in(tmp_path / "a", data="own.jsonl")
+    (folder / "adapter_config.json").write_text(
+        (folder / "adapter_config.json").read_text().replace("mlx-traces grpo", "mlx-traces sft")
+    )
+    for counts, words in (({"written": 1234}, "- 1,234 traces, from"), ({}, "- Traces, from"), ([], "- Traces, from")):
+        Path("own.manifest.json").write_text(json.dumps({"counts": counts}))
+        card = accepted(model_card.write(folder))
+        assert f"{words} the file `own.jsonl`." in card.text and card.data.get("datasets") is None
 
 
 @pytest.mark.parametrize("given", [*LISTED, *NOT_LISTED])
