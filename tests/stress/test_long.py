@@ -1,6 +1,6 @@
 """Long runs of nano: memory that stays flat over thousands of steps, cost that is linear in problems. Minutes.
 
-Run by hand, and alone: MLX_TRACES_LONG=1 MALLOC_MMAP_THRESHOLD_=131072 pytest -s -n 0 tests/test_long.py
+Run by hand, and alone: MLX_TRACES_LONG=1 MALLOC_MMAP_THRESHOLD_=131072 pytest -s -n 0 tests/stress/test_long.py
 
 The second variable is for Linux, whose C library otherwise raises that threshold as it goes and then keeps large pieces
 that were freed: what the process holds grew from 380 to 420 MB in jumps, in an evaluation with MLX's own memory flat.
