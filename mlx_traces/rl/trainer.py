@@ -1,6 +1,6 @@
 """A reinforcement run: rollouts, an algorithm's update, held-out accuracy, the best adapter; resumable at any moment.
 
-The algorithms (``grpo``, ``ppo``) say what a step's groups of rollouts change; all else about a run is here.
+The algorithms (`grpo`, `ppo`) define the update from a step's groups of rollouts; the rest of a run is here.
 """
 
 import json
@@ -34,9 +34,9 @@ NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their co
 class Learner(Protocol):
     """An algorithm at work on a model that has its adapter on.
 
-    ``module`` holds all that is trained and ``optimizer`` is its: what a checkpoint keeps. ``halves`` are the model's,
-    which know what fits in the memory. ``resamples`` says how often problems may be drawn again in place of groups of
-    equal reward.
+    ``module`` holds everything that is trained, ``optimizer`` is its optimizer; a checkpoint keeps both. ``halves`` is
+    the model's `Split`, which also holds the memory limit. ``resamples`` is how often problems may be drawn again to
+    replace groups of equal reward.
     """
 
     module: nn.Module
@@ -195,7 +195,7 @@ def _train(
 
 
 def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
-    """Raise UserError, before anything is saved, if the model's outputs are no numbers: no loss would tell."""
+    """Raise UserError, before anything is saved, if the model's outputs are not finite; a loss need not show it."""
     if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
         raise UserError(
             f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
@@ -206,8 +206,8 @@ def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
 def with_reference(config: RLConfig, begun: Mapping[str, Any]) -> RLConfig:
     """Return settings that name the reference: by default the adapter that training starts from, else None, the base.
 
-    ``begun`` is the run's identity, as far as it has one: of old, None stood for the base beside an adapter too, and
-    what began so goes on so.
+    ``begun`` is the identity of the run that is continued, if any. In earlier versions None meant the base even with an
+    adapter; runs that began that way continue that way.
     """
     if not config.kl_coef:
         return config
