@@ -60,9 +60,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
 
-_CONFIG = (
-    "CONFIG is a YAML file of these settings, or the name of a shipped one (mlx-traces configs). Options win over it."
-)
+_CONFIG = "CONFIG is a YAML file of these settings, or the name of a shipped one. Options win over it."
 _REWARD = (
     "A reward and its weight: correct, gated, format, flash, judge, ..., or your own module:function. Repeat for "
     "more.  [default: correct=1]"
@@ -110,7 +108,7 @@ grpo_command = reinforcement_command(
     "Train a model on a task with GRPO. It raises the probability of completions that beat their group's mean.",
 )
 ppo_command = reinforcement_command(
-    "ppo", PPOConfig, "Train a model on a task with PPO. It uses a value head and generalized advantage estimation."
+    "ppo", PPOConfig, "Train a model with PPO. It uses a value head and generalized advantage estimation."
 )
 
 
