@@ -72,14 +72,14 @@ def columns_of(template: str) -> list[str]:
 
 
 def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
-    """Read an own prompt: a YAML mapping with ``user`` and, if wanted, ``system``, ``prefill``, ``stop`` and ``chat``.
+    """Read a prompt file: a YAML mapping with ``user`` and optional ``system``, ``prefill``, ``stop`` and ``chat``.
 
     Args:
         path: the file.
         gold: columns that tell the answer; they are shown only with ``show_gold: true``.
 
     Raises:
-        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer unasked.
+        UserError: if the file is missing, is no such mapping, has other fields, or shows the answer without being told to.
     """
     from mlx_traces.readers import read_yaml
 
