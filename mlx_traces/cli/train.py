@@ -105,7 +105,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
 grpo_command = reinforcement_command(
     "grpo",
     GRPOConfig,
-    "Train a model on a task with GRPO. It raises the probability of completions that beat their group's mean.",
+    "Train a model with GRPO. It raises the probability of completions that beat their group's mean.",
 )
 ppo_command = reinforcement_command(
     "ppo", PPOConfig, "Train a model with PPO. It uses a value head and generalized advantage estimation."
