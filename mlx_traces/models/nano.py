@@ -191,7 +191,7 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     The folder appears when it is complete; a build that is cut off leaves none.
 
     Raises:
-        UserError: before any training, if sizes do not fit together, the folder exists or cannot be written, or there are
+        UserError: before training, if sizes do not fit together, the folder exists or cannot be written, or there are
             fewer problems.
     """
     check_sizes(config)

@@ -79,7 +79,7 @@ def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
         gold: columns that tell the answer; they are shown only with ``show_gold: true``.
 
     Raises:
-        UserError: if the file is missing, is no such mapping, has other fields, or shows the answer without being told to.
+        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer unasked.
     """
     from mlx_traces.readers import read_yaml
 
