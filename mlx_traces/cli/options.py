@@ -59,7 +59,7 @@ class Commands(click.Group):
         """Find the command; refuse one that several ranks cannot share."""
         name, command, rest = super().resolve_command(ctx, args)
         if "MLX_RANK" in os.environ and ctx.parent is None and name not in SHARED and "--help" not in rest:
-            raise UserError(f"{name} is for one process; several, by mlx.launch, share the work of {choices(SHARED)}")
+            raise UserError(f"{name} runs in one process; mlx.launch can start {choices(SHARED)}")
         return name, command, rest
 
 

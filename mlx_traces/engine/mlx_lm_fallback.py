@@ -31,7 +31,7 @@ def generate_plainly(
     together = prompts_together(loaded.model)
     note = f"{loaded.name} has a special cache; mlx_lm's own batched generation is used, which is slower"
     if together == 1:
-        note += ", and prompts are read one at a time: in mlx_lm this model does not mind padding"
+        note += ", and prompts are read one at a time, as mlx_lm does not mask padding for this model"
     elif not together:
         note = f"{loaded.name} has a special cache that mlx_lm cannot batch: one row at once, which is slow"
     if note not in loaded.notes:

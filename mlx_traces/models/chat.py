@@ -197,7 +197,7 @@ class Chat:
             if system is None:
                 raise
         if len(messages) < 2:
-            raise UserError(f"{self.name} takes no system message, and here is no question to put it before")
+            raise UserError(f"{self.name} takes no system message, and there is no question to put it before")
         messages = [{**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}, *messages[2:]]
         text = self.text(messages, thinking)
         self.note(f"{self.name} takes no system message; it is put before the first question")

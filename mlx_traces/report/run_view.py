@@ -133,7 +133,7 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
         if line.strip():
             rows.append(parse_row(line, f"{path}:{line_number}", columns, finite=False))
             if "step" in columns and not is_number(rows[-1]["step"]):
-                raise UserError(f"{path}:{line_number}: 'step' is no number; the file is damaged")
+                raise UserError(f"{path}:{line_number}: 'step' is not a number; the file is damaged")
     return rows
 
 

@@ -58,7 +58,7 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
             if ``flash`` does not weigh less than ``correct`` and ``gated``; if the judge is missing or does not load.
     """
     if not any(weights.values()):
-        raise UserError("rewards: none has a weight; as in {correct: 1}")
+        raise UserError("rewards: none has a weight other than 0; set one, as in {correct: 1}")
     functions = {name: _imported(name) for name in weights if ":" in name}
     for name in weights:
         if name not in BUILT_IN and name not in functions:
@@ -80,7 +80,7 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
     named = config.judge if config else None
     if ("judge" in weights) != bool(named):
         raise UserError(
-            f"judge: {named} is no reward yet; as in rewards: {{correct: 1, judge: 0.5}}"
+            f"judge: {named} is set, but judge is not among the rewards; add it, as in {{correct: 1, judge: 0.5}}"
             if named
             else "reward judge: no model is named; set judge: MODEL"
         )

@@ -274,7 +274,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
         raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {repr(nums)[:60]}")
     if min(nums) < 0:
-        raise UserError(f"{where}: 'nums' must not be negative, as an expression cannot show whose a sign is: {nums}")
+        raise UserError(f"{where}: 'nums' must not be negative, as a sign could not be told from a minus: {nums}")
     if not _is_small_int(target):
         raise UserError(f"{where}: 'target' must be an integer, not {repr(target)[:60]}")
     columns = {**row, "nums": list(nums), "target": target}

@@ -26,7 +26,7 @@ def hub_rows(
     away = hub.out_of_reach()
     rows = _downloaded(name, config, split, revision) if away else _download(name, config, split, revision, instead)
     if rows is None:
-        raise UserError(f"{dataset} could not be downloaded ({away}), and is not here from before; {instead}")
+        raise UserError(f"{dataset} could not be downloaded ({away}), and was not downloaded before; {instead}")
     if part is None:
         yield from ((f"{name}[{index}]", plain(row)) for index, row in enumerate(rows))
     else:

@@ -139,7 +139,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: the header has {len(reader.fieldnames)} columns, this row has not")
+                    raise UserError(f"{where}: this row does not have the header's {len(reader.fieldnames)} columns")
                 yield where, row
         except csv.Error as error:
             long = f"a field of more than {MOST_FIELD:,} characters; is a quotation mark left open?"

@@ -82,15 +82,15 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
     if away := hub.out_of_reach():
         raise UserError(f"{name}: nothing can be uploaded ({away})")
     if not get_token():
-        raise UserError("the hub needs to know you: run `hf auth login` with a token that may write, or set HF_TOKEN")
+        raise UserError("not logged in to the hub: run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi()
     try:
         if (there := _visible(api, name)) is None:
             api.create_repo(name, private=not public)
         elif there and not public:
-            raise UserError(f"{name} is there and public; pass --public, or another name")
+            raise UserError(f"{name} exists and is public; pass --public, or another name")
         elif public and not there:
-            progress(f"{name} is there and stays private; its settings are on its page")
+            progress(f"{name} exists and stays private; change that on its page")
         made = api.create_commit(
             name,
             [CommitOperationAdd(path, file) for path, file in upload.files.items()],

@@ -116,7 +116,9 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):
-        notes.append(f"{full} validation traces leave no room for an answer; their loss counts, they are not continued")
+        notes.append(
+            f"{full} validation traces have no room for an answer; their loss counts, but they are not completed"
+        )
     return Data(train, valid, plan, notes)
 
 

@@ -85,7 +85,7 @@ def test_a_torn_last_line_is_left_out_and_left_there(tmp_path):
     with pytest.raises(UserError, match=r"metrics.jsonl:8: not JSON"):
         run_view.read(run)
     (run / "metrics.jsonl").write_bytes(whole + b'{"step": "x"}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:8: 'step' is no number"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:8: 'step' is not a number"):
         run_view.read(run)
 
 
