@@ -1,4 +1,4 @@
-"""Every setting, once: a model per recipe. The command line, YAML files and Python calls are all read into these."""
+"""Every setting, defined once: a pydantic model per command, for the command line, YAML files and Python calls."""
 
 import types
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ def _is_none(value: Any) -> bool:
 
 
 class Config(BaseModel):
-    """Base of the recipes' settings: unknown fields are refused, values are immutable.
+    """Base of all settings: unknown fields are refused, values are immutable.
 
-    A setting that a recipe got later is not written while it changes nothing (``exclude_if``), so that what was begun
-    without it keeps its name and is continued.
+    A setting that was added in a later version is not stored while it has its default (``exclude_if``), so runs that
+    were begun without it keep their names and can be continued.
     """
 
     model_config = ConfigDict(
@@ -34,61 +34,71 @@ class Config(BaseModel):
 
 
 class LoadConfig(Config):
-    """How a model is put on the device."""
+    """How a model is loaded, and what its chat template gets."""
 
-    weights: Literal["quantized", "dense"] | None = Field(None, description="Keep quantized weights, or expand them.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="Type of dense weights.")
-    device: Literal["gpu", "cpu"] | None = Field(None, description="Device; default: the GPU if there is one.")
+    weights: Literal["quantized", "dense"] | None = Field(
+        None, description="Keep quantized weights, or expand them; default: the faster one here."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Type of dense weights; default: the device's."
+    )
+    device: Literal["gpu", "cpu"] | None = Field(None, description="Device; default: the GPU, if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     template_args: dict[str, Any] | None = Field(
-        None, exclude_if=_is_none, description="Other variables of the chat template, as in reasoning_effort=high."
+        None, exclude_if=_is_none, description="Another variable of the chat template, as in reasoning_effort=high."
     )
     date: Date | None = Field(
-        None, exclude_if=_is_none, description="Day that the chat template prints, if it does; default: the run's."
+        None,
+        exclude_if=_is_none,
+        description="Date that the chat template prints, if it prints one; default: the day of the run.",
     )
 
     def load_arguments(self) -> dict[str, Any]:
-        """Return these settings as `models.load` takes them."""
+        """Return these settings as arguments of `loading.load`."""
         return {name: getattr(self, name) for name in LoadConfig.model_fields}
 
 
 class ProblemConfig(Config):
-    """Which problems, asked how, judged by what."""
+    """Which problems, in which prompt, graded by which extractor."""
 
     task: str = Field("countdown", description="Task: gsm8k, countdown or qa.")
-    prompt: str | None = Field(None, description="Name of one of the task's prompts, or FILE.yaml with your own.")
+    prompt: str | None = Field(
+        None, description="One of the task's prompts, or FILE.yaml with your own; default: the task's."
+    )
     system: str | None = Field(None, description="System message; replaces the prompt's.")
     prefill: str | None = Field(None, description="Text that the assistant's turn starts with.")
-    shots: Annotated[int, Field(ge=0)] = Field(5, description="Worked examples of a few-shot prompt.")
+    shots: Annotated[int, Field(ge=0)] = Field(5, description="Number of worked examples, in a few-shot prompt.")
     shots_data: str | None = Field(None, description="File or hub data set of the worked examples.")
-    extractor: str | None = Field(None, description="How the answer is extracted; default: the task's first extractor.")
+    extractor: str | None = Field(
+        None, description="How the answer is found in a completion; default: the task's first extractor."
+    )
     data: str | None = Field(None, description="File or hub data set; default: the task's own source.")
-    split: str = Field("test", description="Split of the data; a slice as in 'test[:64]' takes a part.")
+    split: str = Field("test", description="Split of the data; 'test[:64]' takes its first 64 problems.")
     limit: Positive | None = Field(None, description="Number of problems, drawn at random by --seed; default: all.")
     seed: int = Field(0, description="Seed of problems, worked examples and sampling.")
 
 
 class EndpointConfig(Config):
-    """A server that answers in place of a model that is loaded here."""
+    """A server that runs the model."""
 
     endpoint: str | None = Field(
-        None, description="Address of an OpenAI-compatible server that answers, http://host:port; --model is its name."
+        None, description="Address of an OpenAI-compatible server, http://host:port; --model is its model's name."
     )
     concurrency: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="Concurrent requests to the server.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(
-        4, description="Retries of a request after 429, 5xx, a lost connection or a broken reply."
+        4, description="Retries of a request after status 429 or 5xx, a lost connection or a broken reply."
     )
-    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Timeout of one reply, in seconds.")
-    api_key_env: str | None = Field(None, description="Environment variable that holds the server's key.")
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(600.0, description="Time limit of a reply, in seconds.")
+    api_key_env: str | None = Field(None, description="Name of the environment variable that holds the server's key.")
 
 
 class AnswerConfig(LoadConfig, ProblemConfig):
-    """A model that answers problems, and how its answers are sampled."""
+    """A model, the problems it answers, and how it samples."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 is greedy.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Sampling temperature; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
     )
@@ -107,22 +117,26 @@ class EvalConfig(AnswerConfig, EndpointConfig):
 
 
 class GenerateConfig(AnswerConfig):
-    """Settings of ``mlx-traces generate``: those of an evaluation, sampled, on training problems."""
+    """Settings of ``mlx-traces generate``: those of an evaluation, with other defaults."""
 
-    split: str = Field("train", description="Split of the data; a slice as in 'train[:64]' takes a part.")
+    split: str = Field("train", description="Split of the data; 'train[:64]' takes its first 64 problems.")
     samples: Positive = Field(4, description="Completions per problem.")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is greedy.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="Sampling temperature; 0 is greedy.")
 
 
 class AdapterConfig(Config):
-    """What is trained: low-rank adapters (LoRA, DoRA) on linear layers, or the weights themselves."""
+    """What is trained: low-rank adapters (LoRA, DoRA) on linear layers, or the layers' weights."""
 
-    kind: Literal["lora", "dora", "full"] = Field("lora", description="LoRA, DoRA, or all weights of the layers.")
+    kind: Literal["lora", "dora", "full"] = Field(
+        "lora", description="What is trained: LoRA, DoRA, or all weights of the layers."
+    )
     rank: Positive = Field(16, description="Rank of the adapter's matrices.")
     scale: Annotated[float, Field(gt=0)] = Field(2.0, description="Factor on the adapter's output (alpha / rank).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout rate of the adapter's inputs.")
     layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train only the last N layers; -1: all.")
-    targets: list[str] | None = Field(None, description="Modules, as in self_attn.q_proj; default: every linear one.")
+    targets: list[str] | None = Field(
+        None, description="Layers' modules that get an adapter, as in self_attn.q_proj; default: every linear one."
+    )
 
 
 class OptimizerConfig(Config):
@@ -132,14 +146,14 @@ class OptimizerConfig(Config):
     warmup: Fraction01 = Field(0.05, description="Fraction of the steps over which the learning rate rises from 0.")
     final_rate: Fraction01 = Field(0.0, description="Final learning rate, as a fraction of the peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
-    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="AdamW's decay of its two averages.")
+    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="Decay rates of AdamW's two averages.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
 class ValidationConfig(ProblemConfig):
-    """Held-out problems that a training loop answers, greedily, now and then: always the same ones."""
+    """Held-out problems that each validation of a training answers greedily: always the same ones."""
 
-    split: str = Field("valid", description="Split of the data; a slice as in 'train[:200]' takes a part.")
+    split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
     limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
     rows: Positive = Field(64, description="Batch size of decoding, in completions.")
@@ -149,25 +163,25 @@ class ValidationConfig(ProblemConfig):
 
 
 class TrackingConfig(Config):
-    """Where a training's metrics are sent too; no part of what is learned."""
+    """A tracking client that also gets a training's metrics."""
 
     report_to: Literal["trackio", "wandb"] | None = Field(
-        None, description="Send every line of metrics to this client too, which must be installed."
+        None, description="Also send every line of metrics to this client, which must be installed."
     )
 
 
 class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
-    """How a model is fine-tuned, whatever it is fine-tuned on."""
+    """Settings of SFT other than model and data."""
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.05, description="Share of the problems whose traces are kept for the validation loss, without --valid."
+        0.05, description="Share of the problems whose traces are kept for the validation loss, if there is no --valid."
     )
     epochs: Positive = Field(1, description="Passes over the data.")
     batch_size: Positive = Field(16, description="Traces per optimizer step.")
-    micro_tokens: Positive = Field(512, description="Maximum tokens of a forward pass, padding included.")
-    max_length: Positive = Field(2048, description="Longest sequence, prompt included, in tokens.")
+    micro_tokens: Positive = Field(512, description="Token limit of a forward pass, padding included.")
+    max_length: Positive = Field(2048, description="Maximum length of a sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
-        "skip", description="What to do with longer ones: leave out, cut the end (the answer) off, or stop."
+        "skip", description="Longer sequences: leave them out, cut off their end (the answer), or stop."
     )
     thinking: bool | None = Field(
         None, exclude_if=_is_none, description="Set the template's thinking switch; default: as each trace was made."
@@ -199,19 +213,21 @@ class JudgeConfig(Config):
 
     judge: str | None = Field(None, description="Model that judges each trace by a rubric.")
     judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
-    judge_max_tokens: Positive = Field(256, description="Longest reply of the judge, in tokens.")
-    judge_cache: str = Field("data/judge.jsonl", description="File of the judge's replies; none is asked for twice.")
-    judge_failures: Fraction01 = Field(0.2, description="Most unreadable replies, as a share, before it stops.")
+    judge_max_tokens: Positive = Field(256, description="Maximum length of the judge's reply, in tokens.")
+    judge_cache: str = Field(
+        "data/judge.jsonl", description="File that keeps the judge's replies, so that none is asked for twice."
+    )
+    judge_failures: Fraction01 = Field(0.2, description="Stop if more than this share of the replies cannot be read.")
 
 
 class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
-    """Settings of reinforcement learning on a task's training problems, by its own grader, whatever the algorithm."""
+    """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
-    split: str = Field("train", description="Split of the training problems; 'train[:64]' takes a part.")
+    split: str = Field("train", description="Split of the training problems; 'train[:64]' takes its first 64.")
     limit: Positive | None = Field(
-        None, description="Take a seeded sample of so many training problems; default: one for each that is drawn."
+        None, description="Number of training problems, drawn at random by --seed; default: as many as the steps need."
     )
     seed: int = Field(0, description="Seed of the new adapter, the order of the problems, and the rollouts.")
 
@@ -219,7 +235,9 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     prompts_per_step: Positive = Field(16, description="Problems per step.")
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="Rollouts per problem.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Of the rollouts and of the update.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Sampling temperature of the rollouts; the update uses the same."
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
     )
@@ -233,19 +251,27 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
 
     rewards: dict[str, float] = Field(
         {"correct": 1.0},
-        description="Weights of the rewards: correct, gated, flash, judge, format, ... or module:function of your own.",
+        description="Weights of the rewards: correct, gated, flash, judge, format, ... or your own module:function.",
     )
-    tags: Literal["think", "r1", "sky-t1", "none"] = Field("think", description="Form that the format reward wants.")
+    tags: Literal["think", "r1", "sky-t1", "none"] = Field(
+        "think", description="Form of a completion that the rewards format and gated require."
+    )
     overlong: Literal["keep", "mask", "penalty"] = Field(
-        "keep", description="Cut-off completions: train on them, leave them out, or also lower the reward near the end."
+        "keep",
+        description="Completions that were cut off: train on them (keep), leave them out (mask), or train on them, "
+        "with a lower reward near the limit (penalty).",
     )
-    overlong_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens over which the penalty grows to 1.")
-    pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems that the model solves less often.")
-    pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems that the model solves more often.")
-    probe_samples: Positive = Field(4, description="Completions per problem to find that out, before the first step.")
+    overlong_tokens: Annotated[int, Field(ge=0)] = Field(
+        32, description="With overlong penalty: the last tokens before the limit, over which it grows from 0 to 1."
+    )
+    pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems with a lower pass rate.")
+    pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems with a higher pass rate.")
+    probe_samples: Positive = Field(
+        4, description="Completions per problem to measure pass rates, before the first step."
+    )
 
     micro_tokens: Positive = Field(
-        1024, description="Most tokens of a forward pass, padding included; a GPU can be faster with more."
+        1024, description="Token limit of a forward pass, padding included; a GPU can be faster with more."
     )
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
@@ -266,7 +292,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         return value
 
 
-_REFERENCE = "Adapter that is the reference, or base, the bare model; default: the adapter trained on, else base."
+_REFERENCE = "Reference of the KL term: an adapter's folder, or base, the bare model; default: --adapter, else base."
 
 
 class GRPOConfig(RLConfig):
@@ -274,14 +300,14 @@ class GRPOConfig(RLConfig):
 
     advantage: Literal["std", "batch", "none", "rloo", "mean"] = Field(
         "std",
-        description="Reward minus its group's mean, over the group's or the batch's deviation, or neither; leave-one-"
-        "out; or minus the mean of all.",
+        description="Reward minus its group's mean, divided by the group's (std) or the batch's (batch) deviation, or "
+        "not divided (none); minus the mean of the others (rloo); or minus the mean of all rewards (mean).",
     )
     max_resamples: Annotated[int, Field(ge=0)] = Field(
-        0, description="Draw up to so many more times for groups with differing rewards (DAPO's dynamic sampling)."
+        0, description="Draw up to so many times more to replace groups of equal rewards (DAPO's dynamic sampling)."
     )
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
-        "dapo", description="Loss; decides how tokens are weighted."
+        "dapo", description="Loss type: how ratios are clipped and tokens averaged."
     )
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
     clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(
@@ -290,10 +316,13 @@ class GRPOConfig(RLConfig):
     kl_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL term to the reference.")
     reference: str | None = Field(None, description=_REFERENCE)
     unbiased_kl: bool = Field(
-        False, exclude_if=not_, description="Weigh the KL term by the ratio: its gradient is then the reverse KL's."
+        False,
+        exclude_if=not_,
+        description="Multiply the KL term by the ratio, which makes its gradient that of the reverse KL.",
     )
     importance: Literal["none", "token", "sequence"] = Field(
-        "none", description="Correct for the sampler's probabilities by truncated weights per token or sequence."
+        "none",
+        description="Truncated importance weights per token or sequence, to correct for the sampler's probabilities.",
     )
     importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Upper bound of those weights.")
     updates_per_batch: Positive = Field(1, description="Passes over each batch of rollouts.")
@@ -313,38 +342,40 @@ class PPOConfig(RLConfig):
     group_size: Positive = Field(4, description="Rollouts per problem.")
     gamma: Fraction01 = Field(1.0, description="Discount of a token.")
     gae_lambda: Fraction01 = Field(
-        0.95, description="Of the advantages: 0 trusts the values alone, 1 the rewards that were got."
+        0.95, description="Lambda of the advantages: 0 uses the values alone, 1 the received rewards."
     )
-    whiten: bool = Field(True, description="Give the advantages mean 0 and variance 1 over the batch's tokens.")
+    whiten: bool = Field(True, description="Scale the advantages to mean 0 and variance 1 over the batch's tokens.")
     epochs: Positive = Field(2, description="Passes over each batch of rollouts.")
     minibatches: Positive = Field(2, description="Optimizer steps per pass over the rollouts.")
-    clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Bound of the ratio, either side of 1.")
+    clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="Clip bound of the ratio, on either side of 1."
+    )
     value_clip: Annotated[float, Field(gt=0)] | None = Field(
-        0.2, description="Bound of a value, either side of the old one; null for none."
+        0.2, description="Clip bound of a value, on either side of the old one; null: none."
     )
     value_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1e-3, description="Peak learning rate of the value head; its course is that of the adapter's."
+        1e-3, description="Peak learning rate of the value head, on the adapter's schedule."
     )
     value_warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="First steps in which only the value head learns."
+        0, description="Number of first steps that train only the value head."
     )
-    entropy_coef: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of the policy's entropy, to be kept up."
-    )
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of an entropy bonus.")
     kl_coef: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Taken off the reward for each nat that a token is likelier than by the reference."
+        0.0, description="KL penalty on the reward, per nat of log p - log p_ref of a token."
     )
     reference: str | None = Field(None, description=_REFERENCE)
 
 
 class ScoreConfig(LoadConfig, JudgeConfig):
-    """Settings of ``mlx-traces score``; ``mix`` weighs the components of the combined score, one left out weighs 0."""
+    """Settings of ``mlx-traces score``. A component that ``mix`` does not name has weight 0 in the combined score."""
 
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
         "think",
         description="Form of a trace: <think> then <answer>, <think> then text, Sky-T1's thought and solution, or any.",
     )
-    length_limit: Positive = Field(2048, description="Tokens (words, if unknown) at which the length score is 0.")
+    length_limit: Positive = Field(
+        2048, description="Length at which the length score is 0, in tokens (in words if tokens are unknown)."
+    )
     mix: dict[
         Literal["format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge"],
         Annotated[float, Field(ge=0)],
@@ -352,7 +383,7 @@ class ScoreConfig(LoadConfig, JudgeConfig):
         {"format": 1, "structure": 0.5, "faithfulness": 1, "length": 0.5, "repetition": 1, "judge": 1},
         description="Weights of the components in the combined score.",
     )
-    model: str | None = Field(None, description="Model whose perplexity of the traces is a score.")
+    model: str | None = Field(None, description="Model that computes the perplexity score.")
     thinking: bool | None = Field(
         None, description="Set the thinking switch of its template; default: as each trace was made."
     )
@@ -368,10 +399,16 @@ class ReformatConfig(LoadConfig):
     to: Literal["sky-t1", "think"] = Field(
         "sky-t1", description="Form to write: Sky-T1's thought and solution, or <think> and what follows it."
     )
-    model: str | None = Field(None, description="Model that rewrites; default: by rule, only tags change.")
-    model_prompt: str | None = Field(None, description="FILE.yaml with what it is told, {question} and {trace} in it.")
-    max_tokens: Positive = Field(2048, description="Longest reply of the model, in tokens.")
-    cache: str = Field("data/reformat.jsonl", description="File of the model's replies; none is asked for twice.")
+    model: str | None = Field(
+        None, description="Model that rewrites the traces; default: none, only tags change, by rule."
+    )
+    model_prompt: str | None = Field(
+        None, description="FILE.yaml with your instruction for the model, {question} and {trace} in it."
+    )
+    max_tokens: Positive = Field(2048, description="Maximum length of the model's reply, in tokens.")
+    cache: str = Field(
+        "data/reformat.jsonl", description="File that keeps the model's replies, so that none is asked for twice."
+    )
     rows: Positive = Field(16, description="Traces that the model rewrites at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
@@ -384,68 +421,88 @@ class FilterConfig(Config):
     correct_only: bool = Field(True, description="Drop wrong traces; those that no task can judge stay.")
     well_formed: bool = Field(False, description="Drop traces whose format score is below 1.")
     finished: bool = Field(True, description="Drop traces that were cut off.")
-    min_faithfulness: Fraction01 | None = Field(None, description="Least share of true equations, where there are any.")
-    min_score: Fraction01 | None = Field(None, description="Least combined score.")
+    min_faithfulness: Fraction01 | None = Field(
+        None, description="Drop traces with a smaller share of true equations, if they have equations."
+    )
+    min_score: Fraction01 | None = Field(None, description="Drop traces with a lower combined score.")
     duplicates: bool = Field(True, description="Drop a problem's second trace of the same text.")
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Drop a problem's trace that shares so much of its 5-grams with an earlier one (Jaccard)."
+        None, description="Drop a trace whose 5-grams overlap this much (Jaccard) with an earlier trace of its problem."
     )
-    eval_task: str | None = Field(None, description="Task whose problems will be evaluated on and must not be trained.")
-    eval_data: str | None = Field(None, description="File or hub data set of them; default: the task's own source.")
-    eval_split: str = Field("test", description="Their split.")
-    eval_limit: Positive | None = Field(None, description="Size of the seeded sample that is evaluated; default: all.")
-    eval_seed: int = Field(0, description="Seed of that sample.")
+    eval_task: str | None = Field(None, description="Task of the evaluation; drop traces of its problems.")
+    eval_data: str | None = Field(
+        None, description="File or hub data set of the evaluation problems; default: the task's own source."
+    )
+    eval_split: str = Field("test", description="Split of the evaluation problems.")
+    eval_limit: Positive | None = Field(
+        None, description="Number of evaluation problems, drawn at random by --eval-seed; default: all."
+    )
+    eval_seed: int = Field(0, description="Seed of that draw.")
     overlap_words: Annotated[int, Field(ge=0)] = Field(
-        13, description="Drop a trace with so many words in a row of an evaluation question; 0: only the same problem."
+        13, description="Drop a trace that has so many words in a row of an evaluation question; 0: only by problem id."
     )
-    per_problem: Positive | None = Field(None, description="Most traces of one problem.")
-    prefer: Literal["short", "best", "diverse", "random"] = Field("short", description="Which of them are kept.")
+    per_problem: Positive | None = Field(None, description="Maximum number of traces per problem.")
+    prefer: Literal["short", "best", "diverse", "random"] = Field(
+        "short",
+        description="Which of a problem's traces are kept: shortest, best by score, most diverse, or random ones.",
+    )
     balance: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="No difficulty keeps more than so many times the median one's traces."
+        None, description="Keep at most so many times the median number of traces of each difficulty."
     )
     difficulty: Literal["pass_rate", "stratum"] = Field(
-        "pass_rate", description="What difficulty is: the share correct of the problem's traces, or the task's stratum."
+        "pass_rate", description="Difficulty: the share of a problem's traces that are correct, or the task's stratum."
     )
-    bins: Positive = Field(4, description="Bins of the pass rate.")
+    bins: Positive = Field(4, description="Number of bins of the pass rate.")
     seed: int = Field(0, description="Seed of random choices.")
 
 
 class RawConfig(Config):
-    """Raw traces that the first round starts from: solved problems of a task, or a file."""
+    """Raw traces that the first round learns from: solved problems of a task, or a file."""
 
-    file: str | None = Field(None, description="File of traces, as `mlx-traces data` writes it; the rest is for none.")
-    count: Positive | None = Field(None, description="Problems: generated ones, or a seeded sample of a data set.")
-    prompts: list[str] | None = Field(None, description="Prompt styles; default: the rounds' own.")
+    file: str | None = Field(
+        None, description="File of traces, as `mlx-traces data` writes it; the other settings are then not used."
+    )
+    count: Positive | None = Field(
+        None, description="Number of problems: generated ones, or a seeded sample of a data set."
+    )
+    prompts: list[str] | None = Field(None, description="Prompt styles; default: the prompt of the rounds.")
     split: str = Field("train", description="Split of the data.")
     data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
-    style: Literal["think", "plain", "boxed"] = Field("think", description="Where GSM8K's answers stand.")
+    style: Literal["think", "plain", "boxed"] = Field(
+        "think", description="Where GSM8K's answers stand: after the thought, after ####, or in a box."
+    )
     seed: int = Field(1, description="Seed of the problems.")
 
 
 class Round3Config(Config):
-    """The third round: reinforcement by the one algorithm whose settings are given."""
+    """The third round: GRPO or PPO, whichever has settings."""
 
     grpo: GRPOConfig | None = Field(None, description="Settings of `mlx-traces grpo`.")
     ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
 
 
 class RoundsConfig(TrackingConfig):
-    """Settings of ``mlx-traces rounds``: each station's own; model, adapter, task and files are filled in."""
+    """Settings of ``mlx-traces rounds``, by stage; model, adapter, task and files of the stages are filled in."""
 
     name: str = Field(
-        ..., pattern=r"^\w[\w .+-]{0,79}$", description="Begins the names of all files and folders: no / in it."
+        ...,
+        pattern=r"^\w[\w .+-]{0,79}$",
+        description="Begins the names of all files and folders, so it has no /.",
     )
     model: str = Field("nano", description="nano, a folder, or a hub id.")
     task: str = Field("countdown", description="Task: gsm8k or countdown.")
     prompt: str = Field("thinking", description="Prompt style of generation and comparison.")
     raw: RawConfig = RawConfig()
-    epoch1: SFTSettings | None = Field(SFTSettings(), description="null: start from the model's own traces at once.")
+    epoch1: SFTSettings | None = Field(
+        SFTSettings(), description="SFT on the raw traces; null: none, start with the model's own traces."
+    )
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     filter: FilterConfig = FilterConfig()
-    epoch2: SFTSettings | None = Field(SFTSettings(), description="null: no round on the model's own traces.")
+    epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
     round3: Round3Config | None = Field(
-        None, description="Reinforcement on top, by grpo or ppo; its reference is what it starts from, unless named."
+        None,
+        description="GRPO or PPO after that; its KL reference is the adapter that it starts from, unless it names one.",
     )
     compare: EvalConfig = EvalConfig()
     data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
@@ -453,18 +510,18 @@ class RoundsConfig(TrackingConfig):
 
 
 class CompareConfig(Config):
-    """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
+    """Settings of ``mlx-traces compare``: finished runs, and evaluations that are made if they are missing."""
 
     runs: list[str] = Field(default_factory=list, description="Run folders.")
-    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
+    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
     runs_dir: str = Field("runs", description="Where run folders are kept.")
-    extractor: str | None = Field(None, description="Judge all runs by this extractor.")
+    extractor: str | None = Field(None, description="Compare all runs by this extractor.")
     baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
     out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
 
 
 class StudyTask(EvalConfig):
-    """One set of problems of a study, asked in each of its prompts; model, adapter and prompt are filled in."""
+    """One set of problems of a study, and its prompts; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
         ["direct", "thinking"], description="Prompt styles that each model is asked in."
@@ -472,31 +529,39 @@ class StudyTask(EvalConfig):
 
 
 class StudyModel(Config):
-    """One model of a study: as it is, or made 16-bit or quantized anew first; with an adapter or without."""
+    """One model of a study: as it is, or first converted to other bits; with an adapter or without."""
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     label: str | None = Field(None, description="Name in the tables; default: the model's and the adapter's.")
-    bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(None, description="Convert to these; default: as it is.")
-    group_size: Literal[32, 64, 128] = Field(64, description="Weights that share a scale, below 16 bits.")
+    bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(
+        None, description="Bits per weight to convert the model to; default: no conversion."
+    )
+    group_size: Literal[32, 64, 128] = Field(64, description="Number of weights that share a scale, below 16 bits.")
     prompts: list[str] | None = Field(None, description="Prompt styles for this model; default: the task's.")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="Other settings of its evaluations: max_tokens, thinking, weights, ..."
     )
-    optional: bool = Field(False, description="Leave it out as long as the folder of its adapter is not there.")
+    optional: bool = Field(False, description="Leave the model out if the folder of its adapter does not exist.")
 
 
 class StudyConfig(Config):
-    """Settings of ``mlx-traces study``: every model on every task in every prompt, and what may be said of it."""
+    """Settings of ``mlx-traces study``: every model on every task in every prompt."""
 
     name: str = Field(..., description="Title of the study.")
-    tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(..., description="Problems, and how to ask them.")
-    models: Annotated[list[StudyModel], Field(min_length=1)] = Field(..., description="Models, in the tables' order.")
+    tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(
+        ..., description="Sets of problems, with their prompts."
+    )
+    models: Annotated[list[StudyModel], Field(min_length=1)] = Field(
+        ..., description="Models, in the order of the tables."
+    )
     baseline: str | None = Field(
         None, description="Label of the row that others are compared with; default: the first."
     )
-    pairs: Literal["all", "baseline"] = Field("all", description="Test every pair, or each row with the baseline.")
-    apart: bool = Field(False, description="Evaluate each in a process of its own, so that its peak memory is its own.")
+    pairs: Literal["all", "baseline"] = Field(
+        "all", description="Test every pair of rows, or each row against the baseline."
+    )
+    apart: bool = Field(False, description="Evaluate each model in its own process, to measure its own peak memory.")
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default: tables/ and the configuration's name.")
 
@@ -511,7 +576,7 @@ class NanoConfig(Config):
     intermediate_size: Positive = 384
     problems: Positive = Field(26_000, description="Training problems, each seen once.")
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
-    direct_share: Fraction01 = Field(0.12, description="Share of problems asked with the direct prompt.")
+    direct_share: Fraction01 = Field(0.12, description="Share of the problems that are asked in the direct prompt.")
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -567,7 +632,7 @@ _WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (
     f"must be {what}"
     for what in ("a whole number", "a number", "true or false", "a text", "a list", "a mapping, 'name: value' lines")
 )
-_SAID = {  # pydantic's kinds of faults in our words; its own change from version to version
+_SAID = {  # our messages for pydantic's errors; pydantic's own change from version to version
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",

@@ -16,9 +16,9 @@ from mlx_traces.cli.train import fuse_command, grpo_command, plan_command, ppo_c
 @click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(mlx_traces.__version__)
 def main() -> None:
-    """Teach small language models to reason, on a MacBook; measure whether they do.
+    """Teach small language models to reason on a MacBook, and measure whether they do.
 
-    Start with `mlx-traces compare`: the embedded model, direct answers against thinking, in under a minute.
+    Start with `mlx-traces compare`: it compares direct answers with thinking, on the embedded model, in under a minute.
     """
 
 

@@ -12,10 +12,10 @@ from mlx_traces.config import shipped
 
 @click.command("configs")
 def configs_command() -> None:
-    """List the configurations that come with the package, with what each does.
+    """List the configurations that come with the package.
 
     Every command that takes a configuration takes one of these by its name: mlx-traces grpo grpo_countdown_nano. A file
-    of that name in the current folder or in configs/ wins. The first line of each file is the command that runs it.
+    of that name in the current folder or in its configs/ wins. The first line of a file is the command that runs it.
     """
     click.echo(f"in {shipped('configs')}")
     for name, command, what in shipped_configs():

@@ -1,4 +1,4 @@
-"""bench: measure this machine, beside a peer where one is named."""
+"""bench, nano and doctor: measure and check this machine, build the embedded model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ NOT_BENCHED_RL = (
 
 @click.group("bench")
 def bench_group() -> None:
-    """Measure this machine, beside a peer where one is named."""
+    """Measure the speed of this machine, also against other packages."""
 
 
 class Ranked(click.Command):
@@ -36,7 +36,7 @@ class Ranked(click.Command):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        text = "Time one process, then so many that share the work, all on this machine; print both and the ratio."
+        text = "Time one process, then so many that share the work, on this machine; print both and the ratio."
         self.params.append(click.Option(["--ranks"], type=click.IntRange(2), help=text))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -297,7 +297,7 @@ def _bench_reinforcement(
 
 @click.group("nano")
 def nano_group() -> None:
-    """The embedded model."""
+    """Build the embedded model."""
 
 
 @nano_group.command("build")
@@ -323,7 +323,7 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 def nano_reference(out: Path) -> None:
     """Write the numbers that doctor's self-test compares with: nano in float32 on this CPU.
 
-    To be repeated whenever nano was built anew: --out mlx_traces/assets/selftest.json.
+    Repeat this after every build of nano: --out mlx_traces/assets/selftest.json.
     """
     from mlx_traces.diagnostics import selftest
 
@@ -336,10 +336,10 @@ def nano_reference(out: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
 @click.option("--self-test/--no-self-test", default=True, help="Generate and train a step against stored numbers.")
 def doctor_command(as_json: bool, self_test: bool) -> None:
-    """Say what this machine runs on, how fast, whether right, and what to do about what is wrong.
+    """Check this machine, and print a fix for each fault.
 
-    Looks at versions, device, memory, BLAS, disk and the hub, and tests generation and a training step of the
-    embedded model against stored numbers. Exit status 1 if commands would fail, or results could not be trusted.
+    Checks versions, device, memory, BLAS speed, disk and hub, and compares generation and a training step of the
+    embedded model with stored numbers. The exit status is 1 if commands would fail or results cannot be trusted.
     """
     from mlx_traces.diagnostics import doctor
 

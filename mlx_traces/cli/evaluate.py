@@ -1,4 +1,4 @@
-"""eval, compare, grade and verify."""
+"""eval and grade."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from mlx_traces.text import inert
 def eval_command(
     config_file: str | None, out: str | None, runs_dir: str, resume: bool, as_json: bool, settings: dict
 ) -> None:
-    """Evaluate one model on one task; write a run folder with every sample and the result.
+    """Evaluate a model on a task. Writes a run folder with every sample and the result.
 
     With --endpoint a server that speaks OpenAI's protocol runs the model, and no model is loaded here.
     """
@@ -66,7 +66,7 @@ def _summary(result: Any) -> list[str]:
 
 
 def _speed(result: Any) -> list[str]:
-    """Say what an evaluation took, as far as that is known; a server tells no memory, and not always its tokens."""
+    """Return time, speed and memory as texts, as far as known; a server gives no memory and not always its tokens."""
     counted = result.mean_tokens is not None
     return [
         *([f"{result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer"] if counted else []),
@@ -78,13 +78,13 @@ def _speed(result: Any) -> list[str]:
 @click.command("grade")
 @click.argument("file", type=click.Path())
 @click.option("--task", required=True, help="Task whose grader judges: gsm8k, countdown or qa.")
-@click.option("--extractor", help="How the answer is found; default: the task's headline one.")
+@click.option("--extractor", help="How the answer is found; default: the task's first extractor.")
 @click.option("--out", type=click.Path(), help="Write the rows here instead of to stdout.")
 def grade_command(file: str, task: str, extractor: str | None, out: str | None) -> None:
-    """Grade completions made anywhere: JSON lines with `completion` and the task's columns.
+    """Grade completions from any source.
 
-    Each row comes back with `correct`, `verdict` and `extracted`, and with a `note` where an answer may be read in two
-    ways; a summary goes to stderr.
+    FILE is JSON lines with `completion` and the task's columns. Each row is printed with `correct`, `verdict` and
+    `extracted`, and with a `note` if its answer can be read in two ways. A summary goes to stderr.
     """
     from mlx_traces.errors import unknown
     from mlx_traces.evaluation.evaluator import regrade

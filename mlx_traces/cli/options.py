@@ -1,4 +1,4 @@
-"""Options made from the recipes' settings, and a click group whose errors are one line."""
+"""Options made from the settings, and a click group whose errors are one line."""
 
 import errno
 import json
@@ -23,10 +23,10 @@ SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that se
 
 
 class Commands(click.Group):
-    """A group in whose commands a UserError prints as one line and Ctrl-C says how to go on."""
+    """A group of commands: a UserError prints as one line, and Ctrl-C says how to continue."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; of several ranks (``mlx.launch``) the first prints, the others only what went wrong."""
+        """Run the command. Of several ranks (``mlx.launch``) the first one prints, the others print only errors."""
         rank = os.environ.get("MLX_RANK", "0")
         try:
             with _silent(rank != "0"):
@@ -43,12 +43,12 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
             ctx.exit(128 + signal.SIGINT)
-        except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        except BrokenPipeError:  # the reader of our output, such as `head`, closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise  # these three are the disk's fault wherever they come up
+                raise  # only these three are the disk's
             file = error.filename or "the output"
             if error.filename is None:  # what is still to be written there would fail again at the end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,15 +56,15 @@ class Commands(click.Group):
             raise click.ClickException(told) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
-        """Find the command; refuse one that several ranks would all do at once."""
+        """Find the command; refuse one that several ranks cannot share."""
         name, command, rest = super().resolve_command(ctx, args)
         if "MLX_RANK" in os.environ and ctx.parent is None and name not in SHARED and "--help" not in rest:
-            raise UserError(f"{name} is for one process; several, by mlx.launch, share the work of {choices(SHARED)}")
+            raise UserError(f"{name} runs in one process; mlx.launch can start {choices(SHARED)}")
         return name, command, rest
 
 
 def _again(ctx: click.Context) -> str:
-    """Say how the command that was stopped is continued."""
+    """Say how to continue the command that was stopped."""
     name = ctx.invoked_subcommand or ""
     command = ctx.command.get_command(ctx, name) if isinstance(ctx.command, click.Group) else None
     resumes = command is not None and any(option.name == "resume" for option in command.params)
@@ -92,7 +92,7 @@ class ConfigFile(click.ParamType):
         return str(find_config(value))
 
 
-SECTIONS = {  # of a command's help, in order, the options used most first; all others come under More
+SECTIONS = {  # of a command's help, most used options first; the others come under More
     "Model": ("model", "adapter", "weights", "dtype", "device"),
     "Task and data": ("task", "data", "valid", "valid_share", "split", "limit", "prompt", "shots", "extractor"),
     "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "thinking", "rows"),
@@ -109,7 +109,8 @@ class Sectioned(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
-        left = {str(param.name): record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        left = {str(param.name): record for param in options if (record := param.get_help_record(ctx))}
         for title, names in SECTIONS.items():
             if rows := [left.pop(name) for name in names if name in left]:
                 with formatter.section(title):
@@ -119,7 +120,7 @@ class Sectioned(click.Command):
 
 
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
-    """Read a recipe's settings, ``given`` ones over the file's, and note on stderr those that change nothing."""
+    """Read the settings of a file, with ``given`` ones over them; note on stderr those that change nothing."""
     config = read_config(kind, path, given)
     note_unused(config)
     return config
@@ -132,9 +133,9 @@ def note_unused(config: Config) -> None:
 
 
 def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:
-    """Add an option for every field of a recipe's settings; the function gets those given, as ``settings``.
+    """Add an option for every field of the settings; the function gets those that were given, as ``settings``.
 
-    ``defaults`` are shown, and given, in place of the settings' own.
+    ``defaults`` replace the settings' own defaults.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -185,7 +186,7 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
 
 
 def _template_args(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value is read as JSON where it is any, so that ``true`` and ``512`` are no texts."""
+    """Read NAME=VALUE pairs; a value that is JSON is read as such, so ``true`` and ``512`` are not texts."""
     given = {}
     for item in items:
         name, sign, value = item.partition("=")

@@ -1,4 +1,4 @@
-"""study."""
+"""compare, verify, study and rounds."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ FORMATS = ("table", "markdown", "csv", "json")
 @click.command("compare")
 @click.argument("runs", nargs=-1, type=click.Path())
 @click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
-@click.option("--prompt", "prompts", multiple=True, help="Prompt style to try with each model; repeat for more.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model; repeat for more.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, evals, baseline, out.")
 @click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
 @click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
@@ -38,10 +38,10 @@ def compare_command(
     extractors: bool,
     settings: dict,
 ) -> None:
-    """Evaluate what is missing, then print one table with intervals and paired p-values.
+    """Compare models or runs in one table with paired statistics. Evaluates what is missing.
 
-    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct against
-    thinking, and with its trained adapters where the checkout has them.
+    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct and thinking,
+    alone and with its shipped adapters.
     """
     from mlx_traces.evaluation import comparison
     from mlx_traces.pipelines import compare
@@ -87,10 +87,11 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 def verify_command(runs: tuple[str, ...]) -> None:
-    """Check finished RUNS against themselves: of evaluations, trainings by sft, grpo and ppo, files of traces.
+    """Check finished runs and files of traces.
 
-    Grades every stored completion anew and computes the figures from that; of a training, checks its steps, its best
-    and its adapter. Exits with 1 if anything differs.
+    RUNS are folders of evaluations and of trainings (sft, grpo, ppo), or files of traces. Grades every stored
+    completion again and recomputes the figures. For a training, checks its steps, its best step and its adapter. The
+    exit status is 1 if anything differs.
     """
     from mlx_traces.pipelines import verify
 
@@ -113,12 +114,12 @@ def verify_command(runs: tuple[str, ...]) -> None:
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--out", type=click.Path(), help="Folder of the tables.  [default: tables/ and CONFIG's name]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are.  [default: runs]")
-@click.option("--dry-run", is_flag=True, help="Print the evaluations and which are there; make nothing.")
+@click.option("--dry-run", is_flag=True, help="List the evaluations and which are finished; make nothing.")
 def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
-    """Every model in every prompt: summary, strata, every pair tested, and what may be said of it.
+    """Evaluate every model in every prompt, and test every pair.
 
-    A model that is to have other bits is converted first. Repeat the command after it was cut off, or with more
-    models in CONFIG: what is there is not made again.
+    Models that need other bits are converted first. Repeat the command after it was cut off, or with more models in
+    CONFIG: finished evaluations are not repeated.
     """
     folders = {"out": out, "runs_dir": runs_dir}
     config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
@@ -147,14 +148,19 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--data-dir", type=click.Path(), help="Where raw/, generated/ and processed/ are.  [default: data]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--report-to", type=click.Choice(["trackio", "wandb"]), help="Send every training's metrics there too.")
+@click.option(
+    "--report-to", type=click.Choice(["trackio", "wandb"]), help="Also send every training's metrics to this client."
+)
 @click.option("--dry-run", is_flag=True, help="Print the stages, and tokens and memory of those to make; make nothing.")
 def rounds_command(
     config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
 ) -> None:
-    """SFT on raw traces, SFT on the model's own filtered traces, GRPO or PPO; then the table and report of it all.
+    """Train in rounds: SFT, SFT on own traces, GRPO or PPO; compare.
 
-    Repeat the command after it was cut off: what is there is not made again.
+    Epoch 1 is SFT on raw traces, epoch 2 SFT on the model's own filtered traces, round 3 GRPO or PPO. Then the base and
+    every round answer the same problems, in one table and an HTML report.
+
+    Repeat the command after it was cut off: finished stages are not repeated.
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
     config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})

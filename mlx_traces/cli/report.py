@@ -1,4 +1,4 @@
-"""report, watch, card and push: runs for readers; an adapter as its model card, and put on the hub."""
+"""report, card, push and watch."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ import click
 @click.option("--png", type=click.Path(), help="Folder for the figures as PNG files too.")
 @click.option("--baseline", help="Run to compare the others with, by name.  [default: the first of its problems]")
 def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: str | None) -> None:
-    """Write runs as one HTML page: comparison, curves, accuracy by difficulty, traces to browse.
+    """Write runs as one HTML page. It has comparisons, curves, accuracy by difficulty, and traces to browse.
 
     RUNS are run folders of evaluations and trainings in any mix, finished or not. The page needs no network.
     """
@@ -24,11 +24,12 @@ def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: s
 
 @click.command("card")
 @click.argument("adapter", type=click.Path())
-@click.option("--run", "runs", multiple=True, type=click.Path(), help="Evaluation to put in.  Repeat for more.")
+@click.option("--run", "runs", multiple=True, type=click.Path(), help="Evaluation to add.  Repeat for more.")
 def card_command(adapter: str, runs: tuple[str, ...]) -> None:
-    """Write the model card of an adapter anew, with evaluations of it and of its base model.
+    """Rewrite the model card of an adapter, and add evaluations.
 
-    Trainings write one as they save; what this adds are figures measured since. The hub takes the folder as it is.
+    A training writes the first card. This command adds figures that were measured later, of the adapter and of its
+    base model.
     """
     from pathlib import Path
 
@@ -40,13 +41,13 @@ def card_command(adapter: str, runs: tuple[str, ...]) -> None:
 @click.command("push")
 @click.argument("adapter", type=click.Path())
 @click.argument("name", metavar="USER/NAME")
-@click.option("--public", is_flag=True, help="For everybody to see; without it a new repository is private.")
-@click.option("--dry-run", is_flag=True, help="Say what would go where, and end.")
+@click.option("--public", is_flag=True, help="Let everybody see it; without this a new repository is private.")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded, and end.")
 def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
-    """Put an adapter with its model card on the hub, as USER/NAME.
+    """Upload an adapter and its model card to the hub, as USER/NAME.
 
-    ADAPTER is its folder, the run folder that it stands in, or a model that fuse made. Nothing else in it is uploaded,
-    and settings lose the paths of this machine.
+    ADAPTER is an adapter's folder, a training's run folder, or a model that fuse made. No other files of the folder are
+    uploaded, and paths of this machine are removed from the settings.
     """
     from pathlib import Path
 
@@ -67,10 +68,10 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
 
 @click.command("watch")
 @click.argument("run", type=click.Path())
-@click.option("--once", is_flag=True, help="Print and end; so it is where the output is no terminal.")
-@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Print once and end; the default if the output is not a terminal.")
+@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between updates.")
 def watch_command(run: str, once: bool, every: float) -> None:
-    """Show a run's curves in the terminal, with first, last and best values, until it is finished."""
+    """Show a run's curves in the terminal. Goes on until the run is finished."""
     from rich.console import Console
 
     from mlx_traces.report import run_view, terminal

@@ -1,4 +1,4 @@
-"""data: make and bring in data sets."""
+"""data, score, filter, reformat and generate."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ SPLIT = "train, valid or test: never a shared set of numbers."
 
 @click.group("data")
 def data_group() -> None:
-    """Make and bring in data sets."""
+    """Make files of problems and traces, or import traces."""
 
 
 def generated_problems(command: Callable) -> Callable:
@@ -91,7 +91,7 @@ def data_countdown(
 def data_countdown_traces(
     count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
 ) -> None:
-    """Write the solver's traces of Countdown problems: a search told step by step, then the answer."""
+    """Write a solver's traces of Countdown problems: a search step by step, then the answer."""
     from mlx_traces.tasks import countdown
     from mlx_traces.traces import solutions
 
@@ -153,7 +153,7 @@ def data_gsm8k(
 @click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: count them]")
 @click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
 def data_import(data: str, form: str, task: str | None, style: str, split: str, strict: bool, out: str | None) -> None:
-    """Bring in traces from FILE (.jsonl, .json, .parquet, .arrow, .txt) or a hub data set owner/name.
+    """Import traces from FILE (.jsonl, .json, .parquet, .arrow, .txt) or a hub data set owner/name.
 
     A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
     a turn of weight 0 is not learned; other fields of a turn are left out and counted.
@@ -195,7 +195,11 @@ def _write(
 @click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component; repeat for more.")
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
-    """Score the traces of IN: correctness, form, structure, faithfulness, length, repetition and what models say."""
+    """Score the traces of IN.
+
+    The scores are correctness, form, structure, faithfulness, length, repetition, and on request a model's perplexity
+    and the grade of a judge.
+    """
     from mlx_traces.traces.score import score_file, summary
 
     if mix:
@@ -221,7 +225,7 @@ def _weight(item: str) -> tuple[str, str]:
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
-    """Keep the traces of IN that pass the rules, and tell what each rule removed."""
+    """Keep the traces of IN that pass the rules. Prints how many traces each rule removed."""
     from mlx_traces.traces.filtering import filter_file
 
     report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
@@ -235,7 +239,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
-    """Rewrite the traces of IN as a thought and a solution; keep those that are still correct."""
+    """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
     from mlx_traces.traces.files import counted
     from mlx_traces.traces.reformat import reformat_file
 
@@ -263,7 +267,7 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 @click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
-    """Sample completions of training problems; write them as traces, with their log-probabilities."""
+    """Sample completions of training problems as traces. They keep their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
     from mlx_traces.evaluation.evaluator import split_notes
     from mlx_traces.traces.generate import generate

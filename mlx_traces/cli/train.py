@@ -1,4 +1,4 @@
-"""generate, sft, grpo and ppo: a model's own traces, an adapter trained on traces, or on rewards."""
+"""plan, sft, grpo, ppo and fuse: train an adapter on traces or on rewards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: the one that has the file's fields.")
 def plan_command(config_file: str, kind: str | None) -> None:
-    """Say what memory the training of CONFIG will take, by part, and the largest settings that still fit.
+    """Estimate the memory of a training. Also prints the largest settings that fit.
 
-    CONFIG is a YAML file of sft, grpo or ppo. The model is loaded; nothing is trained, downloaded or written.
+    CONFIG is a YAML file of sft, grpo or ppo, or the name of a shipped one. The model is loaded from this disk; nothing
+    is trained, downloaded or written.
     """
     from mlx_traces.runtime.device import import_mlx
 
@@ -33,7 +34,10 @@ def plan_command(config_file: str, kind: str | None) -> None:
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
 @settings_options(SFTConfig, "evaluate", "betas")
 def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
-    """Fine-tune a model on traces: LoRA, DoRA or full. CONFIG is a YAML file of these settings; options win over it."""
+    """Fine-tune a model on traces: LoRA, DoRA or full weights.
+
+    CONFIG is a YAML file of these settings, or the name of a shipped one. Options win over it.
+    """
     config = configured(SFTConfig, config_file, settings)
     from mlx_traces.runtime.device import import_mlx
 
@@ -52,14 +56,21 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
 
-def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
-    """Make the command of an algorithm of reinforcement learning."""
+_CONFIG = "CONFIG is a YAML file of these settings, or the name of a shipped one. Options win over it."
+_REWARD = (
+    "A reward and its weight: correct, gated, format, flash, judge, ..., or your own module:function. Repeat for "
+    "more.  [default: correct=1]"
+)
 
-    @click.command(name, cls=Sectioned, help=f"{what} CONFIG is a YAML file of these settings; options win over it.")
+
+def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
+    """Make the command ``grpo`` or ``ppo``."""
+
+    @click.command(name, cls=Sectioned, help=f"{what}\n\n{_CONFIG}")
     @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
     @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
     @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
-    @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help="Reward; give it once for each.")
+    @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help=_REWARD)
     @settings_options(kind, "evaluate", "betas", "rewards")
     def command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
         if rewards:
@@ -88,10 +99,12 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
 
 
 grpo_command = reinforcement_command(
-    "grpo", GRPOConfig, "Train with GRPO: raise the probability of completions that beat their group's mean."
+    "grpo",
+    GRPOConfig,
+    "Train a model with GRPO. It raises the probability of completions that beat their group's mean.",
 )
 ppo_command = reinforcement_command(
-    "ppo", PPOConfig, "Train with PPO: a value head and generalized advantage estimation."
+    "ppo", PPOConfig, "Train a model with PPO. It uses a value head and generalized advantage estimation."
 )
 
 
@@ -99,12 +112,12 @@ ppo_command = reinforcement_command(
 @click.option("--model", required=True, help="nano, a folder, or a hub id; MODEL+ADAPTER works.")
 @click.option("--adapter", type=click.Path(), help="Folder of the adapter.")
 @click.option("--out", default="runs/fused", show_default=True, type=click.Path(), help="Folder of the fused model.")
-@click.option("--bits", type=int, default=16, show_default=True, help="Per weight; below 16 the loss is measured.")
-@click.option("--data", type=click.Path(), help="File of traces to measure the loss on, before and after.")
-@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many of them.")
+@click.option("--bits", type=int, default=16, show_default=True, help="Bits per weight; below 16 needs --data.")
+@click.option("--data", type=click.Path(), help="File of traces to measure the loss on, before and after fusing.")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of these traces.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def fuse_command(**arguments: Any) -> None:
-    """Make model and adapter one stand-alone model, in the base's 16-bit type or quantized anew."""
+    """Write a model and its adapter as one model. It has 16 bits, or is quantized again."""
     from mlx_traces.runtime.device import import_mlx
 
     import_mlx()

@@ -1,4 +1,4 @@
-"""Settings that were given and change nothing: noted, or refused where that would deceive."""
+"""Settings that were given but change nothing: noted, or refused where a note is not enough."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from mlx_traces.tasks import TASKS, get_task
 
 
 def _examples(config: Any) -> bool:
-    """Whether the prompt has worked examples; an unknown task is for others to refuse."""
+    """Whether the prompt has worked examples; True for an unknown task, which is refused elsewhere."""
     if config.task not in TASKS:
         return True
     task = get_task(config.task)
@@ -40,7 +40,7 @@ def unused(config: Config) -> Iterator[str]:
     """Yield a line for each setting that was given, differs from its default, and changes nothing.
 
     Raises:
-        UserError: for one of a filter's evaluation where no evaluation is named: nothing would be kept apart.
+        UserError: for a filter's setting of the evaluation problems if no evaluation is named: none would be left out.
     """
     for recipes, names, idle, why in _NO:
         told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []

@@ -1,16 +1,15 @@
 """Whether this machine computes what it should: a short generation and one training step of nano, against a reference.
 
-The reference, ``assets/selftest.json``, is nano in float32 on a CPU, computed by plain forward passes (`reference`);
-what is tested is the way that every command goes: `models.load` with this machine's own weights and dtype, the chat
-template, the sampling engine, an SFT step with its adapter, clipping and AdamW.
+The reference, ``assets/selftest.json``, is nano in float32 on a CPU, computed by plain forward passes (`reference`).
+The test takes the path of every command: `loading.load` with this machine's own weights and dtype, the chat template,
+the sampling engine, an SFT step with its adapter, clipping and AdamW.
 
-Log-probabilities are compared rather than tokens: where the two likeliest tokens are nearer to each other than twice
-the tolerance, another one may be taken, and that completion is compared up to there. Rounding is all that devices may
-differ by, so `TOLERANCES` are per dtype of the computation: four times `DEVIATIONS` or more, what this test deviated
-by on a CPU in that dtype, 4-bit weights included, which deviate most. A GPU may multiply float32 at lower precision
-(TF32), so float32 there is held to float16's. What that catches, tried on each of nano's 29 matrices in turn: one 10 %
-too large always in float32 on a CPU and 19 times in float16; one 50 % too large always in float16, 14 times in
-bfloat16.
+It compares log-probabilities, not tokens. Where the two likeliest tokens are closer than twice the tolerance, a machine
+may take either; that completion is compared up to there. Devices may differ only by rounding, so `TOLERANCES` depend on
+the dtype of the computation: at least four times `DEVIATIONS`, which were measured on a CPU in that dtype (4-bit
+weights included, which deviate most). A GPU may multiply float32 at lower precision (TF32), so float32 there has the
+tolerance of float16. To see what the test finds, each of nano's 29 matrices was made too large in turn: 10 % was found
+for all 29 in float32 on a CPU and for 19 in float16; 50 % for all 29 in float16 and for 14 in bfloat16.
 """
 
 import math

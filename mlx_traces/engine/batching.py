@@ -1,4 +1,4 @@
-"""Token sequences in batches: which are trained together, and how little padding that takes."""
+"""Token sequences in batches: which sequences are trained together, with little padding."""
 
 import random
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ class Example:
 
     @property
     def count(self) -> int:
-        """How many tokens are trained; the first of a sequence has nothing before it and never is."""
+        """Number of trained tokens; the first token of a sequence is never trained, as nothing predicts it."""
         return sum(self.trained[1:])
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Part one epoch's examples into optimizer steps: every example once, lengths kept together, in seeded order.
+    """Split one epoch's examples into optimizer steps: every example once, similar lengths together, in seeded order.
 
     The examples are shuffled, sorted by length within pools of 64 batches, cut, and the batches shuffled again: a
     compromise between random batches, which pad much, and fully sorted ones, which are the same every epoch.
@@ -45,7 +45,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Part a step's examples into batches of at most ``budget`` tokens, padding included; longest first.
+    """Split a step's examples into batches of at most ``budget`` tokens, padding included; longest first.
 
     Sorted by length, so that padding is small; an example longer than the budget is a batch of its own.
     """
@@ -62,7 +62,7 @@ def micro_batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -
 def pad(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
     """Return (B, T) int32 ids, padded right with 0, and the positions of the trained tokens.
 
-    Positions index the flattened (B, T - 1), as `forward.token_logprobs` takes them, row by row.
+    Positions index the flattened (B, T - 1), as `logprobs.token_logprobs` takes them, row by row.
     """
     width = max(len(example.ids) for example in examples)
     ids = np.zeros((len(examples), width), np.int32)
@@ -74,7 +74,7 @@ def pad(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def places(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
-    """Return where rows' tokens are in the flat array of them all, (B, T) int32, and which of these are tokens."""
+    """Return each token's index in the flat array of all tokens, (B, T) int32, and the mask of the real tokens."""
     starts = np.cumsum([0, *counts[:-1]])[:, None]
     column = np.arange(max(counts))[None]
     mask = column < np.array(counts)[:, None]
@@ -82,7 +82,7 @@ def places(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
 
 
 def padded(arrays: Sequence[np.ndarray]) -> mx.array:
-    """Return float32 arrays as the rows of one, padded right with 0."""
+    """Stack float32 arrays as the rows of one array, padded right with 0."""
     rows = np.zeros((len(arrays), max(1, *map(len, arrays))), np.float32)
     for row, array in zip(rows, arrays, strict=True):
         row[: len(array)] = array
@@ -90,6 +90,6 @@ def padded(arrays: Sequence[np.ndarray]) -> mx.array:
 
 
 def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Return which share of the cells of padded batches holds no token."""
+    """Return the share of padding among the cells of padded batches."""
     cells = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return 1 - sum(lengths[index] for batch in batches for index in batch) / cells if cells else 0.0

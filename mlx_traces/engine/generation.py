@@ -1,9 +1,8 @@
 """The sampling engine: prompts in, rollouts out as they finish, for evaluation and for reinforcement learning.
 
-One decode step serves every row at once. Rows that finish make room and new ones join in waves, in place
-(``slots``); a prompt that several completions share, and a beginning that all prompts share, are read once; one
-step is always under way while the last one's tokens are looked at; and no array as wide as the vocabulary leaves
-the step.
+One decode step serves every row at once. Rows that finish free their slots, and new rows join in waves, in place
+(`kv_cache`). A prompt that several completions share is read once, and so is a beginning that all prompts share. The
+next step is dispatched before the previous tokens are read. No array as wide as the vocabulary leaves the step.
 
 ``mx.compile`` is not used. On a CPU it gains nothing steady: a step of nano with 128 rows took 21 to 23 ms plain and 20
 to 21 ms compiled, drawing 32 of 151,936 tokens 133 ms either way. On Metal and CUDA it is not measured.
@@ -135,7 +134,7 @@ def rows_that_fit(
     """Return how many rows the memory holds, at least 1.
 
     A row is its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
-    tokens + ``slots.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
+    tokens + ``kv_cache.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
     the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations) leave.
     """
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
@@ -204,7 +203,7 @@ def _note(loaded: LoadedModel, line: str) -> None:
 
 @dataclass
 class _Step:
-    """A step on its way: its number, and on the device the drawn tokens and, if wanted, their log-probabilities."""
+    """A step that was dispatched: its number, its tokens (on the device) and, if wanted, their log-probabilities."""
 
     number: int
     tokens: Any
@@ -249,7 +248,7 @@ class _Engine:
         self.last_read: tuple[tuple[int, ...], list[tuple[Any, Any]]] = ((), [])
 
     def run(self) -> Iterator[tuple[int, Rollout]]:
-        """Decode until nothing is left, one step ahead of the tokens that are looked at."""
+        """Decode until all requests are done; the next step is dispatched before the previous tokens are read."""
         self.began = perf_counter()
         self._admit()
         under_way = self._begin_step()
@@ -265,13 +264,13 @@ class _Engine:
             under_way = ahead or (self._begin_step() if (self.request_of >= 0).any() else None)
 
     def _need_more(self) -> bool:
-        """Whether some row goes on after the step under way unless it draws a stop token."""
+        """Whether some row still has tokens to draw after the dispatched step, if it draws no stop token there."""
         return bool(((self.request_of >= 0) & (self.steps - self.joined < self.limit)).any())
 
     # ------------------------------------------------------------------------------------------ one step
 
     def _begin_step(self) -> _Step:
-        """Send a step for every row on its way; it reads the tokens of the step before, wherever that is."""
+        """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
         logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
@@ -314,7 +313,7 @@ class _Engine:
         self.window.start -= by
 
     def _take(self, step: _Step) -> Iterator[tuple[int, Rollout]]:
-        """Wait for a step, note its tokens, and yield what it finished."""
+        """Wait for a step, record its tokens, and yield the rollouts that it finished."""
         start = perf_counter()
         drawn = np.array(step.tokens)
         now = perf_counter()
@@ -341,7 +340,7 @@ class _Engine:
                 yield index, rollout
 
     def _drop_idle(self, ahead: _Step) -> _Step:
-        """Keep the working rows alone once many have nothing to do and nothing is pending."""
+        """Keep only the working rows, once many slots are idle and no request is waiting."""
         keep = np.flatnonzero(self.request_of >= 0)
         if not len(keep) or len(keep) > DROP * len(self.request_of):
             return ahead

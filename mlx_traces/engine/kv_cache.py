@@ -1,4 +1,4 @@
-"""The key-value cache of a batch whose rows come and go: every row writes at one place, each began at its own.
+"""The key-value cache of a batch whose rows come and go: all rows write at one index; each began at its own.
 
 Row r of the batch holds positions ``start[r] .. write - 1`` of a window that all rows share. A row that ends leaves
 its slot to the next prompt, which is written so that it too ends at ``write``; nothing else moves. The window moves
@@ -48,7 +48,7 @@ class Window:
         self.uniform = bool((self.start == self.low).all())
 
     def advance(self) -> None:
-        """Go on to the next token."""
+        """Move to the next token."""
         self.write += 1
         self.offset = self.offset + 1
 
@@ -117,7 +117,7 @@ class SlotCache:
             )
 
     def keep(self, rows: mx.array) -> None:
-        """Keep these rows alone."""
+        """Keep only these rows."""
         if self.keys is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
@@ -125,10 +125,10 @@ class SlotCache:
 def mask_axes(model: nn.Module) -> int | None:
     """Find out how many axes a mask of rows that began apart has for a model.
 
-    Four, (R, 1, 1, K), for attention by ``mx.fast``; five for what parts the heads by key-value head itself, as
-    mlx_lm's Gemma 2 does, where four do not fit. So rows that began apart are decoded here, each is compared with
-    itself alone, and what is right with five axes is right. None if the model minds neither mask, so that only one row
-    can be decoded at once, and 0 if not even that is right. The answer is kept with the model.
+    Four, (R, 1, 1, K), for attention by ``mx.fast``. Five for models that split the heads by key-value head
+    themselves, as mlx_lm's Gemma 2 does. To find out, rows that began at different places are decoded together and
+    compared with each row alone. None if both masks give wrong logits: then only one row can be decoded at once. 0 if
+    that is wrong too. The answer is kept with the model.
     """
     if not hasattr(model, KEPT):
         rows = [logprobs.probe(model, 24), logprobs.probe(model, 3)] * 4

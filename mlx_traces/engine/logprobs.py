@@ -28,10 +28,10 @@ TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.1, mx.float16: 0.1}  # of `alike`
 
 
 class Room:
-    """How many tokens of a forward pass fit in the memory: all that are asked for, until memory runs out.
+    """The token limit of a forward pass: what was asked for, and half of it each time that memory runs out.
 
-    Then half as many from there on, and what was under way is done again. How rows are parted changes rounding alone
-    (and the masks of dropout), so a run goes on as it would have gone.
+    The interrupted work is then repeated. How rows are split into batches changes only rounding (and the masks of
+    dropout), so the result of the run stays the same.
 
     Attributes:
         most: tokens of a forward pass, padding included; None while memory never ran out.
@@ -43,7 +43,7 @@ class Room:
         self.notes: list[str] = []
 
     def fit(self, micro_tokens: int, lengths: Sequence[int], work: Callable[[int], T]) -> T:
-        """Return ``work`` of the most tokens of a forward pass, of fewer each time that memory runs out.
+        """Call ``work`` with the token limit of a forward pass, and again with half of it each time memory runs out.
 
         Args:
             micro_tokens: the most that are asked for.
@@ -81,9 +81,9 @@ class Room:
 class Split:
     """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
 
-    ``head_module`` returns the module that is the head just now, which a context may have swapped, ``None`` if none
-    is. ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows
-    may go on from, 0 if they may not (``sharing.split`` finds out). ``room`` knows what fits in the memory.
+    ``head_module`` returns the current head, which a context may have swapped; ``None`` if there is no module.
+    ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows may
+    continue from, 0 if they may not (`gradients.split` finds out). ``room`` knows what fits in the memory.
     """
 
     trunk: Callable[[mx.array], mx.array]
@@ -153,7 +153,7 @@ def _rest(model: nn.Module) -> Split | None:
 
 
 class _StandIn:
-    """Looks like a module, but for some attributes; called, it returns the states that it was given."""
+    """A module's attributes, some of them replaced; a call returns the given states."""
 
     def __init__(self, module: nn.Module, **own: Any):
         self.__dict__.update(own, _module=module)
@@ -317,8 +317,8 @@ def logsumexp(logits: mx.array) -> mx.array:
 def sum_wide(array: mx.array) -> mx.array:
     """Return the sums of a last axis as wide as a vocabulary, (..., V) to (...): sums of the sums of its parts.
 
-    On a CPU MLX adds one number to the next. In float32 the log-probabilities of a real model's 151,936 logits were off
-    by 4e-4 so, all in the same direction, and are by 3e-6 now.
+    On a CPU MLX adds the numbers one by one. In float32 that made the log-probabilities of a real model with 151,936
+    logits wrong by 4e-4, all in the same direction. With partial sums the error is 3e-6.
     """
     return blocks(array, 0).sum(axis=-1).sum(axis=-1)
 
@@ -339,9 +339,10 @@ def blocks(array: mx.array, fill: float) -> mx.array:
 def alike(found: mx.array, expected: mx.array) -> bool:
     """Whether two computations of the same states or logits, (..., N), agree up to the rounding of their type.
 
-    By the norm of what they are apart, relative to that of what is expected, the mean of each N left out: logits may
-    have any. Another order of summation moves a real model's last states by 3 % in bfloat16 and float16, and by 0.1 %
-    where a GPU's products round float32 to ten bits. False where a number is not finite.
+    Compares the norm of the difference with the norm of the expected values. The mean over N is subtracted first,
+    since logits are only defined up to a constant. Another order of summation moves a real model's last states by 3 %
+    in bfloat16 and float16, and by 0.1 % where a GPU's products round float32 to ten bits. False where a number is not
+    finite.
     """
     if found.shape != expected.shape:
         return False

@@ -1,6 +1,6 @@
 """Generation by mlx_lm's own means, for models whose cache is not a plain one (sliding window, state space).
 
-Its BatchGenerator serves those that it serves rightly, which is tried out; the others are decoded one row at a time.
+A probe finds out which models its BatchGenerator computes correctly; the others are decoded one row at a time.
 """
 
 from collections import deque
@@ -27,11 +27,11 @@ UNFIT = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImpleme
 def generate_plainly(
     loaded: LoadedModel, requests: list[Request], params: list[SamplingParams], rows: int, logprobs: bool
 ) -> Iterator[tuple[int, Rollout]]:
-    """Do what ``sampling.generate`` does, at mlx_lm's speed; same random numbers."""
+    """Do what `generation.generate` does, with mlx_lm's generator: same random numbers, slower."""
     together = prompts_together(loaded.model)
     note = f"{loaded.name} has a special cache; mlx_lm's own batched generation is used, which is slower"
     if together == 1:
-        note += ", and prompts are read one at a time: in mlx_lm this model does not mind padding"
+        note += ", and prompts are read one at a time, as mlx_lm does not mask padding for this model"
     elif not together:
         note = f"{loaded.name} has a special cache that mlx_lm cannot batch: one row at once, which is slow"
     if note not in loaded.notes:
@@ -45,9 +45,10 @@ def generate_plainly(
 def prompts_together(model: Any) -> int:
     """Find out how many prompts of different length mlx_lm may read together for a model.
 
-    Some of its models ignore what keeps padding out (Mamba, Jamba, RWKV-7): their prompts are read one at a time, 1,
-    which pads nothing, and their rows decoded together. 0 if not even that is right, as for caches that cannot be put
-    together. Found out by doing it with three prompts, each compared with itself alone; kept with the model.
+    Some of its models ignore the mask that hides padding (Mamba, Jamba, RWKV-7). For them the answer is 1: prompts are
+    read one at a time, without padding, and rows are decoded together. It is 0 if that is wrong too, as for caches that
+    cannot be batched. A probe of three prompts, each compared with itself alone, decides; the answer is kept with the
+    model.
     """
     if hasattr(model, KEPT):
         return getattr(model, KEPT)
@@ -186,7 +187,7 @@ class RowSampler:
         return token if own is None else mx.depends([token], [own])[0]  # computed with it, or the logits would stay
 
     def take(self, loaded: LoadedModel, token: int) -> None:
-        """Look at the next token."""
+        """Read the next token on the host."""
         refuse_no_token(loaded, np.array([token]))
         own = self.ahead.popleft()
         self.ids.append(token)

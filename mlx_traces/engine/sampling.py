@@ -118,9 +118,9 @@ def settings_of(params: SamplingParams) -> np.ndarray:
 def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool) -> tuple[Any, Any | None]:
     """Draw a token of every row by inverting the distribution at a uniform number.
 
-    One number a row in place of Gumbel noise over the vocabulary: cheaper, and a row's stream is its own. A block of
-    the vocabulary is drawn first, by the blocks' sums, then a token inside it: one float32 sum over 151,936 tokens
-    misses the token of the exact distribution one time in four, the two of a few hundred numbers one in fifty.
+    One random number a row replaces Gumbel noise over the vocabulary: that is cheaper, and each row has its own stream.
+    A block of the vocabulary is drawn first, by the blocks' sums, then a token inside it. With one float32 sum over
+    151,936 tokens, one draw in four is not the token of the exact distribution; with these two sums, one in fifty.
 
     Args:
         logits: (R, V) float32.
@@ -186,7 +186,7 @@ def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
 
 
 def _total(logits: Any) -> Any:
-    """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `forward.logsumexp`."""
+    """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `logprobs.logsumexp`."""
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
 
 
@@ -240,7 +240,7 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
-    """Return what a completion says, up to ``cut`` characters of its exact text, without tokens that are no text."""
+    """Return a completion's text, up to ``cut`` characters of its exact text, without tokens that are not text."""
     text = decode(loaded.tokenizer, ids)[:cut]
     for token in {*ids} & loaded.signs.keys():
         text = text.replace(loaded.signs[token], "")
@@ -250,8 +250,8 @@ def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
 def find_stop(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
     """Return where in the text the first stop string starts, if the newest token completed one.
 
-    Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
-    ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+    Only the last tokens that a stop string can span are decoded: a token is at least one byte, apart from a few special
+    ones. A match is checked in the whole text, since a tokenizer may write the same tokens differently there.
     """
     if not stops:
         return None

@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in mlx_lm's format: put on a model, trained, saved, left out, fused. MLX is imported late."""
+"""LoRA and DoRA adapters in mlx_lm's format: attach, train, save, switch off, merge. MLX is imported late."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ ADDED = ("lora_a", "lora_b", "m")  # what an adapter adds to a layer: the low-ra
 
 
 def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None = None) -> dict[str, Any]:
-    """Make a model ready to train: a new adapter, or the one of ``folder`` that is on it already; the rest frozen.
+    """Prepare a model for training: a new adapter, or that of ``folder``, already attached; the rest is frozen.
 
     A new adapter changes nothing yet (arXiv 2106.09685, section 4.1): its second matrix is 0, its first is drawn from
     MLX's random state. ``full`` trains the layers' own weights.
@@ -140,7 +140,7 @@ def _swap(model: "nn.Module", change: Any) -> Any:
 
 @contextmanager
 def switched_off(model: "nn.Module") -> Iterator[None]:
-    """Leave the adapter out while the context lasts: the model is its base, without a second copy."""
+    """Switch the adapter off inside the context: the model is its base, without a second copy."""
     back = _swap(model, lambda layer: layer["linear"] if "linear" in layer else layer["embedding"])
     try:
         yield
@@ -174,7 +174,7 @@ def reference(model: "nn.Module", folder: str | Path | None, used: bool = True) 
         raise UserError(
             f"{folder}: the reference is not of the kind, layers, targets and rank that are trained here ({own})"
         )
-    mx.eval(list(arrays.values()))  # the file may be another one by the time that it is read
+    mx.eval(list(arrays.values()))  # read now: the file may be replaced later
     scale = None if kind == "full" else settings["lora_parameters"]["scale"]
 
     @contextmanager
@@ -214,7 +214,7 @@ def merged(model: "nn.Module") -> Iterator[None]:
         return layer.fuse() if "scales" not in inner and inner.weight.dtype == mx.float32 else layer
 
     back = _swap(model, dense)
-    # Each new layer drew weights that nobody asks for: without the state the graph of all draws would grow for ever.
+    # Each new layer draws weights that are not used: without evaluating the state, the graph of draws would grow.
     mx.eval(model.parameters(), list(mx.random.state))
     try:
         yield
@@ -243,7 +243,7 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
     if kind != "full":
         try:
             linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora")
-        except Exception as error:  # mlx_lm meets a wrong setting with whatever its code runs into
+        except Exception as error:  # mlx_lm raises many kinds of errors for a wrong setting
             message = f"does not describe an adapter for this model ({first_line(error)})"
             raise UserError(f"{folder / CONFIG}: {message}") from None
     places = dict(tree_flatten(model.parameters()))
@@ -340,7 +340,7 @@ def write_arrays(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | 
     """Replace a safetensors file all at once: temporary file, fsync, rename."""
     import mlx.core as mx
 
-    mx.eval(list(arrays.values()))  # what goes wrong in computing them is no fault of the disk
+    mx.eval(list(arrays.values()))  # errors of the computation are not the disk's
     try:
         with on_the_way(path), replacing(path) as scratch:
             mx.save_safetensors(str(scratch), arrays, metadata or {})

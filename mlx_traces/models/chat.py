@@ -1,7 +1,7 @@
-"""Conversations as a model's chat template writes them: the text, where each turn stands in it, its tokens. No MLX.
+"""A model's chat template: the text of a conversation, the place of each turn in it, its tokens. No MLX.
 
-A turn is found by rendering the conversation again with a mark in the turn's place: what stands around the mark is what
-the template writes around the turn. So nothing is known of any template, and nothing is searched for in its text.
+To find a turn, the conversation is rendered again with a mark in the turn's place. The text around the mark is what the
+template writes around the turn. So this works for any template, without knowing it.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ class Chat:
                 given["chat_template"] = _dated(template, self.day)
             # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
             return self.tokenizer._tokenizer.apply_chat_template(turns, **given)
-        except Exception as error:  # a template is a program, and fails with whatever it runs into
+        except Exception as error:  # a template is a program and may raise anything
             told = clean(first_line(error))
             raise UserError(f"{self.name}: its chat template refuses this conversation ({told})") from None
 
@@ -107,12 +107,12 @@ class Chat:
             return None
 
     def _differ(self, *arguments: Mapping[str, Any]) -> bool:
-        """Whether a prompt is another one with each of these; one that the template refuses says nothing."""
+        """Whether the prompts with these arguments differ; those that the template refuses are ignored."""
         texts = [self._try(given) for given in arguments]
         return None not in texts and len(set(texts)) == len(texts)
 
     def _tell(self, thinking: bool | None) -> None:
-        """Note a switch or a variable that the template does not know."""
+        """Note a switch or a variable that the template does not use."""
         if not self.tokenizer.has_chat_template:
             self.note(f"{self.name} has no chat template; a plain one is used: 'User: ...', 'Assistant:'")
             return
@@ -123,7 +123,7 @@ class Chat:
 
     @cached_property
     def _idle(self) -> list[str]:
-        """The arguments that change nothing: with their value, with another and without them a prompt is the same."""
+        """The arguments that change nothing: a prompt is the same with their value, with another value and without."""
         found = []
         for name, value in self.arguments.items():
             rest = {other: given for other, given in self.arguments.items() if other != name}
@@ -169,7 +169,7 @@ class Chat:
     # ------------------------------------------------------------------------------------------ the prompt
 
     def prompt(self, messages: Sequence[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
-        """Put a conversation to the model, the next turn being the assistant's, which ``prefill`` begins.
+        """Render a conversation up to the assistant's next turn, which begins with ``prefill``.
 
         Raises:
             UserError: if the template refuses it, with a system message and without.
@@ -197,7 +197,7 @@ class Chat:
             if system is None:
                 raise
         if len(messages) < 2:
-            raise UserError(f"{self.name} takes no system message, and here is no question to put it before")
+            raise UserError(f"{self.name} takes no system message, and there is no question to put it before")
         messages = [{**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}, *messages[2:]]
         text = self.text(messages, thinking)
         self.note(f"{self.name} takes no system message; it is put before the first question")
@@ -234,10 +234,10 @@ class Chat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template))
 
     def flags(self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Say which tokens of a text lie, wholly or in part, in one of the spans of its characters, in order.
+        """Return for each token whether it lies, wholly or in part, in one of the spans of the text's characters.
 
-        By the tokenizer's own places of its tokens, or, where it knows none, by how much of ``ids`` the text up to a
-        border begins with.
+        Uses the tokenizer's own character offsets. Without those, the text up to a border is encoded and compared with
+        the beginning of ``ids``.
         """
         if not spans:
             return [False] * len(ids)

@@ -1,4 +1,4 @@
-"""A model at other bits: expanded to 16, or quantized from there, in a folder of its own that is made once."""
+"""Convert a model to other bits: expand it to 16, or quantize it from there; each folder is made once."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     kept = add_up(model)
     model.set_dtype(dtype)
     for _, array in tree_flatten(model.parameters()):
-        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+        mx.eval(array)  # one at a time, to keep memory low
     if wanted.bits < 16:
         chosen = (lambda path, _: path in kept) if kept else None
         with redirect_stdout(StringIO()):
@@ -129,7 +129,7 @@ def _lazy(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[s
     """Load a model without reading its weights yet."""
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
+    except Exception as error:  # mlx_lm raises many kinds of errors for a broken folder
         raise UserError(f"{name}: cannot be loaded ({first_line(error)}); copy or download it anew") from None
     return model, dict(config)
 

@@ -1,4 +1,4 @@
-"""A model by name: found or downloaded, loaded as the device likes it, asked by its chat template."""
+"""Load a model by name: find or download it, choose weights for the device, render its chat template."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,8 +27,8 @@ class LoadedModel:
     """A model ready to generate.
 
     ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
-    folder. ``stop_ids`` end a completion; ``stop_strings`` do too, for a model without a chat template, which
-    knows no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
+    folder. ``stop_ids`` end a completion; so do ``stop_strings``, for a model without a chat template, which
+    has no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
     are lines the user should see, each once. ``template_args`` and ``day`` are what the chat template is given.
     """
 
@@ -65,21 +65,21 @@ class LoadedModel:
 
     @cached_property
     def signs(self) -> dict[int, str]:
-        """The tokens that are no text, with how they are written: special ones that are no part of a thought's tags."""
+        """Special tokens that are not part of thinking tags, so not text, with their spelling."""
         tokens = self.tokenizer._tokenizer.added_tokens_decoder
         special = {token: str(added) for token, added in tokens.items() if added.special}
         if HARMONY in special.values():
-            return {}  # all that stands between its messages tells them apart
+            return {}  # its special tokens separate its messages, so they stay
         own = [tag for tag in (self.tokenizer.think_start, self.tokenizer.think_end) if tag]
         tags = [*own, *(tag for tags in TAGS for tag in tags)]
         return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
 
     def shown(self) -> dict[str, str]:
-        """Return what the chat template shows beside its input, the date if it prints one: of a run's identity."""
+        """Return what the chat template adds to its input, the date if it prints one; part of a run's identity."""
         return {"date": self.day.isoformat()} if self.day and self.chat.dated else {}
 
     def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
-        """Put a problem to the model: by chat template, or as plain text where that is lacking or not wanted.
+        """Render a problem by the chat template, or as plain text if the prompt wants that.
 
         ``thinking`` sets the template's switch; ``None`` leaves it at the template's own default.
         """
@@ -90,17 +90,17 @@ class LoadedModel:
         return self.render_turns(messages, prompt.prefill, thinking)
 
     def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
-        """Put a conversation to the model by its chat template, the next turn being the assistant's."""
+        """Render a conversation by the chat template, up to the assistant's next turn."""
         return self.chat.prompt(messages, prefill, thinking)
 
     @cached_property
     def chat(self) -> Chat:
-        """The model's chat template, with what it is always given."""
+        """The model's chat template with its fixed variables."""
         return Chat(self.tokenizer, self.name, self.template_args, self.day, self.notes)
 
 
 def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
-    """Return settings whose ``date`` is that of the run that they continue, if it has one and they name none.
+    """Return the settings with the date of the run that they continue, if the run has one and they set none.
 
     Args:
         config: the settings.
@@ -145,7 +145,7 @@ def load(
     path, revision = resolve(spec)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # mlx_lm meets a broken folder with whatever its code runs into
+    except Exception as error:  # mlx_lm raises many kinds of errors for a broken folder
         raise _unloadable(spec, "cannot be loaded", error, trust_remote_code) from None
     tokenizer = _load_tokenizer(path, spec, config, trust_remote_code)
     backend = choose(device, weights, dtype, get_total_parameters(model))
@@ -197,7 +197,7 @@ def place(model: Any, backend: Backend) -> list[str]:
         model.set_dtype(getattr(mx, backend.dtype))
     model.eval()
     for _, array in tree_flatten(model.parameters()):
-        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+        mx.eval(array)  # one at a time, to keep memory low
     return notes
 
 

@@ -26,7 +26,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken
 
 
 def is_folder(spec: str) -> bool:
-    """Whether a name is an existing folder; names that the system refuses, too long ones say, are not."""
+    """Whether a name is an existing folder; False for names that the system refuses, such as too long ones."""
     return bool(spec) and _is(spec, Path.is_dir)
 
 
@@ -47,7 +47,7 @@ def is_here(spec: str) -> bool:
 
 
 def with_adapter(config: Any) -> Any:
-    """Return settings whose ``adapter`` is the one that ``model`` names too, as in MODEL+ADAPTER.
+    """Return settings with MODEL+ADAPTER split into ``model`` and ``adapter``.
 
     Raises:
         UserError: if both name one.
@@ -76,7 +76,7 @@ def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | Non
 
 
 def check(name: str, adapter: str | None = None) -> None:
-    """Refuse what `load` would refuse, as far as the disk tells: nothing is downloaded, no weights, no MLX.
+    """Refuse what `loading.load` would refuse, as far as the disk shows; nothing is downloaded, no weights, no MLX.
 
     Raises:
         UserError: for a folder that is no model or no adapter, and a name that cannot be a hub id.
@@ -147,7 +147,7 @@ def cached_models() -> list[str]:
 
 
 def _cached() -> Iterator[tuple[str, str]]:
-    """Yield (hub id, branch, tag or commit) of what was downloaded whole."""
+    """Yield (hub id, branch, tag or commit) of each complete download."""
     from huggingface_hub import constants
 
     for snapshot in Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*"):
@@ -169,7 +169,7 @@ def _download(name: str, revision: str | None) -> Path:
     with on_the_way(Path(constants.HF_HUB_CACHE), "repeat the command"):
         try:
             return Path(snapshot_download(name, **wanted))
-        except Exception as error:  # the client, and what it transfers with, raise a dozen unrelated types
+        except Exception as error:  # the client and its transfer libraries raise a dozen unrelated types
             if getattr(error, "errno", None):
                 raise  # the disk's
             raise _not_downloaded(name, revision, away, error) from None

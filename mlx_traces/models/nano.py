@@ -1,10 +1,9 @@
 """``nano``, the embedded model: made from scratch by ``mlx-traces nano build``, in minutes, on any machine.
 
-A Qwen2 of under a million parameters that knows one game, Countdown, in two prompt styles. It stands in for a language
-model so that every loop of this package runs anywhere, offline; it is left part-trained so that those loops have
-something to gain. What makes it learn in minutes: numbers as single tokens whose
-embeddings start as cos and sin of 2 pi n / p, so that addition is a rotation from the first step on, and traces that
-search in a fixed order.
+A Qwen2 model of under a million parameters that knows one game, Countdown, in two prompt styles. It stands in for a
+language model, so that every loop of this package runs anywhere, offline. It is left part-trained, so that those loops
+can improve it. Two things make it learn in minutes: numbers are single tokens whose embeddings start as cos and sin of
+2 pi n / p, so addition is a rotation from the first step; and the traces search in a fixed order.
 """
 
 import json
@@ -45,8 +44,8 @@ PERIODS = (2, 3, 4, 5, 7, 9, 10, 11, 13, 17, 20, 23, 29, 37, 50, 73, 100, 201)
 def build_tokenizer():
     """Make the tokenizer: 256 bytes, the numbers 0 to 200, and the fixed parts of prompts and traces, one token each.
 
-    Whatever is not among the fixed parts is spelled in bytes, so any text can be encoded. The parts are added tokens:
-    those are matched before any pre-tokenizer, which transformers replaces by Qwen's own for this architecture.
+    All other text is spelled in bytes, so any text can be encoded. The fixed parts are added tokens: those are matched
+    before the pre-tokenizer, which transformers replaces by Qwen's own for this architecture.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +116,7 @@ def number_features(count: int, size: int) -> mx.array:
 
 
 def conversations(config: NanoConfig) -> Iterator[tuple[list[Message], str]]:
-    """Yield (messages, completion) of training problems, each once, as long as there are any; then UserError."""
+    """Yield (messages, completion) of training problems, each once; UserError when there are no more."""
     draw = random.Random(f"{config.seed} nano styles")
     for nums, target in generate("train", 10**9, config.seed, config.operands):
         style = "direct" if draw.random() < config.direct_share else "thinking"
@@ -158,7 +157,7 @@ def loss_of(model: nn.Module, ids: mx.array, mask: mx.array) -> mx.array:
 
 
 def check_sizes(config: NanoConfig) -> None:
-    """Refuse sizes that make no model, or one that cannot be quantized; the UserError names the setting."""
+    """Raise UserError, naming the setting, for sizes that no model has or that cannot be quantized."""
     group, heads, kv_heads = config.quant_group_size, config.heads, config.kv_heads
     groups = f"quant_group_size ({group})"
     for name, size, part, what in (
@@ -171,7 +170,7 @@ def check_sizes(config: NanoConfig) -> None:
 
 
 def check_problems(config: NanoConfig) -> None:
-    """Refuse more problems than there are; the UserError says how many those are."""
+    """Raise UserError, with the number of problems, if more are asked for than exist."""
     found = 0
     try:
         for _ in islice(conversations(config), config.problems):
@@ -192,8 +191,8 @@ def build(config: NanoConfig, progress=lambda step, steps, loss: None) -> Path:
     The folder appears when it is complete; a build that is cut off leaves none.
 
     Raises:
-        UserError: if the sizes do not go together, the folder exists or cannot be written, or there are not so many
-            problems; before any training.
+        UserError: before training, if sizes do not fit together, the folder exists or cannot be written, or there are
+            fewer problems.
     """
     check_sizes(config)
     out = Path(config.out)

@@ -1,4 +1,4 @@
-"""Runs as they stand, finished or not, and their curves: read, summed up, drawn with characters. No MLX."""
+"""Curves of a run's metrics, finished or not. No MLX."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mlx_traces.text import clean, number
 
 @dataclass(frozen=True)
 class Metric:
-    """One key of ``metrics.jsonl`` for readers.
+    """How one key of ``metrics.jsonl`` is shown.
 
-    ``share``: a fraction, shown in percent. ``better``: 1 where more is better, -1 where less is, 0 for neither.
+    ``share``: a fraction, shown in percent. ``better``: 1 if higher is better, -1 if lower is, 0 for neither.
     """
 
     key: str
@@ -68,18 +68,18 @@ class Curve:
 
     @property
     def constant(self) -> bool:
-        """Whether there is nothing to see: several values, all alike."""
+        """Whether there are several values, all equal, so that a curve shows nothing."""
         return len(self.values) > 1 and len(set(self.values)) == 1
 
     @property
     def best(self) -> float | None:
-        """The best value; None where neither more nor less is better."""
+        """The best value; None if neither higher nor lower is better."""
         if not self.metric.better:
             return None
         return max(self.values) if self.metric.better > 0 else min(self.values)
 
     def text(self, value: float | None) -> str:
-        """Write a value of this metric."""
+        """Format a value of this metric."""
         if value is None:
             return "–"
         return f"{100 * value:.1f} %" if self.metric.share else number(value)
@@ -104,12 +104,12 @@ def curves(record: Record) -> list[Curve]:
 
 
 def _loss(kind: str) -> Metric:
-    """Return the loss's metric; a policy's loss has no better side, its gradient alone says something."""
+    """Return the metric of the loss; for a policy's loss neither higher nor lower is better."""
     return Metric("loss", "Loss", better=-1 if kind == FINE_TUNING else 0)
 
 
 def _derived(row: dict[str, Any]) -> dict[str, Any]:
-    """Add tokens a second and seconds a step where a line has what they follow from."""
+    """Add tokens per second and seconds per step where a line has the figures for them."""
     parts = [row.get(key) for key in ("time/sample", "time/update")]
     if not all(map(is_number, parts)):
         return row
@@ -124,7 +124,7 @@ def _curve(rows: Sequence[dict[str, Any]], metric: Metric) -> Curve:
 
 
 def _with_intervals(curve: Curve, record: Record) -> Curve:
-    """Give held-out accuracies their Wilson intervals, where the number of problems is known."""
+    """Add Wilson intervals to held-out accuracies, if the number of problems is known."""
     held_out = record.settings.get("evaluate")
     count = whole(held_out.get("limit")) if isinstance(held_out, dict) else None
     if curve.metric.key != "valid/accuracy" or not count:

@@ -1,4 +1,4 @@
-"""A comparison written to a folder, in every form. No MLX."""
+"""Write a comparison to a folder, in every format. No MLX."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_all(
         runs: the compared runs.
         frame: from ``tables.compare_runs(runs)``.
         out: the folder; it is made, and files of an earlier comparison in it are replaced one by one.
-        config: the settings of what ends with the table, filled in.
+        config: the settings of the command that made the table, filled in.
 
     Returns:
         The files.

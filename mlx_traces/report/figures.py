@@ -1,8 +1,8 @@
 """Figures: accuracies with intervals, wins and losses, accuracies by part, curves; as PNG or as SVG for a page. No MLX.
 
-A figure is drawn at the size of a phone's page, one unit a CSS pixel, so that its text is readable there. Its SVG takes
-the page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``, ``--card``),
-so that the page decides about light and dark.
+A figure is drawn at the width of a phone's page, one unit per CSS pixel, so that its text is readable there. Its SVG
+takes the page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``,
+``--card``), so that the page chooses light or dark.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def svg(figure: Figure, label: str) -> str:
     """Return a figure as an SVG element for a page: no declaration, no address, no size of its own.
 
     Args:
-        figure: drawn by this room.
-        label: what a reader hears who cannot see it; it is escaped here.
+        figure: drawn by this module.
+        label: the text for screen readers; it is escaped here.
     """
     from html import escape
 
@@ -114,7 +114,7 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def _in_tags(text: str) -> str:
-    """Put CSS variables for colours and drop attributes, within tags only: what a label says stays as it is."""
+    """Replace colours by CSS variables and drop attributes, only inside tags, so that labels stay unchanged."""
     colors = re.compile("|".join(VARIABLES))
 
     def clean(tag: re.Match) -> str:
@@ -145,8 +145,8 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
     The baseline's accuracy is a dashed line where there is something to compare.
 
     Args:
-        frame: from ``tables.compare_runs``.
-        title: above it; a page has its own.
+        frame: from `comparison.compare_runs`.
+        title: text above it; a page has its own.
     """
     rows = frame.to_dict("records")
     baseline = frame["diff"].isna().tolist().index(True)
@@ -299,7 +299,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
 
 
 def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: bool) -> tuple[float, float]:
-    """Return where a panel ends: around all that matters of its curves, and not so close that noise looks large.
+    """Return a panel's vertical limits: around its curves, but not so close that noise looks large.
 
     Of curves with a running mean the highest and the lowest hundredth of the values may leave the panel.
     """
@@ -317,7 +317,7 @@ def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: b
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Write the numbers of an axis with as many decimals as tell them apart exactly."""
+    """Format the numbers of an axis with the decimals that are needed to tell them apart."""
     if len(ticks) < 2 or (step := ticks[1] - ticks[0]) < 1e-4 * (1 - 1e-9):
         return [f"{tick:.3g}" for tick in ticks]
     decimals = next(d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step)
@@ -325,7 +325,7 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
 
 
 def rough(values: Sequence[float]) -> bool:
-    """Whether a curve has 30 values or more and turns at a quarter of them: then its running mean says more."""
+    """Whether a curve is noisy, so that its running mean shows more: 30 values or more, a quarter of them turns."""
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     return len(values) >= 30 and turns >= len(values) / 4
 

@@ -1,7 +1,7 @@
-"""The page: evaluations and trainings as one HTML file that needs nothing but a browser. No MLX.
+"""The report page: evaluations and trainings as one HTML file that fetches nothing. No MLX.
 
-What a model wrote is data to the page, never markup: it is embedded as escaped JSON and shown by setting text. A
-Content-Security-Policy in the page lets only its own script run and lets nothing be fetched.
+The page treats a model's text as data, never as markup: it is embedded as escaped JSON and shown by setting text. Its
+Content-Security-Policy allows only its own script, and no requests.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ def _is(p: float) -> str:
 
 
 def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
-    """Say in a sentence which run is highest, and how it stands to the baseline."""
+    """Return a sentence: which run is highest, and how it differs from the baseline."""
     best = max(rows, key=lambda row: row["accuracy"])
     base, share = rows[baseline], f"{percent(best['accuracy'])} %"
     names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
@@ -378,7 +378,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
 
 
 def _agreement(runs: Sequence[comparison.Run]) -> str:
-    """Say how often all extractors of each run judge a completion alike."""
+    """Return a sentence: how often all extractors of each run agree on a completion."""
     parts = []
     for run, name in zip(runs, comparison.labels(runs), strict=True):
         alike = sum(len({verdict == "correct" for verdict in row["verdicts"].values()}) == 1 for row in run.samples)
@@ -425,7 +425,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number from a file; None for what is none."""
+    """Return a number from a file; None for anything else."""
     return value if is_number(value) else None
 
 
@@ -434,7 +434,7 @@ def _file_name(key: str) -> str:
 
 
 def _provenance(record: Record) -> dict[str, Any]:
-    """Return what made a run, for the end of the page."""
+    """Return how a run was made, for the end of the page."""
     about = record.about
     backend, server = about.get("backend"), about.get("server")
     versions = about.get("versions")

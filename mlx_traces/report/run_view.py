@@ -1,4 +1,4 @@
-"""A run as it stands, finished or not."""
+"""Read a run folder for display, finished or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVALUATION, REINFORCEMENT, FINE_TUNING = "evaluation", "reinforcement learning",
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder as it stands.
+    """The current content of a run folder.
 
     ``about`` is run.json, ``metrics`` and ``samples`` are the lines so far, ``result`` is None until it is finished.
     """
@@ -35,7 +35,7 @@ class Record:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The settings of the run."""
         identity = self.about.get("identity")
         return identity if isinstance(identity, dict) else {}
 
@@ -58,7 +58,7 @@ class Record:
 
     @property
     def lost(self) -> bool:
-        """Whether it is an evaluation that has its result, and no sample to show for it."""
+        """Whether it is an evaluation that has a result but no samples."""
         return self.kind == EVALUATION and self.result is not None and not self.samples
 
     @property
@@ -68,13 +68,13 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
+        """Seconds that it has run."""
         key, rows = ("elapsed", self.samples) if self.kind == EVALUATION else ("time/total", self.metrics)
         return float(max((row[key] for row in rows if is_number(row.get(key))), default=0.0))
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest will take at the pace of the last 20 lines; None where that cannot be said."""
+        """Seconds that the rest takes at the rate of the last 20 lines; None if unknown."""
         timed = [(row["step"], row["time/total"]) for row in self.metrics if is_number(row.get("time/total"))]
         if self.kind == EVALUATION:
             timed = [(0, 0.0), (self.step, self.seconds)]
@@ -88,7 +88,7 @@ class Record:
 def read(path: str | Path) -> Record:
     """Read a run folder, finished or not; nothing is changed in it.
 
-    A last line that is not whole is left out: it is being written, or was when the run was cut off.
+    An incomplete last line is left out: it is still being written, or the run was cut off there.
 
     Raises:
         UserError: if it is no run folder, or a file in it is broken.
@@ -113,5 +113,5 @@ def notes_of(content: dict[str, Any]) -> list[str]:
 
 
 def whole(value: Any) -> int | None:
-    """Return a count from a file; None for what is none."""
+    """Return a whole number from a file; None for anything else."""
     return int(value) if is_number(value) and value >= 1 else None

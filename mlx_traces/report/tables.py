@@ -1,4 +1,4 @@
-"""The model-comparison table: runs over the same problems in, one row a run out, in every form it is read in.
+"""The comparison table: one row per run over the same problems, in every output format.
 
 Accuracies, intervals and differences are fractions in the frames, CSV and JSON, and percent in the terminal,
 Markdown and the chart. Differences and p-values pair the runs problem by problem. No MLX.
@@ -28,7 +28,7 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 def protocol_line(frame: pd.DataFrame) -> str:
-    """State what the numbers depend on: ``gsm8k test · tolerant extractor · at most 400 tokens · greedy``."""
+    """Return what the numbers depend on: ``gsm8k test · tolerant extractor · at most 400 tokens · greedy``."""
 
     def values(key: str) -> str:
         return " / ".join(dict.fromkeys(clean(value) for value in frame[key]))
@@ -139,7 +139,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """Return any frame as CSV; text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    """Return any frame as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
     safe = frame.map(_csv_cell).rename(columns=_csv_cell)
     return safe.to_csv(index=False, lineterminator="\n")
 
@@ -207,7 +207,7 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
 
 
 def _caption(frame: pd.DataFrame) -> str:
-    """Say how to read the table."""
+    """Return the line that says how to read the table."""
     text = "95 % intervals: Wilson for an accuracy"
     several = frame["samples_per_problem"].max() > 1
     if several:
@@ -253,7 +253,7 @@ def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
 
 
 def summary_cells(frame: pd.DataFrame) -> Cells:
-    """Lay ``summary`` out as the source documents print it, with Wilson's interval."""
+    """Return the cells of ``summary``, with Wilson's interval."""
     rows = [
         [
             row["model"],

@@ -27,7 +27,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 def blocks(values: Sequence[float], width: int) -> str:
     """Draw values with eighths of a character's height, from their least to their most.
 
-    More values than ``width`` are averaged over equal parts; values all alike are a line in the middle.
+    More values than ``width`` are averaged over equal parts; equal values are a line in the middle.
     """
     if not values:
         return ""
@@ -41,7 +41,7 @@ def blocks(values: Sequence[float], width: int) -> str:
 
 
 def state(record: Record) -> str:
-    """Say in one line how far a run is: ``step 37 of 55, 2:10, about 1:03 to go``."""
+    """Return a line about a run's progress: ``step 37 of 55, 2:10, about 1:03 to go``."""
     if record.lost:
         return "finished, but its samples are gone: result.json is there, samples.jsonl is missing or empty"
     what = "samples" if record.kind == EVALUATION else "step"
@@ -56,7 +56,7 @@ def state(record: Record) -> str:
 
 
 def display(record: Record, width: int, now: float | None = None) -> RenderableType:
-    """Lay a run out for a terminal: what it is, how far, and each curve with its first, last and best value.
+    """Lay a run out for a terminal: its name, its progress, and each curve with first, last and best value.
 
     Args:
         record: the run.

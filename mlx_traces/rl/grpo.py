@@ -1,12 +1,11 @@
-"""GRPO and its kin (arXiv 2402.03300): the likelier becomes what was better than the rest of its group.
+"""GRPO (arXiv 2402.03300) and its variants: raise the probability of completions that beat their group's mean.
 
-A step's groups of rollouts come with their rewards; an advantage is a reward compared with its group's. The
-log-probabilities are those of the exact sampled ids, their stop token included, given the prompt, at the sampling
-temperature, in float32. The formulas are those of ``policy``, weighed over the whole optimizer step, so micro-batches
-change nothing; rows with an advantage of 0 are left out, which without KL term changes nothing either. Dropout is off:
-what is trained is the policy that sampled. With ``top_p``, ``top_k`` or ``min_p`` it is not quite: the sampler's
-probabilities are then those of the filtered distribution, the update's are not, and ``policy/kl_sampler`` shows by how
-much.
+An advantage is a rollout's reward compared with the rewards of its group. Log-probabilities are those of the exact
+sampled ids, the stop token included, given the prompt, at the sampling temperature, in float32. The formulas are in
+`losses`. Weights are computed for the whole optimizer step, so micro-batches change nothing. Rows with advantage 0 are
+left out; without a KL term that changes nothing either. Dropout is off, so the policy that is trained is the one that
+sampled. With ``top_p``, ``top_k`` or ``min_p`` the sampler draws from a filtered distribution, and the update does not
+know that; ``policy/kl_sampler`` shows by how much they differ.
 """
 
 import random
@@ -69,14 +68,14 @@ def start(loaded: LoadedModel, config: GRPOConfig) -> Learner:
 
 
 def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
-    """Return (P * G,) float32 advantages, group by group; a rollout without a reward has 0, and counts for no other."""
+    """Return (P * G,) float32 advantages by group; a rollout without a reward has 0 and is left out of its group."""
     rewards = np.array([[np.nan if r.reward is None else r.reward for r in group] for group in groups], np.float32)
     there, found = ~np.isnan(rewards), np.zeros(rewards.shape, np.float32)
     if config.advantage == "mean":
         found[there] = np.array(losses.reinforce_advantages(mx.array(rewards[there]))) if there.any() else 0
         return found.reshape(-1)
     every = None if there.all() else mx.array(rewards[there])
-    for size in range(2, rewards.shape[1] + 1):  # groups of so many rewards, which is all of them as a rule
+    for size in range(2, rewards.shape[1] + 1):  # usually all groups have the full size
         if (alike := there.sum(axis=1) == size).any():
             places = there & alike[:, None]
             values = mx.array(rewards[places].reshape(-1, size))
@@ -89,9 +88,9 @@ def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
 
 
 def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
-    """Make the step's rows, one for each rollout; a cut-off one that is masked has no token to learn."""
+    """Make the step's rows, one for each rollout; a masked cut-off rollout has no trained token."""
     if not groups:
-        return []  # resampling found none that teaches
+        return []  # resampling found no group of different rewards
     rows = []
     rollouts = [rollout for group in groups for rollout in group]
     for rollout, advantage in zip(rollouts, advantages(groups, config).tolist(), strict=True):
@@ -101,7 +100,7 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
 
 
 def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
-    """Give the rows of one optimizer step their weights, and return those that can teach."""
+    """Give the rows of one optimizer step their weights; return the rows that have a gradient."""
     if not rows:
         return []
     mask = batching.padded([np.ones(row.example.count, np.float32) for row in rows])
@@ -161,7 +160,7 @@ def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Itera
 def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) -> dict[str, float]:
     """Update the model by a step's rows, once or several times; return metrics.
 
-    Where no row can teach, nothing happens, not even a step of the optimizer.
+    If no row has a gradient, nothing is updated, the optimizer's state included.
 
     Raises:
         UserError: if the loss or the gradient is not finite; this update is not made.

@@ -6,11 +6,11 @@ loss of a paper, and the sums of the micro-batches, each with its own rows of th
 step exactly.
 
 Arrays: B rows (completions), T tokens, everything computed in float32. A ``mask`` is (B, T), bool or 0 and 1: True for
-a token that is trained on. What the other cells hold is never read, nan and inf included. A completion that was cut
+a token that is trained on. The values of other cells are never used, not even nan and inf. A completion that was cut
 off and should not be trained on has a row of False. It then adds nothing to the loss; whether it stays in the
-denominator is the kind's affair (``token_weights``).
+denominator depends on the loss type (``token_weights``).
 
-"TRL" below is its version 1.16, which ``tests/test_reference_trl.py`` compares with.
+"TRL" below is its version 1.16, which ``tests/rl/test_reference_trl.py`` compares with.
 """
 
 import mlx.core as mx

@@ -1,19 +1,17 @@
-"""PPO (arXiv 1707.06347): the likelier becomes what was better than a learned value foresaw, token by token.
+"""PPO (arXiv 1707.06347): a value head and generalized advantage estimation, token by token.
 
-A text is an episode: the state is all that stands before a token, the action is the token, and the reward comes with
-the last one, which is the stop token where the text ended by itself. ``kl_coef`` takes log p - log p_ref off each
-token's reward (arXiv 1909.08593, eq. 2). A value head foresees from the last hidden state, before the token is drawn,
-what is still to come. Advantages are generalized estimates (arXiv 1506.02438), whitened over the step's tokens, and
-stay as they are while the step's rollouts are learned from, ``epochs`` times in ``minibatches`` parts. A loss is a mean
-over a part's tokens, so micro-batches change nothing.
+A completion is an episode. The state is the text before a token, the action is the token, and the reward comes with
+the last token, which is the stop token if the completion ended by itself. ``kl_coef`` * (log p - log p_ref) is
+subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
+last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
+step's tokens. They are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
+parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
 
-The number of tokens is limited by the task, not by a clock that cuts something endless: a completion that was cut off
-gets the reward it earned and nothing is foreseen after it (``overlong: mask`` leaves it out altogether, for the value
-head too).
+A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
+the task. ``overlong: mask`` leaves such completions out, for the value head too.
 
-No gradient flows from the value head into the adapter: each has its own loss, optimizer, learning rate and bound of the
-gradient's norm, so no weight between the two losses is to be set, and what the adapter learns is the policy's loss
-alone. The head stays in the checkpoint; the saved adapter is one like any other.
+No gradient flows from the value head into the adapter. Each has its own loss, optimizer, learning rate and gradient
+norm, so there is no weight between the two losses. The value head is in the checkpoint, not in the saved adapter.
 """
 
 import math
@@ -79,13 +77,13 @@ class ValueHead(nn.Module):
         self.out.bias = mx.zeros_like(self.out.bias)
 
     def __call__(self, states: mx.array) -> mx.array:
-        """Foresee; no gradient flows to the states."""
+        """Predict values; no gradient flows to the states."""
         states = mx.stop_gradient(states).astype(mx.float32)
         return self.out(nn.gelu(self.hidden(states)))[..., 0]
 
 
 class ActorCritic(nn.Module):
-    """All that is trained: the policy, a model with its adapter on, and the value head on its last hidden states."""
+    """What is trained: the policy (the model with its adapter) and the value head on its last hidden states."""
 
     def __init__(self, model: nn.Module, halves: Split) -> None:
         super().__init__()
@@ -111,7 +109,7 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
-    """Make the step's rows, one for each rollout but the cut-off ones that are masked and those without a reward."""
+    """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
     rows = []
     for rollout in (rollout for group in groups for rollout in group):
         if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None:
@@ -153,8 +151,8 @@ def _read_all(
 def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
     """Give the rows their advantages and returns; return metrics of the values before the update.
 
-    ``value/explained_variance`` is of the discounted rewards that were got, not of the returns learned from, which with
-    ``gae_lambda`` below 1 hold the values themselves; None where those rewards do not vary.
+    ``value/explained_variance`` compares the values with the discounted rewards that were received. It does not use the
+    returns, which contain the values if ``gae_lambda`` is below 1. None if those rewards are all equal.
     """
     _, mask = batching.places([row.example.count for row in rows])
     old, sampler, values = (
@@ -199,9 +197,9 @@ def gradient(
 ) -> tuple[float, dict[str, Any], Counter]:
     """Return the loss of one optimizer step, its gradients by part, and the sums that its metrics are made of.
 
-    Each rank has its part of the rows; what is returned is of all of them.
-    The loss is the clipped policy loss, less ``entropy_coef`` times the entropy, plus the clipped value loss; the last
-    alone if ``values_only``, and then there is no gradient of the policy.
+    Each rank computes its part of the rows; the result covers all rows. The loss is the clipped policy loss, minus
+    ``entropy_coef`` times the entropy, plus the clipped value loss. With ``values_only`` it is the value loss alone,
+    and the policy has no gradient.
     """
     options = {"temperature": config.temperature, "logits_mb": config.logits_mb}
     bound = math.inf if config.value_clip is None else config.value_clip
@@ -237,7 +235,7 @@ def gradient(
 def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -> dict[str, float]:
     """Update policy and values by a step's rows, several times over; in the warm-up steps the values alone.
 
-    Without any row nothing happens, not even a step of the optimizers.
+    Without rows nothing is updated, the optimizers' states included.
 
     Raises:
         UserError: if the loss or a gradient is not finite; this update is not made.

@@ -1,20 +1,22 @@
 """Rewards of completions: the task's own grader, scores of the text, a judge, any Python function. No MLX.
 
-``correct`` is the task's verdict, 0 or 1. ``gated`` is 1 for a completion that is correct and whose form is exactly
-that of ``tags`` (``quality.format_score``), else 0. Two look at right completions only, those whose ``gated`` is 1, or
-``correct`` where ``gated`` is no reward, and are None for the others, so that a wrong answer earns nothing by them:
-``flash`` compares the lengths of a problem's right completions, 1 for its shortest, 0 for its longest, in between
-evenly by tokens, and None where all are of one length (after Sky-T1-Flash); ``judge`` is a model's grade by a rubric
-(without ``correct`` and ``gated`` it reads every completion). ``flash`` weighs less than these two, so a long right
-completion stays nearer to a short right one than to a wrong one. The others are scores of the text (``quality``), for
-wrong completions too.
+``correct`` is the task's verdict, 0 or 1. ``gated`` is 1 for a correct completion in exactly the form of ``tags``
+(``quality.format_score``), else 0.
 
-A function of one's own is named ``module:function`` and looked for in the working folder too. It is called with the
-list of completions (the assistant's whole turns, as texts) and, by name, with those of these lists that it takes:
-every column of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It
-returns a number for each completion, or None where it does not apply: that reward is then left out of the completion's
-sum and of the reward's mean. A completion that no reward with a weight applies to has none at all: it teaches nothing,
-and the others of its group are not compared with it. Both as in TRL, which heeds rewards without a weight there too.
+``flash`` and ``judge`` apply to right completions only, those whose ``gated`` is 1 (``correct`` if ``gated`` is not a
+reward), and are None for the others, so a wrong answer earns nothing by them. ``flash`` compares the lengths of a
+problem's right completions: 1 for the shortest, 0 for the longest, linear in the tokens between them, None if all have
+the same length (after Sky-T1-Flash). Its weight must be below that of ``correct`` and ``gated``, so a long right
+completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric; without
+``correct`` and ``gated`` it grades every completion. The other rewards are scores of the text (`quality`), for wrong
+completions too.
+
+Your own function is named ``module:function`` and looked for in the working folder too. It is called with the list of
+completions (the assistant's whole turns, as texts) and, by name, with whichever of these lists it takes: every column
+of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It returns a number
+for each completion, or None if the reward does not apply; the reward is then left out of the completion's sum and of
+the reward's mean. A completion to which no reward with a weight applies has no reward: it has no gradient, and the
+others of its group are not compared with it. TRL does the same, except that it counts rewards of weight 0 as applying.
 """
 
 import inspect
@@ -35,7 +37,7 @@ from mlx_traces.traces import judge
 from mlx_traces.traces.quality import text_scores
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
-RIGHT = ("correct", "gated")  # these say whether a completion is right; the last one there is what counts
+RIGHT = ("correct", "gated")  # these say whether a completion is right; the last one that is used decides
 FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
 BUILT_IN = (*RIGHT, "flash", "judge", *TEXT)
 
@@ -52,11 +54,11 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
         config: says which model judges, and how.
 
     Raises:
-        UserError: if there is no reward, or one that is not known, not to be imported, or not to be called so; if
-            ``flash`` does not weigh less than ``correct`` and ``gated``; if the judge is not named or not to be loaded.
+        UserError: if there is no reward; if one is unknown, cannot be imported, or needs an argument that there is not;
+            if ``flash`` does not weigh less than ``correct`` and ``gated``; if the judge is missing or does not load.
     """
     if not any(weights.values()):
-        raise UserError("rewards: none has a weight; as in {correct: 1}")
+        raise UserError("rewards: none has a weight other than 0; set one, as in {correct: 1}")
     functions = {name: _imported(name) for name in weights if ":" in name}
     for name in weights:
         if name not in BUILT_IN and name not in functions:
@@ -78,7 +80,7 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
     named = config.judge if config else None
     if ("judge" in weights) != bool(named):
         raise UserError(
-            f"judge: {named} is no reward yet; as in rewards: {{correct: 1, judge: 0.5}}"
+            f"judge: {named} is set, but judge is not among the rewards; add it, as in {{correct: 1, judge: 0.5}}"
             if named
             else "reward judge: no model is named; set judge: MODEL"
         )
@@ -88,7 +90,7 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
 def sources(name: str, function: Callable) -> list[Path]:
     """Return the files that a function of the user's own is written in: the named module's, and the defining one's.
 
-    What these import in turn is not looked at.
+    Files that these import in turn are not included.
     """
     modules = dict.fromkeys((name.partition(":")[0], getattr(inspect.unwrap(function), "__module__", "")))
     files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
@@ -100,11 +102,11 @@ def score(
 ) -> list[Parts]:
     """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
 
-    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as told above.
+    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as described above.
 
     Raises:
-        UserError: naming the function, if one fails or returns something else than a number for each completion; if
-            more than the share ``judge_failures`` of the judge's replies are no grades.
+        UserError: naming the function, if one fails or does not return a number or None for each completion; if more
+            than the share ``judge_failures`` of the judge's replies cannot be read.
     """
     settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
     known: dict[str, list[float | None]] = {}
@@ -138,7 +140,7 @@ def _placed(values: Sequence[float | None], places: Sequence[int], count: int) -
 
 
 def _flash(samples: Sequence[Sample]) -> list[float | None]:
-    """Return for each completion how short it is among those of its problem; see above."""
+    """Return ``flash`` of each completion; see the module's docstring."""
     lengths = [len(completion.rollout.completion_ids) for _, completion in samples]
     of_problem: dict[str, list[int]] = {}
     for (problem, _), length in zip(samples, lengths, strict=True):

@@ -1,6 +1,6 @@
-"""Rollouts to learn from: problems drawn, groups of completions sampled and scored, what is told of them.
+"""Rollouts: draw problems, sample and score groups of completions, compute their metrics.
 
-Shared by the algorithms of reinforcement learning; what they make of the rewards is theirs.
+Shared by GRPO and PPO; each computes its own advantages from the rewards.
 """
 
 import random
@@ -53,7 +53,7 @@ class ScoredCompletion:
 
     @property
     def cut_off(self) -> bool:
-        """Whether the limit ended it."""
+        """Whether the token limit ended it."""
         return self.completion.rollout.finish_reason == "length"
 
 
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass
 class Progress(loop.Progress):
-    """Where a training is, and how many problems were drawn."""
+    """Progress of a training, with the number of problems drawn so far."""
 
     drawn: int = 0
 
@@ -112,7 +112,7 @@ def scored(
 ) -> list[Group]:
     """Give every completion its rewards."""
     pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
-    # By the first rank alone: a reward need not say the same twice, and all must learn from the same.
+    # Only on the first rank: a reward may differ from call to call, and all ranks must use the same values.
     parts = rewards.score(planned, pairs, functions, config.rewards, config.tags) if distributed.first() else []
     parts = distributed.gather(parts)
     totals = [rewards.total(part, config.rewards) for part in parts]
@@ -127,7 +127,7 @@ def scored(
 
 
 def informative(group: Group) -> bool:
-    """Whether a group's rewards differ, without which there is nothing to prefer."""
+    """Whether a group's rewards differ; if not, its advantages are all 0."""
     return len({rollout.reward for rollout in group} - {None}) > 1
 
 
@@ -164,7 +164,7 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
 
 
 def _training_plan(settings: EvalConfig, config: RLConfig, more: int = 0) -> Plan:
-    """Load as many problems as will be drawn, and some more; all there are, if none were asked for by number."""
+    """Load as many problems as will be drawn, and ``more``; all problems if there are fewer and no limit was set."""
     wanted = config.limit or config.num_steps * config.prompts_per_step + more
     try:
         return evaluator.plan(settings.model_copy(update={"limit": wanted}))

@@ -220,7 +220,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
 
 
 def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
-    """Raise UserError, before anything is saved, if the model's outputs are no numbers: no loss would tell."""
+    """Raise UserError, before anything is saved, if the model's outputs are not finite; a loss need not show it."""
     if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
         raise UserError(
             f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
@@ -231,8 +231,8 @@ def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
 def with_reference(config: RLConfig, begun: Mapping[str, Any]) -> RLConfig:
     """Return settings that name the reference: by default the adapter that training starts from, else None, the base.
 
-    ``begun`` is the run's identity, as far as it has one: of old, None stood for the base beside an adapter too, and
-    what began so goes on so.
+    ``begun`` is the identity of the run that is continued, if any. In earlier versions None meant the base even with an
+    adapter; runs that began that way continue that way.
     """
     if not config.kl_coef:
         return config

@@ -1,4 +1,4 @@
-"""Tasks: where problems come from, how they are asked, and the one grader that judges the answers. No MLX."""
+"""Tasks: the source of the problems, their prompts, and the grader of the answers. No MLX."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Task:
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
     in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns what that extractor compares of an
-    answer that it found, so answers with one such text are one answer in a vote. ``prompts`` has the built-in styles;
+    answer, so answers with the same such text are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     """
 
@@ -39,7 +39,7 @@ class Task:
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
 
     def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:
-        """Return what each extracted answer counts as in a vote; None where none was found."""
+        """Return the vote of each extracted answer; None where no answer was found."""
         return [answer and self.same(answer, gold, extractor) for answer in answers]
 
     @property
@@ -48,7 +48,7 @@ class Task:
         return (*self.prompts, *self.few_shot)
 
     def prompt(self, name: str) -> Prompt:
-        """Return a built-in prompt without worked examples, or an own one's, ``FILE.yaml``; UserError if unknown."""
+        """Return a built-in prompt without worked examples, or that of ``FILE.yaml``; UserError if unknown."""
         if name.endswith((".yaml", ".yml")):
             return load_prompt(Path(name), self.gold_columns)
         if name not in self.prompts:
@@ -56,7 +56,7 @@ class Task:
         return self.prompts[name]
 
 
-GRADER = 2  # version of the graders' rules; runs that do not say theirs were graded by the first
+GRADER = 2  # version of the graders' rules; a run that stores none was graded by version 1
 TASKS = ("gsm8k", "countdown", "qa")
 
 

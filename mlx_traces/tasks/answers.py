@@ -1,7 +1,7 @@
 r"""Find the answer in a response and compare numbers exactly.
 
 Four ways to find it, all linear in the response's length: ``tolerant`` (the headline), ``last_number``, and
-lm-eval's ``strict`` and ``flexible``. What a number is stands in ``tasks.numbers``.
+lm-eval's ``strict`` and ``flexible``. `tasks.numbers` defines what a number is.
 """
 
 import re
@@ -29,7 +29,7 @@ _NUMBERED_HEADING = re.compile(r"[ *]*[0-9]+[.):][ *]+[A-Za-z]")
 def last_boxed(text: str, within: int = MAX_BOXED) -> str | None:
     r"""Return the content of the last ``\boxed{…}`` that is closed and not empty, braces balanced; None without one.
 
-    A later one that is bare, empty or open does not hide it. Of only empty ones the content is empty.
+    Later ones that are empty or not closed are skipped. If all are empty, the content is empty.
 
     Args:
         text: the answer part of a response.
@@ -65,7 +65,7 @@ def _without_open_box(part: str) -> str:
 def last_answer_tag(text: str) -> str | None:
     """Return the content of the last closed ``<answer>…</answer>``, from the innermost opening, or None.
 
-    A later empty one does not hide it.
+    Later empty ones are skipped.
     """
     lower = small(text)
     end, found = len(lower), None
@@ -103,10 +103,10 @@ def _after_hashes(part: str) -> str | None:
 def tolerant(response: str) -> str | None:
     r"""Find the answer in whichever form: last \boxed{}, else <answer>, else ``####``, else the last number.
 
-    Only what follows the thought is searched. In a thought that never ends a closed <answer> counts and nothing else,
-    so the numbers of a truncated thought are no answer. Of several marks of a kind the last one counts; of the line
-    after ``####`` its first number, whatever runs on after it. A ``\boxed{84`` that the response ends in is no answer,
-    as its number may be cut, of 840, and hides none; one with more text after it is a number without a mark.
+    Only the text after the thought is searched. In a thought that is not closed only a closed <answer> counts, so the
+    numbers of a truncated thought are no answer. Of several marks of a kind the last one counts. Of the line after
+    ``####`` the first number counts. A ``\boxed{84`` at the end of the response is skipped, since its number may be cut
+    off (840); one with more text after it counts as a number without a mark.
     """
     part, thinking = after_thought(response)
     if thinking:
@@ -137,7 +137,7 @@ def flexible(response: str) -> str | None:
 
 
 def same_number(extracted: str) -> str:
-    """Return what is compared by value: ``18.00`` and ``$18`` are one answer, as are spacings of a text."""
+    """Return an answer's value as text: ``18.00`` and ``$18`` are one answer, and so are spacings of a text."""
     number = parse_number(extracted)
     return str(number) if number is not None else " ".join(extracted.split())
 
@@ -145,7 +145,7 @@ def same_number(extracted: str) -> str:
 def judge_number(extracted: str | None, gold: Fraction) -> Score:
     """Compare by value: ``correct``, ``wrong_value``, ``not_a_number`` or ``no_answer``.
 
-    ``4 million`` is right for 4,000,000 and, as the question may ask for millions, for 4; then a note says so.
+    ``4 million`` is right for 4,000,000, and for 4, since the question may ask for millions; a note then says so.
     """
     if extracted is None:
         return Score("no_answer", None)

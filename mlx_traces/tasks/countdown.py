@@ -75,8 +75,8 @@ def check(expression: str, nums: list[int], target: int) -> str:
     r"""Judge an expression; nothing is executed and the work is bounded by ``MAX_EXPRESSION``.
 
     Understood: + - * / parentheses and integers, their signs, ``×``, ``x``, ``÷``, ``−``, ``\times``, ``\div``, LaTeX
-    fractions, full-width characters, ``\boxed{}``, ``\text{}`` or ``**`` around it all, and ``= value`` at the end
-    where it is true. Arithmetic is exact.
+    fractions, full-width characters, ``\boxed{}``, ``\text{}`` or ``**`` around the expression, and a true ``= value``
+    at its end. Arithmetic is exact.
 
     Returns:
         ``"correct"``, ``"not_an_expression"``, ``"wrong_numbers"`` (not every number exactly once) or
@@ -190,8 +190,8 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 def split_of(nums: list[int]) -> str:
     """Return the split that a set of numbers belongs to.
 
-    It follows from a hash of the sorted numbers alone, so no problem, and not even a set of numbers, is ever in two
-    splits, whatever the seed.
+    It depends only on a hash of the sorted numbers, so no set of numbers, and no problem, is in two splits, for any
+    seed.
     """
     digest = hashlib.sha256(" ".join(map(str, sorted(nums))).encode()).digest()
     bucket = int.from_bytes(digest[:4]) % 100
@@ -274,7 +274,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
         raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {repr(nums)[:60]}")
     if min(nums) < 0:
-        raise UserError(f"{where}: 'nums' must not be negative, as an expression cannot show whose a sign is: {nums}")
+        raise UserError(f"{where}: 'nums' must not be negative, as a sign could not be told from a minus: {nums}")
     if not _is_small_int(target):
         raise UserError(f"{where}: 'target' must be an integer, not {repr(target)[:60]}")
     columns = {**row, "nums": list(nums), "target": target}

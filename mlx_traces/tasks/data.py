@@ -20,13 +20,13 @@ def hub_rows(
     """Yield (``dataset[index]``, row) of a hub data set, or only the rows that ``part`` of their number names.
 
     Raises:
-        UserError: if it cannot be had; the message ends with ``instead``, what to pass in its place.
+        UserError: if it cannot be loaded; the message ends with ``instead``, what to pass in its place.
     """
     name, _, revision = dataset.partition("@")
     away = hub.out_of_reach()
     rows = _downloaded(name, config, split, revision) if away else _download(name, config, split, revision, instead)
     if rows is None:
-        raise UserError(f"{dataset} could not be downloaded ({away}), and is not here from before; {instead}")
+        raise UserError(f"{dataset} could not be downloaded ({away}), and was not downloaded before; {instead}")
     if part is None:
         yield from ((f"{name}[{index}]", plain(row)) for index, row in enumerate(rows))
     else:
@@ -46,22 +46,22 @@ def _download(name: str, config: str | None, split: str, revision: str, instead:
         raise UserError(f"{why or f'{name} could not be downloaded ({reason})'}; {instead}") from None
     commit = hub.commit_here(name, revision, "dataset") or revision
     files = getattr(rows, "cache_files", None)
-    if not re.fullmatch("[0-9a-f]{40}", commit):  # no such revision, says the hub, and older clients do not pass it on
+    if not re.fullmatch("[0-9a-f]{40}", commit):  # the hub has no such revision; older clients hide that
         if revision and (why := hub.ask_why(name, revision, "dataset")):
             raise UserError(f"{why}; {instead}")
         return rows
     if not files or Path(files[0]["filename"]).parent.name == commit:
         return rows
-    # The hub failed in the middle, and the client took what it found here, of whatever revision.
+    # The hub failed during the request, and the client took a download of another revision.
     if (rows := _downloaded(name, config, split, revision)) is None:
         raise UserError(f"{name} could not be downloaded (the hub failed meanwhile); repeat the command, or {instead}")
     return rows
 
 
 def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any:
-    """Return the rows of a hub data set as they are on this disk, of that very revision; None if they are not.
+    """Return the rows of a hub data set from this disk, of exactly that revision; None if it is not there.
 
-    The data sets' client itself would take the latest that it finds, of whatever revision.
+    The client of the hub would take the latest download of any revision.
 
     Raises:
         UserError: if the data set is there and has no such split.

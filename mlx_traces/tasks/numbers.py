@@ -1,8 +1,8 @@
-r"""The one grammar of numbers in answers: where one stands, to its longest match, and its exact value. No MLX.
+r"""The grammar of numbers in answers: finds a number, to its longest match, and its exact value. No MLX.
 
 A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, ``10 000``, ``1'234`` and ``1_234`` are
-numbers; ``12,50``, ``3:45`` and ``1.234.567`` are none, and so are their parts. Texts are bounded, nothing is
-evaluated, exponents are not numbers here, and no number of more than 40 digits is made.
+numbers; ``12,50``, ``3:45`` and ``1.234.567`` are not, and neither are their parts. Texts are bounded, nothing is
+evaluated, exponents are not understood, and a number has at most 40 digits.
 """
 
 import re
@@ -58,7 +58,7 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
 
 @lru_cache(4096)  # extractors find the same answer, and a problem has one gold answer
 def readings(text: str, words: bool = True) -> tuple[Fraction, ...]:
-    """Return what an answer may mean: nothing; its value; of ``4 million`` 4,000,000 and 4, as the unit may be asked.
+    """Return the possible values of an answer: none, one, or for ``4 million`` both 4,000,000 and 4 (a unit).
 
     Arguments as for ``parse_number``.
     """
@@ -82,7 +82,7 @@ def readings(text: str, words: bool = True) -> tuple[Fraction, ...]:
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number of a text, in plain spelling; what is written as one and is none counts too: ``3:45``."""
+    """Return the last number of a text, in plain spelling; also what only looks like a number, such as ``3:45``."""
     digits = "0123456789" if text.isascii() else _DIGITS
     end = max(map(text.rfind, digits)) + 1
     numbers = list(NUMBER.finditer(plain(text[max(0, end - WINDOW) : end + AFTER]))) if end else []
@@ -90,7 +90,7 @@ def last_number(text: str) -> str | None:
 
 
 def first_number(text: str) -> str | None:
-    """Return the first number of a marked line, likewise, a factorial's sign included."""
+    """Return the first number of a marked line, in the same way, with a factorial's sign."""
     text = with_sign(plain(text[:MAX_ANSWER]))
     number = NUMBER.search(text)
     return number and (number[0] + "!" * text.startswith("!", number.end())).strip()
@@ -198,7 +198,7 @@ _GROUPED = re.compile(
 
 
 def _value(match: re.Match, words: bool = True) -> Fraction | None:
-    """Return what a match means, with or without its "million"; None if it is no number."""
+    """Return the value of a match, with or without its "million"; None if it is not a number."""
     above, below = _magnitude(match["run"]), 1
     if match["over"]:
         bottom = match["over"].strip().removeprefix("/").strip()

@@ -72,7 +72,7 @@ def columns_of(template: str) -> list[str]:
 
 
 def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
-    """Read an own prompt: a YAML mapping with ``user`` and, if wanted, ``system``, ``prefill``, ``stop`` and ``chat``.
+    """Read a prompt file: a YAML mapping with ``user`` and optional ``system``, ``prefill``, ``stop`` and ``chat``.
 
     Args:
         path: the file.

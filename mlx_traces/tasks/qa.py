@@ -34,9 +34,8 @@ _AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
 def same_text(text: str) -> str:
     r"""Return what is compared of a text answer.
 
-    Case, kinds and amount of white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####``
-    and "The answer is" do not matter, nor does the space after the commas of a list (``1,-2`` is ``1, -2``, but
-    ``1,234`` is a number and not ``1, 234``); everything else does.
+    Ignored are case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
+    is", and the space after the commas of a list (``1,-2`` is ``1, -2``, but ``1,234`` is a number and not ``1, 234``).
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
     text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
@@ -60,7 +59,7 @@ def find_text(response: str) -> str | None:
 def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response: by value where the gold answer is a number, and as exact text.
 
-    ``tolerant`` is by value for a number and ``exact`` otherwise; ``last_number`` suits numbers only.
+    ``tolerant`` compares by value for a number, else as ``exact`` does; ``last_number`` is for numbers only.
     """
     exact = _judge_text(find_text(response), problem.gold)
     gold = gold_number(problem.gold)
@@ -84,7 +83,7 @@ def same(extracted: str, gold: str, extractor: str) -> str:
 
 
 def gold_number(gold: str) -> Fraction | None:
-    """Return the value of a gold answer that is a number and no words; ``Apollo 11`` is a text."""
+    """Return the value of a gold answer that is a number without words; ``Apollo 11`` is a text."""
     return parse_number(gold, words=False)
 
 
@@ -140,7 +139,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: the header has {len(reader.fieldnames)} columns, this row has not")
+                    raise UserError(f"{where}: this row does not have the header's {len(reader.fieldnames)} columns")
                 yield where, row
         except csv.Error as error:
             long = f"a field of more than {MOST_FIELD:,} characters; is a quotation mark left open?"

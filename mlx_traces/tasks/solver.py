@@ -1,4 +1,4 @@
-"""Countdown solved exactly: how many ways there are, and a search told step by step as a thinking trace. No MLX."""
+"""Exact solver for Countdown: the number of solutions, and a search written as a thinking trace. No MLX."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,12 +47,12 @@ Term = tuple[int, str]  # a value and the expression that made it
 
 
 def search_trace(nums: Sequence[int], target: int) -> tuple[str, str] | None:
-    """Tell a systematic search for ``target`` as (thought, expression).
+    """Write a systematic search for ``target`` as (thought, expression).
 
     First steps are tried in a fixed order (pairs by position; + - * /, the larger number first), and each is closed at
     once: ``49 + 25 = 74, 22 no`` if the two numbers left cannot reach the target, else ``49 - 25 = 24, 24 + 22 = 46
     yes``. With more than three numbers, the first steps that lead there open the trace (``12 + 7 = 19 leaves 30, 4,
-    19``). A fixed order is what a small model can learn to predict; random wrong attempts are not.
+    19``). A small model can learn to predict a fixed order, but not random wrong attempts.
 
     Returns:
         ``None`` if there is no way through integers from 0 to ``TRACE_LIMIT``.

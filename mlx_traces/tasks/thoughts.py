@@ -1,6 +1,6 @@
-r"""Thoughts in a response: the one list of tags that models think between, and what stands before and after. No MLX.
+r"""Thoughts in a response: the list of thinking tags, and the text before and after a thought. No MLX.
 
-Tags count in small and capital letters. A thought's opening may be missing, as where a chat template wrote it.
+Upper and lower case do not matter. The opening tag may be missing, since a chat template may have written it.
 """
 
 import re
@@ -75,7 +75,7 @@ def usual(text: str, own: Sequence[str] | None) -> str:
 
 
 def small(text: str) -> str:
-    """Return small letters, each at its place; only İ has a small form of two characters."""
+    """Return the text in lower case with the same length; only İ has a lower case of two characters."""
     return text.replace("İ", "I").lower()
 
 
@@ -107,7 +107,7 @@ def after_thought(response: str) -> tuple[str, bool]:
 
 
 def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
-    """Return the text after the last closed thought as it is, and whether another is open; ``but`` is no thought."""
+    """Return the text after the last closed thought as it is, and whether another is open; ``but`` is ignored."""
     lower = small(response)
     begins = lower.lstrip().startswith(_SMALL[-1][0])
     if not begins and not any(mark in response for mark in "<[◁"):
@@ -121,7 +121,7 @@ def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
 def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     """Return the first thought, to the end if it stays open, or None.
 
-    It is between the first of these pairs that one opens in, else before the first that one closes in.
+    That is the text after the first opening tag of ``pairs``, else the text before the first closing tag.
     """
     lower = small(text)
     starts = [lower.find(opening.lower()) for opening, _ in pairs]
@@ -135,7 +135,7 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
 
 
 def closing_of(opened: str, own: Pair | None = None) -> str | None:
-    """Return what closes a thought that a text opens and nothing else; None if it is no such text."""
+    """Return the closing tag for a text that is only an opening tag; None for any other text."""
     opening = opened.strip().removesuffix("<|message|>")
     closing = next((closing for tag, closing in (*TAGS, *filter(None, [own])) if tag == opening), None)
     return f"<|end|><|start|>assistant{FINAL}" if closing == FINAL else closing
@@ -149,10 +149,10 @@ STYLES = ("think", "sky-t1")
 def parts(text: str) -> tuple[str | None, str]:
     """Split a completion into (thought, solution), both without tags and surrounding white space.
 
-    The thought goes from the start to the last closing tag, so what stands before the opening tag belongs to it, and
-    the opening tag may be missing. A thought that is still open at the end is all there is: the solution is empty.
+    The thought goes from the start to the last closing tag. Text before the opening tag belongs to it, and the opening
+    tag may be missing. If the thought is still open at the end, the solution is empty.
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
-    Tags are those of ``tasks.thoughts``, around thoughts and answers, in small or capital letters.
+    The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case.
     """
     return _parts(text)[:2]
 
@@ -188,7 +188,7 @@ def restyle(text: str, style: str) -> str:
 
 
 def with_thought(thought: str, content: str, style: str) -> str:
-    """Put a thought that was kept apart before what follows it, in the tags of ``style``; one is not put there twice.
+    """Put a thought that was kept apart before what follows it, in the tags of ``style``; never twice.
 
     Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
     """

@@ -1,4 +1,4 @@
-"""An adapter made part of its model: a folder of its own that needs no adapter, in 16 bits or fewer."""
+"""Fuse an adapter into its model: a model folder that needs no adapter, in 16 bits or fewer."""
 
 import math
 import shutil
@@ -55,14 +55,14 @@ def fuse(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Fused:
-    """Write model and adapter as one folder that ``mlx_lm.load`` and `models.load` read.
+    """Write model and adapter as one folder that ``mlx_lm.load`` and `loading.load` read.
 
     Quantized weights are expanded in float32, the adapter is added there, and the sum is rounded once, to the base's
     own 16-bit type. With fewer bits it is quantized after that; a small adapter may not survive that, so the loss on
     traces is measured before and after.
 
     Args:
-        model: as for `models.load`.
+        model: as for `loading.load`.
         adapter: folder of the adapter; None if ``model`` names it.
         out: the new folder; it appears when it is complete.
         bits: per weight.
@@ -72,8 +72,7 @@ def fuse(
         progress: is called with a line before each stage.
 
     Raises:
-        UserError: for an input that is wrong, an existing folder, weights that are no numbers after the sum, or a disk
-            that is full.
+        UserError: for wrong input, an existing folder, weights that are not finite after the sum, or a full disk.
     """
     out = Path(out)
     if bits not in BITS:
@@ -82,7 +81,7 @@ def fuse(
     if adapter is None:
         raise UserError("no adapter to fuse: give --adapter, the folder that mlx-traces sft wrote")
     if bits < 16 and data is None:
-        raise UserError(f"{bits} bits can round an adapter away: give traces (--data) on which the loss is measured")
+        raise UserError(f"{bits} bits can round an adapter away: pass --data FILE, traces to measure the loss on")
     names.check(name, adapter)
     full = adapters.read_config(Path(adapter).expanduser()).get("fine_tune_type") == "full"
     traces = list(islice(read_traces(Path(data)), count)) if data else []
@@ -173,7 +172,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
 
 
 def warning(result: Fused) -> str | None:
-    """Return a line on what fewer bits have done to the adapter, or None for 16 bits."""
+    """Return a line that says how the loss changed by quantizing, or None for 16 bits."""
     if result.bits >= 16 or result.loss_fused is None or result.loss_unfused is None:
         return None
     change = result.loss_fused - result.loss_unfused

@@ -1,10 +1,10 @@
 """Gradients of a step, micro-batch by micro-batch, with the prompt of several rows read once for all of them.
 
 Rows of a group repeat their prompt, which for short completions is half of the work or more. Where it pays, the prompts
-are read first, and each row goes on from its prompt's keys and values. The backward pass is cut at the same place: the
-micro-batches add up what they ask of the keys and values, and one pass more takes that sum through the prompts. The
-result is that of whole rows, up to float32's rounding, and memory is still that of a micro-batch, plus the prompts'
-keys and values and their gradient.
+are read first, and each row continues from its prompt's keys and values. The backward pass is split at the same place:
+the micro-batches accumulate gradients with respect to the prompts' keys and values, and one more pass takes that sum
+through the prompts. The result is that of whole rows, up to float32's rounding. Memory is that of a micro-batch, plus
+the prompts' keys and values and their gradient.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def split(model: nn.Module) -> Split:
 
 
 def _right(model: nn.Module, halves: Split) -> bool:
-    """Try it on two rows, long enough for what stands in a prompt to weigh more than the rounding of 16 bits."""
+    """Try it on two rows, long enough that the prompt changes the logits by more than the rounding of 16 bits."""
     rows = [
         Example("", logprobs.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
         for prompt, rest in ((32, 16), (24, 9))
@@ -69,7 +69,7 @@ def accumulate(
         model: what is trained.
         halves: the model in two, by `split` for prompts to be read once, where that saves a tenth of the tokens.
         examples: the rows, each with a trained token.
-        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`forward.Room`).
+        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`logprobs.Room`).
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
             micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
     """
@@ -93,7 +93,7 @@ def _accumulate(
     micro_tokens: int,
     loss_of: LossOf,
 ) -> tuple[float, Any, Counter]:
-    """Do this rank's part."""
+    """Compute this rank's part."""
     loss, grads, sums = 0.0, None, Counter()
     if prompts is None:
 
@@ -180,7 +180,7 @@ class Prompts:
 
     @property
     def saved(self) -> float:
-        """The share of the rows' tokens that is saved; a prompt's cost 4/3, as they are read again in `pull_back`."""
+        """The share of the rows' tokens that is saved; a prompt token costs 4/3, as `pull_back` reads it again."""
         every = sum(len(example.ids) for example in self.examples)
         return 1 - (sum(self.rest) + 4 / 3 * self.lengths.sum()) / every
 
@@ -210,10 +210,10 @@ class Prompts:
         return states.reshape(-1, states.shape[-1])[index], mx.array(ids.reshape(-1))[index]
 
     def pull_back(self, model: nn.Module, halves: Split, asked: Arrays, micro_tokens: int) -> Iterator[Any]:
-        """Yield parts of the parameters' gradient: what rows ask of the prompts, taken through another reading."""
+        """Yield parts of the parameters' gradient: that of the prompts' keys and values, taken through the prompts."""
         for chunk in self._chunks(micro_tokens):
 
-            def product(chunk: slice = chunk) -> mx.array:  # its gradient is what was asked, taken through the prompts
+            def product(chunk: slice = chunk) -> mx.array:  # its gradient takes theirs through the prompts
                 read = self._read(halves, chunk)
                 return sum((array * pull[chunk]).sum() for array, pull in zip(read, asked, strict=True))
 

@@ -29,14 +29,14 @@ from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import checkpoints, model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
-# Settings that a run may go on with others of: they decide where it runs and what is told, or how a step is parted,
-# which must give where memory runs out, and changes rounding alone (and the masks of dropout).
+# Settings that may change when a run is continued: where it runs, what it reports, and how a step is split into
+# micro-batches, which changes only rounding (and the masks of dropout).
 NOT_IDENTITY = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 @dataclass
 class Progress:
-    """Where a training is: steps done, the best validation so far, how many since were not better."""
+    """Progress of a training: steps done, the best validation so far, the number of validations since then."""
 
     step: int = 0
     best: float | None = None
@@ -45,7 +45,7 @@ class Progress:
     seconds: float = 0.0
 
     def better(self, value: float) -> bool:
-        """Take in a validation's value, higher is better; return whether it is the best so far."""
+        """Record a validation's value (higher is better); return whether it is the best so far."""
         if self.best is not None and value <= self.best:
             self.waited += 1
             return False
@@ -165,7 +165,7 @@ class Training:
 
 
 def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
-    """Return how held-out problems are answered: the thinking switch is the training's, unless they have their own."""
+    """Return the settings of the validation; its thinking switch is the training's, unless it sets its own."""
     asked = config.evaluate
     if asked is None or asked.thinking is not None:
         return asked
@@ -179,7 +179,7 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
 
 
 def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, Any]:
-    """Return the settings that decide what is learned, but those that stand for files."""
+    """Return the settings that decide what is learned, except those that name files."""
     asked = validation_of(config)
     settings = config.model_dump(mode="json", exclude=NOT_IDENTITY | {*leave_out})
     return {**settings, "evaluate": asked and asked.model_dump(mode="json")}
@@ -206,14 +206,14 @@ def keep(
     about: dict[str, Any],
     row: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a run's adapter as it is now, with its model card: the one place where trainings do.
+    """Save a run's current adapter with its model card; all trainings save here.
 
     Args:
         loaded: the model, its adapter on.
         folder: the run's; the adapter is in ``adapter/``.
         settings: as `adapters.start` returned them.
         about: further entries of the adapter's settings file.
-        row: the line of metrics of the validation that chose it; default: the run's last line tells.
+        row: the metrics of the validation that chose it; default: those of the run's last line.
     """
     adapters.save(loaded.model, folder.path / "adapter", settings, about)
     model_card.write(folder.path / "adapter", row, model_card.base_of(loaded.name, loaded.path))

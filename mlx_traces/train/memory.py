@@ -1,7 +1,7 @@
-"""How much memory a training will take, before it begins: by part, from sizes alone.
+"""Estimate the memory of a training before it begins: by part, from sizes alone.
 
-Two phases take turns, and the greater one counts. Sampling holds the rows' keys and values; an update holds the
-activations of one micro-batch and a chunk of logits. What either leaves behind is little.
+Sampling and updates alternate, and the larger one counts. Sampling holds the rows' keys and values; an update holds
+the activations of one micro-batch and a chunk of logits. Little stays allocated in between.
 
 The factors below are fitted to MLX's own peak of some fifty runs on a CPU (2 to 12 layers, 64 to 256 wide, 16 to 256
 tokens, ranks 4 to 64, with and without checkpointing), whose updates they meet within 20 %. They count numbers of the
@@ -80,17 +80,17 @@ class Estimate:
 
     @property
     def sampling(self) -> float:
-        """The most while rollouts are sampled."""
+        """Peak while rollouts are sampled."""
         return self.weights + self.optimizer + self.merged + self.cache + self.reading + self.draw
 
     @property
     def update(self) -> float:
-        """The most while a micro-batch is learned from."""
+        """Peak during an update."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.logits
 
     @property
     def peak(self) -> float:
-        """The most at any time."""
+        """Peak of the training."""
         return max(self.sampling, self.update)
 
 
@@ -260,7 +260,7 @@ def sizes_of_sft(config: SFTSettings, length: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Most:
-    """The largest value of a setting that fits, None if not even 1 does, and ``top``: more would change nothing."""
+    """The largest value of a setting that fits, None if 1 does not; ``top``: a larger value would change nothing."""
 
     value: int | None
     top: int

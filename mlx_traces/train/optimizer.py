@@ -39,8 +39,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optim.AdamW:
 def of_parts(parts: dict[str, optim.Optimizer]) -> optim.MultiOptimizer:
     """Return the optimizers of a module's parts, by their names in the module, as one that a checkpoint keeps.
 
-    Parts that do not learn at the same time are updated by their own, ``.optimizers`` in the order given: MLX's own
-    update would count a step of every part.
+    Parts that do not learn at the same time are updated by their own optimizers (``.optimizers``, in the order given):
+    MLX's own update would count a step for every part.
     """
     filters = [lambda path, _, name=name: path.startswith(f"{name}.") for name in parts]
     return optim.MultiOptimizer(list(parts.values()), filters[:-1])

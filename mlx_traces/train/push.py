@@ -1,4 +1,4 @@
-"""Adapters and models put on the hub: the files that make one up, its card among them, and nothing else. No MLX."""
+"""Upload an adapter or a model to the hub: its own files with the model card, and nothing else. No MLX."""
 
 import json
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.fingerprints import MODEL_FILES
 from mlx_traces.train import model_card
 
-SETTINGS = (adapters.CONFIG, "fused.json")  # of our making: they name files of this machine
+SETTINGS = (adapters.CONFIG, "fused.json")  # written by us; they name files of this machine
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the hub: ``files`` by their names there, as a path or as content where paths were cut."""
+    """What is uploaded: ``files`` by their names on the hub, as a path, or as content if paths were removed from it."""
 
     what: str
     files: dict[str, Path | bytes]
@@ -32,12 +32,12 @@ class Upload:
 
 
 def prepare(folder: Path) -> Upload:
-    """Collect the files of an adapter, of the adapter of a run, or of a model such as ``fuse`` makes.
+    """Collect the files of an adapter, of a run's adapter, or of a model such as ``fuse`` makes.
 
-    Settings lose the paths of this machine, as they do on the card; all other files go as they are.
+    Paths of this machine are removed from the settings, as on the card; all other files are uploaded unchanged.
 
     Raises:
-        UserError: if the folder is none of them, or an adapter without a card.
+        UserError: if the folder is none of these, or an adapter without a card.
     """
     folder = folder.expanduser()
     if not (folder / adapters.CONFIG).exists() and (folder / "adapter" / adapters.CONFIG).exists():
@@ -65,13 +65,13 @@ def _content(file: Path) -> Path | bytes:
 
 
 def push(upload: Upload, name: str, public: bool = False, progress: Callable[[str], None] = lambda line: None) -> str:
-    """Put files into a repository of the hub, which is made if it is not there; return the commit's address.
+    """Upload files to a repository of the hub, which is created if needed; return the commit's address.
 
     Args:
         upload: what `prepare` has collected.
         name: of the repository, ``user/name``.
         public: whether everybody may see it; a new repository is private otherwise.
-        progress: is called with a line on what is worth knowing.
+        progress: called with each line for the user.
 
     Raises:
         UserError: without a token or network, where the hub refuses, and for a public repository without ``public``.
@@ -82,15 +82,15 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
     if away := hub.out_of_reach():
         raise UserError(f"{name}: nothing can be uploaded ({away})")
     if not get_token():
-        raise UserError("the hub needs to know you: run `hf auth login` with a token that may write, or set HF_TOKEN")
+        raise UserError("not logged in to the hub: run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi()
     try:
         if (there := _visible(api, name)) is None:
             api.create_repo(name, private=not public)
         elif there and not public:
-            raise UserError(f"{name} is there and public; pass --public, or another name")
+            raise UserError(f"{name} exists and is public; pass --public, or another name")
         elif public and not there:
-            progress(f"{name} is there and stays private; its settings are on its page")
+            progress(f"{name} exists and stays private; change that on its page")
         made = api.create_commit(
             name,
             [CommitOperationAdd(path, file) for path, file in upload.files.items()],

@@ -1,8 +1,9 @@
 """Supervised fine-tuning on traces: LoRA, DoRA or full, on the completion's tokens, resumable at any moment.
 
-How this differs from mlx_lm's trainer: the loss counts completion tokens alone, their stop token included and no
-padding, and is normalised over the whole optimizer step, so micro-batches change nothing; every trace is seen once an
-epoch; validation uses the same traces and problems each time; logits are computed for the learned positions only.
+How this differs from mlx_lm's trainer: the loss counts what the model has to write (completion, the template's tokens
+around it, stop token) and no padding. It is normalised over the whole optimizer step, so micro-batches change nothing.
+Every trace is seen once an epoch. Validation uses the same traces and problems each time. Logits are computed for the
+learned positions only.
 """
 
 import hashlib
@@ -67,7 +68,7 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and validated with, and lines that say what was left out."""
+    """Training rows, validation rows, held-out problems, and notes on what was left out."""
 
     train: list[Example]
     valid: list[Example]
@@ -114,7 +115,9 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):
-        notes.append(f"{full} validation traces leave no room for an answer; their loss counts, they are not continued")
+        notes.append(
+            f"{full} validation traces have no room for an answer; their loss counts, but they are not completed"
+        )
     return Data(train, valid, plan, notes)
 
 
@@ -273,12 +276,12 @@ def validation(
 
 
 def _start(row: Example) -> int:
-    """Return where a trace's last learned stretch begins; 0 for a text, which has no prompt."""
+    """Return the index at which a trace's last learned span begins; 0 for a text, which has no prompt."""
     return max((at + 1 for at, learned in enumerate(row.trained) if not learned), default=0)
 
 
 def _room(loaded: LoadedModel, row: Example) -> int:
-    """Return the most tokens that a trace's prompt is completed by: twice the trace's, as far as the context goes."""
+    """Return the token limit for completing a trace's prompt: twice the trace's own length, within the context."""
     start = _start(row)
     return min(2 * (len(row.ids) - start), (loaded.context or 10**6) - start)
 
@@ -310,7 +313,7 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
     }
     return {
         **loop.identity_of(config, "data", "valid"),
-        # Before, traces of one problem that its file has twice could be on both sides.
+        # In earlier versions the traces of a problem that a file has twice could be on both sides.
         **({"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}),
         **digests,
         **loaded.shown(),

@@ -1,9 +1,9 @@
-"""A training's metrics sent to a tracking client as they are made: trackio or wandb, where the user has it.
+"""Send a training's metrics to a tracking client, trackio or wandb, as they are logged.
 
-The client is imported only where one is asked for. What it gets is the run's ``metrics.jsonl``: its rows, under their
-names and steps, once each. ``tracked.json`` in the run folder keeps the tracked run's id and the last step that each
-client got, so a run that is continued goes on in the same tracked run, and rows made before the client was asked for
-are sent too. A client that fails is left alone from then on; the training goes on.
+The client is imported only if one is set. It gets each row of the run's ``metrics.jsonl`` once, with its names and
+step. ``tracked.json`` in the run folder keeps the tracked run's id and the last step that each client got. So a resumed
+run continues the same tracked run, and rows logged before a client was set are sent too. After a client's first failure
+nothing more is sent; the training continues.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def client(name: str) -> ModuleType:
 
 @contextmanager
 def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> Iterator[Show | None]:
-    """Yield ``show``, made to send each row of metrics on its way to the client of ``report_to``; without one, itself.
+    """Yield a ``show`` that also sends each row of metrics to the client of ``report_to``; ``show`` itself without one.
 
     Of several ranks the first one sends. The tracked run begins with the first row: the settings are checked by then.
 
@@ -78,7 +78,7 @@ def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> It
 
 
 class Tracker:
-    """One run at a client, from its first row to its end; after the client's first failure, nothing any more."""
+    """One run at a client, from its first row to its end; after the client's first failure it sends nothing."""
 
     def __init__(self, module: ModuleType, config: TrackingConfig, folder: RunFolder) -> None:
         self.module, self.config, self.folder = module, config, folder

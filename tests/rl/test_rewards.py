@@ -201,7 +201,10 @@ def test_a_judge_that_talks_prose_stops_the_run_in_time(judging):
 def test_a_judge_is_named_and_asked_or_neither():
     with pytest.raises(UserError, match="^reward judge: no model is named; set judge: MODEL"):
         rewards.load({"judge": 1.0}, [], RLConfig())
-    with pytest.raises(UserError, match="^judge: nano is no reward yet; as in rewards: {correct: 1, judge: 0.5}"):
+    with pytest.raises(
+        UserError,
+        match="^judge: nano is set, but judge is not among the rewards; add it, as in {correct: 1, judge: 0.5}",
+    ):
         rewards.load({"correct": 1.0}, [], RLConfig(judge="nano"))
 
 

@@ -181,7 +181,7 @@ def test_bench_counts_the_tokens_of_all_ranks(tmp_path):
 def test_what_ranks_do_not_share_is_refused(monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
     said = CliRunner().invoke(main, ["compare"]).output
-    assert "compare is for one process; several, by mlx.launch, share the work of eval, generate, sft" in said
+    assert "compare runs in one process; mlx.launch can start eval, generate, sft" in said
 
 
 def test_one_process_is_left_alone(tmp_path):

@@ -275,7 +275,7 @@ def test_the_data_set_is_of_the_revision_that_was_asked_for(world):
     assert all("; 2 more" in question for question in asked("data-main-off", offline=True))
     told = world.run("eval", "--task", "gsm8k", "--data", "openai/gsm8k@old", "--out", "x", offline=True).refusal()
     assert told.startswith(
-        "openai/gsm8k@old could not be downloaded (HF_HUB_OFFLINE is set), and is not here from before; "
+        "openai/gsm8k@old could not be downloaded (HF_HUB_OFFLINE is set), and was not downloaded before; "
     )
     assert all("; 1 more" in question for question in asked("data-old", "--data", "openai/gsm8k@old"))
     world.hub.failing = True  # then its client takes what came last
@@ -331,7 +331,7 @@ def test_a_card_has_the_licence_of_the_base_and_goes_to_the_hub(world):
     assert names == {line.split()[-1] for line in told.out.splitlines()[:-1]}
     assert f"{(run / 'adapter/adapters.safetensors').stat().st_size:,}  adapters.safetensors" in told.out
 
-    login = "the hub needs to know you: run `hf auth login` with a token that may write, or set HF_TOKEN"
+    login = "not logged in to the hub: run `hf auth login` with a token that may write, or set HF_TOKEN"
     assert world.run("push", "trained", "me/adapter").refusal() == login
     (run / "adapter/notes.txt").write_text("not for others")
     done = world.run("push", "trained/adapter", "me/adapter", HF_TOKEN=TOKEN)
@@ -347,7 +347,7 @@ def test_a_card_has_the_licence_of_the_base_and_goes_to_the_hub(world):
 
     made.private = False
     assert (
-        "me/adapter is there and public; pass --public"
+        "me/adapter exists and is public; pass --public"
         in world.run("push", run, "me/adapter", HF_TOKEN=TOKEN).refusal()
     )
     assert world.run("push", run, "me/adapter", "--public", HF_TOKEN=TOKEN).code == 0

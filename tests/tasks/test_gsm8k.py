@@ -184,7 +184,7 @@ def test_no_network(data, hub, monkeypatch):
     with pytest.raises(UserError) as error:
         load("test", data, None, 0)
     reason = "no network or hub not reachable: no answer"
-    told = f"{data or 'openai/gsm8k'} could not be downloaded ({reason}), and is not here from before; {INSTEAD}"
+    told = f"{data or 'openai/gsm8k'} could not be downloaded ({reason}), and was not downloaded before; {INSTEAD}"
     assert str(error.value) == told
     assert INSTEAD == 'pass --data FILE with one {"question", "answer"} object per line'
 

@@ -108,7 +108,7 @@ def test_what_is_refused(tiny_folder, tmp_path):
     for arguments, message in (
         ((adapter, tmp_path / "there"), "there exists"),
         ((adapter, tmp_path / "new", 7), "bits: 7"),
-        ((adapter, tmp_path / "new", 4), "give traces"),
+        ((adapter, tmp_path / "new", 4), "pass --data FILE"),
         ((None, tmp_path / "new"), "no adapter to fuse"),
         ((tmp_path / "nowhere", tmp_path / "new"), "no such adapter folder"),
         ((adapter, tmp_path / "adapter" / "adapters.safetensors" / "x"), "cannot be written"),

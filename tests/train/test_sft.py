@@ -416,7 +416,7 @@ def test_validation_traces_without_room_are_not_continued(settings, tmp_path):
         changes = {"valid": str(valid), "max_length": max_length, "over_long": "cut", "epochs": 1}
         result = sft.train(SFTConfig(**{**settings, **changes}), tmp_path / f"{count} {names[0]}")
         told = [note for note in result.notes if "no room" in note]
-        said = f"{count} validation traces leave no room for an answer; their loss counts, they are not continued"
+        said = f"{count} validation traces have no room for an answer; their loss counts, but they are not completed"
         assert told == [said] * bool(count)
         samples = (tmp_path / f"{count} {names[0]}" / "samples.jsonl").read_text().splitlines()
         assert samples and {json.loads(line)["id"] for line in samples} == {"fits"}
