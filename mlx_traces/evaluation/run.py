@@ -149,7 +149,7 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
             problem, sample = todo[index]
             row = grade_sample(planned, problem, sample, completion)
             row["elapsed"] = round(before + perf_counter() - start, 3)
-            folder.append([row])
+            folder.log(folder.samples_path.name, row)
             samples.append(row)
             advance(row)
     if len(samples) < len(wanted):

@@ -40,7 +40,7 @@ def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, fl
     return low, high
 
 
-def wilson_clustered(correct: ArrayLike, samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+def wilson_clustered(correct: ArrayLike, samples: ArrayLike) -> tuple[float, float]:
     """Wilson interval for the accuracy over problems with several samples each.
 
     The sample size is divided by the design effect (Kish 1965): the effective n is the one at which
@@ -51,7 +51,6 @@ def wilson_clustered(correct: ArrayLike, samples: ArrayLike, level: float = 0.95
     Args:
         correct: (P,) correct samples of each problem.
         samples: (P,) samples of each problem, or one number for all.
-        level: share of such intervals that hold the true value.
     """
     correct, samples = np.broadcast_arrays(np.asarray(correct, dtype=float), samples)
     problems, total = correct.size, float(samples.sum())
@@ -61,15 +60,14 @@ def wilson_clustered(correct: ArrayLike, samples: ArrayLike, level: float = 0.95
         spread = float(np.square(correct - share * samples).sum())
         variance = spread / total**2 * problems / (problems - 1)
         effective = min(max(share * (1 - share) / variance, problems), total) if variance else total
-    return wilson(share * effective, effective, level)
+    return wilson(share * effective, effective)
 
 
-def accuracy(outcomes: Sequence[Sequence[bool]], level: float = 0.95) -> dict[str, float | int]:
+def accuracy(outcomes: Sequence[Sequence[bool]]) -> dict[str, float | int]:
     """Return accuracy, correct_count, total_questions, ci_low and ci_high, as result.json has them.
 
     Args:
         outcomes: for each problem whether each of its samples is correct; samples, not problems, are counted.
-        level: share of such intervals that hold the true value.
 
     Raises:
         ValueError: if there is no sample.
@@ -78,7 +76,7 @@ def accuracy(outcomes: Sequence[Sequence[bool]], level: float = 0.95) -> dict[st
     count, total = sum(correct), sum(samples)
     if not total:
         raise ValueError("no samples to take the accuracy of")
-    low, high = wilson_clustered(correct, samples, level)
+    low, high = wilson_clustered(correct, samples)
     return {
         "accuracy": count / total,
         "correct_count": count,

@@ -114,23 +114,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add finished samples; once this returns, a killed process does not lose them."""
-        with on_the_way(self.samples_path), self.samples_path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
     def log(self, name: str, *rows: dict[str, Any]) -> None:
-        """Add rows to ``metrics.jsonl`` or another file of JSON lines."""
+        """Add rows to a file of JSON lines; once this returns, a killed process does not lose them."""
         path = self.path / name
         with on_the_way(path), path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.write(_json_lines(rows))
 
     def rewind(self, name: str, step: int) -> None:
         """Drop the rows of later steps than ``step``, which are about to be made again."""
         path = self.path / name
         rows = [row for row in lines_so_far(path, ("step",)) if row["step"] <= step]
         if path.exists():
-            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.write(name, _json_lines(rows))
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the run, all at once."""
@@ -139,12 +134,16 @@ class RunFolder:
 
     def finish(self, samples: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Write the samples in their final order, then the result."""
-        self.write(self.samples_path.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        self.write(self.samples_path.name, _json_lines(samples))
         self.conclude(result)
 
     def conclude(self, result: dict[str, Any]) -> None:
         """Write the result: the run is finished."""
         self.write("result.json", to_json(result))
+
+
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
