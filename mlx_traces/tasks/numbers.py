@@ -21,14 +21,15 @@ _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
 _RUN = r"\.?[0-9]++(?:[.,'’_:][0-9]++)*+"
 NUMBER = re.compile(
     rf"""
-    (?=[-+.0-9$€£¥₹√∛∜\\]|[nN]eg|[mM]inu)
+    (?=[-+.0-9$€£¥₹√∛∜\\]|(?i:neg|minu))
     (?P<sign> (?<![0-9A-Za-z)\]}}%]) [-+] | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
     (?: [$€£¥₹][ ]? (?P<minus>-)? )?
     (?P<root> [√∛∜][ (]? | \\sqrt[ ]?(?:\[[0-9]\])?\{{? )?
     (?P<run> {_SPACED} | {_RUN} )
     (?: [ ] (?P<part>[0-9]{{1,9}}/[0-9]{{1,9}}) (?![0-9/]) )?
     (?P<over> (?: [ ]?/[ ]?-?{_RUN} )+ )?
-    (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁰¹²³⁴-⁹ⁿ] | !(?=[0-9A-Za-z/*^({{]) )?
+    (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁺⁻]?[⁰¹²³⁴-⁹ⁿ]
+        | !(?=[0-9A-Za-z/*^({{]) )?
     (?: (?P<kilo>[kK])(?![^\W_]) | (?P<letter> π | (?:{_LETTER})(?![A-Za-z]) ) )?
     (?P<words> (?: [ -]+(?i:{"|".join(_WORDS)})s?(?![A-Za-z]) )+ )?
     """,
@@ -108,7 +109,7 @@ _SPELLINGS = str.maketrans(
         "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
     )
 )
-_VULGAR = re.compile(rf"([0-9]?) ?([{_FRACTIONS}])")
+_VULGAR = re.compile(rf"(?:([0-9]) ?)?([{_FRACTIONS}])")
 _PART = r"([-+]?(?:[0-9][0-9.,]*|\.[0-9]+))"
 _BRACED = rf"\{{\s*{_PART}\s*\}}"
 _FRACTION = re.compile(rf"(?:([-+]) ?)?\\[dtc]?frac\s*(?:{_BRACED}|([0-9]))\s*(?:{_BRACED}|([0-9]))")
@@ -147,7 +148,7 @@ def with_sign(text: str) -> str:
 def _in_ascii(match: re.Match) -> str:
     """Write ``½`` as ``1/2``, and ``1½`` as ``1 1/2``."""
     value = Fraction(unicodedata.numeric(match[2])).limit_denominator(10)
-    return f"{match[1]}{' ' * bool(match[1])}{value.numerator}/{value.denominator}"
+    return f"{f'{match[1]} ' if match[1] else ''}{value.numerator}/{value.denominator}"
 
 
 def _in_line(match: re.Match) -> str:
