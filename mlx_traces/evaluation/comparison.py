@@ -7,7 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ def read_run(path: str | Path) -> Run:
         raise UserError(f"{path}: no such run folder")
     if not folder.finished:
         raise UserError(f"{path}: no result.json; finish the run with: mlx-traces eval --resume --out {path} ...")
-    result = read_json(folder.path / "result.json")
+    later = {field.name: field.default for field in fields(EvalResult) if field.default is not MISSING}
+    result = later | read_json(folder.path / "result.json")
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
