@@ -23,7 +23,19 @@ Q1, A1 = "What is 6 times 7?", "Alpha says forty."
 Q2, A2 = "And what is 2 plus 1?", "Beta says three."
 Q3, ANSWER = "So what is 6 times 7?", "The total is 42."
 SYSTEM, THOUGHT = "Be brief and give numbers.", "Six sevens are asked."
-CORPUS = [Q1, A1, Q2, A2, Q3, ANSWER, SYSTEM, THOUGHT, "user assistant system", "user\n assistant\n", "The total is"] * 4
+CORPUS = [
+    Q1,
+    A1,
+    Q2,
+    A2,
+    Q3,
+    ANSWER,
+    SYSTEM,
+    THOUGHT,
+    "user assistant system",
+    "user\n assistant\n",
+    "The total is",
+] * 4
 SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
 CLOSED = {"</think>": "\n</think>\n\n", "[BEGIN FINAL RESPONSE]": "\n[BEGIN FINAL RESPONSE]\n"}  # empty thoughts
 CLOSED |= {FINAL: f"<|end|><|start|>assistant{FINAL}"}
@@ -114,11 +126,10 @@ def squeezed(text: str) -> str:
     return text.replace("▁", "").replace(" ", "")
 
 
-def open_thought(text: str) -> tuple[int, str, str] | None:
-    """Return (place, opening, closing) of the last thought that a text opens and does not close."""
+def last_thought(text: str) -> tuple[int, str, str] | None:
+    """Return (place, opening, closing) of the last thought that a text opens, be it closed or not."""
     found = [(text.rfind(opening), opening, closing) for opening, closing in TAGS if opening in text]
-    place, opening, closing = max(found, default=(0, "", ""))
-    return (place, opening, closing) if opening and closing not in text[place:] else None
+    return max(found, default=None)
 
 
 class Zoo:
@@ -148,7 +159,9 @@ class Zoo:
         self.stops = frozenset(map(self.tokenizer.convert_tokens_to_ids, (*stops, self.eos)))
         self.loaded = replace(wrap(self.tokenizer), stop_ids=self.stops, name="zoo")
         asked = self.text(ONE) or ""
-        self.opens = open_thought(asked.rpartition(Q1)[2])
+        self.begun = last_thought(asked.rpartition(Q1)[2])  # in the prompt of a question
+        still = self.begun and self.begun[2] not in asked.rpartition(Q1)[2][self.begun[0] :]
+        self.opens = self.begun if still else None
         self.switch = next((name for name in SWITCHES if self._switches(name)), None)
 
     def text(self, turns, reply=True, **switches):
@@ -222,9 +235,11 @@ class Zoo:
                 yield f"{what}: nothing says that the system message was moved"
 
     def thinking(self) -> Iterator[str]:
+        if self.text(ONE) is None:
+            return
         for value in (True, False):
             wanted = self.text(ONE, **({self.switch: value} if self.switch else {}))
-            if wanted is not None and self.loaded.chat.prompt(ONE, thinking=value).text != wanted:
+            if self.loaded.chat.prompt(ONE, thinking=value).text != wanted:
                 yield f"thinking={value} is not {self.switch}={value}"
         if (self.switch is None) != any("no thinking switch" in note for note in self.loaded.notes):
             yield f"the switch is {self.switch}, and the notes say {self.loaded.notes}"
@@ -256,7 +271,7 @@ class Zoo:
             return "", ""
         head, _, tail = whole.rpartition(ANSWER)
         cut = tail.find(self.end)
-        asked = prompt[: len(prompt) - len(prompt.rpartition(Q1)[2]) + self.opens[0]] if self.opens else prompt
+        asked = prompt[: prompt.rfind(Q1) + len(Q1) + self.begun[0]] if self.begun else prompt
         base = prompt if head.startswith(prompt) else asked
         head = head.removeprefix(base) if head.startswith(base) else ""
         if head.strip() != FINAL and any(tag in head for pair in TAGS for tag in pair):
@@ -271,6 +286,7 @@ class Zoo:
                 yield f"a turn ends with {self.decode([got])!r}, the template writes {self.end!r}"
             self.end = self.decode([got]).strip()
         head, tail = self.frame()
+        ends = {squeezed(self.tokenizer.convert_ids_to_tokens(token)) for token in self.stops}
         closed = CLOSED.get(self.opens[2], self.opens[2]) if self.opens else ""
         for what, turns in TALKS.items():
             if self.text(turns) is None:
@@ -281,7 +297,9 @@ class Zoo:
             if squeezed(spans[-1]) != squeezed(said):
                 yield f"{what}: {spans[-1]!r} is learned, not {said!r}"
             # Where the prompt's last token would be joined with the answer's first, the prompt's stay as they are.
-            if ids != self.ids(prompt.text + said) and tuple(ids[: len(prompt.ids)]) != prompt.ids:
+            whole, count = self.ids(prompt.text + said), len(prompt.ids)
+            joined = tuple(whole[:count]) != prompt.ids and tuple(ids[:count]) == prompt.ids
+            if ids != whole and not joined:
                 yield f"{what}: the ids are not those of the text"
             shown = [text for text in (A1, A2) if text in prompt.text]
             if len(spans) - 1 + counted != len(shown):
@@ -290,7 +308,7 @@ class Zoo:
                 left = squeezed(span).removeprefix(squeezed(head))
                 text = next((one for one in shown if left.startswith(squeezed(one))), None)
                 rest = left.removeprefix(squeezed(text or "")).removeprefix(squeezed(tail)).strip()
-                if text is None or (rest and self.tokenizer.convert_tokens_to_ids(rest) not in self.stops):
+                if text is None or (rest and rest not in ends):
                     yield f"{what}: {span!r} is learned of an earlier turn"
 
     def turns(self) -> Iterator[str]:
@@ -312,8 +330,9 @@ class Zoo:
         tags = self.opens[1:] if self.opens else next((pair for pair in TAGS if pair[0] in text), TAGS[0])
         if text.count(tags[0]) != 1 or squeezed(text).count(squeezed(THOUGHT)) != 1:
             yield f"a thought is learned as {text!r}"
-        if self.opens and tags[0] != "<think>" and "<think>" in text:
-            yield f"a thought that {tags[0]} opened is learned in other tags: {text!r}"
+        others = (self.opens and tags[0] != "<think>") or FINAL in self.frame()[0]
+        if others and "<think>" in text:
+            yield f"a thought is learned in tags that the template does not write: {text!r}"
         if squeezed(ANSWER) not in squeezed(answer_part(text)) or self.end not in spans[-1]:
             yield f"the answer does not follow the thought: {text!r}"
 
