@@ -34,6 +34,7 @@ def generate(
     top_k: int = 0,
     min_p: float = 0.0,
     stop: Sequence[str] = (),
+    stop_in_thoughts: bool = False,
     thinking: bool | None = None,
     rows: int = 32,
     seed: int = 0,
@@ -49,7 +50,8 @@ def generate(
         top_p: nucleus sampling.
         top_k: sample from the k likeliest tokens; 0: from all.
         min_p: drop tokens less likely than this fraction of the likeliest one.
-        stop: texts that end a completion.
+        stop: texts that end a completion, after its thought.
+        stop_in_thoughts: let them end it within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.
         rows: batch size of decoding.
         seed: prompt number i draws by ``seed + i``, whatever else is in the batch.
@@ -60,10 +62,11 @@ def generate(
     """
     loaded = load(model) if isinstance(model, str) else model
     turns = [[{"role": "user", "content": one}] if isinstance(one, str) else [dict(t) for t in one] for one in prompts]
-    requests = [
-        Request(loaded.render_turns(messages, thinking=thinking).ids, seed + i) for i, messages in enumerate(turns)
-    ]
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, tuple(stop))
+    asked = [loaded.render_turns(messages, thinking=thinking) for messages in turns]
+    requests = [Request(one.ids, seed + i, one.opened) for i, one in enumerate(asked)]
+    params = SamplingParams(
+        max_tokens, temperature, top_p, top_k, min_p, tuple(stop), stop_in_thoughts=stop_in_thoughts
+    )
     done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
     return [done[i] for i in range(len(requests))]
 

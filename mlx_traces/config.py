@@ -110,6 +110,9 @@ class AnswerConfig(LoadConfig, ProblemConfig):
         None, description="Memory limit in GB; lowers rows if needed."
     )
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
+    stop_in_thoughts: bool = Field(
+        False, exclude_if=not_, description="Let the prompt's stop strings end a completion within its thought too."
+    )
 
 
 class EvalConfig(AnswerConfig, EndpointConfig):

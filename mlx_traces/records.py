@@ -34,7 +34,7 @@ class Rollout:
     them, without the stop token, special tokens that are no thought's, and a stop string and what follows it.
     ``finish_reason`` is ``"stop"`` or
     ``"length"``. On request, per completion token and in nats: ``logprobs`` of the distribution that was sampled,
-    ``model_logprobs`` of the model's own at temperature 1.
+    ``model_logprobs`` of the model's own at temperature 1. ``stop_string`` is the one that ended it, None for none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,6 +43,7 @@ class Rollout:
     finish_reason: str
     logprobs: tuple[float, ...] | None = None
     model_logprobs: tuple[float, ...] | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Trace:
     empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
     trace is from, ``sample`` numbers the traces of one problem. ``not_learned`` are the numbers of those ``messages``,
     from 0, that are the assistant's and from which nothing is to be learned. ``thinking`` (None: unset) and
-    ``template_args`` are what the chat template was given when the completion was sampled.
+    ``template_args`` are what the chat template was given when the completion was sampled; ``stop_string`` ended it.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
@@ -101,6 +102,7 @@ class Trace:
     not_learned: tuple[int, ...] | None = None
     thinking: bool | None = None
     template_args: dict[str, Any] = field(default_factory=dict)
+    stop_string: str | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON object of this trace; what is not known is left out."""
@@ -144,6 +146,8 @@ class EvalResult:
     model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens where the
     server does not count them.
     ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for the other extractors.
+    ``stopped`` counts the completions that a stop string ended, ``stopped_in_thoughts`` those of them whose thought
+    was open.
     """
 
     run: str
@@ -174,3 +178,5 @@ class EvalResult:
     pass_at_k: dict[str, float]
     maj_at_k: dict[str, float]
     notes: list[str]
+    stopped: int = 0
+    stopped_in_thoughts: int = 0

@@ -63,3 +63,12 @@ def real_model() -> Path:
     if not folder:
         pytest.skip("MLX_TRACES_TEST_MODEL names no model folder")
     return Path(folder)
+
+
+@pytest.fixture
+def real_templates() -> Path:
+    """The folder named by MLX_TRACES_TEMPLATES."""
+    folder = os.environ.get("MLX_TRACES_TEMPLATES")
+    if not folder:
+        pytest.skip("MLX_TRACES_TEMPLATES names no folder of chat templates")
+    return Path(folder)

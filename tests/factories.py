@@ -120,7 +120,7 @@ def wrap(tokenizer: PreTrainedTokenizerFast, model: nn.Module | None = None) -> 
         revision=None,
         config=make_config(),
         backend=Backend("cpu", "dense", "float32", 8.0, "test"),
-        stop_ids=frozenset({vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}),
+        stop_ids=frozenset(vocabulary[token] for token in ("<|endoftext|>", "<|im_end|>") if token in vocabulary),
         context=512,
     )
 

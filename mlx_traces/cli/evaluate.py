@@ -60,9 +60,16 @@ def _summary(result: Any) -> list[str]:
         *(f"  maj@{k:<8} {100 * value:.1f} %" for k, value in result.maj_at_k.items()),
         f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
         f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",
+        *([f"  stopped      {_stopped(result)}"] if result.stopped else []),
         f"  speed        {', '.join(_speed(result))}",
     ]
     return [*lines, *(f"  note         {note}" for note in result.notes)]
+
+
+def _stopped(result: Any) -> str:
+    """Say how many completions a stop string ended."""
+    within = f", {result.stopped_in_thoughts:,} of them in a thought" if result.stopped_in_thoughts else ""
+    return f"{result.stopped:,} of {result.total_questions:,} by a stop string{within}"
 
 
 def _speed(result: Any) -> list[str]:

@@ -22,10 +22,10 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
+    Ending,
     Request,
     SamplingParams,
     draw,
-    finish,
     refuse_no_token,
     settings_of,
     stop_ids,
@@ -229,6 +229,7 @@ class _Engine:
             sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         )
         longest = max(settings.max_tokens for settings in params)
+        self.endings: dict[int, Ending] = {}  # of the requests that are worked on
         self.request_of = np.full(rows, -1)  # what each slot works on; -1 for nothing
         self.joined = np.zeros(rows, np.int64)  # the first step that was a slot's own
         self.age = np.zeros(rows, np.int64)  # tokens drawn
@@ -334,9 +335,10 @@ class _Engine:
             index = int(self.request_of[row])
             ids = self.ids[row, : self.age[row]].tolist()
             kept = None if self.logprobs is None else self.logprobs[row, : self.age[row]]
-            rollout = finish(self.loaded, self.requests[index], self.params[index], ids, kept)
+            rollout = self.endings[index].rollout(ids, kept)
             if rollout is not None:
                 self.request_of[row] = -1
+                del self.endings[index]
                 yield index, rollout
 
     def _drop_idle(self, ahead: _Step) -> _Step:
@@ -375,6 +377,7 @@ class _Engine:
             request, settings = self.requests[index], self.params[index]
             self.request_of[slot], self.joined[slot], self.age[slot] = index, self.steps, 0
             self.limit[slot] = settings.max_tokens
+            self.endings[index] = Ending(self.loaded, request, settings)
             self.settings[slot] = settings_of(settings)
             self.window.start[slot] = self.window.write - len(request.prompt_ids) + 1
             self.uniforms[slot, : settings.max_tokens] = uniforms_of(request, settings)

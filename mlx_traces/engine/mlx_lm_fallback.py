@@ -13,7 +13,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_traces.engine.logprobs import alike, probe
-from mlx_traces.engine.sampling import Request, SamplingParams, draw, finish, refuse_no_token, settings_of, uniforms_of
+from mlx_traces.engine.sampling import Ending, Request, SamplingParams, draw, refuse_no_token, settings_of, uniforms_of
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
@@ -119,7 +119,7 @@ def _batched(
 ) -> Iterator[tuple[int, Rollout]]:
     """Decode rows together, reading so many prompts at once."""
     batch = _generator(loaded.model, [[token] for token in sorted(loaded.stop_ids)], rows, together)
-    samplers = [RowSampler(requests[index], params[index], logprobs) for index in order]
+    samplers = [RowSampler(loaded, requests[index], params[index], logprobs) for index in order]
     try:
         uids = batch.insert(
             [list(requests[index].prompt_ids) for index in order],
@@ -132,7 +132,7 @@ def _batched(
             for response in responses:
                 index, sampler = rows_of[response.uid]
                 sampler.take(loaded, response.token)
-                rollout = sampler.finished(loaded, requests[index], params[index])
+                rollout = sampler.finished()
                 if rollout is not None:
                     if response.finish_reason is None:
                         batch.remove([response.uid])
@@ -149,7 +149,7 @@ def _one_by_one(
     """Decode one row after the other, each with a cache of its own as the model makes it."""
     for index in order:
         request, settings = requests[index], params[index]
-        sampler, rollout = RowSampler(request, settings, logprobs), None
+        sampler, rollout = RowSampler(loaded, request, settings, logprobs), None
         try:
             cache, body = make_prompt_cache(loaded.model), request.prompt_ids[:-1]
             for at in range(0, len(body), PREFILL_TOKENS):
@@ -159,7 +159,7 @@ def _one_by_one(
             while rollout is None:
                 token = sampler(loaded.model(token[:, None], cache=cache)[:, -1])
                 sampler.take(loaded, token.item())
-                rollout = sampler.finished(loaded, request, settings)
+                rollout = sampler.finished()
         except UNFIT as error:
             raise UserError(
                 f"{loaded.name}: mlx_lm cannot decode this model even one row at a time ({first_line(error)}); "
@@ -171,7 +171,8 @@ def _one_by_one(
 class RowSampler:
     """Draws the tokens of one row, (1, V) logits or log-probabilities to (1,) ids, and counts its own draws."""
 
-    def __init__(self, request: Request, params: SamplingParams, logprobs: bool):
+    def __init__(self, loaded: LoadedModel, request: Request, params: SamplingParams, logprobs: bool):
+        self.ending = Ending(loaded, request, params)
         self.uniforms, self.settings = uniforms_of(request, params), settings_of(params)[None]
         self.wanted, self.count = logprobs, 0
         self.ids: list[int] = []  # that were looked at; one draw runs ahead of them
@@ -194,9 +195,9 @@ class RowSampler:
         if own is not None:
             self.logprobs.append(np.array(own))
 
-    def finished(self, loaded: LoadedModel, request: Request, params: SamplingParams) -> Rollout | None:
+    def finished(self) -> Rollout | None:
         """Return the rollout if its newest token ended it."""
-        rollout = finish(loaded, request, params, self.ids)
+        rollout = self.ending.rollout(self.ids)
         if rollout is None or not self.wanted:
             return rollout
-        return finish(loaded, request, params, self.ids, np.concatenate(self.logprobs))
+        return self.ending.rollout(self.ids, np.concatenate(self.logprobs))

@@ -1,7 +1,6 @@
 """How one token is drawn and when a completion ends: what the engine and the fallback share."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,12 @@ from mlx_traces.engine.logprobs import blocks
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
+from mlx_traces.tasks.thoughts import after_last, still_open, usual
 
 # Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps those that were freed, up to 32 MiB, for the next of
 # their size. A larger one comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
 DRAWN_AT_ONCE = 2**21
+LONGEST_TAG = 64  # tokens that a tag of a thought may take
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
 
 
@@ -27,7 +28,8 @@ class SamplingParams:
     then ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at
     ``temperature``. ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop
     token. A completion also ends with any of the ``stop_tokens`` (ids, or tokens as the vocabulary writes them), which
-    is kept like the model's own stop token, and before any of the strings in ``stop``.
+    is kept like the model's own stop token, and before any of the strings in ``stop``, those within a thought left out
+    unless ``stop_in_thoughts``.
     """
 
     max_tokens: int = 512
@@ -37,6 +39,7 @@ class SamplingParams:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int | str, ...] = ()
+    stop_in_thoughts: bool = False
 
     def check(self) -> None:
         """Raise UserError for a setting outside its range."""
@@ -56,10 +59,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to complete once; ``seed`` is that of this row's own random stream."""
+    """A prompt to complete once; ``seed`` is that of this row's own random stream.
+
+    ``opened`` is what the prompt holds of the assistant's turn: a thought that stands open there.
+    """
 
     prompt_ids: tuple[int, ...]
     seed: int = 0
+    opened: str = ""
 
 
 def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
@@ -80,26 +87,60 @@ def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
     return loaded.stop_ids | own
 
 
-def finish(
-    loaded: LoadedModel, request: Request, params: SamplingParams, ids: list[int], logprobs: np.ndarray | None = None
-) -> Rollout | None:
-    """Return the rollout of ``ids`` if its newest token ended it, else None.
+class Ending:
+    """Tells when one completion ends, and makes its rollout.
 
-    Args:
-        loaded: the model, for its stop tokens, stop strings and tokenizer.
-        request: what was asked.
-        params: with the limit and the stop strings.
-        ids: tokens drawn so far, at least one.
-        logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
+    Of its text no more is decoded than stop strings and tags of thoughts can span, until it ends.
     """
-    at_stop, at_limit = ids[-1] in stop_ids(loaded, params), len(ids) >= params.max_tokens
-    cut = None if at_stop else find_stop(loaded.tokenizer, ids, (*params.stop, *loaded.stop_strings))
-    if not (at_stop or at_limit) and cut is None:
-        return None
-    text = text_of(loaded, ids[:-1] if at_stop else ids, cut)
-    reason = "length" if cut is None and not at_stop else "stop"
-    columns = () if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
-    return Rollout(request.prompt_ids, tuple(ids), text, reason, *columns)
+
+    def __init__(self, loaded: LoadedModel, request: Request, params: SamplingParams):
+        self.loaded, self.request, self.params = loaded, request, params
+        self.stop_ids = stop_ids(loaded, params)
+        self.stops = (*params.stop, *loaded.stop_strings)
+        # A model's own stop strings stand for the token that ends its turn, so they count in thoughts too.
+        self.always = frozenset(self.stops if params.stop_in_thoughts else loaded.stop_strings)
+        self.seen, self.thinking = 0, False  # tokens that were looked at for tags, and whether a thought was open there
+
+    def rollout(self, ids: list[int], logprobs: np.ndarray | None = None) -> Rollout | None:
+        """Return the rollout of ``ids`` if its newest token ended it, else None.
+
+        Args:
+            ids: tokens drawn so far, at least one.
+            logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
+        """
+        at_stop, at_limit = ids[-1] in self.stop_ids, len(ids) >= self.params.max_tokens
+        cut, stop = (None, None) if at_stop else self._find_stop(ids)
+        if not (at_stop or at_limit) and stop is None:
+            return None
+        text = text_of(self.loaded, ids[:-1] if at_stop else ids, cut)
+        reason = "length" if stop is None and not at_stop else "stop"
+        columns = (None, None) if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
+        return Rollout(self.request.prompt_ids, tuple(ids), text, reason, *columns, stop)
+
+    def _find_stop(self, ids: list[int]) -> tuple[int | None, str | None]:
+        """Return where in the text the first stop string starts, and which, if the newest token completed one.
+
+        Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
+        ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+        """
+        if not self.stops:
+            return None, None
+        tail = decode(self.loaded.tokenizer, ids[-max(len(stop.encode()) for stop in self.stops) - 8 :])
+        found = [stop for stop in self.stops if stop in tail]
+        if not found or (self.always.isdisjoint(found) and self._in_thought(ids)):
+            return None, None
+        text = decode(self.loaded.tokenizer, ids)
+        answer, thinking = after_last(usual(self.request.opened + text, self.loaded.own_tags))
+        start = len(text) if thinking else max(0, len(text) - len(answer))
+        places = ((text.find(stop, 0 if stop in self.always else start), stop) for stop in self.stops)
+        return min((place for place in places if place[0] >= 0), default=(None, None))
+
+    def _in_thought(self, ids: list[int]) -> bool:
+        """Whether a thought is open now, by the tokens since the last look and as many before as a tag can span."""
+        text = decode(self.loaded.tokenizer, ids[max(0, self.seen - LONGEST_TAG) :])
+        text = text if self.seen > LONGEST_TAG else self.request.opened + text
+        self.seen, self.thinking = len(ids), still_open(usual(text, self.loaded.own_tags), self.thinking)
+        return self.thinking
 
 
 def uniforms_of(request: Request, params: SamplingParams) -> np.ndarray:
@@ -245,19 +286,3 @@ def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
     for token in {*ids} & loaded.signs.keys():
         text = text.replace(loaded.signs[token], "")
     return text
-
-
-def find_stop(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> int | None:
-    """Return where in the text the first stop string starts, if the newest token completed one.
-
-    Only the last tokens that a stop string can span are decoded: a token is at least one byte, apart from a few special
-    ones. A match is checked in the whole text, since a tokenizer may write the same tokens differently there.
-    """
-    if not stops:
-        return None
-    span = max(len(stop.encode()) for stop in stops) + 8
-    tail = decode(tokenizer, ids[-span:])
-    if not any(stop in tail for stop in stops):
-        return None
-    text = decode(tokenizer, ids)
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +33,8 @@ def read_run(path: str | Path) -> Run:
         UserError: if it is not one, or has no result yet.
     """
     folder = existing(path, "result.json")
-    result = folder.result or {}
+    later = {field.name: field.default for field in fields(EvalResult) if field.default is not MISSING}
+    result = later | (folder.result or {})
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")

@@ -38,16 +38,25 @@ class Completion:
         """Why it ended."""
         return self.rollout.finish_reason
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, None for none."""
+        return self.rollout.stop_string
+
 
 @dataclass(frozen=True)
 class Answered:
-    """What a server answered: the prompt and the text of it; ``tokens`` is None where it does not count them."""
+    """What a server answered: the prompt and the text of it.
+
+    ``tokens`` is None where it does not count them, ``stop_string`` where none ended it or the server does not say.
+    """
 
     prompt: str
     opened: str
     text: str
     tokens: int | None
     finish_reason: str
+    stop_string: str | None = None
 
     @property
     def whole(self) -> str:

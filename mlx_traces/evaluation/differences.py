@@ -11,6 +11,7 @@ from mlx_traces.text import clean
 
 LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # of run.json's versions, those that can move a result
 SAMPLING = ("top_p", "top_k", "min_p")  # which greedy decoding ignores
+STOPS = "whether stop strings end thoughts differs"
 FILES = ("model_files", "revision", "adapter_files")
 
 
@@ -40,6 +41,9 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
         "thinking switch differs",
         {name: str(own["thinking"]) for name, own in asked.items() if own.get("thinking") is not None},
     )
+    for key, what in (("template_args", "variables of the chat template differ"), ("stop_in_thoughts", STOPS)):
+        if any(own.get(key) for own in asked.values()):
+            lines += _line(what, {name: _text(own.get(key) or "unset") for name, own in asked.items()})
     lines += _line("date in the prompts differs", {name: _text(own.get("date")) for name, own in asked.items()})
     lines += _alike("prompt", asked, lambda own: _text(_part(own, "prompt").get("name")), _prompt)
     lines += _alike("model", asked, _model, lambda own: {key: own.get(key) for key in FILES})

@@ -64,13 +64,15 @@ class Reply:
     """What a server answered.
 
     ``tokens`` are those of the completion as the server counts them, None if it does not say. ``finish_reason`` is the
-    server's own word, ``"unknown"`` without one. ``model`` is the name that it gives to what answered.
+    server's own word, ``"unknown"`` without one. ``model`` is the name that it gives to what answered, ``stop_string``
+    the one that ended it, where it says so (vLLM's ``stop_reason``).
     """
 
     text: str
     tokens: int | None
     finish_reason: str
     model: str | None
+    stop_string: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -221,12 +223,13 @@ def reply_of(content: bytes) -> Reply:
     thought = thought if isinstance(thought, str) else ""
     if name not in part and not thought:
         raise Passing(f"the reply's choice has no {name}")
-    usage, reason = body.get("usage"), choice.get("finish_reason")
+    usage, reason, stop = body.get("usage"), choice.get("finish_reason"), choice.get("stop_reason")
     return Reply(
         text=valid(joined(thought, _text(part.get(name)))),
         tokens=_count(usage.get("completion_tokens")) if isinstance(usage, dict) else None,
         finish_reason=clean(valid(reason))[:40] if isinstance(reason, str) and reason.strip() else "unknown",
         model=clean(valid(body["model"]))[:200] if isinstance(body.get("model"), str) else None,
+        stop_string=valid(stop)[:200] if isinstance(stop, str) and stop else None,
     )
 
 

@@ -17,6 +17,7 @@ from mlx_traces.records import EvalResult, Problem, Score
 from mlx_traces.runtime.provenance import fingerprint, now
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.prompts import Prompt, columns_of, load_prompt
+from mlx_traces.tasks.thoughts import after_last
 
 # Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
 NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"} | set(EndpointConfig.model_fields)
@@ -183,6 +184,8 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
     scores = planned.task.grade(problem, completion.whole)
     headline = scores[planned.extractor]
     notes = {name: score.note for name, score in scores.items() if score.note}
+    stop = completion.stop_string
+    ended = {"stop_string": stop, "in_thought": after_last(completion.whole)[1]} if stop else {}
     return {
         "id": problem.id,
         "sample": sample,
@@ -192,6 +195,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
+        **ended,
         "extracted": headline.extracted,
         "extractions": {name: score.extracted for name, score in scores.items()},
         "verdicts": {name: score.verdict for name, score in scores.items()},
@@ -252,6 +256,8 @@ def summarize(
         },
         **_at_k(planned, samples),
         notes=[*notes, *said],
+        stopped=sum("stop_string" in row for row in samples),
+        stopped_in_thoughts=sum(row.get("in_thought") is True for row in samples),
     )
 
 

@@ -35,12 +35,13 @@ def completions_of(
         top_k=config.top_k,
         min_p=config.min_p,
         stop=planned.prompt.stop,
+        stop_in_thoughts=config.stop_in_thoughts,
     )
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
         rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
-        requests = [Request(asked.ids, seed) for asked, seed in zip(rendered, seeds, strict=True)]
+        requests = [Request(asked.ids, seed, asked.opened) for asked, seed in zip(rendered, seeds, strict=True)]
 
         def sampled(indices: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
             """Complete some requests."""

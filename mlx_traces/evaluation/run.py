@@ -118,7 +118,10 @@ def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
         pairs = zip(todo, seeds, strict=True)
         asks = [endpoint.ask(config, planned.prompt, problem, seed) for (problem, _), seed in pairs]
         return (
-            (index, Answered(asks[index].text, opened, reply.text, reply.tokens, reply.finish_reason))
+            (
+                index,
+                Answered(asks[index].text, opened, reply.text, reply.tokens, reply.finish_reason, reply.stop_string),
+            )
             for index, reply in endpoint.answers(server, asks, stop)
         )
 
@@ -126,6 +129,8 @@ def _server(planned: Plan, stop: Stop) -> Iterator[Source]:
         known = server.models()
         details = {"server": {"url": server.url, "models": known}, "concurrency": config.concurrency}
         details |= _settled(planned, None)
+        if planned.prompt.chat and planned.prompt.stop and not config.stop_in_thoughts:
+            server.notes.append("a server applies stop strings within thoughts too")
         if known and config.model not in known:
             server.notes.append(f"the server's list of models does not name {config.model}")
         yield Source(generate, {}, details, server.notes, lambda: None)

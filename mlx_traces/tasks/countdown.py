@@ -176,12 +176,12 @@ EXTRACTORS = {"answer": _tagged, "tolerant": _loose}
 def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response by every extractor; verdicts are ``check``'s, and ``"no_answer"``."""
     nums, target = problem.columns["nums"], problem.columns["target"]
-    scores = {}
-    for name, extract in EXTRACTORS.items():
-        found = extract(response[-MAX_RESPONSE:])
-        verdict = "no_answer" if found is None or not found.strip() else check(found, nums, target)
-        scores[name] = Score(verdict, found and found.strip()[:MAX_EXPRESSION])
-    return scores
+    found = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
+    verdicts = {text: check(text, nums, target) for text in {*found.values()} if text and text.strip()}
+    return {
+        name: Score(verdicts.get(text, "no_answer"), text and text.strip()[:MAX_EXPRESSION])
+        for name, text in found.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- problems

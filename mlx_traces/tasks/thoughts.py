@@ -118,6 +118,12 @@ def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
     return response[start:], thinking
 
 
+def still_open(text: str, before: bool) -> bool:
+    """Whether a thought is open at the end of a piece of text; ``before`` says whether one was open at its start."""
+    part, thinking = after_last(text)
+    return thinking or (before and len(part) == len(text))
+
+
 def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     """Return the first thought, to the end if it stays open, or None.
 

@@ -15,9 +15,10 @@ from mlx_traces.errors import UserError
 from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of, parts
+from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, parts, usual
 
 ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer; what is asked is what is around it
+CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # a thought that holds nothing
 TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})
 
 
@@ -117,7 +118,8 @@ def encode(
         learned = [place not in (trace.not_learned or ()) for place in turns]
         spans = _earlier(loaded, chat, prompt, frame[0], thinking, learned, counts)
     own = _own_ids(loaded, trace)
-    if (said := text_of(loaded, _without_end(loaded, own))) and completion.endswith(said):
+    said = usual(text_of(loaded, _without_end(loaded, own)), loaded.own_tags)
+    if said and completion.endswith(said):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
         own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
@@ -174,23 +176,41 @@ def _answer(
     """Return the text that is learned after the prompt, up to its end, if it is ``whole`` and has one."""
     head, tail, after = frame
     tail = tail if whole else ""
-    closing, usual = closing_of(prompt.opened, chat.own_tags), TAGS[0]
-    if closing and closing != usual[1] and completion.startswith(usual[0]):  # opened in tags of the template's own
-        completion = completion.removeprefix(usual[0]).replace(usual[1], closing, 1)
+    closing = closing_of(prompt.opened, chat.own_tags)
+    if completion.startswith(TAGS[0][0]):
+        if head.strip() == FINAL:
+            return _in_channels(completion) + tail
+        completion = _in_own_tags(chat, prompt, completion, closing)
     elif closing and whole and parts(completion)[0] is None:
         # or the model would learn to end its turn inside the thought
-        closed = f"\n{closing}\n\n" if closing == usual[1] else closing
-        return closed + head + completion.lstrip() + tail
+        return CLOSED.get(closing, closing) + head + completion.lstrip() + tail
     if tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
         completion = completion.rstrip().removesuffix(tail.strip())
     if head.strip():
         if head.strip() in completion:
             return completion + tail
-        thought = max((completion.rfind(tag) + len(tag) for _, tag in TAGS if tag in completion), default=0)
+        tags = (*TAGS, *filter(None, [chat.own_tags]))
+        thought = max((completion.rfind(tag) + len(tag) for _, tag in tags if tag in completion), default=0)
         return completion[:thought] + head + completion[thought:].strip() + tail
     written = _written(chat, prompt, completion, thinking, head, after) or completion
     written = written.lstrip() if head else written
     return head + (written.rstrip() if tail else written) + tail
+
+
+def _in_own_tags(chat: Chat, prompt: Rendered, completion: str, closing: str | None) -> str:
+    """Return a thought between the usual tags in those of the model, whose opening one the prompt may have."""
+    opening, own = chat.tokenizer.think_start, chat.tokenizer.think_end
+    if closing:
+        opening, own = "", closing
+        completion = completion.removeprefix(TAGS[0][0] + "\n" if prompt.opened.endswith("\n") else TAGS[0][0])
+    return completion.replace(TAGS[0][0], opening, 1).replace(TAGS[0][1], own, 1) if own else completion
+
+
+def _in_channels(completion: str) -> str:
+    """Return a thought and an answer as messages of gpt-oss, after the head of the assistant's turn."""
+    thought, answer = parts(completion)
+    final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
+    return f"<|channel|>analysis<|message|>{thought}{final}"
 
 
 def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, after: str) -> str | None:

@@ -22,7 +22,7 @@ from mlx_traces.runtime.provenance import ids_digest, provenance
 
 NUMBER = (int, float)
 FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    **dict.fromkeys(("task", "prompt", "source", "finish_reason", "verdict"), ("a text", (str,))),
+    **dict.fromkeys(("task", "prompt", "source", "finish_reason", "stop_string", "verdict"), ("a text", (str,))),
     **dict.fromkeys(("columns", "scores"), ("an object", (dict,))),
     **dict.fromkeys(("completion_ids", "logprobs", "not_learned"), ("a list of numbers", (list,))),
     "sample": ("a whole number", (int,)),

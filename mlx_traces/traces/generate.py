@@ -94,6 +94,8 @@ def _generate(
         "correct": sum(trace.verdict == "correct" for trace in traces),
         "cut off": sum(trace.finish_reason == "length" for trace in traces),
     }
+    if stopped := sum(trace.stop_string is not None for trace in traces):
+        counts["ended by a stop string"] = stopped
     if distributed.first():
         source = "+".join(filter(None, (planned.config.model, planned.config.adapter)))
         manifest = {"source": source, "config": {**planned.config.model_dump(mode="json"), **identity}}
@@ -175,4 +177,5 @@ def _traces(
                 verdict=planned.task.grade(problem, text)[planned.extractor].verdict,
                 thinking=config.thinking,
                 template_args=config.template_args or {},
+                stop_string=rollout.stop_string,
             )

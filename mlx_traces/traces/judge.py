@@ -91,7 +91,7 @@ def replies(
         keys.append(key)
         fits = loaded.context is None or len(rendered.ids) + max_tokens <= loaded.context
         if fits and key not in cache.replies:
-            requests[key] = Request(rendered.ids)
+            requests[key] = Request(rendered.ids, opened=rendered.opened)
     asked, params = list(requests), SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
     for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
         cache.add(asked[index], rollout.text)

@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 
 from mlx_traces.engine import sampling
 from mlx_traces.engine.generation import Usage, generate, rows_that_fit
-from mlx_traces.engine.sampling import Request, SamplingParams, decode, draw
+from mlx_traces.engine.mlx_lm_fallback import generate_plainly
+from mlx_traces.engine.sampling import Ending, Request, SamplingParams, decode, draw
 from mlx_traces.errors import UserError
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
@@ -124,6 +125,81 @@ def test_model_stop_strings_count(tiny):
     loaded = replace(tiny, stop_strings=(plain.text[10:13],))
     rollout = run(loaded, [Request(prompts()[0])], SamplingParams(max_tokens=40))[0]
     assert rollout.text == plain.text[: plain.text.find(plain.text[10:13])]
+
+
+SAID = "plan a;b <think>x;y</think> then c;d"
+
+
+def ended(loaded, text, params, opened=""):
+    """Return the rollout of a text that is sampled token by token."""
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    ending = Ending(loaded, Request((1,), opened=opened), params)
+    return next(filter(None, (ending.rollout(ids[: count + 1]) for count in range(len(ids)))))
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "said"),
+    [
+        ("<think>x;y</think>c;d", "", "<think>x;y</think>c"),
+        ("x;y</think>c;d", "<think>\n", "x;y</think>c"),  # the prompt opened it
+        ("x;y</think>c;d", "", "x"),
+        (SAID, "", "plan a"),  # before a thought too
+        ("x;y" + 80 * "z;" + "</think>c;d", "<think>", "x;y" + 80 * "z;" + "</think>c"),
+        (
+            "<think>x;y</think>" + 99 * "w" + "<think>;</think>c;d",
+            "",
+            "<think>x;y</think>" + 99 * "w" + "<think>;</think>c",
+        ),
+        ("x;y[BEGIN FINAL RESPONSE]c;d", "Here are my reasoning steps:\n", "x;y[BEGIN FINAL RESPONSE]c"),
+    ],
+)
+def test_stop_strings_count_after_the_thought(tiny, text, opened, said):
+    rollout = ended(tiny, text, SamplingParams(max_tokens=400, stop=(";",)), opened)
+    assert (rollout.text, rollout.finish_reason, rollout.stop_string) == (said, "stop", ";")
+    inside = ended(tiny, text, SamplingParams(max_tokens=400, stop=(";",), stop_in_thoughts=True), opened)
+    assert inside.text == text[: text.find(";")]
+    own = ended(replace(tiny, stop_strings=(";",)), text, SamplingParams(max_tokens=400), opened)
+    assert own.text == text[: text.find(";")]  # it stands for the token that ends a turn
+
+
+def test_a_models_own_tags_keep_stop_strings_out_of_its_thought(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "own_tags", ("<hm>", "</hm>"))
+    params = SamplingParams(max_tokens=400, stop=(";",))
+    assert ended(tiny, "<hm>x;y</hm>c;d", params).text == "<hm>x;y</hm>c"
+
+
+def test_a_thought_that_stays_open_runs_to_the_limit(tiny):
+    rollout = ended(tiny, "<think>" + 30 * "x;y", SamplingParams(max_tokens=50, stop=(";",)))
+    assert (len(rollout.completion_ids), rollout.finish_reason, rollout.stop_string) == (50, "length", None)
+
+
+def test_stop_strings_in_thoughts_cost_little_text(tiny, monkeypatch):
+    ids = tiny.tokenizer.encode("<think>" + 1000 * "x;", add_special_tokens=False)
+    decoded = []
+    plainly = sampling.decode
+    monkeypatch.setattr(sampling, "decode", lambda tokenizer, ids: decoded.append(len(ids)) or plainly(tokenizer, ids))
+    ending = Ending(tiny, Request((1,)), SamplingParams(max_tokens=9999, stop=(";",)))
+    assert not any(ending.rollout(ids[: count + 1]) for count in range(len(ids)))
+    assert sum(decoded) < 100 * len(ids)
+
+
+@pytest.mark.parametrize("engine", ["ours", "mlx-lm's"])
+def test_both_engines_keep_stop_strings_out_of_thoughts(tiny, engine):
+    asked = prompts()[:4]
+    whole = run(tiny, [Request(prompt) for prompt in asked], SamplingParams(max_tokens=24))
+    stop = (whole[0].text[3:5],)
+
+    def texts(params, opened):
+        requests = [Request(prompt, opened=opened) for prompt in asked]
+        if engine == "ours":
+            return [rollout.text for rollout in run(tiny, requests, params)]
+        found = dict(generate_plainly(tiny, requests, [params] * len(requests), 4, False))
+        return [found[index].text for index in range(len(requests))]
+
+    assert texts(SamplingParams(max_tokens=24, stop=stop), "<think>\n") == [rollout.text for rollout in whole]
+    cut = [rollout.text.partition(stop[0])[0] for rollout in whole]
+    assert texts(SamplingParams(max_tokens=24, stop=stop), "") == cut
+    assert texts(SamplingParams(max_tokens=24, stop=stop, stop_in_thoughts=True), "<think>\n") == cut
 
 
 def test_a_rows_stream_depends_on_its_seed_alone(tiny):

@@ -52,6 +52,16 @@ def changed(*path, to):
         (("identity", "dtype"), "bfloat16", "weights differ: dense float32 in a; dense bfloat16 in b"),
         (("identity", "top_p"), 0.9, "top_p differs: 1.0 in a; 0.9 in b"),
         (("identity", "thinking"), False, "thinking switch differs: True in a; False in b"),
+        (
+            ("identity", "template_args"),
+            {"effort": "high"},
+            "variables of the chat template differ: unset in a; {'effort': 'high'} in b",
+        ),
+        (
+            ("identity", "stop_in_thoughts"),
+            True,
+            "whether stop strings end thoughts differs: unset in a; True in b",
+        ),
         (("identity", "date"), "2025-02-01", "date in the prompts differs: 2025-01-31 in a; 2025-02-01 in b"),
         (("identity", "prompt", "user"), "{question}", "prompt thinking is another one (its user) in a than in b"),
         (("identity", "prompt", "prefill"), "x", "prompt thinking is another one (its prefill) in a than in b"),

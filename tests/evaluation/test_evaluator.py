@@ -1,12 +1,15 @@
 """The evaluator end to end, on nano: run folders, resume, agreement of batched and single runs, comparison."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from stress import killing
 
 import mlx_traces
+from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation.comparison import Run, per_question, read_run
@@ -14,6 +17,8 @@ from mlx_traces.evaluation.completion import Answered
 from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
 from mlx_traces.evaluation.local import sample_seed
 from mlx_traces.pipelines.compare import requested
+from mlx_traces.pipelines.verify import verify
+from mlx_traces.tasks import get_task
 
 pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
@@ -192,6 +197,33 @@ def test_a_question_is_never_its_own_worked_example(tmp_path):
     assert not any(row["question"] in planned.prompt.user for row in rows[:3])
     with pytest.raises(UserError):
         plan(EvalConfig(shots=6, **settings))
+
+
+def test_stop_strings_end_answers_and_are_counted(tmp_path):
+    prompt = tmp_path / "mine.yaml"
+    prompt.write_text(f"user: '{get_task('countdown').prompts['thinking'].user}'\nstop: [' no', </answer>]\n")
+    result = mlx_traces.evaluate(out=tmp_path / "run", prompt=str(prompt), **SMALL)
+    rows = samples_of(tmp_path / "run")
+    ended = [row for row in rows if "stop_string" in row]
+    assert (result.stopped, result.stopped_in_thoughts) == (len(ended), 0)
+    assert len(ended) > 12 and {row["stop_string"] for row in ended} == {"</answer>"}
+    assert any(" no" in row["completion"] and not row["in_thought"] for row in ended)
+    assert verify(tmp_path / "run")[1] == []
+
+    flags = ("--prompt", prompt, "--stop-in-thoughts", "--limit", 8, "--max-tokens", 128, "--out", tmp_path / "inside")
+    told = CliRunner().invoke(main, ["eval", *map(str, flags)]).output
+    inside = read_run(tmp_path / "inside").result["stopped_in_thoughts"]
+    assert inside > 1 and f"of 8 by a stop string, {inside} of them in a thought" in told
+
+
+def test_a_result_from_before_stop_strings_were_counted_is_read(batched, tmp_path):
+    shutil.copytree(batched[0], tmp_path / "old")
+    result = json.loads((tmp_path / "old" / "result.json").read_text())
+    del result["stopped"], result["stopped_in_thoughts"]
+    (tmp_path / "old" / "result.json").write_text(json.dumps(result))
+    assert read_run(tmp_path / "old").result["stopped"] == 0
+    assert verify(tmp_path / "old")[1] == []
+    assert "stop_in_thoughts" not in json.loads((batched[0] / "run.json").read_text())["identity"]
 
 
 def test_bad_requests_leave_no_run_behind(tmp_path):

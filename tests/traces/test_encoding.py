@@ -8,6 +8,7 @@ from factories import CHATML, ONE, PROMPT, make_tokenizer, wrap
 
 from mlx_traces.errors import UserError
 from mlx_traces.records import Trace
+from mlx_traces.tasks.thoughts import usual
 from mlx_traces.traces import encoding
 
 OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
@@ -210,6 +211,47 @@ def test_a_trace_of_ones_own_is_learned_by_its_tokens():
     assert encoding.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
     for other in ({"completion": "STO"}, {"completion_ids": (10**6, end)}, {"completion_ids": ("S", end)}):
         assert encoding.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
+
+
+CHANNELS = EACH + "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>" + END
+CHANNELS += "<|start|>assistant{% endif %}"
+UNTAGGED = PLAINLY.replace("A:{% endif %}", "A:Here are my reasoning steps:\n{% endif %}")
+THOUGHT = "<think>\nb\n</think>\n2"
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "text"),
+    [
+        (
+            CHANNELS,
+            THOUGHT,
+            "|<|channel|>analysis<|message|>b<|end|><|start|>assistant<|channel|>final<|message|>2<|im_end|>|",
+        ),
+        (CHANNELS, "2", "|<|channel|>final<|message|>2<|im_end|>|"),
+        (UNTAGGED, THOUGHT, "A:Here are my reasoning steps:\n|b\n[BEGIN FINAL RESPONSE]\n2<|im_end|>|"),
+        (UNTAGGED, "2", "A:Here are my reasoning steps:\n|\n[BEGIN FINAL RESPONSE]\n2<|im_end|>|"),
+    ],
+)
+def test_a_thought_is_learned_as_the_model_writes_it(template, completion, text):
+    assert learned(template, ONE, completion).endswith(text)
+
+
+def test_a_thought_that_was_cut_off_stays_in_its_channel():
+    text = learned(CHANNELS, ONE, "<think>\nb", finish_reason="length")
+    assert text.endswith("<|start|>assistant|<|channel|>analysis<|message|>b")
+
+
+@pytest.mark.parametrize("tags", [("<longcat_think>", "</longcat_think>"), ("<hm>", "</hm>")])
+def test_a_thought_is_learned_in_the_models_own_tags(tags):
+    loaded = wrap(make_tokenizer(PLAINLY))
+    loaded.tokenizer._think_start, loaded.tokenizer._think_end = tags
+    end = encoding.turn_end(loaded)
+    ids = encoding.encode(loaded, Trace("t", tuple(ONE), THOUGHT), end).ids
+    said = f"{tags[0]}\nb\n{tags[1]}\n2"
+    assert loaded.tokenizer.decode(ids).endswith(f"A:{said}<|im_end|>")
+    own = (*loaded.tokenizer.encode(said + "!", add_special_tokens=False)[:-1], end)
+    generated = Trace("t", tuple(ONE), usual(said, loaded.own_tags), completion_ids=own, finish_reason="stop")
+    assert encoding.encode(loaded, generated, end).ids[-len(own) :] == own
 
 
 def test_one_turn_is_learned_where_three_are_refused():

@@ -13,7 +13,7 @@ from factories import CHATML, ONE, PROMPT, Killed, lora, make_model, make_tokeni
 from mlx.utils import tree_flatten
 from stress import killing
 
-from mlx_traces.config import AdapterConfig, OptimizerConfig, SFTConfig
+from mlx_traces.config import AdapterConfig, GenerateConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
@@ -21,7 +21,8 @@ from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.traces import encoding
+from mlx_traces.traces import encoding, generate
+from mlx_traces.traces.files import manifest_of
 from mlx_traces.train import checkpoints, loop, sft
 from mlx_traces.train.optimizer import clip, make_optimizer, schedule
 
@@ -533,5 +534,14 @@ def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
     run.evaluate(out=tmp_path / "eval", resume=True, **asked)
     assert shown[3:] == ["01.03."] * 2
     assert json.loads((tmp_path / "eval" / "run.json").read_text())["identity"]["date"] == "2025-03-01"
+    count = len(shown)
+    made = GenerateConfig(**asked | {"split": "train", "samples": 1})
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(generate, "write_traces", lambda *_: 1 / 0)  # cut off before the end
+        generate.generate(made.model_copy(update={"date": date(2025, 3, 1)}), tmp_path / "own.jsonl")
+    generate.generate(made, tmp_path / "own.jsonl", resume=True)
+    generate.generate(made, tmp_path / "own.jsonl", resume=True)  # nothing is left to do
+    assert manifest_of(tmp_path / "own.jsonl")["config"]["date"] == "2025-03-01"
+    assert len(shown) > count and {*shown[3:]} == {"01.03."}
     plain = run.evaluate(out=tmp_path / "plain", **asked | {"model": str(model_folder)})
     assert plain and "date" not in json.loads((tmp_path / "plain" / "run.json").read_text())["identity"]
