@@ -452,19 +452,8 @@ class RoundsConfig(TrackingConfig):
     runs_dir: str = Field("runs", description="Where run folders are kept.")
 
 
-class CompareConfig(Config):
-    """Settings of ``mlx-traces compare``: finished runs, and evaluations to make where they are missing."""
-
-    runs: list[str] = Field(default_factory=list, description="Run folders.")
-    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
-    runs_dir: str = Field("runs", description="Where run folders are kept.")
-    extractor: str | None = Field(None, description="Judge all runs by this extractor.")
-    baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
-    out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
-
-
 class StudyTask(EvalConfig):
-    """One set of problems of a study, asked in each of its prompts; model, adapter and prompt are filled in."""
+    """One set of problems, asked in each of its prompts; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
         ["direct", "thinking"], description="Prompt styles that each model is asked in."
@@ -472,7 +461,7 @@ class StudyTask(EvalConfig):
 
 
 class StudyModel(Config):
-    """One model of a study: as it is, or made 16-bit or quantized anew first; with an adapter or without."""
+    """One model: as it is, or made 16-bit or quantized anew first; with an adapter or without."""
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -486,19 +475,34 @@ class StudyModel(Config):
     optional: bool = Field(False, description="Leave it out as long as the folder of its adapter is not there.")
 
 
-class StudyConfig(Config):
-    """Settings of ``mlx-traces study``: every model on every task in every prompt, and what may be said of it."""
+class ComparedConfig(Config):
+    """Every model on every task in every prompt, evaluated unless that is there already; compared with one of them."""
+
+    tasks: list[StudyTask] = Field(default_factory=list, description="Problems, and how to ask them.")
+    models: list[StudyModel] = Field(default_factory=list, description="Models, in the tables' order.")
+    baseline: str | None = Field(
+        None, description="Label or run of the row that others are compared with; default: the first."
+    )
+    runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
+    out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
+
+
+class CompareConfig(ComparedConfig):
+    """Settings of ``mlx-traces compare``: also finished runs, and evaluations each written out in full."""
+
+    runs: list[str] = Field(default_factory=list, description="Run folders.")
+    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations to make unless already there.")
+    extractor: str | None = Field(None, description="Judge all runs by this extractor.")
+
+
+class StudyConfig(ComparedConfig):
+    """Settings of ``mlx-traces study``: also what may be said of every pair."""
 
     name: str = Field(..., description="Title of the study.")
     tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(..., description="Problems, and how to ask them.")
     models: Annotated[list[StudyModel], Field(min_length=1)] = Field(..., description="Models, in the tables' order.")
-    baseline: str | None = Field(
-        None, description="Label of the row that others are compared with; default: the first."
-    )
     pairs: Literal["all", "baseline"] = Field("all", description="Test every pair, or each row with the baseline.")
     apart: bool = Field(False, description="Evaluate each in a process of its own, so that its peak memory is its own.")
-    runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
-    out: str | None = Field(None, description="Folder of the tables; default: tables/ and the configuration's name.")
 
 
 class NanoConfig(Config):
