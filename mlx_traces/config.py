@@ -512,19 +512,8 @@ class RoundsConfig(TrackingConfig):
     runs_dir: str = Field("runs", description="Where run folders are kept.")
 
 
-class CompareConfig(Config):
-    """Settings of ``mlx-traces compare``: finished runs, and evaluations that are made if they are missing."""
-
-    runs: list[str] = Field(default_factory=list, description="Run folders.")
-    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
-    runs_dir: str = Field("runs", description="Where run folders are kept.")
-    extractor: str | None = Field(None, description="Compare all runs by this extractor.")
-    baseline: str | None = Field(None, description="Run that the others are compared with; default: the first.")
-    out: str | None = Field(None, description="Folder for the table, CSVs, JSON and chart.")
-
-
 class StudyTask(EvalConfig):
-    """One set of problems of a study, and its prompts; model, adapter and prompt are filled in."""
+    """One set of problems, asked in each of its prompts; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
         ["direct", "thinking"], description="Prompt styles that each model is asked in."
@@ -532,7 +521,7 @@ class StudyTask(EvalConfig):
 
 
 class StudyModel(Config):
-    """One model of a study: as it is, or first converted to other bits; with an adapter or without."""
+    """One model: as it is, or first converted to other bits; with an adapter or without."""
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -548,8 +537,28 @@ class StudyModel(Config):
     optional: bool = Field(False, description="Leave the model out if the folder of its adapter does not exist.")
 
 
-class StudyConfig(Config):
-    """Settings of ``mlx-traces study``: every model on every task in every prompt."""
+class ComparedConfig(Config):
+    """Every model on every task in every prompt; each row is compared with the baseline."""
+
+    tasks: list[StudyTask] = Field(default_factory=list, description="Sets of problems, with their prompts.")
+    models: list[StudyModel] = Field(default_factory=list, description="Models, in the order of the tables.")
+    baseline: str | None = Field(
+        None, description="Label or run of the row that others are compared with; default: the first."
+    )
+    runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
+    out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
+
+
+class CompareConfig(ComparedConfig):
+    """Settings of ``mlx-traces compare``: also finished runs, and evaluations that are written out in full."""
+
+    runs: list[str] = Field(default_factory=list, description="Run folders.")
+    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
+    extractor: str | None = Field(None, description="Compare all runs by this extractor.")
+
+
+class StudyConfig(ComparedConfig):
+    """Settings of ``mlx-traces study``: also a sentence about every pair."""
 
     name: str = Field(..., description="Title of the study.")
     tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(
@@ -558,15 +567,10 @@ class StudyConfig(Config):
     models: Annotated[list[StudyModel], Field(min_length=1)] = Field(
         ..., description="Models, in the order of the tables."
     )
-    baseline: str | None = Field(
-        None, description="Label of the row that others are compared with; default: the first."
-    )
     pairs: Literal["all", "baseline"] = Field(
         "all", description="Test every pair of rows, or each row against the baseline."
     )
     apart: bool = Field(False, description="Evaluate each model in its own process, to measure its own peak memory.")
-    runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
-    out: str | None = Field(None, description="Folder of the tables; default: tables/ and the configuration's name.")
 
 
 class NanoConfig(Config):

@@ -188,7 +188,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     import pandas as pd
 
     names = labels(runs)
-    first = _baseline_index(runs, names, baseline)
+    first = baseline_index(runs, baseline)
     outcomes = [outcomes_of(run) for run in runs]
     for run, own in zip(runs, outcomes, strict=True):
         _require_same_problems(runs[first], run, outcomes[first], own)
@@ -417,18 +417,19 @@ def _require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two
         )
 
 
-def _baseline_index(runs: Sequence[Run], names: Sequence[str], baseline: int | str) -> int:
-    """Find the baseline by index, run name or label."""
+def baseline_index(runs: Sequence[Run], baseline: int | str) -> int:
+    """Find the baseline by index, or the first run whose name, label or model's name it is; UserError if none is."""
     if not runs:
         raise UserError("there are no runs to compare; name at least one run folder")
     if isinstance(baseline, int):
         if not -len(runs) <= baseline < len(runs):
             raise UserError(f"baseline {baseline}: there are {len(runs)} runs, counted from 0")
         return baseline % len(runs)
-    for known in ([run.name for run in runs], names):
-        if baseline in known:
-            return list(known).index(baseline)
-    raise unknown("baseline", baseline, [run.name for run in runs])
+    called = [(run.name, name, label(run), run.result["model"]) for run, name in zip(runs, labels(runs), strict=True)]
+    for names in zip(*called, strict=True):
+        if baseline in names:
+            return names.index(baseline)
+    raise unknown("baseline", baseline, dict.fromkeys(name for names in called for name in names if name))
 
 
 def _paired(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:

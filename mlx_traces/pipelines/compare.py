@@ -1,18 +1,22 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.config import CompareConfig, EvalConfig, build, shipped
+from mlx_traces.config import CompareConfig, ComparedConfig, EvalConfig, StudyTask, build, shipped
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
+from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.models import names
 from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mlx_traces.evaluation.evaluator import Plan
+    from mlx_traces.models.convert import Conversion
 
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
@@ -21,6 +25,113 @@ TRAINED = (
     *(("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct")),
     *(("nano-grpo", "direct"), ("nano-ppo", "direct")),
 )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation: its settings, the conversion that its model waits for, and its own name in the tables.
+
+    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``.
+    """
+
+    config: EvalConfig
+    where: str
+    conversion: "Conversion | None" = None
+    label: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is there to be evaluated."""
+        return self.conversion is None or self.conversion.path.is_dir()
+
+    def plan(self) -> Plan:
+        """Check the evaluation and load its problems; with the unconverted model as long as there is no other."""
+        converted = {"model": str(self.conversion.path)} if self.conversion and self.ready else {}
+        return evaluator.plan(self.config.model_copy(update=converted))
+
+    def named(self, made: Run) -> Run:
+        """Return its run under the name that it has in the tables."""
+        if self.label:
+            return replace(made, result=made.result | {"model": self.label, "adapter": None})
+        return replace(made, result=made.result | {"model": self.conversion.label}) if self.conversion else made
+
+
+def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[str]]:
+    """Lay out the evaluations of one task, models by prompts; also say which models are left out.
+
+    Raises:
+        UserError: for a wrong setting, or settings that are filled in from elsewhere.
+    """
+    from mlx_traces.models import convert
+
+    found, notes = [], []
+    shared = task.model_dump(exclude_unset=True, exclude={"prompts"})
+    for given in (name for name in ("model", "adapter", "prompt") if name in shared):
+        raise UserError(f"tasks: {given!r} is filled in; name it under models or prompts")
+    for place, model in enumerate(config.models):
+        spec, adapter = names.split_adapter(model.model, model.adapter)
+        if model.optional and adapter and not names.is_folder(adapter):
+            notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
+            continue
+        wanted, served = None, bool(model.settings.get("endpoint"))
+        if model.bits is not None and (served or task.endpoint):
+            raise UserError(f"models.{place}: a model behind a server has the bits that it has; leave bits out")
+        if model.bits is not None:
+            names.check(spec)
+            wanted = convert.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
+        for prompt in model.prompts or task.prompts:
+            own = {"model": spec, "adapter": adapter, "prompt": prompt}
+            if taken := sorted(own.keys() & model.settings.keys()):
+                raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
+            # What the task says of models that are loaded here is not for one behind a server.
+            kept = {name: value for name, value in shared.items() if not (served and name in endpoint.LOCAL)}
+            settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
+            found.append(Entry(settings, f"models.{place}", wanted, model.label))
+    if not found:
+        raise UserError(f"models: no model is left to evaluate; {'; '.join(notes)}")
+    return found, notes
+
+
+def plans_of(found: Sequence[Entry]) -> list[Plan]:
+    """Check evaluations and load their problems; UserError also for models that are asked different problems."""
+    plans = [entry.plan() for entry in found]
+    asked = [{problem.id for problem in planned.problems} for planned in plans]
+    for entry, planned, own in zip(found, plans, asked, strict=True):
+        if own != asked[0]:
+            raise UserError(
+                f"{entry.where}: its {len(own):,} problems of {planned.task.name} are not the {len(asked[0]):,} of "
+                f"{found[0].where}, and rows are compared on the same problems; set task, split, data, limit and seed "
+                "once, for all models"
+            )
+    return plans
+
+
+def make(
+    found: Sequence[Entry],
+    plans: Sequence[Plan],
+    runs_dir: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+    apart: bool = False,
+) -> list[Run]:
+    """Convert models and make, or finish, evaluations where they are missing; return their runs, in order.
+
+    ``plans`` are those of `plans_of`, ``say`` is called with a line before each conversion, ``apart`` is `obtain`'s.
+
+    Raises:
+        UserError: if the input is wrong.
+    """
+    for entry in found:
+        if not entry.ready:
+            from mlx_traces.models import convert
+
+            say(f"converting {entry.conversion.model} to {entry.conversion.path}")
+            convert.convert(entry.conversion, entry.config.trust_remote_code)
+    runs = []
+    for entry, planned in zip(found, plans, strict=True):
+        now = entry.plan() if entry.conversion else planned
+        runs.append(entry.named(obtain(now, Path(runs_dir) / now.label, progress, apart)))
+    return runs
 
 
 def default_evals() -> list[EvalConfig]:
@@ -42,15 +153,6 @@ def default_evals() -> list[EvalConfig]:
     ]
 
 
-def crossed(models: Sequence[str], prompts: Sequence[str | None], settings: dict[str, Any]) -> list[EvalConfig]:
-    """Return an evaluation for every model with every prompt, other settings alike."""
-    return [
-        build(EvalConfig, {**settings, "model": model, "prompt": prompt})
-        for model in models
-        for prompt in (prompts or [None])
-    ]
-
-
 def requested(
     config: CompareConfig,
     runs: Sequence[str] = (),
@@ -61,15 +163,18 @@ def requested(
     """Add what was asked for to a configuration; with nothing at all it is the default comparison.
 
     Models are crossed with prompts. Without models, prompts and settings win over those of the configuration's own
-    evaluations. An ``extractor`` also judges finished runs; other settings cannot change those.
+    tasks and evaluations. An ``extractor`` also judges finished runs; other settings cannot change those.
 
     Raises:
         UserError: for a wrong setting, or one that finished runs cannot follow.
     """
-    settings, everything, evals = dict(settings or {}), [*config.runs, *runs], list(config.evals)
-    if models:
-        evals += crossed(models, prompts, settings)
-    elif evals:
+    settings, everything, evals, tasks = dict(settings or {}), [*config.runs, *runs], list(config.evals), config.tasks
+    if models or ((prompts or settings) and not (everything or evals or tasks)):
+        crossed = [(model, prompt) for model in models or ["nano"] for prompt in prompts or [None]]
+        evals += [build(EvalConfig, {**settings, "model": model, "prompt": prompt}) for model, prompt in crossed]
+    elif evals or tasks:
+        asked = {**settings, **({"prompts": list(prompts)} if prompts else {})}
+        tasks = [build(StudyTask, {**task.model_dump(exclude_unset=True), **asked}) for task in tasks]
         evals = [
             build(EvalConfig, {**eval_.model_dump(exclude_unset=True), **settings, "prompt": prompt})
             for eval_ in evals
@@ -79,12 +184,10 @@ def requested(
         fixed = [*(["prompt"] if prompts else []), *(name for name in settings if name != "extractor")]
         if fixed:
             raise UserError(f"finished runs cannot be given another {fixed[0]}; name a model to evaluate it anew")
-    elif prompts or settings:
-        evals = crossed(["nano"], prompts, settings)
     else:
         evals = default_evals()
     extractor = settings.get("extractor", config.extractor)
-    return config.model_copy(update={"runs": everything, "evals": evals, "extractor": extractor})
+    return config.model_copy(update={"runs": everything, "evals": evals, "tasks": tasks, "extractor": extractor})
 
 
 def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
@@ -95,19 +198,21 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are looked at before the first evaluation.
     """
-    from mlx_traces.evaluation.evaluator import plan
-
-    collected, evals = [read_run(path) for path in dict.fromkeys(config.runs)], config.evals
+    if config.models and not config.tasks:
+        raise UserError("models: there are no tasks for them; add tasks, as in [{task: countdown, prompts: [direct]}]")
+    collected = [read_run(path) for path in dict.fromkeys(config.runs)]
+    found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
+    for task in config.tasks:
+        found += entries(config, task)[0]
     if config.extractor:
+        judged = {"extractor": config.extractor}
         collected = [by_extractor(finished, config.extractor) for finished in collected]
-        evals = [settings.model_copy(update={"extractor": config.extractor}) for settings in evals]
-    plans = {planned.label: planned for planned in map(plan, evals)}
-    for label, planned in plans.items():
-        collected.append(obtain(planned, Path(config.runs_dir) / label, progress))
-    return collected
+        found = [replace(entry, config=entry.config.model_copy(update=judged)) for entry in found]
+    made = make(found, plans_of(found), config.runs_dir, progress=progress)
+    return collected + list({(run.name, run.result["model"]): run for run in made}.values())
 
 
-def obtain(planned: "Plan", path: Path, progress: bool = False, apart: bool = False) -> Run:
+def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False) -> Run:
     """Return a planned evaluation's run, made, or finished, in ``path`` unless it is there.
 
     Args:
@@ -146,15 +251,13 @@ def _run_apart(config: EvalConfig, path: Path, progress: bool) -> None:
 
 
 def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
-    from mlx_traces.evaluation.evaluator import plan
     from mlx_traces.evaluation.run import run
 
-    run(plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
+    run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
 def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
     """Carry out a comparison: its runs, their table, and the files in ``config.out`` if that is set."""
-    from mlx_traces.evaluation import comparison
     from mlx_traces.report import export
 
     runs = collect(config, progress)

@@ -1,23 +1,23 @@
 """Studies: every model in every prompt on the same problems, and what may be said about each pair.
 
-Evaluations are those of ``compare``: one that is there, with the same settings, problems and model files, is not made
-again, and one that was cut off is continued. A model at other bits is converted once, into a folder beside the runs.
+Evaluations are those of ``compare``, and made there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces.config import EvalConfig, StudyConfig, StudyTask, build
-from mlx_traces.errors import UserError, unknown
+from mlx_traces.config import StudyConfig
+from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
+from mlx_traces.pipelines.compare import Entry
 from mlx_traces.report import export, page, tables
 from mlx_traces.report.tables import bits_cells, bits_table, pairs_cells, pairs_frame, pairs_markdown, summary_cells
 from mlx_traces.runtime.files import to_json, write_atomic
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlx_traces.evaluation.comparison import Run
-    from mlx_traces.models.convert import Conversion
 
 
 ALONE = (
@@ -36,37 +35,6 @@ ALONE = (
     "prompt or token cap. Intervals of differences are each 95 % by themselves; the p-values after Holm allow for all "
     "pairs of a table."
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One evaluation of a study: its settings, the conversion that its model waits for, and its name in the tables.
-
-    ``where`` is the model's place in the configuration: ``models.0``.
-    """
-
-    config: EvalConfig
-    conversion: Conversion | None
-    label: str | None
-    where: str
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model is there to be evaluated."""
-        return self.conversion is None or self.conversion.path.is_dir()
-
-    def plan(self) -> evaluator.Plan:
-        """Check the evaluation and load its problems; with the unconverted model as long as there is no other."""
-        config = self.config
-        if self.conversion is not None and self.ready:
-            config = config.model_copy(update={"model": str(self.conversion.path)})
-        return evaluator.plan(config)
-
-    def named(self, made: Run) -> Run:
-        """Return its run under the name that it has in the tables."""
-        if self.label:
-            return replace(made, result=made.result | {"model": self.label, "adapter": None})
-        return replace(made, result=made.result | {"model": self.conversion.label}) if self.conversion else made
 
 
 @dataclass(frozen=True)
@@ -96,41 +64,6 @@ class Part:
     notes: list[str]
 
 
-def entries(config: StudyConfig, task: StudyTask) -> tuple[list[Entry], list[str]]:
-    """Lay out the evaluations of one task, models by prompts; also say which models are left out.
-
-    Raises:
-        UserError: for a wrong setting, or settings that a study fills in itself.
-    """
-    found, notes = [], []
-    shared = task.model_dump(exclude_unset=True, exclude={"prompts"})
-    for given in (name for name in ("model", "adapter", "prompt") if name in shared):
-        raise UserError(f"tasks: {given!r} is filled in by the study; name it under models or prompts")
-    for place, model in enumerate(config.models):
-        spec, adapter = names.split_adapter(model.model, model.adapter)
-        if model.optional and adapter and not names.is_folder(adapter):
-            notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
-            continue
-        wanted, served = None, bool(model.settings.get("endpoint"))
-        if model.bits is not None and (served or task.endpoint):
-            raise UserError(f"models.{place}: a model behind a server has the bits that it has; leave bits out")
-        if model.bits is not None:
-            names.check(spec)
-            wanted = convert.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
-        for prompt in model.prompts or task.prompts:
-            own = {"model": spec, "adapter": adapter, "prompt": prompt}
-            if taken := sorted(own.keys() & model.settings.keys()):
-                raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
-            kept = shared
-            if served:  # what the task says of models that are loaded here is not for it
-                kept = {name: value for name, value in shared.items() if name not in endpoint.LOCAL}
-            settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
-            found.append(Entry(settings, wanted, model.label, f"models.{place}"))
-    if not found:
-        raise UserError(f"study {config.name}: no model is left to evaluate; {'; '.join(notes)}")
-    return found, notes
-
-
 def lay_out(config: StudyConfig) -> list[Layout]:
     """Check the whole study and lay it out, task by task; nothing is made.
 
@@ -139,48 +72,26 @@ def lay_out(config: StudyConfig) -> list[Layout]:
             baseline that no row of a task is called.
     """
     found = []
-    for place, (name, task) in enumerate(zip(_names(config), config.tasks, strict=True)):
-        own, notes = entries(config, task)
-        plans = [entry.plan() for entry in own]
-        _require_same_problems(own, plans)
+    for place, task in enumerate(config.tasks):
+        before = sum(other.task == task.task for other in config.tasks[:place])
+        name = f"{task.task}-{before + 1}" if before else task.task
+        own, notes = compare.entries(config, task)
+        plans = compare.plans_of(own)
         found.append(Layout(name, own, plans, _baseline(config, f"tasks.{place}", own, plans), notes))
     return found
 
 
-def _require_same_problems(found: list[Entry], plans: list[evaluator.Plan]) -> None:
-    """Refuse models that are asked different problems, as only the same ones can be compared."""
-    asked = [{problem.id for problem in planned.problems} for planned in plans]
-    for entry, planned, own in zip(found, plans, asked, strict=True):
-        if own != asked[0]:
-            raise UserError(
-                f"{entry.where}: its {len(own):,} problems of {planned.task.name} are not the {len(asked[0]):,} of "
-                f"{found[0].where}, and rows are compared on the same problems; set split, data, limit and seed under "
-                "tasks, not under a model's settings"
-            )
-
-
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
-    """Find the baseline among a task's evaluations: the first whose label, label and prompt, or run is called so."""
-    if config.baseline is None:
-        return 0
-    rows = [
-        comparison.Run(
-            planned.label, {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}, []
-        )
-        for planned in plans
-    ]
-    rows = [entry.named(row) for entry, row in zip(found, rows, strict=True)]
-    shown, choices = comparison.labels(rows), []
-    for i, (entry, row) in enumerate(zip(found, rows, strict=True)):
-        names = [entry.label, f"{entry.label}_{row.result['prompt']}"] if entry.label else []
-        names += [comparison.label(row), shown[i]] + (
-            [row.name] if entry.ready else []
-        )  # a converted model's run is new
-        if config.baseline in names:
-            return i
-        choices += names
-    wrong = unknown("baseline", config.baseline, list(dict.fromkeys(choices)))
-    raise UserError(f"{where}: {wrong}") if len(config.tasks) > 1 else wrong
+    """Find the baseline among a task's evaluations, none of which may be there."""
+    rows = []
+    for entry, planned in zip(found, plans, strict=True):
+        about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
+        name = planned.label if entry.ready else ""  # a converted model's run is new
+        rows.append(entry.named(comparison.Run(name, about, [])))
+    try:
+        return comparison.baseline_index(rows, config.baseline or 0)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if len(config.tasks) > 1 else str(error)) from None
 
 
 def preview(config: StudyConfig) -> Iterator[str]:
@@ -216,24 +127,14 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
     Raises:
         UserError: if the input is wrong; all that `lay_out` finds is said before the first evaluation.
     """
-    laid_out = lay_out(config)
-    for layout in laid_out:
-        for entry in layout.entries:
-            if not entry.ready:
-                say(f"converting {entry.conversion.model} to {entry.conversion.path}")
-                convert.convert(entry.conversion, entry.config.trust_remote_code)
     parts = []
-    for layout in laid_out:
+    for layout in lay_out(config):
         for note in layout.notes:
             say(note)
-        parts.append(_part(config, layout, [_obtain(config, entry, progress) for entry in layout.entries]))
+        runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
+        parts.append(_part(config, layout, runs))
     write(config, parts)
     return parts
-
-
-def _obtain(config: StudyConfig, entry: Entry, progress: bool) -> Run:
-    planned = entry.plan()  # anew, as its model may have been converted meanwhile
-    return entry.named(compare.obtain(planned, Path(config.runs_dir) / planned.label, progress, config.apart))
 
 
 def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
@@ -279,15 +180,6 @@ def _origin_note(model: str, own: dict[str, Any]) -> str:
         "table says what further rounding costs, not what the first one has cost already; for that, start from a "
         "model's 16-bit weights"
     )
-
-
-def _names(config: StudyConfig) -> list[str]:
-    """Name each task's part: ``countdown``, a second one of the same task ``countdown-2``."""
-    names: list[str] = []
-    for task in config.tasks:
-        same = sum(name == task.task or name.startswith(f"{task.task}-") for name in names)
-        names.append(f"{task.task}-{same + 1}" if same else task.task)
-    return names
 
 
 def write(config: StudyConfig, parts: list[Part]) -> None:

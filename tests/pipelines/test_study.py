@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from scipy.stats import binomtest
 
 from mlx_traces.cli import main
-from mlx_traces.config import StudyConfig, build
+from mlx_traces.config import CompareConfig, StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import pairs
 from mlx_traces.evaluation import run as evaluation_run
@@ -367,7 +367,7 @@ def test_labels_settings_and_adapters_that_are_not_there_yet(tiny_folder, tmp_pa
 
 def test_apart_is_the_same_evaluation_with_its_own_memory(tiny_folder, tmp_path, questions):
     config = config_of(tmp_path, questions, {"model": str(tiny_folder)})
-    plan = study.entries(config, config.tasks[0])[0][0].plan()
+    plan = compare.entries(config, config.tasks[0])[0][0].plan()
     here = compare.obtain(plan, tmp_path / "here")
     there = compare.obtain(plan, tmp_path / "there", apart=True)
     assert [row["completion"] for row in here.samples] == [row["completion"] for row in there.samples]
@@ -375,6 +375,32 @@ def test_apart_is_the_same_evaluation_with_its_own_memory(tiny_folder, tmp_path,
     broken = replace(plan, config=plan.config.model_copy(update={"model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="no such folder"):  # a UserError over there is one here
         compare.obtain(broken, tmp_path / "broken", apart=True)
+
+
+def test_compare_and_study_read_one_shape_and_make_the_same_runs(tiny_folder, tmp_path, questions):
+    rows = {"model": str(tiny_folder), "label": "own"}, {"model": str(tiny_folder), "bits": 8, "prompts": ["plain"]}
+    config = config_of(tmp_path, questions, *rows)
+    asked = config.model_dump(include={"tasks", "models", "runs_dir"}, exclude_unset=True)
+    frame, _ = compare.compared(build(CompareConfig, {**asked, "baseline": "own_boxed"}))
+    (part,) = study.run(config)
+    assert frame["run"].tolist() == part.comparison["run"].tolist()  # and a study has nothing left to make
+    assert frame["label"].tolist() == ["own_plain", "own_boxed", "tiny-4bit-8bit-g64_plain"]
+    assert frame["diff"].isna().tolist() == [False, True, False]
+    task = asked["tasks"][0]
+    old = [{**task, "model": str(tiny_folder), "prompt": prompt} for prompt in task.pop("prompts")]
+    old = [{name: value for name, value in settings.items() if name != "prompts"} for settings in old]
+    before = compare.collect(build(CompareConfig, {"evals": [*old, old[0]], "runs_dir": asked["runs_dir"]}))
+    assert [run.name for run in before] == frame["run"].tolist()[:2]
+
+
+def test_settings_of_the_command_win_over_those_of_tasks(questions):
+    config = build(CompareConfig, {"tasks": [{"task": "qa", "data": str(questions)}], "models": [{"model": "nano"}]})
+    (task,) = compare.requested(config, prompts=["plain"], settings={"limit": 3}).tasks
+    assert (task.prompts, task.limit, task.data) == (["plain"], 3, str(questions))
+    with pytest.raises(UserError, match="models: there are no tasks for them"):
+        compare.collect(build(CompareConfig, {"models": [{"model": "nano"}]}))
+    with pytest.raises(UserError, match=r"evals\.1: its 2 problems of countdown are not the 3 of evals\.0"):
+        compare.collect(build(CompareConfig, {"evals": [{"limit": 3}, {"limit": 2}]}))
 
 
 @pytest.mark.parametrize(
@@ -396,7 +422,7 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
     config = config_of(tmp_path, questions, *rows, tasks=tasks)
     parts = study.run(config)
     assert [len(part.runs) for part in parts] == [4, 2] and [len(part.bits) for part in parts] == [2, 1]
-    loaded, plan = loading.load(str(folder)), study.entries(config, config.tasks[0])[0][1].plan()
+    loaded, plan = loading.load(str(folder)), compare.entries(config, config.tasks[0])[0][1].plan()
     assert loaded.render(plan.prompt, plan.problems[0]).opened == opened
     for part in parts:
         for run in part.runs:
@@ -409,7 +435,7 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
     [
         ({"tasks": []}, "tasks: needs 1 or more"),
         ({"models": []}, "models: needs 1 or more"),
-        ({"tasks": [{"task": "qa", "prompts": ["plain"], "model": "nano"}]}, "'model' is filled in by the study"),
+        ({"tasks": [{"task": "qa", "prompts": ["plain"], "model": "nano"}]}, "'model' is filled in; name it"),
         ({"tasks": [{"task": "qa", "promts": ["plain"]}]}, "unknown field 'tasks.0.promts'; did you mean 'prompts'"),
         ({"models": [{"model": "nano", "bits": 7}]}, "models.0.bits: .* not '7'"),
         ({"models": [{"model": "nano", "settings": {"max_tokns": 3}}]}, "models.0.settings: unknown field 'max_tokns'"),

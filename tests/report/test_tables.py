@@ -65,7 +65,7 @@ def test_baseline_by_index_name_or_label(baseline):
 
 
 def test_unknown_baseline_names_the_runs():
-    with pytest.raises(UserError, match=r"unknown baseline 'bettr'.*base, better or same.*did you mean 'better'"):
+    with pytest.raises(UserError, match=r"unknown baseline 'bettr'.*base, nano_plain, .*did you mean 'better'"):
         comparison.compare_runs(three_runs(), "bettr")
     with pytest.raises(UserError, match="there are 3 runs"):
         comparison.compare_runs(three_runs(), 3)
