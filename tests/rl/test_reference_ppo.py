@@ -1,7 +1,8 @@
 """PPO's targets and losses against TRL's PPOTrainer, which is run on the CPU and watched at each of its losses.
 
 TRL 1.16 has no PPO any more; 1.0.0 has one (``trl.experimental.ppo``). Where it is not there, this is skipped:
-``pip install --no-deps --target trl-1.0 trl==1.0.0``, then ``PYTHONPATH=trl-1.0 pytest tests/test_reference_ppo.py``.
+``pip install --no-deps --target trl-1.0 trl==1.0.0``, then
+``PYTHONPATH=trl-1.0 pytest tests/rl/test_reference_ppo.py``.
 
 TRL gives the reward at the cell behind a completion's stop token, where there is one, and learns a value there too; its
 ``padding_mask_p1`` has those cells. Completions of full length have none, and are as here.

@@ -97,9 +97,9 @@ class World:
         )
 
     def run(self, *words: object, offline: bool = False, **environment: str) -> Done:
-        """Run a command of ours; a minute is the most it may take."""
+        """Run a command of ours; three minutes are the most it may take."""
         before = len(self.hub.asked)
-        late = threading.Timer(60, self.process.kill)
+        late = threading.Timer(180, self.process.kill)
         late.start()
         order = {"words": [str(word) for word in words], "offline": offline, "environment": environment}
         self.process.stdin.write(json.dumps(order) + "\n")
