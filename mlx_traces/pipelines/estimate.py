@@ -240,6 +240,7 @@ class Asked:
     tokens: tuple[float, float]
     rows: int
     limit: float | None
+    drawn: float
 
     @property
     def completions(self) -> int:
@@ -331,6 +332,7 @@ class Outlook:
             (about, config.max_tokens),
             config.rows,
             getattr(config, "memory_limit", None),
+            memory.buffers_of_a_draw(config),
         )
 
     def _spent(self, asked: Asked) -> tuple[float, float]:
@@ -342,7 +344,8 @@ class Outlook:
 
     def _memory(self, asked: Asked) -> float:
         most = int(asked.tokens[1])
-        return memory.of_sampling(self.probe.loaded, asked.longest, most, asked.rows, asked.completions, asked.limit)
+        sizes = asked.longest, most, asked.rows, asked.completions, asked.limit, asked.drawn
+        return memory.of_sampling(self.probe.loaded, *sizes)
 
     def _sampling(self, asked: Asked, problems: int, before: str) -> Forecast:
         times = problems / asked.problems
