@@ -18,7 +18,7 @@ FILES = ("model_files", "revision", "adapter_files")
 def differences(abouts: Mapping[str, Any]) -> list[str]:
     """Return a line for each thing in which runs were made differently, by the run's names.
 
-    What a table shows itself is left out (model, adapter, prompt's name), as are the settings of ``tables.PROTOCOL``; a
+    What a table shows itself is left out (model, adapter, prompt's name), as are the settings of ``comparison.PROTOCOL``; a
     run that says nothing of a thing is not held to it.
 
     Args:

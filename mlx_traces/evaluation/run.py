@@ -74,7 +74,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
 
 @contextmanager
 def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
-    """Begin or continue a run as `ranks.at_work` does, in the one process that asks a server and needs no MLX."""
+    """Begin or continue a run as `distributed.at_work` does, in the one process that asks a server and needs no MLX."""
     RunFolder(path).refuse(resume)
     with held(path / ".lock"), listening() as pressed:
         yield RunFolder(path), pressed

@@ -170,7 +170,9 @@ class Outlook:
         """Return most tokens, and memory, of problems that are answered so often."""
         config, completions = planned.config, samples * len(planned.problems)
         sizes = self._prompt(planned), config.max_tokens, config.rows, completions
-        return completions * config.max_tokens, memory.of_sampling(self.loaded, *sizes, limit)
+        return completions * config.max_tokens, memory.of_sampling(
+            self.loaded, *sizes, limit, memory.buffers_of_a_draw(config)
+        )
 
     def _prompt(self, planned: Plan) -> int:
         """Return the most tokens of a prompt, of some of the problems."""

@@ -185,7 +185,7 @@ def _origin_note(model: str, own: dict[str, Any]) -> str:
 def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
-    Those of a comparison (`report.write_all`), ``study.md`` and ``study.json`` with everything, and ``summary.csv``,
+    Those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and ``summary.csv``,
     ``strata.csv``, ``pairs.csv`` and ``bits.csv`` where there is something to write; at the end ``report.html``, the
     page of all runs, in ``config.out`` itself.
 

@@ -139,7 +139,7 @@ def regraded(
 
 
 def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
-    """Make a sample's problem of its question, as `evaluation.question_of` wrote it, and its gold answer.
+    """Make a sample's problem of its question, as `evaluator.question_of` wrote it, and its gold answer.
 
     Raises:
         UserError: if the question is not one, or its content is not what the sample's id stands for.
@@ -213,7 +213,7 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
 
 
 def _digest(pairs: list[tuple[str, str]]) -> str:
-    """Return what `evaluation.Plan.identity` calls ``problems``."""
+    """Return what `evaluator.Plan.identity` calls ``problems``."""
     return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()[:12]
 
 
@@ -299,7 +299,7 @@ def _step_lines(steps: list[Any], last: Any) -> list[str]:
 def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """Compute a training's figures from its metrics: the first of the best validations, time and memory.
 
-    A validation's value is its accuracy, or without one its negative loss, as `training.Progress` takes it.
+    A validation's value is its accuracy, or without one its negative loss, as `loop.Progress` takes it.
     """
     best_value, best = None, {}
     for row in metrics:

@@ -335,7 +335,7 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     """Write the selected traces of a file to a new one with its manifest; return what each rule removed.
 
     Raises:
-        UserError: if ``out`` exists, before anything is read; as ``selection.select`` does.
+        UserError: if ``out`` exists, before anything is read; as ``select`` does.
     """
     refuse_written(out)
     origin = source_of(source)

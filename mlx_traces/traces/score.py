@@ -137,7 +137,7 @@ def own_probability(trace: Trace) -> float | None:
 def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | None = None) -> list[float | None]:
     """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
 
-    The tokens are those that SFT learns of it (`examples.encode`), without a stop token and earlier turns; a bare text
+    The tokens are those that SFT learns of it (`encoding.encode`), without a stop token and earlier turns; a bare text
     comes after a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. None
     for an empty completion and for what is longer than the model's context.
     """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_traces.config import RLConfig, SFTSettings
+from mlx_traces.config import AnswerConfig, RLConfig, SFTSettings
 from mlx_traces.engine.generation import PREFILL_TOKENS, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.runtime.device import Backend
@@ -32,7 +32,8 @@ KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
 WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of it at once
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
 LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
-DRAWN = 2.0  # float32 buffers of the rows' next-token logits
+# Float32 buffers of the rows' next-token logits: as they are, scaled by a temperature, and sorted for a filter
+DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.0, 2.0, 8.5
 ADAM = 2.0  # averages of each trained number
 GRADIENTS = 2.0  # a micro-batch's, and their sum
 
@@ -139,6 +140,7 @@ def estimate(
     rows: int = 0,
     completions: int = 0,
     prompt: int = 0,
+    drawn: float = DRAWN,
 ) -> Estimate:
     """Return the memory that training takes when every sequence is as long as the longest.
 
@@ -153,6 +155,7 @@ def estimate(
         rows: completions decoded at once; 0 if nothing is sampled.
         completions: how many are sampled in all; more than ``rows`` take turns.
         prompt: tokens of the longest prompt.
+        drawn: as `buffers_of_a_draw` returns them.
     """
     gb = 1e9
     micro_rows = max(1, min(micro_tokens // max(length, 1), sequences))
@@ -181,7 +184,7 @@ def estimate(
         merged=shape.merged / gb if rows else 0.0,
         cache=cache / gb,
         reading=reading / gb,
-        draw=DRAWN * 4 * rows * shape.vocabulary / gb,
+        draw=drawn * 4 * rows * shape.vocabulary / gb,
         activations=numbers * shape.itemsize / gb,
         logits=LOGITS * 4 * chunk * shape.vocabulary / gb,
         rows=rows,
@@ -193,6 +196,13 @@ def estimate(
 
 def _dot(factors: tuple[float, ...], sizes: tuple[int, ...]) -> float:
     return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+
+
+def buffers_of_a_draw(params: SamplingParams | AnswerConfig | RLConfig) -> float:
+    """Return how many float32 buffers, rows times vocabulary, there are while a token is drawn."""
+    if params.temperature and (params.top_p, params.top_k, params.min_p) != (1, 0, 0):
+        return DRAWN_FILTERED
+    return DRAWN if params.temperature in (0, 1) else DRAWN_SCALED
 
 
 def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Estimate:
@@ -217,6 +227,7 @@ def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int)
         "rows": min(config.rows, fit),
         "completions": completions,
         "prompt": prompt,
+        "drawn": buffers_of_a_draw(config),
     }
 
 
@@ -225,7 +236,13 @@ def _rows_that_fit(loaded: "LoadedModel", prompt: int, max_tokens: int, memory_l
 
 
 def of_sampling(
-    loaded: "LoadedModel", prompt: int, max_tokens: int, rows: int, completions: int, memory_limit: float | None = None
+    loaded: "LoadedModel",
+    prompt: int,
+    max_tokens: int,
+    rows: int,
+    completions: int,
+    memory_limit: float | None = None,
+    drawn: float = DRAWN,
 ) -> float:
     """Return the memory, in 1e9 bytes, of sampling alone, no optimizer beside it; otherwise as `of_reinforcement`."""
     return estimate(
@@ -238,6 +255,7 @@ def of_sampling(
         rows=min(rows, _rows_that_fit(loaded, prompt, max_tokens, memory_limit)),
         completions=completions,
         prompt=prompt,
+        drawn=drawn,
     ).sampling
 
 

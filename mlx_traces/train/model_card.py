@@ -294,8 +294,8 @@ def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iter
     first = ["from mlx_lm import generate, load", ""]
     model = json.dumps(plain)
     if base.name == names.NANO and not fused:
-        first = ["from mlx_lm import generate, load", "from mlx_traces import models", ""]
-        model = 'str(models.resolve("nano")[0])'
+        first = ["from mlx_lm import generate, load", "from mlx_traces.models import names", ""]
+        model = 'str(names.resolve("nano")[0])'
     asked = [
         f"model, tokenizer = load({json.dumps(folder) if fused else f'{model}, adapter_path={json.dumps(folder)}'})",
         'messages = [{"role": "user", "content": "your question"}]',

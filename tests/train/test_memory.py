@@ -97,27 +97,31 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, checkpo
 
 
 @pytest.mark.parametrize(
-    ("completions", "rows", "prompt", "most", "changes"),
+    ("completions", "rows", "prompt", "most", "changes", "draw"),
     [
-        (32, 32, 64, 64, {"num_hidden_layers": 8}),
-        (32, 32, 64, 400, {"num_hidden_layers": 4}),
-        (64, 64, 64, 100, {}),
-        (32, 32, 200, 20, {}),
-        (64, 32, 200, 200, {"num_hidden_layers": 4}),
-        (32, 32, 64, 100, {"vocab_size": 20_000}),
+        (32, 32, 64, 64, {"num_hidden_layers": 8}, {}),
+        (32, 32, 64, 400, {"num_hidden_layers": 4}, {}),
+        (64, 64, 64, 100, {}, {}),
+        (32, 32, 200, 20, {}, {}),
+        (64, 32, 200, 200, {"num_hidden_layers": 4}, {}),
+        (32, 32, 64, 100, {"vocab_size": 20_000}, {}),
+        (32, 32, 64, 4, {"vocab_size": 20_000}, {"temperature": 0.7}),
+        (32, 32, 64, 4, {"vocab_size": 20_000}, {"temperature": 0.7, "top_p": 0.9}),
+        (32, 32, 64, 4, {"vocab_size": 20_000}, {"top_p": 0.9}),
     ],
 )
-def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, changes):
-    config = GRPOConfig(prompts_per_step=completions // 8, group_size=8, max_tokens=most, rows=rows)
+def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, changes, draw):
+    config = GRPOConfig(prompts_per_step=completions // 8, group_size=8, max_tokens=most, rows=rows, **draw)
     loaded = made(config, **changes)
-    draw = np.random.default_rng(0)
-    prompts = [tuple(draw.integers(0, 100, prompt).tolist()) for _ in range(completions // 8)]
+    prompts = np.random.default_rng(0).integers(0, 100, (completions // 8, prompt)).tolist()
+    prompts = [tuple(ids) for ids in prompts]
     requests = [Request(prompts[place // 8]) for place in range(completions)]
     held = mx.get_active_memory() / 1e9
 
     def work():
         with adapters.merged(loaded.model):
-            for _ in generate(loaded, requests, SamplingParams(most, 0.7), rows, logprobs=True):
+            params = SamplingParams(most, config.temperature, config.top_p)
+            for _ in generate(loaded, requests, params, rows, logprobs=True):
                 pass
 
     found = memory.of_reinforcement(loaded, config, prompt)
