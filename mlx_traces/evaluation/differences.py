@@ -18,8 +18,8 @@ FILES = ("model_files", "revision", "adapter_files")
 def differences(abouts: Mapping[str, Any]) -> list[str]:
     """Return a line for each thing in which runs were made differently, by the run's names.
 
-    What a table shows itself is left out (model, adapter, prompt's name), as are the settings of ``comparison.PROTOCOL``; a
-    run that says nothing of a thing is not held to it.
+    What a table shows itself is left out (model, adapter, prompt's name), as are the settings of `comparison.PROTOCOL`.
+    A run that says nothing of a thing is not held to it.
 
     Args:
         abouts: the content of each run's ``run.json``, by the run's name; empty where there is none.

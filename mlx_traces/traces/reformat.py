@@ -1,7 +1,7 @@
 r"""The recipe of ``reformat``: traces rewritten as a thought and a solution, kept only if they are still correct.
 
 After Sky-T1, whose data are another model's answers brought into this form. By rule nothing but tags and the white
-space around them changes: the parts are those of ``thoughts.parts``; an answer without any tag is cut before the line of
+space around them changes: the parts are those of `thoughts.parts`; an answer without any tag is cut before the line of
 its last ``<answer>``, ``\boxed{}`` or ``####``. By a model the words change too: it is put ``REWRITING`` and its reply
 is taken only if it has exactly the form that is asked for.
 """
