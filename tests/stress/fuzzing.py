@@ -619,11 +619,11 @@ def long_inputs(target: Target, size: int) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------------------------ the search
 
-_PLAIN = "import sys; from tests import fuzzing; fuzzing.lengthen(sys.argv[1], int(sys.argv[2]), sys.argv[4])"
+_PLAIN = "import sys; from tests.stress import fuzzing; fuzzing.lengthen(sys.argv[1], int(sys.argv[2]), sys.argv[4])"
 _GUIDED = """
 import sys, atheris
 with atheris.instrument_imports(include=["mlx_traces"]):
-    from tests import fuzzing
+    from tests.stress import fuzzing
 fuzzing.search(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
 """
 
