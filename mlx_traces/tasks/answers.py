@@ -171,4 +171,4 @@ def judge_lm_eval(extracted: str | None, gold: str) -> Score:
 def lm_eval_text(text: str) -> str:
     """Return what lm-eval compares of an answer."""
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
-    return re.sub(r"\.$", "", text).lower()
+    return (re.sub(r"\.$", "", text) if text.endswith((".", ".\n")) else text).lower()

@@ -34,8 +34,8 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response: by exact value, and by lm-eval's two filters with lm-eval's comparison of texts."""
     gold = parse_number(problem.gold)
     scores = {name: judge_number(find(response), gold) for name, find in BY_VALUE.items()}
-    lm_eval = {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
-    return {name: (scores | lm_eval)[name] for name in TASK.extractors}
+    scores |= {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
+    return {name: scores[name] for name in TASK.extractors}
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:

@@ -70,7 +70,8 @@ def readings(text: str, words: bool = True) -> tuple[Fraction, ...]:
         text = _right_side(text)
     for _ in range(3 if "\\" in text else 0):  # they may be nested
         text = _STYLED.sub(r" \1 ", text)
-    text = with_sign(_SPACES.sub(" ", _IGNORED.sub(" ", text)).strip(" *"))
+    text = _IGNORED.sub(" ", text) if "\\" in text or "*" in text else text
+    text = with_sign(_SPACES.sub(" ", text).strip(" *"))
     rest = NUMBER.sub(" ", text)
     if _LEFT_OVER.search(rest) or _BETWEEN.search(text) or (not words and re.search(r"[^\W\d_]", rest)):
         return ()

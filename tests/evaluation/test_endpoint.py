@@ -514,3 +514,15 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
     assert {row["finish_reason"] for row in runs[3].samples} == {"stop", "length"}
     assert len({row["completion"] for row in runs[3].samples}) == 8
     assert list(frame["model"]) == [str(folder), f"{folder}@{address.removeprefix('http://')}"] * 2
+
+
+def test_a_server_that_names_the_stop_string_is_counted(fake, tmp_path):
+    choice = {"message": {"content": "<think>a"}, "finish_reason": "stop"}
+    for stop, found in (("END", "END"), (None, None), (128001, None), ("", None)):
+        content = json.dumps({"choices": [{**choice, "stop_reason": stop}]})
+        assert endpoint.reply_of(content.encode()).stop_string == found
+    fake.respond = lambda *_: (200, {}, {"choices": [{**choice, "stop_reason": "END"}]})
+    (tmp_path / "own.yaml").write_text("user: '{nums}'\nstop: [END]\n")
+    result = evaluated(fake, tmp_path / "run", prompt=str(tmp_path / "own.yaml"), limit=2)
+    assert (result.stopped, result.stopped_in_thoughts) == (2, 2)
+    assert "a server applies stop strings within thoughts too" in result.notes
