@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 from mlx_traces.readers import read_yaml
 
+Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]  # each is defined in rl/losses.py
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
@@ -309,9 +310,7 @@ class GRPOConfig(RLConfig):
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         0, description="Draw up to so many times more to replace groups of equal rewards (DAPO's dynamic sampling)."
     )
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"] = Field(
-        "dapo", description="Loss type: how ratios are clipped and tokens averaged."
-    )
+    loss: Loss = Field("dapo", description="Loss type: how ratios are clipped and tokens averaged.")
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
     clip_eps_high: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Upper clip bound, above a ratio of 1; default: clip_eps."

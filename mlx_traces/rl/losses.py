@@ -13,11 +13,14 @@ denominator depends on the loss type (``token_weights``).
 "TRL" below is its version 1.16, which ``tests/rl/test_reference_trl.py`` compares with.
 """
 
+from typing import get_args
+
 import mlx.core as mx
 
+from mlx_traces.config import Loss
 from mlx_traces.errors import unknown
 
-KINDS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")
+KINDS = get_args(Loss)
 SCALES = ("std", "batch", "none")
 LEVELS = ("token", "sequence")
 

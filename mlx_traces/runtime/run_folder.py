@@ -82,7 +82,11 @@ class RunFolder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, as the run was begun; empty before that."""
+        """What decides the result, as the run was begun; empty before that.
+
+        It is built by `evaluator.Plan.identity` and by ``identity_of`` of `loop`, `sft` and `trainer`: every setting but
+        those in their ``NOT_IDENTITY``, and files by their content. This class stores and compares it.
+        """
         stored = self.about.get("identity") if self.begun else {}
         if not isinstance(stored, dict):
             raise UserError(f"{self.path / 'run.json'}: 'identity' is missing; the file is damaged")

@@ -146,7 +146,7 @@ def test_turns_that_say_nothing(template):
     if template in (CHATML, R1):
         assert "Be brief." in chat.prompt(alone).text
     else:
-        with pytest.raises(UserError, match="tiny takes no system message, and here is no question to put it before"):
+        with pytest.raises(UserError, match="tiny takes no system message, and there is no question to put it before"):
             chat.prompt(alone)
 
 
