@@ -18,7 +18,7 @@ from mlx_traces.cli.train import fuse_command, grpo_command, plan_command, ppo_c
 def main() -> None:
     """Teach small language models to reason on a MacBook, and measure whether they do.
 
-    Start with `mlx-traces compare`: it compares direct answers with thinking, on the embedded model, in under a minute.
+    Start with `mlx-traces compare`: it compares direct answers with thinking, on the embedded model, in about a minute.
     """
 
 

@@ -186,5 +186,5 @@ def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
     return mx.float16 if named == "float16" else mx.bfloat16
 
 
-def _name(dtype: mx.Dtype) -> str:
+def weight_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]

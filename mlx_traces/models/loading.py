@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.chat import Chat, Rendered
-from mlx_traces.models.names import _ANEW, _parts, resolve
+from mlx_traces.models.names import GET_ANEW, name_parts, resolve
 from mlx_traces.records import Problem
 from mlx_traces.runtime.device import Backend, choose
 from mlx_traces.runtime.provenance import fingerprint
@@ -141,7 +141,7 @@ def load(
     choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
     from mlx_lm.utils import get_total_parameters, load_model
 
-    spec, adapter = _parts(name, adapter)
+    spec, adapter = name_parts(name, adapter)
     path, revision = resolve(spec)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
@@ -213,7 +213,7 @@ def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_
 def _unloadable(name: str, what: str, error: Exception, trusted: bool) -> UserError:
     if "trust_remote_code" in str(error) and not trusted:
         return UserError(f"{name}: comes with Python code of its own; pass --trust-remote-code if you trust it")
-    return UserError(f"{name}: {what} ({first_line(error)}); {_ANEW}")
+    return UserError(f"{name}: {what} ({first_line(error)}); {GET_ANEW}")
 
 
 def _stop_ids(tokenizer: Any) -> frozenset[int]:

@@ -21,7 +21,7 @@ WELL_KNOWN = (
     "mlx-community/Qwen2.5-Coder-0.5B-Instruct-4bit",
 )
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
-_ANEW = "copy or download it anew, or pass another model"
+GET_ANEW = "copy or download it anew, or pass another model"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 
 
@@ -81,7 +81,7 @@ def check(name: str, adapter: str | None = None) -> None:
     Raises:
         UserError: for a folder that is no model or no adapter, and a name that cannot be a hub id.
     """
-    _locate(_parts(name, adapter)[0])
+    _locate(name_parts(name, adapter)[0])
 
 
 def resolve(spec: str) -> tuple[Path, str | None]:
@@ -128,7 +128,7 @@ def _locate(spec: str) -> tuple[Path | None, str, str | None]:
     return None, name, revision or None
 
 
-def _parts(name: str, adapter: str | None) -> tuple[str, str | None]:
+def name_parts(name: str, adapter: str | None) -> tuple[str, str | None]:
     """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
     from mlx_traces.models.adapters import read_config
 
@@ -201,7 +201,7 @@ def _checked(folder: Path, name: str) -> Path:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: config.json is not JSON ({first_line(error)}); {_ANEW}") from None
+        raise UserError(f"{name}: config.json is not JSON ({first_line(error)}); {GET_ANEW}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{name}: config.json has no 'model_type', so this is not a model that mlx_lm can load")
     return folder

@@ -107,11 +107,11 @@ def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message],
         return None
     thought, expression = found
     thinks = "<think>" in prompt.user + prompt.prefill
-    opening = f"{_opening(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
+    opening = f"{opening_line(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
     problem = countdown.parse({"nums": nums, "target": target}, "solver")
     return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"
 
 
-def _opening(prompt: Prompt) -> str:
+def opening_line(prompt: Prompt) -> str:
     """Return how a thinking completion begins; a prefill may have opened the thought."""
     return f"{prompt.prefill.removesuffix('<think>')}<think>\n"

@@ -160,10 +160,10 @@ def parts(text: str) -> tuple[str | None, str]:
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
     The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case.
     """
-    return _parts(text)[:2]
+    return tagged_parts(text)[:2]
 
 
-def _parts(text: str) -> tuple[str | None, str, bool]:
+def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     """Return thought, solution, and whether the thought is still open."""
     pieces, start, closed, is_open = [], 0, 0, False
     for tag in tags(text):
@@ -190,7 +190,7 @@ def restyle(text: str, style: str) -> str:
     """
     if style not in STYLES:
         raise unknown("style", style, STYLES)
-    return _styled(*_parts(text), style)
+    return _styled(*tagged_parts(text), style)
 
 
 def with_thought(thought: str, content: str, style: str) -> str:
@@ -198,9 +198,9 @@ def with_thought(thought: str, content: str, style: str) -> str:
 
     Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
     """
-    inner, rest, _ = _parts(thought)
+    inner, rest, _ = tagged_parts(thought)
     thought = "\n".join(filter(None, (inner, rest)))
-    own, solution, is_open = _parts(content)
+    own, solution, is_open = tagged_parts(content)
     if own is None:
         return _styled(thought, content.strip(), False, style)
     kept = own if thought in own else "\n".join(filter(None, (thought, own)))

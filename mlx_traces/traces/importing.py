@@ -13,11 +13,11 @@ from mlx_traces.records import Trace
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message
-from mlx_traces.tasks.thoughts import STYLES, _parts, restyle, with_thought
+from mlx_traces.tasks.thoughts import STYLES, restyle, tagged_parts, with_thought
 from mlx_traces.text import clean
 
 
-def _skip(skipped: Counter | None, reason: str) -> None:
+def count_skipped(skipped: Counter | None, reason: str) -> None:
     if skipped is not None:
         skipped[reason] += 1
 
@@ -80,7 +80,7 @@ def import_traces(
     def drop(name: str, where: str) -> None:
         if strict:
             raise UserError(f"{where}: {clean(name)[:80]} is not imported; leave --strict out to go without it")
-        _skip(dropped, clean(name)[:80])
+        count_skipped(dropped, clean(name)[:80])
 
     for where, row in _rows(data, format, split):
         _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
@@ -93,13 +93,13 @@ def import_traces(
                 try:
                     problem = task.parse({**asked, **given}, where)
                 except UserError:
-                    _skip(skipped, f"no {task.name} answer in the row")
+                    count_skipped(skipped, f"no {task.name} answer in the row")
                     continue
                 identity, columns = problem.id, problem.columns
             seen[identity] += 1
             fault = fault or _fault(messages, completion, format)
             if fault:
-                _skip(skipped, fault)
+                count_skipped(skipped, fault)
                 continue
             yield Trace(
                 id=identity,
@@ -150,7 +150,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
             lines.append(line)
         elif lines:
             where, text, lines = f"{path}:{number - len(lines)}", "\n".join(lines), []
-            if _parts(text)[2]:
+            if tagged_parts(text)[2]:
                 raise UserError(f"{where}: a blank line within a thought; pass JSON lines with 'text' instead")
             yield where, {"text": text}
 

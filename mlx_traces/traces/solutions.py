@@ -10,8 +10,8 @@ from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import countdown, gsm8k
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.solver import _opening, solved
-from mlx_traces.traces.importing import _skip
+from mlx_traces.tasks.solver import opening_line, solved
+from mlx_traces.traces.importing import count_skipped
 
 # ---------------------------------------------------------------------------------- traces of the tasks
 
@@ -47,10 +47,10 @@ def gsm8k_traces(
     for problem in gsm8k.load(split, data, limit, seed):
         solution = _ANNOTATION.sub("", str(problem.columns["answer"]).rpartition("####")[0]).strip()
         if not solution:
-            _skip(skipped, "no worked solution")
+            count_skipped(skipped, "no worked solution")
             continue
         if style == "think":
-            completion = f"{_opening(prompt)}{solution}\n</think>\n<answer>{problem.gold}</answer>"
+            completion = f"{opening_line(prompt)}{solution}\n</think>\n<answer>{problem.gold}</answer>"
         else:
             end = f"#### {problem.gold}" if style == "plain" else f"\\boxed{{{problem.gold}}}"
             completion = f"{prompt.prefill}{solution}\n{end}"
@@ -79,7 +79,7 @@ def countdown_traces(
         problem = countdown.parse({"nums": nums, "target": target}, "solver")
         for prompt in prompts:
             if (found := solved(prompt, nums, target)) is None:
-                _skip(skipped, "no short trace")
+                count_skipped(skipped, "no short trace")
                 break
             yield _task_trace("countdown", problem, prompt, found[1], "solver")
 

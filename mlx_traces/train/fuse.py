@@ -18,7 +18,7 @@ from mlx_traces.config import SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.models import adapters, loading, names
-from mlx_traces.models.convert import GROUP, LEFT_BEHIND, _name, add_up, own_dtype
+from mlx_traces.models.convert import GROUP, LEFT_BEHIND, add_up, own_dtype, weight_name
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.traces import encoding
@@ -142,7 +142,9 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
     for label, array in tree_flatten(model.parameters()):
         mx.eval(array)  # one at a time: the wide intermediates do not pile up
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise UserError(f"{label} does not fit {_name(dtype)} with the adapter; train with a lower scale or rate")
+            raise UserError(
+                f"{label} does not fit {weight_name(dtype)} with the adapter; train with a lower scale or rate"
+            )
     if bits < 16:
         # What the base keeps dense stays so, and its group size. With the same bits so do each layer's own settings and
         # the weights of layers without an adapter: quantizing anew what quantized weights expand to changes them.
@@ -168,7 +170,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
     for path in sorted(set(loaded.path.iterdir()) - left):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    return _name(dtype)
+    return weight_name(dtype)
 
 
 def warning(result: Fused) -> str | None:
