@@ -15,8 +15,7 @@ import click
 from mlx_traces.cli.configs import shipped_configs
 from mlx_traces.cli.unused import unused
 from mlx_traces.config import Config, find_config, read_config
-from mlx_traces.errors import UserError, choices
-from mlx_traces.runtime.distributed import Lost
+from mlx_traces.errors import Lost, UserError, choices
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.text import clean
 
