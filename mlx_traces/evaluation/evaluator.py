@@ -108,8 +108,10 @@ class Plan:
         from mlx_traces.models.names import local_folder
 
         folder = local_folder(config.model)
+        stops = self.prompt.chat and self.prompt.stop and not config.stop_in_thoughts
         return {
             **shared,
+            **({"stops": "after thoughts"} if stops else {}),
             "model_files": fingerprint(folder) if folder else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }

@@ -20,6 +20,7 @@ from mlx_traces.runtime.interrupts import Stopped, listening
 from mlx_traces.runtime.provenance import provenance, settled
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import GRADER
+from mlx_traces.text import clean
 
 
 def evaluate(
@@ -145,6 +146,10 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
     wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
     done = {(row["id"], row["sample"]) for row in samples}
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+    notes = []
+    if todo and samples and (rules := folder.about.get("grader", 1)) != GRADER:
+        old = f"{len(samples):,} samples were graded by version {clean(rules)[:20]} of the graders' rules"
+        notes.append(f"{old}, the others by version {GRADER}; mlx-traces verify says where they differ")
     completions = source.generate(todo)  # refuses bad requests before anything is written
     folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
     before = max((row["elapsed"] for row in samples), default=0.0)
@@ -161,7 +166,7 @@ def _run(planned: Plan, folder: RunFolder, progress: bool, source: Source) -> Ev
         raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
     order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
     samples.sort(key=lambda row: order[row["id"], row["sample"]])
-    notes = [*planned.notes, *source.notes]
+    notes += [*planned.notes, *source.notes]
     result = summarize(planned, samples, folder.path.name, source.memory(), notes)
     folder.finish(samples, asdict(result))
     return result

@@ -50,7 +50,7 @@ def _any(tags: Iterable[str]) -> str:
 # Both are for texts in small letters: a pattern that ignores case is ten times as slow.
 _AROUND = re.compile(_any(AROUND_ANSWERS))
 _TAG = re.compile(
-    rf"(?=<[a-z/|]|[\[◁]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
+    rf"(?=<[a-z/|]|[\[◁][a-z/]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
     rf"(?P<open>{_any(tag for tag in OPENERS if tag != UNTAGGED)})(?:<\|message\|>)?"
     rf"|(?P<close>{_any(closing for _, closing in TAGS)}))"
     rf"|(?P<opens>\A\s*{UNTAGGED.lower()}(?=(?s:.*){re.escape(TAGS[-1][1].lower())}))|{_AROUND.pattern})"
