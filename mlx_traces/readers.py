@@ -109,7 +109,7 @@ def _place_of_not_finite(text: str) -> int:
     return 0
 
 
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file; the last one also of a row
 # In base 60 too, which takes quadratic time to read.
 _LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
@@ -245,9 +245,9 @@ def file_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Ro
     elif suffix == ".json" and (text := text_of(path)).lstrip().startswith("["):
         rows = ((f"{path}[{index}]", row) for index, row in enumerate(parse_json(text, str(path), several_lines=True)))
     else:
-        yield from read_jsonl(path, columns)
+        yield from ((where, plain(row)) for where, row in read_jsonl(path, columns))
         return
-    yield from ((where, _checked(row, where, columns)) for where, row in rows)
+    yield from ((where, _checked(plain(row), where, columns)) for where, row in rows)
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
@@ -258,22 +258,28 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: cannot be read (No such file or directory)")
     try:
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        yield from ((f"{path}[{index}]", plain(row)) for index, row in enumerate(rows))
+        yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
     except UserError:
         raise
     except Exception as error:  # the readers of tables raise a dozen unrelated types
         raise UserError(f"{path}: not a {kind} file ({first_line(error)[:80]})") from None
 
 
-def plain(value: Any) -> Any:
-    """Return a table's value as JSON has it: NaN, which stands for a missing number there, as None; dates as text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+def plain(value: Any, depth: int = 0) -> Any:
+    """Return a value of somebody's row as JSON has it, its texts without the byte-order marks that they start with.
+
+    NaN, which stands for a missing number in a table, is None; dates and the like are texts. What stands more than
+    ``MOST_DEPTH`` deep is left as it is.
+    """
+    if isinstance(value, str):
+        return value.lstrip(MARK)
+    if isinstance(value, dict) and depth < MOST_DEPTH:
+        return {str(key): plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple) and depth < MOST_DEPTH:
+        return [plain(inner, depth + 1) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | dict | list) else str(value)
 
 
 def parse_row(line: str, where: str, columns: Sequence[str], finite: bool = True) -> Row:

@@ -109,8 +109,10 @@ class Plan:
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
         folder = names.local_folder(config.model)
+        stops = self.prompt.chat and self.prompt.stop and not config.stop_in_thoughts
         return {
             **shared,
+            **({"stops": "after thoughts"} if stops else {}),
             "model_files": fingerprint(folder) if folder else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }

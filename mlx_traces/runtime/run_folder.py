@@ -15,7 +15,12 @@ SAMPLE_COLUMNS = (
     *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
     *("verdict", "stratum", "elapsed"),
 )
-NOTED_SINCE = ("shown", "held_out")  # what an identity has now, and had not in earlier versions
+_UNNOTED = "not noted by an older version"
+NOTED_SINCE = {  # what an identity has now and had not in earlier versions, and why it matters
+    "shown": _UNNOTED,
+    "held_out": _UNNOTED,
+    "stops": "an older version let stop strings end thoughts too",
+}
 WAY_OUT = {"run.json": "name a folder that eval, sft, grpo or ppo wrote", "result.json": "finish the run with --resume"}
 
 
@@ -177,7 +182,7 @@ def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collecti
 def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
     """Name the fingerprints of which it cannot be told whether they are of the same content, and why."""
     found = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
-    found |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
+    found |= {key: why for key, why in NOTED_SINCE.items() if key in identity and key not in stored}
     return [f"{key}: {reason}" for key, reason in found.items() if reason]
 
 

@@ -102,7 +102,9 @@ def check(expression: str, nums: list[int], target: int) -> str:
 
 
 def same(expression: str, gold: str, extractor: str) -> str:
-    """Return an expression as the checker reads it, its spaces left out."""
+    """Return an expression as the checker reads it, its spaces left out; one too long to be checked stays as it is."""
+    if len(expression) > MAX_EXPRESSION:
+        return expression
     return "=".join(_sides(expression)).replace(" ", "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
-from mlx_traces.readers import Row, file_rows, is_file, listed, opened
+from mlx_traces.readers import Row, file_rows, is_file, listed, opened, plain
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
@@ -140,7 +140,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{where}: this row does not have the header's {len(reader.fieldnames)} columns")
-                yield where, row
+                yield where, plain(row)
         except csv.Error as error:
             long = f"a field of more than {MOST_FIELD:,} characters; is a quotation mark left open?"
             raise UserError(

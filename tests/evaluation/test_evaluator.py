@@ -1,6 +1,7 @@
 """The evaluator end to end, on nano: run folders, resume, agreement of batched and single runs, comparison."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,30 @@ def test_an_existing_run_is_not_overwritten(batched):
     assert (folder / "samples.jsonl").read_bytes() == before
     again = mlx_traces.evaluate(out=folder, resume=True, rows=4, **SMALL)
     assert again.accuracy == result.accuracy and without_clock(samples_of(folder)) == rows
+
+
+def test_a_run_of_an_older_version_is_not_mixed_with_this_ones_rules(tmp_path):
+    """Of the stop rule, which decides what is sampled, it is refused; of the graders' rules a note says so."""
+    (tmp_path / "mine.yaml").write_text("user: 'nums {nums}, target {target}'\nstop: [STOP]\n")
+    settings = {**SMALL, "prompt": str(tmp_path / "mine.yaml"), "limit": 3, "max_tokens": 8}
+    assert mlx_traces.evaluate(out=tmp_path / "a", **settings).notes == []
+    folder = tmp_path / "a"
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    about = json.loads((folder / "run.json").read_text())
+    assert about["identity"]["stops"] == "after thoughts"
+
+    def resumed(**changes):
+        (folder / "run.json").write_text(json.dumps(about | changes))
+        (folder / "samples.jsonl").write_text("".join(lines[:2]))
+        return mlx_traces.evaluate(out=folder, resume=True, **settings)
+
+    before = {key: value for key, value in about["identity"].items() if key != "stops"}
+    with pytest.raises(UserError, match=r"stops: an older version let stop strings end thoughts too\); choose another"):
+        resumed(identity=before)
+    assert resumed().notes == []
+    assert re.match("2 samples were graded by version 1 of the graders' rules, the oth", *resumed(grader=1).notes)
+    free = plan(EvalConfig(**settings, stop_in_thoughts=True)).identity()
+    assert "stops" not in free | plan(EvalConfig(**SMALL)).identity()
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
