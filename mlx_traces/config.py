@@ -10,12 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
-from mlx_traces.readers import read_yaml
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]  # each is defined in rl/losses.py
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
+MOST_WHOLE = 10**18  # bound of a whole number; Python refuses to print one of thousands of digits
 
 
 def _is_none(value: Any) -> bool:
@@ -43,7 +42,7 @@ class Config(BaseModel):
 
 
 class LoadConfig(Config):
-    """How a model is loaded, and what its chat template gets."""
+    """How a model is loaded, and the variables of its chat template."""
 
     weights: Literal["quantized", "dense"] | None = Field(
         None, description="Keep quantized weights, or expand them; default: the faster one here."
@@ -614,7 +613,7 @@ class NanoConfig(Config):
 
 
 def shipped(folder: Literal["adapters", "configs"]) -> Path:
-    """Return where the adapters or the configurations that come with the package are: installed, or in its checkout."""
+    """Return the folder of the adapters or configurations that come with the package, installed or in a checkout."""
     installed = Path(__file__).parent / {"adapters": "shipped", "configs": "configs"}[folder]
     return installed if installed.is_dir() else Path(__file__).parent.parent / folder
 
@@ -634,7 +633,7 @@ def find_config(name: str | Path) -> Path:
         if found := next((file for file in files if file.is_file()), None):
             return found
         if path.exists():
-            return path  # a folder or a pipe: reading it says what is wrong
+            return path  # a folder or a pipe: the error comes when it is read
     except (OSError, ValueError):
         pass
     known = [file.stem for file in shipped("configs").glob("*.yaml")]
@@ -643,13 +642,15 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:
-    """Read a YAML file into a recipe's settings; ``overrides`` (already typed, or strings) win.
+    """Read a command's settings from a YAML file; ``overrides`` (typed, or strings) win over it.
 
     Raises:
-        UserError: naming the file, the field and what is wrong with it.
+        UserError: if a setting is wrong; the message names the file, the field and the fault.
     """
     content: dict[str, Any] = {}
     if path is not None:
+        from mlx_traces.yaml_files import read_yaml  # --help does without PyYAML
+
         content = read_yaml(Path(path))
     return build(kind, {**content, **overrides}, str(path) if path else "")
 
@@ -678,7 +679,7 @@ _SAID = {  # our messages for pydantic's errors; pydantic's own change from vers
 
 
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
-    """Validate settings; the UserError names ``where``, the field, what is wrong, and a likely spelling."""
+    """Validate settings; a UserError names ``where``, the field, the fault, and the likely spelling of a name."""
     place = f"{where}: " if where else ""
     if giant := next(_giants(values), ""):
         raise UserError(f"{place}{giant}: a whole number of more than 18 digits")
@@ -693,18 +694,18 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
             raise UserError(f"{place}unknown field {field!r}{hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{place}{_missing(kind, first['loc'], where)}") from None
-        if first["type"] == "value_error":  # raised by a validator of ours, which says it all
+        if first["type"] == "value_error":  # raised by our own validators, with a complete message
             raise UserError(f"{place}{field}: {first['ctx']['error']}") from None
         said = _SAID.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
         raise UserError(f"{place}{field}: {said}, not {str(first['input'])[:60]!r}") from None
 
 
 def _missing(kind: type[Config], location: tuple[str | int, ...], where: str) -> str:
-    """Say that a field is missing, what it is, and where to give it."""
+    """Say that a field is missing, what it means, and where to set it."""
     *outer, name = location
     lacking = f"{'.'.join(map(str, location))} is missing"
     if isinstance(name, int):
-        return f"{lacking}: give as many values as it takes"
+        return f"{lacking}: the list is too short"
     field = _model_at(kind, tuple(outer)).model_fields.get(name)
     what = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
     if where or outer:
@@ -723,7 +724,7 @@ def _giants(value: Any, name: str = "") -> Iterator[str]:
 
 
 def _model_at(kind: type[Config], location: tuple[str | int, ...]) -> type[Config]:
-    """Return the settings that ``location`` leads to."""
+    """Return the class of the settings at ``location``."""
     for part in location:
         if part in kind.model_fields:
             kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)

@@ -228,7 +228,7 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
         (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
         (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
         (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: needs 1 or more, not"),
-        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: give as many values as it takes"),
+        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: the list is too short"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):

@@ -138,8 +138,8 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
             changed = [key for key in dict.fromkeys((*stored, *identity)) if stored.get(key) != identity.get(key)]
             if (unsure := doubts(stored, identity)) and len(unsure) == len(changed):
                 raise UserError(
-                    f"{out} cannot be continued, as it cannot be told whether it was of the same content "
-                    f"({'; '.join(unsure)}); remove {begun}, or choose another --out"
+                    f"{out} cannot be continued, since its files may have changed ({'; '.join(unsure)}); "
+                    f"remove {begun}, or choose another --out"
                 )
             raise UserError(
                 f"{out} was begun with other settings ({', '.join(changed)}); repeat those, or remove {begun}"
