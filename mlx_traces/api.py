@@ -48,8 +48,8 @@ def generate(
         max_tokens: maximum length of a completion, in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
-        top_k: sample from the k likeliest tokens; 0: from all.
-        min_p: drop tokens less likely than this fraction of the likeliest one.
+        top_k: sample from the k most probable tokens; 0: from all.
+        min_p: drop tokens below this fraction of the top token's probability.
         stop: texts that end a completion, after its thought.
         stop_in_thoughts: let them end it within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.

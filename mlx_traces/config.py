@@ -111,10 +111,10 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Sampling temperature; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+        1.0, description="Sample from the most probable tokens whose probabilities add up to this (nucleus sampling)."
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
     rows: Positive = Field(32, description="Batch size of decoding, in completions.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
@@ -236,7 +236,7 @@ class JudgeConfig(Config):
     judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
     judge_max_tokens: Positive = Field(256, description="Maximum length of the judge's reply, in tokens.")
     judge_cache: str = Field(
-        "data/judge.jsonl", description="File that keeps the judge's replies, so that none is asked for twice."
+        "data/judge.jsonl", description="File that keeps the judge's replies, so that none is requested twice."
     )
     judge_failures: Fraction01 = Field(0.2, description="Stop if more than this share of the replies cannot be read.")
 
@@ -262,10 +262,10 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         1.0, description="Sampling temperature of the rollouts; the update uses the same."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+        1.0, description="Sample from the most probable tokens whose probabilities add up to this (nucleus sampling)."
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
     rows: Positive = Field(256, description="Batch size of decoding, in completions.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
@@ -327,7 +327,8 @@ class GRPOConfig(RLConfig):
         "not divided (none); minus the mean of the others (rloo); or minus the mean of all rewards (mean).",
     )
     max_resamples: Annotated[int, Field(ge=0)] = Field(
-        0, description="Draw up to so many times more to replace groups of equal rewards (DAPO's dynamic sampling)."
+        0,
+        description="Draw up to this many more times to replace groups of equal rewards (DAPO's dynamic sampling).",
     )
     loss: Loss = Field("dapo", description="Loss type: how ratios are clipped and tokens averaged.")
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
@@ -428,7 +429,7 @@ class ReformatConfig(LoadConfig):
     )
     max_tokens: Positive = Field(2048, description="Maximum length of the model's reply, in tokens.")
     cache: str = Field(
-        "data/reformat.jsonl", description="File that keeps the model's replies, so that none is asked for twice."
+        "data/reformat.jsonl", description="File that keeps the model's replies, so that none is requested twice."
     )
     rows: Positive = Field(16, description="Traces that the model rewrites at once.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
@@ -460,7 +461,8 @@ class FilterConfig(Config):
     )
     eval_seed: int = Field(0, description="Seed of that draw.")
     overlap_words: Annotated[int, Field(ge=0)] = Field(
-        13, description="Drop a trace that has so many words in a row of an evaluation question; 0: only by problem id."
+        13,
+        description="Drop a trace that shares so many consecutive words with an evaluation question; 0: only by id.",
     )
     per_problem: Positive | None = Field(None, description="Maximum number of traces per problem.")
     prefer: Literal["short", "best", "diverse", "random"] = Field(
@@ -468,7 +470,7 @@ class FilterConfig(Config):
         description="Which of a problem's traces are kept: shortest, best by score, most diverse, or random ones.",
     )
     balance: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Keep at most so many times the median number of traces of each difficulty."
+        None, description="Keep at most this many times the median number of traces of each difficulty."
     )
     difficulty: Literal["pass_rate", "stratum"] = Field(
         "pass_rate", description="Difficulty: the share of a problem's traces that are correct, or the task's stratum."
@@ -534,7 +536,7 @@ class StudyTask(EvalConfig):
     """One set of problems, asked in each of its prompts; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
-        ["direct", "thinking"], description="Prompt styles that each model is asked in."
+        ["direct", "thinking"], description="Prompt styles, each used with every model."
     )
 
 
@@ -601,7 +603,7 @@ class NanoConfig(Config):
     intermediate_size: Positive = 384
     problems: Positive = Field(26_000, description="Training problems, each seen once.")
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
-    direct_share: Fraction01 = Field(0.12, description="Share of the problems that are asked in the direct prompt.")
+    direct_share: Fraction01 = Field(0.12, description="Share of the problems in the direct prompt.")
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -659,7 +661,7 @@ _WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (
     f"must be {what}"
     for what in ("a whole number", "a number", "true or false", "a text", "a list", "a mapping, 'name: value' lines")
 )
-_SAID = {  # our messages for pydantic's errors; pydantic's own change from version to version
+_MESSAGES = {  # our messages for pydantic's errors; pydantic's own change from version to version
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",
@@ -696,8 +698,8 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
             raise UserError(f"{place}{_missing(kind, first['loc'], where)}") from None
         if first["type"] == "value_error":  # raised by our own validators, with a complete message
             raise UserError(f"{place}{field}: {first['ctx']['error']}") from None
-        said = _SAID.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
-        raise UserError(f"{place}{field}: {said}, not {str(first['input'])[:60]!r}") from None
+        message = _MESSAGES.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
+        raise UserError(f"{place}{field}: {message}, not {str(first['input'])[:60]!r}") from None
 
 
 def _missing(kind: type[Config], location: tuple[str | int, ...], where: str) -> str:

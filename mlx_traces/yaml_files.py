@@ -52,7 +52,7 @@ def _place(text: str, mark: Any) -> str:
 
 def _twice(top: Any) -> tuple[int, str] | None:
     """Return the line and the name of the first key that occurs twice in its mapping; None if none does."""
-    todo, seen, found = [top], set(), []
+    todo, seen, twice = [top], set(), []
     while todo:
         node = todo.pop()
         if id(node) in seen or not isinstance(node, yaml.CollectionNode):
@@ -63,9 +63,9 @@ def _twice(top: Any) -> tuple[int, str] | None:
         keys = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else ():
             if (key.tag, key.value) in keys:
-                found.append((key.start_mark.line + 1, key.value))
+                twice.append((key.start_mark.line + 1, key.value))
             keys.add((key.tag, key.value))
-    return min(found, default=None)
+    return min(twice, default=None)
 
 
 def _sprawl(events: Iterable[Any]) -> str:

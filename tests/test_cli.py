@@ -49,12 +49,14 @@ def test_help_needs_no_mlx():
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["config", "tasks.gsm8k", "tasks.countdown", "tasks.qa", "evaluation.stats", "report.tables", "runtime.run_folder"],
-)
-def test_these_rooms_never_load_mlx(module):
-    code = f"import sys, mlx_traces.{module}\nassert not any(name.startswith('mlx.') for name in sys.modules)"
+def test_what_starts_fast_loads_neither_mlx_nor_other_large_packages():
+    modules = "config tasks.gsm8k tasks.countdown tasks.qa evaluation.stats evaluation.evaluator report.tables "
+    modules += "runtime.run_folder runtime.hub"  # of grade, report, watch and data
+    code = (
+        f"import sys, {', '.join(f'mlx_traces.{module}' for module in modules.split())}\n"
+        "heavy = {'mlx.core', 'transformers', 'pandas', 'datasets', 'httpx2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -185,10 +185,10 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     names = labels(runs)
     first = baseline_index(runs, baseline)
     outcomes = [outcomes_of(run) for run in runs]
-    for run, own in zip(runs, outcomes, strict=True):
-        require_same_problems(runs[first], run, outcomes[first], own)
-    counts = [np.array([sum(own[id]) for id in outcomes[first]]) for own in outcomes]
-    samples = [len(next(iter(own.values()))) for own in outcomes]
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[first], run, outcomes[first], outcome)
+    counts = [np.array([sum(outcome[id]) for id in outcomes[first]]) for outcome in outcomes]
+    samples = [len(next(iter(outcome.values()))) for outcome in outcomes]
 
     rows: list[dict[str, Any]] = []
     for i, run in enumerate(runs):
@@ -245,8 +245,8 @@ def paired(one: Run, two: Run) -> dict[str, float | int]:
     """
     outcomes = [outcomes_of(run) for run in (one, two)]
     require_same_problems(one, two, *outcomes)
-    a, b = (np.array([sum(own[id]) for id in outcomes[0]]) for own in outcomes)
-    samples_a, samples_b = (len(next(iter(own.values()))) for own in outcomes)
+    a, b = (np.array([sum(outcome[id]) for id in outcomes[0]]) for outcome in outcomes)
+    samples_a, samples_b = (len(next(iter(outcome.values()))) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
     return counts | tested(a, samples_a, b, samples_b)
@@ -305,21 +305,21 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
         UserError: if the problems of the runs differ.
     """
     outcomes = [outcomes_of(run) for run in runs]
-    for run, own in zip(runs, outcomes, strict=True):
-        require_same_problems(runs[0], run, outcomes[0], own)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[0], run, outcomes[0], outcome)
     first = {row["id"]: row for row in reversed(runs[0].samples)}
     columns: dict[str, list[Any]] = {
         "question_id": list(outcomes[0]),
         "question": [first[id]["question"] for id in outcomes[0]],
         "correct_answer": [first[id]["gold"] for id in outcomes[0]],
     }
-    for run, name, own in zip(runs, labels(runs), outcomes, strict=True):
-        answers: dict[str, list[str | None]] = {id: [] for id in own}
+    for run, name, outcome in zip(runs, labels(runs), outcomes, strict=True):
+        answers: dict[str, list[str | None]] = {id: [] for id in outcome}
         for row in run.samples:
             answers[row["id"]].append(row["extracted"])
         columns[f"{name}_prediction"] = [majority_answer(run, answers[id], first[id]["gold"]) for id in outcomes[0]]
         columns[f"{name}_correct"] = [
-            bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
+            bool(outcome[id][0]) if len(outcome[id]) == 1 else sum(outcome[id]) / len(outcome[id]) for id in outcomes[0]
         ]
     return frame(columns)
 

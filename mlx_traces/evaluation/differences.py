@@ -27,8 +27,8 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     known = {name: about for name, about in abouts.items() if isinstance(about, dict) and about}
     settings = {name: part(about, "identity") for name, about in known.items()}
     versions = {name: versions_of(about) for name, about in known.items()}
-    moved = [library for library in LIBRARIES if len({own[library] for own in versions.values()} - {None}) > 1]
-    shown = {name: ", ".join(f"{key} {own[key]}" for key in moved if own[key]) for name, own in versions.items()}
+    moved = [library for library in LIBRARIES if len({each[library] for each in versions.values()} - {None}) > 1]
+    shown = {name: ", ".join(f"{key} {each[key]}" for key in moved if each[key]) for name, each in versions.items()}
     lines = line_of("versions differ", shown)
     graders = {name: f"version {text(about.get('grader', 1))}" for name, about in known.items()}
     lines += line_of("graders' rules differ", graders)
@@ -37,19 +37,19 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     lines += line_of(
         "weights differ",
         {
-            name: f"{own['weights']} {own.get('dtype') or 'as in the folder'}" if own.get("weights") else ""
-            for name, own in settings.items()
+            name: f"{each['weights']} {each.get('dtype') or 'as in the folder'}" if each.get("weights") else ""
+            for name, each in settings.items()
         },
     )
-    drawn = {name: own for name, own in settings.items() if own.get("temperature")}
+    drawn = {name: each for name, each in settings.items() if each.get("temperature")}
     for key in SAMPLING:
-        lines += line_of(f"{key} differs", {name: text(own.get(key)) for name, own in drawn.items()})
-    lines += line_of("thinking switch differs", {name: text(own.get("thinking")) for name, own in settings.items()})
+        lines += line_of(f"{key} differs", {name: text(each.get(key)) for name, each in drawn.items()})
+    lines += line_of("thinking switch differs", {name: text(each.get("thinking")) for name, each in settings.items()})
     for key, what in (("template_args", "variables of the chat template differ"), ("stop_in_thoughts", STOPS)):
-        if any(own.get(key) for own in settings.values()):
-            lines += line_of(what, {name: text(own.get(key) or "unset") for name, own in settings.items()})
-    lines += line_of("date in the prompts differs", {name: text(own.get("date")) for name, own in settings.items()})
-    prompts = {name: part(own, "prompt") for name, own in settings.items()}
+        if any(each.get(key) for each in settings.values()):
+            lines += line_of(what, {name: text(each.get(key) or "unset") for name, each in settings.items()})
+    lines += line_of("date in the prompts differs", {name: text(each.get("date")) for name, each in settings.items()})
+    prompts = {name: part(each, "prompt") for name, each in settings.items()}
     lines += namesakes(
         "prompt",
         {name: text(prompt.get("name")) for name, prompt in prompts.items()},
@@ -58,10 +58,10 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     lines += namesakes(
         "model",
         {
-            name: "+".join(text(own[key]) for key in ("model", "adapter") if own.get(key))
-            for name, own in settings.items()
+            name: "+".join(text(each[key]) for key in ("model", "adapter") if each.get(key))
+            for name, each in settings.items()
         },
-        {name: {key: own.get(key) for key in FILES} for name, own in settings.items()},
+        {name: {key: each.get(key) for key in FILES} for name, each in settings.items()},
     )
     return [clean(line) for line in lines]
 
@@ -88,15 +88,15 @@ def namesakes(what: str, named: Mapping[str, str], contents: Mapping[str, dict[s
     """
     lines = []
     for shown in dict.fromkeys(filter(None, named.values())):
-        own = {name: contents[name] for name in named if named[name] == shown}
-        keys = dict.fromkeys(key for content in own.values() for key in content)
-        parts = [key for key in keys if len({repr(content.get(key)) for content in own.values()}) > 1]
+        same = {name: contents[name] for name in named if named[name] == shown}
+        keys = dict.fromkeys(key for content in same.values() for key in content)
+        parts = [key for key in keys if len({repr(content.get(key)) for content in same.values()}) > 1]
         if parts:
             groups: dict[str, list[str]] = {}
-            for name, content in own.items():
+            for name, content in same.items():
                 groups.setdefault(repr([content.get(key) for key in parts]), []).append(name)
             apart = " than in ".join(map(", ".join, groups.values()))
-            pairs = [(a.get(key), b.get(key)) for key in parts for a, b in combinations(own.values(), 2)]
+            pairs = [(a.get(key), b.get(key)) for key in parts for a, b in combinations(same.values(), 2)]
             reasons = [doubt(*pair) for pair in pairs if pair[0] != pair[1]]
             sure = f"is another one ({', '.join(parts)})"
             lines.append(f"{what} {shown} {sure if '' in reasons else f'may be another one ({reasons[0]})'} in {apart}")
@@ -116,7 +116,7 @@ def text(value: Any) -> str:
 def versions_of(about: dict[str, Any]) -> dict[str, str | None]:
     """Return the versions by library; this package's with its git revision, since it changes between releases."""
     stored = part(about, "versions")
-    own = {library: text(stored.get(library)) or None for library in LIBRARIES}
+    versions = {library: text(stored.get(library)) or None for library in LIBRARIES}
     if revision := about.get("git_revision"):
-        own["mlx-traces"] = f"{own['mlx-traces'] or ''} at {revision}".strip()
-    return own
+        versions["mlx-traces"] = f"{versions['mlx-traces'] or ''} at {revision}".strip()
+    return versions

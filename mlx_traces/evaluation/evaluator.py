@@ -132,23 +132,23 @@ def plan(config: AnswerConfig) -> Plan:
             problems; for several samples without a temperature; for settings that do not go with a server, or need one.
     """
     config = endpoint.resolved(config)
-    if not endpoint.behind(config):
+    served = endpoint.behind(config)
+    if not served:
         config = names.with_adapter(config)
+        names.check(config.model, config.adapter)
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
-    if not endpoint.behind(config):
-        names.check(config.model, config.adapter)
     problems = task.load(config.split, config.data, config.limit, config.seed)
     leave_out = frozenset(problem.id for problem in problems)  # no problem is its own worked example
     examples = (config.shots, config.seed, config.shots_data, leave_out)
     prompt = task.prompt(config.prompt or task.default_prompt, examples)
     changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
     prompt = replace(prompt, **changes)
-    if endpoint.behind(config):
+    if served:
         endpoint.refuse_prefill(prompt)
     return Plan(config, task, prompt, extractor, problems)
 

@@ -99,15 +99,15 @@ def _shared(
     A single process yields the ``whole``, each rollout at once.
     """
     if (size := distributed.world().size()) == 1:
-        for found in whole:
-            yield found
+        for pair in whole:
+            yield pair
             if stop and stop():
                 return
         return
     for start in range(0, count, wave * size):
         part = range(start, min(count, start + wave * size))
-        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
-        for index, fields in distributed.gather(own):
+        mine = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
+        for index, fields in distributed.gather(mine):
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
             yield index, Rollout(**fields | lists)
         if stop and stop():

@@ -95,8 +95,8 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    found = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
-    adjusted = stats.holm([figures["p_value"] for _, _, figures in found])
+    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
+    adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
             a=names[j],
@@ -109,11 +109,11 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
             high=figures["diff_high"],
             p=figures["p_value"],
             p_holm=p_holm,
-            family=len(found),
+            family=len(tested),
             cut_a=comparison.cut_off(runs[j]),
             cut_b=comparison.cut_off(runs[i]),
         )
-        for (i, j, figures), p_holm in zip(found, adjusted, strict=True)
+        for (i, j, figures), p_holm in zip(tested, adjusted, strict=True)
     ]
 
 

@@ -41,8 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def leftovers(path: Path) -> list[Path]:
     """Return the temporary files for ``path`` that processes of this machine left when they were killed."""
     mark = f"-{platform.node()}.tmp-{path.name}"
-    found = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
-    return [file for file in found if not is_alive(file.name.removesuffix(mark)[1:])]
+    temporary = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
+    return [file for file in temporary if not is_alive(file.name.removesuffix(mark)[1:])]
 
 
 def is_alive(number: str) -> bool:
@@ -220,13 +220,13 @@ def _refuse_owner(lock: Path, free: bool) -> None:
     """Raise UserError if another process has the lock: it is not ``free``, or the file names another machine."""
     try:
         owner = json.loads(lock.read_text())
-        host, told = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        host, holder = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # a new file, or one whose owner was killed while writing it
-        host, told = platform.node(), "another process"
+        host, holder = platform.node(), "another process"
     if not free:
-        raise UserError(f"{lock.parent} is in use by {told}; wait until that has ended, or choose another --out")
+        raise UserError(f"{lock.parent} is in use by {holder}; wait until that has ended, or choose another --out")
     if host != platform.node():
-        raise UserError(f"{lock.parent} is in use by {told}; if that has ended, remove {lock}")
+        raise UserError(f"{lock.parent} is in use by {holder}; if that has ended, remove {lock}")
 
 
 def to_json(value: Any) -> str:

@@ -71,8 +71,8 @@ def refusal(
         return f"{name}: the hub has disabled it; take another one"
     if isinstance(error, errors.RepositoryNotFoundError):
         what = "data set" if kind == "dataset" else kind
-        owner, _, own = name.partition("/")
-        queries = {"search": own}, {"author": owner, "search": own.rpartition("-")[0]}, {"author": owner}
+        owner, _, short = name.partition("/")
+        queries = {"search": short}, {"author": owner, "search": short.rpartition("-")[0]}, {"author": owner}
         similar = [found for query in queries for found in _names(f"{kind}s", "id", **query)]
         close = did_you_mean(name, [*known, *similar])
         return f"unknown {what} {name!r}: not on the hub, or private (then run `hf auth login`); check the name{close}"
@@ -97,10 +97,10 @@ def ask_why(name: str, revision: str | None, kind: str) -> str | None:
 def _names(path: str, key: str, **query: str) -> list[str]:
     """Return the value of ``key`` in each entry of the hub's list, or lists in an object; an empty list on failure."""
     try:
-        found: Any = _get(path, limit=str(LISTED), **query).json()
+        reply: Any = _get(path, limit=str(LISTED), **query).json()
     except Exception:  # close names are a courtesy, no more
         return []
-    lists = found.values() if isinstance(found, dict) else [found]
+    lists = reply.values() if isinstance(reply, dict) else [reply]
     entries = [entry for one in lists if isinstance(one, list) for entry in one if isinstance(entry, dict)]
     return [entry[key] for entry in entries if isinstance(entry.get(key), str)]
 

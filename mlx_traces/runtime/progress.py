@@ -74,11 +74,11 @@ class Progress:
 @contextmanager
 def progress(name: str) -> Iterator[Progress]:
     """Yield a `Progress` that is shown on stderr while the context lasts."""
-    shown, over, told = Progress(name, Console(stderr=True)), Event(), []
+    shown, over, lines = Progress(name, Console(stderr=True)), Event(), []
 
     def log() -> None:
-        told.append(f"{shown.name}: {', '.join(shown.parts())}")
-        _log(told[-1])
+        lines.append(f"{shown.name}: {', '.join(shown.parts())}")
+        _log(lines[-1])
 
     def tell() -> None:
         while not over.wait(EVERY):
@@ -93,7 +93,7 @@ def progress(name: str) -> Iterator[Progress]:
         over.set()
         if not shown.terminal:
             teller.join()
-            if told:  # how it ended
+            if lines:  # the last one says how it ended
                 log()
         if shown.live is not None:
             shown.live.stop()

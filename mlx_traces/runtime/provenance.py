@@ -38,9 +38,9 @@ def resolved_config(
         adapter: the adapter's folder.
         **ids: the ids of problems or traces, in order, each list under the name of its use.
     """
-    found = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
-    found |= {name: ids_digest(own) for name, own in ids.items()}
-    return {"config": config, "fingerprints": found}
+    fingerprints = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
+    fingerprints |= {name: ids_digest(listed) for name, listed in ids.items()}
+    return {"config": config, "fingerprints": fingerprints}
 
 
 def ids_digest(ids: Iterable[str]) -> str | None:

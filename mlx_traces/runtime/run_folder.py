@@ -97,9 +97,9 @@ class RunFolder:
         if not self.begun:
             return
         stored = self.identity
-        if found := differences(stored, identity, idle):
+        if changes := differences(stored, identity, idle):
             raise UserError(
-                f"{self.path} was started with other settings ({'; '.join(found)}); "
+                f"{self.path} was started with other settings ({'; '.join(changes)}); "
                 "repeat those, or choose another --out"
             )
         if unsure := doubts(stored, identity):
@@ -176,9 +176,9 @@ def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collecti
 
 def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
     """Name the fingerprints that do not show whether their files are the same, and say why."""
-    found = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
-    found |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
-    return [f"{key}: {reason}" for key, reason in found.items() if reason]
+    reasons = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
+    reasons |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
+    return [f"{key}: {reason}" for key, reason in reasons.items() if reason]
 
 
 def existing(path: str | Path, *files: str) -> RunFolder:

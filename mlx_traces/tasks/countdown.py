@@ -176,11 +176,11 @@ EXTRACTORS = {"answer": tagged, "tolerant": loose}
 def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response by every extractor; verdicts are ``check``'s, and ``"no_answer"``."""
     nums, target = problem.columns["nums"], problem.columns["target"]
-    found = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
-    verdicts = {text: check(text, nums, target) for text in {*found.values()} if text and text.strip()}
+    extracted = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
+    verdicts = {text: check(text, nums, target) for text in {*extracted.values()} if text and text.strip()}
     return {
         name: Score(verdicts.get(text, "no_answer"), text and text.strip()[:MAX_EXPRESSION])
-        for name, text in found.items()
+        for name, text in extracted.items()
     }
 
 

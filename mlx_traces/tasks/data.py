@@ -68,19 +68,19 @@ def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any
     """
     import datasets
 
-    owner, _, own = name.partition("/")
+    owner, _, short = name.partition("/")
     commit = hub.commit_here(name, revision, "dataset") or revision
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{datasets.naming.camelcase_to_snakecase(own)}"
-    found = [
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{datasets.naming.camelcase_to_snakecase(short)}"
+    folders = [
         made
         for made in (info.parent for info in folder.glob("*/*/*/dataset_info.json"))
         if made.parts[-3] == (config or made.parts[-3]) and made.name == (commit or made.name)
     ]
-    if len(found) != 1:
+    if len(folders) != 1:
         return None
-    files = sorted([*found[0].glob(f"*-{split}.arrow"), *found[0].glob(f"*-{split}-*-of-*.arrow")])
+    files = sorted([*folders[0].glob(f"*-{split}.arrow"), *folders[0].glob(f"*-{split}-*-of-*.arrow")])
     if not files:
-        splits = json.loads((found[0] / "dataset_info.json").read_text(encoding="utf-8")).get("splits") or {}
+        splits = json.loads((folders[0] / "dataset_info.json").read_text(encoding="utf-8")).get("splits") or {}
         raise unknown("split", split, splits)
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 

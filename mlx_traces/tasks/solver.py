@@ -63,15 +63,15 @@ def _search(terms: list[Term], target: int, lines: list[str]) -> str | None:
         return hit and hit[0][1][1:-1]  # without the outermost parentheses
     tried: list[str] = []
     for i, j in combinations(range(len(terms)), 2):
-        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-        for made, told in _steps(terms[i], terms[j]):
+        rest = [other for k, other in enumerate(terms) if k not in (i, j)]
+        for term, equation in _steps(terms[i], terms[j]):
             inner: list[str] = []
-            left = [made, *rest] if len(rest) == 1 else [*rest, made]
+            left = [term, *rest] if len(rest) == 1 else [*rest, term]
             expression = _search(left, target, inner)
             if len(rest) == 1:
-                tried.append(f"{told}, {inner[0] if inner else f'{rest[0][0]} no'}")
+                tried.append(f"{equation}, {inner[0] if inner else f'{rest[0][0]} no'}")
             if expression is not None:
-                opening = f"{told} leaves {', '.join(str(value) for value, _ in left)}"
+                opening = f"{equation} leaves {', '.join(str(value) for value, _ in left)}"
                 lines += tried if len(rest) == 1 else [opening, *inner]
                 return expression
     return None

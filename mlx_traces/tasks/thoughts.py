@@ -134,8 +134,8 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     for (opening, closing), start in zip(pairs, starts, strict=True):
         if start >= 0 and not (opening == UNTAGGED and lower[:start].strip()):
             end = lower.find(closing.lower(), start)
-            said = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
-            return said.removesuffix("<|start|>assistant").removesuffix("<|end|>")
+            thought = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
+            return thought.removesuffix("<|start|>assistant").removesuffix("<|end|>")
     ends = (lower.find(closing.lower()) for _, closing in pairs)
     return next((text[:end] for end in ends if end >= 0), None)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ from mlx_traces.tasks import get_task
 pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
+
+
+def test_without_mlx_an_evaluation_ends_in_one_line():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "import mlx_traces; from mlx_traces.errors import UserError\n"
+        "try: mlx_traces.evaluate(limit=1, out='never')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("MLX has no backend here: pip install 'mlx-traces[cpu]'")
 
 
 def samples_of(folder):
