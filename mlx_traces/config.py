@@ -31,14 +31,14 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide a run's result, as JSON has them: all but those in ``NOT_IDENTITY``.
+        """Return the settings that decide a run's result, as JSON has them: all but those in ``MAY_CHANGE``.
 
         A run adds its files, by their content: `evaluator.Plan.identity` and `loop.identity_of`.
         """
-        return self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
 
 
 class LoadConfig(Config):
@@ -104,7 +104,7 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     """A model, the problems it answers, and how it samples."""
 
     # These do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
-    NOT_IDENTITY = frozenset({"rows", "device", "memory_limit", "extractor", *EndpointConfig.model_fields})
+    MAY_CHANGE = frozenset({"rows", "device", "memory_limit", "extractor", *EndpointConfig.model_fields})
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -186,13 +186,13 @@ class TrackingConfig(Config):
 
 # Where a training runs, what it reports, and how a step is split into micro-batches, which changes only rounding (and
 # the masks of dropout).
-_OF_ANY_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
+_OF_A_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     """Settings of SFT other than model and data."""
 
-    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "data", "valid"})  # the last two by their content
+    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "data", "valid"})  # the last two by their content
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, if there is no --valid."
@@ -244,7 +244,7 @@ class JudgeConfig(Config):
 class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
-    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
+    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
@@ -533,7 +533,7 @@ class RoundsConfig(TrackingConfig):
 
 
 class StudyTask(EvalConfig):
-    """One set of problems, asked in each of its prompts; model, adapter and prompt are filled in."""
+    """One set of problems and its prompt styles; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
         ["direct", "thinking"], description="Prompt styles, each used with every model."
@@ -541,7 +541,7 @@ class StudyTask(EvalConfig):
 
 
 class StudyModel(Config):
-    """One model: as it is, or first converted to other bits; with an adapter or without."""
+    """One model, with or without an adapter; if ``bits`` is set, converted first."""
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")

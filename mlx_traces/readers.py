@@ -184,7 +184,7 @@ def _checked(row: Any, where: str, columns: Sequence[str], halves: bool = True) 
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: not valid Unicode text; half of a pair such as \\ud83d stands alone") from None
+            raise UserError(f"{where}: not valid Unicode text; a surrogate such as \\ud83d has no partner") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with {', '.join(columns)}, found {type(row).__name__}")
     for column in columns:

@@ -17,7 +17,7 @@ _LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*
 
 def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     """Read a YAML mapping; UserError if it is not one, has a key twice, or exceeds the bounds above."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where libyaml is there
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, if libyaml is installed
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")

@@ -87,7 +87,7 @@ class Run:
     """A finished evaluation as its run folder holds it.
 
     ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
-    run.json, as far as it is known: settings, versions, device, fingerprints.
+    run.json, if there is one: settings, versions, device, fingerprints.
     """
 
     name: str
@@ -146,7 +146,7 @@ class _Result(BaseModel, strict=True):
 
 
 def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
-    """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
+    """Raise UserError, starting with ``where``, if a value in an evaluation's samples has the wrong type."""
     for number, row in enumerate(rows, 1):
         _check(_Sample, row, f"{where}: sample {number}")
 

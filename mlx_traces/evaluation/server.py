@@ -276,8 +276,8 @@ class Server:
                 fault = error
         times = f"{attempt + 1} times" if attempt else "once"
         raise UserError(
-            f"{self.url}, problem {post.name}: {self._safe(str(fault))}, asked {times}; when the server is well, go on "
-            "with --resume"
+            f"{self.url}, problem {post.name}: {self._safe(str(fault))}, tried {times}; when the server works again, "
+            "go on with --resume"
         )
 
     def _once(self, post: Post) -> Completion:

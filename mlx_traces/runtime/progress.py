@@ -32,7 +32,7 @@ class Progress:
         self.done, self.total, self.figures = done, total, tuple(figures)
         if self.first is None:
             self.first = (done, perf_counter())
-            if self.terminal:  # not before: no empty line stands above an error
+            if self.terminal:  # not before, so that an error has no empty line above it
                 self.live = Live(self, console=self.console, refresh_per_second=4)
                 self.live.start()
 

@@ -44,7 +44,7 @@ def resolved_config(
 
 
 def ids_digest(ids: Iterable[str]) -> str | None:
-    """Return 12 hexadecimal digits that stand for ids in their order; None without any."""
+    """Return a digest of ids in their order, 12 hexadecimal digits; None if there are none."""
     listed = list(ids)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12] if listed else None
 

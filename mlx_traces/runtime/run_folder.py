@@ -84,7 +84,7 @@ class RunFolder:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as stored when the run began; empty before that.
 
-        It has every setting but those in the ``NOT_IDENTITY`` of `config`, and files by their content; it is built by
+        It has every setting but those in the ``MAY_CHANGE`` of `config`, and files by their content; it is built by
         `evaluator.Plan.identity` and `loop.identity_of`.
         """
         stored = self.about.get("identity") if self.begun else {}

@@ -39,7 +39,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the text by which an extractor compares an answer: of its value, or lm-eval's."""
+    """Return the text by which an extractor compares an answer: its exact value, or lm-eval's form of it."""
     return (same_number if extractor in BY_VALUE else lm_eval_text)(extracted)
 
 

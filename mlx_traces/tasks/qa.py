@@ -39,7 +39,7 @@ def same_text(text: str) -> str:
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
     text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
-    for _ in range(2):  # quotes may stand around the lead, and around the answer in it
+    for _ in range(2):  # the lead may be in quotes, and so may the answer after it
         text = text.strip(_AROUND) or text
         text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
     return text
@@ -77,7 +77,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the text by which an extractor compares an answer: of its value if the gold answer is a number."""
+    """Return the text by which an extractor compares an answer: its value if the gold answer is a number."""
     by_value = extractor != "exact" and gold_number(gold) is not None and parse_number(extracted) is not None
     return same_number(extracted) if by_value else same_text(extracted)
 

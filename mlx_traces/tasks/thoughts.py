@@ -97,7 +97,7 @@ def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought, without tags around it, and whether it opens another thought."""
     part, thinking = after_last(response)
     lower = small(part)
-    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern where "<" stands often
+    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern in a text with many "<"
         return part, thinking
     pieces, start = [], 0
     for tag in _AROUND.finditer(lower):

@@ -60,8 +60,7 @@ def _generate(
         _refuse(out, part, begun, resume)
     planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
-    weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    identity = {**planned.identity(), **weights, **loaded.shown()}
+    identity = planned.identity() | local.identity_of(loaded)
     made = distributed.gather(
         [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
     )
@@ -76,7 +75,7 @@ def _generate(
         kept = whole_lines(part, ("id",))
     traces = [Trace.from_row(row, str(part)) for row in distributed.gather(kept)]
     done = {(trace.id, trace.sample): trace for trace in traces}
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
+    wanted = planned.wanted
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))

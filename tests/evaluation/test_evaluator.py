@@ -244,7 +244,7 @@ def test_bad_requests_leave_no_run_behind(tmp_path):
         ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
         ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
         ("", {"max_tokens": 9999}, "pass the model's context of 2048"),
-        ("", {"samples": 4}, "--samples 4 would all be alike at temperature 0"),
+        ("", {"samples": 4}, "--samples 4 would all be the same at temperature 0"),
     ):
         prompt.write_text(content)
         with pytest.raises(UserError) as raised:
