@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ from mlx_traces.tasks import get_task
 pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
+
+
+def test_without_mlx_an_evaluation_ends_in_one_line():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "import mlx_traces; from mlx_traces.errors import UserError\n"
+        "try: mlx_traces.evaluate(limit=1, out='never')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("MLX has no backend here: pip install 'mlx-traces[cpu]'")
 
 
 def samples_of(folder):
@@ -256,7 +269,7 @@ def test_bad_requests_leave_no_run_behind(tmp_path):
         ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
         ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
         ("", {"max_tokens": 9999}, "pass the model's context of 2048"),
-        ("", {"samples": 4}, "--samples 4 would all be alike at temperature 0"),
+        ("", {"samples": 4}, "--samples 4 would all be the same at temperature 0"),
     ):
         prompt.write_text(content)
         with pytest.raises(UserError) as raised:
