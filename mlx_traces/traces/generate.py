@@ -1,4 +1,4 @@
-"""The second station: a model's own completions of training problems, as traces, through the sampling engine."""
+"""The recipe of ``generate``: a model completes training problems, and its completions become traces."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from typing import Any
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import distributed
@@ -52,8 +54,6 @@ def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
     """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
-    from mlx_traces.models import loading
-
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
@@ -150,11 +150,9 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 def _traces(
-    planned: evaluator.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
+    planned: evaluator.Plan, loaded: LoadedModel, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
 ) -> Iterator[Trace]:
     """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
-    from mlx_traces.models import adapters
-
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model):
