@@ -58,7 +58,12 @@ def _generate(
     planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
-    planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
+    made_with: dict[str, Any] = {}  # what the completions that are there were made with
+    if resume and begun.exists():
+        made_with = read_json(begun)
+    elif resume and out.exists() and manifest_path(out).exists():
+        made_with = manifest_of(out)["config"]
+    planned = replace(planned, config=loading.of_its_day(planned.config, made_with))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
     identity = {**planned.identity(), **weights, **loaded.shown()}
@@ -104,13 +109,6 @@ def _generate(
         part.unlink(missing_ok=True)
         begun.unlink(missing_ok=True)
     return {"written": len(traces), **counts}
-
-
-def _begun(out: Path, begun: Path) -> dict[str, Any]:
-    """Return what the completions of a file, or of what is there of it, were made with; empty where nothing is."""
-    if begun.exists():
-        return read_json(begun)
-    return manifest_of(out)["config"] if out.exists() and manifest_path(out).exists() else {}
 
 
 def _made(out: Path, identity: dict[str, Any]) -> bool:
