@@ -13,6 +13,7 @@ from mlx_traces.cli.train import training_bar
 from mlx_traces.config import FilterConfig, GenerateConfig, ReformatConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, unknown
 from mlx_traces.records import Trace
+from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.files import write_new
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import FORMATS
@@ -271,6 +272,7 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Sample completions of training problems as traces. They keep their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
+    import_mlx()
     from mlx_traces.evaluation import evaluator
     from mlx_traces.traces import generate
 

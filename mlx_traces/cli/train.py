@@ -9,7 +9,6 @@ import click
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
 from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
 from mlx_traces.runtime.device import import_mlx
-from mlx_traces.runtime.progress import progress
 
 
 @click.command("plan")
@@ -140,6 +139,8 @@ SHOWN = (
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
     """Yield the function that takes each line of metrics and the number of steps; it drives the progress on stderr."""
+    from mlx_traces.runtime.progress import progress
+
     with progress(name) as shown:
 
         def show(row: dict[str, Any], steps: int) -> None:
