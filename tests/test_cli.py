@@ -49,6 +49,15 @@ def test_help_needs_no_mlx():
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_group_lists_each_command_once_with_a_whole_sentence(group):
+    command = main.commands[group[0]] if group else main
+    text = call(*group, "--help").output
+    for name, one in command.commands.items():
+        (line,) = re.findall(rf"^  {name} +(.+)$", text, re.MULTILINE)
+        assert line.endswith(".") and not line.endswith("...") and one.help.startswith(line)
+
+
 def test_what_starts_fast_loads_neither_mlx_nor_other_large_packages():
     modules = "config tasks.gsm8k tasks.countdown tasks.qa evaluation.stats evaluation.evaluator report.tables "
     modules += "runtime.run_folder runtime.hub"  # of grade, report, watch and data

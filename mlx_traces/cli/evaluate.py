@@ -20,7 +20,7 @@ from mlx_traces.text import inert
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
 @click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
-@click.option("--resume", is_flag=True, help="Continue a run that was cut off; finished samples are kept.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished samples are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a summary.")
 @settings_options(EvalConfig)
 def eval_command(
