@@ -138,7 +138,7 @@ def data_gsm8k(
     "--format",
     "form",
     required=True,
-    help="What a row is: messages, prompt-completion, sharegpt (Sky-T1), open-r1 or text.",
+    help="What a row is: messages, prompt-completion, sharegpt (Sky-T1), alpaca, open-r1 or text.",
 )
 @click.option("--task", help="Task that can grade the traces: gsm8k, countdown or qa; each row must have its columns.")
 @click.option(
