@@ -59,8 +59,8 @@ def import_traces(
     the conversations with one id, skipped ones included.
 
     A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
-    the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the last
-    turn that is, and earlier ones are marked in the trace. Conversations with turns of a tool are left out.
+    the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
+    last turn that is, and earlier ones are marked in the trace. Conversations with turns of a tool are left out.
 
     Args:
         data: a file or ``owner/name``.
