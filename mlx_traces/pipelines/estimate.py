@@ -32,7 +32,6 @@ from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.pipelines import rounds
 from mlx_traces.pipelines.rounds import Stage
-from mlx_traces.readers import read_yaml
 from mlx_traces.records import Trace
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
@@ -40,6 +39,7 @@ from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces
 from mlx_traces.train import loop, memory
 from mlx_traces.train.memory import Estimate, Most
+from mlx_traces.yaml_files import read_yaml
 
 READ = 2_000  # traces whose longest stands for all
 LARGEST_PROBED = 256  # problems likewise

@@ -65,8 +65,7 @@ def _generate(
         made_with = manifest_of(out)["config"]
     planned = replace(planned, config=loading.of_its_day(planned.config, made_with))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
-    weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    identity = {**planned.identity(), **weights, **loaded.shown()}
+    identity = planned.identity() | local.identity_of(loaded)
     made = distributed.gather(
         [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
     )
@@ -81,7 +80,7 @@ def _generate(
         kept = whole_lines(part, ("id",))
     traces = [Trace.from_row(row, str(part)) for row in distributed.gather(kept)]
     done = {(trace.id, trace.sample): trace for trace in traces}
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
+    wanted = planned.wanted
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
@@ -136,8 +135,8 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
             changed = [key for key in dict.fromkeys((*stored, *identity)) if stored.get(key) != identity.get(key)]
             if (unsure := doubts(stored, identity)) and len(unsure) == len(changed):
                 raise UserError(
-                    f"{out} cannot be continued, as it cannot be told whether it was of the same content "
-                    f"({'; '.join(unsure)}); remove {begun}, or choose another --out"
+                    f"{out} cannot be continued, since its files may have changed ({'; '.join(unsure)}); "
+                    f"remove {begun}, or choose another --out"
                 )
             raise UserError(
                 f"{out} was begun with other settings ({', '.join(changed)}); repeat those, or remove {begun}"
