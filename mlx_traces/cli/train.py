@@ -138,7 +138,7 @@ SHOWN = (
 
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Yield the function that takes each line of metrics and the number of steps; it drives the progress on stderr."""
+    """Yield a function that takes each line of metrics and the number of steps, and shows the progress on stderr."""
     from mlx_traces.runtime.progress import progress
 
     with progress(name) as shown:

@@ -1,4 +1,4 @@
-"""Trace files: made, imported, generated, scored, filtered, reformatted, encoded as tokens."""
+"""Make, import, generate, score, filter, reformat and encode traces."""
 
 FORMATS = {  # of rows that `data import` reads, and the columns that a row must have
     "messages": ("messages",),

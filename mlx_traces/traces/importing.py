@@ -1,4 +1,4 @@
-"""Traces of others: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
+"""Import traces: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields in which a turn's thought is kept apart
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields that hold a turn's thought
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
@@ -47,9 +47,9 @@ def import_traces(
 ) -> Iterator[Trace]:
     """Yield the traces of a .jsonl, .json (a list), .parquet, .arrow or .txt file, or of a hub data set.
 
-    The last assistant's turn is the completion; what follows it is dropped. A trace's id is its problem's if there is
-    a task, else a hash of the turns before the completion (of the completion, if there are none); ``sample`` numbers
-    the conversations with one id, skipped ones included.
+    The last assistant's turn is the completion; turns after it are dropped. With a task a trace's id is that of
+    its problem; without one it is a hash of the turns before the completion, or of the completion if there are none.
+    ``sample`` numbers the conversations with the same id, skipped ones included.
 
     A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
     the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
@@ -61,9 +61,9 @@ def import_traces(
         task: its columns are taken from every row, so that the traces can be graded; a ``question`` that the row lacks
             is the last user's turn.
         style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
-        split: of a hub data set, or a part such as ``train[:1000]``; of a file only the part counts.
-        skipped: gets the numbers of conversations left out, by reason.
-        dropped: gets the numbers of turns of which a field was left out, by its name.
+        split: of a hub data set, or a slice such as ``train[:1000]``; for a file only the slice counts.
+        skipped: counts conversations that are left out, by reason.
+        dropped: counts turns that lose a field, by the field's name.
         strict: refuse such a turn.
 
     Raises:
@@ -140,7 +140,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
     lines: list[str] = []
     for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
-        line = line.removeprefix(MARK)  # of a file that was put behind another
+        line = line.removeprefix(MARK)  # a file that was appended to another has it
         if line.strip():
             lines.append(line)
         elif lines:
@@ -188,9 +188,9 @@ def _conversations(
 
 
 def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield a conversation for each generation; faulty are those cut off, and those no check of the row finds correct.
+    """Yield a conversation for each generation; it has a fault if it was cut off, or if no check finds it correct.
 
-    The checks are the lists ``correctness_…``; where none says anything, the generation counts as correct.
+    The checks are the row's lists ``correctness_…``; without any the generation counts as correct.
     """
     question = {"role": "user", "content": _text(row["problem"], "problem", where)}
     if not isinstance(row["generations"], list):
@@ -218,7 +218,7 @@ def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callab
 def _turns(
     turns: Any, role: str, content: str, where: str, style: str, drop: Callable[[str, str], None]
 ) -> list[_Turn]:
-    """Read a list of turns with these names for who speaks and what; other fields than these are dropped."""
+    """Read a list of turns, whose role and content are in the fields of these names; other fields are dropped."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role) or turn.get("tool_calls"))
         for turn in turns
@@ -270,7 +270,7 @@ def _joined(turn: Row, content: str, where: str) -> Row:
 
 
 def _thoughts(turn: Row, role: str) -> dict[str, str]:
-    """Return the thoughts that a turn of the assistant keeps apart, by field."""
+    """Return the thoughts in fields of their own of an assistant's turn, by field."""
     if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
     return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
@@ -285,7 +285,7 @@ def _text(value: Any, column: str, where: str) -> str:
 def _halves(
     turns: list[_Turn], format: str, where: str, fault: str | None
 ) -> tuple[list[Message], str, list[int], str | None]:
-    """Return the messages before the last turn that is learned, its text, which of them are not, and a fault."""
+    """Return the messages before the last learned turn, its text, the places of turns not learned, and a fault."""
     roles = [turn.message["role"] for turn in turns]
     own = [at for at, role in enumerate(roles) if role == "assistant"]
     if "tool" in roles and not own:
