@@ -29,7 +29,7 @@ from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
@@ -146,13 +146,13 @@ def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Itera
     own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
-    def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
-        flat, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+    def read(states: mx.array, targets: mx.array) -> mx.array:
+        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[0]
+
+    for indices, flat in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
             found[index] = values.tolist()
-
-    gradients.each(halves, [row.example for row in own], config.micro_tokens, read)
     for row, values in zip(rows, distributed.gather(found), strict=True):
         yield row, np.array(values, np.float32)
 
@@ -184,12 +184,11 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) 
                 if not batch:
                     continue
                 loss, grads, more = gradient(model, halves, batch, config)
-                grads, norm = clip(grads, config.max_grad_norm)
-                loop.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
-                optimizer.update(model, grads)
-                mx.eval(model.trainable_parameters(), optimizer.state)
+                norm, update = optimizer.propose(model, grads)
+                loop.refuse_nonfinite(loss, norm, step, config, f"max_grad_norm ({config.max_grad_norm:g})")
+                update()
                 losses.append(loss)
-                norms.append(norm.item())
+                norms.append(norm)
                 sums.update(more)
     if not losses:
         return {"optim/updates": 0}

@@ -36,7 +36,7 @@ from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
 from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import run_folder
-from mlx_traces.train import checkpoints, loop
+from mlx_traces.train import checkpoints, loop, optimizer
 from mlx_traces.train.optimizer import make_optimizer
 
 # ---------------------------------------------------------------------------------- a step
@@ -709,7 +709,7 @@ def test_an_adapter_of_another_model(settings, tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "norm"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, where):
-    whole, clip, calls = grpo.gradient, grpo.clip, []
+    whole, clip, calls = grpo.gradient, optimizer.clip, []
 
     def gradient(*args):
         calls.append(1)
@@ -721,7 +721,7 @@ def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, mo
         return grads, norm * float("nan") if where == "norm" and len(calls) == 3 else norm
 
     monkeypatch.setattr(grpo, "gradient", gradient)
-    monkeypatch.setattr(grpo, "clip", clipped)
+    monkeypatch.setattr(optimizer, "clip", clipped)
     config = GRPOConfig(**settings)
     with pytest.raises(UserError, match=r"step 3: the loss is .*Lower learning_rate \(0.01\) or max_grad_norm"):
         grpo.train(config, tmp_path / "run")
