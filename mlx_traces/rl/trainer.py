@@ -46,7 +46,10 @@ class Learner:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start."""
+    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -59,6 +62,7 @@ class Result:
     tokens_per_second: float
     peak_memory_gb: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 class Run(loop.Training):
@@ -132,6 +136,7 @@ class Run(loop.Training):
             tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
             peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
             notes=[*notes, *self.unmoved()],
+            stopped=self.stopped,
         )
         self.folder.conclude(asdict(result))
         return result
@@ -194,7 +199,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         config = with_reference(names.with_adapter(config), folder.identity)
         config = loading.of_its_day(config, folder.identity)
         planned, held_out, notes = rollouts.prepare(config)
-        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
+        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)

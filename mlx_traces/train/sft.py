@@ -132,7 +132,10 @@ def _draw(text: str) -> float:
 
 @dataclass(frozen=True)
 class SFTResult:
-    """A finished training: its adapter's folder, steps, the best validation and where it was, and the last loss."""
+    """A finished training: its adapter's folder, steps, the best validation and where it was.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -144,6 +147,7 @@ class SFTResult:
     peak_memory_gb: float
     padding: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> SFTResult:
@@ -345,4 +349,5 @@ def _result(run: loop.Training, data: Data, lengths: list[int]) -> SFTResult:
         peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
         padding=_padding(lengths, run.config, run.loaded.backend.name),
         notes=[*run.loaded.notes, *run.room.notes, *data.notes, *run.unmoved()],
+        stopped=run.stopped,
     )
