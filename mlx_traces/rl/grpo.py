@@ -33,21 +33,7 @@ from mlx_traces.train.optimizer import make_optimizer
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python.
-
-    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. Arguments and errors: see `train.loop`."""
     with trainer.opened("grpo", config, out, resume, show) as setup:
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)

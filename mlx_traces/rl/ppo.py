@@ -41,21 +41,7 @@ from mlx_traces.train.optimizer import make_optimizer, of_parts
 
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python.
-
-    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. Arguments and errors: see `train.loop`."""
     with trainer.opened("ppo", config, out, resume, show) as setup:
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)

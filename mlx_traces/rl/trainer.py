@@ -182,15 +182,7 @@ class Setup:
 def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
     """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
 
-    Args:
-        name: of the algorithm, for the adapter's settings file.
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the folder's run is another one.
+    ``name`` is the algorithm's, for the adapter's settings file; the other arguments and the errors: see `train.loop`.
     """
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),

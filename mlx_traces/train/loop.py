@@ -6,6 +6,18 @@
         metrics = ...  # one optimizer step of the algorithm
         run.end_step(step, metrics)
     return run.end(...)
+
+Their ``train(config, out, resume, show)`` are alike:
+
+    config: the settings.
+    out: the run folder. It gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
+        ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+    resume: continue a run that was cut off; the result is that of an uninterrupted one.
+    show: called with each line of metrics and the number of steps.
+
+They return what ``result.json`` has. They raise UserError if the input is wrong, a reward fails, or the loss or the
+gradient stops being finite: the checkpoint stays as it was. They raise Stopped after Ctrl-C, when a step is done and
+its checkpoint written.
 """
 
 import hashlib

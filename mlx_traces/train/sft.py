@@ -151,21 +151,7 @@ class SFTResult:
 
 
 def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> SFTResult:
-    """Fine-tune a model on traces; ``mlx-traces sft`` from Python.
-
-    The run folder gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Fine-tune a model on traces; ``mlx-traces sft`` from Python. Arguments and errors: see `train.loop`."""
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,

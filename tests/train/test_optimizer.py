@@ -53,18 +53,11 @@ def test_an_update_of_a_large_adapter_takes_few_kernels(tmp_path):
     assert kernels(tmp_path, made.compiled(parameters, made.state, grads)) <= 1200
 
 
-class Holder(dict):
-    """Parameters with the two methods of a module that an update calls."""
-
-    def update(self, tree):
-        dict.update(self, tree)
-
-
 @pytest.fixture
 def pair():
     """Return a module's parameters, an optimizer with its state, and gradients of three steps."""
     made = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.3, max_grad_norm=2.0), 5)
-    return Holder(adapter(2, 4, 0)), made, [adapter(2, 4, 1 + step) for step in range(3)]
+    return adapter(2, 4, 0), made, [adapter(2, 4, 1 + step) for step in range(3)]
 
 
 def numbers(*trees):
@@ -82,7 +75,7 @@ def run(module, made, grads):
 
 def test_the_compiled_update_is_the_plain_one(pair, monkeypatch):
     module, made, grads = pair
-    other = Holder(tree_map(lambda array: array, dict(module))), make_optimizer(OptimizerConfig(), 5)
+    other = tree_map(lambda array: array, module), make_optimizer(OptimizerConfig(), 5)
     other[1].rule, other[1].compiled = made.rule, made.compiled
     norms, plain = run(module, made, grads)
     on_a_gpu(monkeypatch)
