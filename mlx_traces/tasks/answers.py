@@ -113,7 +113,7 @@ def tolerant(response: str) -> str | None:
 _FORMS = {  # what a prompt says of the answer's form: how an answer of it is found, and written
     r"\boxed": (last_boxed, r"\boxed{{{}}}"),
     "<answer>": (last_answer_tag, "<answer>{}</answer>"),
-    "####": (_after_hashes, "#### {}"),
+    "####": (after_hashes, "#### {}"),
 }
 
 
