@@ -37,6 +37,8 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    from mlx_traces.models.lora import in_activations_type
+
     if not -1 <= config.layers <= len(model.layers) or config.layers == 0:
         raise UserError(f"layers: this model has {len(model.layers)}, not {config.layers}; -1 stands for all")
     model.freeze()
@@ -71,6 +73,7 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
         for _, module in model.named_modules():
             if "lora_a" in module:
                 module.unfreeze(keys=[name for name in ADDED if name in module], recurse=False)
+        in_activations_type(model)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
     return settings
