@@ -13,6 +13,7 @@ from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, build
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
 from mlx_traces.rl import grpo, ppo
@@ -67,7 +68,8 @@ def generate(
     params = SamplingParams(
         max_tokens, temperature, top_p, top_k, min_p, tuple(stop), stop_in_thoughts=stop_in_thoughts
     )
-    done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
+    with merged(loaded.model, loaded.backend):
+        done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
     return [done[i] for i in range(len(requests))]
 
 

@@ -69,7 +69,8 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         from mlx_traces.models.loading import of_its_day
 
         planned = replace(planned, config=of_its_day(planned.config, folder.identity))
-        return _run(planned, folder, progress, _engine(planned, stop))
+        with _engine(planned, stop) as source:
+            return _run(planned, folder, progress, source)
 
 
 @contextmanager
@@ -80,8 +81,10 @@ def _alone(path: Path, resume: bool) -> Iterator[tuple[RunFolder, Stop]]:
         yield RunFolder(path), pressed
 
 
-def _engine(planned: Plan, stop: Stop) -> Source:
-    """Load the model of a plan."""
+@contextmanager
+def _engine(planned: Plan, stop: Stop) -> Iterator[Source]:
+    """Load the model of a plan, its adapter merged for as long as it answers."""
+    from mlx_traces.models.adapters import merged
     from mlx_traces.models.loading import load
     from mlx_traces.runtime import device
 
@@ -89,15 +92,16 @@ def _engine(planned: Plan, stop: Stop) -> Source:
     loaded = load(config.model, config.adapter, **config.load_arguments())
     backend = loaded.backend
     device.reset_peak_memory()
-    return Source(
-        completions_of(loaded, planned, stop=stop),
-        {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
-        ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
-        | {"backend": asdict(backend), "rows": config.rows, "ranks": distributed.world().size()}
-        | _settled(planned, loaded.path),
-        loaded.notes,
-        device.peak_memory_gb,
-    )
+    with merged(loaded.model, backend):
+        yield Source(
+            completions_of(loaded, planned, stop=stop),
+            {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()},
+            ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
+            | {"backend": asdict(backend), "rows": config.rows, "ranks": distributed.world().size()}
+            | _settled(planned, loaded.path),
+            loaded.notes,
+            device.peak_memory_gb,
+        )
 
 
 def _settled(planned: Plan, model: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
 _OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
-_CACHE_SHARE = 0.5  # of the device's memory that MLX may keep of what was freed
+CACHE_SHARE = 0.25  # of the device's memory that MLX may keep of what was freed
 _limited = 0  # contexts of `limits` that are open
 
 
@@ -167,8 +167,8 @@ def limits() -> Iterator[None]:
     """Set MLX's limits while the context lasts, and put them back as they were; contexts within it change nothing.
 
     On Metal the recommended working set is wired, so that weights stay where the GPU reads them, as mlx_lm has it too.
-    Buffers that were freed are kept for the next of their size: up to half of the device's memory, where MLX would go
-    on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
+    Buffers that were freed are kept for the next of their size: up to a quarter of the device's memory, where MLX would
+    go on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
     """
     global _limited
     mx = import_mlx()
@@ -179,7 +179,7 @@ def limits() -> Iterator[None]:
             if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
                 wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
             cached = mx.set_cache_limit(0)
-            mx.set_cache_limit(min(cached, int(_CACHE_SHARE * memory_bytes())))
+            mx.set_cache_limit(min(cached, int(CACHE_SHARE * memory_bytes())))
         yield
     finally:
         _limited -= 1
@@ -188,6 +188,16 @@ def limits() -> Iterator[None]:
             if wired is not None:
                 mx.synchronize()  # what is under way may still read what was wired
                 mx.set_wired_limit(wired)
+
+
+def clear_grown_cache() -> None:
+    """Give back what MLX keeps of freed buffers, if that is half of its limit or more; called between phases of a run.
+
+    A buffer is only used again for an array of nearly its size, so what one phase leaves is of no use in the next.
+    """
+    mx = import_mlx()
+    if mx.get_cache_memory() > CACHE_SHARE / 2 * memory_bytes():
+        mx.clear_cache()
 
 
 def _device_name() -> str:

@@ -157,7 +157,7 @@ def _traces(
 
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         for index, completion in local.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout

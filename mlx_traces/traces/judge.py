@@ -81,6 +81,7 @@ def replies(
     """
     from mlx_traces.engine.generation import generate
     from mlx_traces.engine.sampling import Request, SamplingParams
+    from mlx_traces.models.adapters import merged
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
@@ -93,8 +94,10 @@ def replies(
         if fits and key not in cache.replies:
             requests[key] = Request(rendered.ids, opened=rendered.opened)
     asked, params = list(requests), SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
-    for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
-        cache.add(asked[index], rollout.text)
+    if asked:
+        with merged(loaded.model, loaded.backend):
+            for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
+                cache.add(asked[index], rollout.text)
     return [cache.replies.get(key) for key in keys]
 
 

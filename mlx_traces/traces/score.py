@@ -146,6 +146,7 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | No
 
     from mlx_traces.engine.batching import Example, micro_batches, pad
     from mlx_traces.engine.logprobs import split, token_logprobs
+    from mlx_traces.models.adapters import merged
     from mlx_traces.traces.encoding import encode
 
     examples: dict[int, Example] = {}
@@ -162,17 +163,18 @@ def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | No
         if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
             examples[index] = example
     found: list[float | None] = [None] * len(traces)
-    halves = split(loaded.model)
     order = list(examples)
     lengths = [len(examples[index].ids) for index in order]
-    for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
-        members = [order[place] for place in batch]
-        ids, positions = pad([examples[index] for index in members])
-        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
-        rows = np.array(logprobs, np.float64)
-        at = 0
-        for index in members:
-            count = examples[index].count
-            found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
-            at += count
+    with merged(loaded.model, loaded.backend):
+        halves = split(loaded.model)
+        for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
+            members = [order[place] for place in batch]
+            ids, positions = pad([examples[index] for index in members])
+            logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
+            rows = np.array(logprobs, np.float64)
+            at = 0
+            for index in members:
+                count = examples[index].count
+                found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
+                at += count
     return found

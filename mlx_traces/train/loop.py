@@ -188,7 +188,7 @@ def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, An
 def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions."""
     loaded.model.eval()
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         samples = local.measure(loaded, held_out)
     row = {
         "valid/accuracy": sum(sample["correct"] for sample in samples) / len(samples),

@@ -291,7 +291,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     asked = [(row, start) for row in rows if (start := _start(row))]
     params = [SamplingParams(max_tokens=_room(loaded, row)) for row, _ in asked]
     shown: list[dict[str, Any]] = [{}] * len(asked)
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         requests = [Request(row.ids[:start]) for row, start in asked]
         for index, rollout in generation.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]
