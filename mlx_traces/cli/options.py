@@ -8,16 +8,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import click
 
+from mlx_traces.cli.configs import shipped_configs
 from mlx_traces.cli.unused import unused
 from mlx_traces.config import Config, find_config, read_config
-from mlx_traces.errors import UserError, choices
-from mlx_traces.runtime.distributed import Lost
+from mlx_traces.errors import Lost, UserError, choices
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks do together
 
@@ -40,6 +43,8 @@ class Commands(click.Group):
             ctx.exit(1)  # what happened is said by the lost one, or by its launcher
         except UserError as error:
             raise click.ClickException(clean(error) if rank == "0" else f"rank {rank}: {clean(error)}") from None
+        except click.MissingParameter as error:
+            raise click.ClickException(_missing(error)) from None
         except KeyboardInterrupt:
             click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
             ctx.exit(128 + signal.SIGINT)
@@ -69,6 +74,22 @@ def _again(ctx: click.Context) -> str:
     command = ctx.command.get_command(ctx, name) if isinstance(ctx.command, click.Group) else None
     resumes = command is not None and any(option.name == "resume" for option in command.params)
     return "--resume" if resumes else "the same command"
+
+
+def _missing(error: click.MissingParameter) -> str:
+    """Say in one line how a command is called that lacks something, with a shipped configuration if it wants one."""
+    ctx, param = error.ctx, error.param
+    if ctx is None or param is None:
+        return error.format_message()
+    called = ctx.command_path
+    if isinstance(param.type, ConfigFile):
+        names = [name for name, command, _ in shipped_configs() if command == ctx.info_name]
+        shipped = next((name for name in names if "nano" in name), "FILE.yaml")
+        return f"CONFIG is missing: a YAML file, or the name of a shipped one (mlx-traces configs): {called} {shipped}"
+    wanted = [other for other in ctx.command.params if other.required]
+    words = [" ".join((*other.opts[: isinstance(other, click.Option)], other.make_metavar(ctx))) for other in wanted]
+    name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
+    return f"{name} is missing: {called} {' '.join(words)}; --help says more"
 
 
 @contextmanager
@@ -117,6 +138,13 @@ class Sectioned(click.Command):
                     formatter.write_dl(rows)
         with formatter.section("More"):
             formatter.write_dl(list(left.values()))
+
+
+def console() -> "Console":
+    """Return the console of stdout: as wide as the terminal, 100 columns where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
