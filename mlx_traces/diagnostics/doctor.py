@@ -160,8 +160,7 @@ def memory(backend: device.Backend) -> Line:
     if free is not None:
         parts.append(f"{free:.1f} GB free")
     if backend.name == "metal":
-        usable = device.import_mlx().device_info().get("max_recommended_working_set_size", 0) / _GB
-        parts += [f"{usable:.1f} GB for the GPU"] if usable else []
+        parts[0] += f" for the GPU, of {device.import_mlx().device_info().get('memory_size', 0) / _GB:.1f} GB"
     limits = dict(_limits_gb())
     if limits and (least := min(limits, key=limits.__getitem__)) and limits[least] < 0.95 * backend.memory_gb:
         room = limits[least]

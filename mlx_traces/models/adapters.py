@@ -222,7 +222,7 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
         model.update_modules(tree_unflatten(before))
         setattr(model, _WEIGHED, outer)
         changed.clear()
-        device.clear_grown_cache()
+    device.clear_grown_cache()  # not after an error: CUDA can do no more then
 
 
 def sampling_bytes(model: nn.Module, backend: Backend | None = None) -> int:
@@ -255,6 +255,13 @@ def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[s
         dense = {}
     low_rank = {n: m for n, m in adapted.items() if n not in dense and isinstance(m, LoRALinear | DoRALinear)}
     return dense, low_rank
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """Return the bytes of a number in the activations: that of the widest weights, an adapter's own left out."""
+    weights = [(name.rpartition(".")[2], array.dtype) for name, array in tree_flatten(model.parameters())]
+    sizes = [dtype.size for last, dtype in weights if last not in ADDED and mx.issubdtype(dtype, mx.floating)]
+    return max(sizes, default=4)
 
 
 def _bytes(model: nn.Module) -> int:

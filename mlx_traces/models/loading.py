@@ -17,6 +17,7 @@ from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.names import GET_ANEW, name_parts, resolve
 from mlx_traces.records import Problem
 from mlx_traces.runtime.device import Backend, choose
+from mlx_traces.runtime.memory_budget import MemoryBudget
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
@@ -51,6 +52,11 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     template_args: dict[str, Any] = field(default_factory=dict)
     day: Date | None = None
+
+    @cached_property
+    def row_budget(self) -> MemoryBudget:
+        """How many rows fit in the memory while they are decoded together."""
+        return MemoryBudget("rows", "rows", self.backend.name)
 
     @property
     def own_tags(self) -> Pair | None:

@@ -16,8 +16,21 @@ WEIGHTS = ("quantized", "dense")
 DTYPES = ("float32", "bfloat16", "float16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
-_OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
+# MLX's words; the last are CUDA's for whatever is asked of it after an allocation that failed.
+_OUT_OF_MEMORY = (
+    *("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory"),
+    "illegal memory access",
+)
 CACHE_SHARE = 0.25  # of the device's memory that MLX may keep of what was freed
+# How many graphs and plans of attention MLX keeps on CUDA, by its environment variables. Its own 400, 256 and 64 are
+# fewer than the shapes of a training, so they would be made again and again, at a second each.
+CUDA_CACHES = {
+    "MLX_CUDA_GRAPH_CACHE_SIZE": 2000,
+    "MLX_CUDA_SDPA_CACHE_SIZE": 1024,
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": 512,
+}
+for _name, _count in CUDA_CACHES.items():  # MLX reads them at the first use of a GPU
+    os.environ.setdefault(_name, str(_count))
 _limited = 0  # contexts of `limits` that are open
 
 
@@ -116,11 +129,11 @@ def choose(
 
 
 def memory_bytes() -> int:
-    """Return the memory of MLX's default device; the machine's for a CPU and for Metal's unified memory."""
+    """Return the memory that MLX's default device can use; of Metal's unified memory, what it recommends to use."""
     mx = import_mlx()
     if mx.default_device() == mx.Device(mx.gpu):
         info = mx.device_info()
-        for key in ("memory_size", "total_memory"):
+        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
             if info.get(key):
                 return int(info[key])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

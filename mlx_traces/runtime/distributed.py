@@ -138,8 +138,8 @@ def _told() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume when other programs "
-            "are closed, or begin anew with a smaller model, a lower rank or shorter sequences"
+            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume, lower rows or "
+            "micro_tokens, and other programs closed; or begin anew with a smaller model, a lower rank or shorter sequences"
         ) from None
 
 

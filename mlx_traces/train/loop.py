@@ -120,7 +120,7 @@ class Training:
         """
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
-        row |= self.room.metrics()
+        row |= self.room.metrics() | self.loaded.row_budget.metrics()
         self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
         if step % self.every == 0 or step == self.last:
             row |= self._validated()

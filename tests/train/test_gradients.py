@@ -177,21 +177,22 @@ def test_what_does_not_fit_is_remembered_and_told():
 
     def take(indices, states, targets):
         asked.append(len(indices))
-        if len(asked) == 1:
-            raise RuntimeError("CUDA error: out of memory")
+        if len(asked) <= 2:
+            raise RuntimeError("[metal::malloc] out of memory")
         return indices
 
     found = gradients.each(halves, rows, 4096, take)
     assert (
-        asked[0] == len(rows)
-        and len(asked) > 2
+        asked[:2] == [len(rows)] * 2  # the same once more
+        and len(asked) > 3
         and sorted(row for part in found for row in part) == [*range(len(rows))]
     )
-    most = halves.room.metrics()["memory/micro_tokens"]
-    width = max(len(row.ids) for row in rows)
-    assert most == len(rows) * width // 2
+    metrics, told = halves.room.metrics(), "[metal::malloc] out of memory"
+    most, width = metrics["memory/micro_tokens"], max(len(row.ids) for row in rows)
+    assert most == len(rows) * width // 2 and metrics["memory/message"] == f"{told}; {told}"
     assert halves.room.notes == [
-        f"out of memory (CUDA error: out of memory): micro-batches of at most {most} tokens from here on"
+        f"memory ran out ({told}); once more with {2 * most} tokens in a micro-batch, MLX's cache cleared",
+        f"memory ran out again ({told}): at most {most} tokens in a micro-batch from here on",
     ]
     assert len(gradients.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
 
