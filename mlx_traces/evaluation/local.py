@@ -25,8 +25,9 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
     """
     with distributed.at_work(path, resume) as (folder, stop):
         config = of_its_day(planned.config, folder.identity)
-        planned = replace(planned, config=config)
         loaded = load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
+        planned = replace(planned, config=config)
         device.reset_peak_memory()
         source = Source(
             completions_of(loaded, planned, stop=stop),

@@ -50,6 +50,26 @@ class Backend:
     memory_gb: float
     description: str
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of batches that this device takes where the settings have none; see `sizes`."""
+        return sizes(self.name, self.memory_gb)
+
+
+# From so many GB of a GPU's memory on: completions decoded at once, tokens of a training's forward pass, MiB of logits.
+GPU_SIZES = (
+    (64, {"rows": 256, "micro_tokens": 16_384, "logits_mb": 1024}),
+    (32, {"rows": 128, "micro_tokens": 4096, "logits_mb": 256}),
+)
+
+
+def sizes(name: str, memory_gb: float) -> dict[str, int]:
+    """Return the sizes of batches for a backend and its memory in GB; none for a CPU or a small GPU.
+
+    On a CPU the settings' own defaults are fastest already. A GPU waits for its host at such sizes.
+    """
+    return next((dict(found) for least, found in GPU_SIZES if name != "cpu" and memory_gb >= least), {})
+
 
 def import_mlx() -> Any:
     """Import and return ``mlx.core``.

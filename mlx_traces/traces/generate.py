@@ -60,6 +60,7 @@ def _generate(
         _refuse(out, part, begun, resume)
     planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
+    planned = replace(planned, config=planned.config.sized(distributed.sizes(loaded.backend)))
     weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
     identity = {**planned.identity(), **weights, **loaded.shown()}
     made = distributed.gather(

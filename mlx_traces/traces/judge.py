@@ -161,7 +161,8 @@ def judgements(
         for trace, problem in zip(traces, problems, strict=True)
     ]
     cache = Cache(Path(config.judge_cache))
-    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, rows, config.memory_limit)
 
 
 def refuse_failures(

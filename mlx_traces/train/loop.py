@@ -178,7 +178,7 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that decides what is learned: settings, files by their content, and the kind's ``own`` entries."""
-    held_out = validation_of(config)
+    held_out = validation_of(config.sized({}))  # the same on every device
     return {
         **config.identity(),
         "evaluate": held_out and held_out.model_dump(mode="json"),

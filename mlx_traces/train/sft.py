@@ -168,6 +168,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     ):
         config = loading.of_its_day(names.with_adapter(config), folder.identity)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         data = prepare(loaded, config)
         lengths = [len(example.ids) for example in data.train]
         per_epoch = math.ceil(len(data.train) / config.batch_size)
