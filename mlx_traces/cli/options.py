@@ -114,14 +114,19 @@ class ConfigFile(click.ParamType):
 
 
 SECTIONS = {  # of a command's help, most used options first; the others come under More
-    "Model": ("model", "adapter", "weights", "dtype", "device"),
-    "Task and data": ("task", "data", "valid", "valid_share", "split", "limit", "prompt", "shots", "extractor"),
-    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "thinking", "rows"),
+    "Model": ("model", "models", "adapter", "weights", "dtype", "device"),
+    "Task and data": (
+        *("task", "data", "valid", "valid_share", "split", "limit", "prompt", "prompts", "shots", "thinking"),
+        *("extractor",),
+    ),
+    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "rows"),
     "Training": (
         *("num_steps", "epochs", "prompts_per_step", "batch_size", "learning_rate", "rewards", "loss", "advantage"),
         *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
     ),
-    "Output": ("config_file", "out", "runs_dir", "resume", "as_json", "report_to"),
+    "Output": (
+        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "resume", "as_json", "report_to"),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from mlx_traces.runtime.device import import_mlx
 
 @click.command("plan")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
-@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: the one that has the file's fields.")
+@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Recipe; default: the one with its fields.")
 def plan_command(config_file: str, kind: str | None) -> None:
     """Estimate the memory of a training. Also prints the largest settings that fit.
 
@@ -30,7 +30,7 @@ def plan_command(config_file: str, kind: str | None) -> None:
 @click.command("sft", cls=Sectioned)
 @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
 @click.option("--out", default="runs/sft", show_default=True, type=click.Path(), help="Run folder.")
-@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @settings_options(SFTConfig, "evaluate", "betas")
 def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Fine-tune a model on traces: LoRA, DoRA or full weights.
@@ -66,7 +66,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
     @click.command(name, cls=Sectioned, help=f"{what}\n\n{_CONFIG}")
     @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
     @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
-    @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+    @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
     @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help=_REWARD)
     @settings_options(kind, "evaluate", "betas", "rewards")
     def command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
@@ -112,7 +112,7 @@ ppo_command = reinforcement_command(
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of these traces.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def fuse_command(**arguments: Any) -> None:
-    """Write a model and its adapter as one model. It has 16 bits, or is quantized again."""
+    """Write a model and its adapter as one model. Its weights have 16 bits, or are quantized again."""
     import_mlx()
     from mlx_traces.train import fuse
 

@@ -1,4 +1,4 @@
-"""Settings that were given but change nothing: noted, or refused where a note is not enough."""
+"""Notes on settings that were given but change nothing."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,10 @@
 """Comparisons: make the evaluations that are missing, then pair them all in one table."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.evaluation.run import run
 from mlx_traces.models import names
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -224,35 +228,24 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
-    from mlx_traces.evaluation.run import run
-
-    if not RunFolder(path).finished:
-        if apart:
-            _run_apart(planned.config, path, progress)
-        else:
-            run(planned, path, resume=path.exists(), progress=progress)
+    if RunFolder(path).finished:
+        pass
+    elif apart:
+        settings = planned.config.model_dump(exclude_unset=True)
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(_evaluate, settings, path, progress).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{path}: the process that evaluated it died, perhaps for lack of memory; try fewer rows"
+            ) from None
+    else:
+        run(planned, path, resume=path.exists(), progress=progress)
     return by_extractor(read_run(path), planned.extractor)
 
 
-def _run_apart(config: EvalConfig, path: Path, progress: bool) -> None:
-    """Evaluate in a process of its own, whose peak memory is that of this evaluation alone."""
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    settings = config.model_dump(exclude_unset=True)
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(_evaluate, settings, path, progress).result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"{path}: the process that evaluated it died, of too little memory perhaps; try fewer rows"
-        ) from None
-
-
 def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
-    from mlx_traces.evaluation.run import run
-
+    """Evaluate in another process."""
     run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 

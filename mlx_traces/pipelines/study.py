@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from mlx_traces.config import StudyConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
+from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
@@ -25,10 +28,6 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
-
-    from mlx_traces.evaluation.comparison import Run
-
 
 ALONE = (
     "Each row is one model answering once, greedily or from one seed: nothing here speaks of another training run, "
@@ -132,33 +131,34 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
         for note in layout.notes:
             say(note)
         runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
-        parts.append(_part(config, layout, runs))
+        parts.append(computed(config, layout, runs))
     write(config, parts)
     return parts
 
 
-def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
-    """Compute the tables of one task."""
+def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
+    """Compute the tables of one task; ``bits`` for every model, adapter and prompt that was tried at several bits."""
     found = layout.entries
     frame = comparison.compare_runs(runs, layout.baseline)
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
-    about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
-    origins = {entry.conversion.model: convert.origin(entry.conversion.model) for entry in found if entry.conversion}
-    told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
-    notes = [*layout.notes, *comparison.differences(runs), *told]
-    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, _bits(found, runs, about), notes)
-
-
-def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> list[pd.DataFrame]:
-    """Make a frame for every model, adapter and prompt that is there at several bits."""
+    about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):
         groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
     several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
-    return [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+    bits = [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+    notes = [*layout.notes, *comparison.differences(runs)]
+    for model in dict.fromkeys(entry.conversion.model for entry in found if entry.conversion):
+        if stored := convert.origin(model):
+            notes.append(
+                f"{model} comes with {stored['bits']}-bit weights: the 16-bit model is what those expand to, rounded "
+                "once, so the table says what further rounding costs, not what the first one has cost already; for "
+                "that, start from a model's 16-bit weights"
+            )
+    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, bits, notes)
 
 
-def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
+def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     """Describe the weights of a run: on disk, and as they computed its answers."""
     stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
@@ -172,14 +172,6 @@ def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
         return {**facts, "ran_as": f"as served at {entry.config.endpoint}"}
     kind = "dense" if facts["bits"] and facts["group_size"] is None else identity.get("weights")
     return {**facts, "ran_as": f"{kind} {identity.get('dtype') or 'as in the folder'} on {backend.get('name')}"}
-
-
-def _origin_note(model: str, own: dict[str, Any]) -> str:
-    return (
-        f"{model} comes with {own['bits']}-bit weights: the 16-bit model is what those expand to, rounded once, so the "
-        "table says what further rounding costs, not what the first one has cost already; for that, start from a "
-        "model's 16-bit weights"
-    )
 
 
 def write(config: StudyConfig, parts: list[Part]) -> None:

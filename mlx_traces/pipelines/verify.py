@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
@@ -18,6 +20,7 @@ from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
+from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
 from mlx_traces.tasks import GRADER, Task, get_task
 from mlx_traces.tasks.prompts import Prompt
@@ -42,14 +45,14 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
             that its manifest describes.
     """
     if str(path).endswith(".jsonl"):
-        return _traces(Path(path))
+        return verify_traces(Path(path))
     folder = existing(path, "run.json", "result.json")
     identity, result = folder.identity, folder.result or {}
     if "best_step" in result:
-        return _training(folder, identity, result)
+        return verify_training(folder, identity, result)
     if "problems" not in identity:
         raise UserError(f"{path}: neither an evaluation nor a training by sft, grpo or ppo; verify knows no others")
-    return _evaluation(folder, identity)
+    return verify_evaluation(folder, identity)
 
 
 def shown(lines: list[str]) -> list[str]:
@@ -62,7 +65,8 @@ def shown(lines: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ evaluations
 
 
-def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
+def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
+    """Grade every sample of an evaluation again, and compute its figures again."""
     result = comparison.read_run(folder.path).result
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
@@ -240,7 +244,7 @@ def _brief(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------- traces
 
 
-def _traces(file: Path) -> tuple[str, list[str]]:
+def verify_traces(file: Path) -> tuple[str, list[str]]:
     """Grade the traces of a file that have a verdict anew, by the extractor that gave it, and count them."""
     manifest, lines, seen = files.manifest_of(file), [], Counter()
     config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
@@ -267,7 +271,8 @@ def _traces(file: Path) -> tuple[str, list[str]]:
 # -------------------------------------------------------------------------------------------------- trainings
 
 
-def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
+def verify_training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
+    """Check a training: its steps follow each other, its figures are those of its metrics, its adapter is whole."""
     metrics = []
     for where, row in read_jsonl(folder.path / "metrics.jsonl", ("step",), finite=False):
         if strange := [name for name in ("step", *FIGURES) if not isinstance(row.get(name, 0), int | float)]:
@@ -320,8 +325,6 @@ def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
     """Say what is wrong with an adapter; it is put on its model too, where that is here: nano, or a folder."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         adapters.read_config(folder)
         try:
@@ -331,11 +334,7 @@ def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
             return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
         if not names:
             return [f"{adapters.WEIGHTS}: no weights in it"]
-        from mlx_traces.runtime.device import import_mlx
-
-        import_mlx()
-        import mlx.core as mx
-
+        mx = import_mlx()
         weights = mx.load(str(folder / adapters.WEIGHTS))
         if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
             return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]

@@ -62,9 +62,9 @@ def total(tree: Any) -> Any:
     if world().size() == 1:
         return tree
     flat = tree_flatten(tree)
-    own = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
-    mx.eval(own)  # an error here is this rank's own, and must not read as one of the exchange
-    whole = _arrived(mx.distributed.all_sum(own))
+    vector = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
+    mx.eval(vector)  # an error here is this rank's alone, and must not read as one of the exchange
+    whole = _arrived(mx.distributed.all_sum(vector))
     summed, at = [], 0
     for name, array in flat:
         summed.append((name, whole[at : at + array.size].reshape(array.shape).astype(array.dtype)))
@@ -162,8 +162,8 @@ def own_folder(path: Path) -> Path:
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         folder = scratch / path.name
     there = path.iterdir() if writes and path.is_dir() else ()
-    found = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
-    for name, size in gather([(file.name, file.stat().st_size) for file in found]):
+    files = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
+    for name, size in gather([(file.name, file.stat().st_size) for file in files]):
         content = np.frombuffer((path / name).read_bytes(), np.uint8) if writes else np.zeros(size, np.uint8)
         content = np.array(_arrived(mx.distributed.all_sum(mx.array(content))))  # the others' are zeros
         if not writes:

@@ -117,12 +117,15 @@ def encode(
         turns = [place for place, turn in enumerate(trace.messages) if turn["role"] == "assistant"]
         learned = [place not in (trace.not_learned or ()) for place in turns]
         spans = _earlier(loaded, chat, prompt, frame[0], thinking, learned, counts)
-    own = _own_ids(loaded, trace)
-    said = usual(text_of(loaded, _without_end(loaded, own)), loaded.own_tags)
+    own, size = list(trace.completion_ids or ()), len(loaded.tokenizer._tokenizer)
+    if not all(isinstance(token, int) and 0 <= token < size for token in own):
+        own = []  # another model's tokens
+    body = own[:-1] if own and own[-1] in loaded.stop_ids else own
+    said = usual(text_of(loaded, body), loaded.own_tags)
     if said and completion.endswith(said):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
-        own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
+        own = own if stop is not None or trace.finish_reason == "length" else body
         return Example(trace.id, (*ids, *own), (*trained, *[True] * len(own)))
     answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
     ids, trained = _joined(chat, prompt, answer + ending, spans)
@@ -178,8 +181,10 @@ def _answer(
     tail = tail if whole else ""
     closing = closing_of(prompt.opened, chat.own_tags)
     if completion.startswith(TAGS[0][0]):
-        if head.strip() == FINAL:
-            return _in_channels(completion) + tail
+        if head.strip() == FINAL:  # of gpt-oss, whose thought and answer are messages of their own
+            thought, answer = parts(completion)
+            final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
+            return f"<|channel|>analysis<|message|>{thought}{final}{tail}"
         completion = _in_own_tags(chat, prompt, completion, closing)
     elif closing and whole and parts(completion)[0] is None:
         # or the model would learn to end its turn inside the thought
@@ -204,13 +209,6 @@ def _in_own_tags(chat: Chat, prompt: Rendered, completion: str, closing: str | N
         opening, own = "", closing
         completion = completion.removeprefix(TAGS[0][0] + "\n" if prompt.opened.endswith("\n") else TAGS[0][0])
     return completion.replace(TAGS[0][0], opening, 1).replace(TAGS[0][1], own, 1) if own else completion
-
-
-def _in_channels(completion: str) -> str:
-    """Return a thought and an answer as messages of gpt-oss, after the head of the assistant's turn."""
-    thought, answer = parts(completion)
-    final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
-    return f"<|channel|>analysis<|message|>{thought}{final}"
 
 
 def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, after: str) -> str | None:
@@ -265,17 +263,6 @@ def _until_end(loaded: LoadedModel, after: str) -> tuple[int | None, str]:
     ends = ((after.find(text), token, text) for token in loaded.stop_ids if (text := decode(loaded.tokenizer, [token])))
     at, token, text = min((end for end in ends if end[0] >= 0), default=(0, None, ""))
     return token, after[:at] + text
-
-
-def _own_ids(loaded: LoadedModel, trace: Trace) -> list[int]:
-    """Return the tokens that a trace was sampled as, if they may be this model's."""
-    ids = list(trace.completion_ids or ())
-    size = len(loaded.tokenizer._tokenizer)
-    return ids if all(isinstance(token, int) and 0 <= token < size for token in ids) else []
-
-
-def _without_end(loaded: LoadedModel, ids: list[int]) -> list[int]:
-    return ids[:-1] if ids and ids[-1] in loaded.stop_ids else ids
 
 
 def _joined(chat: Chat, prompt: Rendered, more: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 
-# ---------------------------------------------------------------------------------------------- faithfulness
-
 MAX_EQUATIONS = 1_000  # of a text; later ones are not looked at
 MAX_PARTS = 10_000  # numbers, signs and words read for them
 MAX_SIDE = 120  # characters read on either side of an =
@@ -248,14 +246,9 @@ def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
         a, b = _evaluate(left, hundredth), _evaluate(right, hundredth)
         if a is None or b is None or not a.operations + b.operations:
             return None
-        verdicts.append(_equal(a, b))
+        finite = a.exact is not None and b.exact is not None
+        verdicts.append(finite and (a.exact == b.exact or _rounds(a, b) or _rounds(b, a)))
     return any(verdicts)
-
-
-def _equal(a: _Value, b: _Value) -> bool:
-    if a.exact is None or b.exact is None:
-        return False
-    return a.exact == b.exact or _rounds(a, b) or _rounds(b, a)
 
 
 def _rounds(value: _Value, shown: _Value) -> bool:
@@ -275,7 +268,8 @@ def _evaluate(parts: list[Part], hundredth: Fraction) -> _Value | None:
     operations, numbers, operand_next = 0, 0, True
     for kind, text in parts:
         if kind == "number":
-            values.append(_number(text, hundredth))
+            value = Fraction(text.rstrip("…%").replace(",", ""))
+            values.append(value * hundredth if text.endswith("%") else value)
             numbers, operand_next = numbers + 1, False
         elif kind == "open":
             signs.append("(")
@@ -321,8 +315,3 @@ def _apply(values: list[Fraction | None], sign: str) -> None:
         values.append(None)
     else:
         values.append(a + b if sign == "+" else a - b if sign == "-" else a * b if sign == "*" else a / b)
-
-
-def _number(text: str, hundredth: Fraction) -> Fraction:
-    value = Fraction(text.rstrip("…%").replace(",", ""))
-    return value * hundredth if text.endswith("%") else value

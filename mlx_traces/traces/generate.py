@@ -1,4 +1,4 @@
-"""The second station: a model's own completions of training problems, as traces, through the sampling engine."""
+"""The recipe of ``generate``: a model completes training problems, and its completions become traces."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from typing import Any
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import distributed
@@ -52,17 +54,19 @@ def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
     """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
-    from mlx_traces.models import loading
-
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
-    planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
+    made_with: dict[str, Any] = {}  # what the completions that are there were made with
+    if resume and begun.exists():
+        made_with = read_json(begun)
+    elif resume and out.exists() and manifest_path(out).exists():
+        made_with = manifest_of(out)["config"]
+    planned = replace(planned, config=loading.of_its_day(planned.config, made_with))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
     planned = replace(planned, config=planned.config.sized(distributed.sizes(loaded.backend)))
-    weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    identity = {**planned.identity(), **weights, **loaded.shown()}
+    identity = planned.identity() | local.identity_of(loaded)
     made = distributed.gather(
         [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
     )
@@ -77,7 +81,7 @@ def _generate(
         kept = whole_lines(part, ("id",))
     traces = [Trace.from_row(row, str(part)) for row in distributed.gather(kept)]
     done = {(trace.id, trace.sample): trace for trace in traces}
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
+    wanted = planned.wanted
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
@@ -107,13 +111,6 @@ def _generate(
     return {"written": len(traces), **counts}
 
 
-def _begun(out: Path, begun: Path) -> dict[str, Any]:
-    """Return what the completions of a file, or of what is there of it, were made with; empty where nothing is."""
-    if begun.exists():
-        return read_json(begun)
-    return manifest_of(out)["config"] if out.exists() and manifest_path(out).exists() else {}
-
-
 def _made(out: Path, identity: dict[str, Any]) -> bool:
     """Whether the file is there and whole, and was made with these settings."""
     if not (out.exists() and manifest_path(out).exists()):
@@ -139,8 +136,8 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
             changed = [key for key in dict.fromkeys((*stored, *identity)) if stored.get(key) != identity.get(key)]
             if (unsure := doubts(stored, identity)) and len(unsure) == len(changed):
                 raise UserError(
-                    f"{out} cannot be continued, as it cannot be told whether it was of the same content "
-                    f"({'; '.join(unsure)}); remove {begun}, or choose another --out"
+                    f"{out} cannot be continued, since its files may have changed ({'; '.join(unsure)}); "
+                    f"remove {begun}, or choose another --out"
                 )
             raise UserError(
                 f"{out} was begun with other settings ({', '.join(changed)}); repeat those, or remove {begun}"
@@ -151,11 +148,9 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 def _traces(
-    planned: evaluator.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
+    planned: evaluator.Plan, loaded: LoadedModel, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
 ) -> Iterator[Trace]:
     """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
-    from mlx_traces.models import adapters
-
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
     with adapters.merged(loaded.model, loaded.backend):

@@ -1,7 +1,7 @@
 """Traces of others: chat messages, ShareGPT, open-r1, plain text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,10 +77,13 @@ def import_traces(
         count_skipped(dropped, clean(name)[:80])
 
     for where, row in _rows(data, format, split):
-        _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
+        for column in (*FORMATS[format], *(task.graded_columns if task else ())):
+            if row.get(column) is None:
+                raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
         for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
             messages, completion, unlearned, fault = _halves(turns, format, where, fault)
-            identity, columns = content_id("trace", *(_spoken(messages) or [completion])), {}
+            spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
+            identity, columns = content_id("trace", *(spoken or [completion])), {}
             if task:
                 asked = {"question": messages[-1]["content"]} if "question" in task.columns and messages else {}
                 given = {name: row[name] for name in task.columns if row.get(name) is not None}
@@ -91,7 +94,10 @@ def import_traces(
                     continue
                 identity, columns = problem.id, problem.columns
             seen[identity] += 1
-            fault = fault or _fault(messages, completion, format)
+            if not fault and not completion.strip():
+                fault = "empty completion"
+            elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
+                fault = "no user's turn before the completion"
             if fault:
                 count_skipped(skipped, fault)
                 continue
@@ -106,19 +112,6 @@ def import_traces(
                 finish_reason=finish,
                 not_learned=tuple(unlearned) or None,
             )
-
-
-def _fault(messages: list[Message], completion: str, format: str) -> str | None:
-    """Return why a conversation is no trace, or None."""
-    if not completion.strip():
-        return "empty completion"
-    if format != "text" and (not messages or messages[-1]["role"] != "user"):
-        return "no user's turn before the completion"
-    return None
-
-
-def _spoken(messages: list[Message]) -> list[str]:
-    return [text for turn in messages for text in (turn["role"], turn["content"])]
 
 
 def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
@@ -147,13 +140,6 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
             if tagged_parts(text)[2]:
                 raise UserError(f"{where}: a blank line within a thought; pass JSON lines with 'text' instead")
             yield where, {"text": text}
-
-
-def _need(row: Row, columns: Sequence[str], where: str) -> None:
-    """Raise UserError for a row without one of the columns."""
-    for column in columns:
-        if row.get(column) is None:
-            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import answer_part
+from mlx_traces.traces.quality import last_turn
 
 
 class Cache:
@@ -26,20 +27,17 @@ class Cache:
         self.path, self.option = path, option
         self.replies: dict[str, str] = {}
         if path.exists():
-            self._drop_cut_line()
+            try:  # an incomplete last line: its writer was stopped
+                content = path.read_bytes()
+                if not content.endswith(b"\n") and content:
+                    with path.open("r+b") as file:
+                        file.truncate(content.rfind(b"\n") + 1)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}); choose another {option}") from None
             for where, row in read_jsonl(path, ("key", "reply")):
                 if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
                     raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to ask anew")
                 self.replies[row["key"]] = row["reply"]
-
-    def _drop_cut_line(self) -> None:
-        try:
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n") and content:
-                with self.path.open("r+b") as file:
-                    file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another {self.option}") from None
 
     def add(self, key: str, reply: str) -> None:
         """Keep a reply, on disk too."""
@@ -79,9 +77,8 @@ def replies(
     Returns:
         Texts, what the template opens not included; None where question and reply do not fit in the model's context.
     """
-    from mlx_traces.engine.generation import generate
-    from mlx_traces.engine.sampling import Request, SamplingParams
-    from mlx_traces.models.adapters import merged
+    from mlx_traces.engine import generation, sampling
+    from mlx_traces.models import adapters
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
@@ -92,11 +89,12 @@ def replies(
         keys.append(key)
         fits = loaded.context is None or len(rendered.ids) + max_tokens <= loaded.context
         if fits and key not in cache.replies:
-            requests[key] = Request(rendered.ids, opened=rendered.opened)
-    asked, params = list(requests), SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
+            requests[key] = sampling.Request(rendered.ids, opened=rendered.opened)
+    asked, params = list(requests), sampling.SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
     if asked:
-        with merged(loaded.model, loaded.backend):
-            for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
+        with adapters.merged(loaded.model, loaded.backend):
+            done = generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit)
+            for index, rollout in done:
                 cache.add(asked[index], rollout.text)
     return [cache.replies.get(key) for key in keys]
 
@@ -181,5 +179,4 @@ def refuse_failures(
 
 def question_of(trace: Trace, problem: Problem | None) -> str:
     """Return the problem's question; the last user's turn where it has none."""
-    asked = trace.messages[-1]["content"] if trace.messages else ""
-    return str((problem.columns if problem else {}).get("question") or asked)
+    return str((problem.columns if problem else {}).get("question") or last_turn(trace))

@@ -21,35 +21,18 @@ Scores = dict[str, float | None]
 MAX_TEXT = 200_000  # characters that structure and repetition look at, from the start
 
 
-def quality_scores(
-    task: Task | None,
-    problem: Problem | None,
-    completion: str,
-    finish_reason: str | None,
-    tokens: int | None,
-    settings: ScoreConfig,
-    prompt: str = "",
+def text_scores(
+    completion: str, finish_reason: str | None, tokens: int | None, settings: ScoreConfig, prompt: str = ""
 ) -> Scores:
-    """Return every score that needs no model, by name.
+    """Return the scores that follow from the text alone, by name.
 
     Args:
-        task: whose grader judges; None where none can.
-        problem: of that task.
         completion: the assistant's whole turn, what its template or prompt opened included.
         finish_reason: ``"stop"``, ``"length"``, or None if unknown.
         tokens: length of the completion, or None if unknown; then words are counted.
         settings: tags and the length limit.
         prompt: the user's last turn; a thought that only copies it is no thought.
     """
-    judged = None if task is None or problem is None else headline(task, problem, completion)
-    correct = None if judged is None else float(judged.correct)
-    return {"correct": correct, **text_scores(completion, finish_reason, tokens, settings, prompt)}
-
-
-def text_scores(
-    completion: str, finish_reason: str | None, tokens: int | None, settings: ScoreConfig, prompt: str = ""
-) -> Scores:
-    """Return the scores that follow from the text alone; see ``quality_scores``."""
     thought = thought_of(completion, settings.tags)
     return {
         "format": format_score(completion, finish_reason, settings.tags, prompt),
@@ -74,6 +57,18 @@ def problem_of(trace: Trace, where: str) -> Problem | None:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return task.parse(trace.columns, where)
+
+
+def own_words(trace: Trace) -> str:
+    """Return a completion without what its task's prompt had begun: those words are no merit or fault of the trace."""
+    prompts = get_task(trace.task).prompts if trace.task else {}
+    prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
+    return trace.completion.removeprefix(prefill)
+
+
+def last_turn(trace: Trace) -> str:
+    """Return the turn that the completion answers; nothing where it stands alone."""
+    return trace.messages[-1]["content"] if trace.messages else ""
 
 
 def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> float:

@@ -20,7 +20,7 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
 from mlx_traces.traces import judge
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import format_score, headline, problem_of
+from mlx_traces.traces.quality import format_score, headline, last_turn, own_words, problem_of
 
 REWRITING = Prompt(
     name="rewriting",
@@ -54,23 +54,18 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
             task, or a model or prompt that cannot be loaded.
     """
     dropped: Counter[str] = Counter()
+    used: dict[str, Any] = {}
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
     settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
-    used: dict[str, Any] = {}
     refuse_written(out)
-    told = {**source_of(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
-    manifest = {**told, "models": used}
-    return write_traces(out, _rewritten(source, config, prompt, dropped, used), manifest), dropped
-
-
-def _rewritten(
-    source: Path, config: ReformatConfig, prompt: Prompt, dropped: Counter, used: dict[str, Any]
-) -> Iterator[Trace]:
+    origin = source_of(source)
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
     problems = [problem_of(trace, where) for where, trace in located]
-    yield from reformat([trace for _, trace in located], problems, config, prompt, dropped, used)
+    rewritten = reformat([trace for _, trace in located], problems, config, prompt, dropped, used)
+    manifest = {**origin, "config": settings, "counts": {"dropped": dropped}, "seed": None, "models": used}
+    return write_traces(out, rewritten, manifest), dropped
 
 
 def reformat(
@@ -103,7 +98,7 @@ def reformat(
     if config.model:
         texts = _by_model(judged, config, prompt, {} if used is None else used)
     else:
-        texts = [by_rule(_own_words(trace)) for trace, _ in judged]
+        texts = [by_rule(own_words(trace)) for trace, _ in judged]
     for (trace, problem), text in zip(judged, texts, strict=True):
         completion = restyle(text or "", config.to)
         if fault := _fault_of(text, completion, trace, problem):
@@ -140,19 +135,12 @@ def _by_model(
     loaded = loading.load(config.model, **config.load_arguments())
     used["model"] = loaded.about()
     questions: list[dict[str, Any]] = [
-        {"question": judge.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
+        {"question": judge.question_of(trace, problem), "trace": own_words(trace)} for trace, problem in judged
     ]
     cache = judge.Cache(Path(config.cache), "--cache")
     rows = config.sized(loaded.backend.sizes).rows
     said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, rows, config.memory_limit)
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
-
-
-def _own_words(trace: Trace) -> str:
-    """Return the completion without what its prompt opened."""
-    prompts = get_task(trace.task).prompts
-    prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
-    return trace.completion.removeprefix(prefill)
 
 
 def _fault(trace: Trace, problem: Problem | None) -> str | None:
@@ -168,6 +156,6 @@ def _fault_of(text: str | None, completion: str, trace: Trace, problem: Problem)
     """Return why a text, to be in Sky-T1's form, and what is written of it cannot stand for a trace, or None."""
     if text is None:
         return "too long for the model"
-    if not format_score(text, None, "sky-t1", trace.messages[-1]["content"] if trace.messages else ""):
+    if not format_score(text, None, "sky-t1", last_turn(trace)):
         return "not a thought and a solution"
     return None if headline(get_task(trace.task), problem, completion).correct else "wrong after"

@@ -13,8 +13,6 @@ from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.solver import opening_line, solved
 from mlx_traces.traces.importing import count_skipped
 
-# ---------------------------------------------------------------------------------- traces of the tasks
-
 GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 

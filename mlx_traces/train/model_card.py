@@ -15,17 +15,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import text
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub.repocard import metadata_load
+
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, names
-from mlx_traces.readers import is_file, read_json
+from mlx_traces.readers import is_file, is_number, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.runtime.run_folder import RunFolder, existing
 from mlx_traces.tasks import TASKS, gsm8k
-from mlx_traces.text import clean
+from mlx_traces.text import clean, interval, percent
 from mlx_traces.traces.files import manifest_path
 
 CARD = "README.md"
@@ -38,6 +41,7 @@ METHODS = {
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",
 }
+TOLD = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")  # metrics about the adapter, not the machine
 FILES = (  # settings that name one
     *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
     *("judge", "judge_prompt", "judge_cache"),
@@ -80,13 +84,13 @@ def base_of(spec: str, folder: Path | None = None) -> Base:
     if spec == names.NANO:
         return Base(spec, None, {"license": "mit"})
     if names.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
-        return Base(last_parts(spec), None, _licence(_front_matter(folder or Path(spec).expanduser()), None))
+        return Base(last_parts(spec), None, licence_of(_front_matter(folder or Path(spec).expanduser()), None))
     name, _, revision = spec.partition("@")
     front = _front_matter(folder) if folder and (folder / CARD).is_file() else _front_matter_of(name, revision or None)
-    return Base(spec, name, _licence(front, name))
+    return Base(spec, name, licence_of(front, name))
 
 
-def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
+def licence_of(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
     """Return the hub's fields of a licence; one that the hub's list does not have is ``other``, by its name."""
     given = front.get("license")
     if not isinstance(given, str) or not given.strip() or given == "unknown":
@@ -107,9 +111,6 @@ def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
 
 def _front_matter(folder: Path) -> dict[str, Any]:
     """Return the metadata of a folder's card; empty where there is none, or none that can be read."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
     try:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -119,8 +120,6 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 @cache
 def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
     """Return the metadata of a card on the hub, which mlx_lm leaves there; empty if it is out of reach."""
-    from huggingface_hub import errors, hf_hub_download
-
     away = bool(hub.out_of_reach())
     try:
         return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=away)).parent)
@@ -159,17 +158,20 @@ def write(
     method = str(config.get("trained_by", "")).rpartition(" ")[2]
     results = [_evaluation(Path(run), adapter, config) for run in runs]
     row, chosen = (row, True) if row else _kept(adapter.parent)
+    settings = yaml.safe_dump(shown(training), sort_keys=False, allow_unicode=True, width=100).strip()
     measured = [*(result for result in results if result["adapter"]), *_validation(row, training)]
     content = {
         "title": _plain(title),
         "summary": _summary(config, base, method, fused[1] if fused else None),
         "uses": list(_uses(base, title, training, fused is not None)),
         "evaluations": [_table_row(result, title) for result in results],
-        "measured": [(code(name), f"{value:.4g}") for name, value in row.items() if _tells(name, value)],
+        "measured": [
+            (code(name), f"{value:.4g}") for name, value in row.items() if name.startswith(TOLD) and is_number(value)
+        ],
         "moment": f"at step {row.get('step', 0):,}, the one that was kept" if chosen else "at its last step",
         "chosen": chosen,
         "data": list(_data_lines(training, method)),
-        "settings": (settings := _yaml(shown(training))),
+        "settings": settings,
         "fence": fence_for(settings),
         "licence": _licence_text(base),
     }
@@ -178,14 +180,8 @@ def write(
         metadata["base_model_relation"] = "finetune"
     path = (fused[0] if fused else adapter) / CARD
     with nullcontext() if fused else on_the_way(path):
-        return _write(path, metadata, content)
-
-
-def _write(path: Path, metadata: dict[str, Any], content: dict[str, Any]) -> Path:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    card = ModelCard.from_template(ModelCardData(**metadata), template_path=str(TEMPLATE), **content)
-    write_atomic(path, f"{card}\n")
+        card = ModelCard.from_template(ModelCardData(**metadata), template_path=str(TEMPLATE), **content)
+        write_atomic(path, f"{card}\n")
     return path
 
 
@@ -206,7 +202,6 @@ def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
 def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     """Return the line of metrics at the step of a run's adapter, and whether a validation chose it.
 
-
     It is the best step that the run's result names, else its last; empty for a folder that is no run's.
     """
     folder = RunFolder(run)
@@ -214,12 +209,6 @@ def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     best = (folder.result or {}).get("best_step")
     chosen = next((row for row in rows if row["step"] == best), None)
     return chosen or (rows[-1] if rows else {}), chosen is not None
-
-
-def _tells(name: str, value: Any) -> bool:
-    """Whether a metric tells about the adapter, not about the machine."""
-    about = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")
-    return name.startswith(about) and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def title_of(adapter: Path) -> str:
@@ -233,8 +222,6 @@ def _metadata(
     base: Base, config: dict[str, Any], training: dict[str, Any], method: str, title: str, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the card's front matter: only what the hub knows, and names only what is there."""
-    from huggingface_hub import EvalResult
-
     kind = config.get("fine_tune_type", "lora")
     tags = ["mlx", "mlx-traces", *([] if kind == "full" else [kind]), *([method] if method in METHODS else [])]
     task = _task_of(training)
@@ -268,6 +255,7 @@ def _metadata(
 
 
 def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None) -> str:
+    """Return a sentence: what this is, of which model, made how."""
     kind = config.get("fine_tune_type", "lora")
     settings = config.get("lora_parameters") or {}
     size = f", rank {settings['rank']}, scale {settings['scale']:g}" if "rank" in settings else ""
@@ -275,15 +263,13 @@ def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None)
     on = "all layers" if layers in (-1, None) else f"the last {layers} layers"
     made = METHODS.get(method, "training")
     whole = f"One model ({fused}) of a base and an adapter, which is a" if fused else "A"
-    return f"{whole} {KINDS[kind]} ({on}{size}) for {_base_text(base)}, made by {made} with mlx-traces and MLX."
-
-
-def _base_text(base: Base) -> str:
     if base.hub_id:
-        return f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
-    if base.name == names.NANO:
-        return "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
-    return f"the model in a folder {code(base.name)}"
+        model = f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
+    elif base.name == names.NANO:
+        model = "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
+    else:
+        model = f"the model in a folder {code(base.name)}"
+    return f"{whole} {KINDS[kind]} ({on}{size}) for {model}, made by {made} with mlx-traces and MLX."
 
 
 def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
@@ -328,13 +314,6 @@ def _datasets(training: Mapping[str, Any], method: str) -> list[str]:
     return [data.partition("@")[0]] if _is_hub_set(data) else []
 
 
-def _written(data: str) -> str:
-    """Say how many traces a file has, as its manifest counts them."""
-    with suppress(UserError, OSError, ValueError, LookupError, TypeError):
-        return f"{read_json(manifest_path(Path(data)))['counts']['written']:,} traces"
-    return "Traces"
-
-
 def _is_hub_set(name: Any) -> bool:
     """Whether a text has the form of a hub id and is no file here."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name)) and not is_file(name)
@@ -352,7 +331,10 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
             f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."
         )
     elif isinstance(data, str):
-        yield f"{_written(data)}, from the file {code(last_parts(data))}."
+        count = "Traces"
+        with suppress(UserError, OSError, ValueError, LookupError, TypeError):
+            count = f"{read_json(manifest_path(Path(data)))['counts']['written']:,} traces"
+        yield f"{count}, from the file {code(last_parts(data))}."
     else:
         yield "The settings do not say what data it was trained on."
 
@@ -405,8 +387,8 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     greedy = "greedy" if not result["temperature"] else f"temperature {result['temperature']:g}"
     decoding = f"{greedy}, at most {result['max_tokens']:,} tokens"
     prompt, number = last_parts(result["prompt"]), f"n = {result['total_questions']:,}"
-    interval = f"95 % interval {text.interval(result['ci_low'], result['ci_high'])}"
-    metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {interval}"
+    ends = f"95 % interval {interval(result['ci_low'], result['ci_high'])}"
+    metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {ends}"
     split = str(result["split"]).partition("[")[0]
     told = {"dataset": dataset, "dataset_name": name, "split": split, "decoding": decoding, "metric": clean(metric)}
     return {**result, **told, "prompt": prompt, "adapter": own is not None}
@@ -415,9 +397,9 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
 def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
     name = code(title) if result["adapter"] else "none, the base model"
     task, prompt, extractor = (code(clean(result[key])).replace("|", "\\|") for key in ("task", "prompt", "extractor"))
-    accuracy, interval = f"{text.percent(result['accuracy'])} %", text.interval(result["ci_low"], result["ci_high"])
+    share, ends = f"{percent(result['accuracy'])} %", interval(result["ci_low"], result["ci_high"])
     counts = f"{result['correct_count']:,}", f"{result['total_questions']:,}"
-    return name.replace("|", "\\|"), task, prompt, extractor, accuracy, interval, *counts, result["decoding"]
+    return name.replace("|", "\\|"), task, prompt, extractor, share, ends, *counts, result["decoding"]
 
 
 def _licence_text(base: Base) -> str:
@@ -451,26 +433,15 @@ def last_parts(path: str) -> str:
     return "/".join(parts[-2:] if parts and parts[-1] in GENERIC else parts[-1:]) or "folder"
 
 
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
-
-
-def fence_for(text: str) -> str:
-    """Return a fence of code that nothing in ``text`` can close."""
-    return "`" * max(3, 1 + _longest_run(text))
-
-
-def _longest_run(text: str) -> int:
-    """Return how many backticks stand together in a text at most."""
-    return max(map(len, re.findall("`+", text)), default=0)
+def fence_for(text: str, least: int = 3) -> str:
+    """Return backticks that nothing in ``text`` can close, ``least`` or more."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def code(text: str) -> str:
     """Quote foreign text as code: neither Markdown nor HTML in it means anything."""
     text = clean(text)
-    marks = "`" * (1 + _longest_run(text))
+    marks = fence_for(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{marks}{pad}{text}{pad}{marks}"
 
@@ -481,4 +452,5 @@ def _plain(text: str) -> str:
 
 
 def _slug(text: str) -> str:
+    """Return a text as the name of a folder in a command."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-") or "folder"

@@ -4,7 +4,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import adapters
@@ -76,8 +79,6 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
     Raises:
         UserError: without a token or network, where the hub refuses, and for a public repository without ``public``.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
-
     check_name(name)
     if away := hub.out_of_reach():
         raise UserError(f"{name}: nothing can be uploaded ({away})")
@@ -85,18 +86,21 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
         raise UserError("not logged in to the hub: run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi()
     try:
-        if (there := _visible(api, name)) is None:
+        try:
+            private = api.repo_info(name, timeout=hub.TIMEOUT).private
+        except RepositoryNotFoundError:
             api.create_repo(name, private=not public)
-        elif there and not public:
+            private = not public
+        if not (private or public):
             raise UserError(f"{name} exists and is public; pass --public, or another name")
-        elif public and not there:
+        if public and private:
             progress(f"{name} exists and stays private; change that on its page")
         made = api.create_commit(
             name,
             [CommitOperationAdd(path, file) for path, file in upload.files.items()],
             commit_message=f"Upload {upload.what} by mlx-traces",
         )
-    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) == 403:
             told = f"{name}: the hub does not let you write there; take a name of your own, and a token that may write"
             raise UserError(told) from None
@@ -107,9 +111,6 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
 
 def check_name(name: str) -> None:
     """Raise UserError for what cannot be a repository's name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(name)
         fits = name.count("/") == 1
@@ -117,13 +118,3 @@ def check_name(name: str) -> None:
         fits = False
     if not fits:
         raise UserError(f"{name[:100]!r} cannot be a name on the hub; give USER/NAME, letters, digits, -, _ and . only")
-
-
-def _visible(api: Any, name: str) -> bool | None:
-    """Whether everybody sees a repository; None if there is none."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return not api.repo_info(name, timeout=hub.TIMEOUT).private
-    except RepositoryNotFoundError:
-        return None

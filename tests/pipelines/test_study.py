@@ -17,7 +17,6 @@ from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import pairs
-from mlx_traces.evaluation import run as evaluation_run
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
 from mlx_traces.pipelines import compare, study
@@ -283,9 +282,9 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
     assert [line[:10].strip() for line in lines] == ["to make", "to make", "to convert", "to make", "to make"]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
-    made, run = [], evaluation_run.run
+    made, run = [], compare.run
     monkeypatch.setattr(
-        evaluation_run, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
+        compare, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
     )
     said = []
     (part,) = study.run(config, said.append)
