@@ -23,7 +23,7 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
@@ -187,7 +187,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         tracking.reported(config, folder, show) as show,
     ):
         config = with_reference(names.with_adapter(config), folder.identity)
-        config = loading.of_its_day(config, folder.identity)
+        config = loading.of_its_day(config, folder.identity).sized(distributed.sizes(device.choose(config.device)))
         planned, held_out, notes = rollouts.prepare(config)
         functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())

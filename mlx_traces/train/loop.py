@@ -134,7 +134,7 @@ class Training:
         """
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
-        row |= self.room.metrics()
+        row |= self.room.metrics() | self.loaded.row_budget.metrics()
         self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
@@ -197,7 +197,7 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that decides what is learned: settings, files by their content, and the kind's ``own`` entries."""
-    held_out = validation_of(config)
+    held_out = validation_of(config.sized({}))  # the same on every device
     return {
         **config.identity(),
         "evaluate": held_out and held_out.model_dump(mode="json"),
@@ -217,7 +217,7 @@ def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any
     ``valid/accuracy``, of a tolerant extractor, the model loses the form.
     """
     loaded.model.eval()
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         samples = local.measure(loaded, held_out)
     row = {
         "valid/accuracy": sum(sample["correct"] for sample in samples) / len(samples),

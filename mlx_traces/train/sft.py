@@ -158,6 +158,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
     ):
         config = loading.of_its_day(names.with_adapter(config), folder.identity)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         data = prepare(loaded, config)
         lengths = [len(example.ids) for example in data.train]
         per_epoch = math.ceil(len(data.train) / config.batch_size)
@@ -280,7 +281,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     asked = [(row, start) for row in rows if (start := _start(row))]
     params = [SamplingParams(max_tokens=_room(loaded, row)) for row, _ in asked]
     shown: list[dict[str, Any]] = [{}] * len(asked)
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         requests = [Request(row.ids[:start]) for row, start in asked]
         for index, rollout in generation.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]

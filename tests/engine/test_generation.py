@@ -580,22 +580,29 @@ def test_rows_follow_from_the_memory(tiny):
     assert len(rollouts) == 5 and loaded.notes == ["2 rows at once instead of 4: more do not fit in the memory"]
 
 
-def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
+@pytest.mark.parametrize("times", [1, 2])
+def test_rows_that_did_not_fit_are_decoded_again_and_nothing_is_lost(tiny, monkeypatch, times):
     from mlx_traces.engine import generation
 
     expected = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
     take, failed = generation._Engine._take, []
 
-    def fail_once(engine, step):
-        if len(engine.request_of) > 3 and step.number > 25 and not failed:
-            failed.append(step.number)
+    def fail(engine, step):
+        if len(engine.request_of) > 3 and step.number > 25 and len(failed) < times:
+            failed.append(len(engine.request_of))
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         yield from take(engine, step)
 
-    monkeypatch.setattr(generation._Engine, "_take", fail_once)
+    monkeypatch.setattr(generation._Engine, "_take", fail)
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
-    assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
-    assert tiny.notes == ["out of memory: 4 rows at once from here on"]
+    assert len(failed) == times and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    told = "[malloc] Unable to allocate 123 bytes."
+    notes = [f"memory ran out ({told}); once more with {failed[0]} rows, MLX's cache cleared"]
+    notes += [f"memory ran out again ({told}): at most {failed[1] // 2} rows from here on"] if times == 2 else []
+    assert tiny.notes == notes
+    assert tiny.row_budget.metrics() == {"memory/message": "; ".join([told] * times)} | (
+        {"memory/rows": failed[1] // 2} if times == 2 else {}
+    )
     failed.clear()
     with pytest.raises(UserError, match="memory ran out with a single row"):
         monkeypatch.setattr(

@@ -269,18 +269,19 @@ def test_what_does_not_fit_is_remembered_and_told():
 
     def take(states, targets):
         asked.append(len(targets))
-        if len(asked) == 1:
-            raise RuntimeError("CUDA error: out of memory")
+        if len(asked) <= 2:
+            raise RuntimeError("[metal::malloc] out of memory")
         return targets
 
     found = gradients.each(halves, rows, 4096, take)
-    assert asked[0] == read[0] == sum(asked[1:]) and len(asked) > 2
+    assert asked[:2] == [read[0]] * 2 and sum(asked[2:]) == read[0] and len(asked) > 3  # the same once more, then half
     assert sorted(row for indices, _ in found for row in indices) == [*range(len(rows))]
-    most = halves.room.metrics()["memory/micro_tokens"]
-    width = max(len(row.ids) for row in rows)
-    assert most == len(rows) * width // 2
+    metrics, told = halves.room.metrics(), "[metal::malloc] out of memory"
+    most, width = metrics["memory/micro_tokens"], max(len(row.ids) for row in rows)
+    assert most == len(rows) * width // 2 and metrics["memory/message"] == f"{told}; {told}"
     assert halves.room.notes == [
-        f"out of memory (CUDA error: out of memory): micro-batches of at most {most} tokens from here on"
+        f"memory ran out ({told}); once more with {2 * most} tokens in a micro-batch, MLX's cache cleared",
+        f"memory ran out again ({told}): at most {most} tokens in a micro-batch from here on",
     ]
     assert len(gradients.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
 
