@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_traces.engine import fused
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
@@ -241,6 +242,7 @@ class _Engine:
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
+        self.fused = fused.step_of(loaded.model, loaded.backend.name) if axes == 4 else None
         self.window = Window(rows, axes)
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
@@ -274,7 +276,10 @@ class _Engine:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
-        logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        if self.fused is None:
+            logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        else:
+            logits = self.fused(self.loaded.model, self.tokens, self.caches).astype(mx.float32)
         self.window.advance()
         place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
         uniforms = self.uniforms[np.arange(len(place)), place]

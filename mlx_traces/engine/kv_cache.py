@@ -5,7 +5,7 @@ its slot to the next prompt, which is written so that it too ends at ``write``; 
 left when it reaches the end of the buffer, once in hundreds of steps, and rows without work are dropped now and then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -136,7 +136,7 @@ def mask_axes(model: nn.Module) -> int | None:
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
-        found = next((answer for axes, asked, answer in tries if _right(model, axes, asked)), 0)
+        found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked)), 0)
         model.train(training)
         if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
             return 4  # broken weights say nothing of the model; the first token will tell of them
@@ -144,10 +144,13 @@ def mask_axes(model: nn.Module) -> int | None:
     return getattr(model, KEPT)
 
 
-def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool:
+def decodes_right(
+    model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]], step: Callable[..., mx.array] | None = None
+) -> bool:
     """Decode rows of two prompts in turn together, and each prompt alone; say whether the logits are the same.
 
     The first prompt is the longer one. It fills every slot at first, as others have been in a slot before its row.
+    ``step`` decodes them together, from (R,) tokens and the layers' caches; by default the model's modules do.
     """
     token, window, alone = 3, Window(len(rows), axes), []
     caches = [SlotCache(window) for _ in model.layers]
@@ -161,7 +164,8 @@ def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool
             model(mx.array([prompt]), cache=read)
             for cache, own in zip(caches, read, strict=True):
                 cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
-        found = model(mx.full((len(rows), 1), token), cache=caches)[:, -1]
+        tokens = mx.full((len(rows),), token)
+        found = model(tokens[:, None], cache=caches)[:, -1] if step is None else step(tokens, caches)
         return logprobs.alike(found, mx.concatenate([alone[place % 2] for place in range(len(rows))]))
     except (ValueError, TypeError, AttributeError, IndexError):  # shapes or positions that do not go together
         return False
