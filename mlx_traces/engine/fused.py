@@ -6,8 +6,8 @@ The number of operations is what counts: at 32 to 128 rows a GPU waits for the h
 model's products take no longer than their names.
 
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
-model, and made anew when a weight was replaced. A model is decoded so only if all its modules are of kinds known here,
-with no other parts, and if on a probe its logits are those of the modules; otherwise the modules are called.
+modules, and made anew when a weight was replaced. A model is decoded so only if all its modules are of kinds known
+here, with no other parts, and if on a probe its logits are those of the modules; otherwise the modules are called.
 """
 
 import copy
@@ -23,7 +23,8 @@ from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
 from mlx_traces.engine.kv_cache import SlotCache, decodes_right
 from mlx_traces.engine.logprobs import probe
 
-KEPT = "_fused"  # the attribute of a model that keeps its `Step`, or None where the probe gave other logits
+KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
+PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
 SMALL = 2**21  # numbers of a layer's gate and up below which a CPU gains: 10 to 25 %, and 3 % with larger products
 LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -32,24 +33,16 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 class Step:
-    """A model's joined weights, and a decode step by them."""
+    """A decode step of a model by joined weights."""
 
     def __init__(self, model: nn.Module, backend: str):
-        self.backend = backend
+        self.model, self.backend = model, backend
         self.joined = [tuple(_join(modules) for modules in _to_join(layer)) for layer in model.layers]
-        self.parts = _parts(model)
 
-    def __deepcopy__(self, memo: dict) -> "Step":
-        return self  # `is_of` tells whether the copy still has these weights
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether the model's weights are still those that were joined."""
-        parts = _parts(model)
-        return len(parts) == len(self.parts) and all(a is b for a, b in zip(parts, self.parts, strict=True))
-
-    def __call__(self, model: nn.Module, tokens: mx.array, caches: Sequence[SlotCache]) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Sequence[SlotCache]) -> mx.array:
         """Return the (R, V) logits after one token of each row, (R,); the caches take in its keys and values."""
-        window, rows, attention = caches[0].window, len(tokens), model.layers[0].self_attn
+        model, window, rows = self.model, caches[0].window, len(tokens)
+        attention = model.layers[0].self_attn
         heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
         mask, turn = window.mask(), self._turning(attention.rope, window.offset)
         # A GPU's kernels copy what is not contiguous first; there the values are turned too, and not used.
@@ -108,18 +101,15 @@ class Step:
 
 def step_of(model: nn.Module, backend: str) -> Step | None:
     """Return the fused step of a model on a backend (``"cpu"``, ``"metal"``, ``"cuda"``), None to call the modules."""
-    if not known(model) or (backend == "cpu" and _largest(model) > SMALL) or getattr(model, KEPT, 0) is None:
+    proved = getattr(model, PROVED + backend, None)
+    if proved is False or not known(model) or (backend == "cpu" and _largest(model) > SMALL):
         return None
-    step = getattr(model, KEPT, None)
-    if step is not None and step.backend == backend and step.is_of(model):
-        return step
-    proved, step = step is not None and step.backend == backend, Step(model, backend)
-    if not proved and not _right(model, step):
-        if mx.isfinite(model(mx.array([[0]]))).all().item():  # broken weights say nothing of the model
-            setattr(model, KEPT, None)
-        return None
-    setattr(model, KEPT, step)
-    return step
+    step = Step(model, backend)
+    if proved is None:
+        proved = _right(model, step)
+        if proved or mx.isfinite(model(mx.array([[0]]))).all().item():  # broken weights say nothing of the model
+            setattr(model, PROVED + backend, proved)
+    return step if proved else None
 
 
 def extra_bytes(model: nn.Module) -> int:
@@ -176,21 +166,38 @@ def _form(module: nn.Module) -> tuple:
     return type(module), arrays, *(getattr(module, name, None) for name in ("bits", "group_size", "mode"))
 
 
+class _Joined:
+    """A linear module with the outputs of several, and their arrays, which are slices of its own."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.whole = copy.copy(modules[0])
+        ends = list(accumulate(len(module.weight) for module in modules))
+        for name in modules[0]:
+            self.whole[name] = mx.concatenate([module[name] for module in modules])
+            for module, part in zip(modules, mx.split(self.whole[name], ends[:-1]), strict=True):
+                module[name] = part
+        self.parts = [array for module in modules for array in module.values()]
+        mx.eval(self.whole.parameters(), self.parts)
+
+    def __deepcopy__(self, memo: dict) -> "_Joined":
+        return self  # `is_of` says whether the copied modules still have these arrays
+
+    def is_of(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the modules' arrays are still those that were joined."""
+        arrays = [array for module in modules for array in module.values()]
+        return len(arrays) == len(self.parts) and all(a is b for a, b in zip(arrays, self.parts, strict=True))
+
+
 def _join(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return a linear module with the outputs of several, one after the other; their arrays become slices of its."""
-    whole = copy.copy(modules[0])
-    ends = list(accumulate(len(module.weight) for module in modules))
-    for name in modules[0]:
-        whole[name] = mx.concatenate([module[name] for module in modules])
-        for module, part in zip(modules, mx.split(whole[name], ends[:-1]), strict=True):
-            module[name] = part
-    mx.eval(whole.parameters(), [module.parameters() for module in modules])
-    return whole
+    """Return a linear module with the outputs of several, one after the other, and keep it with them.
 
-
-def _parts(model: nn.Module) -> list[mx.array]:
-    """Return the arrays that are joined; that they are the same objects says that nothing was replaced."""
-    return [array for layer in model.layers for module in chain(*_to_join(layer)) for array in module.values()]
+    It goes when they go: those that an adapter was merged into, when sampling is over.
+    """
+    kept = getattr(modules[0], KEPT, None)
+    if kept is None or not kept.is_of(modules):
+        kept = _Joined(modules)
+        setattr(modules[0], KEPT, kept)
+    return kept.whole
 
 
 def _largest(model: nn.Module) -> int:
@@ -203,10 +210,7 @@ def _right(model: nn.Module, step: Step) -> bool:
     training, rows = model.training, [probe(model, 24), probe(model, 3)] * 3
     model.eval()
     try:
-        return all(
-            decodes_right(model, 4, those, lambda tokens, caches: step(model, tokens, caches))
-            for those in (rows, rows[:1])
-        )
+        return all(decodes_right(model, 4, those, step) for those in (rows, rows[:1]))
     finally:
         model.train(training)
 

@@ -279,7 +279,7 @@ class _Engine:
         if self.fused is None:
             logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
         else:
-            logits = self.fused(self.loaded.model, self.tokens, self.caches).astype(mx.float32)
+            logits = self.fused(self.tokens, self.caches).astype(mx.float32)
         self.window.advance()
         place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
         uniforms = self.uniforms[np.arange(len(place)), place]

@@ -1,6 +1,7 @@
 """The fused decode step against mlx_lm's modules, on every kind of layer that it knows, and what it does not take."""
 
 import copy
+import gc
 from dataclasses import replace
 from importlib import import_module
 
@@ -67,7 +68,7 @@ def test_the_fused_step_samples_what_the_modules_do(kind, backend, monkeypatch):
     loaded = loaded_as(model, backend)
     before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     rollouts = sampled(loaded) + sampled(loaded, 1)
-    assert isinstance(getattr(model, fused.KEPT), fused.Step)
+    assert getattr(model, fused.PROVED + backend)
     after = dict(tree_flatten(model.parameters()))
     assert before.keys() == after.keys() and all((before[name] == np.array(after[name])).all() for name in before)
     monkeypatch.setattr(fused, "step_of", lambda *_: None)
@@ -108,22 +109,26 @@ def test_joining_takes_no_memory_but_a_layers():
     step = fused.step_of(model, "cpu")
     assert mx.get_active_memory() - before < 20_000  # sines, norms; the weights are 300,000 bytes
     layer = [array for modules in fused._to_join(model.layers[0]) for module in modules for array in module.values()]
-    assert fused.extra_bytes(model) == sum(array.nbytes for array in layer) == sum(a.nbytes for a in step.parts) // 2
+    assert fused.extra_bytes(model) == sum(array.nbytes for array in layer)
+    assert step.joined[0][0].weight.nbytes == 128 * 64 * 4
     assert fused.extra_bytes(nn.Linear(3, 3)) == 0
 
 
-def test_the_step_is_kept_and_made_anew_with_other_weights(monkeypatch):
+def joined(model):
+    return [id(module) for pair in fused.step_of(model, "cpu").joined for module in pair]
+
+
+def test_weights_stay_joined_until_one_is_replaced(monkeypatch):
     model = make("qwen2")
-    step = fused.step_of(model, "cpu")
-    assert fused.step_of(model, "cpu") is step
-    assert fused.step_of(copy.deepcopy(model, {id(a): a for _, a in tree_flatten(model.parameters())}), "cpu") is step
-    old = sampled(loaded_as(model))
+    first, old = joined(model), sampled(loaded_as(model))
+    assert joined(model) == first
+    assert joined(copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})) == first
     monkeypatch.setattr(fused, "_right", lambda *_: pytest.fail("proved once, whatever the weights"))
     model.layers[1].self_attn.k_proj.bias = model.layers[1].self_attn.k_proj.bias + 3 * mx.arange(32)
     new = sampled(loaded_as(model))
-    assert fused.step_of(model, "cpu") is not step and new != old
+    assert [a == b for a, b in zip(joined(model), first, strict=True)] == [True, True, False, True]
     monkeypatch.setattr(fused, "step_of", lambda *_: None)
-    assert [r.completion_ids for r in new] == [r.completion_ids for r in sampled(loaded_as(model))]
+    assert new != old and [r.completion_ids for r in new] == [r.completion_ids for r in sampled(loaded_as(model))]
 
 
 def test_an_adapter_is_called_and_a_merged_one_joined():
@@ -136,10 +141,14 @@ def test_an_adapter_is_called_and_a_merged_one_joined():
     model.load_weights(shaken, strict=False)
     assert not fused.known(model)
     expected = sampled(loaded_as(model))
+    mx.clear_cache()
+    before = mx.get_active_memory()
     with adapters.merged(model):
         assert fused.step_of(model, "cpu") is not None
         assert [r.completion_ids for r in sampled(loaded_as(model))] == [r.completion_ids for r in expected]
     assert fused.step_of(model, "cpu") is None
+    gc.collect()
+    assert mx.get_active_memory() - before < 20_000  # nothing keeps what was merged
 
 
 class Gelu(qwen2.MLP):
@@ -193,7 +202,7 @@ def test_what_is_not_known_takes_the_modules(change):
     model = make("qwen2")
     assert fused.known(model)
     change(model)
-    assert fused.step_of(model, "cuda") is None and not hasattr(model, fused.KEPT)
+    assert fused.step_of(model, "cuda") is None and not hasattr(model, fused.PROVED + "cuda")
 
 
 @pytest.mark.parametrize("fault", ["activation", "rope", "scale"])
@@ -211,14 +220,14 @@ def test_what_looks_known_and_computes_otherwise_takes_the_modules(fault, monkey
             llama, "scaled_dot_product_attention", lambda *a, scale, **more: whole(*a, scale=scale / 4, **more)
         )
     assert fused.known(model)
-    assert fused.step_of(model, "cpu") is None and getattr(model, fused.KEPT) is None
+    assert fused.step_of(model, "cpu") is None and getattr(model, fused.PROVED + "cpu") is False
     monkeypatch.undo()
     assert fused.step_of(model, "cpu") is None  # found once
 
 
 def test_broken_weights_say_nothing_of_a_model():
     model = broken(make("qwen2"))
-    assert fused.step_of(model, "cpu") is None and not hasattr(model, fused.KEPT)
+    assert fused.step_of(model, "cpu") is None and not hasattr(model, fused.PROVED + "cpu")
 
 
 def test_a_cpu_takes_it_for_small_products_alone(monkeypatch):
@@ -238,7 +247,7 @@ def test_a_real_model_answers_the_same(real_model, monkeypatch):
         if not real:
             monkeypatch.setattr(fused, "step_of", lambda *_: None)
         found.append(dict(generate(loaded, requests, SamplingParams(12), 2, logprobs=True)))
-    assert isinstance(getattr(loaded.model, fused.KEPT), fused.Step)
+    assert getattr(loaded.model, fused.PROVED + "cpu")
     for index, own in found[0].items():
         assert own.completion_ids == found[1][index].completion_ids
         np.testing.assert_allclose(own.model_logprobs, found[1][index].model_logprobs, atol=5e-5)
