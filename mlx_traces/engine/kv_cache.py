@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_traces.engine import logprobs
+from mlx_traces.engine.attention import SLICES, Reading
 
 STEP = 256  # positions by which the buffers grow
 KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
@@ -26,26 +27,26 @@ class Window:
         write: index in the buffers that the next token's keys and values go to.
         start: (R,) first index of each row's own keys.
         offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
-        low: first index that any row still needs.
-        uniform: whether all rows began at ``low``; then there is no mask, and ``low`` has to be 0: attention without a
-            mask on CUDA (cuDNN, one query, 16 bits, 256 keys and more) reads keys from the beginning of the buffer,
-            wherever the slice of it begins that it is given.
+        low: first index that attention reads: the first that any row still needs, or 0.
+        uniform: whether all rows began at 0; only then there is no mask, as attention without one may read keys from
+            the beginning of the buffer, wherever its slice begins (`attention`).
         axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).
     """
 
-    def __init__(self, rows: int, axes: int = 4):
+    def __init__(self, rows: int, axes: int = 4, reading: Reading = SLICES):
         self.write = 0
         self.low = 0
         self.axes = axes
+        self.reading = reading
         self.start = np.zeros(rows, np.int32)
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the device's copies up to date after ``start`` or ``write`` changed on the host."""
-        self.low = int(self.start.min())
+        self.low = 0 if self.reading.from_zero else int(self.start.min())
         self.offset = mx.array(self.write - self.start)
         self._starts = mx.array(self.start).reshape(-1, *[1] * (self.axes - 1))
-        self.uniform = bool((self.start == self.low).all())
+        self.uniform = not self.start.any()
 
     def advance(self) -> None:
         """Move to the next token."""
@@ -78,11 +79,11 @@ class SlotCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write one token of every row, (R, heads, 1, size), and return the window."""
-        write, low = self.window.write, self.window.low
+        write, low, reading = self.window.write, self.window.low, self.window.reading
         self.reserve(write + 1, keys, values)
         self.keys[..., write : write + 1, :] = keys
         self.values[..., write : write + 1, :] = values
-        return self.keys[..., low : write + 1, :], self.values[..., low : write + 1, :]
+        return reading.part(self.keys, low, write + 1), reading.part(self.values, low, write + 1)
 
     def reserve(self, capacity: int, keys: mx.array, values: mx.array) -> None:
         """Make room for ``capacity`` positions, of the heads, size and dtype of ``keys`` and ``values``."""
