@@ -1,8 +1,10 @@
 r"""The grammar of numbers in answers: finds a number, to its longest match, and its exact value. No MLX.
 
 A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, ``10 000``, ``1'234`` and ``1_234`` are
-numbers; ``12,50``, ``3:45`` and ``1.234.567`` are not, and neither are their parts. Texts are bounded, nothing is
-evaluated, exponents are not understood, and a number has at most 40 digits.
+numbers; ``12,50``, ``3:45`` and ``1.234.567`` are not, and neither are their parts. A sign belongs to the number or
+currency that it touches; one with a space after it is a sign at the start of an answer and after ``=`` (``- $18``,
+``x = - 18``), and in running text a dash: ``Total - $18`` is 18. Texts are bounded, nothing is evaluated, exponents
+are not understood, and a number has at most 40 digits.
 """
 
 import re
@@ -22,7 +24,8 @@ _RUN = r"\.?[0-9]++(?:[.,'’_:][0-9]++)*+"
 NUMBER = re.compile(
     rf"""
     (?=[-+.0-9$€£¥₹√∛∜\\]|(?i:neg|minu))
-    (?P<sign> (?<![0-9A-Za-z)\]}}%]) [-+] | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
+    (?P<sign> (?<![0-9A-Za-z)\]}}%]) [-+] | (?:(?<==)|(?<==[ ]))[-+][ ]
+        | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
     (?: [$€£¥₹][ ]? (?P<minus>-)? )?
     (?P<root> [√∛∜][ (]? | \\sqrt[ ]?(?:\[[0-9]\])?\{{? )?
     (?P<run> {_SPACED} | {_RUN} )
@@ -46,7 +49,7 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     equation the right-hand side counts where the left one is one name or is computed: ``x = 5``, ``3 + 4 = 7``.
 
     Not one number: two different ones, a range or difference, an exponent, a power, root or factorial (``10³``,
-    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), what is left of a formula (``\sqrt{2}``, ``x + 5``,
+    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), the rest of a formula (``\sqrt{2}``, ``x + 5``,
     ``x + y = 0``), a zero denominator, more than 40 digits.
 
     Args:
@@ -118,6 +121,7 @@ _OVER = re.compile(rf"(?:{_BRACED}|(?<![0-9.,]){_PART})\s*(?:/|\\over(?![A-Za-z]
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\}?)\^\{?[0-9](?![0-9])\}?")
 _DEGREES = re.compile(r"\^ *\{? *\\(?:circ|degree)(?![A-Za-z])")
 _SPACES = re.compile(r"\s+")
+_NO_SPACE = re.compile(r"(?<=[0-9],)\\! ?(?=[0-9])|\\!")  # 11,\! 111 is 11,111
 _STYLED = re.compile(
     r"\\(?:text|textbf|textit|textrm|emph|underline|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname|boxed|fbox"
     r"|(?:textcolor|color) ?\{[A-Za-z0-9!]*\}) ?\{([^{}]*)\}"
@@ -135,7 +139,7 @@ def plain(text: str) -> str:
         text = _VULGAR.sub(_in_ascii, text.translate(_SPELLINGS))
     if "\\" not in text and "{" not in text and "^" not in text:
         return text
-    text = text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%").replace(r"\!", "").replace(r"\,", " ")
+    text = _NO_SPACE.sub("", text.replace("{,}", ",")).replace(r"\$", "$").replace(r"\%", "%").replace(r"\,", " ")
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dtc]?frac)", " ", text)
     text = _OVER.sub(lambda match: "/".join(filter(None, match.groups())), _FRACTION.sub(_in_line, text))
     return _UNIT_POWER.sub(r"\1²", _DEGREES.sub(" ", text))

@@ -83,6 +83,7 @@ NUMBERS = {
     r"{\large -18}": -18,
     "\u2212 18": -18,
     "- 18 dollars": -18,
+    r"11,\! 111,\!100": 11_111_100,
     "$- 18$": -18,
     "\u2011 18": -18,
     "-{18}": -18,
@@ -188,6 +189,20 @@ def test_parse_number(text, value):
 def test_parse_number_refuses(text):
     """What is not one number is not guessed at."""
     assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("It is -$18.", -18), ("It is -$ 18.", -18), (r"It is -\$ 5.", -5), ("It is $-5.", -5)],
+        *[("The answer is - $18.", 18), ("Total - $18", 18), ("- 18", 18), ("Monday - 18", 18)],  # dashes
+        *[("so x = - 18.", -18), ("so 3 - 21 =- $18", -18), ("total = + 7", 7), ("x - 18", 18)],
+        *[("#### - $18", -18), (r"\boxed{- \$18}", -18), ("<answer>- 18</answer>", -18)],
+    ],
+)
+def test_a_sign_with_a_space_after_it_is_a_dash_in_running_text(text, value):
+    """It is a sign where an answer or the right side of an equation starts with it."""
+    assert parse_number(tolerant(text)) == value
 
 
 @pytest.mark.parametrize(
