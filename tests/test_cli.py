@@ -49,12 +49,23 @@ def test_help_needs_no_mlx():
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["config", "tasks.gsm8k", "tasks.countdown", "tasks.qa", "evaluation.stats", "report.tables", "runtime.run_folder"],
-)
-def test_these_rooms_never_load_mlx(module):
-    code = f"import sys, mlx_traces.{module}\nassert not any(name.startswith('mlx.') for name in sys.modules)"
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_group_lists_each_command_once_with_a_whole_sentence(group):
+    command = main.commands[group[0]] if group else main
+    text = call(*group, "--help").output
+    for name, one in command.commands.items():
+        (line,) = re.findall(rf"^  {name} +(.+)$", text, re.MULTILINE)
+        assert line.endswith(".") and not line.endswith("...") and one.help.startswith(line)
+
+
+def test_what_starts_fast_loads_neither_mlx_nor_other_large_packages():
+    modules = "config tasks.gsm8k tasks.countdown tasks.qa evaluation.stats evaluation.evaluator report.tables "
+    modules += "runtime.run_folder runtime.hub"  # of grade, report, watch and data
+    code = (
+        f"import sys, {', '.join(f'mlx_traces.{module}' for module in modules.split())}\n"
+        "heavy = {'mlx.core', 'transformers', 'pandas', 'datasets', 'httpx2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -228,7 +239,7 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
         (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
         (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
         (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: needs 1 or more, not"),
-        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: give as many values as it takes"),
+        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: the list is too short"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):

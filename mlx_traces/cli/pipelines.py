@@ -3,27 +3,29 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, configured, note_unused, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, note_unused, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
+from mlx_traces.runtime.device import import_mlx
 from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
 
 
-@click.command("compare")
+@click.command("compare", cls=Sectioned)
 @click.argument("runs", nargs=-1, type=click.Path())
-@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
-@click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model; repeat for more.")
+@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER.  Repeat for more.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model.  Repeat for more.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, tasks, models, baseline, out.")
 @click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
 @click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
 @click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--format", "format_", type=click.Choice(FORMATS), default="table", help="What to print.")
+@click.option(
+    "--format", "format_", type=click.Choice(FORMATS), default="table", help="Printed form.  [default: table]"
+)
 @click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
@@ -45,6 +47,7 @@ def compare_command(
     """
     from mlx_traces.evaluation import comparison
     from mlx_traces.pipelines import compare
+    from mlx_traces.report import tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -56,15 +59,6 @@ def compare_command(
     frame, collected = compare.compared(config, progress=True)
     for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
-    _print(frame, collected, format_, extractors)
-    if config.out:
-        click.echo(f"written to {config.out}", err=True)
-
-
-def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
-    """Print a comparison in one of FORMATS."""
-    from mlx_traces.report import tables
-
     if format_ == "json":
         click.echo(json.dumps(tables.to_json(frame), indent=1))
     elif format_ == "csv":
@@ -72,16 +66,12 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
     elif format_ == "markdown":
         click.echo(tables.to_markdown(frame))
     else:
-        from rich.console import Console
-
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(tables.to_terminal(frame))
-        for part in (
-            tables.strata_table(collected),
-            tables.extractors_table(collected) if extractors else None,
-        ):
-            if part is not None:
-                console.print(part)
+        by_extractor = tables.extractors_table(collected) if extractors else None
+        for table in (tables.to_terminal(frame), tables.strata_table(collected), by_extractor):
+            if table is not None:
+                console().print(table)
+    if config.out:
+        click.echo(f"written to {config.out}", err=True)
 
 
 @click.command("verify")
@@ -118,29 +108,23 @@ def verify_command(runs: tuple[str, ...]) -> None:
 def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
     """Evaluate every model in every prompt, and test every pair.
 
-    Models that need other bits are converted first. Repeat the command after it was cut off, or with more models in
+    Models that need other bits are converted first. Repeat the command after an interruption, or with more models in
     CONFIG: finished evaluations are not repeated.
     """
     folders = {"out": out, "runs_dir": runs_dir}
     config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
     if config.out is None:
         config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
-    from rich.console import Console
-
     from mlx_traces.pipelines import study
 
     if dry_run:
         for line in study.preview(config):
             click.echo(line)
         return
-    parts = study.run(config, lambda line: click.echo(line, err=True), progress=True)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    for part in parts:
+    for part in study.run(config, lambda line: click.echo(line, err=True), progress=True):
         for item in study.to_terminal(part):
-            console.print(item, markup=False, highlight=False)
+            console().print(item, markup=False)
     click.echo(f"written to {config.out}", err=True)
 
 
@@ -151,24 +135,20 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
 @click.option(
     "--report-to", type=click.Choice(["trackio", "wandb"]), help="Also send every training's metrics to this client."
 )
-@click.option("--dry-run", is_flag=True, help="Print the stages, and tokens and memory of those to make; make nothing.")
+@click.option("--dry-run", is_flag=True, help="List the stages, with tokens and memory of those to make; make nothing.")
 def rounds_command(
     config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
 ) -> None:
-    """Train in rounds: SFT, SFT on own traces, GRPO or PPO; compare.
+    """Train in rounds (SFT, own traces, GRPO or PPO), then compare them.
 
     Epoch 1 is SFT on raw traces, epoch 2 SFT on the model's own filtered traces, round 3 GRPO or PPO. Then the base and
     every round answer the same problems, in one table and an HTML report.
 
-    Repeat the command after it was cut off: finished stages are not repeated.
+    After an interruption repeat the command: finished stages are not repeated.
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
     config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
-    from rich.console import Console
-
     from mlx_traces.pipelines import estimate, rounds
     from mlx_traces.report import tables
 
@@ -176,8 +156,7 @@ def rounds_command(
         click.echo("\n".join(estimate.lines(config)))
         return
     frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(tables.to_terminal(frame))
+    console().print(tables.to_terminal(frame))
     for line in rounds.gains(runs):
         click.echo(line)
     click.echo(f"report: {page}")

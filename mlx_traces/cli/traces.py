@@ -1,24 +1,25 @@
 """data, score, filter, reformat and generate."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import FilterConfig, GenerateConfig, ReformatConfig, ScoreConfig
-from mlx_traces.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_traces.records import Trace
-
+from mlx_traces.errors import UserError, choices, unknown
+from mlx_traces.records import Trace
+from mlx_traces.runtime.device import import_mlx
+from mlx_traces.runtime.files import write_new
+from mlx_traces.tasks import get_task
+from mlx_traces.traces import FORMATS
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
+STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -69,16 +70,17 @@ def data_countdown(
     target: tuple[int, int],
     out: str,
 ) -> None:
-    """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
-    from mlx_traces.runtime.files import write_new
-    from mlx_traces.tasks.countdown import generate
-    from mlx_traces.tasks.solver import solutions
+    """Write solvable Countdown problems.
+
+    A row has nums, target, and the number of solutions as a measure of difficulty.
+    """
+    from mlx_traces.tasks import countdown, solver
 
     if Path(out).exists():
         raise UserError(f"{out} exists; remove it, or choose another --out")
     rows = [
-        {"nums": nums, "target": value, "solutions": solutions(nums, value)}
-        for nums, value in generate(split, count, seed, operands, numbers, target)
+        {"nums": nums, "target": value, "solutions": solver.solutions(nums, value)}
+        for nums, value in countdown.generate(split, count, seed, operands, numbers, target)
     ]
     write_new(Path(out), "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{len(rows)} problems written to {out}", err=True)
@@ -86,12 +88,15 @@ def data_countdown(
 
 @data_group.command("countdown-traces")
 @generated_problems
-@click.option("--prompt", "prompts", multiple=True, default=("thinking",), help="Prompt style; several give several.")
+@click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
     count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
 ) -> None:
-    """Write a solver's traces of Countdown problems: a search step by step, then the answer."""
+    """Write a solver's traces of Countdown problems.
+
+    A trace is a search, step by step, then the answer.
+    """
     from mlx_traces.tasks import countdown
     from mlx_traces.traces import solutions
 
@@ -118,8 +123,7 @@ def data_countdown_traces(
 def data_gsm8k(
     split: str, data: str | None, limit: int | None, seed: int, style: str, prompt: str | None, out: str
 ) -> None:
-    """Write GSM8K's worked solutions as traces, without their calculator annotations."""
-    from mlx_traces.errors import unknown
+    """Write GSM8K's worked solutions as traces. Their calculator annotations are removed."""
     from mlx_traces.tasks import gsm8k
     from mlx_traces.traces import solutions
 
@@ -138,14 +142,14 @@ def data_gsm8k(
     "--format",
     "form",
     required=True,
-    help="What a row is: messages, prompt-completion, sharegpt (Sky-T1), alpaca, open-r1 or text.",
+    help=f"What a row is: {choices(FORMATS)}; Sky-T1's are sharegpt.",
 )
 @click.option("--task", help="Task that can grade the traces: gsm8k, countdown or qa; each row must have its columns.")
 @click.option(
     "--style",
     default="think",
     show_default=True,
-    help="Tags to write: think, sky-t1, or keep for those that are there.",
+    help="Tags to write: think or sky-t1; keep leaves those that are there.",
 )
 @click.option(
     "--split", default="train", show_default=True, help="Split of a hub data set; a slice as in 'train[:1000]'."
@@ -153,12 +157,12 @@ def data_gsm8k(
 @click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: count them]")
 @click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
 def data_import(data: str, form: str, task: str | None, style: str, split: str, strict: bool, out: str | None) -> None:
-    """Import traces from FILE (.jsonl, .json, .parquet, .arrow, .txt) or a hub data set owner/name.
+    """Import traces from a file or a hub data set.
 
-    A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
-    a turn of weight 0 is not learned; other fields of a turn are left out and counted.
+    FILE is .jsonl, .json, .parquet, .arrow or .txt, or OWNER/NAME on the hub. A thought in a field of its own
+    (reasoning_content, thinking, reasoning, thought) is put in tags before the answer. A turn of weight 0 is not
+    learned. Other fields of a turn are left out and counted.
     """
-    from mlx_traces.tasks import get_task
     from mlx_traces.traces import importing
 
     grader = get_task(task) if task else None
@@ -171,20 +175,20 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
 
 def _write(
     out: str,
-    made: Iterable["Trace"],
+    made: Iterable[Trace],
     source: str,
     config: dict[str, Any],
     skipped: Counter,
     seed: int | None,
     dropped: Counter | None = None,
 ) -> None:
-    """Write traces and their manifest, and say how many."""
-    from mlx_traces.traces.files import counted, source_of, write_traces
+    """Write traces and their manifest; print how many."""
+    from mlx_traces.traces import files
 
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
-    origin = source_of(source) if source == config.get("data") else {"source": source}
-    written = write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
-    left_out = counted(counts)
+    origin = files.source_of(source) if source == config.get("data") else {"source": source}
+    written = files.write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
+    left_out = files.counted(counts)
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 
 
@@ -192,7 +196,7 @@ def _write(
 @click.argument("source", metavar="IN", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/x.jsonl.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component; repeat for more.")
+@click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component.  Repeat for more.")
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
     """Score the traces of IN.
@@ -200,23 +204,20 @@ def score_command(source: str, out: str, config_file: str | None, mix: tuple[str
     The scores are correctness, form, structure, faithfulness, length, repetition, and on request a model's perplexity
     and the grade of a judge.
     """
-    from mlx_traces.traces.score import score_file, summary
+    from mlx_traces.traces import score
 
     if mix:
-        settings["mix"] = dict(_weight(item) for item in mix)
-    traces = score_file(Path(source), Path(out), configured(ScoreConfig, config_file, settings))
+        for item in mix:
+            if "=" not in item:
+                raise UserError(f"--mix {item}: give NAME=WEIGHT, as in faithfulness=2")
+        settings["mix"] = dict(item.split("=", 1) for item in mix)
+    traces = score.score_file(Path(source), Path(out), configured(ScoreConfig, config_file, settings))
     rows = [
-        (name, "–" if mean is None else f"{mean:.3f}", f"{100 * share:.0f} %") for name, mean, share in summary(traces)
+        (name, "–" if mean is None else f"{mean:.3f}", f"{100 * share:.0f} %")
+        for name, mean, share in score.summary(traces)
     ]
     _print_table(("score", "mean", "applies to"), rows)
     click.echo(f"{len(traces)} scored traces written to {out}", err=True)
-
-
-def _weight(item: str) -> tuple[str, str]:
-    name, sign, value = item.partition("=")
-    if not sign:
-        raise UserError(f"--mix {item}: give NAME=WEIGHT, as in faithfulness=2")
-    return name, value
 
 
 @click.command("filter")
@@ -226,9 +227,9 @@ def _weight(item: str) -> tuple[str, str]:
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Keep the traces of IN that pass the rules. Prints how many traces each rule removed."""
-    from mlx_traces.traces.filtering import filter_file
+    from mlx_traces.traces import filtering
 
-    report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
+    report = filtering.filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])
     click.echo(f"{report[-1][2] if report else 'all'} traces written to {out}", err=True)
 
@@ -240,17 +241,17 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
-    from mlx_traces.traces.files import counted
-    from mlx_traces.traces.reformat import reformat_file
+    from mlx_traces.traces import files, reformat
 
-    written, dropped = reformat_file(Path(source), Path(out), configured(ReformatConfig, config_file, settings))
-    left_out = counted({"dropped": dropped})
+    written, dropped = reformat.reformat_file(
+        Path(source), Path(out), configured(ReformatConfig, config_file, settings)
+    )
+    left_out = files.counted({"dropped": dropped})
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Print a small table, numbers to the right."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*head[:1])
@@ -258,21 +259,24 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    console().print(table)
 
 
 @click.command("generate", cls=Sectioned)
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
-@click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
+@click.option(
+    "--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File to write."
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished completions are kept.")
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Sample completions of training problems as traces. They keep their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
-    from mlx_traces.evaluation.evaluator import split_notes
-    from mlx_traces.traces.generate import generate
+    import_mlx()
+    from mlx_traces.evaluation import evaluator
+    from mlx_traces.traces import generate
 
-    for note in split_notes(config):
+    for note in evaluator.split_notes(config):
         click.echo(f"note: {note}", err=True)
     with training_bar("generate") as show:
         seen = correct = 0
@@ -282,6 +286,6 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
             seen, correct = seen + 1, correct + (trace.verdict == "correct")
             show({"step": seen, "correct": 100 * correct / seen}, total)
 
-        counts = generate(config, out, resume, advance)
+        counts = generate.generate(config, out, resume, advance)
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     click.echo(f"{told}; in {out}", err=True)

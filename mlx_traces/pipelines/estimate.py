@@ -31,8 +31,7 @@ from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.pipelines import rounds
-from mlx_traces.pipelines.rounds import Station
-from mlx_traces.readers import read_yaml
+from mlx_traces.pipelines.rounds import Stage
 from mlx_traces.records import Trace
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
@@ -40,6 +39,7 @@ from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces
 from mlx_traces.train import loop, memory
 from mlx_traces.train.memory import Estimate, Most
+from mlx_traces.yaml_files import read_yaml
 
 READ = 2_000  # traces whose longest stands for all
 LARGEST_PROBED = 256  # problems likewise
@@ -65,7 +65,7 @@ def lines(config: RoundsConfig) -> list[str]:
         UserError: if the settings are wrong. Where they are right and the rounds would end with an error all the same,
             as without the data, the last line says so.
     """
-    plan = rounds.stations(config, nullcontext)  # no bar is shown
+    plan = rounds.stages(config, nullcontext)  # no bar is shown
     compared = rounds.comparison_of(config, plan)
     found: dict[str, Forecast] = {}
     missing, notes = compared.evals, []
@@ -75,7 +75,7 @@ def lines(config: RoundsConfig) -> list[str]:
         found, notes = _estimates(config, plan, missing, len(compared.evals))
     except UserError as error:
         notes = [f"no estimates, and the rounds would end with: {error}"]
-    ends = [(station.name, station.out, station.finished) for station in plan]
+    ends = [(stage.name, stage.out, stage.finished) for stage in plan]
     ends.append(("comparison", Path(compared.out or ""), not missing))
     rows = [("stage", "state", "tokens at most", "memory", "output")]
     rows += [(name, "there" if there else "to make", *_figures(found.get(name)), str(out)) for name, out, there in ends]
@@ -85,16 +85,16 @@ def lines(config: RoundsConfig) -> list[str]:
 
 
 def _estimates(
-    config: RoundsConfig, plan: list[Station], missing: Sequence[EvalConfig], count: int
+    config: RoundsConfig, plan: list[Stage], missing: Sequence[EvalConfig], count: int
 ) -> tuple[dict[str, Forecast], list[str]]:
     """Return the forecasts of what is left, by stage, and the lines that belong to them."""
-    left, spec = [station for station in plan if not station.finished], names.split_adapter(config.model)[0]
+    left, spec = [stage for stage in plan if not stage.finished], names.split_adapter(config.model)[0]
     if not left and not missing:
         return {}, []
     if not names.is_here(spec):
         return {}, [f"no estimates: {spec} is not on this machine yet, and the rounds will download it"]
     outlook = Outlook(config, plan)
-    found = {station.name: outlook.of(station) for station in left}
+    found = {stage.name: outlook.of(stage) for stage in left}
     if missing:
         found["comparison"] = outlook.of_comparison(missing, count)
     peak = max((one.memory_gb for one in found.values() if one.memory_gb), default=0.0)
@@ -123,8 +123,8 @@ def _missing(compared: CompareConfig) -> list[EvalConfig]:
 class Outlook:
     """The forecasts of a plan's stages; models and traces are read once, when they are first needed."""
 
-    def __init__(self, config: RoundsConfig, plan: Sequence[Station]) -> None:
-        self.config, self.plan = config, {station.name: station for station in plan}
+    def __init__(self, config: RoundsConfig, plan: Sequence[Stage]) -> None:
+        self.config, self.plan = config, {stage.name: stage for stage in plan}
         self.spec, self.adapter = names.split_adapter(config.model)
 
     @cached_property
@@ -135,20 +135,20 @@ class Outlook:
     @cached_property
     def raw(self) -> list[Trace]:
         """The first stage's traces, as they are or would be."""
-        station = self.plan["raw"]
-        if station.finished:
-            return [trace for _, trace in read_traces(station.out)]
+        stage = self.plan["raw"]
+        if stage.finished:
+            return [trace for _, trace in read_traces(stage.out)]
         return list(rounds.raw_traces(self.config, Counter())[0])
 
-    def of(self, station: Station) -> Forecast:
+    def of(self, stage: Stage) -> Forecast:
         """Return a stage's forecast."""
-        recipe = station.recipe
-        if station.name == "raw":
+        if stage.name == "raw":
             return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
+        recipe = stage.recipe.sized(self.loaded.backend.sizes)
         if isinstance(recipe, GenerateConfig):
             return self._sampling(recipe, 1, "")
         if isinstance(recipe, SFTConfig):
-            return self._sft(recipe, *(self._given(recipe) if station.name == "epoch1" else self._own(recipe)))
+            return self._sft(recipe, *(self._given(recipe) if stage.name == "epoch1" else self._own(recipe)))
         if isinstance(recipe, RLConfig):
             return self._reinforcement(recipe)
         readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
@@ -158,7 +158,8 @@ class Outlook:
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""
-        return self._sampling(missing[0], len(missing), f"{len(missing)} of {count} evaluations, each of ")
+        settings = missing[0].sized(self.loaded.backend.sizes)
+        return self._sampling(settings, len(missing), f"{len(missing)} of {count} evaluations, each of ")
 
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
@@ -205,9 +206,9 @@ class Outlook:
 
     def _own(self, config: SFTConfig) -> tuple[int, int, str]:
         """The same of the traces that the filter will have kept, at most."""
-        station = self.plan["filtered"]
-        if station.finished:
-            kept = list(read_traces(station.out))
+        stage = self.plan["filtered"]
+        if stage.finished:
+            kept = list(read_traces(stage.out))
             return len(kept), _longest_trace(self.loaded, kept, config)[0], f"{len(kept):,} traces"
         drawn = self.plan["generated"].recipe
         planned = evaluator.plan(drawn.model_copy(update={"adapter": None}))
@@ -345,6 +346,7 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         loads = f"eval --model {config.model} --limit 1 downloads it"
         raise UserError(f"{config.model} is not on this machine; {loads}, or name a folder")
     loaded = _ready(config, config.model, config.adapter)
+    config = config.sized(loaded.backend.sizes)
     if isinstance(config, RLConfig):
         few = min(config.num_steps, math.ceil(LARGEST_PROBED / config.prompts_per_step))
         planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": few}))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from mlx_traces.evaluation import stats
@@ -14,7 +14,7 @@ from mlx_traces.text import clean, number
 
 @dataclass(frozen=True)
 class Metric:
-    """How one key of ``metrics.jsonl`` is shown.
+    """The display of one key of ``metrics.jsonl``.
 
     ``share``: a fraction, shown in percent. ``better``: 1 if higher is better, -1 if lower is, 0 for neither.
     """
@@ -27,6 +27,7 @@ class Metric:
 
 METRICS = (
     Metric("valid/accuracy", "Held-out accuracy", share=True, better=1),
+    Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
     Metric("loss", "Loss"),
@@ -58,7 +59,7 @@ ASIDE = {"step", "tokens", "time/total", "optim/updates", "rollout/groups", "tim
 
 @dataclass(frozen=True)
 class Curve:
-    """The values of a metric over steps; ``low`` and ``high`` are 95 % intervals, empty where there are none."""
+    """The values of a metric over steps; ``low`` and ``high`` are 95 % intervals, empty if there are none."""
 
     metric: Metric
     steps: list[float]
@@ -68,7 +69,7 @@ class Curve:
 
     @property
     def constant(self) -> bool:
-        """Whether there are several values, all equal, so that a curve shows nothing."""
+        """Whether all values are equal, so that a curve shows nothing."""
         return len(self.values) > 1 and len(set(self.values)) == 1
 
     @property
@@ -86,41 +87,41 @@ class Curve:
 
 
 def curves(record: Record) -> list[Curve]:
-    """Return a run's curves in the order of ``METRICS``, then the metrics that are not named there.
+    """Return a run's curves in the order of ``METRICS``, other metrics last.
 
-    An evaluation has one, the accuracy so far over the samples.
+    An evaluation has one curve: the accuracy so far, over its samples.
     """
     if record.kind == EVALUATION:
-        return _running_accuracy(record)
+        correct = list(accumulate(bool(row["correct"]) for row in record.samples))
+        values = [right / count for count, right in enumerate(correct, 1)]
+        metric = Metric("accuracy", "Correct so far", share=True)
+        return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
     rows = [_derived(row) for row in record.metrics]
-    keys = [metric.key for metric in METRICS]
-    others = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in keys and key not in ASIDE]
-    known = [metric if metric.key != "loss" else _loss(record.kind) for metric in METRICS]
-    made = [_curve(rows, metric) for metric in (*known, *(Metric(key, _title(key)) for key in others))]
-    found = [curve for curve in made if curve.values]
+    metrics = {metric.key: metric for metric in METRICS}
+    if record.kind == FINE_TUNING:  # of a policy's loss neither higher nor lower is better
+        metrics["loss"] = replace(metrics["loss"], better=-1)
+    for key in dict.fromkeys(key for row in rows for key in row if key not in ASIDE):
+        prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
+        title = TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " ")
+        metrics.setdefault(key, Metric(key, clean(title)))
+    found = []
+    for metric in metrics.values():
+        points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
+        if points:
+            found.append(Curve(metric, [step for step, _ in points], [value for _, value in points], [], []))
     mean = next((curve.values for curve in found if curve.metric.key == "reward/mean"), None)
     alone = [curve for curve in found if curve.metric.key.startswith("reward/") and curve.values == mean]
     return [_with_intervals(curve, record) for curve in found if curve not in alone[1:]]
 
 
-def _loss(kind: str) -> Metric:
-    """Return the metric of the loss; for a policy's loss neither higher nor lower is better."""
-    return Metric("loss", "Loss", better=-1 if kind == FINE_TUNING else 0)
-
-
 def _derived(row: dict[str, Any]) -> dict[str, Any]:
-    """Add tokens per second and seconds per step where a line has the figures for them."""
+    """Add tokens per second and seconds per step, if the line has the figures for them."""
     parts = [row.get(key) for key in ("time/sample", "time/update")]
     if not all(map(is_number, parts)):
         return row
     seconds = sum(parts) + (row["time/reward"] if is_number(row.get("time/reward")) else 0)
     speed = {"tokens_per_second": row["tokens"] / sum(parts)} if is_number(row.get("tokens")) and sum(parts) else {}
     return {"time/step": seconds, **speed, **row}
-
-
-def _curve(rows: Sequence[dict[str, Any]], metric: Metric) -> Curve:
-    points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
-    return Curve(metric, [step for step, _ in points], [value for _, value in points], [], [])
 
 
 def _with_intervals(curve: Curve, record: Record) -> Curve:
@@ -133,18 +134,4 @@ def _with_intervals(curve: Curve, record: Record) -> Curve:
     if any(abs(value - round(value)) > 1e-6 or not 0 <= value <= count for value in correct):
         return curve  # fewer problems than asked for
     ends = [stats.wilson(round(value), count) for value in correct]
-    return Curve(curve.metric, curve.steps, curve.values, [low for low, _ in ends], [high for _, high in ends])
-
-
-def _running_accuracy(record: Record) -> list[Curve]:
-    values, correct = [], 0
-    for count, row in enumerate(record.samples, 1):
-        correct += bool(row["correct"])
-        values.append(correct / count)
-    metric = Metric("accuracy", "Correct so far", share=True)
-    return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
-
-
-def _title(key: str) -> str:
-    prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
-    return clean(TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " "))
+    return replace(curve, low=[low for low, _ in ends], high=[high for _, high in ends])

@@ -1,7 +1,7 @@
 """Figures: accuracies with intervals, wins and losses, accuracies by part, curves; as PNG or as SVG for a page. No MLX.
 
-A figure is drawn at the width of a phone's page, one unit per CSS pixel, so that its text is readable there. Its SVG
-takes the page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``,
+A figure is as wide as a phone's page, one unit per CSS pixel, so that its text is readable there. Its SVG takes the
+page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``,
 ``--card``), so that the page chooses light or dark.
 """
 
@@ -12,19 +12,25 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mlx_traces.evaluation import comparison
 from mlx_traces.report import tables
 from mlx_traces.runtime.files import replacing
-from mlx_traces.text import fold, number, percent
+from mlx_traces.text import clean, fold, number, percent
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white. Then those
 # farthest from all before them in Lab space, to normal, protan, deutan and tritan eyes (Machado et al., 2009).
@@ -32,7 +38,7 @@ COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f"),
     *("#4800a8", "#603000", "#481860", "#c0a860", "#184848"),
 )
-# What runs beyond the colours differ by: a line's dashes, its markers, a legend's mark, a bar's hatching.
+# When colours repeat, runs differ by these: a line's dashes, its markers, a legend's mark, a bar's hatching.
 LOOKS = (
     ("solid", "o", "●", ""),
     ((0, (4, 1.6)), "D", "◆", "////"),
@@ -57,7 +63,7 @@ _SIZE = re.compile(r' (?:width|height)="[\d.]+pt"')
 class Line:
     """One run's curve in a panel.
 
-    ``low`` and ``high`` are the ends of intervals, empty or one for each value. ``color`` counts the ``COLORS``.
+    ``low`` and ``high`` are the ends of intervals, empty or one for each value. ``color`` is the run's number.
     """
 
     name: str
@@ -69,20 +75,17 @@ class Line:
 
 
 def color(i: int) -> str:
-    """Return the colour of the ``i``-th run; runs beyond the ``COLORS`` have the first ones again, in another look."""
+    """Return the colour of run ``i``; with more runs than ``COLORS`` colours repeat, in another `look`."""
     return COLORS[i % len(COLORS)]
 
 
 def look(i: int) -> tuple[Any, str, str, str]:
-    """Return dashes, marker, legend's mark and hatching of the ``i``-th run, the same as long as colours differ."""
+    """Return dashes, marker, legend's mark and hatching of run ``i``; they change when the colours repeat."""
     return LOOKS[i // len(COLORS) % len(LOOKS)]
 
 
 def png(figure: Figure) -> bytes:
     """Return a figure as PNG, on white."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
     figure.set_dpi(180)
     with rc_context(_STYLE):
@@ -91,17 +94,12 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element for a page: no declaration, no address, no size of its own.
+    """Return a figure as an SVG element for a page, without declaration, URLs or size.
 
     Args:
         figure: drawn by this module.
         label: the text for screen readers; it is escaped here.
     """
-    from html import escape
-
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     buffer = io.StringIO()
     figure.patch.set_alpha(0)
     with rc_context(_STYLE):
@@ -109,18 +107,13 @@ def svg(figure: Figure, label: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=unsaid)
     text = re.sub(r"\s*\n\s*", "\n", _ASIDE.sub("", buffer.getvalue()))
     opening, end, rest = text.partition(">")
-    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(tables.clean(label))}"'
-    return _in_tags(opening + end + rest).strip()
-
-
-def _in_tags(text: str) -> str:
-    """Replace colours by CSS variables and drop attributes, only inside tags, so that labels stay unchanged."""
+    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(clean(label))}"'
     colors = re.compile("|".join(VARIABLES))
 
-    def clean(tag: re.Match) -> str:
+    def in_tag(tag: re.Match) -> str:  # labels, outside of the tags, stay as they are
         return colors.sub(lambda found: VARIABLES[found[0]], _ATTRIBUTES.sub("", tag[0]))
 
-    return re.sub(r"<[^<>]*>", clean, text)
+    return re.sub(r"<[^<>]*>", in_tag, opening + end + rest).strip()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -131,22 +124,19 @@ def save(figure: Figure, path: Path) -> None:
 
 def row_name(row: dict[str, Any]) -> tuple[str, str]:
     """Name a row of a comparison: (model and adapter, prompt and, where two are alike, the run)."""
-    name, prompt = comparison.model_name(row["model"], row["adapter"]), tables.clean(row["prompt"])
+    name, prompt = comparison.model_name(row["model"], row["adapter"]), clean(row["prompt"])
     same = row["label"] == f"{name}_{prompt}"
-    return name, prompt if same else f"{prompt}, {tables.clean(row['run'])}"
-
-
-# ------------------------------------------------------------------------------------------------ figures
+    return name, prompt if same else f"{prompt}, {clean(row['run'])}"
 
 
 def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
     """Draw the accuracies of a comparison as bars from zero with their 95 % intervals, in the frame's order.
 
-    The baseline's accuracy is a dashed line where there is something to compare.
+    With several rows the baseline's accuracy is a dashed line.
 
     Args:
         frame: from `comparison.compare_runs`.
-        title: text above it; a page has its own.
+        title: text above the bars; a page has its own.
     """
     rows = frame.to_dict("records")
     baseline = frame["diff"].isna().tolist().index(True)
@@ -155,7 +145,7 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
         name, notes = row_name(row)
         notes += ", baseline" if len(rows) > 1 and i == baseline else ""
         names.append((fold(name, 44), fold(notes, 52)))
-    tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
+    *tops, height = accumulate((15 * (len(first) + len(second)) + 26 for first, second in names), initial=0.0)
     figure, axes = _canvas(height, title, right=78)
     top = max(100 * row["ci_high"] for row in rows)
     axes.set_xlim(0, min(100.0, 1.05 * top) or 1)
@@ -185,10 +175,10 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
 
     Args:
         rows: ``name``, ``notes`` (below the name), ``won``, ``lost``, counts of problems.
-        title: above it.
+        title: text above the figure.
     """
     names = [(fold(row["name"], 44), fold(row["notes"], 58)) for row in rows]
-    tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
+    *tops, height = accumulate((15 * (len(first) + len(second)) + 26 for first, second in names), initial=0.0)
     figure, axes = _canvas(height, title)
     most = max(1, *(max(row["won"], row["lost"]) for row in rows))
     axes.set_xlim(-1.22 * most, 1.22 * most)
@@ -212,7 +202,7 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     axes.set_yticks([])
     _grid(axes, "x")
-    axes.xaxis.set_major_locator(_whole(6))
+    axes.xaxis.set_major_locator(_ticks(6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
     axes.set_xlabel("problems lost  ←   → problems won", color=MUTE, fontsize=11)
     return figure
@@ -222,17 +212,17 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Draw accuracies by part (difficulty, extractor) as dots with 95 % intervals, a colour for each run.
 
     Args:
-        frame: from ``tables.strata`` or ``tables.extractors``; colours go by the order of labels in it.
-        title: above it.
+        frame: from `comparison.strata` or `comparison.extractors`; colours follow the order of its labels.
+        title: text above the figure.
     """
     labels = list(dict.fromkeys(frame["label"]))
     groups = {part: frame[frame["part"] == part].to_dict("records") for part in dict.fromkeys(frame["part"])}
-    tops, height = _stacked([24 + 17 * len(rows) for rows in groups.values()])
-    figure, axes = _canvas(height, title, [(tables.clean(name), i) for i, name in enumerate(labels)], right=70)
+    *tops, height = accumulate((24 + 17 * len(rows) for rows in groups.values()), initial=0.0)
+    figure, axes = _canvas(height, title, [(clean(name), i) for i, name in enumerate(labels)], right=70)
     axes.set_xlim(0, min(100.0, 105 * frame["ci_high"].max()) or 1)
     axes.set_ylim(height, 0)
     for (part, rows), place in zip(groups.items(), tops, strict=True):
-        _text(axes, tables.clean(part)[:52] or "(none)", 0, place, weight="bold")
+        _text(axes, clean(part)[:52] or "(none)", 0, place, weight="bold")
         count = max(row["total_questions"] for row in rows)
         _text(axes, f"n = {count:,}", 1, place, dx=62, ha="right", color=MUTE, size=11)
         for k, row in enumerate(rows):
@@ -256,7 +246,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
     Args:
         lines: one for each run.
         share: the values are fractions, shown in percent.
-        title: above it; several lines then have a legend.
+        title: text above the panel; several lines then have a legend.
     """
     names = [(line.name, line.color) for line in lines]
     figure, axes = _canvas(150, title, names if len(lines) > 1 else (), PANEL, left=46, right=14, bottom=26, top=8)
@@ -281,14 +271,14 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
         )
         if many:
             axes.plot(*thinned(line.steps, running_mean(values)), color=shade, linewidth=2, linestyle=dashes)
-    axes.xaxis.set_major_locator(_whole(5))
+    axes.xaxis.set_major_locator(_ticks(5))
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.margins(x=0.02)
     low, high = _limits([(line, [unit * value for value in line.values]) for line in lines], unit, share)
     axes.set_ylim(low, high)
     ticks = [
         tick
-        for tick in _whole(4, integer=False).tick_values(low, high)
+        for tick in _ticks(4, integer=False).tick_values(low, high)
         if low <= tick <= (min(high, 100) if share else high)
     ]
     axes.set_yticks(ticks, [text + (" %" if share else "") for text in tick_texts(ticks)])
@@ -301,7 +291,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
 def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: bool) -> tuple[float, float]:
     """Return a panel's vertical limits: around its curves, but not so close that noise looks large.
 
-    Of curves with a running mean the highest and the lowest hundredth of the values may leave the panel.
+    The highest and lowest hundredth of a rough curve's values may lie outside of the panel.
     """
     inside: list[float] = []
     for line, values in lines:
@@ -317,7 +307,7 @@ def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: b
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Format the numbers of an axis with the decimals that are needed to tell them apart."""
+    """Format the numbers of an axis with as many decimals as it takes to tell them apart."""
     if len(ticks) < 2 or (step := ticks[1] - ticks[0]) < 1e-4 * (1 - 1e-9):
         return [f"{tick:.3g}" for tick in ticks]
     decimals = next(d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step)
@@ -325,20 +315,20 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
 
 
 def rough(values: Sequence[float]) -> bool:
-    """Whether a curve is noisy, so that its running mean shows more: 30 values or more, a quarter of them turns."""
+    """Whether a curve is noisy, so that its running mean shows more: 30 or more values, a quarter of them turns."""
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     return len(values) >= 30 and turns >= len(values) / 4
 
 
 def thinned(steps: Sequence[float], values: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """Return at most so many points of a curve, each the mean of neighbours."""
+    """Return at most ``most`` points of a curve, each the mean of neighbours."""
     size = -(-len(values) // most) or 1
     chunks = [slice(at, at + size) for at in range(0, len(values), size)]
     return ([sum(part) / len(part) for part in (row[at] for at in chunks)] for row in (steps, values))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean around each value, over a window of a fifteenth of them; shorter windows at the ends."""
+    """Return the mean around each value, over a window of a fifteenth of all values; shorter at the ends."""
     half = max(1, len(values) // 30)
     windows = (values[max(0, at - half) : at + half + 1] for at in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -354,12 +344,10 @@ def _canvas(
     bottom: float = 36,
     top: float = 6,
 ) -> tuple[Figure, Axes]:
-    """Make a figure whose axes are ``height`` high, with margins around, all in units.
+    """Make a figure with axes of this height and margins around them, all in units.
 
-    Where there is a title, names with the number of their colour stand below it as a legend.
+    With a title, ``names`` (name, number of its colour) stand below it as a legend.
     """
-    from matplotlib.figure import Figure
-
     heading = [(line, INK, "bold") for line in textwrap.wrap(title, int(width / 8))]
     heading += [(f"{look(i)[2]}  {name}", color(i), "normal") for name, i in names if title]
     top += 17 * len(heading) + (12 if title else 0)
@@ -374,17 +362,8 @@ def _canvas(
     return figure, axes
 
 
-def _stacked(heights: Sequence[float]) -> tuple[list[float], float]:
-    """Return where each block begins, and the height of all."""
-    tops, at = [], 0.0
-    for height in heights:
-        tops.append(at)
-        at += height
-    return tops, at
-
-
 def _text(axes: Axes, text: str, x: float, y: float, dx: float = 0, size: float = 12, **style: Any) -> None:
-    """Write at a fraction of the axes' width and a height in data."""
+    """Write a text at ``x``, a fraction of the axes' width, and ``y``, in data units."""
     behind = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}
     style = {"color": INK, "va": "top", "linespacing": 1.25, "bbox": behind, **style}
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -399,7 +378,5 @@ def _grid(axes: Axes, axis: str) -> None:
         spine.set_visible(False)
 
 
-def _whole(bins: int, integer: bool = True) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
+def _ticks(bins: int, integer: bool = True) -> MaxNLocator:
     return MaxNLocator(nbins=bins, integer=integer, steps=[1, 2, 5, 10])

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import text as mlx_traces_text
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison
 from mlx_traces.readers import is_number
@@ -22,15 +25,12 @@ from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
 from mlx_traces.tasks import thoughts
-from mlx_traces.text import clean, p_text, percent, visible, whole
+from mlx_traces.text import clean, interval, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jinja2 import Environment
-    from matplotlib.figure import Figure
 
-
-MOST_TRACES = 3000  # samples embedded, of all runs together
+MOST_TRACES = 3000  # embedded samples of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
 OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
@@ -45,12 +45,12 @@ def write(
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
-    Evaluations of the same problems are compared, each other evaluation stands alone, and trainings of a kind share
-    their panels. Runs may be unfinished; the page says so.
+    Evaluations of the same problems are compared; any other evaluation has a section of its own. Trainings of a kind
+    share their panels. Runs may be unfinished; the page says so.
 
     Args:
         runs: run folders of evaluations and trainings, or evaluations already read, in any mix.
-        out: the HTML file, or a folder that gets ``report.html``; one that is there is replaced.
+        out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
 
@@ -63,7 +63,13 @@ def write(
     if not runs:
         raise UserError("there are no runs to report; name at least one run folder")
     given = [Path(run) if isinstance(run, str) else run for run in runs]
-    records = [_record(run) for i, run in enumerate(given) if run not in given[:i]]
+    records = [
+        Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
+        if isinstance(run, comparison.Run)
+        else run_view.read(run)
+        for i, run in enumerate(given)
+        if run not in given[:i]
+    ]
     page = Page()
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
     html = render(sections, records)
@@ -85,20 +91,30 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def _record(run: Path | comparison.Run) -> Record:
-    if isinstance(run, comparison.Run):
-        return Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
-    return run_view.read(run)
-
-
 def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
-    """Fill in the page's template."""
-    environment = _environment()
+    """Fill in the page's template. The page is named by the tasks of its runs."""
+    environment = Environment(
+        loader=PackageLoader("mlx_traces.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    environment.globals |= {"colors": len(figures.COLORS), "looks": len(figures.LOOKS)}
+    environment.filters |= {
+        "percent": percent,
+        "interval": lambda row, name="ci": interval(row[f"{name}_low"], row[f"{name}_high"]),
+        "p": p_text,
+    }
+    tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
+    names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
+    title = f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = embedded(records)
     page = environment.get_template("report.html").render(
-        title=_heading(records),
+        title=title,
         sections=sections,
         runs=[_provenance(record) for record in records],
         traces=shown,
@@ -111,40 +127,6 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
     return page.encode("utf-8", "replace").decode()
 
 
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("mlx_traces.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {
-        "ensure_ascii": False,
-        "allow_nan": False,
-        "separators": (",", ":"),
-    }
-    environment.globals["colors"] = len(figures.COLORS)
-    environment.globals["looks"] = len(figures.LOOKS)
-    environment.filters |= {
-        "percent": percent,
-        "interval": lambda row, name="ci": mlx_traces_text.interval(row[f"{name}_low"], row[f"{name}_high"]),
-        "p": p_text,
-    }
-    return environment
-
-
-def _heading(records: Sequence[Record]) -> str:
-    """Name the page by what is in it: tasks of evaluations, models of trainings."""
-    tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
-    names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
-    count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
-    return f"{count} on {', '.join(names)}" if names else count
-
-
 class Page:
     """The sections of a page and the figures in them; a figure is drawn once for the page and once for a PNG."""
 
@@ -152,7 +134,7 @@ class Page:
         self.pictures: dict[str, Callable[[], Figure]] = {}
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
-        """Draw a figure for the page, where it has its heading in HTML, and remember it for a PNG with a title."""
+        """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
         count = sum(known.startswith(name) for known in self.pictures)
         file = f"{name}-{count + 1}.png" if count else f"{name}.png"
         self.pictures[file] = lambda: draw(title)
@@ -187,10 +169,10 @@ class Page:
         sections = []
         for key, group in groups.items():
             first = next((i for i, run in enumerate(group) if run.name == baseline), 0)
-            sections.append(self._comparison(group, first, states[key]))
+            sections.append(self.comparison(group, first, states[key]))
         return [*sections, *empty]
 
-    def _comparison(self, runs: list[comparison.Run], baseline: int, state: str | None) -> dict[str, Any]:
+    def comparison(self, runs: list[comparison.Run], baseline: int, state: str | None) -> dict[str, Any]:
         """Return the section of the evaluations of one set of problems."""
         frame = comparison.compare_runs(runs, baseline)
         protocol = tables.protocol_line(frame)
@@ -207,11 +189,17 @@ class Page:
             )
         ]
         if several:
-            others = [row for i, row in enumerate(rows) if i != baseline]
             base = f"{rows[baseline]['name']}, {rows[baseline]['notes']}"
             pairs = [
-                {"name": row["name"], "notes": _pair_notes(row), "won": row["wins"], "lost": row["losses"]}
-                for row in others
+                {
+                    "name": row["name"],
+                    "notes": f"{percent(row['diff'], signed=True)} points {interval(row['diff_low'], row['diff_high'])}"
+                    f", p {_is(row['p_value'])}",
+                    "won": row["wins"],
+                    "lost": row["losses"],
+                }
+                for i, row in enumerate(rows)
+                if i != baseline
             ]
             charts.append(
                 self.picture(
@@ -261,11 +249,13 @@ class Page:
         for kind in (run_view.REINFORCEMENT, run_view.FINE_TUNING):
             runs = [record for record in records if record.kind == kind]
             for at in range(0, len(runs), OVERLAID):
-                sections.append(self._training(kind, runs[at : at + OVERLAID], at))
+                sections.append(self.training(kind, runs[at : at + OVERLAID], at))
         return sections
 
-    def _training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
-        """Return a section of trainings of one kind, the ``first`` of all: what came of them, a panel a metric."""
+    def training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
+        """Return a section of trainings of one kind: their results, and a panel for each metric.
+
+        ``first`` is the number of trainings in the sections before; colours go on from there."""
         metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
         for i, run in enumerate(runs):
             for curve in curves.curves(run):
@@ -280,12 +270,13 @@ class Page:
                 continue
             drawn = [figures.Line(runs[i].name, c.steps, c.values, first + i, c.low, c.high) for i, c in lines]
             ends = [f"{runs[i].name}: {c.text(c.values[0])} to {c.text(c.values[-1])}" for i, c in lines]
-            name = f"{kind.split()[0]}-{_file_name(key)}"
+            plain = re.sub(r"[^A-Za-z0-9]", "-", key).strip("-").lower()[:60] or "metric"
+            name = f"{kind.split()[0]}-{plain}"
             draw = lambda title, drawn=drawn, share=metric.share: figures.panel(drawn, share, title)  # noqa: E731
             picture = self.picture(name, metric.title, f"{metric.title}, {'; '.join(ends)}", draw)
             picture["last"] = lines[0][1].text(lines[0][1].values[-1]) if len(lines) == 1 else ""
             panels.append(picture)
-        rows = [_training_row(first + i, run) for i, run in enumerate(runs)]
+        rows = [training_row(first + i, run) for i, run in enumerate(runs)]
         return {
             "kind": "training",
             "state": None,
@@ -302,7 +293,7 @@ class Page:
 
 
 def evaluated(record: Record) -> comparison.Run:
-    """Return an evaluation as the comparison takes it; an unfinished one has the problems that are complete.
+    """Return an evaluation in the form that a comparison reads; an unfinished one with its complete problems only.
 
     Raises:
         UserError: if result.json lacks what a comparison needs.
@@ -314,9 +305,7 @@ def evaluated(record: Record) -> comparison.Run:
     settings = record.settings
     prompt = settings.get("prompt")
     size = run_view.whole(settings.get("samples")) or 1
-    counts: dict[str, int] = {}
-    for row in record.samples:
-        counts[row["id"]] = counts.get(row["id"], 0) + 1
+    counts = Counter(row["id"] for row in record.samples)
     keys = ("model", "adapter", "task", "split", "max_tokens", "temperature")
     result = {key: settings.get(key) for key in keys} | {"samples_per_problem": size}
     result["model"] = str(result["model"])
@@ -332,14 +321,13 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
     rows = []
     for i, row in enumerate(frame.to_dict("records")):
         name, notes = figures.row_name(row)
-        pair = {"wins": 0, "losses": 0}
-        if i != baseline:
-            pair = {key: comparison.paired(runs[i], runs[baseline])[key] for key in pair}
+        pair = comparison.paired(runs[i], runs[baseline]) if i != baseline else {"wins": 0, "losses": 0}
         speed = row["tokens_per_second"]
         rows.append(
             {
                 **row,
-                **pair,
+                "wins": pair["wins"],
+                "losses": pair["losses"],
                 "name": name,
                 "notes": notes,
                 "n": tables.n_text(row),
@@ -350,11 +338,6 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
             }
         )
     return rows
-
-
-def _pair_notes(row: dict[str, Any]) -> str:
-    interval = mlx_traces_text.interval(row["diff_low"], row["diff_high"])
-    return f"{percent(row['diff'], signed=True)} points {interval}, p {_is(row['p_value'])}"
 
 
 def _is(p: float) -> str:
@@ -372,7 +355,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     sure = "" if best["p_holm"] < 0.05 else ": within what chance may do"
     return (
         f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
-        f"{mlx_traces_text.interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
+        f"{interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
         f"{best['losses']:,} lost, Holm-adjusted p {_is(best['p_holm'])}{sure}."
     )
 
@@ -389,8 +372,8 @@ def _agreement(runs: Sequence[comparison.Run]) -> str:
 # ------------------------------------------------------------------------------------------------ trainings
 
 
-def _training_row(i: int, run: Record) -> dict[str, Any]:
-    """Sum a training up; ``cells`` by heading."""
+def training_row(i: int, run: Record) -> dict[str, Any]:
+    """Summarize a training; ``cells`` by heading."""
     result, found = run.result or {}, {curve.metric.key: curve for curve in curves.curves(run)}
     adapter = run.settings.get("adapter")
 
@@ -400,7 +383,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
         return " → ".join(dict.fromkeys([curve.text(curve.values[0]), curve.text(curve.values[-1])]))
 
     held_out = found.get("valid/accuracy") or found.get("valid/loss")
-    best, speed = (_number(result.get(key)) for key in ("best_step", "tokens_per_second"))
+    best, speed = (value if is_number(value := result.get(key)) else None for key in ("best_step", "tokens_per_second"))
     memory = found.get("memory/peak_gb")
     return {
         "name": run.name,
@@ -424,31 +407,21 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float | None:
-    """Return a number from a file; None for anything else."""
-    return value if is_number(value) else None
-
-
-def _file_name(key: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in key).strip("-").lower()[:60] or "metric"
-
-
 def _provenance(record: Record) -> dict[str, Any]:
-    """Return how a run was made, for the end of the page."""
+    """Describe how a run was made, for the end of the page."""
     about = record.about
-    backend, server = about.get("backend"), about.get("server")
-    versions = about.get("versions")
+    backend, server, versions = (
+        value if isinstance(value := about.get(key), dict) else {} for key in ("backend", "server", "versions")
+    )
     items = {
         "folder": str(record.path),
         "kind": record.kind,
         "state": terminal.state(record),
         "command": about.get("command"),
         "started": about.get("started"),
-        "device": backend.get("description") if isinstance(backend, dict) else None,
-        "server": server.get("url") if isinstance(server, dict) else None,
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-        if isinstance(versions, dict)
-        else None,
+        "device": backend.get("description"),
+        "server": server.get("url"),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
         "revision": about.get("git_revision"),
     }
     prompt = record.settings.get("prompt")
@@ -466,8 +439,8 @@ def _provenance(record: Record) -> dict[str, Any]:
 def embedded(records: Sequence[Record]) -> dict[str, Any]:
     """Return the samples that the page holds, as JSON values, evenly from all runs up to a limit.
 
-    Evaluations give their first problems, the same ones where they were asked the same; trainings give lines spread
-    over their steps. ``total`` counts all samples there are.
+    An evaluation gives its first problems, so evaluations of the same problems give the same ones. A training gives
+    lines spread over its steps. ``total`` is the number of all samples.
     """
     total = sum(len(record.samples) for record in records)
     quota = MOST_TRACES // max(1, sum(bool(record.samples) for record in records))
@@ -523,7 +496,7 @@ def _figure(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    """Return a text as the page shows it, its middle left out where it is very long; None for none."""
+    """Return a text for the page, without its middle if it is very long; None for an empty one."""
     if value is None or value == "":
         return None
     text = str(value)

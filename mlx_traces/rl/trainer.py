@@ -23,12 +23,10 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
-from mlx_traces.runtime import distributed
-from mlx_traces.runtime.provenance import fingerprint, provenance, settled
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
-
-NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
 
 @dataclass
@@ -46,7 +44,10 @@ class Learner:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start."""
+    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -59,6 +60,7 @@ class Result:
     tokens_per_second: float
     peak_memory_gb: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 class Run(loop.Training):
@@ -132,6 +134,7 @@ class Run(loop.Training):
             tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
             peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
             notes=[*notes, *self.unmoved()],
+            stopped=self.stopped,
         )
         self.folder.conclude(asdict(result))
         return result
@@ -168,7 +171,7 @@ class Setup:
         self.notes += filter(None, [memory.fits(found, loaded.backend)])
         asked = {"problems": [problem.id for problem in self.planned.problems]}
         asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
-        read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
+        read = resolved_config(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
         ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size()}
         self.folder.begin(self.identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *self.notes]})
 
@@ -177,24 +180,16 @@ class Setup:
 def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
     """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
 
-    Args:
-        name: of the algorithm, for the adapter's settings file.
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the folder's run is another one.
+    ``name`` is the algorithm's, for the adapter's settings file; the other arguments and the errors: see `train.loop`.
     """
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         config = with_reference(names.with_adapter(config), folder.identity)
-        config = loading.of_its_day(config, folder.identity)
+        config = loading.of_its_day(config, folder.identity).sized(distributed.sizes(device.choose(config.device)))
         planned, held_out, notes = rollouts.prepare(config)
-        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
+        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)
@@ -248,16 +243,13 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
-    return {
-        **loop.identity_of(config, *NOT_IDENTITY),
+    read = {
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
-        **loaded.shown(),
-        "model_files": fingerprint(loaded.path),
-        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
-        "weights": loaded.backend.weights,
-        "dtype": loaded.backend.dtype,
+    }
+    return {
+        **loop.identity_of(config, loaded, read),
         **{f"reward {name}": ", ".join(f"{file.name} {loop.digest(file)}" for file in own[name]) for name in own},
     }
 

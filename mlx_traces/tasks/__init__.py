@@ -1,7 +1,8 @@
-"""Tasks: the source of the problems, their prompts, and the grader of the answers. No MLX."""
+"""Tasks: where problems come from, their prompts, and the grader of the answers. No MLX."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 class Task:
     """A task as plain data and functions.
 
-    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded;
-    ``gold_columns`` tell the answer, and are not shown.
-    ``parse(row, where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``,
+    A row needs the ``columns`` to become a prompt and the ``graded_columns`` to be graded; ``gold_columns`` hold the
+    answer, and no prompt may show them.
+    ``parse(row, where)`` makes a Problem of a row with at least the graded columns (UserError, starting with ``where``,
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
-    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns what that extractor compares of an
-    answer, so answers with the same such text are one answer in a vote. ``prompts`` has the built-in styles;
+    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns the text by which that extractor
+    compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     """
 
@@ -47,12 +48,17 @@ class Task:
         """Names of all prompt styles."""
         return (*self.prompts, *self.few_shot)
 
-    def prompt(self, name: str) -> Prompt:
-        """Return a built-in prompt without worked examples, or that of ``FILE.yaml``; UserError if unknown."""
+    def prompt(self, name: str, examples: tuple[int, int, str | None, frozenset[str]] | None = None) -> Prompt:
+        """Return a prompt style, or the prompt of ``FILE.yaml``; UserError if unknown.
+
+        ``examples`` are the arguments of ``few_shot`` functions; without them their styles are unknown.
+        """
         if name.endswith((".yaml", ".yml")):
             return load_prompt(Path(name), self.gold_columns)
+        if examples and name in self.few_shot:
+            return self.few_shot[name](*examples)
         if name not in self.prompts:
-            raise unknown(f"prompt of {self.name}", name, (*self.prompts, "FILE.yaml"))
+            raise unknown(f"prompt of {self.name}", name, (*(self.styles if examples else self.prompts), "FILE.yaml"))
         return self.prompts[name]
 
 
@@ -64,6 +70,4 @@ def get_task(name: str) -> Task:
     """Return a task by name; raise UserError with the choices if there is none."""
     if name not in TASKS:
         raise unknown("task", name, TASKS)
-    from importlib import import_module
-
     return import_module(f"mlx_traces.tasks.{name}").TASK

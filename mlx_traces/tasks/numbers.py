@@ -51,7 +51,7 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     equation the right-hand side counts where the left one is one name or is computed: ``x = 5``, ``3 + 4 = 7``.
 
     Not one number: two different ones, a range or difference, an exponent, a power, root or factorial (``10³``,
-    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), what is left of a formula (``\sqrt{2}``, ``x + 5``,
+    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), the rest of a formula (``\sqrt{2}``, ``x + 5``,
     ``x + y = 0``), a zero denominator, more than 40 digits.
 
     Args:

@@ -78,12 +78,12 @@ def tags(text: str) -> Iterator[re.Match]:
 
 
 def own_pair(opening: str | None, closing: str | None) -> Pair | None:
-    """Return the tags that a model's tokenizer names, if they are not among ``TAGS``."""
+    """Return the thinking tags that a model's tokenizer names, if they are not among ``TAGS``."""
     return (opening, closing) if opening and closing and opening not in OPENERS else None
 
 
 def usual(text: str, own: Sequence[str] | None) -> str:
-    """Return a model's text with the usual tags in place of its own, which no grader knows."""
+    """Return a model's text with the usual tags in place of its own ones, which graders do not know."""
     for tag, usual_tag in zip(own or (), TAGS[0], strict=False):
         text = text.replace(tag, usual_tag)
     return text
@@ -117,7 +117,7 @@ def answer_part(response: str) -> str:
     return "" if thinking else part
 
 
-@lru_cache(maxsize=2)  # each extractor of a task asks the same of a response
+@lru_cache(maxsize=2)  # every extractor of a task calls it with the same response
 def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought, and whether it opens another thought.
 
@@ -125,7 +125,7 @@ def after_thought(response: str) -> tuple[str, bool]:
     """
     part, thinking = after_last(response)
     lower = small(part)
-    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern where "<" stands often
+    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern in a text with many "<"
         return part if thinking else without_ends(part), thinking
     pieces, start = [], 0
     for tag in _AROUND.finditer(lower):
@@ -136,7 +136,7 @@ def after_thought(response: str) -> tuple[str, bool]:
 
 
 def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
-    """Return the text after the last closed thought as it is, and whether another is open; ``but`` is ignored."""
+    """Return the text after the last closed thought, unchanged, and whether another is open; skip the pair ``but``."""
     lower = small(response)
     begins = lower.lstrip().startswith(_SMALL[-1][0])
     if not begins and not any(mark in response for mark in "<[◁"):
@@ -163,8 +163,8 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     for (opening, closing), start in zip(pairs, starts, strict=True):
         if start >= 0 and not (opening == UNTAGGED and lower[:start].strip()):
             end = lower.find(closing.lower(), start)
-            said = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
-            return said.removesuffix("<|start|>assistant").removesuffix("<|end|>")
+            thought = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
+            return thought.removesuffix("<|start|>assistant").removesuffix("<|end|>")
     ends = (lower.find(closing.lower()) for _, closing in pairs)
     return next((text[:end] for end in ends if end >= 0), None)
 
@@ -209,14 +209,14 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
 
 
 def normalise(text: str) -> str:
-    """Rewrite a completion in the normal form, its parts as ``parts`` finds them; an open thought stays open."""
+    """Rewrite a completion in the normal form, from its ``parts``; an open thought stays open."""
     return restyle(text, "think")
 
 
 def restyle(text: str, style: str) -> str:
     """Rewrite a completion with the tags of ``think`` (the normal form) or ``sky-t1``.
 
-    Nothing but tags and the white space around them changes, so ``normalise`` undoes any style.
+    Only tags and the white space around them change, so ``normalise`` undoes any style.
     """
     if style not in STYLES:
         raise unknown("style", style, STYLES)
@@ -224,9 +224,9 @@ def restyle(text: str, style: str) -> str:
 
 
 def with_thought(thought: str, content: str, style: str) -> str:
-    """Put a thought that was kept apart before what follows it, in the tags of ``style``; never twice.
+    """Join a thought and the content that follows it, in the tags of ``style``; a thought is not put there twice.
 
-    Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
+    Tags within the thought become line ends, and so do those within a thought that ``content`` has itself.
     """
     inner, rest, _ = tagged_parts(thought)
     thought = "\n".join(filter(None, (inner, rest)))

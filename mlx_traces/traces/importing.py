@@ -1,7 +1,7 @@
-"""Traces of others: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
+"""Import traces: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message
 from mlx_traces.tasks.thoughts import STYLES, restyle, tagged_parts, with_thought
 from mlx_traces.text import clean
+from mlx_traces.traces import FORMATS
 
 
 def count_skipped(skipped: Counter | None, reason: str) -> None:
@@ -24,15 +25,7 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields in which a turn's thought is kept apart
-FORMATS = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "open-r1": ("problem", "generations"),
-    "text": ("text",),
-}  # and the columns that a row must have
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields that hold a turn's thought
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
@@ -54,9 +47,9 @@ def import_traces(
 ) -> Iterator[Trace]:
     """Yield the traces of a .jsonl, .json (a list), .parquet, .arrow or .txt file, or of a hub data set.
 
-    The last assistant's turn is the completion; what follows it is dropped. A trace's id is its problem's if there is
-    a task, else a hash of the turns before the completion (of the completion, if there are none); ``sample`` numbers
-    the conversations with one id, skipped ones included.
+    The last assistant's turn is the completion; turns after it are dropped. With a task a trace's id is that of
+    its problem; without one it is a hash of the turns before the completion, or of the completion if there are none.
+    ``sample`` numbers the conversations with the same id, skipped ones included.
 
     A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
     the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
@@ -68,9 +61,9 @@ def import_traces(
         task: its columns are taken from every row, so that the traces can be graded; a ``question`` that the row lacks
             is the last user's turn.
         style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
-        split: of a hub data set, or a part such as ``train[:1000]``; of a file only the part counts.
-        skipped: gets the numbers of conversations left out, by reason.
-        dropped: gets the numbers of turns of which a field was left out, by its name.
+        split: of a hub data set, or a slice such as ``train[:1000]``; for a file only the slice counts.
+        skipped: counts conversations that are left out, by reason.
+        dropped: counts turns that lose a field, by the field's name.
         strict: refuse such a turn.
 
     Raises:
@@ -90,10 +83,13 @@ def import_traces(
         count_skipped(dropped, clean(name)[:80])
 
     for where, row in _rows(data, format, split):
-        _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
+        for column in (*FORMATS[format], *(task.graded_columns if task else ())):
+            if row.get(column) is None:
+                raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
         for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
             messages, completion, unlearned, fault = _halves(turns, format, where, fault)
-            identity, columns = content_id("trace", *(_spoken(messages) or [completion])), {}
+            spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
+            identity, columns = content_id("trace", *(spoken or [completion])), {}
             if task:
                 asked = {"question": messages[-1]["content"]} if "question" in task.columns and messages else {}
                 given = {name: row[name] for name in task.columns if row.get(name) is not None}
@@ -104,7 +100,12 @@ def import_traces(
                     continue
                 identity, columns = problem.id, problem.columns
             seen[identity] += 1
-            fault = fault or _fault(messages, completion, format)
+            if not fault and any(turn["role"] == "tool" for turn in messages):
+                fault = "turns of a tool"
+            elif not fault and not completion.strip():
+                fault = "empty completion"
+            elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
+                fault = "no user's turn before the completion"
             if fault:
                 count_skipped(skipped, fault)
                 continue
@@ -119,21 +120,6 @@ def import_traces(
                 finish_reason=finish,
                 not_learned=tuple(unlearned) or None,
             )
-
-
-def _fault(messages: list[Message], completion: str, format: str) -> str | None:
-    """Return why a conversation is no trace, or None."""
-    if any(turn["role"] == "tool" for turn in messages):
-        return "turns of a tool"
-    if not completion.strip():
-        return "empty completion"
-    if format != "text" and (not messages or messages[-1]["role"] != "user"):
-        return "no user's turn before the completion"
-    return None
-
-
-def _spoken(messages: list[Message]) -> list[str]:
-    return [text for turn in messages for text in (turn["role"], turn["content"])]
 
 
 def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
@@ -154,7 +140,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
     lines: list[str] = []
     for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
-        line = line.removeprefix(MARK)  # of a file that was put behind another
+        line = line.removeprefix(MARK)  # a file that was appended to another has it
         if line.strip():
             lines.append(line)
         elif lines:
@@ -162,13 +148,6 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
             if tagged_parts(text)[2]:
                 raise UserError(f"{where}: a blank line within a thought; pass JSON lines with 'text' instead")
             yield where, {"text": text}
-
-
-def _need(row: Row, columns: Sequence[str], where: str) -> None:
-    """Raise UserError for a row without one of the columns."""
-    for column in columns:
-        if row.get(column) is None:
-            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
 
 
 @dataclass(frozen=True)
@@ -209,9 +188,9 @@ def _conversations(
 
 
 def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield a conversation for each generation; faulty are those cut off, and those no check of the row finds correct.
+    """Yield a conversation for each generation; it has a fault if it was cut off, or if no check finds it correct.
 
-    The checks are the lists ``correctness_…``; where none says anything, the generation counts as correct.
+    The checks are the row's lists ``correctness_…``; without any the generation counts as correct.
     """
     question = {"role": "user", "content": _text(row["problem"], "problem", where)}
     if not isinstance(row["generations"], list):
@@ -239,7 +218,7 @@ def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callab
 def _turns(
     turns: Any, role: str, content: str, where: str, style: str, drop: Callable[[str, str], None]
 ) -> list[_Turn]:
-    """Read a list of turns with these names for who speaks and what; other fields than these are dropped."""
+    """Read a list of turns, whose role and content are in the fields of these names; other fields are dropped."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role) or turn.get("tool_calls"))
         for turn in turns
@@ -291,7 +270,7 @@ def _joined(turn: Row, content: str, where: str) -> Row:
 
 
 def _thoughts(turn: Row, role: str) -> dict[str, str]:
-    """Return the thoughts that a turn of the assistant keeps apart, by field."""
+    """Return the thoughts in fields of their own of an assistant's turn, by field."""
     if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
     return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
@@ -306,7 +285,7 @@ def _text(value: Any, column: str, where: str) -> str:
 def _halves(
     turns: list[_Turn], format: str, where: str, fault: str | None
 ) -> tuple[list[Message], str, list[int], str | None]:
-    """Return the messages before the last turn that is learned, its text, which of them are not, and a fault."""
+    """Return the messages before the last learned turn, its text, the places of turns not learned, and a fault."""
     roles = [turn.message["role"] for turn in turns]
     own = [at for at, role in enumerate(roles) if role == "assistant"]
     if "tool" in roles and not own:

@@ -20,7 +20,7 @@ import mlx_traces
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint
+from mlx_traces.evaluation import comparison, endpoint, server
 from mlx_traces.evaluation.evaluator import plan
 from mlx_traces.pipelines import compare, study, verify
 from mlx_traces.records import Problem
@@ -92,7 +92,7 @@ def said(text, usage=7, **message):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.001)
+    monkeypatch.setattr("mlx_traces.evaluation.server.BACKOFF", 0.001)
     server = Fake()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -142,7 +142,7 @@ def test_turns_stops_and_sampling_are_sent():
     )
     prompt = Prompt("p", "What is {question}?", "Be brief.", shots=(("1 + 1?", "2"),), stop=("\n\n", "Q:"))
     problem = Problem("p-1", {"question": "2 + 2"}, "4")
-    asked = endpoint.ask(config, prompt, problem, (1 << 63) + 5)
+    asked = server.post_of(config, prompt, problem, (1 << 63) + 5)
     assert asked.path == "/chat/completions" and asked.body == {
         "model": "served",
         "messages": [
@@ -155,10 +155,10 @@ def test_turns_stops_and_sampling_are_sent():
         "stop": ["\n\n", "Q:"],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    given = endpoint.ask(config.model_copy(update={"template_args": {"effort": 2}}), prompt, problem, 5)
+    given = server.post_of(config.model_copy(update={"template_args": {"effort": 2}}), prompt, problem, 5)
     assert given.body["chat_template_kwargs"] == {"effort": 2, "enable_thinking": False}
     plain = Prompt("p", "Q: {question}\nA:", prefill=" It is", chat=False)
-    asked = endpoint.ask(config, plain, problem, 5)
+    asked = server.post_of(config, plain, problem, 5)
     assert (asked.path, asked.body["prompt"]) == ("/completions", "Q: 2 + 2\nA: It is") and "messages" not in asked.body
 
 
@@ -193,7 +193,7 @@ def test_samples_have_seeds_of_their_own_and_neutral_settings_go_where_they_are_
         ({"adapter": "adapters/nano-grpo"}, "--adapter is for a model that is loaded here"),
         ({"rows": 4}, "--rows is for a model that is loaded here"),
         ({"trust_remote_code": True}, "--trust-remote-code is for"),
-        ({"prompt": "tinyzero"}, "opens the assistant's turn, which servers do not let one do"),
+        ({"prompt": "tinyzero"}, "opens the assistant's turn, and servers have no common way to pass that"),
         ({"endpoint": None, "concurrency": 3}, "--concurrency is for a server; name its address with --endpoint"),
         ({"endpoint": "ftp://127.0.0.1/v1"}, "give an http or https address"),
         ({"endpoint": "127.0.0.1:8080"}, "give an http or https address"),
@@ -242,8 +242,8 @@ def test_a_thought_that_was_split_off_is_joined_again(fake, tmp_path, name):
     (row, *_) = rows_of(tmp_path / "run")
     assert row["completion"] == "<think>\n<answer>9</answer></think>\n<answer>1 + 1</answer>"
     assert row["extracted"] == "1 + 1"
-    assert endpoint.joined("so long", "") == "<think>so long"
-    assert endpoint.joined("so", "<think>so</think>2") == "<think>so</think>2" and endpoint.joined("", "2") == "2"
+    assert server.joined("so long", "") == "<think>so long"
+    assert server.joined("so", "<think>so</think>2") == "<think>so</think>2" and server.joined("", "2") == "2"
 
 
 BROKEN = {
@@ -277,7 +277,7 @@ def test_a_fault_that_passes_is_asked_again_and_one_that_stays_ends_the_run(fake
     assert evaluated(fake, tmp_path / "run", **one).total_questions == 1 and len(posts(fake)) == 3
     fake.asked.clear()
     broken = 3
-    with pytest.raises(UserError, match=r"problem countdown-\S+: .*asked 3 times") as error:
+    with pytest.raises(UserError, match=r"problem countdown-\S+: .*tried 3 times") as error:
         evaluated(fake, tmp_path / "stays", **one)
     assert len(posts(fake)) == 3 and str(error.value).isprintable() and len(str(error.value)) < 500
 
@@ -339,7 +339,7 @@ def test_a_reply_that_does_not_come_or_end(fake, tmp_path, drip):
     Handler.answer = answer
     try:
         start = time.monotonic()
-        with pytest.raises(UserError, match=r"no whole reply in 0\.2 s, asked 2 times"):
+        with pytest.raises(UserError, match=r"no whole reply in 0\.2 s, tried 2 times"):
             evaluated(fake, tmp_path / "run", limit=1, timeout=0.2, retries=1)
         assert time.monotonic() - start < 15  # the reply would take longer
     finally:
@@ -456,7 +456,7 @@ def test_a_study_takes_served_models_beside_loaded_ones(fake, tmp_path):
     assert [planned.model for planned in part.plans] == ["nano", f"served@127.0.0.1:{fake.server_port}"]
     assert [planned.config.rows for planned in part.plans] == [4, EvalConfig().rows] and part.baseline == 1
     settings["models"][1] = {**served, "bits": 4}
-    with pytest.raises(UserError, match=r"models\.1: a model behind a server has the bits that it has"):
+    with pytest.raises(UserError, match=r"models\.1: bits cannot be chosen for a model behind a server"):
         study.lay_out(build(StudyConfig, settings))
 
 
@@ -518,9 +518,10 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
 
 def test_a_server_that_names_the_stop_string_is_counted(fake, tmp_path):
     choice = {"message": {"content": "<think>a"}, "finish_reason": "stop"}
+    post = server.Post("p", "/completions", {}, "?")
     for stop, found in (("END", "END"), (None, None), (128001, None), ("", None)):
         content = json.dumps({"choices": [{**choice, "stop_reason": stop}]})
-        assert endpoint.reply_of(content.encode()).stop_string == found
+        assert server.reply_of(content.encode(), post)[0].stop_string == found
     fake.respond = lambda *_: (200, {}, {"choices": [{**choice, "stop_reason": "END"}]})
     (tmp_path / "own.yaml").write_text("user: '{nums}'\nstop: [END]\n")
     result = evaluated(fake, tmp_path / "run", prompt=str(tmp_path / "own.yaml"), limit=2)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,8 @@ from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation.comparison import Run, per_question, read_run
-from mlx_traces.evaluation.completion import Answered
-from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
-from mlx_traces.evaluation.local import sample_seed
+from mlx_traces.evaluation.completion import Completion
+from mlx_traces.evaluation.evaluator import grade_sample, plan, sample_seed, summarize
 from mlx_traces.pipelines.compare import requested
 from mlx_traces.pipelines.verify import verify
 from mlx_traces.tasks import get_task
@@ -24,6 +25,17 @@ from mlx_traces.tasks import get_task
 pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
+
+
+def test_without_mlx_an_evaluation_ends_in_one_line():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "import mlx_traces; from mlx_traces.errors import UserError\n"
+        "try: mlx_traces.evaluate(limit=1, out='never')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("MLX has no backend here: pip install 'mlx-traces[cpu]'")
 
 
 def samples_of(folder):
@@ -145,7 +157,7 @@ def test_the_majority_is_counted_by_the_graders_equality(tmp_path):
     data.write_text('{"question": "Capital of France?", "answer": "Paris"}\n')
     planned = plan(EvalConfig(task="qa", data=str(data), samples=5, temperature=1))
     said = ["Rome", "Rome", "Paris.", "**Paris**", "Paris"]
-    answers = [Answered("?", "", text, 1, "stop") for text in said]
+    answers = [Completion("?", "", text, 1, "stop") for text in said]
     rows = [grade_sample(planned, planned.problems[0], at, answer) for at, answer in enumerate(answers)]
     result = summarize(planned, [row | {"elapsed": 1.0} for row in rows], "run", None, [])
     assert result.maj_at_k == {"1": 0.0, "2": 0.0, "4": 0.0, "5": 1.0}
@@ -156,7 +168,7 @@ def test_a_sample_says_which_of_two_readings_was_right(tmp_path):
     data = tmp_path / "own.jsonl"
     data.write_text('{"question": "How many millions?", "answer": "4"}\n')
     planned = plan(EvalConfig(task="qa", data=str(data)))
-    said = [Answered("?", "", text, 1, "stop") for text in ("It is 4 million.", "It is 4.")]
+    said = [Completion("?", "", text, 1, "stop") for text in ("It is 4 million.", "It is 4.")]
     rows = [grade_sample(planned, planned.problems[0], 0, answer) for answer in said]
     assert rows[0]["correct"] and rows[0]["notes"] == {"tolerant": "read as 4", "last_number": "read as 4"}
     assert rows[1]["correct"] and "notes" not in rows[1]
@@ -257,7 +269,7 @@ def test_bad_requests_leave_no_run_behind(tmp_path):
         ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
         ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
         ("", {"max_tokens": 9999}, "pass the model's context of 2048"),
-        ("", {"samples": 4}, "--samples 4 would all be alike at temperature 0"),
+        ("", {"samples": 4}, "--samples 4 would all be the same at temperature 0"),
     ):
         prompt.write_text(content)
         with pytest.raises(UserError) as raised:

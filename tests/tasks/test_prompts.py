@@ -10,12 +10,13 @@ import pytest
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
-from mlx_traces.readers import is_file, read_jsonl, read_yaml
+from mlx_traces.readers import is_file, read_jsonl
 from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt, fill, load_prompt
 from mlx_traces.traces.importing import import_traces
+from mlx_traces.yaml_files import read_yaml
 
 PROBLEM = Problem("p-1", {"question": "Use {x}?", "nums": [1, 2]}, "3")
 
