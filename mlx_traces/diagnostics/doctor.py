@@ -60,7 +60,13 @@ def report(self_test: bool = True) -> list[Line]:
     except UserError as error:
         lines.append(Line("device", "MLX does not run here", str(error), failed=True))
     else:
-        lines += [Line("device", backend.description), memory(backend), sizes(backend), _blas(backend.name)]
+        lines += [
+            Line("device", backend.description),
+            memory(backend),
+            sizes(backend),
+            _blas(backend.name),
+            attention(),
+        ]
     lines += [*disks(), _nano(), _hub()]
     return [*lines, _self_test()] if backend and self_test else lines
 
@@ -215,6 +221,20 @@ def _blas(backend: str) -> Line:
     else:
         fix = "pip install 'mlx-traces[cpu]', or a system OpenBLAS (apt install libopenblas0-pthread)"
     return Line("matrix product", value, fix)
+
+
+def attention() -> Line:
+    """Say whether attention reads the keys that it is given, in each type."""
+    from mlx_traces.engine.attention import misread
+
+    found = {name: misread(getattr(device.import_mlx(), name)) for name in device.DTYPES}
+    told = "; ".join(f"{' and '.join(wrong)} ({name})" for name, wrong in found.items() if wrong)
+    if not told:
+        return Line("attention", f"reads slices of longer buffers rightly in {', '.join(found)}")
+    if any("whole" in what for wrong in found.values() for what in wrong):
+        fix = "do not trust this machine's results in that type: pass another --dtype, or --device cpu"
+        return Line("attention", f"misreads {told}", fix, failed=True)
+    return Line("attention", f"misreads {told}; sampling works around it")
 
 
 def disks() -> list[Line]:

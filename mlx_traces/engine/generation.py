@@ -18,6 +18,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_traces.engine import fused
+from mlx_traces.engine.attention import SLICES, Reading, name_of, reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
@@ -185,6 +187,22 @@ def _run(
         loaded.notes += [line for line in budget.notes if line not in loaded.notes]
 
 
+def reading_of(loaded: LoadedModel) -> Reading:
+    """Find out how a GPU's attention has to be given keys and values; what is worked around is noted.
+
+    Raises:
+        UserError: if it is wrong however they are given.
+    """
+    if loaded.backend.name == "cpu":  # there it is computed step by step
+        return SLICES
+    dtype = loaded.model(mx.array([[0]])).dtype  # of an array that is never computed
+    found = reading(dtype)
+    if found != SLICES:
+        way = "copied for each step" if found.copied else "read from their buffer's beginning"
+        _note(loaded, f"attention misreads slices in {name_of(dtype)} here, so keys and values are {way}: slower")
+    return found
+
+
 def _note(loaded: LoadedModel, line: str) -> None:
     if line not in loaded.notes:
         loaded.notes.append(line)
@@ -230,7 +248,8 @@ class _Engine:
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
-        self.window = Window(rows, axes)
+        self.fused = fused.step_of(loaded.model, loaded.backend.name) if axes == 4 else None
+        self.window = Window(rows, axes, reading_of(loaded))
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
         self.shared = common_beginning([request.prompt_ids for request in requests])
@@ -263,7 +282,10 @@ class _Engine:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
-        logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        if self.fused is None:
+            logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        else:
+            logits = self.fused(self.tokens, self.caches).astype(mx.float32)
         self.window.advance()
         place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
         uniforms = self.uniforms[np.arange(len(place)), place]
@@ -289,11 +311,14 @@ class _Engine:
         self._settle()
 
     def _settle(self) -> None:
-        """Tell the device where the rows are now; a window without a mask is moved to the buffers' beginning."""
+        """Tell the device where the rows are now; if they began alike, move them to the buffers' beginning.
+
+        There they need no mask, which some backends have no kernel for.
+        """
+        first = int(self.window.start.min())
+        if first and (self.window.start == first).all():
+            self._move(first)
         self.window.refresh()
-        if self.window.uniform and self.window.low:
-            self._move(self.window.low)
-            self.window.refresh()
 
     def _move(self, by: int) -> None:
         for cache in self.caches:

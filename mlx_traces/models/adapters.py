@@ -16,6 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.adapter_config import CONFIG, WEIGHTS, own_settings, read_config
+from mlx_traces.models.lora import in_activations_type
 from mlx_traces.runtime import device
 from mlx_traces.runtime.device import Backend
 from mlx_traces.runtime.files import on_the_way, replacing, to_json, write_atomic
@@ -71,6 +72,7 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
         for _, module in model.named_modules():
             if "lora_a" in module:
                 module.unfreeze(keys=[name for name in ADDED if name in module], recurse=False)
+        in_activations_type(model)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
     return settings

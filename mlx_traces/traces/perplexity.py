@@ -1,4 +1,4 @@
-"""How likely a model finds the completions of traces."""
+"""Perplexity of traces under a model."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ def mean_probabilities(
 ) -> list[float | None]:
     """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
 
-    The tokens are those that SFT learns of it (`encoding.encode`), without a stop token and earlier turns; a bare text
-    comes after a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. None
-    for an empty completion and for what is longer than the model's context.
+    The tokens are those that SFT learns (`encoding.encode`), without a stop token and earlier turns; a bare text
+    follows a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. The
+    result is None for an empty completion, and for a sequence longer than the model's context.
     """
     examples: dict[int, Example] = {}
     for index, trace in enumerate(traces):

@@ -383,31 +383,6 @@ def test_one_rows_infinity_is_its_own(settings, logprobs):
     assert tokens[1] == sampling.NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
 
 
-def test_a_window_without_a_mask_begins_at_the_buffers_beginning(tiny, monkeypatch):
-    """Attention that reads from there whatever slice it is given, as cuDNN's does for one query, changes no token."""
-    from mlx_lm.models import qwen2
-
-    from mlx_traces.engine.kv_cache import SlotCache
-
-    whole, seen = qwen2.scaled_dot_product_attention, []
-
-    def attention(queries, keys, values, cache, mask, **more):
-        if isinstance(cache, SlotCache) and mask is None:
-            seen.append(keys.shape[2])
-            keys, values = (array[:, :, : keys.shape[2]] for array in (cache.keys, cache.values))
-        return whole(queries, keys, values, cache=cache, mask=mask, **more)
-
-    alike = [tuple(row) for row in np.random.default_rng(0).integers(0, 98, (8, 20)).tolist()]
-    for asked, rows in ((prompts(), 1), (alike, 4)):  # one row; rows that begin together, again and again
-        requests = [Request(prompt) for prompt in asked]
-        expected = run(tiny, requests, SamplingParams(max_tokens=24), rows)
-        with monkeypatch.context() as patch:
-            patch.setattr(qwen2, "scaled_dot_product_attention", attention)
-            assert run(tiny, requests, SamplingParams(max_tokens=24), rows) == expected
-        assert len(seen) > 20
-        seen.clear()
-
-
 def test_a_group_goes_on_after_the_window_moved(tiny):
     """Its prompt was read in a batch with a longer one, for which there is no room any more."""
     long, short = tuple(range(90)) * 2, tuple(range(5, 25))
