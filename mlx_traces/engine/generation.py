@@ -36,6 +36,7 @@ from mlx_traces.engine.sampling import (
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
+from mlx_traces.runtime import blas, distributed
 from mlx_traces.runtime.device import limits, out_of_memory
 
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
@@ -179,7 +180,7 @@ def _run(
             stream = generate_plainly(loaded, asked, settings, rows, logprobs)
         done, failed = set(), False
         try:
-            with limits():
+            with limits(), blas.threads_for(loaded.model, rows, distributed.world().size()):
                 for place, rollout in stream:
                     done.add(left[place])
                     yield left[place], rollout
