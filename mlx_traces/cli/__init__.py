@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Heavy imports wait until a command runs, so ``--help`` is instant."""
+"""The command line: parse, call, print. A command imports its packages when it runs, so ``--help`` is fast."""
 
 import click
 

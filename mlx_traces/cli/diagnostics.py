@@ -147,6 +147,28 @@ def bench_generate_command(
             )
 
 
+@bench_group.command("graph")
+@click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
+@click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Completions decoded at once.")
+@click.option("--backend", type=click.Choice(["metal", "cuda"]), default="metal", show_default=True, help="Whose GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> None:
+    """Count the kernels and bytes of a decode step and of an update, without a GPU; nothing is computed."""
+    from mlx_traces.diagnostics import bench_graph
+
+    found = bench_graph.bench_graph(model, rows, backend)
+    if as_json:
+        lines = [asdict(row) for row in found]
+        click.echo(to_json({"rows": lines, "model": model, "rows_at_once": rows, "backend": backend}), nl=False)
+        return
+    click.echo(f"{model}, {rows} rows, counted for {backend}; a pass is rows x vocabulary float32 numbers")
+    click.echo(f"{'':<45}{'operations':>11}{'kernels':>8}{'GB':>8}{'passes':>8}")
+    for row in found:
+        name = f"{row.what}, {row.variant}{', log-probabilities' if row.logprobs else ''}"
+        numbers = f"{row.primitives:>11,}{row.kernels:>8,}{row.gb:>8.2f}{row.vocabulary_passes:>8.1f}"
+        click.echo(f"{name:<45}{numbers}")
+
+
 @bench_group.command("sft", cls=Ranked)
 @click.option("--data", type=click.Path(), help="File of traces.  [default: traces of Countdown's solver]")
 @click.option("--problems", type=click.Path(), help="File of GSM8K-like problems, whose solutions become traces.")

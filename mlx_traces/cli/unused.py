@@ -9,7 +9,7 @@ from mlx_traces.tasks import TASKS, get_task
 
 
 def _examples(config: Any) -> bool:
-    """Whether the prompt has worked examples; True for an unknown task, which is refused elsewhere."""
+    """Whether the prompt has worked examples; True for an unknown task, which is an error elsewhere."""
     if config.task not in TASKS:
         return True
     task = get_task(config.task)
@@ -40,7 +40,7 @@ def unused(config: Config) -> Iterator[str]:
     """Yield a line for each setting that was given, differs from its default, and changes nothing.
 
     Raises:
-        UserError: for a filter's setting of the evaluation problems if no evaluation is named: none would be left out.
+        UserError: for a filter's settings of evaluation problems without ``eval_task``: no problem would be left out.
     """
     for recipes, names, idle, why in _NO:
         told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []

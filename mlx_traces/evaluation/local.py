@@ -10,7 +10,7 @@ from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
-from mlx_traces.models import loading
+from mlx_traces.models import adapters, loading
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
@@ -26,8 +26,9 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
     """
     with distributed.at_work(path, resume) as (folder, stop):
         config = loading.of_its_day(planned.config, folder.identity)
-        planned = replace(planned, config=config)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
+        planned = replace(planned, config=config)
         device.reset_peak_memory()
         source = Source(
             completions_of(loaded, planned, stop=stop),
@@ -38,7 +39,8 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
             loaded.path,
             device.peak_memory_gb,
         )
-        yield planned, folder, source
+        with adapters.merged(loaded.model, loaded.backend):
+            yield planned, folder, source
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, Any]:

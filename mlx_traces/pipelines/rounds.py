@@ -1,10 +1,10 @@
-"""The rounds: from raw traces to the table and the report.
+"""Training in rounds, from raw traces to the table and the report.
 
-Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 reinforcement by GRPO
-or PPO. The base model and the adapter of every round answer the same problems. Each round may be left out.
+Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 GRPO or PPO. The
+base model and the adapter of every round answer the same problems. Each round may be left out.
 
-Every stage's output is named by a hash of its settings and of all that came before it. What is there already is not
-made again, what was cut off is continued, and changed settings make new files beside the old ones.
+Every stage's output is named by a hash of its settings and of all stages before it. So finished stages are not
+repeated, an interrupted one is continued, and changed settings make new files beside the old ones.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # 
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
 SOLVED = ("countdown", "gsm8k")  # tasks whose problems come with worked solutions
 
-Show = Callable[[str], Any]  # takes a stage's name, returns a context whose value takes a line of metrics and a total
+Show = Callable[[str], Any]  # maps a stage's name to a context whose value takes a line of metrics and a total
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the rounds: its name, what it writes, its recipe's complete settings, and what makes it."""
+    """One step of the rounds: its name, its output, its recipe's complete settings, and the function that makes it."""
 
     name: str
     out: Path
@@ -66,12 +66,12 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether the output is complete; all stages write theirs whole."""
+        """Whether the output is complete."""
         return RunFolder(self.out).finished if self.out.suffix != ".jsonl" else files.manifest_path(self.out).exists()
 
 
 def stages(config: RoundsConfig, show: Show) -> list[Stage]:
-    """Lay out the stages before the comparison, their names following from the settings.
+    """Plan the stages before the comparison; the settings decide the names of their outputs.
 
     Raises:
         UserError: for settings that the rounds fill in themselves, and a task without worked solutions.
@@ -115,7 +115,7 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
 
 
 def digests_of(settings: RLConfig) -> list[str]:
-    """Digest the files that a reinforcement reads beside the problems: functions of rewards, rubric, reference."""
+    """Digest the files that GRPO and PPO read beside the problems: reward functions, rubric, reference."""
     files = [_module_file(name.partition(":")[0]) for name in settings.rewards if ":" in name]
     files += [Path(settings.judge_prompt)] if settings.judge_prompt else []
     folder = settings.reference and Path(settings.reference)
@@ -124,7 +124,7 @@ def digests_of(settings: RLConfig) -> list[str]:
 
 
 def _module_file(module: str) -> Path | None:
-    """Find the file of a module, in the working folder or where Python looks; it is not run."""
+    """Find the file of a module, in the working folder or on Python's path, without running it."""
     here = Path(*module.split(".")).with_suffix(".py")
     if here.is_file():
         return here
@@ -158,12 +158,12 @@ def check_settings(config: RoundsConfig) -> None:
 
 
 def filled(kind: type[Config], settings: Config, **values: Any) -> Any:
-    """Fill the values that the rounds know into a recipe's settings; what was not set stays unset."""
+    """Add the values that the rounds know to a recipe's settings; fields that were not set stay unset."""
     return build(kind, {**settings.model_dump(exclude_unset=True), **values})
 
 
 def make_raw(config: RoundsConfig, out: Path) -> list[str]:
-    """Write the first stage's traces: the task's solved problems, or a file's, checked."""
+    """Write the first stage's traces: the task's solved problems, or those of a file."""
     raw, skipped = config.raw, Counter()
     made, source = raw_traces(config, skipped)
     counts = {"skipped": skipped}
@@ -173,7 +173,7 @@ def make_raw(config: RoundsConfig, out: Path) -> list[str]:
 
 
 def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace], str]:
-    """Return the first stage's traces as they are made, and where they are from; ``skipped`` counts the others."""
+    """Return an iterator over the first stage's traces, and their source; ``skipped`` counts problems without one."""
     raw, task = config.raw, get_task(config.task)
     if raw.file is not None:
         return (trace for _, trace in files.read_traces(Path(raw.file))), raw.file
@@ -190,7 +190,7 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
 
 
 def make_sft(config: SFTConfig, out: Path, show: Show) -> list[str]:
-    """Fine-tune on traces, or finish a run that was cut off; return lines on how it went, as all of these do."""
+    """Fine-tune on traces, or continue an interrupted run; return lines for the user, as all these functions do."""
     with show(out.name) as advance:
         result = sft.train(config, out, resume=out.exists(), show=advance)
     speed = f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s"
@@ -238,7 +238,7 @@ def make_filtered(source: Path, config: FilterConfig, out: Path) -> list[str]:
 
 
 class Outcome(NamedTuple):
-    """What the rounds end with: the comparison's table, its runs, and the report's file."""
+    """The result of the rounds: the comparison's table, its runs, and the report's file."""
 
     frame: Any
     runs: list[comparison.Run]
@@ -246,11 +246,11 @@ class Outcome(NamedTuple):
 
 
 def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: bool = False) -> Outcome:
-    """Carry out what is missing, then compare the base model and every round on the same problems.
+    """Make the missing stages, then compare the base model and every round on the same problems.
 
     Args:
         config: the settings.
-        say: takes lines for the user.
+        say: gets lines for the user.
         show: see `Show`.
         progress: show the evaluations' progress bars.
 
@@ -286,11 +286,11 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
 
 
 def check(plan: list[Stage], compared: CompareConfig) -> None:
-    """Find what is wrong with the settings of later stages before hours are spent on earlier ones.
+    """Check the settings of later stages before hours are spent on earlier ones.
 
     Raises:
-        UserError: for a comparison or a third round that could not begin, one that trains on the comparison's
-            problems, or a round that asks for another adapter than the one it goes on with.
+        UserError: for a comparison or a third round that could not begin, a stage that trains on the comparison's
+            problems, or a round whose settings differ from the adapter that it continues.
     """
     check_adapters(trainings(plan))
     for name in {stage.recipe.report_to for stage in trainings(plan) if not stage.finished} - {None}:
@@ -318,10 +318,10 @@ def check(plan: list[Stage], compared: CompareConfig) -> None:
 
 
 def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
-    """Return what a stage's problems are, or will be: those in its file of traces, if that is there."""
+    """Return a stage's problems: those in its file of traces, if it exists, else those that it will have."""
     recipe = stage.recipe
-    if isinstance(recipe, RLConfig):
-        return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems  # which may not be there yet
+    if isinstance(recipe, RLConfig):  # its adapter may not exist yet
+        return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems
     if stage.finished and stage.out.exists():
         return [trace for _, trace in files.read_traces(stage.out)]
     if isinstance(recipe, GenerateConfig):
@@ -373,9 +373,9 @@ def comparison_of(config: RoundsConfig, plan: list[Stage]) -> CompareConfig:
 
 
 def gains(runs: list[comparison.Run]) -> list[str]:
-    """Say what each round changed against the one before, by the paired test of the comparison (`tables.paired`).
+    """Compare each round with the one before, by the comparison's paired test (`comparison.paired`); a line for each.
 
-    Won and lost are problems that the later round answered right more, or less, often.
+    Won and lost are problems that the later round answered right more often, or less often.
     """
     lines = []
     for before, after in pairwise(runs):

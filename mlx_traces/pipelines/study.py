@@ -1,6 +1,6 @@
-"""Studies: every model in every prompt on the same problems, and what may be said about each pair.
+"""Studies: every model in every prompt on the same problems, and a test of each pair.
 
-Evaluations are those of ``compare``, and made there.
+`compare` makes the evaluations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """One task of a study before anything is made: its evaluations, which is the baseline, and what is left out."""
+    """The plan of one task of a study: its evaluations, the baseline's number, and notes on what is left out."""
 
     name: str
     entries: list[Entry]
@@ -49,9 +49,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """The runs of one task of a study, in the tables' order, with what came of them.
+    """The runs of one task of a study, in the tables' order, with their tables.
 
-    ``bits`` has a frame for every model and prompt that was tried at several bits, else it is empty.
+    ``bits`` has a frame for every model and prompt that was evaluated at several bits.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Part:
 
 
 def lay_out(config: StudyConfig) -> list[Layout]:
-    """Check the whole study and lay it out, task by task; nothing is made.
+    """Check the whole study and plan it, task by task; nothing is written.
 
     Raises:
-        UserError: for a wrong setting, a missing model, bad problems, models that are asked different problems, and a
-            baseline that no row of a task is called.
+        UserError: for a wrong setting, a missing model, bad problems, models with different problems, and a baseline
+            that is no row of a task.
     """
     found = []
     for place, task in enumerate(config.tasks):
@@ -81,7 +81,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
 
 
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
-    """Find the baseline among a task's evaluations, none of which may be there."""
+    """Find the baseline among a task's evaluations before they are made."""
     rows = []
     for entry, planned in zip(found, plans, strict=True):
         about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
@@ -94,7 +94,7 @@ def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[e
 
 
 def preview(config: StudyConfig) -> Iterator[str]:
-    """Say line by line what is there and what a study would make; make nothing.
+    """Yield a line for each evaluation and conversion, finished or to make; make nothing.
 
     Raises:
         UserError: as `lay_out` does.
@@ -120,11 +120,11 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
     Args:
         config: the study.
-        say: is called with a line before each model that is converted, and for each one that is left out.
+        say: gets a line before each conversion, and for each model that is left out.
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: if the input is wrong; all that `lay_out` finds is said before the first evaluation.
+        UserError: if the input is wrong; `lay_out` checks it before the first evaluation.
     """
     parts = []
     for layout in lay_out(config):
@@ -137,7 +137,7 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
 
 def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
-    """Compute the tables of one task; ``bits`` for every model, adapter and prompt that was tried at several bits."""
+    """Compute the tables of one task."""
     found = layout.entries
     frame = comparison.compare_runs(runs, layout.baseline)
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
@@ -159,7 +159,7 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
 
 
 def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
-    """Describe the weights of a run: on disk, and as they computed its answers."""
+    """Describe a run's weights: on disk, and in the computation."""
     stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
@@ -177,9 +177,9 @@ def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
 def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
-    Those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and ``summary.csv``,
-    ``strata.csv``, ``pairs.csv`` and ``bits.csv`` where there is something to write; at the end ``report.html``, the
-    page of all runs, in ``config.out`` itself.
+    They are those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if they
+    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv`` and ``bits.csv``. ``report.html`` in ``config.out`` itself
+    shows all runs.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -221,7 +221,7 @@ def to_markdown(name: str, part: Part) -> str:
 
 
 def to_terminal(part: Part) -> list[Table | str]:
-    """Return a part's tables and lines as a terminal shows them, in order."""
+    """Return a part's tables and lines for a terminal, in order."""
     shown: list[Table | str | None] = [
         tables.grid(f"{part.name}: summary", *summary_cells(part.summary)),
         tables.to_terminal(part.comparison),
@@ -241,7 +241,7 @@ def said(part: Part) -> list[str]:
 
 
 def ran_as(frame: pd.DataFrame) -> str:
-    """Say which weights computed the answers of a table of bits, as speed and memory depend on that."""
+    """Say which weights computed the answers in a table of bits; speed and memory depend on them."""
     kinds: dict[str, list[str]] = {}
     for row in frame.to_dict("records"):
         kinds.setdefault(row["ran_as"], []).append(row["label"])
@@ -253,7 +253,7 @@ def ran_as(frame: pd.DataFrame) -> str:
 
 
 def as_json(name: str, part: Part) -> dict[str, Any]:
-    """Return a part as plain data; what is missing is None."""
+    """Return a part as plain data; missing values are None."""
     strata = comparison.strata(part.runs)
     return {
         "study": name,

@@ -1,6 +1,6 @@
-"""Which traces are kept: rules applied in order, each telling how many it removed. No MLX.
+"""Filter traces by rules, in order; each rule reports how many it removed. No MLX.
 
-The result keeps the traces' order and depends on the traces, the settings and the seed alone.
+The result keeps the traces' order. It depends on the traces, the settings and the seed alone.
 """
 
 import random
@@ -22,7 +22,7 @@ from mlx_traces.traces.files import read_traces, refuse_written, source_of, writ
 from mlx_traces.traces.quality import headline, words
 
 SHINGLE = 5  # words
-SHORT_QUESTION = 8  # words; a shorter one is known by its problem's id alone
+SHORT_QUESTION = 8  # words; a shorter question is compared by its problem's id alone
 Report = list[tuple[str, int, int]]
 _SCORE_FIRST = "run `mlx-traces score` on the file first"
 
@@ -33,15 +33,15 @@ def select(
     """Apply the rules that ``config`` switches on.
 
     Args:
-        traces: their ``scores`` are needed by the rules on scores, and ``score`` for "best".
+        traces: the rules on scores need their ``scores``, and "best" their ``score``.
         config: the rules.
-        eval_problems: what will be evaluated and so must not be trained on.
+        eval_problems: problems of an evaluation, which must not be trained on.
 
     Returns:
         The kept traces in their order, and for each rule its name, how many traces it removed and how many were left.
 
     Raises:
-        UserError: where there are no traces, a score is missing, or a rule removes the last ones; it names the rule.
+        UserError: if there are no traces, a score is missing, or a rule removes the last ones; it names the rule.
     """
     if not traces:
         raise UserError("there are no traces to select from")
@@ -63,7 +63,7 @@ Rule = Callable[[list[int]], Iterable[int]]
 def _rules(
     traces: Sequence[Trace], verdicts: list[str | None], config: FilterConfig, eval_problems: Sequence[Problem]
 ) -> list[tuple[str, Rule]]:
-    """Return the rules that are switched on: names, and functions from indices to those that stay."""
+    """Return the rules that are switched on: each a name, and a function from indices to those that stay."""
 
     def keep(wanted: Callable[[int], bool]) -> Rule:
         return lambda indices: [index for index in indices if wanted(index)]
@@ -97,7 +97,7 @@ def _rules(
 
 
 def verdict_of(trace: Trace) -> str | None:
-    """Return a trace's verdict, judging it if that was not done; None if no task can.
+    """Return a trace's verdict, graded now if it has none; None if no task can grade it.
 
     Raises:
         UserError: for an unknown task, or columns that it cannot read.
@@ -119,7 +119,7 @@ def score_of(trace: Trace) -> float:
 
 
 def without_duplicates(traces: Sequence[Trace], kept: list[int]) -> list[int]:
-    """Keep the first trace of each problem and text, white space aside."""
+    """Keep the first trace of each problem and text; white space does not count."""
     first: dict[tuple[str, str], int] = {}
     for index in kept:
         first.setdefault((traces[index].id, " ".join(traces[index].completion.split())), index)
@@ -127,7 +127,7 @@ def without_duplicates(traces: Sequence[Trace], kept: list[int]) -> list[int]:
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """Return the 5-grams of words, white space and case aside; a shorter text is one shingle."""
+    """Return the 5-grams of words; white space and case do not count. A shorter text is one shingle."""
     said = words(text)
     return frozenset(tuple(said[at : at + SHINGLE]) for at in range(max(1, len(said) - SHINGLE + 1)))
 
@@ -141,9 +141,9 @@ def jaccard(a: frozenset, b: frozenset) -> float:
 def without_near(traces: Sequence[Trace], threshold: float, kept: list[int]) -> list[int]:
     """Keep a trace unless a kept earlier one of its problem has a Jaccard similarity of ``threshold`` or more to it.
 
-    Exact, and not quadratic where traces differ: two sets that similar have a common element among the first
-    (1 - t) n + 1 of each in any fixed order, rarest first (prefix filtering, Chaudhuri et al. 2006), so only traces
-    that share one of those are compared.
+    The result is exact, and the time is not quadratic if traces differ. Two sets of similarity t share an element among
+    the first (1 - t) n + 1 of each in any fixed order, here rarest first (prefix filtering, Chaudhuri et al. 2006), so
+    only traces that share one of those are compared.
     """
     sets = {index: shingles(traces[index].completion) for index in kept}
     counts = Counter((traces[index].id, shingle) for index in kept for shingle in sets[index])
@@ -167,10 +167,10 @@ def without_near(traces: Sequence[Trace], threshold: float, kept: list[int]) -> 
 
 
 def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Problem | Trace], bool]:
-    """Return the function that says whether a problem or trace is one of these problems, by its content.
+    """Return a function that says whether a problem or trace is one of these problems, by its content.
 
-    It is if it has the id of one, or the whole question of one, or its prompt, in its question or a user's turn; case
-    and white space aside, and of a question below `SHORT_QUESTION` words only if nothing stands beside it.
+    It is if it has the same id, or if its question or a user's turn holds the whole question of one, or its prompt.
+    Case and white space do not count. A question of fewer than `SHORT_QUESTION` words must be the whole text.
     """
     ids = {problem_id(problem.id) for problem in problems}
     asked = [str(problem.columns.get("question", "")) for problem in problems]
@@ -197,11 +197,12 @@ def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Probl
 
 
 def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
-    """Return the function that says whether the trace of an index is free of these problems.
+    """Return a function that says whether the trace at an index is free of these problems.
 
-    A trace is not if its problem is one of them, by id, or if its question, its last user's turn or its text has
-    ``shared`` words in a row of one of their questions, case and punctuation aside: 13, as for GPT-3 (arXiv 2005.14165,
-    appendix C) and open-r1. A question shorter than that counts as a whole from 8 words on. 0 words: only ids.
+    It is not if its problem has the id of one, or if its question, its last user's turn or its text has ``shared``
+    words in a row of one of their questions; case and punctuation do not count. The default of 13 is that of GPT-3
+    (arXiv 2005.14165, appendix C) and open-r1. A shorter question of 8 words or more must occur as a whole. 0: ids
+    only.
     """
     ids = {problem_id(problem.id) for problem in problems}
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
@@ -236,12 +237,13 @@ def _grams(said: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
 
 
 def capped(traces: Sequence[Trace], most: int, config: FilterConfig, kept: list[int]) -> list[int]:
-    """Keep at most so many traces of each problem, by preference.
+    """Keep at most ``most`` traces of each problem, by ``config.prefer``.
 
-    ``short``: the shortest, in tokens where all of the problem's are known, else in characters (as Sky-T1-Flash's
-    preference for the shortest correct one). ``best``: the highest score. ``diverse``: the highest score (the first,
-    without scores), then always the one whose nearest chosen one is farthest by Jaccard distance of 5-grams.
-    ``random``: drawn by the seed and the problem's id, whatever other problems there are. Ties go to the first.
+    ``short``: the shortest, in tokens if they are known of all of the problem's traces, else in characters
+    (Sky-T1-Flash prefers the shortest correct one). ``best``: the highest score. ``diverse``: the highest score
+    (without scores the first), then repeatedly the trace that is farthest from its nearest chosen one, by Jaccard
+    distance of 5-grams. ``random``: drawn by the seed and the problem's id, independent of other problems. Ties go to
+    the first.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in kept:
@@ -263,7 +265,7 @@ def capped(traces: Sequence[Trace], most: int, config: FilterConfig, kept: list[
 
 
 def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
-    """Choose greedily by the largest distance to the nearest chosen one."""
+    """Repeatedly choose the trace that is farthest from its nearest chosen one."""
     sets = {index: shingles(traces[index].completion) for index in group}
     chosen = [max(group, key=lambda index: traces[index].score or 0.0)]
     nearest = dict.fromkeys(group, 2.0)
@@ -278,10 +280,10 @@ def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
 def balanced(
     traces: Sequence[Trace], verdicts: list[str | None], most: float, config: FilterConfig, kept: list[int]
 ) -> list[int]:
-    """Keep at most ``most`` x the median number of traces over the difficulties that have any, at least one each.
+    """Keep of each difficulty at most ``most`` x the median number of traces over difficulties, and at least one.
 
-    A problem's difficulty is its stratum, or the bin of its pass rate among all traces that were given, before any
-    rule; problems that no task can judge are a difficulty of their own. What is kept is drawn by the seed.
+    A problem's difficulty is its stratum, or the bin of its pass rate among all given traces, before any rule. Problems
+    that no task can grade form a difficulty of their own. The kept traces are drawn by the seed.
     """
     judged: dict[str, list[bool]] = defaultdict(list)
     for trace, verdict in zip(traces, verdicts, strict=True):

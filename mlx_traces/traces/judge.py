@@ -1,6 +1,6 @@
-"""A model asked about traces: one greedy reply to each, batched by the engine, kept by a hash of the question.
+"""Ask a model about traces: one greedy reply each, batched by the engine and cached by a hash of the question.
 
-So that nothing is asked twice, a cut-off command included. The judge is here too; it grades a trace by a rubric.
+Thanks to the cache nothing is asked twice, even after an interruption. The judge grades a trace by a rubric.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from mlx_traces.traces.quality import last_turn
 
 
 class Cache:
-    """A model's replies by key, in a file of JSON lines that grows as they come."""
+    """A model's replies by key, in a file of JSON lines that grows with each reply."""
 
     def __init__(self, path: Path, option: str = "--judge-cache"):
         self.path, self.option = path, option
         self.replies: dict[str, str] = {}
         if path.exists():
-            try:  # an incomplete last line: its writer was stopped
+            try:  # an incomplete last line: the writer was interrupted
                 content = path.read_bytes()
                 if not content.endswith(b"\n") and content:
                     with path.open("r+b") as file:
@@ -61,23 +61,24 @@ def replies(
     rows: int,
     memory_limit: float | None = None,
 ) -> list[str | None]:
-    """Put a prompt to a model for each question, greedily; return its replies.
+    """Complete a prompt greedily for each question; return the replies.
 
-    A reply is found again in the cache by a hash of the model, the tokens put to it and the most it may say.
+    The key in the cache is a hash of the model, the prompt's tokens and the token limit.
 
     Args:
         loaded: the model.
         prompt: with placeholders for the questions' columns.
         questions: the columns.
-        cache: of the replies; grows by those that are made.
-        max_tokens: of a reply.
-        rows: replies made at once.
-        memory_limit: most GB to use.
+        cache: of the replies; new ones are added.
+        max_tokens: maximum length of a reply.
+        rows: batch size.
+        memory_limit: in GB.
 
     Returns:
-        Texts, what the template opens not included; None where question and reply do not fit in the model's context.
+        Texts without what the template opens; None if question and reply do not fit in the model's context.
     """
     from mlx_traces.engine import generation, sampling
+    from mlx_traces.models import adapters
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
@@ -90,13 +91,16 @@ def replies(
         if fits and key not in cache.replies:
             requests[key] = sampling.Request(rendered.ids, opened=rendered.opened)
     asked, params = list(requests), sampling.SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
-    for index, rollout in generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
-        cache.add(asked[index], rollout.text)
+    if asked:
+        with adapters.merged(loaded.model, loaded.backend):
+            done = generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit)
+            for index, rollout in done:
+                cache.add(asked[index], rollout.text)
     return [cache.replies.get(key) for key in keys]
 
 
 def identity_of(loaded: Any) -> list[str | None]:
-    """Return a model's and its adapter's names, then what stands for their files."""
+    """Return the names of a model and its adapter, then the fingerprints of their files."""
     own = fingerprint(Path(loaded.adapter)) if loaded.adapter else None
     return [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), own]
 
@@ -124,7 +128,7 @@ _ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
 def parse_judgement(reply: str) -> float | None:
     """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
 
-    Only what follows the judge's own thought is read; prose has no score.
+    The judge's own thought is not read.
     """
     reply = answer_part(reply).strip()
     match = _SCORE.fullmatch(reply.rpartition("\n")[2].strip())
@@ -134,10 +138,10 @@ def parse_judgement(reply: str) -> float | None:
 def judge(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[float | None]:
-    """Ask a model to grade each trace by the rubric; None where its reply is no grade, or does not fit its context.
+    """Ask a model to grade each trace by the rubric; None if its reply is no grade, or does not fit in its context.
 
     Raises:
-        UserError: if more than the share ``judge_failures`` has none, or the rubric or the cache cannot be read.
+        UserError: if more than the share ``judge_failures`` is None, or the rubric or the cache cannot be read.
     """
     said = judgements(loaded, traces, problems, config)
     grades = [parse_judgement(reply or "") for reply in said]
@@ -148,14 +152,15 @@ def judge(
 def judgements(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[str | None]:
-    """Return the judge's replies, None where trace and reply do not fit in its context; UserError as for `judge`."""
+    """Return the judge's replies, None if trace and reply do not fit in its context; UserError as in `judge`."""
     prompt = load_prompt(Path(config.judge_prompt)) if config.judge_prompt else RUBRIC
     questions = [
         {"question": question_of(trace, problem), "trace": trace.completion}
         for trace, problem in zip(traces, problems, strict=True)
     ]
     cache = Cache(Path(config.judge_cache))
-    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, rows, config.memory_limit)
 
 
 def refuse_failures(

@@ -1,9 +1,9 @@
-r"""The recipe of ``reformat``: traces rewritten as a thought and a solution, kept only if they are still correct.
+r"""The recipe of ``reformat``: rewrite traces as a thought and a solution; keep those that are still correct.
 
-After Sky-T1, whose data are another model's answers brought into this form. By rule nothing but tags and the white
-space around them changes: the parts are those of `thoughts.parts`; an answer without any tag is cut before the line of
-its last ``<answer>``, ``\boxed{}`` or ``####``. By a model the words change too: it is put ``REWRITING`` and its reply
-is taken only if it has exactly the form that is asked for.
+Sky-T1 made its data so, from another model's answers. Without a model only tags and the white space around them change:
+the parts are those of `thoughts.parts`; an answer without tags is cut before the line of its last ``<answer>``,
+``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and a reply counts only if it
+has exactly the form that the prompt asks for.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     """Rewrite the traces of a file into a new one with its manifest.
 
     Returns:
-        How many traces were written, and how many were dropped for which reason.
+        The number of written traces, and those of dropped ones by reason.
 
     Raises:
         UserError: if ``out`` exists, before anything is read; if no trace is left; for a malformed trace, an unknown
@@ -76,17 +76,17 @@ def reformat(
     dropped: Counter | None = None,
     used: dict[str, Any] | None = None,
 ) -> Iterator[Trace]:
-    """Yield the traces that are correct before and after, in their order, rewritten.
+    """Rewrite traces in order; yield those that are correct before and after.
 
-    What belonged to the old text is gone: token ids, log-probabilities, scores.
+    Token ids, log-probabilities and scores belong to the old text and are removed.
 
     Args:
         traces: in any form.
-        problems: of the traces; None where no task can judge.
-        config: the form to write, and the model, if one rewrites.
-        prompt: that is put to the model.
-        dropped: gets the numbers of traces left out, by reason.
-        used: gets what there is to know of the ``model`` if one was loaded.
+        problems: of the traces; None where no task can grade.
+        config: the form to write, and the model that rewrites, if any.
+        prompt: for the model.
+        dropped: counts traces that are left out, by reason.
+        used: gets a description of the ``model``, if one was loaded.
     """
     dropped = Counter() if dropped is None else dropped
     judged = []
@@ -117,7 +117,7 @@ def reformat(
 
 
 def by_rule(completion: str) -> str:
-    """Return a completion in Sky-T1's form; without a thought or a solution that part is empty or missing."""
+    """Return a completion in Sky-T1's form; a part that it lacks is empty or missing."""
     thought, solution = parts(completion)
     if thought is None:
         mark = max(solution.rfind(mark) for mark in MARKS)
@@ -129,7 +129,7 @@ def by_rule(completion: str) -> str:
 def _by_model(
     judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt, used: dict[str, Any]
 ) -> list[str | None]:
-    """Return a model's replies without its own thought; None where they do not fit in its context."""
+    """Return a model's replies without its own thoughts; None for those that do not fit in its context."""
     from mlx_traces.models import loading
 
     loaded = loading.load(config.model, **config.load_arguments())
@@ -138,12 +138,13 @@ def _by_model(
         {"question": judge.question_of(trace, problem), "trace": own_words(trace)} for trace, problem in judged
     ]
     cache = judge.Cache(Path(config.cache), "--cache")
-    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, rows, config.memory_limit)
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 
 def _fault(trace: Trace, problem: Problem | None) -> str | None:
-    """Return why a trace cannot be kept whatever is made of it, or None."""
+    """Return why a trace is dropped before it is rewritten, or None."""
     if problem is None:
         return "no task can judge it"
     if trace.finish_reason == "length":
@@ -152,7 +153,7 @@ def _fault(trace: Trace, problem: Problem | None) -> str | None:
 
 
 def _fault_of(text: str | None, completion: str, trace: Trace, problem: Problem) -> str | None:
-    """Return why a text, to be in Sky-T1's form, and what is written of it cannot stand for a trace, or None."""
+    """Return why a trace is dropped after it was rewritten as ``text``, in Sky-T1's form, or None."""
     if text is None:
         return "too long for the model"
     if not format_score(text, None, "sky-t1", last_turn(trace)):

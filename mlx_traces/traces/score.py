@@ -1,4 +1,4 @@
-"""The recipe of ``score``: traces judged by their tasks, scored by their text, and by models where they are named."""
+"""The recipe of ``score``: grade traces by their tasks; score them by their text and, on request, by models."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,14 +44,14 @@ def score_traces(
     """Return the traces with verdict, ``scores`` and ``score``.
 
     Args:
-        traces: in any state; earlier scores are replaced.
-        config: what a trace should look like, the mix, and the models.
-        where: places of the traces, for messages; default: their ids.
-        used: gets what there is to know of the models that were loaded, ``model`` and ``judge``.
+        traces: earlier scores are replaced.
+        config: the form of a trace, the mix, and the models.
+        where: places of the traces, for error messages; default: their ids.
+        used: gets a description of the loaded models, ``model`` and ``judge``.
 
     Raises:
         UserError: for a trace whose task is unknown or cannot read its columns; for a model that cannot be loaded; for
-            a judge whose replies cannot be read more often than ``judge_failures`` allows.
+            a judge if more of its replies than ``judge_failures`` allows cannot be read.
     """
     places = where or [f"trace {trace.id}" for trace in traces]
     problems = [problem_of(trace, place) for trace, place in zip(traces, places, strict=True)]
@@ -71,7 +71,7 @@ def score_traces(
 
 
 def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
-    """Return for each component, ``score`` last, its mean where it applies and the share of traces it applies to."""
+    """Return (name, mean, share of traces it applies to) of each component, ``score`` last."""
     traces = list(traces)
     rows = []
     for name in (*COMPONENTS, "score"):
@@ -87,7 +87,7 @@ def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
 def model_scores(
     traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig, used: dict[str, Any]
 ) -> list[dict[str, float | None]]:
-    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; tell ``used`` of them."""
+    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; ``used`` describes them."""
 
     def load(part: str) -> Any:
         loaded = loading.load(getattr(config, part), **config.load_arguments())
@@ -110,7 +110,7 @@ def model_scores(
 def own_probability(trace: Trace) -> float | None:
     """Return exp(mean log-probability) of the tokens as they were sampled, stop token included.
 
-    None without log-probabilities, and where all are 0, as greedy sampling notes them.
+    None without log-probabilities, and if all are 0, as greedy sampling stores them.
     """
     if not trace.logprobs or not any(trace.logprobs):
         return None

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AnswerConfig, RLConfig, SFTSettings
 from mlx_traces.engine.generation import PREFILL_TOKENS, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.models import adapters
 from mlx_traces.runtime.device import Backend
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Shape:
     """A model's sizes: counts, bytes of a number, and the bytes of three sets of weights.
 
     ``weights`` is all that the model holds, adapter included, ``trained`` what is trained of it, ``merged`` the copies
-    that exist while sampling from an adapter in dense float32 weights. ``reading`` is how many prompt tokens are read
-    at once.
+    that exist while the model samples (`adapters.merged`). ``reading`` is how many prompt tokens are read at once.
     """
 
     layers: int
@@ -99,12 +98,6 @@ def shape_of(loaded: "LoadedModel") -> Shape:
     """Return the sizes of a model that is ready to train: its adapter is on it, the rest is frozen."""
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
-    weights = [array for _, array in tree_flatten(loaded.model.parameters())]
-    merged = 0
-    for _, module in loaded.model.named_modules():
-        if "lora_a" in module:
-            inner = module["linear"] if "linear" in module else module["embedding"]
-            merged += inner.weight.nbytes if "scales" not in inner and inner.weight.dtype == mx.float32 else 0
     return Shape(
         layers=len(loaded.model.layers),
         hidden=hidden,
@@ -113,19 +106,12 @@ def shape_of(loaded: "LoadedModel") -> Shape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or hidden // heads,
         vocabulary=config.get("vocab_size") or 0,
-        itemsize=max((array.dtype.size for array in _floating(loaded.model)), default=4),
-        weights=sum(array.nbytes for array in weights),
+        itemsize=adapters.activation_bytes(loaded.model),
+        weights=sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters())),
         trained=sum(array.nbytes for _, array in tree_flatten(loaded.model.trainable_parameters())),
-        merged=merged,
+        merged=adapters.copied_bytes(loaded.model, loaded.backend),
         reading=PREFILL_TOKENS[loaded.backend.name],
     )
-
-
-def _floating(model: Any) -> list[Any]:
-    """Return what decides the type of activations: frozen numbers that are no integers, an adapter's left out."""
-    arrays = dict(tree_flatten(model.parameters()))
-    added = (".lora_a", ".lora_b", ".m")
-    return [a for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating) and not name.endswith(added)]
 
 
 def estimate(

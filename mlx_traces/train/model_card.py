@@ -1,8 +1,8 @@
-"""Model cards: the README.md of an adapter's folder, as the model hub reads it, and for people. No MLX.
+"""Model cards: the README.md of an adapter's folder, for the hub and for people. No MLX.
 
-A card says for which base model an adapter is, on what data and with which settings it was made, what was measured,
-how to load it, and the base's licence: what the adapter's settings and the run that it stands in say, so that it can
-be written anew. Texts of users and models are quoted as code; the machine's paths are cut to their ends.
+A card names the base model, data, settings, measured figures, the way to load the adapter, and the base's licence. All
+of it comes from the adapter's settings and its run folder, so a card can be rewritten. Texts of users and models are
+quoted as code; paths of this machine are cut to their ends.
 """
 
 import json
@@ -34,7 +34,7 @@ from mlx_traces.traces.files import manifest_path
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 MARK = "<!-- Written by mlx-traces"
-GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that are called after the one they are in
+GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that take the name of the folder around them
 KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "set of fully trained weights"}
 METHODS = {
     "sft": "supervised fine-tuning on traces",
@@ -65,8 +65,8 @@ LICENCES = frozenset(IDENTIFIERS.split())
 class Base:
     """A base model as a card names it.
 
-    ``name`` is without the machine's paths, ``hub_id`` None for what is not on the hub. ``licence`` holds the hub's
-    fields ``license``, ``license_name`` and ``license_link``, and is empty where nothing is known.
+    ``name`` has no paths of this machine. ``hub_id`` is None for a model that is not on the hub. ``licence`` holds the
+    hub's fields ``license``, ``license_name`` and ``license_link``, and is empty if the licence is unknown.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Base:
 
 
 def base_of(spec: str, folder: Path | None = None) -> Base:
-    """Find out about a base model, from its own card where it has one.
+    """Describe a base model, from its own card if it has one.
 
     Args:
         spec: ``nano``, a folder, or a hub id with a revision or without.
@@ -91,7 +91,7 @@ def base_of(spec: str, folder: Path | None = None) -> Base:
 
 
 def licence_of(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
-    """Return the hub's fields of a licence; one that the hub's list does not have is ``other``, by its name."""
+    """Return the hub's fields of a licence; one that is not on the hub's list is ``other``, with its name."""
     given = front.get("license")
     if not isinstance(given, str) or not given.strip() or given == "unknown":
         return {}
@@ -110,7 +110,7 @@ def licence_of(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card; empty where there is none, or none that can be read."""
+    """Return the metadata of a folder's card; empty if there is no readable card."""
     try:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -119,7 +119,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 @cache
 def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
-    """Return the metadata of a card on the hub, which mlx_lm leaves there; empty if it is out of reach."""
+    """Return the metadata of a card on the hub, which mlx_lm does not download; empty if it is out of reach."""
     away = bool(hub.out_of_reach())
     try:
         return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=away)).parent)
@@ -135,15 +135,15 @@ def write(
     fused: tuple[Path, str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write the card of an adapter's folder, or of a model that it was made part of.
+    """Write the card of an adapter, or of a model that it was fused into.
 
     Args:
-        adapter: the folder, complete but for its card.
-        row: the line of metrics of the validation that chose it; default: as the run that it stands in tells.
-        base: what is known of the base model; default: what its name and the hub tell.
+        adapter: the folder; only its card may be missing.
+        row: the line of metrics of the validation that chose it; default: from its run folder.
+        base: the base model; default: from its name and the hub.
         runs: finished evaluations with the adapter, and of the base model alone.
-        fused: the folder of the model that base and adapter were made, which gets the card, and its kind of weights.
-        title: default: the folder's name, or that of the run it stands in.
+        fused: the folder of the fused model, which gets the card, and its kind of weights.
+        title: default: the name of the folder or of its run.
 
     Returns:
         The file.
@@ -186,23 +186,23 @@ def write(
 
 
 def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
-    """Write a finished adapter's card anew: ``mlx-traces card``. Metrics are those of the run that it stands in.
+    """Rewrite a finished adapter's card: ``mlx-traces card``. The metrics are those of its run folder.
 
     Raises:
-        UserError: as `write`; if there is a card that somebody else wrote.
+        UserError: as `write`; if somebody else wrote the card.
     """
     adapter = adapter.expanduser()
     adapters.read_config(adapter)
     there = adapter / CARD
     if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{there}: not written by mlx-traces; move it away first, it would be lost")
+        raise UserError(f"{there}: not written by mlx-traces; move it away first, or it would be lost")
     return write(adapter, runs=runs)
 
 
 def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     """Return the line of metrics at the step of a run's adapter, and whether a validation chose it.
 
-    It is the best step that the run's result names, else its last; empty for a folder that is no run's.
+    The step is the best one in the run's result, else the last; the line is empty if the folder is no run folder.
     """
     folder = RunFolder(run)
     rows = folder.metrics if folder.begun else []
@@ -212,7 +212,7 @@ def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
 
 
 def title_of(adapter: Path) -> str:
-    """Return a folder's name, or the name of the run that it stands in."""
+    """Return the name of a folder, or of its run."""
     folder = adapter.resolve()
     named = folder.parent if folder.name in GENERIC and folder.parent.name else folder
     return clean(named.name) or "adapter"
@@ -221,7 +221,7 @@ def title_of(adapter: Path) -> str:
 def _metadata(
     base: Base, config: dict[str, Any], training: dict[str, Any], method: str, title: str, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the card's front matter: only what the hub knows, and names only what is there."""
+    """Return the card's front matter, in the hub's fields and terms."""
     kind = config.get("fine_tune_type", "lora")
     tags = ["mlx", "mlx-traces", *([] if kind == "full" else [kind]), *([method] if method in METHODS else [])]
     task = _task_of(training)
@@ -255,7 +255,7 @@ def _metadata(
 
 
 def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None) -> str:
-    """Return a sentence: what this is, of which model, made how."""
+    """Return a sentence on the adapter, its model and how it was made."""
     kind = config.get("fine_tune_type", "lora")
     settings = config.get("lora_parameters") or {}
     size = f", rank {settings['rank']}, scale {settings['scale']:g}" if "rank" in settings else ""
@@ -273,7 +273,7 @@ def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None)
 
 
 def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
-    """Yield (language, code) of how the adapter, or the fused model, is used by mlx_lm and by mlx_traces."""
+    """Yield (language, code) examples of the adapter, or the fused model, in mlx_lm and mlx_traces."""
     folder = f"path/to/{_slug(title)}"
     spec = base.name if base.hub_id or base.name == names.NANO else f"path/to/{_slug(Path(base.name).name)}"
     plain = base.hub_id or spec
@@ -299,13 +299,13 @@ def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iter
 
 
 def _task_of(training: Mapping[str, Any]) -> str | None:
-    """Return the task that a training was for, or validated with; None where its settings do not say."""
+    """Return the task of a training, or of its validation; None if its settings do not name one."""
     task = training.get("task") or (training.get("evaluate") or {}).get("task")
     return task if task in TASKS else None
 
 
 def _datasets(training: Mapping[str, Any], method: str) -> list[str]:
-    """Return the hub data set whose problems a reinforcement learned from, as its settings name it."""
+    """Return the hub data set whose problems GRPO or PPO trained on, if its settings name one."""
     data = training.get("data")
     if method not in ("grpo", "ppo"):
         return []  # a file of traces
@@ -320,7 +320,7 @@ def _is_hub_set(name: Any) -> bool:
 
 
 def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
-    """Yield what was learned from."""
+    """Describe the training data, in lines."""
     data = training.get("data")
     if method in ("grpo", "ppo"):
         task = training.get("task") or "countdown"
@@ -340,7 +340,7 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
 
 
 def _validation(row: Mapping[str, Any], training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the held-out accuracy of a training's kept step as a result for the hub; none without one."""
+    """Return the held-out accuracy of a training's kept step as a result for the hub, if it has one."""
     settings = training.get("evaluate")
     if "valid/accuracy" not in row or not isinstance(settings, dict):
         return []
@@ -366,7 +366,7 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     """Read a finished evaluation of the adapter, or of its base alone.
 
     Raises:
-        UserError: if it is none of them.
+        UserError: if it is neither.
     """
     folder = existing(run, "run.json", "result.json")
     about, result = folder.identity, folder.result or {}
@@ -411,7 +411,7 @@ def _licence_text(base: Base) -> str:
 
 
 def shown(value: Any, name: str = "") -> Any:
-    """Return settings without the paths of the machine: a file keeps its last parts, a text loses the home folder."""
+    """Return settings without paths of this machine: a file keeps its last parts, a text loses the home folder."""
     if isinstance(value, dict):
         return {clean(key): shown(one, str(key)) for key, one in value.items() if one is not None}
     if isinstance(value, (list, tuple)):
@@ -434,12 +434,12 @@ def last_parts(path: str) -> str:
 
 
 def fence_for(text: str, least: int = 3) -> str:
-    """Return backticks that nothing in ``text`` can close, ``least`` or more."""
+    """Return a fence of ``least`` or more backticks that nothing in ``text`` can close."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def code(text: str) -> str:
-    """Quote foreign text as code: neither Markdown nor HTML in it means anything."""
+    """Quote foreign text as code, so that Markdown and HTML in it have no effect."""
     text = clean(text)
     marks = fence_for(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -447,10 +447,10 @@ def code(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape what Markdown and HTML would read as their own."""
+    """Escape the characters that Markdown and HTML interpret."""
     return re.sub(r"([\\`*_\[\]<>#|~&$!])", r"\\\1", clean(text))
 
 
 def _slug(text: str) -> str:
-    """Return a text as the name of a folder in a command."""
+    """Return a text as a folder's name for a command."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-") or "folder"

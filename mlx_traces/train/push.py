@@ -1,4 +1,4 @@
-"""Upload an adapter or a model to the hub: its own files with the model card, and nothing else. No MLX."""
+"""Upload an adapter or a model to the hub: its own files and the model card, nothing else. No MLX."""
 
 import json
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.fingerprints import MODEL_FILES
 from mlx_traces.train import model_card
 
-SETTINGS = (adapters.CONFIG, "fused.json")  # written by us; they name files of this machine
+SETTINGS = (adapters.CONFIG, "fused.json")  # written by mlx-traces; they name files of this machine
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is uploaded: ``files`` by their names on the hub, as a path, or as content if paths were removed from it."""
+    """The files of an upload, by their names on the hub: a path, or the content if paths were removed from it."""
 
     what: str
     files: dict[str, Path | bytes]
@@ -71,13 +71,13 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
     """Upload files to a repository of the hub, which is created if needed; return the commit's address.
 
     Args:
-        upload: what `prepare` has collected.
-        name: of the repository, ``user/name``.
+        upload: from `prepare`.
+        name: the repository, ``user/name``.
         public: whether everybody may see it; a new repository is private otherwise.
-        progress: called with each line for the user.
+        progress: gets lines for the user.
 
     Raises:
-        UserError: without a token or network, where the hub refuses, and for a public repository without ``public``.
+        UserError: without a token or network, if the hub refuses, and for a public repository without ``public``.
     """
     check_name(name)
     if away := hub.out_of_reach():
@@ -110,7 +110,7 @@ def push(upload: Upload, name: str, public: bool = False, progress: Callable[[st
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for what cannot be a repository's name."""
+    """Raise UserError if this cannot be a repository's name."""
     try:
         validate_repo_id(name)
         fits = name.count("/") == 1

@@ -456,7 +456,7 @@ def test_a_study_takes_served_models_beside_loaded_ones(fake, tmp_path):
     assert [planned.model for planned in part.plans] == ["nano", f"served@127.0.0.1:{fake.server_port}"]
     assert [planned.config.rows for planned in part.plans] == [4, EvalConfig().rows] and part.baseline == 1
     settings["models"][1] = {**served, "bits": 4}
-    with pytest.raises(UserError, match=r"models\.1: a model behind a server has the bits that it has"):
+    with pytest.raises(UserError, match=r"models\.1: bits cannot be chosen for a model behind a server"):
         study.lay_out(build(StudyConfig, settings))
 
 

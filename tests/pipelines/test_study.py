@@ -438,7 +438,7 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
         ({"tasks": [{"task": "qa", "promts": ["plain"]}]}, "unknown field 'tasks.0.promts'; did you mean 'prompts'"),
         ({"models": [{"model": "nano", "bits": 7}]}, "models.0.bits: .* not '7'"),
         ({"models": [{"model": "nano", "settings": {"max_tokns": 3}}]}, "models.0.settings: unknown field 'max_tokns'"),
-        ({"models": [{"model": "nano", "settings": {"prompt": "x"}}]}, "'prompt' has a place of its own"),
+        ({"models": [{"model": "nano", "settings": {"prompt": "x"}}]}, "'prompt' is a field of its own"),
         ({"models": [{"model": "nano+a", "adapter": "b"}]}, "two adapters, a and b"),
         ({"models": [{"model": "nano", "adapter": "./none"}]}, "no such adapter folder"),
         ({"models": [{"model": "nano", "adapter": "./none", "optional": True}]}, "no model is left to evaluate"),

@@ -114,6 +114,13 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+def test_cuda_keeps_more_graphs_and_plans_unless_the_user_says_how_many():
+    code = "import os; os.environ['MLX_CUDA_SDPA_CACHE_SIZE'] = '7'; from mlx_traces.runtime import device\n"
+    code += "print(*(os.environ[name] for name in device.CUDA_CACHES))"
+    clean = "import os\nfor name in [n for n in os.environ if n.startswith('MLX_CUDA')]: del os.environ[name]\n"
+    assert python(clean + code) == "2000 7 512"
+
+
 def test_importing_the_package_loads_neither_mlx_nor_numpy():
     found = python("import sys, mlx_traces; print([m for m in ('mlx.core', 'numpy', 'mlx_lm') if m in sys.modules])")
     assert found == "[]"
