@@ -23,6 +23,7 @@ from mlx_traces.diagnostics.bench_generate import GenerateRow
 from mlx_traces.diagnostics.bench_rl import GRPORow
 from mlx_traces.diagnostics.bench_sft import SFTRow
 from mlx_traces.errors import UserError
+from mlx_traces.report import tables
 
 ROOT = Path(__file__).parents[2]
 SPEED = {"completion_tokens": 9, "seconds": 1.0, "prompt_tokens_per_second": 5.0, "ms_per_step": 2.0}
@@ -259,6 +260,17 @@ def test_bench_show_prints_draws_and_refuses(tmp_path):
     assert result.output.startswith("| machine, model, weights | 32 rows |") and "| 50 2.0 x |" in result.output
     result = CliRunner().invoke(main, ["bench", "show", str(tmp_path / "none.json")])
     assert result.exit_code == 1 and "none.json" in result.output
+
+
+def test_the_readmes_table_of_machines_is_made_of_files():
+    folder = ROOT / "mlx_traces" / "diagnostics"
+    files = [read(path) for path in sorted(folder.glob("machines/*.json"))]
+    text = (folder / "README.md").read_text()
+    table = re.search(r"<!-- machines -->\n(.*?)<!-- machines end -->", text, re.DOTALL)[1]
+    made = tables.cells_to_markdown(bench_file.cells(files)) if files else "No file is there yet.\n"
+    assert table == made, "mlx-traces bench show --markdown mlx_traces/diagnostics/machines/*.json"
+    from_mac = any(one.machine.backend == "metal" for one in files)
+    assert ("None of these files is from a Mac yet." in text) == (not from_mac)
 
 
 # ------------------------------------------------------------------------------------------------ the workflow
