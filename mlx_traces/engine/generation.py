@@ -36,6 +36,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
+from mlx_traces.runtime import blas, distributed
 from mlx_traces.runtime.device import limits
 
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
@@ -174,7 +175,8 @@ def _run(
     while left:
         at_once = min(budget.size(rows), len(left))
         asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
-        with budget.trying(at_once, advice=ONE_ROW), limits():
+        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
+        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
             if axes != 0:
                 stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
             else:

@@ -30,7 +30,7 @@ from mlx_traces.traces import files, solutions
 from mlx_traces.train import memory, sft
 from mlx_traces.train.optimizer import make_optimizer
 
-TOLERANCE = 0.25
+TOLERANCE = 0.2
 PROMPT = 16
 
 
