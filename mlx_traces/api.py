@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, build
+from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, build
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
 from mlx_traces.rl import grpo, ppo
@@ -36,7 +37,7 @@ def generate(
     stop: Sequence[str] = (),
     stop_in_thoughts: bool = False,
     thinking: bool | None = None,
-    rows: int = 32,
+    rows: int | None = None,
     seed: int = 0,
     logprobs: bool = False,
 ) -> list[Rollout]:
@@ -53,7 +54,7 @@ def generate(
         stop: texts that end a completion, after its thought.
         stop_in_thoughts: let them end it within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.
-        rows: batch size of decoding.
+        rows: batch size of decoding; default: as ``mlx-traces eval`` has it on this device, 32 on a CPU.
         seed: prompt number i is sampled with ``seed + i``, whatever else is in the batch.
         logprobs: also keep each token's float32 log-probability, in nats.
 
@@ -67,7 +68,9 @@ def generate(
     params = SamplingParams(
         max_tokens, temperature, top_p, top_k, min_p, tuple(stop), stop_in_thoughts=stop_in_thoughts
     )
-    done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
+    with merged(loaded.model, loaded.backend):
+        rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows
+        done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
     return [done[i] for i in range(len(requests))]
 
 

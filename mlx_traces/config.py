@@ -1,11 +1,11 @@
 """Every setting, defined once: a pydantic model per command, for the command line, YAML files and Python calls."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date as Date
 from operator import not_
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -19,6 +19,10 @@ MOST_WHOLE = 10**18  # bound of a whole number; Python refuses to print one of t
 
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+_MORE = "a large GPU takes more by itself"
+SIZES = ("rows", "micro_tokens", "logits_mb")  # settings that depend on the device where they are not set
 
 
 class Config(BaseModel):
@@ -39,6 +43,19 @@ class Config(BaseModel):
         A run adds its files, by their content: `evaluator.Plan.identity` and `loop.identity_of`.
         """
         return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
+
+    def sized(self, sizes: Mapping[str, int]) -> Self:
+        """Return the settings with a device's ``sizes`` where they are larger than a default; what was set stays.
+
+        The defaults are a CPU's, so ``{}`` gives the settings that any device has. Settings within these are sized too.
+        """
+        values = dict(self)
+        for name, field in type(self).model_fields.items():
+            if isinstance(values[name], Config):
+                values[name] = values[name].sized(sizes)
+            elif name in SIZES and name not in self.model_fields_set:
+                values[name] = max(field.default, sizes.get(name, 0))
+        return self.model_construct(self.model_fields_set, **values)
 
 
 class LoadConfig(Config):
@@ -116,7 +133,7 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
     min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
-    rows: Positive = Field(32, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(32, description=f"Batch size of decoding, in completions; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
@@ -170,7 +187,7 @@ class ValidationConfig(ProblemConfig):
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
     limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
-    rows: Positive = Field(64, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(64, description=f"Batch size of decoding, in completions; {_MORE}.")
     thinking: bool | None = Field(
         None, exclude_if=_is_none, description="Set the template's thinking switch; default: as in the training."
     )
@@ -199,7 +216,7 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     )
     epochs: Positive = Field(1, description="Passes over the data.")
     batch_size: Positive = Field(16, description="Traces per optimizer step.")
-    micro_tokens: Positive = Field(512, description="Token limit of a forward pass, padding included.")
+    micro_tokens: Positive = Field(512, description=f"Token limit of a forward pass, padding included; {_MORE}.")
     max_length: Positive = Field(2048, description="Maximum length of a sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
         "skip", description="Longer sequences: leave them out, cut off their end (the answer), or stop."
@@ -210,7 +227,9 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(
+        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
+    )
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -267,7 +286,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
     min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
-    rows: Positive = Field(256, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(256, description=f"Batch size of decoding, in completions; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit for sampling, in GB; lowers rows if needed."
     )
@@ -293,13 +312,13 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         4, description="Completions per problem to measure pass rates, before the first step."
     )
 
-    micro_tokens: Positive = Field(
-        1024, description="Token limit of a forward pass, padding included; a GPU can be faster with more."
-    )
+    micro_tokens: Positive = Field(1024, description=f"Token limit of a forward pass, padding included; {_MORE}.")
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(
+        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
+    )
     eval_every: Positive = Field(10, description="Steps between validations.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -409,7 +428,7 @@ class ScoreConfig(LoadConfig, JudgeConfig):
     thinking: bool | None = Field(
         None, description="Set the thinking switch of its template; default: as each trace was made."
     )
-    rows: Positive = Field(16, description="Traces that the judge reads at once.")
+    rows: Positive = Field(16, description=f"Traces that the judge reads at once; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
@@ -431,7 +450,7 @@ class ReformatConfig(LoadConfig):
     cache: str = Field(
         "data/reformat.jsonl", description="File that keeps the model's replies, so that none is requested twice."
     )
-    rows: Positive = Field(16, description="Traces that the model rewrites at once.")
+    rows: Positive = Field(16, description=f"Traces that the model rewrites at once; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )

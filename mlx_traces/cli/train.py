@@ -48,7 +48,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     best = "" if result.best_step is None else f", best at step {result.best_step}"
     loss = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
     accuracy = "" if result.accuracy is None else f", held-out accuracy {100 * result.accuracy:.1f} %"
-    click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
+    click.echo(f"{_steps(result)} in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
     speed, padding = f"{result.tokens_per_second:.0f} tokens/s", f"{100 * result.padding:.1f} %"
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
@@ -58,6 +58,10 @@ _REWARD = (
     "A reward and its weight: correct, gated, format, flash, judge, ..., or your own module:function. Repeat for "
     "more.  [default: correct=1]"
 )
+
+
+def _steps(result: Any) -> str:
+    return f"{result.steps} steps" + (f", ended by {result.stopped}," if result.stopped else "")
 
 
 def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
@@ -84,7 +88,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         best = "" if result.best_step is None else f", best at step {result.best_step}"
         if result.accuracy is not None:
             best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
-        click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
+        click.echo(f"{_steps(result)} in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
         spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
         click.echo(
             f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True

@@ -37,7 +37,7 @@ from mlx_traces.tasks import countdown
 from mlx_traces.traces import encoding
 from mlx_traces.traces.solutions import countdown_traces
 from mlx_traces.train import sft
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
 MAX_TOKENS = 24
@@ -166,12 +166,11 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     batch = _examples(loaded)
     halves, optimizer = logprobs.split(loaded.model), make_optimizer(config, 10)
     loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
-    grads, norm = clip(grads, config.max_grad_norm)
-    optimizer.update(loaded.model, grads)
-    mx.eval(loaded.model.trainable_parameters(), optimizer.state, norm)
+    norm, update = optimizer.propose(loaded.model, grads)
+    update()
     loaded.model.eval()
     after = sft.mean_loss(halves, batch, config)
-    return {"loss": float(loss), "gradient norm": norm.item(), "loss after the step": after}
+    return {"loss": float(loss), "gradient norm": norm, "loss after the step": after}
 
 
 def _examples(loaded: LoadedModel) -> list[Any]:

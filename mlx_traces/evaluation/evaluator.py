@@ -17,6 +17,7 @@ from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score
 from mlx_traces.runtime.provenance import fingerprint, now
 from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks.answers import as_asked
 from mlx_traces.tasks.prompts import Prompt, columns_of
 from mlx_traces.tasks.thoughts import after_last
 
@@ -186,6 +187,12 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "verdict": headline.verdict,
         "stratum": problem.stratum,
     } | ({"notes": notes} if notes else {})
+
+
+def strictly_correct(planned: Plan, problem: Problem, response: str) -> bool:
+    """Whether a response is correct by its answer in the form that the prompt asks for, whatever else it says."""
+    strict = as_asked(response, planned.prompt.text)
+    return planned.task.grade(problem, strict)[planned.extractor].correct
 
 
 def question_of(task: Task, problem: Problem) -> str:

@@ -10,7 +10,8 @@ from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
-from mlx_traces.models.loading import LoadedModel, load, of_its_day
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.run_folder import RunFolder
@@ -24,9 +25,10 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
         UserError: if the run cannot be written there, or the model cannot be loaded.
     """
     with distributed.at_work(path, resume) as (folder, stop):
-        config = of_its_day(planned.config, folder.identity)
+        config = loading.of_its_day(planned.config, folder.identity)
+        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         planned = replace(planned, config=config)
-        loaded = load(config.model, config.adapter, **config.load_arguments())
         device.reset_peak_memory()
         source = Source(
             completions_of(loaded, planned, stop=stop),
@@ -37,7 +39,8 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
             loaded.path,
             device.peak_memory_gb,
         )
-        yield planned, folder, source
+        with adapters.merged(loaded.model, loaded.backend):
+            yield planned, folder, source
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, Any]:

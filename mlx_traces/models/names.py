@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_traces.config import shipped
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
+from mlx_traces.models.adapter_config import read_config
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way
 
@@ -130,8 +131,6 @@ def _locate(spec: str) -> tuple[Path | None, str, str | None]:
 
 def name_parts(name: str, adapter: str | None) -> tuple[str, str | None]:
     """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
-    from mlx_traces.models.adapters import read_config
-
     spec, adapter = split_adapter(name, adapter)
     if adapter is None:
         return spec, None

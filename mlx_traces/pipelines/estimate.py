@@ -142,9 +142,9 @@ class Outlook:
 
     def of(self, stage: Stage) -> Forecast:
         """Return a stage's forecast."""
-        recipe = stage.recipe
         if stage.name == "raw":
             return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
+        recipe = stage.recipe.sized(self.loaded.backend.sizes)
         if isinstance(recipe, GenerateConfig):
             return self._sampling(recipe, 1, "")
         if isinstance(recipe, SFTConfig):
@@ -158,7 +158,8 @@ class Outlook:
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""
-        return self._sampling(missing[0], len(missing), f"{len(missing)} of {count} evaluations, each of ")
+        settings = missing[0].sized(self.loaded.backend.sizes)
+        return self._sampling(settings, len(missing), f"{len(missing)} of {count} evaluations, each of ")
 
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
@@ -345,6 +346,7 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         loads = f"eval --model {config.model} --limit 1 downloads it"
         raise UserError(f"{config.model} is not on this machine; {loads}, or name a folder")
     loaded = _ready(config, config.model, config.adapter)
+    config = config.sized(loaded.backend.sizes)
     if isinstance(config, RLConfig):
         few = min(config.num_steps, math.ceil(LARGEST_PROBED / config.prompts_per_step))
         planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": few}))

@@ -27,6 +27,7 @@ class Metric:
 
 METRICS = (
     Metric("valid/accuracy", "Held-out accuracy", share=True, better=1),
+    Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
     Metric("loss", "Loss"),

@@ -44,7 +44,8 @@ def state(record: Record) -> str:
     if record.seconds:
         parts.append(duration(record.seconds))
     if record.result is not None:
-        return ", ".join(["finished", *parts])
+        early = record.result.get("stopped") == "patience"
+        return ", ".join(["ended by patience" if early else "finished", *parts])
     if record.remaining is not None:
         parts.append(f"about {duration(record.remaining)} to go")
     return ", ".join(parts)

@@ -23,7 +23,7 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
@@ -44,7 +44,10 @@ class Learner:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start."""
+    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -57,6 +60,7 @@ class Result:
     tokens_per_second: float
     peak_memory_gb: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 class Run(loop.Training):
@@ -130,6 +134,7 @@ class Run(loop.Training):
             tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
             peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
             notes=[*notes, *self.unmoved()],
+            stopped=self.stopped,
         )
         self.folder.conclude(asdict(result))
         return result
@@ -175,24 +180,16 @@ class Setup:
 def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
     """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
 
-    Args:
-        name: of the algorithm, for the adapter's settings file.
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the folder's run is another one.
+    ``name`` is the algorithm's, for the adapter's settings file; the other arguments and the errors: see `train.loop`.
     """
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         config = with_reference(names.with_adapter(config), folder.identity)
-        config = loading.of_its_day(config, folder.identity)
+        config = loading.of_its_day(config, folder.identity).sized(distributed.sizes(device.choose(config.device)))
         planned, held_out, notes = rollouts.prepare(config)
-        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
+        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)

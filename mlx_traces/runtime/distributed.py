@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_traces.errors import Lost, UserError, first_line
-from mlx_traces.runtime.device import limits, out_of_memory
+from mlx_traces.runtime.device import Backend, limits, out_of_memory
 from mlx_traces.runtime.files import held
 from mlx_traces.runtime.interrupts import listening
 from mlx_traces.runtime.run_folder import RunFolder
@@ -89,6 +89,12 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
     return every.pop("loss"), total(tree_map(mx.zeros_like, parameters) if grads is None else grads), every
 
 
+def sizes(backend: Backend) -> dict[str, int]:
+    """Return the sizes of batches that all ranks take where the settings have none: the smallest of their devices'."""
+    every = gather([backend.sizes])
+    return {name: min(own[name] for own in every) for name in every[0] if all(name in own for own in every)}
+
+
 def any_of(wish: bool) -> bool:
     """Return whether ``wish`` is true on any rank; all ranks must call this."""
     return any(gather([wish]))
@@ -138,8 +144,8 @@ def _told() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume when other programs "
-            "are closed, or begin anew with a smaller model, a lower rank or shorter sequences"
+            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume, lower rows "
+            "or micro_tokens, and other programs closed, or begin anew with a smaller model or shorter sequences"
         ) from None
 
 

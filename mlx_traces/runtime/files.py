@@ -147,7 +147,7 @@ def held(lock: Path) -> Iterator[None]:
                 folder.rmdir()
 
     try:
-        descriptor = _taken(lock)
+        descriptor = _take(lock)
     except OSError as error:
         tidy()
         raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another --out") from None
@@ -160,10 +160,10 @@ def held(lock: Path) -> Iterator[None]:
         tidy()
 
 
-def _taken(lock: Path) -> int:
+def _take(lock: Path) -> int:
     """Take a lock for this process; return its open file."""
     while True:
-        descriptor = _opened(lock)
+        descriptor = _open(lock)
         try:
             free = _try_lock(descriptor)
             if free and not _is_at(lock, descriptor):
@@ -185,7 +185,7 @@ def _taken(lock: Path) -> int:
         return descriptor
 
 
-def _opened(lock: Path) -> int:
+def _open(lock: Path) -> int:
     """Make a lock's folder and open its file; retry, since a process that ends may remove both at that moment."""
     for left in reversed(range(TRIES)):
         try:

@@ -110,6 +110,39 @@ def tolerant(response: str) -> str | None:
     return marked(part) or after_hashes(part) or last_number(whole)
 
 
+_FORMS = {  # what a prompt says of the answer's form: how an answer of it is found, and written
+    r"\boxed": (last_boxed, r"\boxed{{{}}}"),
+    "<answer>": (last_answer_tag, "<answer>{}</answer>"),
+    "####": (after_hashes, "#### {}"),
+}
+
+
+def forms_of(asked: str) -> list[str]:
+    r"""Return the forms of an answer that a prompt's text names: ``\boxed``, ``<answer>``, ``####``."""
+    return [form for form in _FORMS if form in small(asked)]
+
+
+def as_asked(response: str, asked: str) -> str:
+    r"""Return a response's answer in the form that its prompt asks for, and nothing else; empty without such an answer.
+
+    Of several forms that the prompt names, the first one counts that an answer has. The whole response where the prompt
+    names none. A thought is left out as in `tolerant`.
+
+    Args:
+        response: the assistant's whole turn.
+        asked: the prompt's text, without the problem.
+    """
+    forms = forms_of(asked)
+    if not forms:
+        return response
+    part, thinking = after_thought(response)
+    for form in forms:
+        find, write = _FORMS[form]
+        if (not thinking or form == "<answer>") and (found := find(part)) and found.strip():
+            return write.format(found.strip())
+    return ""
+
+
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE_BACKWARDS = re.compile(r"[$0-9.,]{2,}-?|[0-9]-?")
 

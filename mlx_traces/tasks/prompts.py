@@ -31,6 +31,11 @@ class Prompt:
     chat: bool = True
     stop: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """All that is said in every problem's prompt, its placeholders unfilled."""
+        return "\n".join([self.system or "", *(turn for shot in self.shots for turn in shot), self.user, self.prefill])
+
     def messages(self, problem: Problem) -> list[Message]:
         """Return the turns of the chat for ``problem``, the last one the user's."""
         turns = [{"role": "system", "content": self.system}] if self.system else []

@@ -4,6 +4,7 @@ FORMATS = {  # of rows that `data import` reads, and the columns that a row must
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
     "open-r1": ("problem", "generations"),
     "text": ("text",),
 }

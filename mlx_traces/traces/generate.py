@@ -65,6 +65,7 @@ def _generate(
         made_with = manifest_of(out)["config"]
     planned = replace(planned, config=loading.of_its_day(planned.config, made_with))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
+    planned = replace(planned, config=planned.config.sized(distributed.sizes(loaded.backend)))
     identity = planned.identity() | local.identity_of(loaded)
     made = distributed.gather(
         [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
@@ -152,7 +153,7 @@ def _traces(
     """Complete the problems; yield each completion as a graded trace, until ``stop`` returns True."""
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         for index, completion in local.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout

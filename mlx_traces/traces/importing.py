@@ -1,4 +1,4 @@
-"""Import traces: chat messages, ShareGPT, open-r1, plain text."""
+"""Import traces: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +26,12 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields that hold a turn's thought
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+    **{"system": "system", "developer": "system"},
+    **dict.fromkeys(TOOLS, "tool"),
+}
 INSTEAD = "pass a .jsonl, .json or .parquet file of its rows"
 
 
@@ -46,8 +51,9 @@ def import_traces(
     its problem; without one it is a hash of the turns before the completion, or of the completion if there are none.
     ``sample`` numbers the conversations with the same id, skipped ones included.
 
-    A thought that a turn of the assistant keeps in a field of `THOUGHTS` is put before its content, in tags. A turn of
-    ``weight`` 0 is not learned: the completion is then the last turn that is, and earlier ones are marked in the trace.
+    A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
+    the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
+    last turn that is, and earlier ones are marked in the trace. Conversations with turns of a tool are left out.
 
     Args:
         data: a file or ``owner/name``.
@@ -94,7 +100,9 @@ def import_traces(
                     continue
                 identity, columns = problem.id, problem.columns
             seen[identity] += 1
-            if not fault and not completion.strip():
+            if not fault and any(turn["role"] == "tool" for turn in messages):
+                fault = "turns of a tool"
+            elif not fault and not completion.strip():
                 fault = "empty completion"
             elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
                 fault = "no user's turn before the completion"
@@ -164,12 +172,17 @@ def _conversations(
         turns = _turns(row["messages"], "role", "content", where, style, drop)
     elif format == "sharegpt":
         turns = _turns(row["conversations"], "from", "value", where, style, drop)
+    elif format == "alpaca":
+        asked = [_text(row[name], name, where) for name in ("instruction", "input") if row.get(name)]
+        turns = [_Turn({"role": "user", "content": "\n\n".join(asked)})]
+        turns += _said(row, "output", "assistant", where, style, drop)
     else:
         turns = _said(row, "prompt", "user", where, style, drop)
         turns += _said(row, "completion", "assistant", where, style, drop)
-    if row.get("system") and any(turn.message["role"] == "system" for turn in turns):
+    systems = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
+    if row.get("system") and systems and row["system"] not in systems:
         drop("a system column beside a system turn", where)
-    elif row.get("system"):
+    elif row.get("system") and not systems:
         turns.insert(0, _Turn({"role": "system", "content": _text(row["system"], "system", where)}))
     yield turns, None, None
 
@@ -207,32 +220,58 @@ def _turns(
 ) -> list[_Turn]:
     """Read a list of turns, whose role and content are in the fields of these names; other fields are dropped."""
     if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role)) for turn in turns
+        isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role) or turn.get("tool_calls"))
+        for turn in turns
     ):
         raise UserError(f"{where}: the turns must be a list of {{{role}, {content}}} objects")
     found = []
     for turn in turns:
-        if str(turn[role]) not in ROLES:
-            raise UserError(f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(ROLES)} are understood")
+        who = ROLES.get(str(turn[role]).lower())
+        if who is None:
+            understood = [name for name in ROLES if name not in TOOLS]
+            raise UserError(
+                f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(understood)} are understood"
+            )
+        if who == "tool":
+            drop("a tool's turn", where)
+            found.append(_Turn({"role": who, "content": ""}))
+            continue
+        turn = _joined(turn, content, where)
         thoughts, said = _thoughts(turn, role), turn.get(content)
-        text = "" if said is None and thoughts else _text(said, content, where)
+        text = "" if said is None and (thoughts or turn.get("tool_calls")) else _text(said, content, where)
         for name, thought in thoughts.items():
             if thought.strip() != next(iter(thoughts.values())).strip():
                 drop(f"a second thought of a turn, {name!r}", where)
         if thoughts:
             text = with_thought(next(iter(thoughts.values())), text, style)
         for name, value in turn.items():
-            if name not in (role, content, "weight", *thoughts) and value not in (None, "", [], {}):
+            said = value.strip() if isinstance(value, str) else value not in (None, [], {})
+            if said and name not in (role, content, "weight", *thoughts):
                 drop(f"a turn's {name!r}", where)
         if turn.get("weight", 1) not in (None, 0, 1):
             raise UserError(f"{where}: 'weight' of a turn must be 0 or 1, not {str(turn['weight'])[:40]!r}")
-        found.append(_Turn({"role": ROLES[turn[role]], "content": text}, turn.get("weight", 1) != 0))
+        found.append(_Turn({"role": who, "content": text}, turn.get("weight", 1) != 0))
     return found
+
+
+def _joined(turn: Row, content: str, where: str) -> Row:
+    """Return a turn whose content is one text: a list of parts is joined, its thoughts in a field of their own."""
+    if not isinstance(turn.get(content), list):
+        return turn
+    texts, thoughts = [], []
+    for part in turn[content]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", *THOUGHTS) or not isinstance(part.get(kind), str):
+            raise UserError(f"{where}: a part of {content!r} is no text but {str(kind)[:40]!r}; leave that row out")
+        (texts if kind == "text" else thoughts).append(part[kind])
+    apart = {next(name for name in THOUGHTS if name not in turn): "\n".join(thoughts)} if thoughts else {}
+    return {**turn, content: "".join(texts), **apart}
 
 
 def _thoughts(turn: Row, role: str) -> dict[str, str]:
     """Return the thoughts in fields of their own of an assistant's turn, by field."""
-    if ROLES.get(str(turn[role])) != "assistant":
+    if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
     return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
 
@@ -247,7 +286,10 @@ def _halves(
     turns: list[_Turn], format: str, where: str, fault: str | None
 ) -> tuple[list[Message], str, list[int], str | None]:
     """Return the messages before the last learned turn, its text, the places of turns not learned, and a fault."""
-    own = [at for at, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    roles = [turn.message["role"] for turn in turns]
+    own = [at for at, role in enumerate(roles) if role == "assistant"]
+    if "tool" in roles and not own:
+        return [turn.message for turn in turns], "", [], "turns of a tool"
     if not own:
         raise UserError(f"{where}: no turn is the assistant's; {format} needs a completion in every row")
     learned = [at for at in own if turns[at].learned]

@@ -78,6 +78,7 @@ def replies(
         Texts without what the template opens; None if question and reply do not fit in the model's context.
     """
     from mlx_traces.engine import generation, sampling
+    from mlx_traces.models import adapters
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
@@ -90,8 +91,11 @@ def replies(
         if fits and key not in cache.replies:
             requests[key] = sampling.Request(rendered.ids, opened=rendered.opened)
     asked, params = list(requests), sampling.SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
-    for index, rollout in generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
-        cache.add(asked[index], rollout.text)
+    if asked:
+        with adapters.merged(loaded.model, loaded.backend):
+            done = generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit)
+            for index, rollout in done:
+                cache.add(asked[index], rollout.text)
     return [cache.replies.get(key) for key in keys]
 
 
@@ -155,7 +159,8 @@ def judgements(
         for trace, problem in zip(traces, problems, strict=True)
     ]
     cache = Cache(Path(config.judge_cache))
-    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, rows, config.memory_limit)
 
 
 def refuse_failures(

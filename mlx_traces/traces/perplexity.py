@@ -9,6 +9,7 @@ import numpy as np
 from mlx_traces.engine.batching import Example, micro_batches, pad
 from mlx_traces.engine.logprobs import split, token_logprobs
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
 from mlx_traces.traces.encoding import encode
@@ -39,17 +40,18 @@ def mean_probabilities(
         if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
             examples[index] = example
     found: list[float | None] = [None] * len(traces)
-    halves = split(loaded.model)
     order = list(examples)
     lengths = [len(examples[index].ids) for index in order]
-    for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
-        members = [order[place] for place in batch]
-        ids, positions = pad([examples[index] for index in members])
-        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
-        rows = np.array(logprobs, np.float64)
-        at = 0
-        for index in members:
-            count = examples[index].count
-            found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
-            at += count
+    with adapters.merged(loaded.model, loaded.backend):
+        halves = split(loaded.model)
+        for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
+            members = [order[place] for place in batch]
+            ids, positions = pad([examples[index] for index in members])
+            logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
+            rows = np.array(logprobs, np.float64)
+            at = 0
+            for index in members:
+                count = examples[index].count
+                found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
+                at += count
     return found

@@ -138,7 +138,8 @@ def _by_model(
         {"question": judge.question_of(trace, problem), "trace": own_words(trace)} for trace, problem in judged
     ]
     cache = judge.Cache(Path(config.cache), "--cache")
-    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, rows, config.memory_limit)
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 

@@ -36,7 +36,7 @@ from mlx_traces.traces.files import read_traces
 from mlx_traces.train import gradients, loop, memory, tracking
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.loop import Progress
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 
 def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], config: SFTConfig) -> tuple[float, Any]:
@@ -58,11 +58,11 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
     own = [rows[index] for index in distributed.share(len(rows))]
 
-    def read(_: list[int], states: mx.array, targets: mx.array) -> float:
+    def read(states: mx.array, targets: mx.array) -> mx.array:
         logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False)
-        return logprobs.sum().item()
+        return logprobs.sum()
 
-    total = -sum(gradients.each(halves, own, config.micro_tokens, read))
+    total = -sum(part.item() for _, part in gradients.each(halves, own, config.micro_tokens, read))
     return sum(distributed.gather([total])) / sum(example.count for example in rows)
 
 
@@ -132,7 +132,10 @@ def _draw(text: str) -> float:
 
 @dataclass(frozen=True)
 class SFTResult:
-    """A finished training: its adapter's folder, steps, the best validation and where it was, and the last loss."""
+    """A finished training: its adapter's folder, steps, the best validation and where it was.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -144,30 +147,18 @@ class SFTResult:
     peak_memory_gb: float
     padding: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> SFTResult:
-    """Fine-tune a model on traces; ``mlx-traces sft`` from Python.
-
-    The run folder gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Fine-tune a model on traces; ``mlx-traces sft`` from Python. Arguments and errors: see `train.loop`."""
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         config = loading.of_its_day(names.with_adapter(config), folder.identity)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         data = prepare(loaded, config)
         lengths = [len(example.ids) for example in data.train]
         per_epoch = math.ceil(len(data.train) / config.batch_size)
@@ -197,16 +188,15 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
                 mx.random.seed(loop.step_seed(config.seed, step))  # dropout
                 model.train()
                 loss, grads = step_gradient(model, halves, batch, config)
-                grads, norm = clip(grads, config.max_grad_norm)
+                norm, update = optimizer.propose(model, grads)
                 ids = ", ".join(sorted({example.id for example in batch}))
-                loop.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
-                optimizer.update(model, grads)
-                mx.eval(model.trainable_parameters(), optimizer.state)
+                loop.refuse_nonfinite(loss, norm, step, config, f"look at the step's traces: {ids}")
+                update()
                 tokens = sum(len(example.ids) for example in batch)
                 metrics = {
                     "loss": loss,
                     "optim/lr": optimizer.learning_rate.item(),
-                    "optim/grad_norm": norm.item(),
+                    "optim/grad_norm": norm,
                     "tokens": tokens,
                     "tokens_per_second": tokens / (perf_counter() - began),
                 }
@@ -246,15 +236,15 @@ def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iter
             yield [rows[index] for index in indices]
 
 
-def _padding(lengths: list[int], config: SFTConfig) -> float:
+def _padding(lengths: list[int], config: SFTConfig, backend: str) -> float:
     """Return the share of padding in all micro-batches of the training."""
     micro = [
         batch
         for epoch in range(config.epochs)
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch)
-        for batch in batching.micro_batches(indices, lengths, config.micro_tokens)
+        for batch in batching.micro_batches(indices, lengths, config.micro_tokens, backend)
     ]
-    return batching.padding_share(micro, lengths)
+    return batching.padding_share(micro, lengths, backend)
 
 
 def validation(
@@ -291,7 +281,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     asked = [(row, start) for row in rows if (start := _start(row))]
     params = [SamplingParams(max_tokens=_room(loaded, row)) for row, _ in asked]
     shown: list[dict[str, Any]] = [{}] * len(asked)
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         requests = [Request(row.ids[:start]) for row, start in asked]
         for index, rollout in generation.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]
@@ -336,6 +326,7 @@ def _result(run: loop.Training, data: Data, lengths: list[int]) -> SFTResult:
         seconds=progress.seconds,
         tokens_per_second=sum(row["tokens"] for row in rows) / seconds if seconds else 0.0,
         peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
-        padding=_padding(lengths, run.config),
+        padding=_padding(lengths, run.config, run.loaded.backend.name),
         notes=[*run.loaded.notes, *run.room.notes, *data.notes, *run.unmoved()],
+        stopped=run.stopped,
     )

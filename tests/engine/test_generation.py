@@ -383,31 +383,6 @@ def test_one_rows_infinity_is_its_own(settings, logprobs):
     assert tokens[1] == sampling.NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
 
 
-def test_a_window_without_a_mask_begins_at_the_buffers_beginning(tiny, monkeypatch):
-    """Attention that reads from there whatever slice it is given, as cuDNN's does for one query, changes no token."""
-    from mlx_lm.models import qwen2
-
-    from mlx_traces.engine.kv_cache import SlotCache
-
-    whole, seen = qwen2.scaled_dot_product_attention, []
-
-    def attention(queries, keys, values, cache, mask, **more):
-        if isinstance(cache, SlotCache) and mask is None:
-            seen.append(keys.shape[2])
-            keys, values = (array[:, :, : keys.shape[2]] for array in (cache.keys, cache.values))
-        return whole(queries, keys, values, cache=cache, mask=mask, **more)
-
-    alike = [tuple(row) for row in np.random.default_rng(0).integers(0, 98, (8, 20)).tolist()]
-    for asked, rows in ((prompts(), 1), (alike, 4)):  # one row; rows that begin together, again and again
-        requests = [Request(prompt) for prompt in asked]
-        expected = run(tiny, requests, SamplingParams(max_tokens=24), rows)
-        with monkeypatch.context() as patch:
-            patch.setattr(qwen2, "scaled_dot_product_attention", attention)
-            assert run(tiny, requests, SamplingParams(max_tokens=24), rows) == expected
-        assert len(seen) > 20
-        seen.clear()
-
-
 def test_a_group_goes_on_after_the_window_moved(tiny):
     """Its prompt was read in a batch with a longer one, for which there is no room any more."""
     long, short = tuple(range(90)) * 2, tuple(range(5, 25))
@@ -580,22 +555,29 @@ def test_rows_follow_from_the_memory(tiny):
     assert len(rollouts) == 5 and loaded.notes == ["2 rows at once instead of 4: more do not fit in the memory"]
 
 
-def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch):
+@pytest.mark.parametrize("times", [1, 2])
+def test_rows_that_did_not_fit_are_decoded_again_and_nothing_is_lost(tiny, monkeypatch, times):
     from mlx_traces.engine import generation
 
     expected = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40))
     take, failed = generation._Engine._take, []
 
-    def fail_once(engine, step):
-        if len(engine.request_of) > 3 and step.number > 25 and not failed:
-            failed.append(step.number)
+    def fail(engine, step):
+        if len(engine.request_of) > 3 and step.number > 25 and len(failed) < times:
+            failed.append(len(engine.request_of))
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         yield from take(engine, step)
 
-    monkeypatch.setattr(generation._Engine, "_take", fail_once)
+    monkeypatch.setattr(generation._Engine, "_take", fail)
     rollouts = run(tiny, [Request(p) for p in prompts()], SamplingParams(max_tokens=40), rows=8)
-    assert failed and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
-    assert tiny.notes == ["out of memory: 4 rows at once from here on"]
+    assert len(failed) == times and [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    told = "[malloc] Unable to allocate 123 bytes."
+    notes = [f"memory ran out ({told}); once more with {failed[0]} rows, MLX's cache cleared"]
+    notes += [f"memory ran out again ({told}): at most {failed[1] // 2} rows from here on"] if times == 2 else []
+    assert tiny.notes == notes
+    assert tiny.row_budget.metrics() == {"memory/message": "; ".join([told] * times)} | (
+        {"memory/rows": failed[1] // 2} if times == 2 else {}
+    )
     failed.clear()
     with pytest.raises(UserError, match="memory ran out with a single row"):
         monkeypatch.setattr(

@@ -30,7 +30,7 @@ from mlx_traces.traces import files, solutions
 from mlx_traces.train import memory, sft
 from mlx_traces.train.optimizer import make_optimizer
 
-TOLERANCE = 0.25
+TOLERANCE = 0.2
 PROMPT = 16
 
 
@@ -209,8 +209,8 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         results[name] = results[name], [row for row in rows if "loss" in row]
     (one, rows), (other, halved) = results["whole"], results["halved"]
-    assert not any("out of memory" in note for note in one.notes) and "memory/micro_tokens" not in rows[-1]
-    assert any("micro-batches of at most" in note for note in other.notes)
+    assert not any("memory ran out" in note for note in one.notes) and "memory/micro_tokens" not in rows[-1]
+    assert any("tokens in a micro-batch from here on" in note for note in other.notes)
     assert halved[-1]["memory/micro_tokens"] < settings.micro_tokens and len(rows) == len(halved) == 2
     for before, after in zip(rows, halved, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4, abs=1e-6)
@@ -344,21 +344,37 @@ def test_limits_are_set_once_and_put_back(roomy, monkeypatch):
     wired = []
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or 77)
     with device.limits():
-        assert cache_limit() == device.memory_bytes() // 2 < roomy
+        assert cache_limit() == device.memory_bytes() // 4 < roomy
         with device.limits():
             mx.set_cache_limit(10**9)
         assert cache_limit() == 10**9  # inner contexts change nothing
     assert cache_limit() == roomy and not wired
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11.0, "memory_size": 10**9})
+    told = {"max_recommended_working_set_size": 8.0 * 10**8, "memory_size": 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: told)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with pytest.raises(KeyError), device.limits():
-        assert cache_limit() == 5 * 10**8
+        assert cache_limit() == 2 * 10**8  # a quarter of what Metal recommends to use
         raise KeyError
-    assert cache_limit() == roomy and wired == [11, 77]
+    assert cache_limit() == roomy and wired == [8 * 10**8, 77]
     mx.set_cache_limit(10**8)
     with device.limits():
         assert cache_limit() == 10**8  # never more than MLX's own
+
+
+def test_the_cache_is_cleared_between_sampling_and_training_where_it_has_grown(monkeypatch):
+    loaded, cleared = made(GRPOConfig(rank=4)), []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(device, "memory_bytes", lambda: 10**9)
+    for cached, count in ((10**8, 0), (2 * 10**8, 2)):
+        monkeypatch.setattr(mx, "get_cache_memory", lambda cached=cached: cached)
+        with adapters.merged(loaded.model):
+            assert len(cleared) == count / 2
+        assert len(cleared) == count
+    with pytest.raises(RuntimeError), adapters.merged(loaded.model):
+        raise RuntimeError
+    assert len(cleared) == 3  # after an error nothing is asked of the device
+    assert "lora_a" in loaded.model.layers[0].self_attn.q_proj
 
 
 def test_runs_and_samples_are_made_within_the_limits(roomy, tiny, tmp_path):
