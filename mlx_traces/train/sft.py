@@ -112,6 +112,11 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     else:
         apart = [_draw(f"{config.seed} {problem_id(row.id)}") < config.valid_share for row in rows]
         train, valid = ([row for row, held in zip(rows, apart, strict=True) if held is kind] for kind in (False, True))
+    if train and not valid and config.valid_share:
+        problems = len({problem_id(row.id) for row in rows})
+        notes.append(
+            f"no validation loss: valid_share {config.valid_share:g} keeps none of {problems:,} problems apart"
+        )
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):

@@ -379,6 +379,17 @@ def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     assert data.notes == [f"4 traces of problems in {other} are left out"]
 
 
+def test_a_share_that_keeps_nothing_apart_is_told(settings, tmp_path):
+    """Ids with a # are of one problem by what stands before it, which ids of another origin may all share."""
+    loaded, file = wrap(make_tokenizer(), make_model()), tmp_path / "other.jsonl"
+    lines = [{"id": f"book#{i}", "messages": ONE, "completion": "x", "sample": 0} for i in range(9)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = sft.prepare(loaded, SFTConfig(**{**settings, "data": str(file)}))
+    assert len(data.train) == 9 and not data.valid
+    assert data.notes == ["no validation loss: valid_share 0.3 keeps none of 1 problems apart"]
+    assert not sft.prepare(loaded, SFTConfig(**{**settings, "valid_share": 0})).notes
+
+
 def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
     loaded = wrap(make_tokenizer(), make_model())
     plain = sft.prepare(loaded, SFTConfig(**settings))
