@@ -362,6 +362,27 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
         assert sft.prepare(loaded, config).held_out.config.thinking is expected
 
 
+@pytest.mark.parametrize(
+    ("made", "validation", "expected"),
+    [
+        ([False], None, False),
+        ([True], None, True),
+        ([None], None, None),
+        ([False, True], None, None),
+        ([False], True, True),
+    ],
+)
+def test_validation_asks_as_the_traces_were_made(settings, made, validation, expected):
+    lines = Path(settings["data"]).read_text().splitlines()
+    own = [json.loads(line) | {"thinking": made[i % len(made)]} for i, line in enumerate(lines)]
+    Path(settings["data"]).write_text("".join(json.dumps(line) + "\n" for line in own))
+    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n", "assistant\n{% if enable_thinking %}{% endif %}")))
+    config = SFTConfig(**settings, evaluate={"task": "countdown", "limit": 3, "thinking": validation})
+    data = sft.prepare(loaded, config)
+    assert data.held_out.config.thinking is expected
+    assert sft.identity_of(config, loaded, data)["evaluate"].get("thinking") is expected  # a run is continued with it
+
+
 def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     loaded = wrap(make_tokenizer(), make_model())
     parts = {}
