@@ -409,10 +409,18 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
             build(SFTConfig, {"data": "x", "kind": "full", "rank": 4, "valid": "y", "valid_share": 0.1}),
             ["rank", "valid"],
         ),
+        (
+            build(SFTConfig, {"data": "x", "valid_share": 0, "patience": 3}),
+            ["patience 3 changes nothing without a"],
+        ),
+        (build(SFTConfig, {"data": "x", "valid_share": 0, "valid": "y", "patience": 3}), ["valid_share 0.0 "]),
+        (build(GRPOConfig, {"tags": "r1"}), ["tags r1 changes nothing without a reward that reads them"]),
+        (build(GRPOConfig, {"tags": "r1", "rewards": {"correct": 1, "format": 0.1}}), []),
         (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
         (build(ReformatConfig, {"max_tokens": 7}), ["max_tokens 7 changes nothing without model"]),
         (build(CompareConfig, {"evals": [{"top_p": 0.5}, {"top_p": 0.5, "temperature": 1}]}), ["top_p 0.5"]),
         (build(RoundsConfig, {"name": "x", "score": {"judge_max_tokens": 3}}), ["judge_max_tokens 3"]),
+        (build(RoundsConfig, {"name": "x", "epoch1": {"kind": "full", "rank": 4}}), ["rank 4 changes nothing"]),
     ],
 )
 def test_which_settings_change_nothing(config, told):
