@@ -71,9 +71,6 @@ class Count:
     def __add__(self, other: "Count") -> "Count":
         return Count(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def __sub__(self, other: "Count") -> "Count":
-        return Count(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
 
 @dataclass(frozen=True)
 class Stored:
