@@ -154,7 +154,8 @@ def rows_that_fit(
         PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
     )
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
-    return max(1, int((limit - adapters.sampling_bytes(loaded.model, loaded.backend) - reading) // max(row, 1)))
+    weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)
+    return max(1, int((limit - weights - reading) // max(row, 1)))
 
 
 def _run(
