@@ -81,24 +81,20 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
     if not samples:
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
-    lines += _figure_lines(planned, found, result)
+    if set(Counter(row["id"] for row in found).values()) != {planned.config.samples}:
+        lines.append("result.json: its figures were not checked, as not every problem has all its samples once")
+    else:
+        summary = asdict(evaluator.summarize(planned, found, "", 0.0, []))
+        lines += [
+            f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
+            for key in EvalResult.__dataclass_fields__
+            if key not in NOT_COMPUTED
+            for name, stored, computed in _differing(key, result[key], summary[key])
+        ]
     rules = about.get("grader", 1)
     if lines and rules != GRADER:
         lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
-
-
-def _figure_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-    """List the figures of a result that differ from those of its samples."""
-    if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
-        return ["result.json: its figures were not checked, as not every problem has all its samples once"]
-    summary = asdict(evaluator.summarize(planned, samples, "", 0.0, []))
-    return [
-        f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
-        for key in EvalResult.__dataclass_fields__
-        if key not in NOT_COMPUTED
-        for name, stored, computed in _differing(key, result[key], summary[key])
-    ]
 
 
 def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
