@@ -35,6 +35,7 @@ REAL = "mlx-community/Qwen2.5-0.5B-Instruct-4bit"
 MINUTES = 20
 PATIENCE = 0.05  # seconds between two looks at a step
 GRACE = 5  # seconds that a step has to end once it is cut
+LITTLE_SWAP = 0.2  # GB that may go to swap meanwhile
 MOST_SAID = 2000  # characters that are kept of what a tool says
 # What says how warm a machine is, and whether it saves power; powermetrics wants to be root.
 TOOLS = (
@@ -161,6 +162,10 @@ def bench_all(
         progress(f"{step.name}: {ended.status} in {ended.seconds:.0f} s{f', {ended.message}' if ended.message else ''}")
         file = file.model_copy(update={"steps": [*file.steps, ended], "after": condition()})
         file.write(out)
+    if file.after and (file.after.swap_gb or 0) > (before.swap_gb or 0) + LITTLE_SWAP:
+        grown = f"swap grew from {before.swap_gb or 0:.1f} to {file.after.swap_gb:.1f} GB: memory was short"
+        file = file.model_copy(update={"notes": [*file.notes, grown]})
+        file.write(out)
     return file
 
 
@@ -235,7 +240,8 @@ def condition() -> Condition:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
             said[" ".join(command)] = done.stdout[:MOST_SAID]
     with suppress(OSError):
-        said["/proc/meminfo"] = "\n".join(Path("/proc/meminfo").read_text().splitlines()[:20])
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        said["/proc/meminfo"] = "\n".join(line for line in lines if line.startswith(("MemTotal", "MemAvail", "Swap")))
     return Condition(load=os.getloadavg()[0], swap_gb=swap_gb(said), low_power=low_power(said), said=said)
 
 

@@ -168,7 +168,7 @@ def _engine(loaded: LoadedModel, rows: int, params: SamplingParams, logprobs: bo
 
 def _merged(loaded: LoadedModel, rows: int, logprobs: bool) -> None:
     """Sample with an adapter, as a training does."""
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         _engine(loaded, rows, SAMPLED["temperature-1"], logprobs)
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx.optimizers import Adam
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -297,8 +298,6 @@ def trainer() -> Any:
 def _peer_models(loaded: LoadedModel, config: GRPOConfig, as_shipped: bool) -> tuple[nn.Module, nn.Module]:
     """Return the peer's model with an adapter, and its reference: the same arrays, or two loads as its user gets."""
     if as_shipped:
-        import mlx_lm
-
         peer, reference = (mlx_lm.load(str(loaded.path))[0] for _ in range(2))
         adapters.start(peer, PEER_ADAPTER)
     else:

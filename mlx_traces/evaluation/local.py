@@ -19,7 +19,7 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 @contextmanager
 def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
-    """Open the run folder ``path`` and load the plan's model; the plan yielded has the date that its prompts print.
+    """Open the run folder ``path`` and load the plan's model; yield the plan with its date and batch size set.
 
     Raises:
         UserError: if the run cannot be written there, or the model cannot be loaded.
