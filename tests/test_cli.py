@@ -1,5 +1,6 @@
 """The command line as a user types it, and the README's and the configurations' commands against it."""
 
+import ast
 import json
 import re
 import shlex
@@ -48,6 +49,19 @@ def test_help_needs_no_mlx():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_modules_that_say_so_never_load_mlx():
+    names = ["mlx_traces.pipelines.verify"]
+    for path in (ROOT / "mlx_traces").rglob("*.py"):
+        if "No MLX" in (ast.get_docstring(ast.parse(path.read_text())) or ""):
+            names.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert len(names) > 10
+    code = (
+        f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+        "    assert not {'mlx.core', 'mlx_lm', 'transformers'} & set(sys.modules), name"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("group", [[], ["data"]])

@@ -67,9 +67,10 @@ def unused(config: Config) -> Iterator[str]:
         UserError: for a filter's settings of evaluation problems without ``eval_task``: no problem would be left out.
     """
     for recipes, names, idle, why in _NO:
-        told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []
-        for name in told:
-            if idle(config):
+        for name in names if not recipes or isinstance(config, recipes) else ():
+            field = type(config).model_fields.get(name)
+            given = name in config.model_fields_set and field and getattr(config, name) != field.default
+            if given and idle(config):
                 line = f"{name} {getattr(config, name)} changes nothing {why}"
                 if isinstance(config, FilterConfig) and names is _SELECTED:
                     raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
@@ -78,8 +79,3 @@ def unused(config: Config) -> Iterator[str]:
     if isinstance(config, RoundsConfig):
         inner = (config.score, config.filter, config.epoch1, config.epoch2)
     yield from (line for one in inner if one is not None for line in unused(one))
-
-
-def _given(config: Config, name: str) -> bool:
-    field = type(config).model_fields.get(name)
-    return name in config.model_fields_set and field is not None and getattr(config, name) != field.default

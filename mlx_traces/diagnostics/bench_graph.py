@@ -114,6 +114,8 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
     learning = GRPOConfig(micro_tokens=2 * GROUP * (PROMPT + COMPLETION), logits_mb=2**20)
     with graph.uncomputed():
         learner = grpo.start(trained, learning)
+        learner.optimizer.init(learner.module.trainable_parameters())
+        mx.eval(learner.optimizer.state)
     *parts, optimizer = _counts(backend, vocabulary, None, _learn, learner, learning)
     micro = sum((part for part in parts if part.wide_bytes), Count())
     prompts = sum((part for part in parts if not part.wide_bytes), Count())

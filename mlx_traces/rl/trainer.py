@@ -200,6 +200,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         folder.check(identity)
         mx.random.seed(config.seed)
         adapter = adapters.start(loaded.model, config, config.adapter)
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_reinforcement(loaded, one, longest))
         yield Setup(
             name,
             config,
