@@ -1,5 +1,6 @@
 """The command line as a user types it, and the README's and the configurations' commands against it."""
 
+import ast
 import json
 import re
 import shlex
@@ -47,6 +48,19 @@ def test_help_needs_no_mlx():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_modules_that_say_so_never_load_mlx():
+    names = ["mlx_traces.pipelines.verify"]
+    for path in (ROOT / "mlx_traces").rglob("*.py"):
+        if "No MLX" in (ast.get_docstring(ast.parse(path.read_text())) or ""):
+            names.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert len(names) > 10
+    code = (
+        f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+        "    assert not {'mlx.core', 'mlx_lm', 'transformers'} & set(sys.modules), name"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("group", [[], ["data"]])
@@ -409,10 +423,18 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
             build(SFTConfig, {"data": "x", "kind": "full", "rank": 4, "valid": "y", "valid_share": 0.1}),
             ["rank", "valid"],
         ),
+        (
+            build(SFTConfig, {"data": "x", "valid_share": 0, "patience": 3}),
+            ["patience 3 changes nothing without a"],
+        ),
+        (build(SFTConfig, {"data": "x", "valid_share": 0, "valid": "y", "patience": 3}), ["valid_share 0.0 "]),
+        (build(GRPOConfig, {"tags": "r1"}), ["tags r1 changes nothing without a reward that reads them"]),
+        (build(GRPOConfig, {"tags": "r1", "rewards": {"correct": 1, "format": 0.1}}), []),
         (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
         (build(ReformatConfig, {"max_tokens": 7}), ["max_tokens 7 changes nothing without model"]),
         (build(CompareConfig, {"evals": [{"top_p": 0.5}, {"top_p": 0.5, "temperature": 1}]}), ["top_p 0.5"]),
         (build(RoundsConfig, {"name": "x", "score": {"judge_max_tokens": 3}}), ["judge_max_tokens 3"]),
+        (build(RoundsConfig, {"name": "x", "epoch1": {"kind": "full", "rank": 4}}), ["rank 4 changes nothing"]),
     ],
 )
 def test_which_settings_change_nothing(config, told):

@@ -16,7 +16,7 @@ from mlx_traces.records import Trace
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.files import write_new
 from mlx_traces.tasks import get_task
-from mlx_traces.traces import FORMATS
+from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
@@ -183,8 +183,6 @@ def _write(
     dropped: Counter | None = None,
 ) -> None:
     """Write traces and their manifest; print how many."""
-    from mlx_traces.traces import files
-
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
     origin = files.source_of(source) if source == config.get("data") else {"source": source}
     written = files.write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
@@ -241,7 +239,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
-    from mlx_traces.traces import files, reformat
+    from mlx_traces.traces import reformat
 
     written, dropped = reformat.reformat_file(
         Path(source), Path(out), configured(ReformatConfig, config_file, settings)

@@ -114,6 +114,8 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
     learning = GRPOConfig(micro_tokens=2 * GROUP * (PROMPT + COMPLETION), logits_mb=2**20)
     with graph.uncomputed():
         learner = grpo.start(trained, learning)
+        learner.optimizer.init(learner.module.trainable_parameters())
+        mx.eval(learner.optimizer.state)
     *parts, optimizer = _counts(backend, vocabulary, None, _learn, learner, learning)
     micro = sum((part for part in parts if part.wide_bytes), Count())
     prompts = sum((part for part in parts if not part.wide_bytes), Count())
@@ -168,7 +170,7 @@ def _engine(loaded: LoadedModel, rows: int, params: SamplingParams, logprobs: bo
 
 def _merged(loaded: LoadedModel, rows: int, logprobs: bool) -> None:
     """Sample with an adapter, as a training does."""
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         _engine(loaded, rows, SAMPLED["temperature-1"], logprobs)
 
 

@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from packaging.version import InvalidVersion, Version
+
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models import names
 from mlx_traces.runtime import blas, device, hub
 
 SLOW_GFLOPS = 20  # below it, a CPU's BLAS is not one
@@ -127,8 +131,6 @@ def _version(package: str) -> Line:
 
 def judged(package: str, version: str) -> Line:
     """Hold a version against those tested: an older one is refused, a newer one only told."""
-    from packaging.version import InvalidVersion, Version
-
     low, high = TESTED[package]
     try:
         found = Version(version)
@@ -239,8 +241,6 @@ def attention() -> Line:
 
 def disks() -> list[Line]:
     """Say what room there is for run folders, here, and for downloaded models."""
-    from huggingface_hub import constants
-
     cache = Path(constants.HF_HUB_CACHE)
     return [
         _disk("disk, runs", Path.cwd(), LEAST_DISK_GB, "free some space, or work in another folder"),
@@ -269,8 +269,6 @@ def _disk(what: str, folder: Path, least: float, fix: str) -> Line:
 
 
 def _nano() -> Line:
-    from mlx_traces.models import names
-
     try:
         path, _ = names.resolve(names.NANO)
     except UserError as error:

@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_traces.engine import logprobs
+from mlx_traces.engine import attention, logprobs
 from mlx_traces.runtime import device
 
 BACKENDS = ("metal", "cuda")
@@ -118,6 +118,7 @@ def uncomputed(take: Callable[[str, list[mx.array]], Any] = lambda name, arrays:
         with (
             patched(mx, allclose=lambda *_, **__: mx.array(True), **{name: partial(evaluate, name) for name in own}),
             patched(logprobs, alike=lambda *_: True),
+            patched(attention, misread=lambda _: ()),
         ):
             yield
     finally:
@@ -147,7 +148,7 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
     def attend(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **given: Any) -> mx.array:
         if fuses_attention(backend, q, k, mask, training=bool(slopes[0])):
             return one_kernel(q, k, v, mask)
-        return attention(q, k, v, mask=mask, **given)
+        return decomposed(q, k, v, mask=mask, **given)
 
     def dequantize(
         packed: mx.array, scales: mx.array, biases: mx.array | None = None, size: int = 64, bits: int = 4, **_: Any
@@ -171,7 +172,7 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
         return transformed
 
     before = {id(array): array for array in _live()}
-    attention = mx.fast.scaled_dot_product_attention
+    decomposed = mx.fast.scaled_dot_product_attention
     norms = dict.fromkeys(("rms_norm", "layer_norm"), lambda x, *weights, **_: one_kernel(x, *weights))
     rope = {"rope": lambda x, dims, *, offset, freqs=None, **_: one_kernel(x, offset, freqs)}
     transforms = {name: with_slopes(getattr(mx, name)) for name in ("grad", "value_and_grad", "vjp")}

@@ -24,6 +24,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine import logprobs
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 from mlx_traces.errors import UserError
@@ -153,8 +154,6 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     The adapter's weights are sines, the same on every device and in every version, and none is 0, so that every matrix
     has a gradient.
     """
-    from mlx_traces.engine import logprobs
-
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
     adapters.start(loaded.model, config)
     waves = [

@@ -10,8 +10,8 @@ from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
-from mlx_traces.models import adapters
-from mlx_traces.models.loading import LoadedModel, load, of_its_day
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.run_folder import RunFolder
@@ -19,14 +19,14 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 @contextmanager
 def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
-    """Open the run folder ``path`` and load the plan's model; the plan yielded has the date that its prompts print.
+    """Open the run folder ``path`` and load the plan's model; yield the plan with its date and batch size set.
 
     Raises:
         UserError: if the run cannot be written there, or the model cannot be loaded.
     """
     with distributed.at_work(path, resume) as (folder, stop):
-        config = of_its_day(planned.config, folder.identity)
-        loaded = load(config.model, config.adapter, **config.load_arguments())
+        config = loading.of_its_day(planned.config, folder.identity)
+        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         config = config.sized(distributed.sizes(loaded.backend))
         planned = replace(planned, config=config)
         device.reset_peak_memory()

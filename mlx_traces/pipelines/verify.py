@@ -1,4 +1,6 @@
-"""Check stored runs: grade their completions again, recompute their figures, check their files."""
+"""Check stored runs: grade their completions again, recompute their figures, check their files.
+
+MLX is loaded only for adapters."""
 
 import hashlib
 import json
@@ -16,7 +18,7 @@ from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.evaluation.completion import rehead
-from mlx_traces.models import adapters, loading
+from mlx_traces.models import adapter_config
 from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
@@ -81,24 +83,20 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
     if not samples:
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
-    lines += _figure_lines(planned, found, result)
+    if set(Counter(row["id"] for row in found).values()) != {planned.config.samples}:
+        lines.append("result.json: its figures were not checked, as not every problem has all its samples once")
+    else:
+        summary = asdict(evaluator.summarize(planned, found, "", 0.0, []))
+        lines += [
+            f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
+            for key in EvalResult.__dataclass_fields__
+            if key not in NOT_COMPUTED
+            for name, stored, computed in _differing(key, result[key], summary[key])
+        ]
     rules = about.get("grader", 1)
     if lines and rules != GRADER:
         lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
-
-
-def _figure_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-    """List the figures of a result that differ from those of its samples."""
-    if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
-        return ["result.json: its figures were not checked, as not every problem has all its samples once"]
-    summary = asdict(evaluator.summarize(planned, samples, "", 0.0, []))
-    return [
-        f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
-        for key in EvalResult.__dataclass_fields__
-        if key not in NOT_COMPUTED
-        for name, stored, computed in _differing(key, result[key], summary[key])
-    ]
 
 
 def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
@@ -326,20 +324,22 @@ def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
     """Say what is wrong with an adapter; it is also loaded on its model, if that is nano or a folder."""
     try:
-        adapters.read_config(folder)
+        adapter_config.read_config(folder)
         try:
-            with safe_open(folder / adapters.WEIGHTS, "numpy") as file:  # checks its length
+            with safe_open(folder / adapter_config.WEIGHTS, "numpy") as file:  # checks its length
                 names = list(file.keys())
         except SafetensorError as error:
-            return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
+            return [f"{adapter_config.WEIGHTS}: damaged ({first_line(error)})"]
         if not names:
-            return [f"{adapters.WEIGHTS}: no weights in it"]
+            return [f"{adapter_config.WEIGHTS}: no weights in it"]
         mx = import_mlx()
-        weights = mx.load(str(folder / adapters.WEIGHTS))
+        weights = mx.load(str(folder / adapter_config.WEIGHTS))
         if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
-            return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
+            return [f"{adapter_config.WEIGHTS}: {strange[0]} has numbers that are not finite"]
         model = str(identity.get("model"))
         if local_folder(model):
+            from mlx_traces.models import loading
+
             loading.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
     except UserError as error:
         return [f"adapter: {error}"]

@@ -24,6 +24,7 @@ from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
 from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
@@ -194,6 +195,8 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)
         identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}
+        if folder.begun and "reference_files" not in folder.identity:  # earlier versions did not store it
+            identity.pop("reference_files", None)
         folder.check(identity)
         mx.random.seed(config.seed)
         adapter = adapters.start(loaded.model, config, config.adapter)
@@ -249,6 +252,8 @@ def identity_of(
         "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
     }
+    if config.kl_coef and config.reference not in (None, adapters.BASE, config.adapter):
+        read["reference_files"] = fingerprint(Path(config.reference).expanduser())
     return {
         **loop.identity_of(config, loaded, read),
         **{f"reward {name}": ", ".join(f"{file.name} {loop.digest(file)}" for file in own[name]) for name in own},

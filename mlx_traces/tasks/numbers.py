@@ -1,10 +1,11 @@
 r"""The grammar of numbers in answers: finds a number, to its longest match, and its exact value. No MLX.
 
 A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, ``10 000``, ``1'234`` and ``1_234`` are
-numbers; ``12,50``, ``3:45`` and ``1.234.567`` are not, and neither are their parts. A sign belongs to the number or
-currency that it touches; one with a space after it is a sign at the start of an answer and after ``=`` (``- $18``,
-``x = - 18``), and in running text a dash: ``Total - $18`` is 18. Texts are bounded, nothing is evaluated, exponents
-are not understood, and a number has at most 40 digits.
+numbers; ``12,50``, ``3:45``, ``1.234.567`` and ``2024-05-06`` are not, and neither are their parts. Of a range or
+difference in running text the last number counts. A sign belongs to the number or currency that it touches; one with a
+space after it is a sign at the start of an answer and after ``=`` (``- $18``, ``x = - 18``), and in running text a
+dash: ``Total - $18`` is 18. Texts are bounded, nothing is evaluated, exponents are not understood, and a number has at
+most 40 digits.
 """
 
 import re
@@ -20,6 +21,7 @@ AFTER = 40  # and after it: a unit, a power, "million"
 _WORDS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}  # tens
 _SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:[ ][0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+(?![.,'’_:]?[0-9]|[ ]?/)"
 _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
+_DATE = r"[12][0-9]{3}-[01][0-9]-[0-3][0-9](?![0-9])"
 _RUN = r"\.?[0-9]++(?:[.,'’_:][0-9]++)*+"
 NUMBER = re.compile(
     rf"""
@@ -28,7 +30,7 @@ NUMBER = re.compile(
         | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
     (?: [$€£¥₹][ ]? (?P<minus>-)? )?
     (?P<root> [√∛∜][ (]? | \\sqrt[ ]?(?:\[[0-9]\])?\{{? )?
-    (?P<run> {_SPACED} | {_RUN} )
+    (?P<run> {_SPACED} | {_DATE} | {_RUN} )
     (?: [ ] (?P<part>[0-9]{{1,9}}/[0-9]{{1,9}}) (?![0-9/]) )?
     (?P<over> (?: [ ]?/[ ]?-?{_RUN} )+ )?
     (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁺⁻]?[⁰¹²³⁴-⁹ⁿ]
@@ -195,6 +197,7 @@ _LEFT_OVER = re.compile(r"[\\^+*√∛∜π×÷±≤≥≠]|[ ][xyz](?![^\W_])")
 _BETWEEN = re.compile(
     r"[0-9][%)}]? *- *[$€£¥₹({]*[.0-9]"  # a range or a difference
     r"|(?<![A-Za-z'’])[b-z] *- *[$({]*[.0-9]|[0-9)}] *- *[b-z](?![A-Za-z])"  # of an unknown
+    r"|(?<![<\w/])[A-Za-z] ?[<>] ?-?[.0-9]|[0-9] ?[<>] ?[A-Za-z](?![\w>])"  # an inequality, but not <b>5</b>
     r"|[0-9]!"
 )
 _GROUPED = re.compile(

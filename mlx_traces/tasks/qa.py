@@ -28,7 +28,10 @@ INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or 
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
 _COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # but of thousands
-_AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]]")
+_AROUND = " \t\"'`“”‘’*_$.,;:!?"
+_MATHS = re.compile(r"[0-9\\]")
+_BRACKETS = "()[]"  # but those of a tuple or an interval
 
 
 def same_text(text: str) -> str:
@@ -36,13 +39,15 @@ def same_text(text: str) -> str:
 
     It ignores case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
     is", and the space after the commas of a list (``1,-2`` is ``1, -2``, but ``1,234`` is a number and not ``1, 234``).
+    Of LaTeX, spaces, the sizes of brackets and fractions and the dollars or brackets around formulas do not count.
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
+    text = _SIZES.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")) if "\\" in text else text
     text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
     for _ in range(2):  # the lead may be in quotes, and so may the answer after it
-        text = text.strip(_AROUND) or text
+        text = text.strip(_AROUND if "," in text and _MATHS.search(text) else _AROUND + _BRACKETS) or text
         text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
-    return text
+    return "".join(text.split()) if "\\" in text else text
 
 
 def find_text(response: str) -> str | None:

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, errors, hf_hub
 from huggingface_hub.repocard import metadata_load
 
 from mlx_traces.errors import UserError
-from mlx_traces.models import adapters, names
+from mlx_traces.models import adapter_config, names
 from mlx_traces.readers import is_file, is_number, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
@@ -151,7 +151,7 @@ def write(
     Raises:
         UserError: if the folder is no adapter, or an evaluation is unfinished or of another adapter.
     """
-    config = adapters.read_config(adapter)
+    config = adapter_config.read_config(adapter)
     training = config.get("training") if isinstance(config.get("training"), dict) else {}
     base = base or base_of(str(config.get("model") or "an unknown model"))
     title = title or title_of(adapter)
@@ -192,7 +192,7 @@ def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
         UserError: as `write`; if somebody else wrote the card.
     """
     adapter = adapter.expanduser()
-    adapters.read_config(adapter)
+    adapter_config.read_config(adapter)
     there = adapter / CARD
     if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{there}: not written by mlx-traces; move it away first, or it would be lost")

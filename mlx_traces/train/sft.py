@@ -9,7 +9,7 @@ learned positions only.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -79,12 +79,13 @@ class Data:
 def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     """Read and encode the traces; keep those for validation apart, by problem.
 
-    Traces of the problems that are answered at validation are left out of the training, with a note.
+    Traces of the problems that are answered at validation are left out of the training, with a note. These problems are
+    asked with the thinking switch of the settings, or of the traces, if all were made with the same one.
     """
     how = config.max_length, config.over_long, config.thinking
     plan = loop.held_out_plan(config.model, config)
     same = filtering.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
-    left_out = 0
+    left_out, switches = 0, set()
 
     def learned() -> Iterator[tuple[str, Trace]]:
         nonlocal left_out
@@ -92,12 +93,15 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
             if same(trace):
                 left_out += 1
             else:
+                switches.add(trace.thinking)
                 yield where, trace
 
     encoded = encoding.encode_all(loaded, learned(), *how)
     notes = evaluator.split_notes(config.evaluate) if config.evaluate else []
     notes += encoding.describe(encoded, config.max_length)
     rows = encoded.examples
+    if plan and plan.config.thinking is None and len(switches) == 1:
+        plan = replace(plan, config=plan.config.model_copy(update={"thinking": switches.pop()}))
     if left_out:
         notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
@@ -112,6 +116,11 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     else:
         apart = [_draw(f"{config.seed} {problem_id(row.id)}") < config.valid_share for row in rows]
         train, valid = ([row for row, held in zip(rows, apart, strict=True) if held is kind] for kind in (False, True))
+    if train and not valid and config.valid_share:
+        problems = len({problem_id(row.id) for row in rows})
+        notes.append(
+            f"no validation loss: valid_share {config.valid_share:g} keeps none of {problems:,} problems apart"
+        )
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):
@@ -310,7 +319,10 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
     }
     # In earlier versions the traces of a problem that a file has twice could be on both sides.
     apart = {"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}
-    return loop.identity_of(config, loaded, {**apart, **digests})
+    identity = loop.identity_of(config, loaded, {**apart, **digests})
+    if data.held_out and data.held_out.config.thinking is not None:  # the traces' own, perhaps
+        identity["evaluate"]["thinking"] = data.held_out.config.thinking
+    return identity
 
 
 def about(config: SFTConfig) -> dict[str, Any]:

@@ -342,6 +342,23 @@ def test_the_start_adapter_is_the_reference_and_an_old_run_keeps_the_base(settin
     assert_same_outcome(tmp_path / "old", outcome(tmp_path / "whole"))
 
 
+def test_a_run_is_not_resumed_with_another_content_of_its_reference(settings, tmp_path):
+    made = adapters.start(make_model(), AdapterConfig(rank=4))
+    adapters.save(lora(scale=0.3), tmp_path / "other", made)
+    config = GRPOConfig(**settings | {"kl_coef": 0.1, "reference": str(tmp_path / "other"), "num_steps": 1})
+    grpo.train(config, tmp_path / "run")
+    grpo.train(config, tmp_path / "run", resume=True)
+    made["lora_parameters"]["scale"] *= 5
+    adapters.save(lora(scale=0.3), tmp_path / "other", made)
+    with pytest.raises(UserError, match="started with other settings .reference_files was "):
+        grpo.train(config, tmp_path / "run", resume=True)
+    file = tmp_path / "run" / "run.json"  # of a version that did not note it
+    begun = json.loads(file.read_text())
+    del begun["identity"]["reference_files"]
+    file.write_text(json.dumps(begun))
+    grpo.train(config, tmp_path / "run", resume=True)
+
+
 def test_importance_weights_are_of_the_sampler():
     model = lora()
     config = settings_of()

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from factories import make_model, make_tokenizer, wrap
 
 from mlx_traces.config import EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
+from mlx_traces.engine.generation import generate
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import blas, device, hub
 
@@ -213,6 +216,79 @@ def test_a_library_that_is_no_blas_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(blas, "SYSTEM", "libc.so.6")
     assert blas.load() == blas.Blas(None, "libc.so.6 has no plain cblas symbols")
+
+
+class Library:
+    """An OpenBLAS that multiplies nothing and counts its threads."""
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    def openblas_get_num_threads(self):
+        return self.threads
+
+    def openblas_set_num_threads(self, threads):
+        self.threads = threads
+
+
+@pytest.fixture
+def library(monkeypatch):
+    for name in blas.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    library = Library(4)
+    monkeypatch.setattr(blas, "loaded", blas.Blas("/x/libopenblas.so.0", library=library))
+    return library
+
+
+def test_small_products_get_one_thread_and_large_ones_all(library, monkeypatch):
+    model = make_model()  # its largest matrix has 64 x 128 numbers
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * 100)
+    for rows, processes, expected in ((99, 1, 1), (100, 1, 4), (100, 3, 1), (100, 2, 2), (99, 2, 1)):
+        with blas.threads_for(model, rows, processes):
+            assert library.threads == expected
+        assert library.threads == 4
+    with pytest.raises(ZeroDivisionError), blas.threads_for(model, 1):
+        1 / 0  # noqa: B018
+    assert library.threads == 4
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * blas.LEAST_ROWS)
+    with blas.threads_for(model, 1):  # weights that no cache holds
+        assert library.threads == 4
+
+
+def test_the_newest_wish_for_threads_counts_until_the_last_ends(library, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * 100)
+    small, large = blas.threads_for(model, 1), blas.threads_for(model, 100)
+    small.__enter__()
+    assert library.threads == 1
+    large.__enter__()
+    assert library.threads == 4
+    small.__exit__(None, None, None)  # as two streams of completions may end
+    assert library.threads == 4
+    with blas.threads_for(model, 1):
+        assert library.threads == 1
+    large.__exit__(None, None, None)
+    assert library.threads == 4
+
+
+@pytest.mark.parametrize("name", blas.GIVEN)
+def test_threads_that_were_asked_for_stay(library, monkeypatch, name):
+    monkeypatch.setenv(name, "3")
+    with blas.threads_for(make_model(), 1):
+        assert library.threads == 4  # the stand-in reads no environment
+    monkeypatch.setattr(blas, "loaded", blas.Blas(None, "no OpenBLAS found"))
+    monkeypatch.delenv(name)
+    with blas.threads_for(make_model(), 1):
+        pass
+
+
+def test_sampling_a_small_model_uses_one_thread(library):
+    loaded = wrap(make_tokenizer(), make_model())
+    stream = generate(loaded, [Request((1, 2)), Request((3,))], SamplingParams(3))
+    next(stream)
+    assert library.threads == 1
+    stream.close()
+    assert library.threads == 4
 
 
 def test_doctor_names_a_slow_blas(monkeypatch):

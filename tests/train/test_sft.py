@@ -362,6 +362,27 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
         assert sft.prepare(loaded, config).held_out.config.thinking is expected
 
 
+@pytest.mark.parametrize(
+    ("made", "validation", "expected"),
+    [
+        ([False], None, False),
+        ([True], None, True),
+        ([None], None, None),
+        ([False, True], None, None),
+        ([False], True, True),
+    ],
+)
+def test_validation_asks_as_the_traces_were_made(settings, made, validation, expected):
+    lines = Path(settings["data"]).read_text().splitlines()
+    own = [json.loads(line) | {"thinking": made[i % len(made)]} for i, line in enumerate(lines)]
+    Path(settings["data"]).write_text("".join(json.dumps(line) + "\n" for line in own))
+    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n", "assistant\n{% if enable_thinking %}{% endif %}")))
+    config = SFTConfig(**settings, evaluate={"task": "countdown", "limit": 3, "thinking": validation})
+    data = sft.prepare(loaded, config)
+    assert data.held_out.config.thinking is expected
+    assert sft.identity_of(config, loaded, data)["evaluate"].get("thinking") is expected  # a run is continued with it
+
+
 def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     loaded = wrap(make_tokenizer(), make_model())
     parts = {}
@@ -377,6 +398,17 @@ def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     data = sft.prepare(loaded, SFTConfig(**{**settings, "valid": other}))
     assert {row.id for row in data.valid} == {"p0", "p1"} and len(data.train) == 20
     assert data.notes == [f"4 traces of problems in {other} are left out"]
+
+
+def test_a_share_that_keeps_nothing_apart_is_told(settings, tmp_path):
+    """Ids with a # are of one problem by what stands before it, which ids of another origin may all share."""
+    loaded, file = wrap(make_tokenizer(), make_model()), tmp_path / "other.jsonl"
+    lines = [{"id": f"book#{i}", "messages": ONE, "completion": "x", "sample": 0} for i in range(9)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = sft.prepare(loaded, SFTConfig(**{**settings, "data": str(file)}))
+    assert len(data.train) == 9 and not data.valid
+    assert data.notes == ["no validation loss: valid_share 0.3 keeps none of 1 problems apart"]
+    assert not sft.prepare(loaded, SFTConfig(**{**settings, "valid_share": 0})).notes
 
 
 def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
