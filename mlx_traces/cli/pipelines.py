@@ -86,7 +86,8 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
 
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-def verify_command(runs: tuple[str, ...]) -> None:
+@click.option("--task", help="Their task, if it is a plug-in: a file alone never runs its code.")
+def verify_command(runs: tuple[str, ...], task: str | None) -> None:
     """Check finished runs and files of traces.
 
     RUNS are folders of evaluations and of trainings (sft, grpo, ppo), or files of traces. Grades every stored
@@ -94,7 +95,10 @@ def verify_command(runs: tuple[str, ...]) -> None:
     exit status is 1 if anything differs.
     """
     from mlx_traces.pipelines import verify
+    from mlx_traces.tasks import get_task
 
+    if task:
+        get_task(task)
     differ = False
     for run in runs:
         agrees, lines = verify.verify(run)

@@ -17,9 +17,9 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import differences as evaluation_differences
 from mlx_traces.evaluation import stats
 from mlx_traces.readers import is_number
-from mlx_traces.records import EvalResult
+from mlx_traces.records import EvalResult, strata_of
 from mlx_traces.runtime.run_folder import existing
-from mlx_traces.tasks import TASKS, get_task
+from mlx_traces.tasks import get_task, is_known
 from mlx_traces.text import clean
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
 def _winner(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
     """Return the majority's answer, as its first voter wrote it; of an unknown task equal texts vote alike."""
     task, extractor = run.result["task"], run.result["extractor"]
-    votes = get_task(task).votes(answers, gold, extractor) if task in TASKS else list(answers)
+    votes = get_task(task).votes(answers, gold, extractor) if is_known(task) else list(answers)
     return answers[votes.index(stats.majority(votes))]
 
 
@@ -352,7 +352,7 @@ def strata(runs: Sequence[Run]) -> pd.DataFrame | None:
         One row a stratum and run: ``part`` (the stratum), ``label``, ``accuracy``, ``correct_count``,
         ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
     """
-    frame = _split(runs, lambda row: {row.get("stratum") or "": row["correct"]})
+    frame = _split(runs, lambda row: dict.fromkeys(strata_of(row.get("stratum") or "") or [""], row["correct"]))
     return None if frame is None else frame.sort_values("part", kind="stable", ignore_index=True)
 
 

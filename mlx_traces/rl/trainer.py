@@ -253,6 +253,7 @@ def identity_of(
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
+        **planned.task.identity,
         **loaded.shown(),
         "model_files": fingerprint(loaded.path),
         "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,

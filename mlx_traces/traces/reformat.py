@@ -20,7 +20,7 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
 from mlx_traces.traces import judge
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import format_score, headline, problem_of
+from mlx_traces.traces.quality import format_score, headline, named, problem_of
 
 REWRITING = Prompt(
     name="rewriting",
@@ -55,7 +55,7 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     """
     dropped: Counter[str] = Counter()
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
-    settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
+    settings = config.model_dump(mode="json") | named(config) | ({"rewriting": prompt.user} if config.model else {})
     used: dict[str, Any] = {}
     refuse_written(out)
     told = {**source_of(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
