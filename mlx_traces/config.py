@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import date as Date
 from operator import not_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -32,6 +32,14 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide a run's result, as JSON has them: all but those in ``NOT_IDENTITY``.
+
+        A run adds its files, by their content: `evaluator.Plan.identity` and `loop.identity_of`.
+        """
+        return self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
 
 
 class LoadConfig(Config):
@@ -95,6 +103,9 @@ class EndpointConfig(Config):
 
 class AnswerConfig(LoadConfig, ProblemConfig):
     """A model, the problems it answers, and how it samples."""
+
+    # These do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
+    NOT_IDENTITY = frozenset({"rows", "device", "memory_limit", "extractor", *EndpointConfig.model_fields})
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -174,8 +185,15 @@ class TrackingConfig(Config):
     )
 
 
+# Where a training runs, what it reports, and how a step is split into micro-batches, which changes only rounding (and
+# the masks of dropout).
+_OF_ANY_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
+
+
 class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     """Settings of SFT other than model and data."""
+
+    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "data", "valid"})  # the last two by their content
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, if there is no --valid."
@@ -226,6 +244,8 @@ class JudgeConfig(Config):
 
 class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
+
+    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")

@@ -10,6 +10,10 @@ class UserError(Exception):
     """The input is wrong. The message is one line: where, what, and the way out."""
 
 
+class Lost(UserError):
+    """Another rank of a distributed run has ended; it, or its launcher, prints why."""
+
+
 def choices(names: Iterable[str]) -> str:
     """List valid names for an error message: ``a, b or c``."""
     *head, last = list(names)

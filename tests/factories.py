@@ -291,7 +291,7 @@ def lora(seed=0, scale=0.1):
 def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
     sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
     return rollouts.ScoredCompletion(
-        Problem("p", {}, "1"), completion.Completion("", "", sampled), {"correct": reward}, reward
+        Problem("p", {}, "1"), completion.Completion.sampled("", "", sampled), {"correct": reward}, reward
     )
 
 

@@ -235,6 +235,22 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
             read_config(kind, file, {})
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("rounds", "CONFIG is missing: a YAML file, or .* shipped one .*: mlx-traces rounds rounds_countdown_nano"),
+        ("study", "CONFIG is missing: a YAML file, or .* shipped one .*: mlx-traces study study_countdown_nano"),
+        ("score", "IN is missing: mlx-traces score IN --out PATH; --help says more"),
+        ("filter x.jsonl", "--out is missing: mlx-traces filter IN --out PATH; --help says more"),
+        ("push runs/a", "USER/NAME is missing: mlx-traces push ADAPTER USER/NAME; --help says more"),
+        ("data import", "FILE is missing: mlx-traces data import FILE --format TEXT; --help says more"),
+    ],
+)
+def test_what_a_command_lacks_is_said_in_one_line_with_how_it_is_called(words, told):
+    result = CliRunner().invoke(main, words.split(), prog_name="mlx-traces")
+    assert result.exit_code == 1 and re.fullmatch(f"Error: {told}\n", result.output)
+
+
 def test_every_shipped_configuration_is_valid_and_starts_with_its_command():
     kinds = {
         "compare": CompareConfig,

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
+from mlx_traces.cli.configs import shipped_configs
 from mlx_traces.cli.unused import unused
 from mlx_traces.config import Config, find_config, read_config
-from mlx_traces.errors import UserError, choices
-from mlx_traces.runtime.distributed import Lost
+from mlx_traces.errors import Lost, UserError, choices
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.text import clean
 
@@ -40,6 +40,8 @@ class Commands(click.Group):
             ctx.exit(1)  # what happened is said by the lost one, or by its launcher
         except UserError as error:
             raise click.ClickException(clean(error) if rank == "0" else f"rank {rank}: {clean(error)}") from None
+        except click.MissingParameter as error:
+            raise click.ClickException(_missing(error)) from None
         except KeyboardInterrupt:
             click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
             ctx.exit(128 + signal.SIGINT)
@@ -69,6 +71,22 @@ def _again(ctx: click.Context) -> str:
     command = ctx.command.get_command(ctx, name) if isinstance(ctx.command, click.Group) else None
     resumes = command is not None and any(option.name == "resume" for option in command.params)
     return "--resume" if resumes else "the same command"
+
+
+def _missing(error: click.MissingParameter) -> str:
+    """Say in one line how a command is called that lacks something, with a shipped configuration if it wants one."""
+    ctx, param = error.ctx, error.param
+    if ctx is None or param is None:
+        return error.format_message()
+    called = ctx.command_path
+    if isinstance(param.type, ConfigFile):
+        names = [name for name, command, _ in shipped_configs() if command == ctx.info_name]
+        shipped = next((name for name in names if "nano" in name), "FILE.yaml")
+        return f"CONFIG is missing: a YAML file, or the name of a shipped one (mlx-traces configs): {called} {shipped}"
+    wanted = [other for other in ctx.command.params if other.required]
+    words = [" ".join((*other.opts[: isinstance(other, click.Option)], other.make_metavar(ctx))) for other in wanted]
+    name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
+    return f"{name} is missing: {called} {' '.join(words)}; --help says more"
 
 
 @contextmanager

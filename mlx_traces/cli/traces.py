@@ -308,6 +308,9 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
     """Sample completions of training problems as traces. They keep their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
     from mlx_traces.evaluation.evaluator import split_notes
+    from mlx_traces.runtime.device import import_mlx
+
+    import_mlx()
     from mlx_traces.traces.generate import generate
 
     for note in split_notes(config):

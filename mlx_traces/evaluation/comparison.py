@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import differences as evaluation_differences
 from mlx_traces.evaluation import stats
+from mlx_traces.evaluation.completion import rehead
 from mlx_traces.readers import is_number
 from mlx_traces.records import EvalResult, strata_of
 from mlx_traces.runtime.run_folder import existing
@@ -57,8 +58,6 @@ def _one(value: Any) -> Any:
 
 def by_extractor(run: Run, extractor: str) -> Run:
     """Return a run judged by another of its extractors."""
-    from mlx_traces.evaluation.evaluator import rehead
-
     samples = [rehead(row, extractor) for row in run.samples]
     return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
 

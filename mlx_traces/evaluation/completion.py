@@ -1,54 +1,23 @@
-"""A completion as it is graded, whoever made it: our engine or a server."""
+"""A completion as it is graded, whether the engine sampled it or a server; and its line of ``samples.jsonl``."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from mlx_traces.errors import unknown
 from mlx_traces.records import Rollout
 from mlx_traces.tasks import thoughts
+
+Sample = dict[str, Any]  # a line of samples.jsonl, made by `evaluator.grade_sample`
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A rollout as the grader sees it: what the model was shown, and what its turn held before it began.
+    """What a model was given, and what it said.
 
-    ``own_tags`` are those that the model thinks between, if they are not among ``thoughts.TAGS``.
-    """
-
-    prompt: str
-    opened: str
-    rollout: Rollout
-    own_tags: thoughts.Pair | None = None
-
-    @property
-    def whole(self) -> str:
-        """The assistant's whole turn, its thought between tags that graders know."""
-        return thoughts.usual(self.opened + self.text, self.own_tags)
-
-    @property
-    def text(self) -> str:
-        """What the model said, without the stop token."""
-        return self.rollout.text
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens that took, the stop token included."""
-        return len(self.rollout.completion_ids)
-
-    @property
-    def finish_reason(self) -> str:
-        """Why it ended."""
-        return self.rollout.finish_reason
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended it, None for none."""
-        return self.rollout.stop_string
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a server answered: the prompt and the text of it.
-
-    ``tokens`` is None where it does not count them, ``stop_string`` where none ended it or the server does not say.
+    ``prompt`` is the prompt as text, ``opened`` the start of the assistant's turn that the prompt already holds.
+    ``text`` is the model's own, without the stop token; ``tokens`` counts it, the stop token included, and is None
+    where a server does not say. ``own_tags`` are the model's thinking tags, if they are not among ``thoughts.TAGS``.
+    ``rollout`` has the ids and log-probabilities; None from a server.
     """
 
     prompt: str
@@ -57,8 +26,28 @@ class Answered:
     tokens: int | None
     finish_reason: str
     stop_string: str | None = None
+    own_tags: thoughts.Pair | None = None
+    rollout: Rollout | None = None
+
+    @classmethod
+    def sampled(cls, prompt: str, opened: str, rollout: Rollout, own_tags: thoughts.Pair | None = None) -> "Completion":
+        """Return a rollout of the engine as it is graded."""
+        tokens, stop = len(rollout.completion_ids), rollout.stop_string
+        return cls(prompt, opened, rollout.text, tokens, rollout.finish_reason, stop, own_tags, rollout)
 
     @property
     def whole(self) -> str:
-        """The assistant's whole turn."""
-        return self.opened + self.text
+        """The assistant's whole turn, its thought between tags that graders know."""
+        return thoughts.usual(self.opened + self.text, self.own_tags)
+
+
+def rehead(row: Sample, extractor: str) -> Sample:
+    """Return a sample with another extractor as its headline; all extractors have already judged it.
+
+    Raises:
+        UserError: if this one has not.
+    """
+    if extractor not in row["verdicts"]:
+        raise unknown("extractor of this run", extractor, row["verdicts"])
+    verdict = row["verdicts"][extractor]
+    return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}

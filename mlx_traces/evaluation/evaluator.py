@@ -8,40 +8,38 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, Config, EndpointConfig
+from mlx_traces.config import AnswerConfig, Config
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import endpoint, stats
-from mlx_traces.evaluation.completion import Answered, Completion
+from mlx_traces.evaluation.completion import Completion, Sample
+from mlx_traces.models import names
 from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score, strata_of
 from mlx_traces.runtime.provenance import fingerprint, now
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.tasks.prompts import Prompt, columns_of, load_prompt
+from mlx_traces.tasks.prompts import Prompt, columns_of
 from mlx_traces.tasks.thoughts import after_last
-
-# Settings that do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
-NOT_IDENTITY = {"rows", "device", "memory_limit", "extractor"} | set(EndpointConfig.model_fields)
 
 LABEL_BYTES = 150  # of a folder's name, before its digits; file systems take 255
 
-Sample = dict[str, Any]
-Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, "Completion"]]]
-Stop = Callable[[], bool]
+Generate = Callable[[list[tuple[Problem, int]]], Iterator[tuple[int, Completion]]]
 
 
 @dataclass(frozen=True)
 class Source:
     """Where completions come from: the engine with a loaded model, or a server.
 
-    ``identity`` is what it adds to that of the run, ``details`` what ``run.json`` says besides, ``notes`` are lines
-    for the user, some of which come up on the way. ``memory`` tells the peak in 1e9 bytes, None if that is not known.
+    ``identity`` is added to the run's identity, ``details`` to ``run.json``. ``notes`` are lines for the user; the list
+    may grow while completions come. ``model`` is the folder of a loaded model, None for a server. ``memory`` returns
+    the peak in 1e9 bytes, None if it is not known.
     """
 
     generate: Generate
     identity: dict[str, Any]
     details: dict[str, Any]
     notes: list[str]
-    memory: Callable[[], float | None]
+    model: Path | None = None
+    memory: Callable[[], float | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -75,41 +73,44 @@ class Plan:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Settings that change no completion here; runs that differ in them alone are the same run."""
+        """Settings without effect on this plan's completions; runs that differ in them alone are the same run."""
         greedy = ("top_p", "top_k", "min_p") if self.config.temperature == 0 else ()
         name = self.config.prompt or self.task.default_prompt
         return greedy if name in self.task.few_shot else (*greedy, "shots", "shots_data")
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the user: a split's name that says nothing, an answer that is shown."""
+        """Lines for the user: a split's name without effect, a prompt that shows the answer."""
         gold = [name for name in columns_of(self.prompt.user) if name in self.task.gold_columns]
         shows = [f"the prompt {self.prompt.name} shows the model the answer ({{{', '.join(gold)}}})"] if gold else []
         return split_notes(self.config) + shows
 
+    @property
+    def wanted(self) -> list[tuple[Problem, int]]:
+        """The completions to sample, in order: (problem, sample) pairs."""
+        return [(problem, sample) for problem in self.problems for sample in range(self.config.samples)]
+
     def shown(self) -> str:
-        """Return 12 hexadecimal digits that stand for all that the model is shown, and the gold answers."""
-        told = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
-        told += [[self.task.source]] if self.task.source else []
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        """Return 12 hexadecimal digits that stand for the problems, their turns of the chat, and the gold answers."""
+        turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
+        turns += [[self.task.source]] if self.task.source else []
+        return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:12]
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
         config = self.config
-        asked = [[problem.id, problem.gold] for problem in self.problems]
+        golds = [[problem.id, problem.gold] for problem in self.problems]
         shared = {
-            **config.model_dump(mode="json", exclude=NOT_IDENTITY),
+            **config.identity(),
             **{name: AnswerConfig.model_fields[name].default for name in self.idle},
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
-            "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+            "problems": hashlib.sha256(json.dumps(golds).encode()).hexdigest()[:12],
             "shown": self.shown(),
             **self.task.identity,
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
-        from mlx_traces.models.names import local_folder
-
-        folder = local_folder(config.model)
+        folder = names.local_folder(config.model)
         return {
             **shared,
             "model_files": fingerprint(folder) if folder else None,
@@ -118,7 +119,7 @@ class Plan:
 
 
 def split_notes(config: Config) -> list[str]:
-    """Say that a split which was asked for by name is not there: a file has none, so all of it is read."""
+    """Return a note if the settings name a split of a file: files have none, so all of it is read."""
     named = "split" in config.model_fields_set and "[" not in config.split
     if not (named and config.data and is_file(config.data)):
         return []
@@ -132,11 +133,9 @@ def plan(config: AnswerConfig) -> Plan:
         UserError: for an unknown task, prompt or extractor, with the choices; for a missing model or adapter; for bad
             problems; for several samples without a temperature; for settings that do not go with a server, or need one.
     """
-    config = endpoint.settled(config)
+    config = endpoint.resolved(config)
     if not endpoint.behind(config):
-        from mlx_traces.models.names import check, with_adapter
-
-        config = with_adapter(config)
+        config = names.with_adapter(config)
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
@@ -144,44 +143,25 @@ def plan(config: AnswerConfig) -> Plan:
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
     if not endpoint.behind(config):
-        check(config.model, config.adapter)
+        names.check(config.model, config.adapter)
     problems = task.load(config.split, config.data, config.limit, config.seed)
-    prompt = _prompt(task, config, problems)
+    leave_out = frozenset(problem.id for problem in problems)  # no problem is its own worked example
+    examples = (config.shots, config.seed, config.shots_data, leave_out)
+    prompt = task.prompt(config.prompt or task.default_prompt, examples)
+    changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
+    prompt = replace(prompt, **changes)
     if endpoint.behind(config):
         endpoint.refuse_prefill(prompt)
     return Plan(config, task, prompt, extractor, problems)
 
 
-def _prompt(task: Task, config: AnswerConfig, problems: list[Problem]) -> Prompt:
-    """Find the prompt by name or file, and apply ``system`` and ``prefill``; no problem is its own worked example."""
-    name = config.prompt or task.default_prompt
-    if name in task.prompts:
-        prompt = task.prompts[name]
-    elif name in task.few_shot:
-        prompt = task.few_shot[name](
-            config.shots, config.seed, config.shots_data, frozenset(problem.id for problem in problems)
-        )
-    elif name.endswith((".yaml", ".yml")):
-        prompt = load_prompt(Path(name), task.gold_columns)
-    else:
-        raise unknown(f"prompt of {task.name}", name, (*task.styles, "FILE.yaml"))
-    changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
-    return replace(prompt, **changes)
+def sample_seed(seed: int, problem_id: str, sample: int) -> int:
+    """Return the 64-bit seed of one completion's random stream; it depends on nothing else in the run."""
+    digest = hashlib.sha256(f"{seed} {problem_id} {sample}".encode()).digest()
+    return int.from_bytes(digest[:8])
 
 
-def rehead(row: Sample, extractor: str) -> Sample:
-    """Return a sample with another extractor as its headline; all have judged it already.
-
-    Raises:
-        UserError: if that extractor has not.
-    """
-    if extractor not in row["verdicts"]:
-        raise unknown("extractor of this run", extractor, row["verdicts"])
-    verdict = row["verdicts"][extractor]
-    return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}
-
-
-def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion | Answered) -> Sample:
+def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Completion) -> Sample:
     """Judge one completion and make its line of ``samples.jsonl``."""
     scores = planned.task.grade(problem, completion.whole)
     headline = scores[planned.extractor]
@@ -223,9 +203,11 @@ def summarize(
     config = planned.config
     counts = [row["tokens"] for row in samples]
     tokens = None if None in counts else sum(counts)
-    uncounted, unsaid = counts.count(None), sum(row["finish_reason"] == "unknown" for row in samples)
-    said = [f"the server gave no count of tokens for {uncounted:,} of {len(counts):,} completions"] if uncounted else []
-    said += [f"the server did not say why {unsaid:,} of {len(counts):,} completions ended"] if unsaid else []
+    uncounted, unexplained = counts.count(None), sum(row["finish_reason"] == "unknown" for row in samples)
+    if uncounted:
+        notes = [*notes, f"the server gave no count of tokens for {uncounted:,} of {len(counts):,} completions"]
+    if unexplained:
+        notes = [*notes, f"the server did not say why {unexplained:,} of {len(counts):,} completions ended"]
     seconds = max(row["elapsed"] for row in samples)
     overall = accuracy_of(samples, lambda row: row["correct"])
     strata = sorted({name for row in samples for name in strata_of(row["stratum"])})
@@ -258,7 +240,7 @@ def summarize(
             for name in planned.task.extractors
         },
         **_at_k(planned, samples),
-        notes=[*notes, *said],
+        notes=[*notes],
         stopped=sum("stop_string" in row for row in samples),
         stopped_in_thoughts=sum(row.get("in_thought") is True for row in samples),
     )

@@ -1,19 +1,48 @@
 """Completions of a model that is loaded here, through the engine."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from mlx_traces.evaluation.completion import Completion
-from mlx_traces.evaluation.evaluator import Generate, Plan, Sample, grade_sample
+from mlx_traces.engine import generation
+from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.evaluation.completion import Completion, Sample
+from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
+from mlx_traces.models.loading import LoadedModel, load, of_its_day
 from mlx_traces.records import Problem, Rollout
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.run_folder import RunFolder
 
 
-def measure(loaded: Any, planned: Plan) -> list[Sample]:
-    """Answer a plan's problems by a model that is loaded, in memory; samples come in the problems' order."""
-    todo = [(problem, sample) for problem in planned.problems for sample in range(planned.config.samples)]
+@contextmanager
+def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
+    """Open the run folder ``path`` and load the plan's model; the plan yielded has the date that its prompts print.
+
+    Raises:
+        UserError: if the run cannot be written there, or the model cannot be loaded.
+    """
+    with distributed.at_work(path, resume) as (folder, stop):
+        config = of_its_day(planned.config, folder.identity)
+        planned = replace(planned, config=config)
+        loaded = load(config.model, config.adapter, **config.load_arguments())
+        device.reset_peak_memory()
+        source = Source(
+            completions_of(loaded, planned, stop=stop),
+            {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
+            | loaded.shown(),
+            ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
+            | {"backend": asdict(loaded.backend), "rows": config.rows, "ranks": distributed.world().size()},
+            loaded.notes,
+            loaded.path,
+            device.peak_memory_gb,
+        )
+        yield planned, folder, source
+
+
+def measure(loaded: LoadedModel, planned: Plan) -> list[Sample]:
+    """Answer a plan's problems with a loaded model, in memory; samples come in the problems' order."""
+    todo = planned.wanted
     rows: list[Sample] = [{}] * len(todo)
     for index, completion in completions_of(loaded, planned)(todo):
         rows[index] = grade_sample(planned, *todo[index], completion)
@@ -21,12 +50,12 @@ def measure(loaded: Any, planned: Plan) -> list[Sample]:
 
 
 def completions_of(
-    loaded: Any, planned: Plan, logprobs: bool = False, stop: Callable[[], bool] | None = None
+    loaded: LoadedModel, planned: Plan, logprobs: bool = False, stop: Callable[[], bool] | None = None
 ) -> Generate:
-    """Make the plain function from (problem, sample) pairs to completions, as they finish, until ``stop`` says so."""
-    from mlx_traces.engine.generation import generate
-    from mlx_traces.engine.sampling import Request, SamplingParams
+    """Return the function from (problem, sample) pairs to (index, completion) pairs, yielded as they finish.
 
+    ``stop`` ends it early, as soon as it returns True.
+    """
     config = planned.config
     params = SamplingParams(
         max_tokens=config.max_tokens,
@@ -39,39 +68,37 @@ def completions_of(
     )
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
-        rendered = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
+        prompts = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
-        requests = [Request(asked.ids, seed, asked.opened) for asked, seed in zip(rendered, seeds, strict=True)]
+        requests = [Request(prompt.ids, seed, prompt.opened) for prompt, seed in zip(prompts, seeds, strict=True)]
 
         def sampled(indices: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
-            """Complete some requests."""
-            asked = [requests[index] for index in indices]
-            done = generate(loaded, asked, params, config.rows, logprobs=logprobs, memory_gb=config.memory_limit)
+            """Complete some of the requests."""
+            part, limit = [requests[index] for index in indices], config.memory_limit
+            done = generation.generate(loaded, part, params, config.rows, logprobs=logprobs, memory_gb=limit)
             return ((indices[place], rollout) for place, rollout in done)
 
         whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
         return (
-            (index, Completion(rendered[index].text, rendered[index].opened, rollout, loaded.own_tags))
-            for index, rollout in _shared_out(whole, sampled, len(requests), 4 * config.rows, stop)
+            (index, Completion.sampled(prompts[index].text, prompts[index].opened, rollout, loaded.own_tags))
+            for index, rollout in _shared(whole, sampled, len(requests), 4 * config.rows, stop)
         )
 
     return completions
 
 
-def _shared_out(
+def _shared(
     whole: Iterator[tuple[int, Rollout]],
     sampled: Callable[[Sequence[int]], Iterator[tuple[int, Rollout]]],
     count: int,
     wave: int,
     stop: Callable[[], bool] | None,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Let every rank complete its part and hand it to the others, ``wave`` rollouts a rank at a time.
+    """Yield every rollout on every rank: each rank samples its part, ``wave`` rollouts at a time, and sends it around.
 
-    One process alone completes the ``whole``, and hands on each rollout at once. After what is handed on, ``stop`` is
-    asked.
+    A single process yields the ``whole``, each rollout at once.
     """
-    size = distributed.world().size()
-    if size == 1:
+    if (size := distributed.world().size()) == 1:
         for found in whole:
             yield found
             if stop and stop():
@@ -85,9 +112,3 @@ def _shared_out(
             yield index, Rollout(**fields | lists)
         if stop and stop():
             return
-
-
-def sample_seed(seed: int, problem_id: str, sample: int) -> int:
-    """Return the 64-bit seed of one completion's random stream; it depends on nothing else in the run."""
-    digest = hashlib.sha256(f"{seed} {problem_id} {sample}".encode()).digest()
-    return int.from_bytes(digest[:8])

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
+from mlx_traces.evaluation.completion import rehead
 from mlx_traces.models import adapters, loading
 from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
@@ -135,7 +136,7 @@ def regraded(
         "extractions": {name: score.extracted for name, score in scores.items()},
         "verdicts": {name: score.verdict for name, score in scores.items()},
     }
-    return evaluator.rehead({**row, **judged, "gold": problem.gold, "stratum": problem.stratum}, planned.extractor)
+    return rehead({**row, **judged, "gold": problem.gold, "stratum": problem.stratum}, planned.extractor)
 
 
 def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:

@@ -24,11 +24,9 @@ from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
 from mlx_traces.runtime import distributed
-from mlx_traces.runtime.provenance import fingerprint, provenance, settled
+from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
-
-NOT_IDENTITY = ("rows", "memory_limit", "data", "judge_cache")  # or by their content
 
 
 @dataclass
@@ -168,7 +166,7 @@ class Setup:
         self.notes += filter(None, [memory.fits(found, loaded.backend)])
         asked = {"problems": [problem.id for problem in self.planned.problems]}
         asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
-        read = settled(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
+        read = resolved_config(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
         ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size()}
         self.folder.begin(self.identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *self.notes]})
 
@@ -248,17 +246,14 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
-    return {
-        **loop.identity_of(config, *NOT_IDENTITY),
+    read = {
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
         **planned.task.identity,
-        **loaded.shown(),
-        "model_files": fingerprint(loaded.path),
-        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
-        "weights": loaded.backend.weights,
-        "dtype": loaded.backend.dtype,
+    }
+    return {
+        **loop.identity_of(config, loaded, read),
         **{f"reward {name}": ", ".join(f"{file.name} {loop.digest(file)}" for file in own[name]) for name in own},
     }
 

@@ -1,9 +1,9 @@
-"""Several processes at one run, started by ``mlx.launch``: who does what, and how results come together.
+"""Distributed runs, started by ``mlx.launch``: what each rank does, and how results are collected.
 
-Completions are shared out and gathered, gradients are shared out and summed, so every rank holds the same model after
-each step. Rank 0 alone writes to the run folder; the others write to a folder of their own that is thrown away, and
-what a run goes on from they have from rank 0. So how many ranks there are is no part of a run: another number goes on
-with it. In a single process nothing is sent anywhere.
+Each rank samples its part of the completions and computes its part of the gradient; completions are gathered and
+gradients summed, so every rank holds the same model after each step. Rank 0 alone writes to the run folder; each other
+rank writes to a temporary copy, made from rank 0's files. So the number of ranks is no part of a run: it may change
+when the run is continued. A single process sends nothing.
 """
 
 import atexit
@@ -15,44 +15,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlx_traces.errors import UserError, first_line
-from mlx_traces.runtime.device import import_mlx, limits, out_of_memory
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_traces.errors import Lost, UserError, first_line
+from mlx_traces.runtime.device import limits, out_of_memory
 from mlx_traces.runtime.files import held
 from mlx_traces.runtime.interrupts import listening
 from mlx_traces.runtime.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-
-class Lost(UserError):
-    """Another rank is gone; it, or what launched it, says why."""
-
 
 @cache
-def world() -> "mx.distributed.Group":
-    """Return the group of all ranks; of this process alone where nothing else was launched."""
-    return import_mlx().distributed.init(strict=False)
+def world() -> mx.distributed.Group:
+    """Return the group of all ranks; it has one rank in a single process."""
+    return mx.distributed.init(strict=False)
 
 
 def first() -> bool:
-    """Whether this is the rank that writes and speaks."""
+    """Whether this is rank 0, which alone writes and prints."""
     return world().rank() == 0
 
 
 def share(count: int) -> range:
-    """Return the indices of this rank's part of ``count`` things: one piece, as even as can be."""
+    """Return the indices of this rank's part of ``count`` items: contiguous, sizes differing by at most one."""
     rank, size = world().rank(), world().size()
     return range(count)[count * rank // size : count * (rank + 1) // size]
 
 
 def gather(rows: Sequence[Any]) -> list[Any]:
-    """Return all ranks' rows, rank by rank; they are what JSON can hold (tuples come back as lists)."""
-    import mlx.core as mx
-    import numpy as np
-
+    """Return all ranks' rows, rank by rank; rows are JSON values (tuples come back as lists)."""
     if world().size() == 1:
         return list(rows)
     content = np.frombuffer(json.dumps(list(rows)).encode(), np.uint8)
@@ -64,15 +58,12 @@ def gather(rows: Sequence[Any]) -> list[Any]:
 
 
 def total(tree: Any) -> Any:
-    """Return the sum of all ranks' trees of arrays, added up in float32."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten, tree_unflatten
-
+    """Return the sum over the ranks of a tree of arrays, computed in float32."""
     if world().size() == 1:
         return tree
     flat = tree_flatten(tree)
     own = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
-    mx.eval(own)  # what goes wrong here is no other rank's affair
+    mx.eval(own)  # an error here is this rank's own, and must not read as one of the exchange
     whole = _arrived(mx.distributed.all_sum(own))
     summed, at = [], 0
     for name, array in flat:
@@ -87,12 +78,9 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
     Args:
         loss: this rank's part.
         grads: its part of the gradient; None if no row was this rank's.
-        sums: its parts of what metrics are made of.
-        parameters: the tree of what is trained, for a gradient of 0.
+        sums: its parts of the sums that metrics are computed from.
+        parameters: the tree of trained arrays, for a gradient of 0.
     """
-    import mlx.core as mx
-    from mlx.utils import tree_map
-
     if world().size() == 1:
         return loss, grads, Counter(sums)
     every = Counter()
@@ -102,18 +90,16 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
 
 
 def any_of(wish: bool) -> bool:
-    """Return whether any rank says yes; all ranks must ask."""
+    """Return whether ``wish`` is true on any rank; all ranks must call this."""
     return any(gather([wish]))
 
 
-def _arrived(array: "mx.array") -> "mx.array":
-    """Wait for what the ranks send each other.
+def _arrived(array: mx.array) -> mx.array:
+    """Wait for the result of an exchange between the ranks, and return it.
 
     Raises:
-        Lost: if one of them is gone. The backend does not say which, so only of two it is known.
+        Lost: if a rank has ended. The backend does not say which, so it is named only where there are two.
     """
-    import mlx.core as mx
-
     try:
         mx.eval(array)
     except RuntimeError as error:
@@ -124,10 +110,10 @@ def _arrived(array: "mx.array") -> "mx.array":
 
 @contextmanager
 def at_work(out: Path, resume: bool) -> Iterator[tuple[RunFolder, Callable[[], bool]]]:
-    """Begin or continue a run: yield its folder, which is held meanwhile, and whether Ctrl-C asks it to stop.
+    """Begin or continue a run: yield its folder, locked meanwhile, and a function that says whether to stop (Ctrl-C).
 
-    The folder is the run's on rank 0, and another on the others. All ranks must ask alike whether to stop, and get the
-    same answer.
+    The folder is the run's on rank 0, and a temporary one on the others. All ranks must call the function equally
+    often; they get the same answer.
 
     Raises:
         UserError: if a run cannot be written there, or memory runs out where nothing smaller is left to try.
@@ -145,7 +131,7 @@ def at_work(out: Path, resume: bool) -> Iterator[tuple[RunFolder, Callable[[], b
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Tell of memory that ran out in one line."""
+    """Turn MLX's error for a failed allocation into one line for the user."""
     try:
         yield
     except RuntimeError as error:
@@ -158,13 +144,10 @@ def _told() -> Iterator[None]:
 
 
 def own_folder(path: Path) -> Path:
-    """Return the folder that this rank works in: rank 0 in the run's, every other in a copy that goes with the process.
+    """Return the folder that this rank works in: the run's on rank 0, a copy that ends with the process on the others.
 
-    Only the files that stand in the folder itself are copied, hidden ones not: what a run goes on from.
+    The files that a run continues from are copied: those directly in the folder, hidden ones excepted.
     """
-    import mlx.core as mx
-    import numpy as np
-
     if world().size() == 1:
         return path
     writes, folder = first(), path

@@ -1,26 +1,24 @@
-"""How far a long command is, on stderr: a live line in a terminal, a plain line every 30 seconds elsewhere. No MLX."""
-
-from __future__ import annotations
+"""Progress of a long command on stderr: a live line in a terminal, a plain line every 30 seconds elsewhere. No MLX."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
+from mlx_traces.text import duration
 
 EVERY = 30.0  # seconds between two plain lines
-MOST_NAME = 16  # characters of what is shown of a command's or a run's name
+MOST_NAME = 16  # characters that are shown of a command's or a run's name
 BAR, ROOMY = 10, 80  # characters of the bar, and of a terminal that has room for one
 
 
 class Progress:
-    """So much of a whole is done; ``figures`` say more about it, the most telling first."""
+    """How much of a total is done; ``figures`` are further texts, the most important first."""
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name[:MOST_NAME], console
@@ -30,34 +28,32 @@ class Progress:
         self.terminal = console.is_terminal and not console.is_dumb_terminal
 
     def update(self, done: int, total: int, figures: Sequence[str] = ()) -> None:
-        """Say that so much is done. The first call says what was done before; the rate counts from there."""
+        """Set how much is done. The first call says how much was done before; the rate counts from there."""
         self.done, self.total, self.figures = done, total, tuple(figures)
         if self.first is None:
             self.first = (done, perf_counter())
             if self.terminal:  # not before: no empty line stands above an error
-                from rich.live import Live
-
                 self.live = Live(self, console=self.console, refresh_per_second=4)
                 self.live.start()
 
     def say(self, line: str) -> None:
-        """Print a line of its own at once."""
+        """Print a separate line at once."""
         if self.terminal:
             self.console.print(line, highlight=False, markup=False)
         else:
             _log(line)
 
     def parts(self) -> list[str]:
-        """Return what there is to say: how much is done, the rate, the time left, the figures."""
+        """Return the parts of a line: how much is done, the rate, the time left, the figures."""
         now = perf_counter()
         if self.first is None:
-            return [f"{_clock(now - self.began)} so far"]
+            return [f"{duration(now - self.began)} so far"]
         before, since = self.first
         rate = (self.done - before) / (now - since) if now > since else 0.0
         timing = []
         if rate:
             timing = [f"{rate:.{0 if rate >= 100 else 1}f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"]
-            timing += [f"{_clock((self.total - self.done) / rate)} left"]
+            timing += [f"{duration((self.total - self.done) / rate)} left"]
         return [f"{self.done:,}/{self.total:,}", *timing, *self.figures]
 
     def line(self, width: int) -> str:
@@ -72,16 +68,12 @@ class Progress:
 
     def __rich__(self) -> Text:
         """Return the live line for rich."""
-        from rich.text import Text
-
         return Text(self.line(self.console.width), no_wrap=True)
 
 
 @contextmanager
 def progress(name: str) -> Iterator[Progress]:
-    """Yield a `Progress` that is shown on stderr as long as the context lasts."""
-    from rich.console import Console
-
+    """Yield a `Progress` that is shown on stderr while the context lasts."""
     shown, over, told = Progress(name, Console(stderr=True)), Event(), []
 
     def log() -> None:
@@ -110,9 +102,3 @@ def progress(name: str) -> Iterator[Progress]:
 def _log(line: str) -> None:
     with suppress(OSError, ValueError):  # nobody reads it
         print(line, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

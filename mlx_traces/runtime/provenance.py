@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def settled(
+def resolved_config(
     config: dict[str, Any], model: Path | None, adapter: str | Path | None, **ids: Iterable[str]
 ) -> dict[str, Any]:
     """Return every setting as it was used, and fingerprints of what a run read, for ``run.json``.

@@ -84,8 +84,8 @@ class RunFolder:
     def identity(self) -> dict[str, Any]:
         """What decides the result, as the run was begun; empty before that.
 
-        It is built by `evaluator.Plan.identity` and by ``identity_of`` of `loop`, `sft` and `trainer`: every setting
-        but those in their ``NOT_IDENTITY``, and files by their content. This class stores and compares it.
+        It has every setting but those in the ``NOT_IDENTITY`` of `config`, and files by their content; it is built by
+        `evaluator.Plan.identity` and `loop.identity_of`.
         """
         stored = self.about.get("identity") if self.begun else {}
         if not isinstance(stored, dict):

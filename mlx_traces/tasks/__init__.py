@@ -57,12 +57,17 @@ class Task:
         """Names of all prompt styles."""
         return (*self.prompts, *self.few_shot)
 
-    def prompt(self, name: str) -> Prompt:
-        """Return a built-in prompt without worked examples, or that of ``FILE.yaml``; UserError if unknown."""
+    def prompt(self, name: str, examples: tuple[int, int, str | None, frozenset[str]] | None = None) -> Prompt:
+        """Return a prompt style, or the prompt of ``FILE.yaml``; UserError if unknown.
+
+        ``examples`` are the arguments of ``few_shot`` functions; without them their styles are unknown.
+        """
         if name.endswith((".yaml", ".yml")):
             return load_prompt(Path(name), self.gold_columns)
+        if examples and name in self.few_shot:
+            return self.few_shot[name](*examples)
         if name not in self.prompts:
-            raise unknown(f"prompt of {self.name}", name, (*self.prompts, "FILE.yaml"))
+            raise unknown(f"prompt of {self.name}", name, (*(self.styles if examples else self.prompts), "FILE.yaml"))
         return self.prompts[name]
 
 

@@ -24,14 +24,12 @@ from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import device
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import checkpoints, model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
-# Settings that may change when a run is continued: where it runs, what it reports, and how a step is split into
-# micro-batches, which changes only rounding (and the masks of dropout).
-NOT_IDENTITY = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 @dataclass
@@ -178,11 +176,19 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
     return None if settings is None else evaluator.plan(EvalConfig(model=model, **settings.model_dump()))
 
 
-def identity_of(config: RLConfig | SFTSettings, *leave_out: str) -> dict[str, Any]:
-    """Return the settings that decide what is learned, except those that name files."""
-    asked = validation_of(config)
-    settings = config.model_dump(mode="json", exclude=NOT_IDENTITY | {*leave_out})
-    return {**settings, "evaluate": asked and asked.model_dump(mode="json")}
+def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that decides what is learned: settings, files by their content, and the kind's ``own`` entries."""
+    held_out = validation_of(config)
+    return {
+        **config.identity(),
+        "evaluate": held_out and held_out.model_dump(mode="json"),
+        **own,
+        **loaded.shown(),
+        "model_files": fingerprint(loaded.path),
+        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
+        "weights": loaded.backend.weights,
+        "dtype": loaded.backend.dtype,
+    }
 
 
 def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -29,7 +29,7 @@ from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace, problem_id
 from mlx_traces.runtime import distributed
-from mlx_traces.runtime.provenance import fingerprint, provenance, settled
+from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.traces import encoding, filtering
 from mlx_traces.traces.files import read_traces
@@ -226,7 +226,7 @@ def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     longest = max(len(example.ids) for example in data.train)
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
-    read = settled(
+    read = resolved_config(
         config.model_dump(mode="json"),
         loaded.path,
         config.adapter,
@@ -311,17 +311,9 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
         for name, file in (("data_files", config.data), ("valid_files", config.valid))
         if file is not None
     }
-    return {
-        **loop.identity_of(config, "data", "valid"),
-        # In earlier versions the traces of a problem that a file has twice could be on both sides.
-        **({"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}),
-        **digests,
-        **loaded.shown(),
-        "model_files": fingerprint(loaded.path),
-        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
-        "weights": loaded.backend.weights,
-        "dtype": loaded.backend.dtype,
-    }
+    # In earlier versions the traces of a problem that a file has twice could be on both sides.
+    apart = {"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}
+    return loop.identity_of(config, loaded, {**apart, **digests})
 
 
 def about(config: SFTConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlx_traces.models.names import resolve
 from mlx_traces.records import EvalResult
 from mlx_traces.runtime import fingerprints
 from mlx_traces.runtime.fingerprints import doubt, fingerprint
-from mlx_traces.runtime.provenance import settled
+from mlx_traces.runtime.provenance import resolved_config
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
 
 ABOUT = {
@@ -129,11 +129,11 @@ def test_fingerprints_change_with_a_weight_an_adapter_and_a_problem(tmp_path):
     (adapter / "adapters.safetensors").write_bytes(b"x")
 
     def now(*ids):
-        return settled({"seed": 3}, model, adapter, problems=ids, held_out=[])["fingerprints"]
+        return resolved_config({"seed": 3}, model, adapter, problems=ids, held_out=[])["fingerprints"]
 
     first = now("a", "b")
     assert first == now("a", "b") and first["held_out"] is None
-    assert settled({"seed": 3}, None, None)["fingerprints"] == {"model": None, "adapter": None}
+    assert resolved_config({"seed": 3}, None, None)["fingerprints"] == {"model": None, "adapter": None}
     other = now("b", "a")
     assert {key for key in first if first[key] != other[key]} == {"problems"}
     content = bytearray((model / "model.safetensors").read_bytes())

@@ -20,7 +20,7 @@ import mlx_traces
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint
+from mlx_traces.evaluation import comparison, endpoint, server
 from mlx_traces.evaluation.evaluator import plan
 from mlx_traces.pipelines import compare, study, verify
 from mlx_traces.records import Problem
@@ -92,7 +92,7 @@ def said(text, usage=7, **message):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.001)
+    monkeypatch.setattr("mlx_traces.evaluation.server.BACKOFF", 0.001)
     server = Fake()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -142,7 +142,7 @@ def test_turns_stops_and_sampling_are_sent():
     )
     prompt = Prompt("p", "What is {question}?", "Be brief.", shots=(("1 + 1?", "2"),), stop=("\n\n", "Q:"))
     problem = Problem("p-1", {"question": "2 + 2"}, "4")
-    asked = endpoint.ask(config, prompt, problem, (1 << 63) + 5)
+    asked = server.post_of(config, prompt, problem, (1 << 63) + 5)
     assert asked.path == "/chat/completions" and asked.body == {
         "model": "served",
         "messages": [
@@ -155,10 +155,10 @@ def test_turns_stops_and_sampling_are_sent():
         "stop": ["\n\n", "Q:"],
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    given = endpoint.ask(config.model_copy(update={"template_args": {"effort": 2}}), prompt, problem, 5)
+    given = server.post_of(config.model_copy(update={"template_args": {"effort": 2}}), prompt, problem, 5)
     assert given.body["chat_template_kwargs"] == {"effort": 2, "enable_thinking": False}
     plain = Prompt("p", "Q: {question}\nA:", prefill=" It is", chat=False)
-    asked = endpoint.ask(config, plain, problem, 5)
+    asked = server.post_of(config, plain, problem, 5)
     assert (asked.path, asked.body["prompt"]) == ("/completions", "Q: 2 + 2\nA: It is") and "messages" not in asked.body
 
 
@@ -193,7 +193,7 @@ def test_samples_have_seeds_of_their_own_and_neutral_settings_go_where_they_are_
         ({"adapter": "adapters/nano-grpo"}, "--adapter is for a model that is loaded here"),
         ({"rows": 4}, "--rows is for a model that is loaded here"),
         ({"trust_remote_code": True}, "--trust-remote-code is for"),
-        ({"prompt": "tinyzero"}, "opens the assistant's turn, which servers do not let one do"),
+        ({"prompt": "tinyzero"}, "opens the assistant's turn, and servers have no common way to pass that"),
         ({"endpoint": None, "concurrency": 3}, "--concurrency is for a server; name its address with --endpoint"),
         ({"endpoint": "ftp://127.0.0.1/v1"}, "give an http or https address"),
         ({"endpoint": "127.0.0.1:8080"}, "give an http or https address"),
@@ -242,8 +242,8 @@ def test_a_thought_that_was_split_off_is_joined_again(fake, tmp_path, name):
     (row, *_) = rows_of(tmp_path / "run")
     assert row["completion"] == "<think>\n<answer>9</answer></think>\n<answer>1 + 1</answer>"
     assert row["extracted"] == "1 + 1"
-    assert endpoint.joined("so long", "") == "<think>so long"
-    assert endpoint.joined("so", "<think>so</think>2") == "<think>so</think>2" and endpoint.joined("", "2") == "2"
+    assert server.joined("so long", "") == "<think>so long"
+    assert server.joined("so", "<think>so</think>2") == "<think>so</think>2" and server.joined("", "2") == "2"
 
 
 BROKEN = {
@@ -518,9 +518,10 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
 
 def test_a_server_that_names_the_stop_string_is_counted(fake, tmp_path):
     choice = {"message": {"content": "<think>a"}, "finish_reason": "stop"}
+    post = server.Post("p", "/completions", {}, "?")
     for stop, found in (("END", "END"), (None, None), (128001, None), ("", None)):
         content = json.dumps({"choices": [{**choice, "stop_reason": stop}]})
-        assert endpoint.reply_of(content.encode()).stop_string == found
+        assert server.reply_of(content.encode(), post)[0].stop_string == found
     fake.respond = lambda *_: (200, {}, {"choices": [{**choice, "stop_reason": "END"}]})
     (tmp_path / "own.yaml").write_text("user: '{nums}'\nstop: [END]\n")
     result = evaluated(fake, tmp_path / "run", prompt=str(tmp_path / "own.yaml"), limit=2)

@@ -13,9 +13,8 @@ from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation.comparison import Run, per_question, read_run
-from mlx_traces.evaluation.completion import Answered
-from mlx_traces.evaluation.evaluator import grade_sample, plan, summarize
-from mlx_traces.evaluation.local import sample_seed
+from mlx_traces.evaluation.completion import Completion
+from mlx_traces.evaluation.evaluator import grade_sample, plan, sample_seed, summarize
 from mlx_traces.pipelines.compare import requested
 from mlx_traces.pipelines.verify import verify
 from mlx_traces.tasks import get_task
@@ -120,7 +119,7 @@ def test_the_majority_is_counted_by_the_graders_equality(tmp_path):
     data.write_text('{"question": "Capital of France?", "answer": "Paris"}\n')
     planned = plan(EvalConfig(task="qa", data=str(data), samples=5, temperature=1))
     said = ["Rome", "Rome", "Paris.", "**Paris**", "Paris"]
-    answers = [Answered("?", "", text, 1, "stop") for text in said]
+    answers = [Completion("?", "", text, 1, "stop") for text in said]
     rows = [grade_sample(planned, planned.problems[0], at, answer) for at, answer in enumerate(answers)]
     result = summarize(planned, [row | {"elapsed": 1.0} for row in rows], "run", None, [])
     assert result.maj_at_k == {"1": 0.0, "2": 0.0, "4": 0.0, "5": 1.0}
@@ -131,7 +130,7 @@ def test_a_sample_says_which_of_two_readings_was_right(tmp_path):
     data = tmp_path / "own.jsonl"
     data.write_text('{"question": "How many millions?", "answer": "4"}\n')
     planned = plan(EvalConfig(task="qa", data=str(data)))
-    said = [Answered("?", "", text, 1, "stop") for text in ("It is 4 million.", "It is 4.")]
+    said = [Completion("?", "", text, 1, "stop") for text in ("It is 4 million.", "It is 4.")]
     rows = [grade_sample(planned, planned.problems[0], 0, answer) for answer in said]
     assert rows[0]["correct"] and rows[0]["notes"] == {"tolerant": "read as 4", "last_number": "read as 4"}
     assert rows[1]["correct"] and "notes" not in rows[1]

@@ -37,7 +37,8 @@ def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
             answer = answers[(place * config.samples + number) % len(answers)]
             rollout = Rollout((1,), (2,) * 5, answer, "stop")
             opened = "<think>\n" if prompt_end.endswith("<think>\n") else ""
-            row = evaluator.grade_sample(planned, problem, number, Completion(text, opened, rollout, own_tags))
+            completion = Completion.sampled(text, opened, rollout, own_tags)
+            row = evaluator.grade_sample(planned, problem, number, completion)
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
     run.begin(planned.identity(), {"grader": GRADER} | ({"own_tags": own_tags} if own_tags else {}))

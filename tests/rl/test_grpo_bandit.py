@@ -86,7 +86,7 @@ class Bandit:
     def rollout(self, prompt, sampled):
         reward = float(self.rewards[prompt, OUTCOMES.index(sampled.completion_ids)])
         return rollouts.ScoredCompletion(
-            Problem(str(prompt), {}, ""), completion.Completion("", "", sampled), {}, reward
+            Problem(str(prompt), {}, ""), completion.Completion.sampled("", "", sampled), {}, reward
         )
 
 

@@ -23,7 +23,7 @@ GOOD = "49 - 25 = 24, 24 + 22 = 46 yes\n</think>\n<answer>(49 - 25) + 22</answer
 
 
 def completion(text, tokens=10, finish="stop", opened="<think>\n"):
-    return Completion("the prompt", opened, Rollout((1,), tuple(range(tokens)), text, finish))
+    return Completion.sampled("the prompt", opened, Rollout((1,), tuple(range(tokens)), text, finish))
 
 
 def scored(weights, *completions, functions=None):

@@ -42,7 +42,7 @@ def terminal(monkeypatch, request):
     file = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
-        "rich.console.Console", lambda **_: Console(file=file, width=request.param, force_terminal=True)
+        "mlx_traces.runtime.progress.Console", lambda **_: Console(file=file, width=request.param, force_terminal=True)
     )
     return request.param, file
 
@@ -65,7 +65,7 @@ def test_the_live_line_of_a_training_fits_the_terminal(terminal, name):
 @pytest.mark.parametrize("terminal", [80, 60], indirect=True)
 def test_the_live_line_of_an_evaluation_fits_the_terminal(terminal):  # eval's, compare's and study's
     width, file = terminal
-    with run._bar(True, 13_190, []) as advance:
+    with run.progress_bar(True, 13_190, []) as advance:
         for _ in range(20):
             advance({"correct": True, "tokens": 900})
     last = file.lines()[-1]
@@ -88,7 +88,7 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
 
 
 def test_a_short_command_prints_no_progress_in_a_log(capsys):
-    with run._bar(True, 2, []) as advance:
+    with run.progress_bar(True, 2, []) as advance:
         advance({"correct": True, "tokens": None})
     assert capsys.readouterr().err == "" and progress.EVERY == 30
 
