@@ -1,14 +1,18 @@
 """eval and grade."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
 from mlx_traces.config import EvalConfig
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, unknown
+from mlx_traces.readers import read_jsonl
+from mlx_traces.records import EvalResult
+from mlx_traces.runtime.files import write_new
+from mlx_traces.tasks import get_task
 from mlx_traces.text import inert
 
 
@@ -31,21 +35,26 @@ def eval_command(
     config = configured(EvalConfig, config_file, settings)
     result = evaluate(config=config, out=out, runs_dir=runs_dir, resume=resume, progress=True)
     if as_json:
-        from dataclasses import asdict
-
         click.echo(json.dumps(asdict(result), indent=1))
         return
-    for line in _summary(result):
-        click.echo(line)
+    click.echo("\n".join(summary(result)))
 
 
-def _summary(result: Any) -> list[str]:
-    """Say what came out of an evaluation, in a few lines."""
+def summary(result: EvalResult) -> list[str]:
+    """Return the result of an evaluation as lines; a server gives no memory and not always its tokens."""
 
     def share(figures: dict) -> str:
         accuracy, low, high = (100 * figures[key] for key in ("accuracy", "ci_low", "ci_high"))
         return f"{accuracy:.1f} % [{low:.1f}, {high:.1f}], {figures['correct_count']} of {figures['total_questions']}"
 
+    stopped = f"{result.stopped:,} of {result.total_questions:,} by a stop string"
+    if result.stopped_in_thoughts:
+        stopped += f", {result.stopped_in_thoughts:,} of them in a thought"
+    speed = [f"{result.wall_seconds:.1f} s"]
+    if result.mean_tokens is not None:
+        speed.insert(0, f"{result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer")
+    if result.peak_memory_gb is not None:
+        speed.append(f"{result.peak_memory_gb:.2f} GB")
     name = f"{result.model}+{result.adapter}" if result.adapter else result.model
     lines = [
         f"{name} on {result.task} {result.split}, prompt {result.prompt}, extractor {result.extractor}:",
@@ -60,26 +69,10 @@ def _summary(result: Any) -> list[str]:
         *(f"  maj@{k:<8} {100 * value:.1f} %" for k, value in result.maj_at_k.items()),
         f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
         f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",
-        *([f"  stopped      {_stopped(result)}"] if result.stopped else []),
-        f"  speed        {', '.join(_speed(result))}",
+        *([f"  stopped      {stopped}"] if result.stopped else []),
+        f"  speed        {', '.join(speed)}",
     ]
     return [*lines, *(f"  note         {note}" for note in result.notes)]
-
-
-def _stopped(result: Any) -> str:
-    """Say how many completions a stop string ended."""
-    within = f", {result.stopped_in_thoughts:,} of them in a thought" if result.stopped_in_thoughts else ""
-    return f"{result.stopped:,} of {result.total_questions:,} by a stop string{within}"
-
-
-def _speed(result: Any) -> list[str]:
-    """Return time, speed and memory as texts, as far as known; a server gives no memory and not always its tokens."""
-    counted = result.mean_tokens is not None
-    return [
-        *([f"{result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer"] if counted else []),
-        f"{result.wall_seconds:.1f} s",
-        *([f"{result.peak_memory_gb:.2f} GB"] if result.peak_memory_gb is not None else []),
-    ]
 
 
 @click.command("grade")
@@ -93,12 +86,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     FILE is JSON lines with `completion` and the task's columns. Each row is printed with `correct`, `verdict` and
     `extracted`, and with a `note` if its answer can be read in two ways. A summary goes to stderr.
     """
-    from mlx_traces.errors import unknown
-    from mlx_traces.evaluation.evaluator import regrade
-    from mlx_traces.evaluation.stats import wilson
-    from mlx_traces.readers import read_jsonl
-    from mlx_traces.runtime.files import write_new
-    from mlx_traces.tasks import get_task
+    from mlx_traces.evaluation import evaluator, stats
 
     grader = get_task(task)
     name = extractor or grader.extractors[0]
@@ -106,7 +94,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
         raise unknown(f"extractor of {task}", name, grader.extractors)
     lines, correct = [], 0
     for where, row in read_jsonl(Path(file), ("completion", *grader.graded_columns)):
-        score = regrade(grader, row, where)[name]
+        score = evaluator.regrade(grader, row, where)[name]
         graded = {**row, "correct": score.correct, "verdict": score.verdict, "extracted": score.extracted}
         graded |= {"note": score.note} if score.note else {}
         lines.append(json.dumps(graded, ensure_ascii=False) + "\n")
@@ -117,6 +105,6 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
         write_new(Path(out), "".join(lines))
     else:
         click.echo("".join(map(inert, lines)), nl=False)
-    low, high = wilson(correct, len(lines))
+    low, high = stats.wilson(correct, len(lines))
     share = f"{100 * correct / len(lines):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     click.echo(f"{correct} of {len(lines)} correct by {name}: {share}", err=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import click
 
@@ -18,6 +18,9 @@ from mlx_traces.config import Config, find_config, read_config
 from mlx_traces.errors import Lost, UserError, choices
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks do together
 
@@ -135,6 +138,13 @@ class Sectioned(click.Command):
                     formatter.write_dl(rows)
         with formatter.section("More"):
             formatter.write_dl(list(left.values()))
+
+
+def console() -> "Console":
+    """Return the console of stdout: as wide as the terminal, 100 columns where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:

@@ -3,13 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, configured, note_unused, settings_options
+from mlx_traces.cli.options import ConfigFile, configured, console, note_unused, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
+from mlx_traces.runtime.device import import_mlx
+from mlx_traces.tasks import get_task
 from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
@@ -45,6 +46,7 @@ def compare_command(
     """
     from mlx_traces.evaluation import comparison
     from mlx_traces.pipelines import compare
+    from mlx_traces.report import tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -56,15 +58,6 @@ def compare_command(
     frame, collected = compare.compared(config, progress=True)
     for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
-    _print(frame, collected, format_, extractors)
-    if config.out:
-        click.echo(f"written to {config.out}", err=True)
-
-
-def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
-    """Print a comparison in one of FORMATS."""
-    from mlx_traces.report import tables
-
     if format_ == "json":
         click.echo(json.dumps(tables.to_json(frame), indent=1))
     elif format_ == "csv":
@@ -72,16 +65,12 @@ def _print(frame: Any, collected: list, format_: str, extractors: bool) -> None:
     elif format_ == "markdown":
         click.echo(tables.to_markdown(frame))
     else:
-        from rich.console import Console
-
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(tables.to_terminal(frame))
-        for part in (
-            tables.strata_table(collected),
-            tables.extractors_table(collected) if extractors else None,
-        ):
-            if part is not None:
-                console.print(part)
+        by_extractor = tables.extractors_table(collected) if extractors else None
+        for table in (tables.to_terminal(frame), tables.strata_table(collected), by_extractor):
+            if table is not None:
+                console().print(table)
+    if config.out:
+        click.echo(f"written to {config.out}", err=True)
 
 
 @click.command("verify")
@@ -95,7 +84,6 @@ def verify_command(runs: tuple[str, ...], task: str | None) -> None:
     exit status is 1 if anything differs.
     """
     from mlx_traces.pipelines import verify
-    from mlx_traces.tasks import get_task
 
     if task:
         get_task(task)
@@ -129,22 +117,16 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
     config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
     if config.out is None:
         config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
-    from rich.console import Console
-
     from mlx_traces.pipelines import study
 
     if dry_run:
         for line in study.preview(config):
             click.echo(line)
         return
-    parts = study.run(config, lambda line: click.echo(line, err=True), progress=True)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    for part in parts:
+    for part in study.run(config, lambda line: click.echo(line, err=True), progress=True):
         for item in study.to_terminal(part):
-            console.print(item, markup=False, highlight=False)
+            console().print(item, markup=False)
     click.echo(f"written to {config.out}", err=True)
 
 
@@ -168,11 +150,7 @@ def rounds_command(
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
     config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
-    from rich.console import Console
-
     from mlx_traces.pipelines import estimate, rounds
     from mlx_traces.report import tables
 
@@ -180,8 +158,7 @@ def rounds_command(
         click.echo("\n".join(estimate.lines(config)))
         return
     frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(tables.to_terminal(frame))
+    console().print(tables.to_terminal(frame))
     for line in rounds.gains(runs):
         click.echo(line)
     click.echo(f"report: {page}")

@@ -2,8 +2,12 @@
 
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import click
+
+from mlx_traces.cli.options import console
 
 
 @click.command("report")
@@ -18,8 +22,8 @@ def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: s
     """
     from mlx_traces.report import page
 
-    page, *pictures = page.write(runs, out, png, baseline)
-    click.echo(f"written to {page}" + (f", {len(pictures)} pictures in {png}" if pictures else ""))
+    written, *pictures = page.write(runs, out, png, baseline)
+    click.echo(f"written to {written}" + (f", {len(pictures)} pictures in {png}" if pictures else ""))
 
 
 @click.command("card")
@@ -31,8 +35,6 @@ def card_command(adapter: str, runs: tuple[str, ...]) -> None:
     A training writes the first card. This command adds figures that were measured later, of the adapter and of its
     base model.
     """
-    from pathlib import Path
-
     from mlx_traces.train import model_card
 
     click.echo(f"written to {model_card.rewrite(Path(adapter), [Path(run) for run in runs])}")
@@ -49,8 +51,6 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
     ADAPTER is an adapter's folder, a training's run folder, or a model that fuse made. No other files of the folder are
     uploaded, and paths of this machine are removed from the settings.
     """
-    from pathlib import Path
-
     from mlx_traces.train import push
 
     upload = push.prepare(Path(adapter))
@@ -72,26 +72,18 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
 @click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between updates.")
 def watch_command(run: str, once: bool, every: float) -> None:
     """Show a run's curves in the terminal. Goes on until the run is finished."""
-    from rich.console import Console
-
     from mlx_traces.report import run_view, terminal
 
-    record = run_view.read(run)
+    record, screen = run_view.read(run), console()
     if once or not sys.stdout.isatty():
-        width = None if sys.stdout.isatty() else 100
-        console = Console(width=width, highlight=False)
-        console.print(terminal.display(record, console.width, time.time()))
+        screen.print(terminal.display(record, screen.width, time.time()))
         return
     from rich.live import Live
 
-    console = Console(highlight=False)
-    try:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            while True:
-                live.update(terminal.display(record, console.width, time.time()), refresh=True)
-                if record.result is not None:
-                    break
-                time.sleep(every)
-                record = run_view.read(run)
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt), Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            live.update(terminal.display(record, screen.width, time.time()), refresh=True)
+            if record.result is not None:
+                break
+            time.sleep(every)
+            record = run_view.read(run)

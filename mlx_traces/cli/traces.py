@@ -1,23 +1,22 @@
 """data, score, filter, reformat and generate."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import FilterConfig, GenerateConfig, ReformatConfig, ScoreConfig
-from mlx_traces.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_traces.records import Trace
-    from mlx_traces.tasks import Task
-
+from mlx_traces.errors import UserError, choices, unknown
+from mlx_traces.records import Trace
+from mlx_traces.runtime.device import import_mlx
+from mlx_traces.runtime.files import write_new
+from mlx_traces.tasks import Task, get_task
+from mlx_traces.traces import FORMATS
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 SPLIT = "train, valid or test: never a shared set of numbers."
@@ -71,15 +70,13 @@ def data_countdown(
     out: str,
 ) -> None:
     """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
-    from mlx_traces.runtime.files import write_new
-    from mlx_traces.tasks.countdown import generate
-    from mlx_traces.tasks.solver import solutions
+    from mlx_traces.tasks import countdown, solver
 
     if Path(out).exists():
         raise UserError(f"{out} exists; remove it, or choose another --out")
     rows = [
-        {"nums": nums, "target": value, "solutions": solutions(nums, value)}
-        for nums, value in generate(split, count, seed, operands, numbers, target)
+        {"nums": nums, "target": value, "solutions": solver.solutions(nums, value)}
+        for nums, value in countdown.generate(split, count, seed, operands, numbers, target)
     ]
     write_new(Path(out), "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{len(rows)} problems written to {out}", err=True)
@@ -146,7 +143,7 @@ def data_math(**options: Any) -> None:
 
 
 def _write_solutions(
-    task: "Task",
+    task: Task,
     make: Callable,
     styles: dict[str, str],
     source: str,
@@ -156,8 +153,6 @@ def _write_solutions(
     **config: Any,
 ) -> None:
     """Write a task's worked solutions in a style, asked in ``prompt`` or the style's own."""
-    from mlx_traces.errors import unknown
-
     if style not in styles:
         raise unknown("style", style, styles)
     asked = task.prompt(prompt or styles[style])
@@ -173,7 +168,7 @@ def _write_solutions(
     "--format",
     "form",
     required=True,
-    help="What a row is: messages, prompt-completion, sharegpt (Sky-T1), open-r1 or text.",
+    help=f"What a row is: {choices(FORMATS)}; Sky-T1's are sharegpt.",
 )
 @click.option(
     "--task",
@@ -196,7 +191,6 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
     A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
     a turn of weight 0 is not learned; other fields of a turn are left out and counted.
     """
-    from mlx_traces.tasks import get_task
     from mlx_traces.traces import importing
 
     grader = get_task(task) if task else None
@@ -209,7 +203,7 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
 
 def _write(
     out: str,
-    made: Iterable["Trace"],
+    made: Iterable[Trace],
     source: str,
     config: dict[str, Any],
     skipped: Counter,
@@ -217,12 +211,12 @@ def _write(
     dropped: Counter | None = None,
 ) -> None:
     """Write traces and their manifest, and say how many."""
-    from mlx_traces.traces.files import counted, source_of, write_traces
+    from mlx_traces.traces import files
 
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
-    origin = source_of(source) if source == config.get("data") else {"source": source}
-    written = write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
-    left_out = counted(counts)
+    origin = files.source_of(source) if source == config.get("data") else {"source": source}
+    written = files.write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
+    left_out = files.counted(counts)
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 
 
@@ -238,23 +232,20 @@ def score_command(source: str, out: str, config_file: str | None, mix: tuple[str
     The scores are correctness, form, structure, faithfulness, length, repetition, and on request a model's perplexity
     and the grade of a judge.
     """
-    from mlx_traces.traces.score import score_file, summary
+    from mlx_traces.traces import score
 
     if mix:
-        settings["mix"] = dict(_weight(item) for item in mix)
-    traces = score_file(Path(source), Path(out), configured(ScoreConfig, config_file, settings))
+        for item in mix:
+            if "=" not in item:
+                raise UserError(f"--mix {item}: give NAME=WEIGHT, as in faithfulness=2")
+        settings["mix"] = dict(item.split("=", 1) for item in mix)
+    traces = score.score_file(Path(source), Path(out), configured(ScoreConfig, config_file, settings))
     rows = [
-        (name, "–" if mean is None else f"{mean:.3f}", f"{100 * share:.0f} %") for name, mean, share in summary(traces)
+        (name, "–" if mean is None else f"{mean:.3f}", f"{100 * share:.0f} %")
+        for name, mean, share in score.summary(traces)
     ]
     _print_table(("score", "mean", "applies to"), rows)
     click.echo(f"{len(traces)} scored traces written to {out}", err=True)
-
-
-def _weight(item: str) -> tuple[str, str]:
-    name, sign, value = item.partition("=")
-    if not sign:
-        raise UserError(f"--mix {item}: give NAME=WEIGHT, as in faithfulness=2")
-    return name, value
 
 
 @click.command("filter")
@@ -264,9 +255,9 @@ def _weight(item: str) -> tuple[str, str]:
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Keep the traces of IN that pass the rules. Prints how many traces each rule removed."""
-    from mlx_traces.traces.filtering import filter_file
+    from mlx_traces.traces import filtering
 
-    report = filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
+    report = filtering.filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
     _print_table(("rule", "removed", "left"), [(rule, f"{gone:,}", f"{left:,}") for rule, gone, left in report])
     click.echo(f"{report[-1][2] if report else 'all'} traces written to {out}", err=True)
 
@@ -278,17 +269,17 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
-    from mlx_traces.traces.files import counted
-    from mlx_traces.traces.reformat import reformat_file
+    from mlx_traces.traces import files, reformat
 
-    written, dropped = reformat_file(Path(source), Path(out), configured(ReformatConfig, config_file, settings))
-    left_out = counted({"dropped": dropped})
+    written, dropped = reformat.reformat_file(
+        Path(source), Path(out), configured(ReformatConfig, config_file, settings)
+    )
+    left_out = files.counted({"dropped": dropped})
     click.echo(f"{written:,} traces written to {out}{left_out and f'; {left_out}'}", err=True)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Print a small table, numbers to the right."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*head[:1])
@@ -296,7 +287,7 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    console().print(table)
 
 
 @click.command("generate", cls=Sectioned)
@@ -307,13 +298,11 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Sample completions of training problems as traces. They keep their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
-    from mlx_traces.evaluation.evaluator import split_notes
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
-    from mlx_traces.traces.generate import generate
+    from mlx_traces.evaluation import evaluator
+    from mlx_traces.traces import generate
 
-    for note in split_notes(config):
+    for note in evaluator.split_notes(config):
         click.echo(f"note: {note}", err=True)
     with training_bar("generate") as show:
         seen = correct = 0
@@ -323,6 +312,6 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
             seen, correct = seen + 1, correct + (trace.verdict == "correct")
             show({"step": seen, "correct": 100 * correct / seen}, total)
 
-        counts = generate(config, out, resume, advance)
+        counts = generate.generate(config, out, resume, advance)
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     click.echo(f"{told}; in {out}", err=True)

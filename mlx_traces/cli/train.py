@@ -8,6 +8,7 @@ import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
 from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
+from mlx_traces.runtime.device import import_mlx
 
 
 @click.command("plan")
@@ -19,8 +20,6 @@ def plan_command(config_file: str, kind: str | None) -> None:
     CONFIG is a YAML file of sft, grpo or ppo, or the name of a shipped one. The model is loaded from this disk; nothing
     is trained, downloaded or written.
     """
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
     from mlx_traces.pipelines import estimate
 
@@ -39,8 +38,6 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     CONFIG is a YAML file of these settings, or the name of a shipped one. Options win over it.
     """
     config = configured(SFTConfig, config_file, settings)
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
     from mlx_traces.train import sft
 
@@ -76,8 +73,6 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         if rewards:
             settings["rewards"] = {name: weight or 1 for name, _, weight in (text.partition("=") for text in rewards)}
         config = configured(kind, config_file, settings)
-        from mlx_traces.runtime.device import import_mlx
-
         import_mlx()
         from mlx_traces.rl import grpo, ppo
 
@@ -118,8 +113,6 @@ ppo_command = reinforcement_command(
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def fuse_command(**arguments: Any) -> None:
     """Write a model and its adapter as one model. It has 16 bits, or is quantized again."""
-    from mlx_traces.runtime.device import import_mlx
-
     import_mlx()
     from mlx_traces.train import fuse
 

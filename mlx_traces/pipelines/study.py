@@ -19,7 +19,7 @@ from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
 from mlx_traces.pipelines.compare import Entry
 from mlx_traces.report import export, page, tables
-from mlx_traces.report.tables import bits_cells, bits_table, pairs_cells, pairs_frame, pairs_markdown, summary_cells
+from mlx_traces.report.tables import bits_cells, bits_table, cells_to_markdown, pairs_cells, pairs_frame, summary_cells
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -213,16 +213,16 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
 
 def to_markdown(name: str, part: Part) -> str:
     """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
-    sections = [("Summary", pairs_markdown(summary_cells(part.summary)))]
+    sections = [("Summary", cells_to_markdown(summary_cells(part.summary)))]
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
-        sections.append(("By stratum", tables.parts_to_markdown(strata)))
+        sections.append(("By stratum", cells_to_markdown(tables.parts_cells(strata))))
     if part.pairs:
         sentences = "".join(f"* {line}\n" for line in said(part))
-        pairs = pairs_markdown(pairs_cells(part.pairs))
+        pairs = cells_to_markdown(pairs_cells(part.pairs))
         sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
     for frame in part.bits:
-        sections.append(("Bits", f"{pairs_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
+        sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
         sections.append(("Notes", "".join(f"* {note}\n" for note in part.notes)))
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from mlx_traces.evaluation import stats
@@ -91,21 +91,26 @@ def curves(record: Record) -> list[Curve]:
     An evaluation has one, the accuracy so far over the samples.
     """
     if record.kind == EVALUATION:
-        return _running_accuracy(record)
+        correct = list(accumulate(bool(row["correct"]) for row in record.samples))
+        values = [right / count for count, right in enumerate(correct, 1)]
+        metric = Metric("accuracy", "Correct so far", share=True)
+        return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
     rows = [_derived(row) for row in record.metrics]
-    keys = [metric.key for metric in METRICS]
-    others = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in keys and key not in ASIDE]
-    known = [metric if metric.key != "loss" else _loss(record.kind) for metric in METRICS]
-    made = [_curve(rows, metric) for metric in (*known, *(Metric(key, _title(key)) for key in others))]
-    found = [curve for curve in made if curve.values]
+    metrics = {metric.key: metric for metric in METRICS}
+    if record.kind == FINE_TUNING:  # of a policy's loss neither higher nor lower is better
+        metrics["loss"] = replace(metrics["loss"], better=-1)
+    for key in dict.fromkeys(key for row in rows for key in row if key not in ASIDE):
+        prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
+        title = TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " ")
+        metrics.setdefault(key, Metric(key, clean(title)))
+    found = []
+    for metric in metrics.values():
+        points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
+        if points:
+            found.append(Curve(metric, [step for step, _ in points], [value for _, value in points], [], []))
     mean = next((curve.values for curve in found if curve.metric.key == "reward/mean"), None)
     alone = [curve for curve in found if curve.metric.key.startswith("reward/") and curve.values == mean]
     return [_with_intervals(curve, record) for curve in found if curve not in alone[1:]]
-
-
-def _loss(kind: str) -> Metric:
-    """Return the metric of the loss; for a policy's loss neither higher nor lower is better."""
-    return Metric("loss", "Loss", better=-1 if kind == FINE_TUNING else 0)
 
 
 def _derived(row: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +123,6 @@ def _derived(row: dict[str, Any]) -> dict[str, Any]:
     return {"time/step": seconds, **speed, **row}
 
 
-def _curve(rows: Sequence[dict[str, Any]], metric: Metric) -> Curve:
-    points = [(row["step"], float(row[metric.key])) for row in rows if is_number(row.get(metric.key))]
-    return Curve(metric, [step for step, _ in points], [value for _, value in points], [], [])
-
-
 def _with_intervals(curve: Curve, record: Record) -> Curve:
     """Add Wilson intervals to held-out accuracies, if the number of problems is known."""
     held_out = record.settings.get("evaluate")
@@ -133,18 +133,4 @@ def _with_intervals(curve: Curve, record: Record) -> Curve:
     if any(abs(value - round(value)) > 1e-6 or not 0 <= value <= count for value in correct):
         return curve  # fewer problems than asked for
     ends = [stats.wilson(round(value), count) for value in correct]
-    return Curve(curve.metric, curve.steps, curve.values, [low for low, _ in ends], [high for _, high in ends])
-
-
-def _running_accuracy(record: Record) -> list[Curve]:
-    values, correct = [], 0
-    for count, row in enumerate(record.samples, 1):
-        correct += bool(row["correct"])
-        values.append(correct / count)
-    metric = Metric("accuracy", "Correct so far", share=True)
-    return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
-
-
-def _title(key: str) -> str:
-    prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
-    return clean(TITLES.get(prefix, "") + key.removeprefix(prefix).replace("_", " "))
+    return replace(curve, low=[low for low, _ in ends], high=[high for _, high in ends])

@@ -37,7 +37,7 @@ def write_all(
     """
     markdown = tables.to_markdown(frame)
     if (strata := comparison.strata(runs)) is not None:
-        markdown += f"\n{tables.parts_to_markdown(strata)}"
+        markdown += f"\n{tables.cells_to_markdown(tables.parts_cells(strata))}"
     if warnings := comparison.differences(runs):
         markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
     abouts = [{"run": run.name, **run.about} for run in runs]

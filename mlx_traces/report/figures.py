@@ -12,19 +12,25 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mlx_traces.evaluation import comparison
 from mlx_traces.report import tables
 from mlx_traces.runtime.files import replacing
-from mlx_traces.text import fold, number, percent
+from mlx_traces.text import clean, fold, number, percent
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white. Then those
 # farthest from all before them in Lab space, to normal, protan, deutan and tritan eyes (Machado et al., 2009).
@@ -80,9 +86,6 @@ def look(i: int) -> tuple[Any, str, str, str]:
 
 def png(figure: Figure) -> bytes:
     """Return a figure as PNG, on white."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
     figure.set_dpi(180)
     with rc_context(_STYLE):
@@ -97,11 +100,6 @@ def svg(figure: Figure, label: str) -> str:
         figure: drawn by this module.
         label: the text for screen readers; it is escaped here.
     """
-    from html import escape
-
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     buffer = io.StringIO()
     figure.patch.set_alpha(0)
     with rc_context(_STYLE):
@@ -109,18 +107,13 @@ def svg(figure: Figure, label: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=unsaid)
     text = re.sub(r"\s*\n\s*", "\n", _ASIDE.sub("", buffer.getvalue()))
     opening, end, rest = text.partition(">")
-    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(tables.clean(label))}"'
-    return _in_tags(opening + end + rest).strip()
-
-
-def _in_tags(text: str) -> str:
-    """Replace colours by CSS variables and drop attributes, only inside tags, so that labels stay unchanged."""
+    opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(clean(label))}"'
     colors = re.compile("|".join(VARIABLES))
 
-    def clean(tag: re.Match) -> str:
+    def in_tag(tag: re.Match) -> str:  # labels, outside of the tags, stay as they are
         return colors.sub(lambda found: VARIABLES[found[0]], _ATTRIBUTES.sub("", tag[0]))
 
-    return re.sub(r"<[^<>]*>", clean, text)
+    return re.sub(r"<[^<>]*>", in_tag, opening + end + rest).strip()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -131,12 +124,9 @@ def save(figure: Figure, path: Path) -> None:
 
 def row_name(row: dict[str, Any]) -> tuple[str, str]:
     """Name a row of a comparison: (model and adapter, prompt and, where two are alike, the run)."""
-    name, prompt = comparison.model_name(row["model"], row["adapter"]), tables.clean(row["prompt"])
+    name, prompt = comparison.model_name(row["model"], row["adapter"]), clean(row["prompt"])
     same = row["label"] == f"{name}_{prompt}"
-    return name, prompt if same else f"{prompt}, {tables.clean(row['run'])}"
-
-
-# ------------------------------------------------------------------------------------------------ figures
+    return name, prompt if same else f"{prompt}, {clean(row['run'])}"
 
 
 def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
@@ -155,7 +145,7 @@ def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
         name, notes = row_name(row)
         notes += ", baseline" if len(rows) > 1 and i == baseline else ""
         names.append((fold(name, 44), fold(notes, 52)))
-    tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
+    *tops, height = accumulate((15 * (len(first) + len(second)) + 26 for first, second in names), initial=0.0)
     figure, axes = _canvas(height, title, right=78)
     top = max(100 * row["ci_high"] for row in rows)
     axes.set_xlim(0, min(100.0, 1.05 * top) or 1)
@@ -188,7 +178,7 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
         title: above it.
     """
     names = [(fold(row["name"], 44), fold(row["notes"], 58)) for row in rows]
-    tops, height = _stacked([15 * (len(first) + len(second)) + 26 for first, second in names])
+    *tops, height = accumulate((15 * (len(first) + len(second)) + 26 for first, second in names), initial=0.0)
     figure, axes = _canvas(height, title)
     most = max(1, *(max(row["won"], row["lost"]) for row in rows))
     axes.set_xlim(-1.22 * most, 1.22 * most)
@@ -212,7 +202,7 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     axes.set_yticks([])
     _grid(axes, "x")
-    axes.xaxis.set_major_locator(_whole(6))
+    axes.xaxis.set_major_locator(_ticks(6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
     axes.set_xlabel("problems lost  ←   → problems won", color=MUTE, fontsize=11)
     return figure
@@ -227,12 +217,12 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
     """
     labels = list(dict.fromkeys(frame["label"]))
     groups = {part: frame[frame["part"] == part].to_dict("records") for part in dict.fromkeys(frame["part"])}
-    tops, height = _stacked([24 + 17 * len(rows) for rows in groups.values()])
-    figure, axes = _canvas(height, title, [(tables.clean(name), i) for i, name in enumerate(labels)], right=70)
+    *tops, height = accumulate((24 + 17 * len(rows) for rows in groups.values()), initial=0.0)
+    figure, axes = _canvas(height, title, [(clean(name), i) for i, name in enumerate(labels)], right=70)
     axes.set_xlim(0, min(100.0, 105 * frame["ci_high"].max()) or 1)
     axes.set_ylim(height, 0)
     for (part, rows), place in zip(groups.items(), tops, strict=True):
-        _text(axes, tables.clean(part)[:52] or "(none)", 0, place, weight="bold")
+        _text(axes, clean(part)[:52] or "(none)", 0, place, weight="bold")
         count = max(row["total_questions"] for row in rows)
         _text(axes, f"n = {count:,}", 1, place, dx=62, ha="right", color=MUTE, size=11)
         for k, row in enumerate(rows):
@@ -281,14 +271,14 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
         )
         if many:
             axes.plot(*thinned(line.steps, running_mean(values)), color=shade, linewidth=2, linestyle=dashes)
-    axes.xaxis.set_major_locator(_whole(5))
+    axes.xaxis.set_major_locator(_ticks(5))
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.margins(x=0.02)
     low, high = _limits([(line, [unit * value for value in line.values]) for line in lines], unit, share)
     axes.set_ylim(low, high)
     ticks = [
         tick
-        for tick in _whole(4, integer=False).tick_values(low, high)
+        for tick in _ticks(4, integer=False).tick_values(low, high)
         if low <= tick <= (min(high, 100) if share else high)
     ]
     axes.set_yticks(ticks, [text + (" %" if share else "") for text in tick_texts(ticks)])
@@ -358,8 +348,6 @@ def _canvas(
 
     Where there is a title, names with the number of their colour stand below it as a legend.
     """
-    from matplotlib.figure import Figure
-
     heading = [(line, INK, "bold") for line in textwrap.wrap(title, int(width / 8))]
     heading += [(f"{look(i)[2]}  {name}", color(i), "normal") for name, i in names if title]
     top += 17 * len(heading) + (12 if title else 0)
@@ -372,15 +360,6 @@ def _canvas(
     for text in figure.texts:
         text.set_parse_math(False)  # a "$" in a name is a dollar
     return figure, axes
-
-
-def _stacked(heights: Sequence[float]) -> tuple[list[float], float]:
-    """Return where each block begins, and the height of all."""
-    tops, at = [], 0.0
-    for height in heights:
-        tops.append(at)
-        at += height
-    return tops, at
 
 
 def _text(axes: Axes, text: str, x: float, y: float, dx: float = 0, size: float = 12, **style: Any) -> None:
@@ -399,7 +378,5 @@ def _grid(axes: Axes, axis: str) -> None:
         spine.set_visible(False)
 
 
-def _whole(bins: int, integer: bool = True) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
+def _ticks(bins: int, integer: bool = True) -> MaxNLocator:
     return MaxNLocator(nbins=bins, integer=integer, steps=[1, 2, 5, 10])

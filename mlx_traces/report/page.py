@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import text as mlx_traces_text
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import comparison
 from mlx_traces.readers import is_number
@@ -22,13 +25,10 @@ from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
 from mlx_traces.tasks import thoughts
-from mlx_traces.text import clean, p_text, percent, visible, whole
+from mlx_traces.text import clean, interval, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jinja2 import Environment
-    from matplotlib.figure import Figure
-
 
 MOST_TRACES = 3000  # samples embedded, of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
@@ -63,7 +63,13 @@ def write(
     if not runs:
         raise UserError("there are no runs to report; name at least one run folder")
     given = [Path(run) if isinstance(run, str) else run for run in runs]
-    records = [_record(run) for i, run in enumerate(given) if run not in given[:i]]
+    records = [
+        Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
+        if isinstance(run, comparison.Run)
+        else run_view.read(run)
+        for i, run in enumerate(given)
+        if run not in given[:i]
+    ]
     page = Page()
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
     html = render(sections, records)
@@ -85,20 +91,30 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def _record(run: Path | comparison.Run) -> Record:
-    if isinstance(run, comparison.Run):
-        return Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
-    return run_view.read(run)
-
-
 def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
-    """Fill in the page's template."""
-    environment = _environment()
+    """Fill in the page's template; the tasks of the evaluations name the page."""
+    environment = Environment(
+        loader=PackageLoader("mlx_traces.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    environment.globals |= {"colors": len(figures.COLORS), "looks": len(figures.LOOKS)}
+    environment.filters |= {
+        "percent": percent,
+        "interval": lambda row, name="ci": interval(row[f"{name}_low"], row[f"{name}_high"]),
+        "p": p_text,
+    }
+    tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
+    names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
+    title = f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = embedded(records)
     page = environment.get_template("report.html").render(
-        title=_heading(records),
+        title=title,
         sections=sections,
         runs=[_provenance(record) for record in records],
         traces=shown,
@@ -109,40 +125,6 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
         written=now().replace("T", " ").removesuffix("+00:00") + " UTC",
     )
     return page.encode("utf-8", "replace").decode()
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("mlx_traces.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {
-        "ensure_ascii": False,
-        "allow_nan": False,
-        "separators": (",", ":"),
-    }
-    environment.globals["colors"] = len(figures.COLORS)
-    environment.globals["looks"] = len(figures.LOOKS)
-    environment.filters |= {
-        "percent": percent,
-        "interval": lambda row, name="ci": mlx_traces_text.interval(row[f"{name}_low"], row[f"{name}_high"]),
-        "p": p_text,
-    }
-    return environment
-
-
-def _heading(records: Sequence[Record]) -> str:
-    """Name the page by what is in it: tasks of evaluations, models of trainings."""
-    tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
-    names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
-    count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
-    return f"{count} on {', '.join(names)}" if names else count
 
 
 class Page:
@@ -187,10 +169,10 @@ class Page:
         sections = []
         for key, group in groups.items():
             first = next((i for i, run in enumerate(group) if run.name == baseline), 0)
-            sections.append(self._comparison(group, first, states[key]))
+            sections.append(self.comparison(group, first, states[key]))
         return [*sections, *empty]
 
-    def _comparison(self, runs: list[comparison.Run], baseline: int, state: str | None) -> dict[str, Any]:
+    def comparison(self, runs: list[comparison.Run], baseline: int, state: str | None) -> dict[str, Any]:
         """Return the section of the evaluations of one set of problems."""
         frame = comparison.compare_runs(runs, baseline)
         protocol = tables.protocol_line(frame)
@@ -207,11 +189,17 @@ class Page:
             )
         ]
         if several:
-            others = [row for i, row in enumerate(rows) if i != baseline]
             base = f"{rows[baseline]['name']}, {rows[baseline]['notes']}"
             pairs = [
-                {"name": row["name"], "notes": _pair_notes(row), "won": row["wins"], "lost": row["losses"]}
-                for row in others
+                {
+                    "name": row["name"],
+                    "notes": f"{percent(row['diff'], signed=True)} points {interval(row['diff_low'], row['diff_high'])}"
+                    f", p {_is(row['p_value'])}",
+                    "won": row["wins"],
+                    "lost": row["losses"],
+                }
+                for i, row in enumerate(rows)
+                if i != baseline
             ]
             charts.append(
                 self.picture(
@@ -261,10 +249,10 @@ class Page:
         for kind in (run_view.REINFORCEMENT, run_view.FINE_TUNING):
             runs = [record for record in records if record.kind == kind]
             for at in range(0, len(runs), OVERLAID):
-                sections.append(self._training(kind, runs[at : at + OVERLAID], at))
+                sections.append(self.training(kind, runs[at : at + OVERLAID], at))
         return sections
 
-    def _training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
+    def training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
         """Return a section of trainings of one kind, the ``first`` of all: what came of them, a panel a metric."""
         metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
         for i, run in enumerate(runs):
@@ -280,12 +268,13 @@ class Page:
                 continue
             drawn = [figures.Line(runs[i].name, c.steps, c.values, first + i, c.low, c.high) for i, c in lines]
             ends = [f"{runs[i].name}: {c.text(c.values[0])} to {c.text(c.values[-1])}" for i, c in lines]
-            name = f"{kind.split()[0]}-{_file_name(key)}"
+            plain = re.sub(r"[^A-Za-z0-9]", "-", key).strip("-").lower()[:60] or "metric"
+            name = f"{kind.split()[0]}-{plain}"
             draw = lambda title, drawn=drawn, share=metric.share: figures.panel(drawn, share, title)  # noqa: E731
             picture = self.picture(name, metric.title, f"{metric.title}, {'; '.join(ends)}", draw)
             picture["last"] = lines[0][1].text(lines[0][1].values[-1]) if len(lines) == 1 else ""
             panels.append(picture)
-        rows = [_training_row(first + i, run) for i, run in enumerate(runs)]
+        rows = [training_row(first + i, run) for i, run in enumerate(runs)]
         return {
             "kind": "training",
             "state": None,
@@ -314,9 +303,7 @@ def evaluated(record: Record) -> comparison.Run:
     settings = record.settings
     prompt = settings.get("prompt")
     size = run_view.whole(settings.get("samples")) or 1
-    counts: dict[str, int] = {}
-    for row in record.samples:
-        counts[row["id"]] = counts.get(row["id"], 0) + 1
+    counts = Counter(row["id"] for row in record.samples)
     keys = ("model", "adapter", "task", "split", "max_tokens", "temperature")
     result = {key: settings.get(key) for key in keys} | {"samples_per_problem": size}
     result["model"] = str(result["model"])
@@ -332,14 +319,13 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
     rows = []
     for i, row in enumerate(frame.to_dict("records")):
         name, notes = figures.row_name(row)
-        pair = {"wins": 0, "losses": 0}
-        if i != baseline:
-            pair = {key: comparison.paired(runs[i], runs[baseline])[key] for key in pair}
+        pair = comparison.paired(runs[i], runs[baseline]) if i != baseline else {"wins": 0, "losses": 0}
         speed = row["tokens_per_second"]
         rows.append(
             {
                 **row,
-                **pair,
+                "wins": pair["wins"],
+                "losses": pair["losses"],
                 "name": name,
                 "notes": notes,
                 "n": tables.n_text(row),
@@ -350,11 +336,6 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
             }
         )
     return rows
-
-
-def _pair_notes(row: dict[str, Any]) -> str:
-    interval = mlx_traces_text.interval(row["diff_low"], row["diff_high"])
-    return f"{percent(row['diff'], signed=True)} points {interval}, p {_is(row['p_value'])}"
 
 
 def _is(p: float) -> str:
@@ -372,7 +353,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     sure = "" if best["p_holm"] < 0.05 else ": within what chance may do"
     return (
         f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
-        f"{mlx_traces_text.interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
+        f"{interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
         f"{best['losses']:,} lost, Holm-adjusted p {_is(best['p_holm'])}{sure}."
     )
 
@@ -389,7 +370,7 @@ def _agreement(runs: Sequence[comparison.Run]) -> str:
 # ------------------------------------------------------------------------------------------------ trainings
 
 
-def _training_row(i: int, run: Record) -> dict[str, Any]:
+def training_row(i: int, run: Record) -> dict[str, Any]:
     """Sum a training up; ``cells`` by heading."""
     result, found = run.result or {}, {curve.metric.key: curve for curve in curves.curves(run)}
     adapter = run.settings.get("adapter")
@@ -400,7 +381,7 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
         return " → ".join(dict.fromkeys([curve.text(curve.values[0]), curve.text(curve.values[-1])]))
 
     held_out = found.get("valid/accuracy") or found.get("valid/loss")
-    best, speed = (_number(result.get(key)) for key in ("best_step", "tokens_per_second"))
+    best, speed = (value if is_number(value := result.get(key)) else None for key in ("best_step", "tokens_per_second"))
     memory = found.get("memory/peak_gb")
     return {
         "name": run.name,
@@ -424,31 +405,21 @@ def _training_row(i: int, run: Record) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float | None:
-    """Return a number from a file; None for anything else."""
-    return value if is_number(value) else None
-
-
-def _file_name(key: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in key).strip("-").lower()[:60] or "metric"
-
-
 def _provenance(record: Record) -> dict[str, Any]:
     """Return how a run was made, for the end of the page."""
     about = record.about
-    backend, server = about.get("backend"), about.get("server")
-    versions = about.get("versions")
+    backend, server, versions = (
+        value if isinstance(value := about.get(key), dict) else {} for key in ("backend", "server", "versions")
+    )
     items = {
         "folder": str(record.path),
         "kind": record.kind,
         "state": terminal.state(record),
         "command": about.get("command"),
         "started": about.get("started"),
-        "device": backend.get("description") if isinstance(backend, dict) else None,
-        "server": server.get("url") if isinstance(server, dict) else None,
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-        if isinstance(versions, dict)
-        else None,
+        "device": backend.get("description"),
+        "server": server.get("url"),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
         "revision": about.get("git_revision"),
     }
     prompt = record.settings.get("prompt")

@@ -12,19 +12,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mlx_traces import text
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
 from mlx_traces.evaluation.pairs import Pair, sentence
 from mlx_traces.text import clean, fold, interval, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
 
 
 _FORMULA_START = tuple("=+-@\t\r\n＝＋－＠")
 _NUMBER = re.compile(r"[+-]?(\d[\d,]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?%?")
 _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
+
+
+Cells = tuple[list[str], list[list[str]]]  # headings, rows
 
 
 def protocol_line(frame: pd.DataFrame) -> str:
@@ -53,10 +58,6 @@ def n_text(row: dict[str, Any]) -> str:
 
 def to_terminal(frame: pd.DataFrame) -> Table:
     """Lay the comparison out for a terminal, 100 columns or wider; intervals stand below their values."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(
         title=Text(protocol_line(frame), style="bold"),
         caption=Text(_caption(frame)),
@@ -140,7 +141,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 def to_csv(frame: pd.DataFrame) -> str:
     """Return any frame as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
-    safe = frame.map(_csv_cell).rename(columns=_csv_cell)
+    safe = frame.map(csv_cell).rename(columns=csv_cell)
     return safe.to_csv(index=False, lineterminator="\n")
 
 
@@ -153,23 +154,17 @@ def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 def strata_table(runs: Sequence[Run]) -> Table | None:
     """Lay the accuracies by stratum out for a terminal; None if there are fewer than two strata."""
     frame = strata(runs)
-    return None if frame is None else _parts_table(frame, "accuracy by stratum")
+    return None if frame is None else grid("accuracy by stratum", *parts_cells(frame))
 
 
 def extractors_table(runs: Sequence[Run]) -> Table | None:
     """Lay the accuracies by extractor out for a terminal; None if there are fewer than two extractors."""
     frame = extractors(runs)
-    return None if frame is None else _parts_table(frame, "accuracy by extractor")
+    return None if frame is None else grid("accuracy by extractor", *parts_cells(frame))
 
 
-def parts_to_markdown(frame: pd.DataFrame) -> str:
-    """Return ``strata`` or ``extractors`` as a Markdown table: one row a run, one column a part."""
-    headings, rows = _parts_cells(frame)
-    return markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)
-
-
-def _parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Pivot parts to (headings, rows); a cell has accuracy, interval and counts on a line each."""
+def parts_cells(frame: pd.DataFrame) -> Cells:
+    """Lay ``strata`` or ``extractors`` out: a row a run, a column a part; a cell has accuracy, interval and counts."""
     names = list(dict.fromkeys(frame["part"]))
     rows: dict[str, dict[str, str]] = {}
     for row in frame.to_dict("records"):
@@ -180,16 +175,8 @@ def _parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["model", *(clean(name) or "(none)" for name in names)], cells
 
 
-def _parts_table(frame: pd.DataFrame, title: str) -> Table:
-    return grid(title, *_parts_cells(frame))
-
-
 def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> Table:
     """Lay rows of cells out for a terminal: the first column is a name, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(
         title=Text(title, style="bold"),
         caption=Text(caption) if caption else None,
@@ -233,16 +220,13 @@ def _escape_markdown(text: str) -> str:
     return text.translate(_MARKDOWN_SYNTAX)
 
 
-def _csv_cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """Make text safe for spreadsheets and terminals: no formula, no control characters, nothing beyond UTF-8."""
     if not isinstance(value, str):
         return value
     text = f"'{value}" if value.startswith(_FORMULA_START) and not _NUMBER.fullmatch(value) else value
     # pandas does not quote a bare \r, and readers split at it.
     return visible(text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-Cells = tuple[list[str], list[list[str]]]  # headings, rows
 
 
 def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
@@ -315,14 +299,12 @@ def bits_table(frame: pd.DataFrame, title: str) -> Table:
     """Lay ``bits_frame`` out for a terminal of 100 columns: intervals below their values."""
     headings, rows = bits_cells(frame)
     stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
-    cells = [
-        ["\n".join(text.fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows
-    ]
+    cells = [["\n".join(fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows]
     names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
     return grid(title, names, cells)
 
 
-def pairs_markdown(cells: Cells) -> str:
+def cells_to_markdown(cells: Cells) -> str:
     """Return cells as a Markdown table whose first column is text."""
     headings, rows = cells
     return markdown(headings, [[cell.replace("\n", " ") for cell in row] for row in rows], left=1)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from mlx_traces.evaluation import stats
-from mlx_traces.report.curves import Curve, curves
+from mlx_traces.report.curves import curves
 from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.text import clean, duration, number
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-
 BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-# ------------------------------------------------------------------------------------------------ terminal
 
 
 def blocks(values: Sequence[float], width: int) -> str:
@@ -63,11 +58,6 @@ def display(record: Record, width: int, now: float | None = None) -> RenderableT
         width: of the terminal, in characters.
         now: seconds since 1970, to say how old the last line is; None leaves it out.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     narrow = width < 72
     table.add_column("", no_wrap=True, overflow="ellipsis", max_width=18 if narrow else 28)
@@ -81,24 +71,26 @@ def display(record: Record, width: int, now: float | None = None) -> RenderableT
         texts = [curve.text(value) for value in (first, last, curve.best)]
         style = "dim" if curve.constant else "cyan"
         table.add_row(Text(curve.metric.title), Text(blocks(curve.values, room), style=style), *map(Text, texts))
-    lines = [Text(f"{record.name}  {_what(record)}", style="bold"), Text(state(record))]
+    names = [clean(name) for key in ("model", "adapter") if isinstance(name := record.settings.get(key), str)]
+    of = f" of {' + '.join(names)}" if names else ""
+    lines = [Text(f"{record.name}  {record.kind}{of}", style="bold"), Text(state(record))]
     if record.kind == EVALUATION and record.samples:
         lines.append(Text(_verdicts(record)))
     if held_out := next((curve for curve in shown if curve.metric.key == "valid/accuracy"), None):
-        lines.append(Text(_held_out(held_out)))
+        text = f"held-out accuracy {held_out.text(held_out.values[-1])} at step {number(held_out.steps[-1])}"
+        ends = f" [{100 * held_out.low[-1]:.1f}, {100 * held_out.high[-1]:.1f}]" if held_out.low else ""
+        lines.append(Text(text + ends))
     lines += [Text(f"note: {note}", style="dim") for note in (record.notes if record.result else [])]
-    if now is not None and record.result is None and (age := now - _touched(record.path)) > 60:
-        lines.append(Text(f"nothing new for {duration(age)}", style="yellow"))
+    if now is not None and record.result is None:
+        files = [record.path / name for name in ("metrics.jsonl", "samples.jsonl", "run.json")]
+        age = now - max((file.stat().st_mtime for file in files if file.exists()), default=now)
+        if age > 60:
+            lines.append(Text(f"nothing new for {duration(age)}", style="yellow"))
     return Group(*lines, *([table] if shown else [] if record.lost else [Text("no step yet")]))
 
 
-def _what(record: Record) -> str:
-    model, adapter = record.settings.get("model"), record.settings.get("adapter")
-    names = [clean(name) for name in (model, adapter) if isinstance(name, str)]
-    return f"{record.kind} of {' + '.join(names)}" if names else record.kind
-
-
 def _verdicts(record: Record) -> str:
+    """Return the accuracy so far, and how often each verdict was given."""
     outcomes: dict[str, list[bool]] = {}
     for row in record.samples:
         outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
@@ -106,14 +98,3 @@ def _verdicts(record: Record) -> str:
     accuracy, low, high = (f"{100 * share[key]:.1f}" for key in ("accuracy", "ci_low", "ci_high"))
     counts = Counter(clean(row["verdict"]) for row in record.samples).most_common()
     return f"correct {accuracy} % [{low}, {high}]; {', '.join(f'{name} {count:,}' for name, count in counts)}"
-
-
-def _held_out(curve: Curve) -> str:
-    text = f"held-out accuracy {curve.text(curve.values[-1])} at step {number(curve.steps[-1])}"
-    return text + (f" [{100 * curve.low[-1]:.1f}, {100 * curve.high[-1]:.1f}]" if curve.low else "")
-
-
-def _touched(path: Path) -> float:
-    """Return when a run's lines were last added to."""
-    files = [path / name for name in ("metrics.jsonl", "samples.jsonl", "run.json")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=time.time())

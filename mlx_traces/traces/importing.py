@@ -15,6 +15,7 @@ from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message
 from mlx_traces.tasks.thoughts import STYLES, restyle, tagged_parts, with_thought
 from mlx_traces.text import clean
+from mlx_traces.traces import FORMATS
 
 
 def count_skipped(skipped: Counter | None, reason: str) -> None:
@@ -25,13 +26,6 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields in which a turn's thought is kept apart
-FORMATS = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "sharegpt": ("conversations",),
-    "open-r1": ("problem", "generations"),
-    "text": ("text",),
-}  # and the columns that a row must have
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 INSTEAD = "pass a .jsonl, .json or .parquet file of its rows"
 

@@ -19,7 +19,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison
 from mlx_traces.report import figures, run_view
 from mlx_traces.report import page as report_page
-from mlx_traces.report.page import TEMPLATES, _training_row, embedded, evaluated, write
+from mlx_traces.report.page import TEMPLATES, embedded, evaluated, training_row, write
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 HOSTILE = [
@@ -173,10 +173,10 @@ def test_texts_in_the_place_of_numbers_are_left_out(tmp_path):
     trained = write_training(tmp_path / "t", finished=True, num_steps="many")
     changes = {"best_step": "three", "tokens_per_second": "fast", "notes": 5}
     (trained / "result.json").write_text(json.dumps(changes))
-    row = _training_row(0, run_view.read(trained))
+    row = training_row(0, run_view.read(trained))
     assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("–", "–")
     (trained / "result.json").write_text(json.dumps({"best_step": 1200, "tokens_per_second": 0}))
-    row = _training_row(0, run_view.read(trained))
+    row = training_row(0, run_view.read(trained))
     assert (row["cells"]["kept step"], row["cells"]["tokens/s"]) == ("1,200", "–")
     cut = write_evaluation(tmp_path / "e", BASE, finished=False)
     about = json.loads((cut / "run.json").read_text())

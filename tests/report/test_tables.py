@@ -334,7 +334,7 @@ def test_accuracy_by_stratum_and_by_extractor():
     assert frame["part"].tolist() == ["3 numbers", "3 numbers", "4 numbers", "4 numbers"]
     assert frame["correct_count"].tolist() == [1, 2, 1, 4]
     assert frame["total_questions"].tolist() == [4] * 4
-    assert "100.0 % [51.0, 100.0] 4 of 4" in tables.parts_to_markdown(frame)
+    assert "100.0 % [51.0, 100.0] 4 of 4" in tables.cells_to_markdown(tables.parts_cells(frame))
     assert "4 of 4" in rendered(tables.strata_table(runs))
     assert tables.strata_table(three_runs()) is None
     assert comparison.extractors(three_runs())["correct_count"].tolist() == [2, 0, 6, 0, 2, 0]
@@ -378,8 +378,9 @@ import json, sys
 from pathlib import Path
 from rich.console import Console
 from mlx_traces.evaluation import comparison
-from mlx_traces.report import export, tables
+from mlx_traces.report import tables
 assert not {"pandas", "matplotlib", "scipy", "mlx.core"} & set(sys.modules)
+from mlx_traces.report import export
 folder = Path(sys.argv[1])
 runs = [comparison.Run(**json.loads(path.read_text())) for path in sorted(folder.glob("run-*.json"))]
 frame = comparison.compare_runs(runs)

@@ -337,7 +337,7 @@ def _shown_line(text: str) -> None:
 
 
 def _shown_cell(text: str) -> None:
-    cell = tables._csv_cell(text)
+    cell = tables.csv_cell(text)
     assert not set(cell) & set(ACTING)
     assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or tables._NUMBER.fullmatch(cell)
 

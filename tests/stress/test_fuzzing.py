@@ -515,7 +515,7 @@ def test_runs_with_hostile_texts_are_shown_as_texts(tmp_path, monkeypatch):
     for table in (tables.to_terminal(frame), tables.strata_table(found), tables.extractors_table(found)):
         shown.print(table)
     assert_plain(shown.file.getvalue() + "".join(comparison.differences(found)))
-    for markdown in (tables.to_markdown(frame), tables.parts_to_markdown(comparison.strata(found))):
+    for markdown in (tables.to_markdown(frame), tables.cells_to_markdown(tables.parts_cells(comparison.strata(found)))):
         assert_plain(markdown)
         assert "<script" not in markdown.replace("\\<", "")
         bars = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}
@@ -555,5 +555,5 @@ def test_every_character_that_acts_is_known():
 def test_no_text_acts(text):
     assert_plain(clean(text))
     assert_plain(re.sub("[\t\u200d\u00ad]", "", visible(text)))
-    cell = tables._csv_cell(text)
+    cell = tables.csv_cell(text)
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r")) or tables._NUMBER.fullmatch(cell)

@@ -6,6 +6,7 @@ r"""MATH: data, prompts, extractors, strata, traces, and its own solutions grade
 import json
 import os
 import time
+from collections import Counter
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,8 @@ from mlx_traces.config import EvalConfig, FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.completion import Completion
-from mlx_traces.records import Rollout, Trace, strata_of
+from mlx_traces.pipelines.verify import problem_of
+from mlx_traces.records import Trace, strata_of
 from mlx_traces.tasks import get_task, math
 from mlx_traces.tasks.math import TASK, first_box, strict, tolerant
 from mlx_traces.traces.filtering import select
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.xdist_group("equality")
 ROWS = [
     {
         "problem": "A square has a diagonal of length $2\\sqrt{6}$. What is the length of its side in simplest form?",
-        "solution": "[asy]\ndraw((0,0)--(1,1));\n[/asy]\nThe side is $\\frac{2\\sqrt{6}}{\\sqrt{2}}=\\boxed{2\\sqrt{3}}$.",
+        "solution": "[asy]\ndraw((0,0)--(1,1));\n[/asy]\nIt is $\\frac{2\\sqrt{6}}{\\sqrt{2}}=\\boxed{2\\sqrt{3}}$.",
         **{"answer": "2\\sqrt{3}", "subject": "Geometry", "level": 2, "unique_id": "test/geometry/1.json"},
     },
     {
@@ -108,7 +110,7 @@ def test_prompts(file):
         ("$$\\frac{a}{b}$$", ("\\frac{a}{b}", None, None)),
         ("so the answer is $\\boxed{\\frac{1}{2}$.", ("\\frac{1}{2}", None, None)),  # a box that never closes
         ("We get 12, so \\boxed{84", ("12", None, None)),  # 84 may be cut off
-        ("\\boxed{\\boxed{5}}", ("\\boxed{5}", "\\boxed{5}", "5")),
+        ("\\boxed{\\boxed{5}}", ("5", "5", "5")),
         ("\\boxed{} then \\boxed{9}", ("9", "9", "9")),
         ("no answer here", (None, None, None)),
         ("", (None, None, None)),
@@ -159,13 +161,10 @@ def test_every_solution_of_math_500_is_right():
 
 
 def test_an_evaluation_has_strata_of_level_and_of_subject_and_is_verified(file, tmp_path):
-    from mlx_traces.pipelines.verify import problem_of
-
     planned = evaluator.plan(EvalConfig(model="nano", task="math", data=str(file)))
     texts = ("\\boxed{\\sqrt{12}}", "\\boxed{2}", "24")
     rows = [
-        evaluator.grade_sample(planned, problem, 0, Completion("?", "", Rollout((1,), (2,), text, "stop")))
-        | {"elapsed": 1.0}
+        evaluator.grade_sample(planned, problem, 0, Completion("?", "", text, 1, "stop")) | {"elapsed": 1.0}
         for problem, text in zip(planned.problems, texts, strict=True)
     ]
     result = evaluator.summarize(planned, rows, "run", None, [])
@@ -179,9 +178,8 @@ def test_an_evaluation_has_strata_of_level_and_of_subject_and_is_verified(file, 
 
 
 def test_solutions_become_traces_that_are_right(file):
-    skipped = {}
-    think = list(math_traces("train", str(file), None, 0, skipped=(count := __import__("collections").Counter())))
-    skipped = dict(count)
+    skipped = Counter()
+    think = list(math_traces("train", str(file), None, 0, skipped=skipped))
     assert skipped == {"no worked solution": 1} and len(think) == 2
     boxed = list(math_traces("train", str(file), None, 0, style="boxed"))
     for trace in (*think, *boxed):
@@ -218,5 +216,5 @@ def test_grade_prints_verdicts(file, tmp_path):
 def test_data_math_writes_traces(file, tmp_path):
     out = tmp_path / "traces.jsonl"
     done = CliRunner().invoke(main, ["data", "math", "--data", str(file), "--style", "boxed", "--out", str(out)])
-    assert done.exit_code == 0 and "2 traces written" in done.stderr and "1 no worked solution" in done.stderr
+    assert done.exit_code == 0 and "2 traces written" in done.stderr and "1 skipped (no worked solution)" in done.stderr
     assert len(out.read_text().splitlines()) == 2
