@@ -69,6 +69,7 @@ def load(name: str) -> Task:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"task {name[:MOST_NAME]}: no module {module!r} is here or installed") from None
         raise UserError(f"{file}: cannot be imported as a task ({_told(error, file)})") from error
+    file = getattr(found, "__file__", None) or file
     task = getattr(found, attribute, None)
     if not isinstance(task, Task):
         what = "there is none" if task is None else f"it is a {type(task).__name__}"
