@@ -21,12 +21,8 @@ HUB = {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MAT
 INSTEAD = 'pass --data FILE with one {"problem", "answer"} object per line'
 
 
-WINDOW = 2_000  # characters at the end of an answer part that are searched for a formula without a box
-_FORMULA = re.compile(
-    r"(?<!\\)\$\$(.+?)\$\$|(?<![\\$])\$(?![\s$])([^$\n]+)(?<![\s\\])\$(?![0-9])|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
-)
 _BOX = re.compile(r"\\boxed\s*\{")
-_CUT_BOX = re.compile(r"\\boxed\s*\{[^$\n]*\Z")
+_AROUND_FORMULAS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def tolerant(response: str) -> str | None:
@@ -43,10 +39,18 @@ def last_formula(part: str) -> str | None:
 
     A ``\boxed{84`` at the end is skipped, as it may be cut off; of a box that never closes its formula's rest counts.
     """
-    part = _CUT_BOX.sub("", part[-WINDOW:])
-    formula = next(iter(list(_FORMULA.finditer(part))[-1:]), None)
-    number_after = last_number(part[formula.end() if formula else 0 :])
-    return number_after or (formula and _BOX.split(formula[formula.lastindex])[-1])
+    text = part.replace(r"\$", " ").replace("$$", "$")
+    box = text.rfind(r"\boxed")
+    text = text[:box] if box >= 0 and not any(closing in text[box:] for _, closing in _AROUND_FORMULAS) else text
+    found = ""
+    end = 0
+    for opening, closing in _AROUND_FORMULAS:
+        stop = text.rfind(closing)
+        start = text.rfind(opening, 0, max(stop, 0)) + len(opening)
+        formula = text[start:stop]
+        if start >= len(opening) and stop > end and re.search(r"\w", formula) and "\n\n" not in formula:
+            found, end = formula, stop
+    return last_number(text[end:]) or (_BOX.split(found)[-1] if found else None)
 
 
 def strict(response: str) -> str | None:
