@@ -4,7 +4,10 @@ What plain text and exact fractions can decide is decided here: equal spellings,
 Everything else is math-verify's, in a process of its own that is ended after a second (`equality_worker`).
 """
 
+import ast
 import json
+import math
+import operator
 import os
 import re
 import select
@@ -14,6 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 from threading import Lock
 
 from mlx_traces.errors import UserError
@@ -47,7 +51,7 @@ def compare(gold: str, answer: str) -> str:
     wanted, found = normal(gold), normal(answer)
     if squeezed(wanted) == squeezed(found):
         return "correct"
-    for decide in (_as_words, _in_a_base, _as_numbers, _by_brackets):
+    for decide in (_as_words, _in_a_base, _as_numbers, _by_brackets, _by_value):
         if (equal := decide(gold, answer)) is not None:
             return "correct" if equal else "wrong_value"
     if not found:
@@ -163,6 +167,70 @@ def _by_brackets(gold: str, answer: str) -> bool | None:
     one, other = (re.match(r"\\\{|[(\[]", normal(text)) for text in (gold, answer))
     differ = one and other and (one[0] == "\\{") != (other[0] == "\\{")
     return False if differ and all("," in text for text in (gold, answer)) else None
+
+
+_TWO_WAYS = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]{2}|\^ *[0-9]{2}|[0-9] +[0-9]|[0-9] *\\frac|/ *(?![0-9]+ *(?:$|[-+)}]))"
+)
+_INNERMOST = re.compile(
+    r"\\frac *(?:\{([^{}]*)\}|([0-9])) *(?:\{([^{}]*)\}|([0-9]))|\\sqrt *(?:\{([^{}]*)\}|([0-9]))|\^ *\{([^{}]*)\}"
+)
+_NAMED = re.compile(r"\\(?:pi|cdot|times)(?![A-Za-z])|[A-Za-z]|[{}^]")
+_MEANT = {letter: f"({0.31 + 0.07 * place:.2f})" for place, letter in enumerate(ascii_lowercase)} | {
+    **{"\\pi": f"({math.pi})", "\\cdot": "*", "\\times": "*", "{": "(", "}": ")", "^": "**"},
+    **{"i": "(1j)", "e": f"({math.e})"},
+}
+_FACTORS = re.compile(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9.])")
+_OPERATIONS = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.Pow: operator.pow, ast.UAdd: operator.pos, ast.USub: operator.neg},
+}
+
+
+def _by_value(gold: str, answer: str) -> bool | None:
+    """Tell two formulas apart by their values at one point, where these differ by more than 1e-10 of them.
+
+    It spares most wrong answers math-verify, which also rounds to decimal places, so that 10^-20 would be 10^-21.
+    """
+    one, other = value(normal(gold)), value(normal(answer))
+    if one is None or other is None:
+        return None
+    return False if abs(one - other) > 1e-10 * max(abs(one), abs(other)) > 1e-90 else None
+
+
+def value(text: str) -> complex | None:
+    r"""Return the value of a formula of numbers, single letters, ``+-*/^``, fractions and roots at one point.
+
+    Each letter is a number there, in either case, but for i and e. None for every other formula, and for one that can
+    be read in two ways: ``1\frac12``, ``2/3x``, ``ab``, ``2^10``.
+    """
+    if _TWO_WAYS.search(text):
+        return None
+    while (inner := _INNERMOST.sub(_in_python, text)) != text:
+        text = inner
+    text = _NAMED.sub(lambda name: _MEANT[name[0].lower()], text).replace(" ", "")
+    if not re.fullmatch(r"[0-9.j+\-*/()]+", text):
+        return None
+    try:
+        return _computed(ast.parse(_FACTORS.sub("*", text), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, KeyError):
+        return None
+
+
+def _in_python(match: re.Match) -> str:
+    above, below, root, power = match[1] or match[2], match[3] or match[4], match[5] or match[6], match[7]
+    return f"(({above})/({below}))" if above else f"(({root})**.5)" if root else f"^({power})"
+
+
+def _computed(node: ast.expr) -> complex:
+    """Compute a parsed formula in complex floats; KeyError for what is no arithmetic."""
+    if isinstance(node, ast.Constant):
+        return complex(node.value)
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATIONS[type(node.op)](_computed(node.operand))
+    if isinstance(node, ast.BinOp):
+        return _OPERATIONS[type(node.op)](_computed(node.left), _computed(node.right))
+    raise KeyError(type(node))
 
 
 # ---------------------------------------------------------------------------------------------- worker
