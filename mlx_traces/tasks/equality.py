@@ -13,6 +13,7 @@ import re
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
@@ -51,14 +52,14 @@ def compare(gold: str, answer: str) -> str:
     wanted, found = normal(gold), normal(answer)
     if squeezed(wanted) == squeezed(found):
         return "correct"
-    for decide in (_as_words, _in_a_base, _as_numbers, _by_brackets, _by_value):
+    for decide in (_as_words, _in_a_base, _as_numbers, _by_brackets):
         if (equal := decide(gold, answer)) is not None:
             return "correct" if equal else "wrong_value"
     if not found:
         return "not_an_expression"
     if max(len(_PART.findall(text)) for text in (wanted, found)) > MAX_PARTS:
         return "too_complex"
-    return _ask(wanted, found)
+    return "wrong_value" if _apart(wanted, found) else _ask(wanted, found)
 
 
 # ---------------------------------------------------------------------------------------------- spellings
@@ -180,6 +181,7 @@ _MEANT = {letter: f"({0.31 + 0.07 * place:.2f})" for place, letter in enumerate(
     **{"\\pi": f"({math.pi})", "\\cdot": "*", "\\times": "*", "{": "(", "}": ")", "^": "**"},
     **{"i": "(1j)", "e": f"({math.e})"},
 }
+_NO_SCALAR = re.compile(r"[(\[][^()]*,.*[)\]]$|\\begin|.*\\cup|[A-Za-z]{3,}$")
 _FACTORS = re.compile(r"(?<=[0-9.)])(?=\()|(?<=\))(?=[0-9.])")
 _OPERATIONS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
@@ -187,15 +189,16 @@ _OPERATIONS = {
 }
 
 
-def _by_value(gold: str, answer: str) -> bool | None:
-    """Tell two formulas apart by their values at one point, where these differ by more than 1e-10 of them.
+def _apart(gold: str, answer: str) -> bool:
+    """Whether two formulas surely differ: in their values at one point, by more than 1e-10 of them.
 
-    It spares most wrong answers math-verify, which also rounds to decimal places, so that 10^-20 would be 10^-21.
+    A tuple, an interval, a matrix and a word have no value, so they differ from a formula that has one. This spares
+    most wrong answers math-verify, which also rounds to decimal places, so that 10^-20 would be 10^-21.
     """
-    one, other = value(normal(gold)), value(normal(answer))
+    one, other = value(gold), value(answer)
     if one is None or other is None:
-        return None
-    return False if abs(one - other) > 1e-10 * max(abs(one), abs(other)) > 1e-90 else None
+        return (one is None) != (other is None) and bool(_NO_SCALAR.match(gold if one is None else answer))
+    return abs(one - other) > 1e-10 * max(abs(one), abs(other)) > 1e-90
 
 
 def value(text: str) -> complex | None:
@@ -266,7 +269,8 @@ def _ask(gold: str, answer: str) -> str:
         except OSError:
             reply = ""
         if reply not in VERDICTS:
-            os.killpg(worker.pid, 9)
+            with suppress(OSError):  # it has ended by itself
+                os.killpg(worker.pid, 9)
             worker.communicate()
             _worker.cache_clear()
             return "too_complex"

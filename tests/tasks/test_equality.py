@@ -231,7 +231,6 @@ def test_a_hostile_answer_ends_after_a_second(answer):
         ("\x00", "not_an_expression"),
         ("\ud800", "not_an_expression"),
         ("", "not_an_expression"),
-        ("\\begin{pmatrix}", "not_an_expression"),
     ],
 )
 def test_verdicts_of_what_is_no_answer(answer, verdict):
@@ -253,6 +252,26 @@ def test_numbers_and_equal_spellings_need_no_worker(monkeypatch):
         ("\\text{east}", "5x"),
     ):
         compare.__wrapped__(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3\\sqrt{4}", 6),
+        ("\\frac{1}{\\sqrt{\\frac{1}{4}}}", 2),
+        ("2^{-2}(3+1)", 1),
+        ("-2^2", -4),
+        ("(1+i)^2", 2j),
+        ("\\frac12\\cdot 6", 3),
+        ("2x-2X", 0),
+        *(
+            (text, None)
+            for text in ("1\\frac12", "2/3x", "ab", "2^10", "1/0", "9^{9^{9}}", "x=5", "5!", "{", "\\log 2", "1,2")
+        ),
+    ],
+)
+def test_values_of_formulas(text, value):
+    assert equality.value(text) == (value and pytest.approx(value))
 
 
 def test_a_worker_that_was_ended_is_replaced():
