@@ -1,7 +1,9 @@
 """Teach small language models to reason, and measure whether they did.
 
-Importing this package loads a fast BLAS on Linux (`runtime.blas`) and nothing else; MLX comes later.
+Importing this package loads a fast BLAS on Linux (`runtime.blas`) and nothing else; MLX loads on first use.
 """
+
+from importlib import import_module
 
 from mlx_traces.runtime import blas as blas
 
@@ -15,21 +17,15 @@ __all__ = ["__version__", "compare", "evaluate", "generate", "load", "train_grpo
 
 def __getattr__(name: str):
     if name == "__version__":
-        return _version()
+        from importlib.metadata import PackageNotFoundError, version  # few users need it
+
+        try:
+            return version("mlx-traces")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0+unknown"
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_LAZY[name]), name)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mlx-traces")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -1,18 +1,19 @@
-"""What a script needs beside ``mlx_traces.evaluate`` and ``mlx_traces.compare``, one function a step.
+"""The Python API beside ``mlx_traces.evaluate`` and ``mlx_traces.compare``: one function a step.
 
 Each is an attribute of ``mlx_traces`` itself. Settings are the fields of the command's pydantic model in
-``mlx_traces.config``, by the names of the command's flags. Everything raises `UserError`, one line that says where,
-what, and the way out, if the input is wrong.
+``mlx_traces.config``, named as the command's flags. For wrong input every function raises `UserError`, one line that
+says where, what, and the way out.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, build
+from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, build
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
 from mlx_traces.rl import grpo, ppo
@@ -36,38 +37,40 @@ def generate(
     stop: Sequence[str] = (),
     stop_in_thoughts: bool = False,
     thinking: bool | None = None,
-    rows: int = 32,
+    rows: int | None = None,
     seed: int = 0,
     logprobs: bool = False,
 ) -> list[Rollout]:
-    """Complete prompts by the model's chat template, ``rows`` at once.
+    """Complete prompts in the model's chat template, in batches of ``rows``.
 
     Args:
-        model: as `load` returned it, or a name for it.
-        prompts: a user's text each, or a conversation of ``{"role", "content"}`` turns.
+        model: a model from `load`, or a name for it.
+        prompts: each a user's text, or a conversation of ``{"role", "content"}`` turns.
         max_tokens: maximum length of a completion, in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
-        top_k: sample from the k likeliest tokens; 0: from all.
-        min_p: drop tokens less likely than this fraction of the likeliest one.
+        top_k: sample from the k most probable tokens; 0: from all.
+        min_p: drop tokens below this fraction of the top token's probability.
         stop: texts that end a completion, after its thought.
         stop_in_thoughts: let them end it within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.
-        rows: batch size of decoding.
-        seed: prompt number i draws by ``seed + i``, whatever else is in the batch.
+        rows: batch size of decoding; default: as ``mlx-traces eval`` has it on this device, 32 on a CPU.
+        seed: prompt number i is sampled with ``seed + i``, whatever else is in the batch.
         logprobs: also keep each token's float32 log-probability, in nats.
 
     Returns:
         A rollout for each prompt, in order: ``text``, ``completion_ids``, ``finish_reason``, ``logprobs``.
     """
     loaded = load(model) if isinstance(model, str) else model
-    turns = [[{"role": "user", "content": one}] if isinstance(one, str) else [dict(t) for t in one] for one in prompts]
-    asked = [loaded.render_turns(messages, thinking=thinking) for messages in turns]
-    requests = [Request(one.ids, seed + i, one.opened) for i, one in enumerate(asked)]
+    turns = [[{"role": "user", "content": p}] if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts]
+    rendered = [loaded.render_turns(messages, thinking=thinking) for messages in turns]
+    requests = [Request(prompt.ids, seed + i, prompt.opened) for i, prompt in enumerate(rendered)]
     params = SamplingParams(
         max_tokens, temperature, top_p, top_k, min_p, tuple(stop), stop_in_thoughts=stop_in_thoughts
     )
-    done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
+    with merged(loaded.model, loaded.backend):
+        rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows
+        done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
     return [done[i] for i in range(len(requests))]
 
 
@@ -108,7 +111,7 @@ def train_ppo(
 
 
 def _settings(kind: type, config: Any, settings: dict[str, Any]) -> Any:
-    """Return ``config``, or the settings as one; they are not given both."""
+    """Return ``config``, or one built from ``settings``; UserError if both are given."""
     if config is not None and settings:
         raise UserError(f"give config or {', '.join(settings)}, not both")
     return config or build(kind, settings)

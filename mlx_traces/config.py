@@ -1,25 +1,28 @@
 """Every setting, defined once: a pydantic model per command, for the command line, YAML files and Python calls."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date as Date
 from operator import not_
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
-from mlx_traces.readers import read_yaml
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]  # each is defined in rl/losses.py
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-MOST_WHOLE = 10**18  # of a setting; Python refuses to write a number of thousands of digits
+MOST_WHOLE = 10**18  # bound of a whole number; Python refuses to print one of thousands of digits
 
 
 def _is_none(value: Any) -> bool:
     return value is None
+
+
+_MORE = "a large GPU takes more by itself"
+SIZES = ("rows", "micro_tokens", "logits_mb")  # settings that depend on the device where they are not set
 
 
 class Config(BaseModel):
@@ -32,18 +35,31 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide a run's result, as JSON has them: all but those in ``NOT_IDENTITY``.
+        """Return the settings that decide a run's result, as JSON has them: all but those in ``MAY_CHANGE``.
 
         A run adds its files, by their content: `evaluator.Plan.identity` and `loop.identity_of`.
         """
-        return self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
+
+    def sized(self, sizes: Mapping[str, int]) -> Self:
+        """Return the settings with a device's ``sizes`` where they are larger than a default; what was set stays.
+
+        The defaults are a CPU's, so ``{}`` gives the settings that any device has. Settings within these are sized too.
+        """
+        values = dict(self)
+        for name, field in type(self).model_fields.items():
+            if isinstance(values[name], Config):
+                values[name] = values[name].sized(sizes)
+            elif name in SIZES and name not in self.model_fields_set:
+                values[name] = max(field.default, sizes.get(name, 0))
+        return self.model_construct(self.model_fields_set, **values)
 
 
 class LoadConfig(Config):
-    """How a model is loaded, and what its chat template gets."""
+    """How a model is loaded, and the variables of its chat template."""
 
     weights: Literal["quantized", "dense"] | None = Field(
         None, description="Keep quantized weights, or expand them; default: the faster one here."
@@ -105,19 +121,19 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     """A model, the problems it answers, and how it samples."""
 
     # These do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
-    NOT_IDENTITY = frozenset({"rows", "device", "memory_limit", "extractor", *EndpointConfig.model_fields})
+    MAY_CHANGE = frozenset({"rows", "device", "memory_limit", "extractor", *EndpointConfig.model_fields})
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     samples: Positive = Field(1, description="Completions per problem; above 1 gives pass@k and maj@k.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Sampling temperature; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+        1.0, description="Sample from the most probable tokens whose probabilities add up to this (nucleus sampling)."
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
-    rows: Positive = Field(32, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(32, description=f"Batch size of decoding, in completions; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
@@ -171,7 +187,7 @@ class ValidationConfig(ProblemConfig):
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
     limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
-    rows: Positive = Field(64, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(64, description=f"Batch size of decoding, in completions; {_MORE}.")
     thinking: bool | None = Field(
         None, exclude_if=_is_none, description="Set the template's thinking switch; default: as in the training."
     )
@@ -187,20 +203,20 @@ class TrackingConfig(Config):
 
 # Where a training runs, what it reports, and how a step is split into micro-batches, which changes only rounding (and
 # the masks of dropout).
-_OF_ANY_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
+_OF_A_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     """Settings of SFT other than model and data."""
 
-    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "data", "valid"})  # the last two by their content
+    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "data", "valid"})  # the last two by their content
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, if there is no --valid."
     )
     epochs: Positive = Field(1, description="Passes over the data.")
     batch_size: Positive = Field(16, description="Traces per optimizer step.")
-    micro_tokens: Positive = Field(512, description="Token limit of a forward pass, padding included.")
+    micro_tokens: Positive = Field(512, description=f"Token limit of a forward pass, padding included; {_MORE}.")
     max_length: Positive = Field(2048, description="Maximum length of a sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
         "skip", description="Longer sequences: leave them out, cut off their end (the answer), or stop."
@@ -211,7 +227,9 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(
+        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
+    )
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -237,7 +255,7 @@ class JudgeConfig(Config):
     judge_prompt: str | None = Field(None, description="FILE.yaml with your rubric, {question} and {trace} in it.")
     judge_max_tokens: Positive = Field(256, description="Maximum length of the judge's reply, in tokens.")
     judge_cache: str = Field(
-        "data/judge.jsonl", description="File that keeps the judge's replies, so that none is asked for twice."
+        "data/judge.jsonl", description="File that keeps the judge's replies, so that none is requested twice."
     )
     judge_failures: Fraction01 = Field(0.2, description="Stop if more than this share of the replies cannot be read.")
 
@@ -245,7 +263,7 @@ class JudgeConfig(Config):
 class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
-    NOT_IDENTITY = frozenset({*_OF_ANY_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
+    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
@@ -263,12 +281,12 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         1.0, description="Sampling temperature of the rollouts; the update uses the same."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Sample from the likeliest tokens whose probabilities add up to this (nucleus sampling)."
+        1.0, description="Sample from the most probable tokens whose probabilities add up to this (nucleus sampling)."
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
-    min_p: Fraction01 = Field(0.0, description="Drop tokens less likely than this fraction of the likeliest one.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k most probable tokens; 0: from all.")
+    min_p: Fraction01 = Field(0.0, description="Drop tokens below this fraction of the top token's probability.")
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
-    rows: Positive = Field(256, description="Batch size of decoding, in completions.")
+    rows: Positive = Field(256, description=f"Batch size of decoding, in completions; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit for sampling, in GB; lowers rows if needed."
     )
@@ -294,13 +312,13 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         4, description="Completions per problem to measure pass rates, before the first step."
     )
 
-    micro_tokens: Positive = Field(
-        1024, description="Token limit of a forward pass, padding included; a GPU can be faster with more."
-    )
+    micro_tokens: Positive = Field(1024, description=f"Token limit of a forward pass, padding included; {_MORE}.")
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(128, description="Maximum size of a buffer of logits, in MiB.")
+    logits_mb: Annotated[float, Field(gt=0)] = Field(
+        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
+    )
     eval_every: Positive = Field(10, description="Steps between validations.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -328,7 +346,8 @@ class GRPOConfig(RLConfig):
         "not divided (none); minus the mean of the others (rloo); or minus the mean of all rewards (mean).",
     )
     max_resamples: Annotated[int, Field(ge=0)] = Field(
-        0, description="Draw up to so many times more to replace groups of equal rewards (DAPO's dynamic sampling)."
+        0,
+        description="Draw up to this many more times to replace groups of equal rewards (DAPO's dynamic sampling).",
     )
     loss: Loss = Field("dapo", description="Loss type: how ratios are clipped and tokens averaged.")
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
@@ -417,7 +436,7 @@ class ScoreConfig(TracesConfig, LoadConfig, JudgeConfig):
     thinking: bool | None = Field(
         None, description="Set the thinking switch of its template; default: as each trace was made."
     )
-    rows: Positive = Field(16, description="Traces that the judge reads at once.")
+    rows: Positive = Field(16, description=f"Traces that the judge reads at once; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
@@ -437,9 +456,9 @@ class ReformatConfig(TracesConfig, LoadConfig):
     )
     max_tokens: Positive = Field(2048, description="Maximum length of the model's reply, in tokens.")
     cache: str = Field(
-        "data/reformat.jsonl", description="File that keeps the model's replies, so that none is asked for twice."
+        "data/reformat.jsonl", description="File that keeps the model's replies, so that none is requested twice."
     )
-    rows: Positive = Field(16, description="Traces that the model rewrites at once.")
+    rows: Positive = Field(16, description=f"Traces that the model rewrites at once; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Memory limit in GB; lowers rows if needed."
     )
@@ -469,7 +488,8 @@ class FilterConfig(TracesConfig):
     )
     eval_seed: int = Field(0, description="Seed of that draw.")
     overlap_words: Annotated[int, Field(ge=0)] = Field(
-        13, description="Drop a trace that has so many words in a row of an evaluation question; 0: only by problem id."
+        13,
+        description="Drop a trace that shares so many consecutive words with an evaluation question; 0: only by id.",
     )
     per_problem: Positive | None = Field(None, description="Maximum number of traces per problem.")
     prefer: Literal["short", "best", "diverse", "random"] = Field(
@@ -477,7 +497,7 @@ class FilterConfig(TracesConfig):
         description="Which of a problem's traces are kept: shortest, best by score, most diverse, or random ones.",
     )
     balance: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Keep at most so many times the median number of traces of each difficulty."
+        None, description="Keep at most this many times the median number of traces of each difficulty."
     )
     difficulty: Literal["pass_rate", "stratum"] = Field(
         "pass_rate", description="Difficulty: the share of a problem's traces that are correct, or the task's stratum."
@@ -540,15 +560,15 @@ class RoundsConfig(TrackingConfig):
 
 
 class StudyTask(EvalConfig):
-    """One set of problems, asked in each of its prompts; model, adapter and prompt are filled in."""
+    """One set of problems and its prompt styles; model, adapter and prompt are filled in."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = Field(
-        ["direct", "thinking"], description="Prompt styles that each model is asked in."
+        ["direct", "thinking"], description="Prompt styles, each used with every model."
     )
 
 
 class StudyModel(Config):
-    """One model: as it is, or first converted to other bits; with an adapter or without."""
+    """One model, with or without an adapter; if ``bits`` is set, converted first."""
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
@@ -610,7 +630,7 @@ class NanoConfig(Config):
     intermediate_size: Positive = 384
     problems: Positive = Field(26_000, description="Training problems, each seen once.")
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
-    direct_share: Fraction01 = Field(0.12, description="Share of the problems that are asked in the direct prompt.")
+    direct_share: Fraction01 = Field(0.12, description="Share of the problems in the direct prompt.")
     batch_size: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -622,7 +642,7 @@ class NanoConfig(Config):
 
 
 def shipped(folder: Literal["adapters", "configs"]) -> Path:
-    """Return where the adapters or the configurations that come with the package are: installed, or in its checkout."""
+    """Return the folder of the adapters or configurations that come with the package, installed or in a checkout."""
     installed = Path(__file__).parent / {"adapters": "shipped", "configs": "configs"}[folder]
     return installed if installed.is_dir() else Path(__file__).parent.parent / folder
 
@@ -642,7 +662,7 @@ def find_config(name: str | Path) -> Path:
         if found := next((file for file in files if file.is_file()), None):
             return found
         if path.exists():
-            return path  # a folder or a pipe: reading it says what is wrong
+            return path  # a folder or a pipe: the error comes when it is read
     except (OSError, ValueError):
         pass
     known = [file.stem for file in shipped("configs").glob("*.yaml")]
@@ -651,13 +671,15 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:
-    """Read a YAML file into a recipe's settings; ``overrides`` (already typed, or strings) win.
+    """Read a command's settings from a YAML file; ``overrides`` (typed, or strings) win over it.
 
     Raises:
-        UserError: naming the file, the field and what is wrong with it.
+        UserError: if a setting is wrong; the message names the file, the field and the fault.
     """
     content: dict[str, Any] = {}
     if path is not None:
+        from mlx_traces.yaml_files import read_yaml  # --help does without PyYAML
+
         content = read_yaml(Path(path))
     return build(kind, {**content, **overrides}, str(path) if path else "")
 
@@ -666,7 +688,7 @@ _WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (
     f"must be {what}"
     for what in ("a whole number", "a number", "true or false", "a text", "a list", "a mapping, 'name: value' lines")
 )
-_SAID = {  # our messages for pydantic's errors; pydantic's own change from version to version
+_MESSAGES = {  # our messages for pydantic's errors; pydantic's own change from version to version
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",
@@ -686,7 +708,7 @@ _SAID = {  # our messages for pydantic's errors; pydantic's own change from vers
 
 
 def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
-    """Validate settings; the UserError names ``where``, the field, what is wrong, and a likely spelling."""
+    """Validate settings; a UserError names ``where``, the field, the fault, and the likely spelling of a name."""
     place = f"{where}: " if where else ""
     if giant := next(_giants(values), ""):
         raise UserError(f"{place}{giant}: a whole number of more than 18 digits")
@@ -701,18 +723,18 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
             raise UserError(f"{place}unknown field {field!r}{hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{place}{_missing(kind, first['loc'], where)}") from None
-        if first["type"] == "value_error":  # raised by a validator of ours, which says it all
+        if first["type"] == "value_error":  # raised by our own validators, with a complete message
             raise UserError(f"{place}{field}: {first['ctx']['error']}") from None
-        said = _SAID.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
-        raise UserError(f"{place}{field}: {said}, not {str(first['input'])[:60]!r}") from None
+        message = _MESSAGES.get(first["type"], first["msg"].lower()).format_map(first.get("ctx", {}))
+        raise UserError(f"{place}{field}: {message}, not {str(first['input'])[:60]!r}") from None
 
 
 def _missing(kind: type[Config], location: tuple[str | int, ...], where: str) -> str:
-    """Say that a field is missing, what it is, and where to give it."""
+    """Say that a field is missing, what it means, and where to set it."""
     *outer, name = location
     lacking = f"{'.'.join(map(str, location))} is missing"
     if isinstance(name, int):
-        return f"{lacking}: give as many values as it takes"
+        return f"{lacking}: the list is too short"
     field = _model_at(kind, tuple(outer)).model_fields.get(name)
     what = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
     if where or outer:
@@ -731,7 +753,7 @@ def _giants(value: Any, name: str = "") -> Iterator[str]:
 
 
 def _model_at(kind: type[Config], location: tuple[str | int, ...]) -> type[Config]:
-    """Return the settings that ``location`` leads to."""
+    """Return the class of the settings at ``location``."""
     for part in location:
         if part in kind.model_fields:
             kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)

@@ -21,7 +21,7 @@ def choices(names: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'close'?`` for a likely slip of the keyboard, else an empty string."""
+    """Return ``; did you mean 'close'?`` for a likely typing error, else an empty string."""
     close = difflib.get_close_matches(name[:MOST_NAME], list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -33,7 +33,7 @@ def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a foreign error's message, with its type where the message alone says little."""
+    """Return the first line of an error's message, with the error's type where the message alone says little."""
     line = (str(error).strip().splitlines() or [""])[0][:200]
     telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
     return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")

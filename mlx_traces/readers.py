@@ -1,4 +1,4 @@
-"""Text and JSON of files that others wrote: UTF-8, a byte-order mark passed over, and only what JSON knows. No MLX."""
+"""Text, JSON and tables of files from anywhere: UTF-8, with or without a byte-order mark, and strict JSON. No MLX."""
 
 import io
 import json
@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlx_traces.errors import MOST_NAME, UserError, first_line
+from mlx_traces.errors import UserError, first_line
+
+MOST_DEPTH = 30  # values within each other, in a row and in a YAML file
 
 MARK = "\ufeff"  # byte-order mark
 _OTHER_MARKS = {
@@ -24,29 +26,23 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*')
 
 @contextmanager
 def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file for reading; a byte-order mark at its start is passed over.
+    """Open a text file for reading, after its byte-order mark if it has one.
 
     Raises:
-        UserError: if it cannot be read, or is not UTF-8; UTF-16 and UTF-32 are named.
+        UserError: if it cannot be read, or is not UTF-8; the message names UTF-16 and UTF-32.
     """
     try:
         with path.open("rb") as file:
-            if encoding := _other_encoding(file.peek(4)[:4]):
+            head = file.peek(4)[:4]
+            zeros = tuple(byte == 0 for byte in head)  # of two letters of UTF-16 without a mark
+            without_mark = "UTF-16" if zeros in ((False, True, False, True), (True, False, True, False)) else None
+            if encoding := next((_OTHER_MARKS[mark] for mark in _OTHER_MARKS if head.startswith(mark)), without_mark):
                 raise UserError(f"{path}: is {encoding}; save it as UTF-8")
             with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text:
                 yield text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})") from None
-
-
-def _other_encoding(head: bytes) -> str | None:
-    """Name the encoding that a file's first four bytes are of, None for UTF-8."""
-    for mark, name in _OTHER_MARKS.items():
-        if head.startswith(mark):
-            return name
-    zeros = tuple(byte == 0 for byte in head)  # of two letters of UTF-16 without a mark
-    return "UTF-16" if zeros in ((False, True, False, True), (True, False, True, False)) else None
 
 
 def text_of(path: Path) -> str:
@@ -56,7 +52,7 @@ def text_of(path: Path) -> str:
 
 
 class _NotFinite(ValueError):
-    """A number that JSON does not know: ``NaN``, ``Infinity``, or one that is too large."""
+    """A number that JSON does not have: ``NaN``, ``Infinity``, or one beyond a float's range."""
 
 
 def _refused(text: str) -> Any:
@@ -77,11 +73,11 @@ def parse_json(text: str, where: str, several_lines: bool = False, finite: bool 
     Args:
         text: the JSON.
         where: its place, for messages.
-        several_lines: whether it is a whole file, so that its own line is added to the place.
-        finite: refuse ``NaN``, ``Infinity`` and numbers beyond a float's range, which are no JSON.
+        several_lines: whether it is a whole file; messages then add the line to the place.
+        finite: refuse ``NaN``, ``Infinity`` and numbers beyond a float's range, which are not JSON.
 
     Raises:
-        UserError: naming the place, if it is not JSON.
+        UserError: if it is not JSON; the message names the place.
     """
     try:
         return (_STRICT if finite else _LENIENT).decode(text.lstrip(MARK))
@@ -97,114 +93,16 @@ def parse_json(text: str, where: str, several_lines: bool = False, finite: bool 
 
 
 def _place_of_not_finite(text: str) -> int:
-    """Return where the first number stands that is not finite, outside of the texts in quotes."""
+    """Return the index of the first number that is not finite, texts in quotes aside."""
     for token in _TOKEN.finditer(text):
         if token[0][0] != '"':
             try:
                 _finite(token[0])
             except _NotFinite:
                 return token.start()
-            except ValueError:  # a slip that is looked at elsewhere
+            except ValueError:  # not a number; the parser reports it
                 continue
     return 0
-
-
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 5_000, 30  # of a YAML file
-# In base 60 too, which takes quadratic time to read.
-_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
-
-
-def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
-    """Read a YAML mapping; UserError if it is not one, or larger or deeper than any that is honest."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, where libyaml is there
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
-        text = text_of(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what} file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    try:
-        if sprawl := _sprawl(yaml.parse(text, loader)):
-            raise UserError(f"{path}: {sprawl}")
-        if twice := _twice(yaml.compose(text, loader)):
-            line, key = twice
-            raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
-        content = yaml.load(text, loader)
-    # PyYAML meets a wrong date, or a tag that its text does not fit, with whatever its code runs into.
-    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}{_place(text, getattr(error, 'problem_mark', None))}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
-    return content
-
-
-def _place(text: str, mark: Any) -> str:
-    """Say where a text is no YAML, and what to look for; PyYAML's own words change from version to version."""
-    if mark is None:
-        return ": not YAML: a control character, or a value that is not what it looks like (as 2001-99-99); quote it"
-    line = next(iter(text.splitlines()[mark.line : mark.line + 1]), "")
-    shown = f"'{line.strip()[:60]}'" if line.strip() else "the end of the file"
-    return f":{mark.line + 1}: not YAML from column {mark.column + 1} on: {shown}; check indents, brackets and quotes"
-
-
-def _twice(top: Any) -> tuple[int, str] | None:
-    """Return the line and the name of the first key that its mapping has already, None if there is none."""
-    import yaml
-
-    todo, seen, found = [top], set(), []
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen.add(id(node))
-        mapping = isinstance(node, yaml.MappingNode)
-        todo += [part for pair in node.value for part in pair] if mapping else node.value
-        keys = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else ():
-            if (key.tag, key.value) in keys:
-                found.append((key.start_mark.line + 1, key.value))
-            keys.add((key.tag, key.value))
-    return min(found, default=None)
-
-
-def _sprawl(events: Iterable[Any]) -> str:
-    """Say in what a YAML file is too large, its aliases written out; 50 characters of a text count as a value.
-
-    So what is read is bounded although an alias may stand for others, and a value never holds itself.
-    """
-    import yaml
-
-    deep = f"more than {MOST_DEPTH} values within each other"
-    sizes: dict[str, int] = {}  # of what an anchor names
-    around: list[tuple[str | None, int]] = [(None, 0)]  # the collections that are open: anchor, size so far
-    for event in events:
-        anchor, size = getattr(event, "anchor", None), 1
-        if isinstance(event, yaml.CollectionStartEvent):
-            around.append((anchor, 1))
-            sizes.pop(anchor, None)
-            if len(around) > MOST_DEPTH:
-                return deep
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = around.pop()
-        elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == outer for outer, _ in around):
-                return deep
-            size = sizes.get(anchor, 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            if event.implicit[0] and len(event.value) > MOST_NAME and _LOOKS_LIKE_A_NUMBER.fullmatch(event.value):
-                return f"a number of more than {MOST_NAME} characters"
-            size = 1 + len(event.value) // 50
-        if anchor is not None:
-            sizes[anchor] = size
-        around[-1] = (around[-1][0], around[-1][1] + size)
-        if around[-1][1] > MOST_VALUES:
-            return f"more than {MOST_VALUES:,} values"
-    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -221,15 +119,15 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", *TABLES)  # of
 
 
 def read_jsonl(path: Path, columns: Sequence[str] = (), finite: bool = True) -> Iterator[tuple[str, Row]]:
-    """Yield (``file:line``, row) of a JSON-lines file; blank lines are passed over.
+    """Yield (``file:line``, row) of a JSON-lines file; blank lines are skipped.
 
     Raises:
-        UserError: at a line that is not a JSON object or lacks one of ``columns``, naming file, line and the row's own
-            columns; with ``finite`` at a NaN or Infinity too.
+        UserError: at a line that is not a JSON object or lacks one of ``columns``; with ``finite`` also at a NaN or
+            Infinity. The message names file, line and the row's own columns.
     """
     with opened(path) as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip().strip(MARK):  # files put together have marks in between
+            if line.strip().strip(MARK):  # concatenated files have marks in between
                 yield (where := f"{path}:{number}"), parse_row(line, where, columns, finite)
 
 
@@ -245,50 +143,56 @@ def file_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Ro
     elif suffix == ".json" and (text := text_of(path)).lstrip().startswith("["):
         rows = ((f"{path}[{index}]", row) for index, row in enumerate(parse_json(text, str(path), several_lines=True)))
     else:
-        yield from read_jsonl(path, columns)
+        yield from ((where, plain(row)) for where, row in read_jsonl(path, columns))
         return
-    yield from ((where, _checked(row, where, columns)) for where, row in rows)
+    yield from ((where, _checked(plain(row), where, columns)) for where, row in rows)
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
-    """Yield (``file[index]``, row) of a Parquet or Arrow file, a part of it in memory at a time."""
-    import datasets
+    """Yield (``file[index]``, row) of a Parquet or Arrow file, read in parts."""
+    import datasets  # takes a second to load
 
     if not path.is_file():
         raise UserError(f"{path}: cannot be read (No such file or directory)")
     try:
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        yield from ((f"{path}[{index}]", plain(row)) for index, row in enumerate(rows))
+        yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
     except UserError:
         raise
     except Exception as error:  # the readers of tables raise a dozen unrelated types
         raise UserError(f"{path}: not a {kind} file ({first_line(error)[:80]})") from None
 
 
-def plain(value: Any) -> Any:
-    """Return a table's value as JSON has it: NaN, which stands for a missing number there, as None; dates as text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+def plain(value: Any, depth: int = 0) -> Any:
+    """Return a row's value as a JSON value, its texts without a byte-order mark at their start.
+
+    NaN, a table's mark of a missing number, becomes None; dates become text. Values more than ``MOST_DEPTH`` deep stay
+    as they are.
+    """
+    if isinstance(value, str):
+        return value.lstrip(MARK)
+    if isinstance(value, dict) and depth < MOST_DEPTH:
+        return {str(key): plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple) and depth < MOST_DEPTH:
+        return [plain(inner, depth + 1) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | dict | list) else str(value)
 
 
 def parse_row(line: str, where: str, columns: Sequence[str], finite: bool = True) -> Row:
-    """Parse one JSON object and check its columns and that its text can be written again."""
+    """Parse one JSON object, and check its columns and that UTF-8 can write its text."""
     row = parse_json(line, where, finite=finite)
     return _checked(row, where, columns, _SURROGATE.search(line) is not None)
 
 
 def _checked(row: Any, where: str, columns: Sequence[str], halves: bool = True) -> Row:
-    """Check a row's kind and columns, and, if it may have ``halves`` of pairs, that its text can be written again."""
+    """Check a row's type and columns and, if it may have ``halves`` of surrogate pairs, that UTF-8 can write it."""
     if halves:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: not valid Unicode text; half of a pair such as \\ud83d stands alone") from None
+            raise UserError(f"{where}: not valid Unicode text; a surrogate such as \\ud83d has no partner") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with {', '.join(columns)}, found {type(row).__name__}")
     for column in columns:
@@ -307,7 +211,7 @@ def listed(columns: Iterable[str]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that can be computed with and shown: JSON allows any number of digits."""
+    """Whether a value from a file is a number within a float's range; JSON allows any number of digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -1,4 +1,4 @@
-"""What flows between the rooms: a problem, a rollout, a score, a trace. Standard library only."""
+"""Data that packages pass to each other: problem, rollout, score, trace, result. Standard library only."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ from mlx_traces.errors import UserError
 
 
 def problem_id(identity: str) -> str:
-    """Return the id that a problem's occurrences share; in a file that has it twice the later is ``ID#2``."""
+    """Return the id that all occurrences of a problem share; the second one in a file has the id ``ID#2``."""
     return identity.partition("#")[0]
 
 
@@ -20,10 +20,10 @@ def strata_of(stratum: str) -> list[str]:
 class Problem:
     """One question of a task.
 
-    ``id`` is derived from the content, so the same problem has the same id whichever file, hub or order it came from;
-    runs are paired by it. ``columns`` is the task's row (``question`` and ``answer``, or ``nums`` and ``target``).
-    ``gold`` is the answer as text. ``stratum`` names the part of the data set that results are split by, or is empty;
-    several are parted by ``; ``.
+    ``id`` is derived from the content, so a problem has the same id whatever its source and place in it; runs are
+    paired by it. ``columns`` is the task's row (``question`` and ``answer``, or ``nums`` and ``target``). ``gold`` is
+    the answer as text. ``stratum`` names the part of the data set that results are split by, or is empty; several parts
+    are separated by ``; ``.
     """
 
     id: str
@@ -36,11 +36,11 @@ class Problem:
 class Rollout:
     """One sampled completion.
 
-    ``completion_ids`` are the exact sampled ids, the stop token included when it was sampled. ``text`` is decoded from
-    them, without the stop token, special tokens that are no thought's, and a stop string and what follows it.
-    ``finish_reason`` is ``"stop"`` or
-    ``"length"``. On request, per completion token and in nats: ``logprobs`` of the distribution that was sampled,
-    ``model_logprobs`` of the model's own at temperature 1. ``stop_string`` is the one that ended it, None for none.
+    ``completion_ids`` are the exact sampled ids, the stop token included if it was sampled. ``text`` is decoded from
+    them, without the stop token, without special tokens (thinking tags excepted), and up to a stop string.
+    ``finish_reason`` is ``"stop"`` or ``"length"``. On request, per completion token and in nats: ``logprobs`` under
+    the sampling distribution, ``model_logprobs`` under the model's own at temperature 1. ``stop_string`` is the one
+    that ended the completion, None if none did.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,8 +56,8 @@ class Rollout:
 class Score:
     """A task's verdict on one completion, by one extractor.
 
-    ``verdict`` is ``"correct"`` or says what is wrong (``"no_answer"``, ``"wrong_value"``, ...). ``extracted`` is the
-    text that was judged, ``None`` if nothing was found. ``note`` says how it was read, where two readings are allowed.
+    ``verdict`` is ``"correct"`` or names the fault (``"no_answer"``, ``"wrong_value"``, ...). ``extracted`` is the
+    judged text, ``None`` if nothing was found. ``note`` says how it was read if two readings are allowed.
     """
 
     verdict: str
@@ -80,10 +80,10 @@ class Trace:
     ``messages`` are the turns before the completion, each with ``role`` and ``content``, the last one the user's;
     ``completion`` is the assistant's last turn, without the stop token. ``id`` is the problem's, so traces of one
     problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
-    empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` says where the
-    trace is from, ``sample`` numbers the traces of one problem. ``not_learned`` are the numbers of those ``messages``,
-    from 0, that are the assistant's and from which nothing is to be learned. ``thinking`` (None: unset) and
-    ``template_args`` are what the chat template was given when the completion was sampled; ``stop_string`` ended it.
+    empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` names the
+    trace's origin, ``sample`` numbers the traces of one problem. ``not_learned`` has the indices of assistant's
+    ``messages`` that training leaves out of the loss. ``thinking`` (None: unset) and ``template_args`` are the chat
+    template's variables when the completion was sampled; ``stop_string`` ended it.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
@@ -111,7 +111,7 @@ class Trace:
     stop_string: str | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """Return the JSON object of this trace; what is not known is left out."""
+        """Return this trace as a JSON object, without fields that are not known."""
         needed = ("id", "messages", "completion")
         return {name: value for name, value in asdict(self).items() if name in needed or value not in (None, "", {})}
 
@@ -149,11 +149,10 @@ class EvalResult:
     Shares are fractions from 0 to 1; ``accuracy`` is the mean over problems and samples with its 95 % interval;
     ``correct_count`` of ``total_questions`` counts completions. ``mean_tokens`` is per completion, its stop token
     included. ``tokens_per_second`` counts completion tokens over ``wall_seconds`` of generation (loading excluded). A
-    model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens where the
-    server does not count them.
-    ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for the other extractors.
-    ``stopped`` counts the completions that a stop string ended, ``stopped_in_thoughts`` those of them whose thought
-    was open.
+    model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens if the
+    server does not count them. ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for
+    the other extractors. ``stopped`` counts the completions that a stop string ended, ``stopped_in_thoughts`` those of
+    them whose thought was open.
     """
 
     run: str

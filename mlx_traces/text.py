@@ -1,4 +1,4 @@
-"""How numbers and foreign text are shown: percent, interval, p-value, escapes."""
+"""Formats for numbers (percent, interval, p-value) and for text from outside (escapes)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 def clean(text: Any) -> str:
-    """Put foreign text on one line, without the control and direction characters that could forge a display."""
+    """Put text from outside on one line, without control and direction characters, which could forge a display."""
     spaced = " ".join(str(text).split())
     if spaced.isprintable():
         return spaced
@@ -26,29 +26,24 @@ def clean(text: Any) -> str:
 
 @cache
 def _acting() -> dict[int, str]:
-    """Return what stands for each character that controls a display, or how others are shown, or is half of one.
+    """Return a visible replacement for each control, direction and surrogate character, by its code.
 
-    Unicode has none of them outside of these two ranges.
+    Unicode has none of them outside of these two ranges. Line ends, tabs, the joiner of emoji and the soft hyphen
+    stand for themselves.
     """
     codes = (*range(0x20000), *range(0xE0000, 0xE1000))
-    return {code: _visible(chr(code)) for code in codes if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs")}
+    shown = {code: f"⟨U+{code:04X}⟩" for code in codes if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs")}
+    shown |= {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡"}
+    return shown | {ord(c): c for c in "\n\t\u200d\u00ad"}
 
 
 def visible(text: str) -> str:
-    """Make control and direction characters visible, so that they cannot act: ``␛[31m``, ``⟨U+202E⟩``."""
+    """Replace control and direction characters by visible ones without effect: ``␛[31m``, ``⟨U+202E⟩``."""
     return text if text.isprintable() else text.translate(_acting())
 
 
-def _visible(c: str) -> str:
-    if c in "\n\t\u200d\u00ad":  # line ends, tabs, the joiner of emoji, the soft hyphen
-        return c
-    if ord(c) < 0x20:
-        return chr(0x2400 + ord(c))
-    return "␡" if ord(c) == 0x7F else f"⟨U+{ord(c):04X}⟩"
-
-
 def inert(json_text: str) -> str:
-    """Write the control and direction characters that JSON leaves as they are as its escapes: it means the same."""
+    r"""Write control and direction characters in a JSON text as ``\u`` escapes, which JSON reads as the same."""
     return json_text.translate({code: f"\\u{code:04x}" for code in _acting() if code < 0x10000 and code != 0x0A})
 
 
@@ -80,7 +75,7 @@ def p_text(p: float) -> str:
 
 
 def fold(text: str, width: int) -> list[str]:
-    """Break a long name into lines, after its dashes and spaces and before an adapter."""
+    """Break a long name into lines, after dashes and spaces and before ``+ADAPTER``."""
     lines = [""]
     for part in re.findall(r"[+]?[^-_/ +]*[-_/ ]*", text):
         if lines[-1] and len(lines[-1] + part.rstrip()) > width:

@@ -1,5 +1,6 @@
 """The command line as a user types it, and the README's and the configurations' commands against it."""
 
+import ast
 import json
 import re
 import shlex
@@ -49,12 +50,36 @@ def test_help_needs_no_mlx():
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["config", "tasks.gsm8k", "tasks.countdown", "tasks.qa", "evaluation.stats", "report.tables", "runtime.run_folder"],
-)
-def test_these_rooms_never_load_mlx(module):
-    code = f"import sys, mlx_traces.{module}\nassert not any(name.startswith('mlx.') for name in sys.modules)"
+def test_modules_that_say_so_never_load_mlx():
+    names = ["mlx_traces.pipelines.verify"]
+    for path in (ROOT / "mlx_traces").rglob("*.py"):
+        if "No MLX" in (ast.get_docstring(ast.parse(path.read_text())) or ""):
+            names.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert len(names) > 10
+    code = (
+        f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+        "    assert not {'mlx.core', 'mlx_lm', 'transformers'} & set(sys.modules), name"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_group_lists_each_command_once_with_a_whole_sentence(group):
+    command = main.commands[group[0]] if group else main
+    text = call(*group, "--help").output
+    for name, one in command.commands.items():
+        (line,) = re.findall(rf"^  {name} +(.+)$", text, re.MULTILINE)
+        assert line.endswith(".") and not line.endswith("...") and one.help.startswith(line)
+
+
+def test_what_starts_fast_loads_neither_mlx_nor_other_large_packages():
+    modules = "config tasks.gsm8k tasks.countdown tasks.qa evaluation.stats evaluation.evaluator report.tables "
+    modules += "runtime.run_folder runtime.hub"  # of grade, report, watch and data
+    code = (
+        f"import sys, {', '.join(f'mlx_traces.{module}' for module in modules.split())}\n"
+        "heavy = {'mlx.core', 'transformers', 'pandas', 'datasets', 'httpx2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -228,7 +253,7 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
         (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
         (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
         (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: needs 1 or more, not"),
-        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: give as many values as it takes"),
+        (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: the list is too short"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -398,10 +423,18 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
             build(SFTConfig, {"data": "x", "kind": "full", "rank": 4, "valid": "y", "valid_share": 0.1}),
             ["rank", "valid"],
         ),
+        (
+            build(SFTConfig, {"data": "x", "valid_share": 0, "patience": 3}),
+            ["patience 3 changes nothing without a"],
+        ),
+        (build(SFTConfig, {"data": "x", "valid_share": 0, "valid": "y", "patience": 3}), ["valid_share 0.0 "]),
+        (build(GRPOConfig, {"tags": "r1"}), ["tags r1 changes nothing without a reward that reads them"]),
+        (build(GRPOConfig, {"tags": "r1", "rewards": {"correct": 1, "format": 0.1}}), []),
         (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
         (build(ReformatConfig, {"max_tokens": 7}), ["max_tokens 7 changes nothing without model"]),
         (build(CompareConfig, {"evals": [{"top_p": 0.5}, {"top_p": 0.5, "temperature": 1}]}), ["top_p 0.5"]),
         (build(RoundsConfig, {"name": "x", "score": {"judge_max_tokens": 3}}), ["judge_max_tokens 3"]),
+        (build(RoundsConfig, {"name": "x", "epoch1": {"kind": "full", "rank": 4}}), ["rank 4 changes nothing"]),
     ],
 )
 def test_which_settings_change_nothing(config, told):

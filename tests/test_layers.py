@@ -20,12 +20,13 @@ models
 tasks
 runtime
 config
+yaml_files
 readers records
 text
 errors
 """
 FLOOR = {name: floor for floor, line in enumerate(reversed(STACK.split("\n"))) for name in line.split()}
-WITHOUT_MLX = ("tasks", "report", "config", "readers", "records", "text", "errors", "evaluation.stats")
+WITHOUT_MLX = ("tasks", "report", "config", "yaml_files", "readers", "records", "text", "errors", "evaluation.stats")
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Heavy imports wait until a command runs, so ``--help`` is instant."""
+"""The command line: parse, call, print. A command imports its packages when it runs, so ``--help`` is fast."""
 
 import click
 
@@ -12,21 +12,33 @@ from mlx_traces.cli.report import card_command, push_command, report_command, wa
 from mlx_traces.cli.traces import data_group, filter_command, generate_command, reformat_command, score_command
 from mlx_traces.cli.train import fuse_command, grpo_command, plan_command, ppo_command, sft_command
 
+GROUPS = {  # of the root's help
+    "Evaluate": (eval_command, compare_command, study_command, grade_command, verify_command),
+    "Traces": (data_group, generate_command, score_command, filter_command, reformat_command),
+    "Train": (sft_command, grpo_command, ppo_command, rounds_command, fuse_command),
+    "Show and share": (report_command, watch_command, card_command, push_command),
+    "Machine and configurations": (doctor_command, plan_command, bench_group, nano_group, configs_command),
+}
 
-@click.group(cls=Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+
+class Root(Commands):
+    """The root group; its help lists the commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, group by group."""
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{one.name:<8}", one.get_short_help_str(68)) for one in commands])
+
+
+@click.group(
+    cls=Root,
+    commands=[command for commands in GROUPS.values() for command in commands],
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(mlx_traces.__version__)
 def main() -> None:
     """Teach small language models to reason on a MacBook, and measure whether they do.
 
     Start with `mlx-traces compare`: it compares direct answers with thinking, on the embedded model, in about a minute.
     """
-
-
-for command in (
-    *(eval_command, compare_command, study_command, grade_command, verify_command),
-    *(data_group, generate_command, score_command, filter_command, reformat_command, sft_command, rounds_command),
-    *(grpo_command, ppo_command, fuse_command),
-    *(report_command, watch_command, card_command, push_command),
-    *(bench_group, nano_group, doctor_command, plan_command, configs_command),
-):
-    main.add_command(command)

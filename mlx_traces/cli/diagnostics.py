@@ -147,6 +147,61 @@ def bench_generate_command(
             )
 
 
+@bench_group.command("graph")
+@click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
+@click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Completions decoded at once.")
+@click.option("--backend", type=click.Choice(["metal", "cuda"]), default="metal", show_default=True, help="Whose GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> None:
+    """Count the kernels and bytes of a decode step and of an update, without a GPU; nothing is computed."""
+    from mlx_traces.diagnostics import bench_graph
+
+    found = bench_graph.bench_graph(model, rows, backend)
+    if as_json:
+        lines = [asdict(row) for row in found]
+        click.echo(to_json({"rows": lines, "model": model, "rows_at_once": rows, "backend": backend}), nl=False)
+        return
+    click.echo(f"{model}, {rows} rows, counted for {backend}; a pass is rows x vocabulary float32 numbers")
+    click.echo(f"{'':<45}{'operations':>11}{'kernels':>8}{'GB':>8}{'passes':>8}")
+    for row in found:
+        name = f"{row.what}, {row.variant}{', log-probabilities' if row.logprobs else ''}"
+        numbers = f"{row.primitives:>11,}{row.kernels:>8,}{row.gb:>8.2f}{row.vocabulary_passes:>8.1f}"
+        click.echo(f"{name:<45}{numbers}")
+
+
+@bench_group.command("all")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; it is replaced.")
+@click.option("--model", help="nano, a folder, or a hub id.  [default: a 4-bit Qwen2.5 of 0.5B; nano on a CPU]")
+@click.option("--quick", is_flag=True, help="Fewer and shorter steps, with nano unless --model says otherwise.")
+@click.option("--data", type=click.Path(), help="File of GSM8K-like problems.  [default: the hub's, else Countdown]")
+@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Limit of all steps.")
+def bench_all_command(out: Path, model: str | None, quick: bool, data: str | None, minutes: float) -> None:
+    """Run every bench on this machine, each in a process of its own, and write one file for bench show."""
+    from mlx_traces.diagnostics import bench_all, bench_file
+
+    file = bench_all.bench_all(out, model, quick, data, minutes, lambda line: click.echo(line, err=True))
+    bench_file.show([file])
+    click.echo(f"written to {out}")
+
+
+@bench_group.command("show")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--png", type=click.Path(path_type=Path), help="Also draw the curves into this file.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown instead.")
+def bench_show_command(files: tuple[Path, ...], png: Path | None, markdown: bool) -> None:
+    """Show files of bench all: a table by machine, and curves of tokens per second."""
+    from mlx_traces.diagnostics import bench_file
+    from mlx_traces.report import tables
+
+    read = [bench_file.read(file) for file in files]
+    if markdown:
+        click.echo(tables.cells_to_markdown(bench_file.cells(read)), nl=False)
+    else:
+        bench_file.show(read)
+    if png:
+        bench_file.draw(read, png)
+
+
 @bench_group.command("sft", cls=Ranked)
 @click.option("--data", type=click.Path(), help="File of traces.  [default: traces of Countdown's solver]")
 @click.option("--problems", type=click.Path(), help="File of GSM8K-like problems, whose solutions become traces.")

@@ -9,7 +9,7 @@ import click
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, settings_options
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.readers import read_jsonl
+from mlx_traces.readers import file_rows
 from mlx_traces.records import EvalResult
 from mlx_traces.runtime.files import write_new
 from mlx_traces.tasks import get_task
@@ -20,7 +20,7 @@ from mlx_traces.text import inert
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
 @click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
-@click.option("--resume", is_flag=True, help="Continue a run that was cut off; finished samples are kept.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished samples are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a summary.")
 @settings_options(EvalConfig)
 def eval_command(
@@ -77,14 +77,15 @@ def summary(result: EvalResult) -> list[str]:
 
 @click.command("grade")
 @click.argument("file", type=click.Path())
-@click.option("--task", required=True, help="Task whose grader judges: gsm8k, countdown, math, qa or module:TASK.")
+@click.option("--task", required=True, help="Task whose grader to use: gsm8k, countdown, math, qa or module:TASK.")
 @click.option("--extractor", help="How the answer is found; default: the task's first extractor.")
 @click.option("--out", type=click.Path(), help="Write the rows here instead of to stdout.")
 def grade_command(file: str, task: str, extractor: str | None, out: str | None) -> None:
     """Grade completions from any source.
 
-    FILE is JSON lines with `completion` and the task's columns. Each row is printed with `correct`, `verdict` and
-    `extracted`, and with a `note` if its answer can be read in two ways. A summary goes to stderr.
+    FILE is JSON lines, a .json list, Parquet or Arrow, with `completion` and the task's columns. Each row is printed
+    with `correct`, `verdict` and `extracted`, and with a `note` if its answer can be read in two ways. A summary goes
+    to stderr.
     """
     from mlx_traces.evaluation import evaluator, stats
 
@@ -93,7 +94,7 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     if name not in grader.extractors:
         raise unknown(f"extractor of {task}", name, grader.extractors)
     lines, correct = [], 0
-    for where, row in read_jsonl(Path(file), ("completion", *grader.graded_columns)):
+    for where, row in file_rows(Path(file), ("completion", *grader.graded_columns)):
         score = evaluator.regrade(grader, row, where)[name]
         graded = {**row, "correct": score.correct, "verdict": score.verdict, "extracted": score.extracted}
         graded |= {"note": score.note} if score.note else {}

@@ -1,4 +1,4 @@
-"""Options made from the settings, and a click group whose errors are one line."""
+"""Options derived from the settings, and a click group whose errors are one line."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from mlx_traces.text import clean
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks do together
+SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks can share
 
 
 class Commands(click.Group):
@@ -40,7 +40,7 @@ class Commands(click.Group):
         except Lost as error:
             if rank == "0":
                 raise click.ClickException(clean(error)) from None
-            ctx.exit(1)  # what happened is said by the lost one, or by its launcher
+            ctx.exit(1)  # the lost rank, or its launcher, says what happened
         except UserError as error:
             raise click.ClickException(clean(error) if rank == "0" else f"rank {rank}: {clean(error)}") from None
         except click.MissingParameter as error:
@@ -53,9 +53,9 @@ class Commands(click.Group):
             ctx.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise  # only these three are the disk's
+                raise  # not the disk's fault
             file = error.filename or "the output"
-            if error.filename is None:  # what is still to be written there would fail again at the end
+            if error.filename is None:  # stdout: writing the rest at exit would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             told = f"{clean(file)} cannot be written ({error.strerror}); make room, then repeat the command"
             raise click.ClickException(told) from None
@@ -69,7 +69,7 @@ class Commands(click.Group):
 
 
 def _again(ctx: click.Context) -> str:
-    """Say how to continue the command that was stopped."""
+    """Say how to continue the interrupted command."""
     name = ctx.invoked_subcommand or ""
     command = ctx.command.get_command(ctx, name) if isinstance(ctx.command, click.Group) else None
     resumes = command is not None and any(option.name == "resume" for option in command.params)
@@ -109,19 +109,24 @@ class ConfigFile(click.ParamType):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the path of the file that is meant."""
+        """Return the path of the configuration."""
         return str(find_config(value))
 
 
 SECTIONS = {  # of a command's help, most used options first; the others come under More
-    "Model": ("model", "adapter", "weights", "dtype", "device"),
-    "Task and data": ("task", "data", "valid", "valid_share", "split", "limit", "prompt", "shots", "extractor"),
-    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "thinking", "rows"),
+    "Model": ("model", "models", "adapter", "weights", "dtype", "device"),
+    "Task and data": (
+        *("task", "data", "valid", "valid_share", "split", "limit", "prompt", "prompts", "shots", "thinking"),
+        *("extractor",),
+    ),
+    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "rows"),
     "Training": (
         *("num_steps", "epochs", "prompts_per_step", "batch_size", "learning_rate", "rewards", "loss", "advantage"),
         *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
     ),
-    "Output": ("config_file", "out", "runs_dir", "resume", "as_json", "report_to"),
+    "Output": (
+        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "resume", "as_json", "report_to"),
+    ),
 }
 
 
@@ -141,14 +146,14 @@ class Sectioned(click.Command):
 
 
 def console() -> "Console":
-    """Return the console of stdout: as wide as the terminal, 100 columns where there is none."""
+    """Return a console on stdout, as wide as the terminal; 100 columns without one."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
-    """Read the settings of a file, with ``given`` ones over them; note on stderr those that change nothing."""
+    """Read a file's settings, which ``given`` ones override; note on stderr those that change nothing."""
     config = read_config(kind, path, given)
     note_unused(config)
     return config
@@ -184,7 +189,7 @@ def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Ca
 
 
 def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable:
-    """Make the click option of one field; validation is the settings' own."""
+    """Make the click option of one field; the settings validate the value."""
     if name == "template_args":
         text = f"{kind.model_fields[name].description}  Repeat for more."
         return click.option(

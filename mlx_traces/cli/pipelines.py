@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_traces.cli.options import ConfigFile, configured, console, note_unused, settings_options
+from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, note_unused, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
 from mlx_traces.runtime.device import import_mlx
@@ -16,15 +16,17 @@ from mlx_traces.text import clean
 FORMATS = ("table", "markdown", "csv", "json")
 
 
-@click.command("compare")
+@click.command("compare", cls=Sectioned)
 @click.argument("runs", nargs=-1, type=click.Path())
-@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER; repeat for more.")
-@click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model; repeat for more.")
+@click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER.  Repeat for more.")
+@click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model.  Repeat for more.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, tasks, models, baseline, out.")
 @click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
 @click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
 @click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
-@click.option("--format", "format_", type=click.Choice(FORMATS), default="table", help="What to print.")
+@click.option(
+    "--format", "format_", type=click.Choice(FORMATS), default="table", help="Printed form.  [default: table]"
+)
 @click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
@@ -110,7 +112,7 @@ def verify_command(runs: tuple[str, ...], task: str | None) -> None:
 def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
     """Evaluate every model in every prompt, and test every pair.
 
-    Models that need other bits are converted first. Repeat the command after it was cut off, or with more models in
+    Models that need other bits are converted first. Repeat the command after an interruption, or with more models in
     CONFIG: finished evaluations are not repeated.
     """
     folders = {"out": out, "runs_dir": runs_dir}
@@ -137,16 +139,16 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
 @click.option(
     "--report-to", type=click.Choice(["trackio", "wandb"]), help="Also send every training's metrics to this client."
 )
-@click.option("--dry-run", is_flag=True, help="Print the stages, and tokens and memory of those to make; make nothing.")
+@click.option("--dry-run", is_flag=True, help="List the stages, with tokens and memory of those to make; make nothing.")
 def rounds_command(
     config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
 ) -> None:
-    """Train in rounds: SFT, SFT on own traces, GRPO or PPO; compare.
+    """Train in rounds (SFT, own traces, GRPO or PPO), then compare them.
 
     Epoch 1 is SFT on raw traces, epoch 2 SFT on the model's own filtered traces, round 3 GRPO or PPO. Then the base and
     every round answer the same problems, in one table and an HTML report.
 
-    Repeat the command after it was cut off: finished stages are not repeated.
+    After an interruption repeat the command: finished stages are not repeated.
     """
     given = {"data_dir": data_dir, "runs_dir": runs_dir, "report_to": report_to}
     config = configured(RoundsConfig, config_file, {name: value for name, value in given.items() if value})

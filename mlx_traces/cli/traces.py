@@ -16,9 +16,10 @@ from mlx_traces.records import Trace
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.files import write_new
 from mlx_traces.tasks import Task, get_task
-from mlx_traces.traces import FORMATS
+from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
+STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -69,7 +70,10 @@ def data_countdown(
     target: tuple[int, int],
     out: str,
 ) -> None:
-    """Write solvable Countdown problems: nums, target, and the number of solutions as a measure of difficulty."""
+    """Write solvable Countdown problems.
+
+    A row has nums, target, and the number of solutions as a measure of difficulty.
+    """
     from mlx_traces.tasks import countdown, solver
 
     if Path(out).exists():
@@ -84,12 +88,15 @@ def data_countdown(
 
 @data_group.command("countdown-traces")
 @generated_problems
-@click.option("--prompt", "prompts", multiple=True, default=("thinking",), help="Prompt style; several give several.")
+@click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
     count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
 ) -> None:
-    """Write a solver's traces of Countdown problems: a search step by step, then the answer."""
+    """Write a solver's traces of Countdown problems.
+
+    A trace is a search, step by step, then the answer.
+    """
     from mlx_traces.tasks import countdown
     from mlx_traces.traces import solutions
 
@@ -124,7 +131,7 @@ def worked_solutions(task: str, source: str, styles: str) -> Callable:
 @data_group.command("gsm8k")
 @worked_solutions("gsm8k", "openai/gsm8k", "think (<answer> after the thought), plain (####) or boxed")
 def data_gsm8k(**options: Any) -> None:
-    """Write GSM8K's worked solutions as traces, without their calculator annotations."""
+    """Write GSM8K's worked solutions as traces. Their calculator annotations are removed."""
     from mlx_traces.tasks import gsm8k
     from mlx_traces.traces import solutions
 
@@ -178,7 +185,7 @@ def _write_solutions(
     "--style",
     default="think",
     show_default=True,
-    help="Tags to write: think, sky-t1, or keep for those that are there.",
+    help="Tags to write: think or sky-t1; keep leaves those that are there.",
 )
 @click.option(
     "--split", default="train", show_default=True, help="Split of a hub data set; a slice as in 'train[:1000]'."
@@ -186,10 +193,11 @@ def _write_solutions(
 @click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: count them]")
 @click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
 def data_import(data: str, form: str, task: str | None, style: str, split: str, strict: bool, out: str | None) -> None:
-    """Import traces from FILE (.jsonl, .json, .parquet, .arrow, .txt) or a hub data set owner/name.
+    """Import traces from a file or a hub data set.
 
-    A thought in a field of its own (reasoning_content, thinking, reasoning, thought) is put in tags before the answer;
-    a turn of weight 0 is not learned; other fields of a turn are left out and counted.
+    FILE is .jsonl, .json, .parquet, .arrow or .txt, or OWNER/NAME on the hub. A thought in a field of its own
+    (reasoning_content, thinking, reasoning, thought) is put in tags before the answer. A turn of weight 0 is not
+    learned. Other fields of a turn are left out and counted.
     """
     from mlx_traces.traces import importing
 
@@ -210,9 +218,7 @@ def _write(
     seed: int | None,
     dropped: Counter | None = None,
 ) -> None:
-    """Write traces and their manifest, and say how many."""
-    from mlx_traces.traces import files
-
+    """Write traces and their manifest; print how many."""
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
     origin = files.source_of(source) if source == config.get("data") else {"source": source}
     written = files.write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
@@ -224,7 +230,7 @@ def _write(
 @click.argument("source", metavar="IN", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/x.jsonl.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component; repeat for more.")
+@click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component.  Repeat for more.")
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
     """Score the traces of IN.
@@ -269,7 +275,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
-    from mlx_traces.traces import files, reformat
+    from mlx_traces.traces import reformat
 
     written, dropped = reformat.reformat_file(
         Path(source), Path(out), configured(ReformatConfig, config_file, settings)
@@ -292,8 +298,10 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 @click.command("generate", cls=Sectioned)
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File.")
-@click.option("--resume", is_flag=True, help="Continue what was cut off; finished completions are kept.")
+@click.option(
+    "--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File to write."
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished completions are kept.")
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Sample completions of training problems as traces. They keep their log-probabilities."""

@@ -13,7 +13,7 @@ from mlx_traces.runtime.device import import_mlx
 
 @click.command("plan")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
-@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Default: the one that has the file's fields.")
+@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Recipe; default: the one with its fields.")
 def plan_command(config_file: str, kind: str | None) -> None:
     """Estimate the memory of a training. Also prints the largest settings that fit.
 
@@ -30,7 +30,7 @@ def plan_command(config_file: str, kind: str | None) -> None:
 @click.command("sft", cls=Sectioned)
 @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
 @click.option("--out", default="runs/sft", show_default=True, type=click.Path(), help="Run folder.")
-@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @settings_options(SFTConfig, "evaluate", "betas")
 def sft_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
     """Fine-tune a model on traces: LoRA, DoRA or full weights.
@@ -48,7 +48,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
     best = "" if result.best_step is None else f", best at step {result.best_step}"
     loss = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
     accuracy = "" if result.accuracy is None else f", held-out accuracy {100 * result.accuracy:.1f} %"
-    click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
+    click.echo(f"{_steps(result)} in {result.seconds:.0f} s{best}{loss}{accuracy}; adapter in {result.adapter}")
     speed, padding = f"{result.tokens_per_second:.0f} tokens/s", f"{100 * result.padding:.1f} %"
     click.echo(f"{speed}, {result.peak_memory_gb:.2f} GB at most, padding {padding}", err=True)
 
@@ -60,13 +60,17 @@ _REWARD = (
 )
 
 
+def _steps(result: Any) -> str:
+    return f"{result.steps} steps" + (f", ended by {result.stopped}," if result.stopped else "")
+
+
 def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.Command:
     """Make the command ``grpo`` or ``ppo``."""
 
     @click.command(name, cls=Sectioned, help=f"{what}\n\n{_CONFIG}")
     @click.argument("config_file", metavar="[CONFIG]", required=False, type=ConfigFile())
     @click.option("--out", default=f"runs/{name}", show_default=True, type=click.Path(), help="Run folder.")
-    @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+    @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
     @click.option("--reward", "rewards", multiple=True, metavar="NAME=WEIGHT", help=_REWARD)
     @settings_options(kind, "evaluate", "betas", "rewards")
     def command(config_file: str | None, out: str, resume: bool, rewards: tuple[str, ...], settings: dict) -> None:
@@ -84,7 +88,7 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         best = "" if result.best_step is None else f", best at step {result.best_step}"
         if result.accuracy is not None:
             best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
-        click.echo(f"{result.steps} steps in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
+        click.echo(f"{_steps(result)} in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
         spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
         click.echo(
             f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True
@@ -112,7 +116,7 @@ ppo_command = reinforcement_command(
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of these traces.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def fuse_command(**arguments: Any) -> None:
-    """Write a model and its adapter as one model. It has 16 bits, or is quantized again."""
+    """Write a model and its adapter as one model. Its weights have 16 bits, or are quantized again."""
     import_mlx()
     from mlx_traces.train import fuse
 
@@ -138,7 +142,7 @@ SHOWN = (
 
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Yield the function that takes each line of metrics and the number of steps; it drives the progress on stderr."""
+    """Yield a function that takes each line of metrics and the number of steps, and shows the progress on stderr."""
     from mlx_traces.runtime.progress import progress
 
     with progress(name) as shown:

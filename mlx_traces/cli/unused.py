@@ -1,21 +1,27 @@
-"""Settings that were given but change nothing: noted, or refused where a note is not enough."""
+"""Notes on settings that were given but change nothing."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, Config, FilterConfig, ReformatConfig, RLConfig, RoundsConfig
+from mlx_traces.config import AnswerConfig, Config, FilterConfig, ReformatConfig, RLConfig, RoundsConfig, SFTSettings
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import TASKS, get_task
 
 
 def _examples(config: Any) -> bool:
-    """Whether the prompt has worked examples; True for an unknown task, which is refused elsewhere."""
+    """Whether the prompt has worked examples; True for an unknown task, which is an error elsewhere."""
     if config.task not in TASKS:
         return True
     task = get_task(config.task)
     return (config.prompt or task.default_prompt) in task.few_shot
 
 
+def _validated(config: SFTSettings) -> bool:
+    """Whether a fine-tuning has a validation; ``valid`` is no setting of the rounds."""
+    return bool(getattr(config, "valid", None) or config.valid_share or config.evaluate)
+
+
+_TAGGED = {"gated", "format", "structure", "faithfulness"}  # rewards
 _SELECTED = ("eval_data", "eval_split", "eval_limit", "eval_seed", "overlap_words")
 _JUDGED = ("judge_prompt", "judge_max_tokens", "judge_cache", "judge_failures")
 _REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
@@ -28,6 +34,8 @@ _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
     ((), _JUDGED, lambda c: c.judge is None, "without judge"),
     ((ReformatConfig,), _REWRITTEN, lambda c: c.model is None, "without model"),
     ((RLConfig,), ("eval_every", "patience"), lambda c: c.evaluate is None, "without evaluate"),
+    ((SFTSettings,), ("eval_every", "patience"), lambda c: not _validated(c), "without a validation"),
+    ((RLConfig,), ("tags",), lambda c: not _TAGGED & c.rewards.keys(), "without a reward that reads them"),
     ((), ("overlong_tokens",), lambda c: c.overlong != "penalty", "unless overlong is penalty"),
     ((), ("probe_samples",), lambda c: (c.pass_rate_low, c.pass_rate_high) == (0, 1), "without pass_rate_low or _high"),
     ((), ("importance_cap",), lambda c: c.importance == "none", "without importance"),
@@ -40,20 +48,18 @@ def unused(config: Config) -> Iterator[str]:
     """Yield a line for each setting that was given, differs from its default, and changes nothing.
 
     Raises:
-        UserError: for a filter's setting of the evaluation problems if no evaluation is named: none would be left out.
+        UserError: for a filter's settings of evaluation problems without ``eval_task``: no problem would be left out.
     """
     for recipes, names, idle, why in _NO:
-        told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []
-        for name in told:
-            if idle(config):
+        for name in names if not recipes or isinstance(config, recipes) else ():
+            field = type(config).model_fields.get(name)
+            given = name in config.model_fields_set and field and getattr(config, name) != field.default
+            if given and idle(config):
                 line = f"{name} {getattr(config, name)} changes nothing {why}"
                 if isinstance(config, FilterConfig) and names is _SELECTED:
                     raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
                 yield line
-    inner = [config.score, config.filter] if isinstance(config, RoundsConfig) else getattr(config, "evals", ())
-    yield from (line for one in inner for line in unused(one))
-
-
-def _given(config: Config, name: str) -> bool:
-    field = type(config).model_fields.get(name)
-    return name in config.model_fields_set and field is not None and getattr(config, name) != field.default
+    inner = getattr(config, "evals", ())
+    if isinstance(config, RoundsConfig):
+        inner = (config.score, config.filter, config.epoch1, config.epoch2)
+    yield from (line for one in inner if one is not None for line in unused(one))

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 from mlx_lm import batch_generate
 
 from mlx_traces.engine.generation import Usage, generate
@@ -98,8 +99,6 @@ def bench_generate(
         raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
     peer_model, tokenizer, weights = loaded.model, loaded.tokenizer, "same"
     if against and as_shipped:
-        import mlx_lm
-
         (peer_model, tokenizer), weights = mlx_lm.load(str(loaded.path))[:2], "as shipped"
     lines = []
     for count in rows:

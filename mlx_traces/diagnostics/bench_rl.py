@@ -29,6 +29,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx.optimizers import Adam
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -58,7 +59,8 @@ class GRPORow:
     (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` are those
     sampled, stop tokens included, a step on average, and ``tokens_per_second`` is them over the seconds of whole steps.
     ``learned`` is the share of the rollouts that the update learns from: groups rewarded alike teach nothing and are
-    left out. ``ratio`` is the peer's seconds a step over ours, at the same numbers of problems and rollouts;
+    left out. ``kl_sampler`` is the mean KL divergence, in nats, of what the trainer computes from what was sampled.
+    ``ratio`` is the peer's seconds a step over ours, at the same numbers of problems and rollouts;
     ``tokens_ratio`` is our tokens per second over the peer's, which unequal lengths do not move. Memory is the most
     that MLX held, weights included, in 1e9 bytes; what belongs to the other tool alone is taken off. The estimate is
     for completions as long as they may get, all of them learned.
@@ -77,6 +79,7 @@ class GRPORow:
     peak_memory_gb: float
     estimated_memory_gb: float
     warmup_seconds: float
+    kl_sampler: float | None = None
     ranks: int = 1
     peer: str | None = None
     peer_weights: str | None = None
@@ -101,6 +104,7 @@ class Step:
     learned: float = 1.0
     memory_gb: float = 0.0
     began: float = 0.0
+    kl: float | None = None
 
     def begin(self) -> "Step":
         """Start the clock."""
@@ -226,6 +230,7 @@ def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPOR
         peak_memory_gb=max(step.memory_gb for step in timed),
         estimated_memory_gb=estimated_gb,
         warmup_seconds=steps[0].seconds,
+        kl_sampler=timed[-1].kl,
         ranks=distributed.world().size(),
     )
 
@@ -257,7 +262,7 @@ class OurSteps:
         )
         learned = [_all_differ(group) for group in groups] if self.every_row else groups
         rows = self.room.rows_of(learned, self.config)
-        self.room.learn(self.learner, rows, self.number, self.config)
+        step.kl = self.room.learn(self.learner, rows, self.number, self.config).get("policy/kl_sampler")
         every = [rollout for group in groups for rollout in group]
         step.end(sum(len(rollout.ids) for rollout in every))
         step.sampling = seconds["time/sample"]
@@ -293,8 +298,6 @@ def trainer() -> Any:
 def _peer_models(loaded: LoadedModel, config: GRPOConfig, as_shipped: bool) -> tuple[nn.Module, nn.Module]:
     """Return the peer's model with an adapter, and its reference: the same arrays, or two loads as its user gets."""
     if as_shipped:
-        import mlx_lm
-
         peer, reference = (mlx_lm.load(str(loaded.path))[0] for _ in range(2))
         adapters.start(peer, PEER_ADAPTER)
     else:

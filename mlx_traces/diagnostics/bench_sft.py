@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.optimizers import Adam
@@ -35,7 +34,7 @@ from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces
 from mlx_traces.traces.solutions import countdown_traces, gsm8k_traces
 from mlx_traces.train import sft
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -186,9 +185,8 @@ def our_epochs(model: nn.Module, rows: Sequence[Example], config: SFTConfig) -> 
     while True:
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
             _, grads = sft.step_gradient(model, halves, [rows[index] for index in indices], config)
-            grads, _ = clip(grads, config.max_grad_norm)
-            optimizer.update(model, grads)
-            mx.eval(model.trainable_parameters(), optimizer.state)
+            _, update = optimizer.propose(model, grads)
+            update()
         epoch += 1
         yield
 

@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from packaging.version import InvalidVersion, Version
+
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models import names
 from mlx_traces.runtime import blas, device, hub
 
 SLOW_GFLOPS = 20  # below it, a CPU's BLAS is not one
@@ -60,7 +64,13 @@ def report(self_test: bool = True) -> list[Line]:
     except UserError as error:
         lines.append(Line("device", "MLX does not run here", str(error), failed=True))
     else:
-        lines += [Line("device", backend.description), memory(backend), _blas(backend.name)]
+        lines += [
+            Line("device", backend.description),
+            memory(backend),
+            sizes(backend),
+            _blas(backend.name),
+            attention(),
+        ]
     lines += [*disks(), _nano(), _hub()]
     return [*lines, _self_test()] if backend and self_test else lines
 
@@ -121,8 +131,6 @@ def _version(package: str) -> Line:
 
 def judged(package: str, version: str) -> Line:
     """Hold a version against those tested: an older one is refused, a newer one only told."""
-    from packaging.version import InvalidVersion, Version
-
     low, high = TESTED[package]
     try:
         found = Version(version)
@@ -160,8 +168,7 @@ def memory(backend: device.Backend) -> Line:
     if free is not None:
         parts.append(f"{free:.1f} GB free")
     if backend.name == "metal":
-        usable = device.import_mlx().device_info().get("max_recommended_working_set_size", 0) / _GB
-        parts += [f"{usable:.1f} GB for the GPU"] if usable else []
+        parts[0] += f" for the GPU, of {device.import_mlx().device_info().get('memory_size', 0) / _GB:.1f} GB"
     limits = dict(_limits_gb())
     if limits and (least := min(limits, key=limits.__getitem__)) and limits[least] < 0.95 * backend.memory_gb:
         room = limits[least]
@@ -170,6 +177,12 @@ def memory(backend: device.Backend) -> Line:
     if free is not None and free < LEAST_MEMORY_GB:
         fix = f"close other programs: below {LEAST_MEMORY_GB} GB only nano runs well"
     return Line("memory", ", ".join(parts), fix)
+
+
+def sizes(backend: device.Backend) -> Line:
+    """Say which sizes of batches this device takes where the settings have none."""
+    own = ", ".join(f"{name} {size:,}" for name, size in backend.sizes.items())
+    return Line("sizes", f"{own} where not set" if own else "each command's own defaults (--help)")
 
 
 def _free_gb() -> float | None:
@@ -212,10 +225,22 @@ def _blas(backend: str) -> Line:
     return Line("matrix product", value, fix)
 
 
+def attention() -> Line:
+    """Say whether attention reads the keys that it is given, in each type."""
+    from mlx_traces.engine.attention import misread
+
+    found = {name: misread(getattr(device.import_mlx(), name)) for name in device.DTYPES}
+    told = "; ".join(f"{' and '.join(wrong)} ({name})" for name, wrong in found.items() if wrong)
+    if not told:
+        return Line("attention", f"reads slices of longer buffers rightly in {', '.join(found)}")
+    if any("whole" in what for wrong in found.values() for what in wrong):
+        fix = "do not trust this machine's results in that type: pass another --dtype, or --device cpu"
+        return Line("attention", f"misreads {told}", fix, failed=True)
+    return Line("attention", f"misreads {told}; sampling works around it")
+
+
 def disks() -> list[Line]:
     """Say what room there is for run folders, here, and for downloaded models."""
-    from huggingface_hub import constants
-
     cache = Path(constants.HF_HUB_CACHE)
     return [
         _disk("disk, runs", Path.cwd(), LEAST_DISK_GB, "free some space, or work in another folder"),
@@ -244,8 +269,6 @@ def _disk(what: str, folder: Path, least: float, fix: str) -> Line:
 
 
 def _nano() -> Line:
-    from mlx_traces.models import names
-
     try:
         path, _ = names.resolve(names.NANO)
     except UserError as error:

@@ -24,6 +24,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import SFTConfig
+from mlx_traces.engine import logprobs
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 from mlx_traces.errors import UserError
@@ -37,7 +38,7 @@ from mlx_traces.tasks import countdown
 from mlx_traces.traces import encoding
 from mlx_traces.traces.solutions import countdown_traces
 from mlx_traces.train import sft
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
 MAX_TOKENS = 24
@@ -153,8 +154,6 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     The adapter's weights are sines, the same on every device and in every version, and none is 0, so that every matrix
     has a gradient.
     """
-    from mlx_traces.engine import logprobs
-
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
     adapters.start(loaded.model, config)
     waves = [
@@ -166,12 +165,11 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     batch = _examples(loaded)
     halves, optimizer = logprobs.split(loaded.model), make_optimizer(config, 10)
     loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
-    grads, norm = clip(grads, config.max_grad_norm)
-    optimizer.update(loaded.model, grads)
-    mx.eval(loaded.model.trainable_parameters(), optimizer.state, norm)
+    norm, update = optimizer.propose(loaded.model, grads)
+    update()
     loaded.model.eval()
     after = sft.mean_loss(halves, batch, config)
-    return {"loss": float(loss), "gradient norm": norm.item(), "loss after the step": after}
+    return {"loss": float(loss), "gradient norm": norm, "loss after the step": after}
 
 
 def _examples(loaded: LoadedModel) -> list[Any]:

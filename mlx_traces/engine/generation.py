@@ -16,12 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_traces.engine import fused
+from mlx_traces.engine.attention import SLICES, Reading, name_of, reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
+    CANDIDATES,
+    UNSURE,
     Ending,
     Request,
     SamplingParams,
@@ -31,10 +34,12 @@ from mlx_traces.engine.sampling import (
     stop_ids,
     uniforms_of,
 )
-from mlx_traces.errors import UserError, first_line
+from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
-from mlx_traces.runtime.device import limits, out_of_memory
+from mlx_traces.runtime import blas, distributed
+from mlx_traces.runtime.device import limits
 
 MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
 # Prompt tokens read at once, padding included. On a CPU few: products of that size are at full speed already, and
@@ -42,6 +47,7 @@ MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is re
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
+ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
@@ -95,8 +101,8 @@ def generate(
             distribution that was sampled, filters and temperature included (all 0 where greedy), and
             ``model_logprobs`` of the model's own, at temperature 1 and unfiltered.
         memory_gb: most memory to plan for, weights included, in 1e9 bytes; default: 80 % of the device's. Fewer
-            rows are decoded at once where ``rows`` would not fit (``rows_that_fit``), and half as many whenever
-            memory runs out all the same; a note in ``loaded.notes`` says so.
+            rows are decoded at once where ``rows`` would not fit (``rows_that_fit``), and after memory ran out all
+            the same (`MemoryBudget`); notes in ``loaded.notes`` say so.
         usage: is filled in as the engine runs.
 
     Raises:
@@ -141,8 +147,7 @@ def rows_that_fit(
     heads = config.get("num_attention_heads") or 1
     hidden = config.get("hidden_size") or 0
     size = config.get("head_dim") or hidden // heads
-    weights = [array for _, array in tree_flatten(loaded.model.parameters())]
-    itemsize = max((array.dtype.size for array in weights if mx.issubdtype(array.dtype, mx.floating)), default=4)
+    itemsize = adapters.activation_bytes(loaded.model)
     length = max(len(r.prompt_ids) + p.max_tokens for r, p in zip(requests, params, strict=True)) + STEP
     layers = len(loaded.model.layers)
     row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
@@ -151,7 +156,8 @@ def rows_that_fit(
         PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
     )
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
-    return max(1, int((limit - sum(array.nbytes for array in weights) - reading) // max(row, 1)))
+    weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)
+    return max(1, int((limit - weights - reading) // max(row, 1)))
 
 
 def _run(
@@ -162,38 +168,44 @@ def _run(
     logprobs: bool,
     usage: Usage,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Run the engine, or mlx_lm's for a model with a special cache; with half the rows after running out of memory."""
+    """Run the engine, or mlx_lm's for a model with a special cache; rows that did not fit are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
     axes = mask_axes(loaded.model) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
-    left = list(range(len(requests)))
+    left, budget = list(range(len(requests))), loaded.row_budget
     while left:
-        asked, settings = [requests[i] for i in left], [params[i] for i in left]
-        if axes != 0:
-            stream = _Engine(loaded, asked, settings, min(rows, len(left)), logprobs, usage, axes or 4).run()
-        else:
-            stream = generate_plainly(loaded, asked, settings, rows, logprobs)
-        done, failed = set(), False
-        try:
-            with limits():
-                for place, rollout in stream:
-                    done.add(left[place])
-                    yield left[place], rollout
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if rows == 1:
-                raise UserError(
-                    f"memory ran out with a single row ({first_line(error)}): lower --max-tokens, shorten the prompt, "
-                    "or take a smaller model or fewer bits"
-                ) from None
-            rows, failed = rows // 2, True
-            _note(loaded, f"out of memory: {rows} rows at once from here on")
-        if failed:
-            mx.clear_cache()  # not before: the error held the arrays
+        at_once = min(budget.size(rows), len(left))
+        asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
+        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
+        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
+            if axes != 0:
+                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
+            else:
+                stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
+            for place, rollout in stream:
+                done.add(left[place])
+                yield left[place], rollout
+        stream = None  # its arrays are not needed where it is tried again
         left = [index for index in left if index not in done]
+        loaded.notes += [line for line in budget.notes if line not in loaded.notes]
+
+
+def reading_of(loaded: LoadedModel) -> Reading:
+    """Find out how a GPU's attention has to be given keys and values; what is worked around is noted.
+
+    Raises:
+        UserError: if it is wrong however they are given.
+    """
+    if loaded.backend.name == "cpu":  # there it is computed step by step
+        return SLICES
+    dtype = loaded.model(mx.array([[0]])).dtype  # of an array that is never computed
+    found = reading(dtype)
+    if found != SLICES:
+        way = "copied for each step" if found.copied else "read from their buffer's beginning"
+        _note(loaded, f"attention misreads slices in {name_of(dtype)} here, so keys and values are {way}: slower")
+    return found
 
 
 def _note(loaded: LoadedModel, line: str) -> None:
@@ -203,11 +215,21 @@ def _note(loaded: LoadedModel, line: str) -> None:
 
 @dataclass
 class _Step:
-    """A step that was dispatched: its number, its tokens (on the device) and, if wanted, their log-probabilities."""
+    """A step that was dispatched: its number, what it read and drew, (R,) tokens on the device, and how.
+
+    ``logprobs`` are those of the tokens, if wanted. ``logits`` are kept where filters may have to look again.
+    """
 
     number: int
+    read: Any
+    logits: Any | None
     tokens: Any
     logprobs: Any | None
+
+    def of(self, rows: Any) -> "_Step":
+        """Return what it did for some rows."""
+        parts = (self.read, self.logits, self.tokens, self.logprobs)
+        return _Step(self.number, *(None if part is None else part[rows] for part in parts))
 
 
 class _Engine:
@@ -241,7 +263,9 @@ class _Engine:
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
-        self.window = Window(rows, axes)
+        self.candidates = CANDIDATES
+        self.fused = fused.step_of(loaded.model, loaded.backend.name) if axes == 4 else None
+        self.window = Window(rows, axes, reading_of(loaded))
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
         self.shared = common_beginning([request.prompt_ids for request in requests])
@@ -255,6 +279,9 @@ class _Engine:
         under_way = self._begin_step()
         while under_way is not None:
             ahead = self._begin_step() if self._need_more() else None
+            if self._unsure(under_way).any():
+                under_way = self._draw_again(under_way, ahead)
+                continue
             yield from self._take(under_way)
             if self.pending:
                 free = int((self.request_of < 0).sum())
@@ -274,18 +301,51 @@ class _Engine:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
-        logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+        read = self.tokens
+        if self.fused is None:
+            logits = self.loaded.model(read[:, None], cache=self.caches)[:, -1]
+        else:
+            logits = self.fused(read, self.caches)
         self.window.advance()
-        place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
-        uniforms = self.uniforms[np.arange(len(place)), place]
-        self.tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None)
-        wanted = [self.tokens] if logprobs is None else [self.tokens, logprobs]
-        mx.async_eval(*wanted)  # on a CPU this waits until nearly all is done
+        step = self._draw(logits, self.steps, read)
+        self.tokens = step.tokens
+        self.steps += 1
         self.usage.decode_seconds += perf_counter() - start
         self.usage.steps += 1
-        self.usage.row_steps += len(place)
-        self.steps += 1
-        return _Step(self.steps - 1, self.tokens, logprobs)
+        self.usage.row_steps += len(self.joined)
+        return step
+
+    def _draw(self, logits: Any, number: int, read: Any) -> _Step:
+        """Draw the tokens of a step, each row by its own random number for it."""
+        place = np.clip(number - self.joined, 0, self.uniforms.shape[1] - 1)
+        uniforms = self.uniforms[np.arange(len(place)), place]
+        tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None, self.candidates)
+        mx.async_eval(
+            tokens if logprobs is None else [tokens, logprobs]
+        )  # on a CPU this waits until nearly all is done
+        return _Step(number, read, logits if (self.settings[:, 1:] != (1, 0, 0)).any() else None, tokens, logprobs)
+
+    def _unsure(self, step: _Step) -> np.ndarray:
+        """Return (R,) whether a row's filters may keep tokens that were not looked at; waits for the step."""
+        working = (self.request_of >= 0) & (self.joined <= step.number)
+        return working & (np.array(step.tokens) == UNSURE) if step.logits is not None else working & False
+
+    def _draw_again(self, step: _Step, ahead: _Step | None) -> _Step:
+        """Draw a step's unsure tokens again, among four times the candidates, as all later steps do.
+
+        The step ahead, which read them, is undone.
+        """
+        self.candidates *= 4
+        if ahead is not None:
+            self.window.advance(-1)
+            self.steps -= 1
+        unsure, found = mx.array(self._unsure(step)), self._draw(step.logits, step.number, step.read)
+        tokens, logprobs = mx.where(unsure, found.tokens, step.tokens), step.logprobs
+        if logprobs is not None:
+            logprobs = mx.where(unsure[:, None], found.logprobs, logprobs)
+        # A slot that was given a new request since reads the end of its prompt.
+        self.tokens = mx.where(unsure, found.tokens, self.tokens if ahead is None else ahead.read)
+        return _Step(step.number, step.read, step.logits, tokens, logprobs)
 
     def _make_room(self) -> None:
         """Before the buffers are full, move the window to their beginning, if that frees a quarter of them."""
@@ -300,11 +360,14 @@ class _Engine:
         self._settle()
 
     def _settle(self) -> None:
-        """Tell the device where the rows are now; a window without a mask is moved to the buffers' beginning."""
+        """Tell the device where the rows are now; if they began alike, move them to the buffers' beginning.
+
+        There they need no mask, which some backends have no kernel for.
+        """
+        first = int(self.window.start.min())
+        if first and (self.window.start == first).all():
+            self._move(first)
         self.window.refresh()
-        if self.window.uniform and self.window.low:
-            self._move(self.window.low)
-            self.window.refresh()
 
     def _move(self, by: int) -> None:
         for cache in self.caches:
@@ -356,7 +419,7 @@ class _Engine:
         self.window.start = self.window.start[keep]
         self._settle()
         self.tokens = self.tokens[rows]
-        return _Step(ahead.number, self.tokens, None if ahead.logprobs is None else ahead.logprobs[rows])
+        return ahead.of(rows)
 
     # ------------------------------------------------------------------------------------------ prompts
 

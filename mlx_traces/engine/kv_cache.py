@@ -5,7 +5,7 @@ its slot to the next prompt, which is written so that it too ends at ``write``; 
 left when it reaches the end of the buffer, once in hundreds of steps, and rows without work are dropped now and then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_traces.engine import logprobs
+from mlx_traces.engine.attention import SLICES, Reading
 
 STEP = 256  # positions by which the buffers grow
 KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
@@ -26,31 +27,31 @@ class Window:
         write: index in the buffers that the next token's keys and values go to.
         start: (R,) first index of each row's own keys.
         offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
-        low: first index that any row still needs.
-        uniform: whether all rows began at ``low``; then there is no mask, and ``low`` has to be 0: attention without a
-            mask on CUDA (cuDNN, one query, 16 bits, 256 keys and more) reads keys from the beginning of the buffer,
-            wherever the slice of it begins that it is given.
+        low: first index that attention reads: the first that any row still needs, or 0.
+        uniform: whether all rows began at 0; only then there is no mask, as attention without one may read keys from
+            the beginning of the buffer, wherever its slice begins (`attention`).
         axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).
     """
 
-    def __init__(self, rows: int, axes: int = 4):
+    def __init__(self, rows: int, axes: int = 4, reading: Reading = SLICES):
         self.write = 0
         self.low = 0
         self.axes = axes
+        self.reading = reading
         self.start = np.zeros(rows, np.int32)
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the device's copies up to date after ``start`` or ``write`` changed on the host."""
-        self.low = int(self.start.min())
+        self.low = 0 if self.reading.from_zero else int(self.start.min())
         self.offset = mx.array(self.write - self.start)
         self._starts = mx.array(self.start).reshape(-1, *[1] * (self.axes - 1))
-        self.uniform = bool((self.start == self.low).all())
+        self.uniform = not self.start.any()
 
-    def advance(self) -> None:
-        """Move to the next token."""
-        self.write += 1
-        self.offset = self.offset + 1
+    def advance(self, by: int = 1) -> None:
+        """Move to the next token, or back."""
+        self.write += by
+        self.offset = self.offset + by
 
     def mask(self) -> mx.array | None:
         """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are."""
@@ -78,11 +79,11 @@ class SlotCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write one token of every row, (R, heads, 1, size), and return the window."""
-        write, low = self.window.write, self.window.low
+        write, low, reading = self.window.write, self.window.low, self.window.reading
         self.reserve(write + 1, keys, values)
         self.keys[..., write : write + 1, :] = keys
         self.values[..., write : write + 1, :] = values
-        return self.keys[..., low : write + 1, :], self.values[..., low : write + 1, :]
+        return reading.part(self.keys, low, write + 1), reading.part(self.values, low, write + 1)
 
     def reserve(self, capacity: int, keys: mx.array, values: mx.array) -> None:
         """Make room for ``capacity`` positions, of the heads, size and dtype of ``keys`` and ``values``."""
@@ -136,7 +137,7 @@ def mask_axes(model: nn.Module) -> int | None:
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
-        found = next((answer for axes, asked, answer in tries if _right(model, axes, asked)), 0)
+        found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked)), 0)
         model.train(training)
         if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
             return 4  # broken weights say nothing of the model; the first token will tell of them
@@ -144,10 +145,13 @@ def mask_axes(model: nn.Module) -> int | None:
     return getattr(model, KEPT)
 
 
-def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool:
+def decodes_right(
+    model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]], step: Callable[..., mx.array] | None = None
+) -> bool:
     """Decode rows of two prompts in turn together, and each prompt alone; say whether the logits are the same.
 
     The first prompt is the longer one. It fills every slot at first, as others have been in a slot before its row.
+    ``step`` decodes them together, from (R,) tokens and the layers' caches; by default the model's modules do.
     """
     token, window, alone = 3, Window(len(rows), axes), []
     caches = [SlotCache(window) for _ in model.layers]
@@ -161,7 +165,8 @@ def _right(model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]]) -> bool
             model(mx.array([prompt]), cache=read)
             for cache, own in zip(caches, read, strict=True):
                 cache.fill(slots, *(mx.repeat(array, len(slots), axis=0) for array in own.keys_and_values()))
-        found = model(mx.full((len(rows), 1), token), cache=caches)[:, -1]
+        tokens = mx.full((len(rows),), token)
+        found = model(tokens[:, None], cache=caches)[:, -1] if step is None else step(tokens, caches)
         return logprobs.alike(found, mx.concatenate([alone[place % 2] for place in range(len(rows))]))
     except (ValueError, TypeError, AttributeError, IndexError):  # shapes or positions that do not go together
         return False

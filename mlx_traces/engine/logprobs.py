@@ -6,75 +6,21 @@ The backward pass then needs no logits at all (the idea of Liger Kernel's fused 
 head that is not trained and a loss that is not known yet).
 """
 
-import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_traces.errors import UserError, first_line
-from mlx_traces.runtime import device
-
-T = TypeVar("T")
+from mlx_traces.runtime.memory_budget import MemoryBudget
 
 LOGITS_MB = 128  # most MiB of one vocabulary-wide float32 buffer
 TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.1, mx.float16: 0.1}  # of `alike`
-
-
-class Room:
-    """The token limit of a forward pass: what was asked for, and half of it each time that memory runs out.
-
-    The interrupted work is then repeated. How rows are split into batches changes only rounding (and the masks of
-    dropout), so the result of the run stays the same.
-
-    Attributes:
-        most: tokens of a forward pass, padding included; None while memory never ran out.
-        notes: a line for each time it did.
-    """
-
-    def __init__(self) -> None:
-        self.most: int | None = None
-        self.notes: list[str] = []
-
-    def fit(self, micro_tokens: int, lengths: Sequence[int], work: Callable[[int], T]) -> T:
-        """Call ``work`` with the token limit of a forward pass, and again with half of it each time memory runs out.
-
-        Args:
-            micro_tokens: the most that are asked for.
-            lengths: tokens of each row that the work reads.
-            work: computes all that it returns, and changes nothing that it would not change again.
-
-        Raises:
-            UserError: if memory runs out where every row is read alone.
-        """
-        while True:
-            tokens = micro_tokens if self.most is None else min(self.most, micro_tokens)
-            try:
-                return work(tokens)
-            except RuntimeError as error:
-                if not device.out_of_memory(error):
-                    raise
-                told = first_line(error)
-            gc.collect()  # now that the error, which held what was computed, is gone
-            mx.clear_cache()
-            if len(lengths) < 2 or tokens < 2 * sorted(lengths)[1]:
-                raise UserError(
-                    f"memory ran out on one sequence of {max(lengths)} tokens alone ({told}); the last checkpoint is "
-                    "kept: go on with --resume and a lower logits_mb or checkpoint_layers, or begin anew with "
-                    "shorter sequences, a lower rank or a smaller model"
-                )
-            self.most = max(1, min(tokens, len(lengths) * max(lengths)) // 2)
-            self.notes.append(f"out of memory ({told}): micro-batches of at most {self.most} tokens from here on")
-
-    def metrics(self) -> dict[str, int]:
-        """Return the tokens of a forward pass for a line of metrics, once they are fewer than was asked for."""
-        return {} if self.most is None else {"memory/micro_tokens": self.most}
 
 
 @dataclass(frozen=True)
@@ -91,7 +37,7 @@ class Split:
     head_module: Callable[[], nn.Module | None]
     frozen_head: bool
     caches: int = 0
-    room: Room = field(default_factory=Room)
+    room: MemoryBudget = field(default_factory=lambda: MemoryBudget("micro_tokens", "tokens in a micro-batch"))
 
 
 def split(model: nn.Module) -> Split:
@@ -323,14 +269,14 @@ def sum_wide(array: mx.array) -> mx.array:
     return blocks(array, 0).sum(axis=-1).sum(axis=-1)
 
 
-def blocks(array: mx.array, fill: float) -> mx.array:
+def blocks(array: mx.array, fill: float, size: int | None = None) -> mx.array:
     """Return a last axis as wide as a vocabulary in blocks, (..., V) to (..., B, size), both near the root of V.
 
-    Where no divisor of V is near it, the last block ends with ``fill``.
+    Where no divisor of V is near it, or V is no multiple of a given ``size``, the last block ends with ``fill``.
     """
     width = array.shape[-1]
     root = math.isqrt(width)
-    size = next((size for size in range(root, root // 4, -1) if width % size == 0), root)
+    size = size or next((size for size in range(root, root // 4, -1) if width % size == 0), root)
     if width % size:
         array = mx.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -width % size)], constant_values=fill)
     return array.reshape(*array.shape[:-1], -1, size)

@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import differences as evaluation_differences
 from mlx_traces.evaluation import stats
 from mlx_traces.evaluation.completion import rehead
+from mlx_traces.evaluation.differences import differences as provenance_differences
 from mlx_traces.readers import is_number
 from mlx_traces.records import EvalResult, strata_of
 from mlx_traces.runtime.run_folder import existing
@@ -39,25 +39,23 @@ def read_run(path: str | Path) -> Run:
     missing = [field.name for field in fields(EvalResult) if field.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    return Run(folder.path.name, result, [_shared(row) for row in folder.samples], folder.about)
+    return Run(folder.path.name, result, [interned(row) for row in folder.samples], folder.about)
 
 
-def _shared(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a sample whose repeated texts are one object with their equals in all samples and runs.
+def interned(value: Any) -> Any:
+    """Return a sample with equal texts, completions apart, stored once for all samples and runs.
 
-    Keys, ids, questions and prompts repeat from run to run; twenty runs so take half of the memory.
+    Keys, ids, questions and prompts repeat from run to run; this halves the memory of twenty runs.
     """
-    return {sys.intern(key): _one(value) if key != "completion" else value for key, value in row.items()}
-
-
-def _one(value: Any) -> Any:
     if type(value) is str:
         return sys.intern(value)
-    return _shared(value) if type(value) is dict else value
+    if type(value) is not dict:
+        return value
+    return {sys.intern(key): inner if key == "completion" else interned(inner) for key, inner in value.items()}
 
 
 def by_extractor(run: Run, extractor: str) -> Run:
-    """Return a run judged by another of its extractors."""
+    """Return a run with another of its extractors as the headline."""
     samples = [rehead(row, extractor) for row in run.samples]
     return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
 
@@ -89,7 +87,7 @@ class Run:
     """A finished evaluation as its run folder holds it.
 
     ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
-    run.json, as far as it is known: what the run was made with.
+    run.json, if there is one: settings, versions, device, fingerprints.
     """
 
     name: str
@@ -98,7 +96,7 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse, by UserError, values of another kind than an evaluation writes."""
+        """Raise UserError for a value of another type than an evaluation writes."""
         _check(_Result, self.result, f"run {clean(self.name)}: result.json")
         check_samples(self.samples, f"run {clean(self.name)}")
 
@@ -111,7 +109,7 @@ _Shares = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}\z")], Annotated[float,
 
 
 class _Sample(BaseModel, strict=True):
-    """What the values in a line of samples.jsonl are, where they are there; descriptions end the messages."""
+    """Types of the values in a line of samples.jsonl; any may be missing. Descriptions are used in messages."""
 
     id: str = _TEXT
     sample: int = _COUNT
@@ -132,7 +130,7 @@ class _Sample(BaseModel, strict=True):
 
 
 class _Result(BaseModel, strict=True):
-    """The same of result.json."""
+    """Types of the values in result.json."""
 
     model: str = _TEXT
     adapter: str | None = _TEXT
@@ -148,7 +146,7 @@ class _Result(BaseModel, strict=True):
 
 
 def check_samples(rows: Iterable[dict[str, Any]], where: str) -> None:
-    """Raise UserError, starting with ``where``, if a value in an evaluation's samples is not of its kind."""
+    """Raise UserError, starting with ``where``, if a value in an evaluation's samples has the wrong type."""
     for number, row in enumerate(rows, 1):
         _check(_Sample, row, f"{where}: sample {number}")
 
@@ -184,22 +182,21 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
     """
-    import pandas as pd
-
     names = labels(runs)
     first = baseline_index(runs, baseline)
     outcomes = [outcomes_of(run) for run in runs]
-    for run, own in zip(runs, outcomes, strict=True):
-        _require_same_problems(runs[first], run, outcomes[first], own)
-    counts = [np.array([sum(own[id]) for id in outcomes[first]]) for own in outcomes]
-    samples = [len(next(iter(own.values()))) for own in outcomes]
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[first], run, outcomes[first], outcome)
+    counts = [np.array([sum(outcome[id]) for id in outcomes[first]]) for outcome in outcomes]
+    samples = [len(next(iter(outcome.values()))) for outcome in outcomes]
 
     rows: list[dict[str, Any]] = []
     for i, run in enumerate(runs):
         overall = stats.accuracy(list(outcomes[i].values()))
+        tokens = [row["tokens"] for row in run.samples]
         comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
         if i != first:
-            comparison |= _paired(counts[i], samples[i], counts[first], samples[first])
+            comparison |= tested(counts[i], samples[i], counts[first], samples[first])
         rows.append(
             {
                 "model": run.result["model"],
@@ -207,11 +204,11 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
                 "prompt": run.result["prompt"],
                 **overall,
                 **comparison,
-                "tokens_per_answer": _mean([row["tokens"] for row in run.samples]),
+                "tokens_per_answer": math.nan if None in tokens else sum(tokens) / len(tokens),
                 "tokens_per_second": speed if is_number(speed := run.result.get("tokens_per_second")) else None,
                 "run": run.name,
                 "label": names[i],
-                "truncated": sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples),
+                "truncated": cut_off(run),
                 **{key: run.result.get(key) for key in PROTOCOL},
                 "samples_per_problem": samples[i],
                 **{f"pass@{k}": share for k, share in (run.result.get("pass_at_k") or {}).items()},
@@ -221,7 +218,19 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     others = [row for i, row in enumerate(rows) if i != first]
     for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
         row["p_holm"] = adjusted
-    return pd.DataFrame(rows)
+    return frame(rows)
+
+
+def frame(content: Any) -> pd.DataFrame:
+    """Return rows or columns as a frame, whose values keep their types if they are given by columns."""
+    import pandas as pd  # takes a second, and only tables need it
+
+    return pd.DataFrame(content, dtype=object if isinstance(content, dict) else None)
+
+
+def cut_off(run: Run) -> float:
+    """Return the share of a run's completions that reached the token limit."""
+    return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
 
 
 def paired(one: Run, two: Run) -> dict[str, float | int]:
@@ -235,18 +244,18 @@ def paired(one: Run, two: Run) -> dict[str, float | int]:
         UserError: if a run has no or uneven samples, or the problems differ.
     """
     outcomes = [outcomes_of(run) for run in (one, two)]
-    _require_same_problems(one, two, *outcomes)
-    a, b = (np.array([sum(own[id]) for id in outcomes[0]]) for own in outcomes)
-    samples_a, samples_b = (len(next(iter(own.values()))) for own in outcomes)
+    require_same_problems(one, two, *outcomes)
+    a, b = (np.array([sum(outcome[id]) for id in outcomes[0]]) for outcome in outcomes)
+    samples_a, samples_b = (len(next(iter(outcome.values()))) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    return counts | _paired(a, samples_a, b, samples_b)
+    return counts | tested(a, samples_a, b, samples_b)
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each setting, prompts apart, in which the runs differ and so are hard to compare.
+    """Return a line for each difference that makes the runs hard to compare.
 
-    Then one for each thing that they were made with and that differs: versions, device, weights, files, prompt texts.
+    First the settings in `PROTOCOL`, then those of `evaluation.differences`: versions, device, weights, files, prompts.
     """
     lines = []
     for key in PROTOCOL:
@@ -258,16 +267,16 @@ def differences(runs: Sequence[Run]) -> list[str]:
             lines.append(clean(f"{key} differs: {shown}"))
     seen = Counter(run.name for run in runs)
     names = [f"{run.name} (row {i})" if seen[run.name] > 1 else run.name for i, run in enumerate(runs, start=1)]
-    return lines + evaluation_differences.differences(dict(zip(names, (run.about for run in runs), strict=True)))
+    return lines + provenance_differences(dict(zip(names, (run.about for run in runs), strict=True)))
 
 
 def label(run: Run) -> str:
-    """Name a run briefly: ``model+adapter_prompt``, folders by their last part."""
+    """Return a run's short name: ``model+adapter_prompt``, folders by their last part."""
     return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(run.result['prompt'])}"
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Name each run briefly and uniquely: ``label``, with the run's name where two would be alike."""
+    """Return a short unique name for each run: ``label``, with the run's name where two would be the same."""
     names = [label(run) for run in runs]
     seen = Counter(names)
     names = [f"{name}_{clean(runs[i].name)}" if seen[name] > 1 else name for i, name in enumerate(names)]
@@ -278,7 +287,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 def model_name(model: str, adapter: str | None) -> str:
     """Shorten ``org/model`` and the folder of an adapter to ``model+adapter``."""
     short = clean(model).rstrip("/").rsplit("/", 1)[-1]
-    if not isinstance(adapter, str) or not adapter:  # a frame holds nan for none
+    if not isinstance(adapter, str) or not adapter:  # NaN in a frame means none
         return short
     parts = clean(adapter).rstrip("/").split("/")
     return f"{short}+{'/'.join(parts[-2:] if parts[-1] in _GENERIC_FOLDERS else parts[-1:])}"
@@ -295,30 +304,28 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
     Raises:
         UserError: if the problems of the runs differ.
     """
-    import pandas as pd
-
     outcomes = [outcomes_of(run) for run in runs]
-    for run, own in zip(runs, outcomes, strict=True):
-        _require_same_problems(runs[0], run, outcomes[0], own)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[0], run, outcomes[0], outcome)
     first = {row["id"]: row for row in reversed(runs[0].samples)}
     columns: dict[str, list[Any]] = {
         "question_id": list(outcomes[0]),
         "question": [first[id]["question"] for id in outcomes[0]],
         "correct_answer": [first[id]["gold"] for id in outcomes[0]],
     }
-    for run, name, own in zip(runs, labels(runs), outcomes, strict=True):
-        answers: dict[str, list[str | None]] = {id: [] for id in own}
+    for run, name, outcome in zip(runs, labels(runs), outcomes, strict=True):
+        answers: dict[str, list[str | None]] = {id: [] for id in outcome}
         for row in run.samples:
             answers[row["id"]].append(row["extracted"])
-        columns[f"{name}_prediction"] = [_winner(run, answers[id], first[id]["gold"]) for id in outcomes[0]]
+        columns[f"{name}_prediction"] = [majority_answer(run, answers[id], first[id]["gold"]) for id in outcomes[0]]
         columns[f"{name}_correct"] = [
-            bool(own[id][0]) if len(own[id]) == 1 else sum(own[id]) / len(own[id]) for id in outcomes[0]
+            bool(outcome[id][0]) if len(outcome[id]) == 1 else sum(outcome[id]) / len(outcome[id]) for id in outcomes[0]
         ]
-    return pd.DataFrame(columns, dtype=object)
+    return frame(columns)
 
 
-def _winner(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
-    """Return the majority's answer, as its first voter wrote it; of an unknown task equal texts vote alike."""
+def majority_answer(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
+    """Return the most frequent answer, as first written; the answers of an unknown task are compared as texts."""
     task, extractor = run.result["task"], run.result["extractor"]
     votes = get_task(task).votes(answers, gold, extractor) if is_known(task) else list(answers)
     return answers[votes.index(stats.majority(votes))]
@@ -345,25 +352,23 @@ def source_results(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def strata(runs: Sequence[Run]) -> pd.DataFrame | None:
-    """Split the accuracy of each run by stratum.
+    """Compute the accuracy of each run by stratum.
 
     Returns:
         One row a stratum and run: ``part`` (the stratum), ``label``, ``accuracy``, ``correct_count``,
         ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
     """
-    frame = _split(runs, lambda row: dict.fromkeys(strata_of(row.get("stratum") or "") or [""], row["correct"]))
-    return None if frame is None else frame.sort_values("part", kind="stable", ignore_index=True)
+    parts = by_part(runs, lambda row: dict.fromkeys(strata_of(row.get("stratum") or "") or [""], row["correct"]))
+    return None if parts is None else parts.sort_values("part", kind="stable", ignore_index=True)
 
 
 def extractors(runs: Sequence[Run]) -> pd.DataFrame | None:
-    """Judge each run by every extractor; like ``strata``, with the extractor as ``part``."""
-    return _split(runs, lambda row: {name: verdict == "correct" for name, verdict in row["verdicts"].items()})
+    """Compute the accuracy of each run by extractor, in the form of ``strata`` with the extractor as ``part``."""
+    return by_part(runs, lambda row: {name: verdict == "correct" for name, verdict in row["verdicts"].items()})
 
 
-def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool]]) -> pd.DataFrame | None:
-    """Compute accuracies by part; ``judge`` says whether a sample is correct, for each part it belongs to."""
-    import pandas as pd
-
+def by_part(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool]]) -> pd.DataFrame | None:
+    """Compute accuracies by part; ``judge`` returns, for each part a sample belongs to, whether it is correct."""
     rows = []
     for run, name in zip(runs, labels(runs), strict=True):
         parts: dict[str, dict[str, list[bool]]] = {}
@@ -373,20 +378,20 @@ def _split(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, bool
         rows += [
             {"part": part, "label": name, **stats.accuracy(list(problems.values()))} for part, problems in parts.items()
         ]
-    return pd.DataFrame(rows) if len({row["part"] for row in rows}) > 1 else None
+    return frame(rows) if len({row["part"] for row in rows}) > 1 else None
 
 
 def outcomes_of(run: Run) -> dict[str, list[bool]]:
     """Return whether each sample of each problem is correct, by problem id in the run's order.
 
     Raises:
-        UserError: if there are none, a sample is there twice, or problems have different numbers of samples.
+        UserError: if there are no samples, one occurs twice, or problems have different numbers of samples.
     """
     outcomes: dict[str, list[bool]] = {}
     seen = set()
     for row in run.samples:
         if (key := (row["id"], row.get("sample", 0))) in seen:
-            raise UserError(f"run {run.name}: sample {key[1]} of problem {key[0]} is there twice; repeat the run")
+            raise UserError(f"run {run.name}: sample {key[1]} of problem {key[0]} occurs twice; repeat the run")
         seen.add(key)
         outcomes.setdefault(row["id"], []).append(bool(row["correct"]))
     if not outcomes:
@@ -401,7 +406,7 @@ def outcomes_of(run: Run) -> dict[str, list[bool]]:
     return outcomes
 
 
-def _require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two: Collection[str]) -> None:
+def require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two: Collection[str]) -> None:
     """Refuse runs over different problems; say how many ids each has alone, and the first few."""
     only_one = [id for id in ids_one if id not in ids_two]
     only_two = [id for id in ids_two if id not in ids_one]
@@ -431,21 +436,15 @@ def baseline_index(runs: Sequence[Run], baseline: int | str) -> int:
     raise unknown("baseline", baseline, dict.fromkeys(name for names in called for name in names if name))
 
 
-def _paired(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:
-    """Return difference, interval and p-value of two models on the same problems, from (P,) correct counts."""
+def tested(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:
+    """Return difference, interval and p-value of two models on the same problems, from (P,) correct counts.
+
+    The p-value is McNemar's exact one; with several samples a problem, that of the exact sign-flip test.
+    """
     change = stats.paired_bootstrap(a / samples_a, b / samples_b)
-    p_value = _paired_p_value(a, samples_a, b, samples_b)
-    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value}
-
-
-def _paired_p_value(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> float:
-    """Test two models on the same problems, from (P,) correct counts: exact McNemar, or exact sign flips."""
     if samples_a == samples_b == 1:
-        return stats.mcnemar(int((a > b).sum()), int((a < b).sum()))
-    common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
-    return stats.sign_flip(a * (common // samples_a) - b * (common // samples_b))
-
-
-def _mean(counts: Sequence[int | None]) -> float:
-    """Return the mean of counts; not a number if one is not known."""
-    return math.nan if None in counts else sum(counts) / len(counts)
+        p_value = stats.mcnemar(int((a > b).sum()), int((a < b).sum()))
+    else:
+        common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
+        p_value = stats.sign_flip(a * (common // samples_a) - b * (common // samples_b))
+    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value}

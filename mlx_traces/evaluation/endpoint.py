@@ -25,16 +25,13 @@ def resolved(config: AnswerConfig) -> AnswerConfig:
     Raises:
         UserError: for a bad address, no model's name, and settings that make no sense with a server, or without one.
     """
-    for name in LOCAL if behind(config) else EndpointConfig.model_fields:
+    served = behind(config)
+    local, remote = "a model that is loaded here; leave it out with", "a server; name its address with"
+    for name in LOCAL if served else EndpointConfig.model_fields:
         default = EvalConfig.model_fields[name].default
         if getattr(config, name, default) != default:
-            why = (
-                "a model that is loaded here; leave it out with --endpoint"
-                if behind(config)
-                else "a server; name its address with --endpoint"
-            )
-            raise UserError(f"--{name.replace('_', '-')} is for {why}")
-    if not behind(config):
+            raise UserError(f"--{name.replace('_', '-')} is for {local if served else remote} --endpoint")
+    if not served:
         return config
     address = normalized(config.endpoint)
     if "model" not in config.model_fields_set or not config.model.strip() or not config.model.isprintable():

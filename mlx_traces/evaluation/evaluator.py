@@ -17,6 +17,7 @@ from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score, strata_of
 from mlx_traces.runtime.provenance import fingerprint, now
 from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks.answers import as_asked
 from mlx_traces.tasks.prompts import Prompt, columns_of
 from mlx_traces.tasks.thoughts import after_last
 
@@ -54,7 +55,7 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """A folder name: task, model, adapter and prompt, and 8 digits that stand for all settings."""
+        """A folder name: task, model, adapter and prompt, and 8 digits of the identity's digest."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
         parts = (
             self.task.name,
@@ -91,7 +92,7 @@ class Plan:
         return [(problem, sample) for problem in self.problems for sample in range(self.config.samples)]
 
     def shown(self) -> str:
-        """Return 12 hexadecimal digits that stand for the problems, their turns of the chat, and the gold answers."""
+        """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""
         turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
         turns += [[self.task.source]] if self.task.source else []
         return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:12]
@@ -111,8 +112,10 @@ class Plan:
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
         folder = names.local_folder(config.model)
+        stops = self.prompt.chat and self.prompt.stop and not config.stop_in_thoughts
         return {
             **shared,
+            **({"stops": "after thoughts"} if stops else {}),
             "model_files": fingerprint(folder) if folder else None,
             "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
         }
@@ -127,30 +130,30 @@ def split_notes(config: Config) -> list[str]:
 
 
 def plan(config: AnswerConfig) -> Plan:
-    """Fill in what the settings leave to the task, check names, and load the problems.
+    """Fill in the task's defaults, check names, and load the problems.
 
     Raises:
         UserError: for an unknown task, prompt or extractor, with the choices; for a missing model or adapter; for bad
             problems; for several samples without a temperature; for settings that do not go with a server, or need one.
     """
     config = endpoint.resolved(config)
-    if not endpoint.behind(config):
+    served = endpoint.behind(config)
+    if not served:
         config = names.with_adapter(config)
+        names.check(config.model, config.adapter)
     task = get_task(config.task)
     extractor = config.extractor or task.extractors[0]
     if extractor not in task.extractors:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
-        raise UserError(f"--samples {config.samples} would all be alike at temperature 0; pass --temperature")
-    if not endpoint.behind(config):
-        names.check(config.model, config.adapter)
+        raise UserError(f"--samples {config.samples} would all be the same at temperature 0; pass --temperature")
     problems = task.load(config.split, config.data, config.limit, config.seed)
     leave_out = frozenset(problem.id for problem in problems)  # no problem is its own worked example
     examples = (config.shots, config.seed, config.shots_data, leave_out)
     prompt = task.prompt(config.prompt or task.default_prompt, examples)
     changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
     prompt = replace(prompt, **changes)
-    if endpoint.behind(config):
+    if served:
         endpoint.refuse_prefill(prompt)
     return Plan(config, task, prompt, extractor, problems)
 
@@ -187,6 +190,12 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "verdict": headline.verdict,
         "stratum": problem.stratum,
     } | {name: value for name, value in (("notes", notes), ("columns", columns)) if value}
+
+
+def strictly_correct(planned: Plan, problem: Problem, response: str) -> bool:
+    """Whether a response is correct by its answer in the form that the prompt asks for, whatever else it says."""
+    strict = as_asked(response, planned.prompt.text)
+    return planned.task.grade(problem, strict)[planned.extractor].correct
 
 
 def question_of(task: Task, problem: Problem) -> str:

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
-from mlx_traces.models.loading import LoadedModel, load, of_its_day
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.run_folder import RunFolder
@@ -17,27 +19,34 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 @contextmanager
 def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
-    """Open the run folder ``path`` and load the plan's model; the plan yielded has the date that its prompts print.
+    """Open the run folder ``path`` and load the plan's model; yield the plan with its date and batch size set.
 
     Raises:
         UserError: if the run cannot be written there, or the model cannot be loaded.
     """
     with distributed.at_work(path, resume) as (folder, stop):
-        config = of_its_day(planned.config, folder.identity)
+        config = loading.of_its_day(planned.config, folder.identity)
+        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         planned = replace(planned, config=config)
-        loaded = load(config.model, config.adapter, **config.load_arguments())
         device.reset_peak_memory()
         source = Source(
             completions_of(loaded, planned, stop=stop),
-            {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-            | loaded.shown(),
+            identity_of(loaded),
             ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
             | {"backend": asdict(loaded.backend), "rows": config.rows, "ranks": distributed.world().size()},
             loaded.notes,
             loaded.path,
             device.peak_memory_gb,
         )
-        yield planned, folder, source
+        with adapters.merged(loaded.model, loaded.backend):
+            yield planned, folder, source
+
+
+def identity_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the entries that a loaded model adds to a run's identity: revision, weights, type, the template's date."""
+    backend = loaded.backend
+    return {"revision": loaded.revision, "weights": backend.weights, "dtype": backend.dtype, **loaded.shown()}
 
 
 def measure(loaded: LoadedModel, planned: Plan) -> list[Sample]:
@@ -78,7 +87,7 @@ def completions_of(
             done = generation.generate(loaded, part, params, config.rows, logprobs=logprobs, memory_gb=limit)
             return ((indices[place], rollout) for place, rollout in done)
 
-        whole = sampled(range(len(requests)))  # refuses bad requests, on every rank alike
+        whole = sampled(range(len(requests)))  # refuses bad requests, on every rank
         return (
             (index, Completion.sampled(prompts[index].text, prompts[index].opened, rollout, loaded.own_tags))
             for index, rollout in _shared(whole, sampled, len(requests), 4 * config.rows, stop)
@@ -99,15 +108,15 @@ def _shared(
     A single process yields the ``whole``, each rollout at once.
     """
     if (size := distributed.world().size()) == 1:
-        for found in whole:
-            yield found
+        for pair in whole:
+            yield pair
             if stop and stop():
                 return
         return
     for start in range(0, count, wave * size):
         part = range(start, min(count, start + wave * size))
-        own = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
-        for index, fields in distributed.gather(own):
+        mine = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
+        for index, fields in distributed.gather(mine):
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
             yield index, Rollout(**fields | lists)
         if stop and stop():

@@ -1,4 +1,4 @@
-"""What a study found: the summary, every pair of runs tested, what may be said of each, what bits cost. No MLX.
+"""Findings of a study: a summary, every pair of runs tested, a sentence for each pair, the cost of fewer bits. No MLX.
 
 Frames hold fractions; texts and rendered tables hold percent and points.
 """
@@ -54,14 +54,12 @@ class Pair:
 
 
 def summary(runs: Sequence[Run]) -> pd.DataFrame:
-    """Count each run's answers.
+    """Count the correct and incorrect answers of each run.
 
     Returns:
         One row a run: ``model`` (its label), ``total_cases``, ``success_rate``, ``correct``, ``incorrect``,
         ``ci_low``, ``ci_high`` (Wilson). Cases are samples where a problem has several.
     """
-    import pandas as pd
-
     rows = []
     for run, name in zip(runs, comparison.labels(runs), strict=True):
         figures = stats.accuracy(list(comparison.outcomes_of(run).values()))
@@ -77,14 +75,15 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
                 "ci_high": figures["ci_high"],
             }
         )
-    return pd.DataFrame(rows)
+    return comparison.frame(rows)
 
 
 def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
     The p-value is McNemar's exact one (with several samples a problem the exact sign-flip test), Holm's adjustment is
-    over all pairs returned. The later run stands first: ``diff`` is what it has over the earlier one, or the baseline.
+    over all pairs returned. The later run stands first: ``diff`` is its accuracy minus the earlier run's, or the
+    baseline's.
 
     Args:
         runs: runs over the same problems.
@@ -96,8 +95,8 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    found = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
-    adjusted = stats.holm([figures["p_value"] for _, _, figures in found])
+    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
+    adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
             a=names[j],
@@ -110,25 +109,26 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
             high=figures["diff_high"],
             p=figures["p_value"],
             p_holm=p_holm,
-            family=len(found),
-            cut_a=_cut_off(runs[j]),
-            cut_b=_cut_off(runs[i]),
+            family=len(tested),
+            cut_a=comparison.cut_off(runs[j]),
+            cut_b=comparison.cut_off(runs[i]),
         )
-        for (i, j, figures), p_holm in zip(found, adjusted, strict=True)
+        for (i, j, figures), p_holm in zip(tested, adjusted, strict=True)
     ]
 
 
 def sentence(pair: Pair) -> str:
-    """Say what a pair shows, and no more than that.
+    """State what a pair shows, and no more.
 
-    One of two things: after Holm's adjustment one of the two is right more often, or no difference is shown. The
-    latter is not "they are equal", so it names the difference that the data leave open: the end of the 95 % interval
-    that is farther from zero, and never less than what two runs without a single disagreement would leave open (the
-    upper end of Wilson's interval of 0 in n), since the bootstrap of no disagreements has no width.
+    Either one of the two is right more often after Holm's adjustment, or no difference is shown. The latter does not
+    mean that they are equal, so the sentence gives the difference that the data leave open: the end of the 95 %
+    interval farther from zero, and at least the upper end of Wilson's interval of 0 in n, since the bootstrap interval
+    of two runs that never disagree has no width.
     """
     if pair.diff < 0:
         pair = pair.swapped()
-    tested = f"p {_p(pair.p)}" + (f"; after Holm over {pair.family} pairs {_p(pair.p_holm)}" if pair.family > 1 else "")
+    p, p_holm = (f"= {text}".replace("= <", "< ") for text in map(p_text, (pair.p, pair.p_holm)))
+    tested = f"p {p}" + (f"; after Holm over {pair.family} pairs {p_holm}" if pair.family > 1 else "")
     change = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)} on {pair.problems:,} problems"
     counts = f"{pair.wins:,} won and {pair.losses:,} lost"
     if pair.p_holm < LEVEL:
@@ -147,25 +147,23 @@ def sentence(pair: Pair) -> str:
 
 
 def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Say what each run's bits cost in accuracy and buy in memory and speed.
+    """Tabulate what fewer bits cost in accuracy and save in memory and time.
 
     Args:
-        runs: runs of one model in one prompt, that with the most bits among them.
+        runs: runs of one model in one prompt; the one with the most bits is the baseline.
         about: for each run ``bits``, ``group_size``, ``bits_per_weight``, ``file_mb`` (1e6 bytes of weights on disk)
             and ``ran_as`` (the weights and their type that computed the answers).
 
     Returns:
-        One row a run, in their order: ``label``, what ``about`` says, ``peak_memory_gb``, ``tokens_per_second``,
+        One row a run, in their order: ``label``, the entries of ``about``, ``peak_memory_gb``, ``tokens_per_second``,
         ``accuracy``, ``correct_count``, ``total_questions``, ``ci_low``, ``ci_high``, and ``diff``, ``diff_low``,
         ``diff_high``, ``p_value``, ``p_holm`` to the first row of the most bits; Holm's family are these rows.
     """
-    import pandas as pd
-
     most = max(range(len(runs)), key=lambda i: (about[i]["bits"] or 0, -i))
     compared = comparison.compare_runs(runs, most).to_dict("records")
     kept = ("accuracy", "correct_count", "total_questions", "ci_low", "ci_high")
     tested = ("diff", "diff_low", "diff_high", "p_value", "p_holm")
-    return pd.DataFrame(
+    return comparison.frame(
         [
             {
                 "label": row["label"],
@@ -177,13 +175,3 @@ def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataF
             for run, row, facts in zip(runs, compared, about, strict=True)
         ]
     )
-
-
-def _cut_off(run: Run) -> float:
-    return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
-
-
-def _p(p: float) -> str:
-    """Return ``= 0.012``, or ``< 1e-4``."""
-    text = p_text(p)
-    return f"< {text[1:]}" if text.startswith("<") else f"= {text}"

@@ -18,6 +18,7 @@ from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.progress import progress as shown_progress
 from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.tasks import GRADER
+from mlx_traces.text import clean
 
 
 def evaluate(
@@ -70,6 +71,10 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         done = {(row["id"], row["sample"]) for row in samples}
         wanted = planned.wanted
         todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
+        notes = []
+        if todo and samples and (rules := folder.about.get("grader", 1)) != GRADER:
+            old = f"{len(samples):,} samples were graded by version {clean(rules)[:20]} of the graders' rules"
+            notes.append(f"{old}, the others by version {GRADER}; mlx-traces verify says where they differ")
         completions = source.generate(todo)  # refuses bad requests before anything is written
         settings = {**config.model_dump(mode="json"), "prompt": planned.prompt.name, "extractor": planned.extractor}
         ids = [problem.id for problem in planned.problems]
@@ -88,7 +93,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
         order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
         samples.sort(key=lambda row: order[row["id"], row["sample"]])
-        result = summarize(planned, samples, folder.path.name, source.memory(), [*planned.notes, *source.notes])
+        result = summarize(planned, samples, folder.path.name, source.memory(), [*notes, *planned.notes, *source.notes])
         folder.finish(samples, asdict(result))
         return result
 

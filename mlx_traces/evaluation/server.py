@@ -276,8 +276,8 @@ class Server:
                 fault = error
         times = f"{attempt + 1} times" if attempt else "once"
         raise UserError(
-            f"{self.url}, problem {post.name}: {self._safe(str(fault))}, asked {times}; when the server is well, go on "
-            "with --resume"
+            f"{self.url}, problem {post.name}: {self._safe(str(fault))}, tried {times}; when the server works again, "
+            "go on with --resume"
         )
 
     def _once(self, post: Post) -> Completion:
@@ -292,8 +292,8 @@ class Server:
         if status in (408, 425, 429) or status >= 500:
             raise Passing(f"status {status} ({error_text(content)})", wait)
         if status in (400, 422):
-            said = error_text(content)
-            if strange := {name for name, value in NEUTRAL.items() if body.get(name) == value and name in said}:
+            reason = error_text(content)
+            if strange := {name for name, value in NEUTRAL.items() if body.get(name) == value and name in reason}:
                 self._refused |= strange
                 self._note(f"the server knows no {' or '.join(sorted(self._refused))}, and was not sent it")
                 return self._once(post)
@@ -365,7 +365,7 @@ def answers(
     Raises:
         UserError: if one has failed, after the others were yielded.
     """
-    found: queue.SimpleQueue = queue.SimpleQueue()
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
     halt, turn, todo = threading.Event(), threading.Lock(), iter(enumerate(posts))
 
     def work() -> None:
@@ -377,11 +377,11 @@ def answers(
                 completion = server.complete(post, halt) if post else None
                 if completion is None:
                     break
-                found.put((index, completion))
+                inbox.put((index, completion))
         except BaseException as error:  # raised again by the reader
-            found.put(error)
+            inbox.put(error)
         finally:
-            found.put(None)
+            inbox.put(None)
 
     working, fault = min(server.config.concurrency, len(posts)), None
     for _ in range(working):
@@ -391,7 +391,7 @@ def answers(
             if stop and stop():
                 halt.set()
             try:
-                got = found.get(timeout=POLL)
+                got = inbox.get(timeout=POLL)
             except queue.Empty:
                 continue
             if got is None:

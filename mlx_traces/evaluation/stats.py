@@ -45,7 +45,7 @@ def wilson_clustered(correct: ArrayLike, samples: ArrayLike) -> tuple[float, flo
 
     The sample size is divided by the design effect (Kish 1965): the effective n is the one at which
     independent outcomes would have the variance seen between problems. It is kept between the number of
-    problems (samples of a problem all alike, and what is assumed when every sample is right or every sample
+    problems (all samples of a problem equal; also assumed when every sample is right or every sample
     wrong) and the number of samples. With one sample a problem it is ``wilson``.
 
     Args:
@@ -107,7 +107,7 @@ def mcnemar(wins: int, losses: int) -> float:
 def sign_flip(differences: ArrayLike) -> float:
     """Exact two-sided p-value of the paired sign-flip permutation test on the sum (Fisher 1935).
 
-    If two models were alike, each problem's difference could as well have had the other sign. All 2^P sign
+    If two models were equal, each problem's difference could as well have had the other sign. All 2^P sign
     patterns are counted by dynamic programming over the sum of the positive ones, so nothing is drawn at
     random. With differences of -1, 0 and 1 (one sample a problem) it is ``mcnemar``.
 

@@ -1,27 +1,31 @@
-"""LoRA and DoRA adapters in mlx_lm's format: attach, train, save, switch off, merge. MLX is imported late."""
+"""LoRA and DoRA adapters in mlx_lm's format: attach, train, save, switch off, and sample with them."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_traces.config import AdapterConfig
-from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.readers import is_number, parse_json, text_of
-from mlx_traces.runtime.files import on_the_way, replacing
+from mlx_traces.errors import UserError, first_line
+from mlx_traces.models.adapter_config import CONFIG, WEIGHTS, own_settings, read_config
+from mlx_traces.models.lora import in_activations_type
+from mlx_traces.runtime import device
+from mlx_traces.runtime.device import Backend
+from mlx_traces.runtime.files import on_the_way, replacing, to_json, write_atomic
 
-if TYPE_CHECKING:
-    import mlx.nn as nn
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 BASE = "base"  # names the bare model where an adapter is asked for
-KINDS = ("lora", "dora", "full")
 ADDED = ("lora_a", "lora_b", "m")  # what an adapter adds to a layer: the low-rank pair, DoRA's magnitudes
 
 
-def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None = None) -> dict[str, Any]:
+def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = None) -> dict[str, Any]:
     """Prepare a model for training: a new adapter, or that of ``folder``, already attached; the rest is frozen.
 
     A new adapter changes nothing yet (arXiv 2106.09685, section 4.1): its second matrix is 0, its first is drawn from
@@ -34,9 +38,6 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
         UserError: for a target that no layer has, quantized layers that ``full`` cannot train, or a setting that
             was given and differs from the adapter's.
     """
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     if not -1 <= config.layers <= len(model.layers) or config.layers == 0:
         raise UserError(f"layers: this model has {len(model.layers)}, not {config.layers}; -1 stands for all")
     model.freeze()
@@ -71,20 +72,10 @@ def start(model: "nn.Module", config: AdapterConfig, folder: str | Path | None =
         for _, module in model.named_modules():
             if "lora_a" in module:
                 module.unfreeze(keys=[name for name in ADDED if name in module], recurse=False)
+        in_activations_type(model)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
     return settings
-
-
-def own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's settings file, as `read_config` gives it, in the names of ``AdapterConfig``."""
-    own = {
-        "kind": settings.get("fine_tune_type", "lora"),
-        "layers": settings.get("num_layers"),
-        **(settings.get("lora_parameters") or {}),
-    }
-    own["targets"] = own.pop("keys", None)
-    return own
 
 
 def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
@@ -98,11 +89,8 @@ def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str
             )
 
 
-def _check_targets(model: "nn.Module", config: AdapterConfig) -> None:
+def _check_targets(model: nn.Module, config: AdapterConfig) -> None:
     """Raise UserError for a target that is no linear module of the layers, or of the model."""
-    import mlx.nn as nn
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
     experts = (SwitchLinear, QuantizedSwitchLinear)
     linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *experts)
     inside = {name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, linear)}
@@ -112,16 +100,12 @@ def _check_targets(model: "nn.Module", config: AdapterConfig) -> None:
             raise UserError(f"targets: no module {target!r}; the layers have {', '.join(sorted(inside))}")
 
 
-def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+def save(model: nn.Module, folder: Path, settings: dict[str, Any], about: dict[str, Any] | None = None) -> None:
     """Write what is trained as an adapter folder that `attach` and ``mlx_lm.load(adapter_path=)`` read.
 
     ``settings`` are as `start` returned them, ``about`` is further entries for ``adapter_config.json``: base model,
     data, versions.
     """
-    from mlx.utils import tree_flatten
-
-    from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
-
     with on_the_way(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_arrays(folder / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
@@ -129,17 +113,15 @@ def save(model: "nn.Module", folder: Path, settings: dict[str, Any], about: dict
         write_atomic(folder / CONFIG, to_json({**settings, **(about or {})}))
 
 
-def _swap(model: "nn.Module", change: Any) -> Any:
+def _swap(model: nn.Module, change: Any) -> Any:
     """Replace every adapted layer by ``change(layer)``; return a function that puts them back."""
-    from mlx.utils import tree_unflatten
-
     adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
     model.update_modules(tree_unflatten([(name, change(module)) for name, module in adapted]))
     return lambda: model.update_modules(tree_unflatten(adapted))
 
 
 @contextmanager
-def switched_off(model: "nn.Module") -> Iterator[None]:
+def switched_off(model: nn.Module) -> Iterator[None]:
     """Switch the adapter off inside the context: the model is its base, without a second copy."""
     back = _swap(model, lambda layer: layer["linear"] if "linear" in layer else layer["embedding"])
     try:
@@ -148,7 +130,7 @@ def switched_off(model: "nn.Module") -> Iterator[None]:
         back()
 
 
-def reference(model: "nn.Module", folder: str | Path | None, used: bool = True) -> Callable[[], Any]:
+def reference(model: nn.Module, folder: str | Path | None, used: bool = True) -> Callable[[], Any]:
     """Return a context in which the model is the reference: its adapter left out, or replaced by that of ``folder``.
 
     Its weights come with the scale that they were trained at; None and `BASE` stand for the bare model.
@@ -157,9 +139,6 @@ def reference(model: "nn.Module", folder: str | Path | None, used: bool = True) 
         UserError: if it is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same kind and
             shapes.
     """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
     trained = dict(tree_flatten(model.trainable_parameters()))
     if folder in (None, BASE):
         if used and not any(name.endswith("lora_a") for name in trained):
@@ -200,29 +179,180 @@ def _kind_of(trained: Iterable[str]) -> str:
     return "full" if "lora_a" not in last else "dora" if "m" in last else "lora"
 
 
+# What a layer of each kind is once its weights are dense.
+DENSE = {
+    **dict.fromkeys((nn.Linear, nn.QuantizedLinear), nn.Linear),
+    **dict.fromkeys((nn.Embedding, nn.QuantizedEmbedding), nn.Embedding),
+    **dict.fromkeys((SwitchLinear, QuantizedSwitchLinear), SwitchLinear),
+}
+ADAPTED = (LoRALinear, DoRALinear, LoRAEmbedding, DoRAEmbedding, LoRASwitchLinear)
+WEIGHTS_SHARE = 0.75  # of the device's memory that weights and dense copies of them may take
+_WEIGHED = "_sampling_bytes"  # the attribute of a model within `merged` that keeps what `sampling_bytes` found
+
+
 @contextmanager
-def merged(model: "nn.Module") -> Iterator[None]:
-    """Add the adapter into dense float32 weights while the context lasts, for faster sampling.
+def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
+    """Let a model with an adapter sample at the speed of its base while the context lasts.
 
-    Exact up to float32's rounding, so only where weights are that: elsewhere nothing changes, as rounding to 16 or 4
-    bits would lose a small adapter.
+    * A dense layer with an adapter becomes one with the adapter added in. The sum is computed in float32 and rounded
+      once to the weights' type, so log-probabilities are as near to float32's as with the adapter apart.
+    * On CUDA, where products with 4-bit weights take several times as long as dense ones, quantized layers become dense
+      too, with an adapter or without, in the type of their scales.
+    * A linear layer that is not made dense keeps its weights, and one product more adds the adapter (`LowRank`). This
+      is so for quantized weights elsewhere, and where the copies do not fit in ``WEIGHTS_SHARE`` of the memory.
+
+    Then the model has the very same layers again. MLX's cache is cleared at both ends if it has grown, as arrays have
+    other sizes in sampling than in training.
+
+    Args:
+        model: an adapter on it or not.
+        backend: where it runs; without one, copies fit, and quantized layers stay quantized.
     """
-    import mlx.core as mx
-
-    def dense(layer: Any) -> Any:
-        inner = layer["linear"] if "linear" in layer else layer["embedding"]
-        return layer.fuse() if "scales" not in inner and inner.weight.dtype == mx.float32 else layer
-
-    back = _swap(model, dense)
-    # Each new layer draws weights that are not used: without evaluating the state, the graph of draws would grow.
-    mx.eval(model.parameters(), list(mx.random.state))
+    dense, low_rank = _layers_to_change(model, backend)
+    changed = {name: _dense(layer) for name, layer in dense.items()}
+    changed |= {name: LowRank(layer) for name, layer in low_rank.items()}
+    before, outer = [*dense.items(), *low_rank.items()], getattr(model, _WEIGHED, None)
+    weighed = sampling_bytes(model, backend)
+    device.clear_grown_cache()
+    for layer in changed.values():  # one after the other: of the float32 sums only one is there at a time
+        mx.eval(layer.parameters())
+    model.update_modules(tree_unflatten(list(changed.items())))
+    setattr(model, _WEIGHED, weighed)
     try:
         yield
     finally:
-        back()
+        model.update_modules(tree_unflatten(before))
+        setattr(model, _WEIGHED, outer)
+        changed.clear()
+    device.clear_grown_cache()  # not after an error: CUDA can do no more then
 
 
-def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
+def sampling_bytes(model: nn.Module, backend: Backend | None = None) -> int:
+    """Return the bytes of all weights while a model samples within `merged`: its own, and the copies made there."""
+    weighed = getattr(model, _WEIGHED, None)
+    return _bytes(model) + copied_bytes(model, backend) if weighed is None else weighed
+
+
+def copied_bytes(model: nn.Module, backend: Backend | None = None) -> int:
+    """Return the bytes of the copies that `merged` makes."""
+    dense, low_rank = _layers_to_change(model, backend)
+    pairs = [(layer.lora_a.size + layer.lora_b.size, _type_of(layer.linear).size) for layer in low_rank.values()]
+    return sum(_dense_bytes(layer) for layer in dense.values()) + sum(count * size for count, size in pairs)
+
+
+def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return by name the layers that are dense within `merged`, and those that are `LowRank` there."""
+    modules = dict(model.named_modules())
+    adapted = {name: module for name, module in modules.items() if isinstance(module, ADAPTED)}
+    dense = {name: layer for name, layer in adapted.items() if "scales" not in _base(layer)}
+    if backend and backend.name == "cuda":
+        inside = {id(_base(layer)) for layer in adapted.values()}
+        quantized = {n: m for n, m in modules.items() if type(m) in DENSE and "scales" in m and id(m) not in inside}
+        dense = {**adapted, **quantized}
+    # What is of a kind of its own stays so, as do experts with a second scale.
+    bases = {name: _base(layer) for name, layer in dense.items()}
+    dense = {n: dense[n] for n, base in bases.items() if type(base) in DENSE and base.get("global_scale") is None}
+    size = _bytes(model) + sum(map(_dense_bytes, dense.values()))
+    if backend and size > WEIGHTS_SHARE * 1e9 * backend.memory_gb:
+        dense = {}
+    low_rank = {n: m for n, m in adapted.items() if n not in dense and isinstance(m, LoRALinear | DoRALinear)}
+    return dense, low_rank
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """Return the bytes of a number in the activations: that of the widest weights, an adapter's own left out."""
+    weights = [(name.rpartition(".")[2], array.dtype) for name, array in tree_flatten(model.parameters())]
+    sizes = [dtype.size for last, dtype in weights if last not in ADDED and mx.issubdtype(dtype, mx.floating)]
+    return max(sizes, default=4)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """Return the layer under an adapter; a layer without one is its own."""
+    return layer.get("linear", layer.get("embedding", layer)) if isinstance(layer, ADAPTED) else layer
+
+
+def _type_of(base: nn.Module) -> mx.Dtype:
+    """Return the type of a layer's weights; of quantized ones, that of their scales, or bfloat16 for whole numbers."""
+    dtype = base.get("scales", base.weight).dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+
+def _dense_bytes(layer: nn.Module) -> int:
+    base = _base(layer)
+    numbers = base.weight.size * 32 // base.bits if "scales" in base else base.weight.size
+    return numbers * _type_of(base).size
+
+
+def _dense(layer: nn.Module) -> nn.Module:
+    """Return a frozen dense layer of a layer's weights and bias; none are drawn, as MLX's constructors do."""
+    base = _base(layer)
+    kind = DENSE[type(base)]
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    weight = _summed(layer)
+    if "m" in layer:
+        weight = weight * _gain(layer, weight)[:, None]
+    made.weight = weight.astype(_type_of(base))
+    if "bias" in base:
+        made.bias = base.bias
+    return made.freeze()
+
+
+def _summed(layer: nn.Module) -> mx.array:
+    """Return a layer's weights with its adapter's product added, (out, in) or (experts, out, in), in float32."""
+    base = _base(layer)
+    weight = base.weight
+    if "scales" in base:
+        numbers = [base.scales, base.get("biases")]
+        if base.mode == "affine":  # their own 16 bits would round the weights
+            numbers = [array.astype(mx.float32) for array in numbers]
+        weight = mx.dequantize(weight, *numbers, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    if not isinstance(layer, ADAPTED):
+        return weight
+    left, right = layer.lora_a, layer.lora_b  # of an embedding
+    if isinstance(layer, LoRASwitchLinear):
+        left, right = right, left
+    elif "linear" in layer:
+        left, right = right.T, left.T
+    weight, left, right = (array.astype(mx.float32) for array in (weight, left, right))
+    return mx.addmm(weight, left, right, alpha=float(layer.scale))
+
+
+def _gain(layer: nn.Module, summed: mx.array) -> mx.array:
+    """Return DoRA's (out,) factors: what gives each row the norm that it has learned (arXiv 2402.09353, equation 5)."""
+    return layer.m / mx.linalg.norm(summed, axis=-1)
+
+
+class LowRank(nn.Module):
+    """A linear layer that stays as it is, and its adapter as one product more: ``linear(x) + x a b``.
+
+    ``a`` (in, r) and ``b`` (r, out) have the activations' type, the adapter's scale is in ``b``. DoRA's factor of each
+    output is ``gain`` (out,), which the bias does not get: ``rest`` gives back what is missing of it.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.linear, dtype = layer.linear, _type_of(layer.linear)
+        self.a, b = layer.lora_a.astype(dtype), layer.scale * layer.lora_b
+        if "m" in layer:
+            gain = _gain(layer, _summed(layer))
+            b, self.gain = gain * b, gain.astype(dtype)
+            self.rest = ((1 - gain) * self.linear.get("bias", mx.array(0.0))).astype(dtype)
+        self.b = b.astype(dtype)
+        self.freeze(recurse=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        if "gain" in self:
+            y = y * self.gain + self.rest
+        return mx.addmm(y, x @ self.a, self.b)
+
+
+def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter of ``folder`` on ``model``, dense or quantized, and return it.
 
     The base weights stay as they are: fusing into a 4-bit base rounds a small adapter away. An adapter of
@@ -233,8 +363,6 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
             the model has no place for, one of another shape, or one that its layers need and the file lacks.
     """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import linear_to_lora_layers
 
     folder = Path(folder)
     config = read_config(folder)
@@ -271,75 +399,14 @@ def attach(model: "nn.Module", folder: str | Path) -> "nn.Module":
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:
-    import mlx.core as mx
-
     try:
         return mx.load(str(folder / WEIGHTS))
     except RuntimeError as error:
         raise UserError(f"{folder / WEIGHTS}: not a safetensors file ({first_line(error)})") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's settings; the folder is checked as far as that goes without its weights.
-
-    Raises:
-        UserError: if it is no mlx_lm adapter, or a setting is of the wrong kind.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such adapter folder")
-    if (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{folder}: a PEFT adapter; only mlx_lm's format ({CONFIG} and {WEIGHTS}) is read")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise UserError(f"{folder}: not an adapter folder, {name} is missing")
-    config = parse_json(text_of(folder / CONFIG), str(folder / CONFIG), several_lines=True)
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: expected a JSON object, not a {type(config).__name__}")
-    kind = config.get("fine_tune_type", "lora")
-    if kind not in KINDS:
-        raise UserError(f"{folder / CONFIG}: 'fine_tune_type' is {choices(KINDS)}, not {_shown(kind)}")
-    if kind != "full":
-        _check_settings(config, f"{folder / CONFIG}")
-    return config
-
-
-def _check_settings(config: dict[str, Any], where: str) -> None:
-    for name in ("num_layers", "lora_parameters"):
-        if name not in config:
-            raise UserError(f"{where}: {name!r} is missing; is this mlx_lm's format?")
-    settings = config["lora_parameters"]
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: 'lora_parameters' must be an object of rank, scale, dropout, not {_shown(settings)}")
-    for name, value, right, what in (
-        ("num_layers", config["num_layers"], _is_whole, "a whole number"),
-        ("rank", settings.get("rank"), lambda value: _is_whole(value) and value > 0, "a whole number above 0"),
-        ("scale", settings.get("scale"), is_number, "a number"),
-        ("dropout", settings.get("dropout"), lambda value: is_number(value) and 0 <= value < 1, "a number, 0 to 1"),
-        ("keys", settings.get("keys"), _are_names, "a list of layer names"),
-    ):
-        if name == "scale" and value is None and "alpha" in settings:
-            raise UserError(f"{where}: 'scale' is missing; mlx_lm does not read 'alpha', give scale = alpha / rank")
-        if not right(value):
-            found = "it is missing" if value is None else f"not {_shown(value)}"
-            raise UserError(f"{where}: {name!r} must be {what}, {found}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:60]
-
-
 def write_arrays(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Replace a safetensors file all at once: temporary file, fsync, rename."""
-    import mlx.core as mx
-
     mx.eval(list(arrays.values()))  # errors of the computation are not the disk's
     try:
         with on_the_way(path), replacing(path) as scratch:

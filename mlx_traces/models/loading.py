@@ -7,11 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import dequantize_model, get_total_parameters, load_model, load_tokenizer
+
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models.adapters import attach
 from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.names import GET_ANEW, name_parts, resolve
 from mlx_traces.records import Problem
 from mlx_traces.runtime.device import Backend, choose
+from mlx_traces.runtime.memory_budget import MemoryBudget
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Message, Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
@@ -46,6 +52,11 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     template_args: dict[str, Any] = field(default_factory=dict)
     day: Date | None = None
+
+    @cached_property
+    def row_budget(self) -> MemoryBudget:
+        """How many rows fit in the memory while they are decoded together."""
+        return MemoryBudget("rows", "rows", self.backend.name)
 
     @property
     def own_tags(self) -> Pair | None:
@@ -139,8 +150,6 @@ def load(
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
     """
     choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
-    from mlx_lm.utils import get_total_parameters, load_model
-
     spec, adapter = name_parts(name, adapter)
     path, revision = resolve(spec)
     try:
@@ -151,8 +160,6 @@ def load(
     backend = choose(device, weights, dtype, get_total_parameters(model))
     notes = place(model, backend)
     if adapter is not None:
-        from mlx_traces.models.adapters import attach
-
         attach(model, adapter)
     stop_ids = _stop_ids(tokenizer)
     if not stop_ids:
@@ -177,13 +184,14 @@ def load(
 
 def place(model: Any, backend: Backend) -> list[str]:
     """Give the model the backend's weights and dtype, in place, and evaluate them; return notes."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import dequantize_model
-
     notes = []
+    quantized = [module for _, module in model.named_modules() if "scales" in module]
+    if backend.name == "cuda" and backend.weights == "quantized" and quantized:
+        notes.append(
+            "the weights stay quantized, which on CUDA is several times as slow as dense ones, and takes minutes to "
+            "compile the first kernels; pass --weights dense where the memory allows"
+        )
     if backend.weights == "dense":
-        quantized = [module for _, module in model.named_modules() if "scales" in module]
         if any(module.get("global_scale") is not None for module in quantized):
             notes.append("nvfp4 experts with a global scale stay quantized")
         elif quantized:
@@ -202,8 +210,6 @@ def place(model: Any, backend: Backend) -> list[str]:
 
 
 def _load_tokenizer(path: Path, name: str, config: dict[str, Any], trust_remote_code: bool) -> Any:
-    from mlx_lm.utils import load_tokenizer
-
     try:
         return load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # as above

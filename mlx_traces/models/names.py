@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_traces.config import shipped
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
+from mlx_traces.models.adapter_config import read_config
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way
 
@@ -130,8 +131,6 @@ def _locate(spec: str) -> tuple[Path | None, str, str | None]:
 
 def name_parts(name: str, adapter: str | None) -> tuple[str, str | None]:
     """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
-    from mlx_traces.models.adapters import read_config
-
     spec, adapter = split_adapter(name, adapter)
     if adapter is None:
         return spec, None
@@ -168,11 +167,15 @@ def _download(name: str, revision: str | None) -> Path:
     wanted = {"revision": revision, "allow_patterns": DEFAULT_ALLOW_PATTERNS, "local_files_only": bool(away)}
     with on_the_way(Path(constants.HF_HUB_CACHE), "repeat the command"):
         try:
-            return Path(snapshot_download(name, **wanted))
+            folder = Path(snapshot_download(name, **wanted))
         except Exception as error:  # the client and its transfer libraries raise a dozen unrelated types
             if getattr(error, "errno", None):
                 raise  # the disk's
             raise _not_downloaded(name, revision, away, error) from None
+    if away and (folder / "config.json").exists() and (missing := _missing(folder)):
+        # Clients before 1.20 give what is here of a download that was cut off.
+        raise _not_downloaded(name, revision, away, FileNotFoundError(missing))
+    return folder
 
 
 def _not_downloaded(name: str, revision: str | None, away: str, error: Exception) -> UserError:

@@ -1,1 +1,1 @@
-"""Several steps as one command: compare, study, rounds, and what they will take and whether their figures are true."""
+"""Several steps as one command: compare, study and rounds; estimate their cost; verify their figures."""

@@ -1,7 +1,10 @@
-"""Comparisons: make the evaluations that are missing, then pair them all in one table."""
+"""Compare runs: make the missing evaluations, then pair them all in one table."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.evaluation.run import run
 from mlx_traces.models import names
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
-# Adapters that come with the repository, and the prompt each is shown with.
+# Adapters that come with the repository, each with its prompt.
 TRAINED = (
     *(("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct")),
     *(("nano-grpo", "direct"), ("nano-ppo", "direct")),
@@ -29,7 +33,7 @@ TRAINED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation: its settings, the conversion that its model waits for, and its own name in the tables.
+    """One evaluation: its settings, the conversion that its model needs first, and its name in the tables.
 
     ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``.
     """
@@ -41,26 +45,26 @@ class Entry:
 
     @property
     def ready(self) -> bool:
-        """Whether the model is there to be evaluated."""
+        """Whether the model exists, converted if needed."""
         return self.conversion is None or self.conversion.path.is_dir()
 
     def plan(self) -> Plan:
-        """Check the evaluation and load its problems; with the unconverted model as long as there is no other."""
+        """Check the evaluation and load its problems; before the conversion with the unconverted model."""
         converted = {"model": str(self.conversion.path)} if self.conversion and self.ready else {}
         return evaluator.plan(self.config.model_copy(update=converted))
 
     def named(self, made: Run) -> Run:
-        """Return its run under the name that it has in the tables."""
+        """Return a run under its name in the tables."""
         if self.label:
             return replace(made, result=made.result | {"model": self.label, "adapter": None})
         return replace(made, result=made.result | {"model": self.conversion.label}) if self.conversion else made
 
 
 def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[str]]:
-    """Lay out the evaluations of one task, models by prompts; also say which models are left out.
+    """Lay out the evaluations of one task, models by prompts; also return notes on models that are left out.
 
     Raises:
-        UserError: for a wrong setting, or settings that are filled in from elsewhere.
+        UserError: for a wrong setting, or one that models or prompts fill in.
     """
     from mlx_traces.models import convert
 
@@ -75,15 +79,15 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
             continue
         wanted, served = None, bool(model.settings.get("endpoint"))
         if model.bits is not None and (served or task.endpoint):
-            raise UserError(f"models.{place}: a model behind a server has the bits that it has; leave bits out")
+            raise UserError(f"models.{place}: bits cannot be chosen for a model behind a server; leave bits out")
         if model.bits is not None:
             names.check(spec)
             wanted = convert.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
         for prompt in model.prompts or task.prompts:
             own = {"model": spec, "adapter": adapter, "prompt": prompt}
             if taken := sorted(own.keys() & model.settings.keys()):
-                raise UserError(f"models.{place}.settings: {taken[0]!r} has a place of its own beside settings")
-            # What the task says of models that are loaded here is not for one behind a server.
+                raise UserError(f"models.{place}.settings: {taken[0]!r} is a field of its own, beside settings")
+            # Settings of models that are loaded here do not apply to a model behind a server.
             kept = {name: value for name, value in shared.items() if not (served and name in endpoint.LOCAL)}
             settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
             found.append(Entry(settings, f"models.{place}", wanted, model.label))
@@ -93,7 +97,7 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
 
 
 def plans_of(found: Sequence[Entry]) -> list[Plan]:
-    """Check evaluations and load their problems; UserError also for models that are asked different problems."""
+    """Check evaluations and load their problems; UserError also if models have different problems."""
     plans = [entry.plan() for entry in found]
     asked = [{problem.id for problem in planned.problems} for planned in plans]
     for entry, planned, own in zip(found, plans, asked, strict=True):
@@ -114,9 +118,9 @@ def make(
     progress: bool = False,
     apart: bool = False,
 ) -> list[Run]:
-    """Convert models and make, or finish, evaluations where they are missing; return their runs, in order.
+    """Convert models, and make or finish the missing evaluations; return their runs, in order.
 
-    ``plans`` are those of `plans_of`, ``say`` is called with a line before each conversion, ``apart`` is `obtain`'s.
+    ``plans`` are from `plans_of`, ``say`` gets a line before each conversion, ``apart`` is that of `obtain`.
 
     Raises:
         UserError: if the input is wrong.
@@ -137,8 +141,8 @@ def make(
 def default_evals() -> list[EvalConfig]:
     """Return the comparison without arguments: nano on held-out Countdown problems.
 
-    Direct against thinking, and the adapters that come along: from the working folder, the installed package, or the
-    checkout that this package runs from.
+    Direct against thinking, and the shipped adapters, from the working folder, the installed package, or the checkout
+    that this package runs from.
     """
     homes = (Path("adapters"), shipped("adapters"))
     found = [
@@ -160,13 +164,13 @@ def requested(
     prompts: Sequence[str] = (),
     settings: dict[str, Any] | None = None,
 ) -> CompareConfig:
-    """Add what was asked for to a configuration; with nothing at all it is the default comparison.
+    """Add a command's arguments to a configuration; without any it is the default comparison.
 
-    Models are crossed with prompts. Without models, prompts and settings win over those of the configuration's own
-    tasks and evaluations. An ``extractor`` also judges finished runs; other settings cannot change those.
+    Each model is evaluated in each prompt. Without models, prompts and settings replace those of the configuration's
+    tasks and evaluations. An ``extractor`` also judges finished runs; no other setting can change a finished run.
 
     Raises:
-        UserError: for a wrong setting, or one that finished runs cannot follow.
+        UserError: for a wrong setting, or one that cannot change a finished run.
     """
     settings, everything, evals, tasks = dict(settings or {}), [*config.runs, *runs], list(config.evals), config.tasks
     if models or ((prompts or settings) and not (everything or evals or tasks)):
@@ -191,12 +195,12 @@ def requested(
 
 
 def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
-    """Read the named runs and make, or finish, the evaluations; one run each, in that order.
+    """Read the named runs, then make or finish the evaluations; return the runs in that order.
 
-    An evaluation whose run folder is there, with the same settings, problems and model files, is not repeated.
+    An evaluation is not repeated if its run folder exists with the same settings, problems and model files.
 
     Raises:
-        UserError: if the input is wrong; runs, settings, models and problems are looked at before the first evaluation.
+        UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
     """
     if config.models and not config.tasks:
         raise UserError("models: there are no tasks for them; add tasks, as in [{task: countdown, prompts: [direct]}]")
@@ -213,51 +217,40 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
 
 
 def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False) -> Run:
-    """Return a planned evaluation's run, made, or finished, in ``path`` unless it is there.
+    """Return a planned evaluation's run; make or finish it in ``path`` if needed.
 
     Args:
         planned: the evaluation.
         path: its run folder.
         progress: show a progress bar on stderr.
-        apart: evaluate in a process of its own, so that the peak memory is that of this evaluation alone.
+        apart: evaluate in another process, so that the peak memory is that of this evaluation alone.
 
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
-    from mlx_traces.evaluation.run import run
-
-    if not RunFolder(path).finished:
-        if apart:
-            _run_apart(planned.config, path, progress)
-        else:
-            run(planned, path, resume=path.exists(), progress=progress)
+    if RunFolder(path).finished:
+        pass
+    elif apart:
+        settings = planned.config.model_dump(exclude_unset=True)
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(_evaluate, settings, path, progress).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{path}: the process that evaluated it died, perhaps for lack of memory; try fewer rows"
+            ) from None
+    else:
+        run(planned, path, resume=path.exists(), progress=progress)
     return by_extractor(read_run(path), planned.extractor)
 
 
-def _run_apart(config: EvalConfig, path: Path, progress: bool) -> None:
-    """Evaluate in a process of its own, whose peak memory is that of this evaluation alone."""
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    settings = config.model_dump(exclude_unset=True)
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(_evaluate, settings, path, progress).result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"{path}: the process that evaluated it died, of too little memory perhaps; try fewer rows"
-        ) from None
-
-
 def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
-    from mlx_traces.evaluation.run import run
-
+    """Evaluate in another process."""
     run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
 def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
-    """Carry out a comparison: its runs, their table, and the files in ``config.out`` if that is set."""
+    """Carry out a comparison; return table and runs, and write the files into ``config.out`` if it is set."""
     from mlx_traces.report import export
 
     runs = collect(config, progress)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from mlx_traces.config import (
+    SIZES,
     CompareConfig,
     EvalConfig,
     GenerateConfig,
@@ -31,8 +32,7 @@ from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.pipelines import rounds
-from mlx_traces.pipelines.rounds import Station
-from mlx_traces.readers import read_yaml
+from mlx_traces.pipelines.rounds import Stage
 from mlx_traces.records import Trace
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.run_folder import RunFolder
@@ -40,6 +40,7 @@ from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces
 from mlx_traces.train import loop, memory
 from mlx_traces.train.memory import Estimate, Most
+from mlx_traces.yaml_files import read_yaml
 
 READ = 2_000  # traces whose longest stands for all
 LARGEST_PROBED = 256  # problems likewise
@@ -65,7 +66,7 @@ def lines(config: RoundsConfig) -> list[str]:
         UserError: if the settings are wrong. Where they are right and the rounds would end with an error all the same,
             as without the data, the last line says so.
     """
-    plan = rounds.stations(config, nullcontext)  # no bar is shown
+    plan = rounds.stages(config, nullcontext)  # no bar is shown
     compared = rounds.comparison_of(config, plan)
     found: dict[str, Forecast] = {}
     missing, notes = compared.evals, []
@@ -75,7 +76,7 @@ def lines(config: RoundsConfig) -> list[str]:
         found, notes = _estimates(config, plan, missing, len(compared.evals))
     except UserError as error:
         notes = [f"no estimates, and the rounds would end with: {error}"]
-    ends = [(station.name, station.out, station.finished) for station in plan]
+    ends = [(stage.name, stage.out, stage.finished) for stage in plan]
     ends.append(("comparison", Path(compared.out or ""), not missing))
     rows = [("stage", "state", "tokens at most", "memory", "output")]
     rows += [(name, "there" if there else "to make", *_figures(found.get(name)), str(out)) for name, out, there in ends]
@@ -85,16 +86,16 @@ def lines(config: RoundsConfig) -> list[str]:
 
 
 def _estimates(
-    config: RoundsConfig, plan: list[Station], missing: Sequence[EvalConfig], count: int
+    config: RoundsConfig, plan: list[Stage], missing: Sequence[EvalConfig], count: int
 ) -> tuple[dict[str, Forecast], list[str]]:
     """Return the forecasts of what is left, by stage, and the lines that belong to them."""
-    left, spec = [station for station in plan if not station.finished], names.split_adapter(config.model)[0]
+    left, spec = [stage for stage in plan if not stage.finished], names.split_adapter(config.model)[0]
     if not left and not missing:
         return {}, []
     if not names.is_here(spec):
         return {}, [f"no estimates: {spec} is not on this machine yet, and the rounds will download it"]
     outlook = Outlook(config, plan)
-    found = {station.name: outlook.of(station) for station in left}
+    found = {stage.name: outlook.of(stage) for stage in left}
     if missing:
         found["comparison"] = outlook.of_comparison(missing, count)
     peak = max((one.memory_gb for one in found.values() if one.memory_gb), default=0.0)
@@ -123,8 +124,8 @@ def _missing(compared: CompareConfig) -> list[EvalConfig]:
 class Outlook:
     """The forecasts of a plan's stages; models and traces are read once, when they are first needed."""
 
-    def __init__(self, config: RoundsConfig, plan: Sequence[Station]) -> None:
-        self.config, self.plan = config, {station.name: station for station in plan}
+    def __init__(self, config: RoundsConfig, plan: Sequence[Stage]) -> None:
+        self.config, self.plan = config, {stage.name: stage for stage in plan}
         self.spec, self.adapter = names.split_adapter(config.model)
 
     @cached_property
@@ -135,20 +136,20 @@ class Outlook:
     @cached_property
     def raw(self) -> list[Trace]:
         """The first stage's traces, as they are or would be."""
-        station = self.plan["raw"]
-        if station.finished:
-            return [trace for _, trace in read_traces(station.out)]
+        stage = self.plan["raw"]
+        if stage.finished:
+            return [trace for _, trace in read_traces(stage.out)]
         return list(rounds.raw_traces(self.config, Counter())[0])
 
-    def of(self, station: Station) -> Forecast:
+    def of(self, stage: Stage) -> Forecast:
         """Return a stage's forecast."""
-        recipe = station.recipe
-        if station.name == "raw":
+        if stage.name == "raw":
             return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
+        recipe = stage.recipe.sized(self.loaded.backend.sizes)
         if isinstance(recipe, GenerateConfig):
             return self._sampling(recipe, 1, "")
         if isinstance(recipe, SFTConfig):
-            return self._sft(recipe, *(self._given(recipe) if station.name == "epoch1" else self._own(recipe)))
+            return self._sft(recipe, *(self._given(recipe) if stage.name == "epoch1" else self._own(recipe)))
         if isinstance(recipe, RLConfig):
             return self._reinforcement(recipe)
         readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
@@ -158,7 +159,8 @@ class Outlook:
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""
-        return self._sampling(missing[0], len(missing), f"{len(missing)} of {count} evaluations, each of ")
+        settings = missing[0].sized(self.loaded.backend.sizes)
+        return self._sampling(settings, len(missing), f"{len(missing)} of {count} evaluations, each of ")
 
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
@@ -192,6 +194,7 @@ class Outlook:
         checks = 1 + math.ceil(steps / (config.eval_every or max(1, steps // config.epochs)))
         sampled, answering_gb, answered = self._held_out(config, checks)
         longest = min(longest, config.max_length)
+        config = memory.fitted(config, self.loaded.backend, lambda one: memory.of_sft(self.loaded, one, longest))
         found = memory.of_sft(self.loaded, config, longest)
         told = f"{words} of at most {longest:,} tokens, prompts included, {config.epochs} x{answered}"
         return self._training(count * longest * config.epochs + sampled, found, answering_gb, told)
@@ -205,9 +208,9 @@ class Outlook:
 
     def _own(self, config: SFTConfig) -> tuple[int, int, str]:
         """The same of the traces that the filter will have kept, at most."""
-        station = self.plan["filtered"]
-        if station.finished:
-            kept = list(read_traces(station.out))
+        stage = self.plan["filtered"]
+        if stage.finished:
+            kept = list(read_traces(stage.out))
             return len(kept), _longest_trace(self.loaded, kept, config)[0], f"{len(kept):,} traces"
         drawn = self.plan["generated"].recipe
         planned = evaluator.plan(drawn.model_copy(update={"adapter": None}))
@@ -226,6 +229,8 @@ class Outlook:
             completions += len(planned.problems) * config.probe_samples
             words += f", {_problems(len(planned.problems), config.probe_samples)} for their pass rates"
         steps = f"{config.num_steps} steps of {_problems(config.prompts_per_step, config.group_size)}"
+        backend = self.loaded.backend
+        config = memory.fitted(config, backend, lambda one: memory.of_reinforcement(self.loaded, one, prompt))
         found = memory.of_reinforcement(self.loaded, config, prompt)
         tokens = completions * config.max_tokens + answered
         return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.max_tokens)}{words}")
@@ -274,10 +279,14 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """The estimate, what it was made from in words, what does not fit (None: all does), and the largest settings."""
+    """The estimate, what it was made from in words, what does not fit (None: all does), and the largest settings.
+
+    ``sizes`` are the batches' settings, in words: those of the file and those of the device.
+    """
 
     estimate: Estimate
     told: str
+    sizes: str
     memory_gb: float
     fault: str | None
     most: dict[str, Most]
@@ -291,7 +300,8 @@ class Planned:
         rows = f"{found.rows} rows, " if found.rows else ""
         plural = "" if found.micro_rows == 1 else "s"
         alone = f"  taken: {rows}micro-batches of {found.micro_rows} sequence{plural}"
-        return [self.told, *parts, peak, alone, f"  {self.fault or 'it fits'}", *map(self._largest, self.most)]
+        sizes = f"  {self.sizes}"
+        return [self.told, *parts, peak, sizes, alone, f"  {self.fault or 'it fits'}", *map(self._largest, self.most)]
 
     def _largest(self, name: str) -> str:
         most = self.most[name]
@@ -345,10 +355,12 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         loads = f"eval --model {config.model} --limit 1 downloads it"
         raise UserError(f"{config.model} is not on this machine; {loads}, or name a folder")
     loaded = _ready(config, config.model, config.adapter)
+    config = config.sized(loaded.backend.sizes)
     if isinstance(config, RLConfig):
         few = min(config.num_steps, math.ceil(LARGEST_PROBED / config.prompts_per_step))
         planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": few}))
         prompt, of = rollouts.longest_prompt(loaded, planned), f"the longest of {len(planned.problems):,}"
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_reinforcement(loaded, one, prompt))
         sizes = memory.sizes_of_reinforcement(loaded, config, prompt)
         length = f"prompts of {prompt} tokens ({of}) and completions of {config.max_tokens}"
     else:
@@ -356,10 +368,15 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         if Path(config.data).exists():
             longest, count = _longest_trace(loaded, read_traces(Path(config.data)), config)
             of = f"the longest of {count:,}"
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_sft(loaded, one, longest))
         sizes = memory.sizes_of_sft(config, longest)
         length = f"sequences of {longest} tokens ({of})"
     shape, limit = memory.shape_of(loaded), loaded.backend.memory_gb
     estimate = memory.estimate(shape, **sizes)
     most = memory.largest(shape, sizes, limit, loaded.context or NO_CONTEXT)
     told = f"{choices(kinds)} of {config.model} on {loaded.backend.description}: {length}"
-    return Planned(estimate, told, limit, memory.fits(estimate, loaded.backend), most)
+    batches = [(name, f"{name} {getattr(config, name):,}") for name in SIZES if name in type(config).model_fields]
+    given = ", ".join(text for name, text in batches if name in config.model_fields_set)
+    own = ", ".join(text for name, text in batches if name not in config.model_fields_set)
+    words = "; ".join(filter(None, [given and f"set: {given}", own and f"this device's: {own}"]))
+    return Planned(estimate, told, words, limit, memory.fits(estimate, loaded.backend), most)

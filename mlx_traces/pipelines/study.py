@@ -1,6 +1,6 @@
-"""Studies: every model in every prompt on the same problems, and what may be said about each pair.
+"""Studies: every model in every prompt on the same problems, and a test of each pair.
 
-Evaluations are those of ``compare``, and made there.
+`compare` makes the evaluations.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from mlx_traces.config import StudyConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
+from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
@@ -25,10 +28,6 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
-
-    from mlx_traces.evaluation.comparison import Run
-
 
 ALONE = (
     "Each row is one model answering once, greedily or from one seed: nothing here speaks of another training run, "
@@ -39,7 +38,7 @@ ALONE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """One task of a study before anything is made: its evaluations, which is the baseline, and what is left out."""
+    """The plan of one task of a study: its evaluations, the baseline's number, and notes on what is left out."""
 
     name: str
     entries: list[Entry]
@@ -50,9 +49,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """The runs of one task of a study, in the tables' order, with what came of them.
+    """The runs of one task of a study, in the tables' order, with their tables.
 
-    ``bits`` has a frame for every model and prompt that was tried at several bits, else it is empty.
+    ``bits`` has a frame for every model and prompt that was evaluated at several bits.
     """
 
     name: str
@@ -65,11 +64,11 @@ class Part:
 
 
 def lay_out(config: StudyConfig) -> list[Layout]:
-    """Check the whole study and lay it out, task by task; nothing is made.
+    """Check the whole study and plan it, task by task; nothing is written.
 
     Raises:
-        UserError: for a wrong setting, a missing model, bad problems, models that are asked different problems, and a
-            baseline that no row of a task is called.
+        UserError: for a wrong setting, a missing model, bad problems, models with different problems, and a baseline
+            that is no row of a task.
     """
     found = []
     for place, task in enumerate(config.tasks):
@@ -82,7 +81,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
 
 
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
-    """Find the baseline among a task's evaluations, none of which may be there."""
+    """Find the baseline among a task's evaluations before they are made."""
     rows = []
     for entry, planned in zip(found, plans, strict=True):
         about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
@@ -95,7 +94,7 @@ def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[e
 
 
 def preview(config: StudyConfig) -> Iterator[str]:
-    """Say line by line what is there and what a study would make; make nothing.
+    """Yield a line for each evaluation and conversion, finished or to make; make nothing.
 
     Raises:
         UserError: as `lay_out` does.
@@ -121,45 +120,46 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
     Args:
         config: the study.
-        say: is called with a line before each model that is converted, and for each one that is left out.
+        say: gets a line before each conversion, and for each model that is left out.
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: if the input is wrong; all that `lay_out` finds is said before the first evaluation.
+        UserError: if the input is wrong; `lay_out` checks it before the first evaluation.
     """
     parts = []
     for layout in lay_out(config):
         for note in layout.notes:
             say(note)
         runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
-        parts.append(_part(config, layout, runs))
+        parts.append(computed(config, layout, runs))
     write(config, parts)
     return parts
 
 
-def _part(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
+def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
     found = layout.entries
     frame = comparison.compare_runs(runs, layout.baseline)
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
-    about = [_about(config, entry, made) for entry, made in zip(found, runs, strict=True)]
-    origins = {entry.conversion.model: convert.origin(entry.conversion.model) for entry in found if entry.conversion}
-    told = [_origin_note(*pair) for pair in origins.items() if pair[1]]
-    notes = [*layout.notes, *comparison.differences(runs), *told]
-    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, _bits(found, runs, about), notes)
-
-
-def _bits(found: list[Entry], runs: list[Run], about: list[dict[str, Any]]) -> list[pd.DataFrame]:
-    """Make a frame for every model, adapter and prompt that is there at several bits."""
+    about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):
         groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
     several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
-    return [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+    bits = [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
+    notes = [*layout.notes, *comparison.differences(runs)]
+    for model in dict.fromkeys(entry.conversion.model for entry in found if entry.conversion):
+        if stored := convert.origin(model):
+            notes.append(
+                f"{model} comes with {stored['bits']}-bit weights: the 16-bit model is what those expand to, rounded "
+                "once, so the table says what further rounding costs, not what the first one has cost already; for "
+                "that, start from a model's 16-bit weights"
+            )
+    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, bits, notes)
 
 
-def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
-    """Describe the weights of a run: on disk, and as they computed its answers."""
+def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
+    """Describe a run's weights: on disk, and in the computation."""
     stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
@@ -174,20 +174,12 @@ def _about(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
     return {**facts, "ran_as": f"{kind} {identity.get('dtype') or 'as in the folder'} on {backend.get('name')}"}
 
 
-def _origin_note(model: str, own: dict[str, Any]) -> str:
-    return (
-        f"{model} comes with {own['bits']}-bit weights: the 16-bit model is what those expand to, rounded once, so the "
-        "table says what further rounding costs, not what the first one has cost already; for that, start from a "
-        "model's 16-bit weights"
-    )
-
-
 def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
-    Those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and ``summary.csv``,
-    ``strata.csv``, ``pairs.csv`` and ``bits.csv`` where there is something to write; at the end ``report.html``, the
-    page of all runs, in ``config.out`` itself.
+    They are those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if they
+    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv`` and ``bits.csv``. ``report.html`` in ``config.out`` itself
+    shows all runs.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -229,7 +221,7 @@ def to_markdown(name: str, part: Part) -> str:
 
 
 def to_terminal(part: Part) -> list[Table | str]:
-    """Return a part's tables and lines as a terminal shows them, in order."""
+    """Return a part's tables and lines for a terminal, in order."""
     shown: list[Table | str | None] = [
         tables.grid(f"{part.name}: summary", *summary_cells(part.summary)),
         tables.to_terminal(part.comparison),
@@ -249,7 +241,7 @@ def said(part: Part) -> list[str]:
 
 
 def ran_as(frame: pd.DataFrame) -> str:
-    """Say which weights computed the answers of a table of bits, as speed and memory depend on that."""
+    """Say which weights computed the answers in a table of bits; speed and memory depend on them."""
     kinds: dict[str, list[str]] = {}
     for row in frame.to_dict("records"):
         kinds.setdefault(row["ran_as"], []).append(row["label"])
@@ -261,7 +253,7 @@ def ran_as(frame: pd.DataFrame) -> str:
 
 
 def as_json(name: str, part: Part) -> dict[str, Any]:
-    """Return a part as plain data; what is missing is None."""
+    """Return a part as plain data; missing values are None."""
     strata = comparison.strata(part.runs)
     return {
         "study": name,

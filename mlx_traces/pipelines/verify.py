@@ -1,4 +1,6 @@
-"""Run folders checked against themselves: completions graded anew, figures computed anew, files whole."""
+"""Check stored runs: grade their completions again, recompute their figures, check their files.
+
+MLX is loaded only for adapters."""
 
 import hashlib
 import json
@@ -10,14 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.evaluation.completion import rehead
-from mlx_traces.models import adapters, loading
+from mlx_traces.models import adapter_config
 from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
+from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
 from mlx_traces.tasks import GRADER, Task, task_of
 from mlx_traces.tasks.prompts import Prompt
@@ -27,33 +32,33 @@ from mlx_traces.traces import files
 from mlx_traces.traces.quality import problem_of as problem_of_trace
 
 SHOWN = 10  # lines of differences of a run
-NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # what samples do not say
+NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # of a result, but not in its samples
 FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # of metrics.jsonl
 
 
 def verify(path: str | Path) -> tuple[str, list[str]]:
-    """Check a finished run, of an evaluation or a training, or a file of traces; ``mlx-traces verify`` from Python.
+    """Check a finished evaluation or training, or a file of traces; ``mlx-traces verify`` from Python.
 
     Returns:
-        What agrees, as one clause, and a line for each thing that differs; none if all is well.
+        A clause that says what agrees, and a line for each difference.
 
     Raises:
-        UserError: if the folder is no finished run, or a file of it cannot be read; if a file of traces is not the one
-            that its manifest describes.
+        UserError: if the folder is no finished run, a file in it cannot be read, or a file of traces has changed since
+            its manifest was written.
     """
     if str(path).endswith(".jsonl"):
-        return _traces(Path(path))
+        return verify_traces(Path(path))
     folder = existing(path, "run.json", "result.json")
     identity, result = folder.identity, folder.result or {}
     if "best_step" in result:
-        return _training(folder, identity, result)
+        return verify_training(folder, identity, result)
     if "problems" not in identity:
-        raise UserError(f"{path}: neither an evaluation nor a training by sft, grpo or ppo; verify knows no others")
-    return _evaluation(folder, identity)
+        raise UserError(f"{path}: neither an evaluation nor a training by sft, grpo or ppo; verify checks no others")
+    return verify_evaluation(folder, identity)
 
 
 def shown(lines: list[str]) -> list[str]:
-    """Return at most `SHOWN` lines; the last one then says how many more there are."""
+    """Return at most `SHOWN` lines; the last one then counts the others."""
     if len(lines) <= SHOWN:
         return lines
     return [*lines[: SHOWN - 1], f"and {len(lines) - SHOWN + 1:,} more"]
@@ -62,7 +67,8 @@ def shown(lines: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ evaluations
 
 
-def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
+def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
+    """Grade every sample of an evaluation again, and compute its figures again."""
     result = comparison.read_run(folder.path).result
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
@@ -77,28 +83,24 @@ def _evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[
     if not samples:
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
-    lines += _figure_lines(planned, found, result)
+    if set(Counter(row["id"] for row in found).values()) != {planned.config.samples}:
+        lines.append("result.json: its figures were not checked, as not every problem has all its samples once")
+    else:
+        summary = asdict(evaluator.summarize(planned, found, "", 0.0, []))
+        lines += [
+            f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
+            for key in EvalResult.__dataclass_fields__
+            if key not in NOT_COMPUTED
+            for name, stored, computed in _differing(key, result[key], summary[key])
+        ]
     rules = about.get("grader", 1)
     if lines and rules != GRADER:
         lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
 
 
-def _figure_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-    """Say which figures of a result are not those of its samples."""
-    if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
-        return ["result.json: its figures were not checked, as not every problem has all its samples once"]
-    summary = asdict(evaluator.summarize(planned, samples, "", 0.0, []))
-    return [
-        f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
-        for key in EvalResult.__dataclass_fields__
-        if key not in NOT_COMPUTED
-        for name, stored, computed in _differing(key, result[key], summary[key])
-    ]
-
-
 def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
-    """Rebuild the plan of a run from its identity; its problems are those of the samples, so it holds none."""
+    """Rebuild a run's plan from its identity, without problems: the samples have them."""
     where = f"{folder.path / 'run.json'}"
     prompt = identity.get("prompt")
     if not isinstance(prompt, dict) or not {"name", "user"} <= set(prompt):
@@ -115,17 +117,17 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
 
 
 def is_pair(tags: Any) -> bool:
-    """Whether a value from a file is an opening and a closing tag."""
+    """Whether a value from a file is a pair of tags."""
     return isinstance(tags, list) and len(tags) == 2 and all(isinstance(tag, str) and tag for tag in tags)
 
 
 def regraded(
     planned: evaluator.Plan, row: dict[str, Any], where: str, own_tags: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Return a sample as the task's grader judges it now, from its question, gold answer and completion alone.
+    """Grade a sample again, from its question, gold answer and completion alone.
 
-    ``own_tags`` are the model's own around thoughts, as ``run.json`` has them. Samples of older versions do not say
-    what their turn held before the completion; their prompt does.
+    ``own_tags`` are the model's own tags around a thought, from ``run.json``. Samples of older versions lack
+    ``opened``, what the turn held before the completion; it is read from their prompt.
     """
     problem = problem_of(planned.task, row, where)
     opened = row.get("opened")
@@ -140,10 +142,10 @@ def regraded(
 
 
 def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
-    """Make a sample's problem of its question, as `evaluator.question_of` wrote it, and its gold answer.
+    """Rebuild a sample's problem from its question, as `evaluator.question_of` wrote it, and its gold answer.
 
     Raises:
-        UserError: if the question is not one, or its content is not what the sample's id stands for.
+        UserError: if the question cannot be read, or does not belong to the sample's id.
     """
     columns: dict[str, Any] = {"question": row["question"], "answer": row["gold"]}
     if isinstance(kept := row.get("columns"), dict):
@@ -161,10 +163,10 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
 
 
 def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = ()) -> str:
-    """Return what the assistant's turn holds before the completion, by a prompt's text: a thought opened, a prefill."""
+    """Read from a prompt what the assistant's turn holds before the completion: an opened thought, a prefill."""
     try:
         asked = prompt.messages(problem)[-1]["content"].strip()
-    except UserError:  # a column that samples do not keep
+    except UserError:  # samples lack a column of the prompt
         asked = str(problem.columns.get("question", "")).strip()
     turn = text.removesuffix(prompt.prefill).rpartition(asked)[2] if prompt.chat else ""
     starts = [start for opener in (*OPENERS, *own) if (start := turn.find(opener)) >= 0]
@@ -172,7 +174,7 @@ def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = 
 
 
 def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Say where a stored sample and the one graded now differ; a line at most."""
+    """Describe the first difference of a stored sample and the one graded now; no line if there is none."""
     name = row["id"] if not row["sample"] else f"{row['id']} sample {row['sample']}"
     for key in ("verdicts", "extractions"):
         for extractor in dict.fromkeys((*new[key], *row[key])):
@@ -186,7 +188,7 @@ def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], digest: str) -> list[str]:
-    """Say which samples are missing, too many, or of other problems than ``run.json`` says."""
+    """List the samples that are missing, repeated, or of other problems than those of ``run.json``."""
     config, lines = planned.config, []
     golds = {row["id"]: row["gold"] for row in samples}
     counts = Counter((row["id"], row["sample"]) for row in samples)
@@ -203,7 +205,7 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
         return lines
     try:
         asked = planned.task.load(config.split, config.data, config.limit, config.seed)
-    except UserError:  # the data are not here
+    except UserError:  # the data are not on this machine
         asked = []
     pairs = [(problem.id, problem.gold) for problem in asked]
     if _digest(pairs) != digest:
@@ -221,7 +223,7 @@ def _digest(pairs: list[tuple[str, str]]) -> str:
 
 
 def _differing(name: str, stored: Any, computed: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, stored, computed) of each figure that differs by more than rounding; dictionaries entry by entry."""
+    """Yield (name, stored, computed) of each figure that differs by more than rounding, also within dictionaries."""
     if isinstance(stored, dict) and isinstance(computed, dict):
         for key in dict.fromkeys((*computed, *stored)):
             yield from _differing(f"{name} {key}", stored.get(key), computed.get(key))
@@ -242,8 +244,8 @@ def _brief(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------- traces
 
 
-def _traces(file: Path) -> tuple[str, list[str]]:
-    """Grade the traces of a file that have a verdict anew, by the extractor that gave it, and count them."""
+def verify_traces(file: Path) -> tuple[str, list[str]]:
+    """Grade the traces of a file that have a verdict again, by the same extractor, and recount them."""
     manifest, lines, seen = files.manifest_of(file), [], Counter()
     config = manifest.get("config") if isinstance(manifest.get("config"), dict) else {}
     for where, trace in files.read_traces(file):
@@ -269,7 +271,8 @@ def _traces(file: Path) -> tuple[str, list[str]]:
 # -------------------------------------------------------------------------------------------------- trainings
 
 
-def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
+def verify_training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[str]]:
+    """Check a training: its steps are complete, its figures follow from its metrics, its adapter loads."""
     metrics = []
     for where, row in read_jsonl(folder.path / "metrics.jsonl", ("step",), finite=False):
         if strange := [name for name in ("step", *FIGURES) if not isinstance(row.get(name, 0), int | float)]:
@@ -290,7 +293,7 @@ def _training(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any
 
 
 def _step_lines(steps: list[Any], last: Any) -> list[str]:
-    """Say where steps are not 1, 2, ... to the last one, perhaps with a validation before them as step 0."""
+    """Describe the first gap in the steps 1, 2, ..., ``last``; a validation before them is step 0."""
     wanted = list(range(0 if steps[:1] == [0] else 1, last + 1)) if isinstance(last, int) else []
     for place, step in enumerate(steps):
         if place >= len(wanted) or step != wanted[place]:
@@ -302,7 +305,7 @@ def _step_lines(steps: list[Any], last: Any) -> list[str]:
 def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """Compute a training's figures from its metrics: the first of the best validations, time and memory.
 
-    A validation's value is its accuracy, or without one its negative loss, as `loop.Progress` takes it.
+    A validation is judged by its accuracy, or without one by its loss, as in `loop.Progress`.
     """
     best_value, best = None, {}
     for row in metrics:
@@ -321,28 +324,24 @@ def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
-    """Say what is wrong with an adapter; it is put on its model too, where that is here: nano, or a folder."""
-    from safetensors import SafetensorError, safe_open
-
+    """Say what is wrong with an adapter; it is also loaded on its model, if that is nano or a folder."""
     try:
-        adapters.read_config(folder)
+        adapter_config.read_config(folder)
         try:
-            with safe_open(folder / adapters.WEIGHTS, "numpy") as file:  # checks that it is as long as it says
+            with safe_open(folder / adapter_config.WEIGHTS, "numpy") as file:  # checks its length
                 names = list(file.keys())
         except SafetensorError as error:
-            return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
+            return [f"{adapter_config.WEIGHTS}: damaged ({first_line(error)})"]
         if not names:
-            return [f"{adapters.WEIGHTS}: no weights in it"]
-        from mlx_traces.runtime.device import import_mlx
-
-        import_mlx()
-        import mlx.core as mx
-
-        weights = mx.load(str(folder / adapters.WEIGHTS))
+            return [f"{adapter_config.WEIGHTS}: no weights in it"]
+        mx = import_mlx()
+        weights = mx.load(str(folder / adapter_config.WEIGHTS))
         if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
-            return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
+            return [f"{adapter_config.WEIGHTS}: {strange[0]} has numbers that are not finite"]
         model = str(identity.get("model"))
         if local_folder(model):
+            from mlx_traces.models import loading
+
             loading.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
     except UserError as error:
         return [f"adapter: {error}"]

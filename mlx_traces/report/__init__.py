@@ -1,1 +1,1 @@
-"""Runs shown: tables, figures, curves, an HTML page, the terminal. Nothing here loads MLX."""
+"""Show runs: tables, figures, curves, an HTML page, the terminal. Nothing here loads MLX."""

@@ -14,7 +14,7 @@ from mlx_traces.text import clean, number
 
 @dataclass(frozen=True)
 class Metric:
-    """How one key of ``metrics.jsonl`` is shown.
+    """The display of one key of ``metrics.jsonl``.
 
     ``share``: a fraction, shown in percent. ``better``: 1 if higher is better, -1 if lower is, 0 for neither.
     """
@@ -27,6 +27,7 @@ class Metric:
 
 METRICS = (
     Metric("valid/accuracy", "Held-out accuracy", share=True, better=1),
+    Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
     Metric("loss", "Loss"),
@@ -58,7 +59,7 @@ ASIDE = {"step", "tokens", "time/total", "optim/updates", "rollout/groups", "tim
 
 @dataclass(frozen=True)
 class Curve:
-    """The values of a metric over steps; ``low`` and ``high`` are 95 % intervals, empty where there are none."""
+    """The values of a metric over steps; ``low`` and ``high`` are 95 % intervals, empty if there are none."""
 
     metric: Metric
     steps: list[float]
@@ -68,7 +69,7 @@ class Curve:
 
     @property
     def constant(self) -> bool:
-        """Whether there are several values, all equal, so that a curve shows nothing."""
+        """Whether all values are equal, so that a curve shows nothing."""
         return len(self.values) > 1 and len(set(self.values)) == 1
 
     @property
@@ -86,9 +87,9 @@ class Curve:
 
 
 def curves(record: Record) -> list[Curve]:
-    """Return a run's curves in the order of ``METRICS``, then the metrics that are not named there.
+    """Return a run's curves in the order of ``METRICS``, other metrics last.
 
-    An evaluation has one, the accuracy so far over the samples.
+    An evaluation has one curve: the accuracy so far, over its samples.
     """
     if record.kind == EVALUATION:
         correct = list(accumulate(bool(row["correct"]) for row in record.samples))
@@ -114,7 +115,7 @@ def curves(record: Record) -> list[Curve]:
 
 
 def _derived(row: dict[str, Any]) -> dict[str, Any]:
-    """Add tokens per second and seconds per step where a line has the figures for them."""
+    """Add tokens per second and seconds per step, if the line has the figures for them."""
     parts = [row.get(key) for key in ("time/sample", "time/update")]
     if not all(map(is_number, parts)):
         return row

@@ -21,13 +21,13 @@ def write_all(
 ) -> list[Path]:
     """Write a comparison to a folder: table.md, .csv and .json, per_question.csv, results.json, accuracy.png.
 
-    And provenance.json: what the table was made with, every setting, and each run's ``run.json`` by the run's label.
+    Also provenance.json: versions, every setting, and each run's ``run.json`` by the run's label.
 
     Args:
         runs: the compared runs.
-        frame: from ``tables.compare_runs(runs)``.
-        out: the folder; it is made, and files of an earlier comparison in it are replaced one by one.
-        config: the settings of the command that made the table, filled in.
+        frame: from `comparison.compare_runs`.
+        out: the folder, created if needed; the files of an earlier comparison in it are replaced.
+        config: all settings of the command that made the table.
 
     Returns:
         The files.

@@ -1,7 +1,7 @@
 """Figures: accuracies with intervals, wins and losses, accuracies by part, curves; as PNG or as SVG for a page. No MLX.
 
-A figure is drawn at the width of a phone's page, one unit per CSS pixel, so that its text is readable there. Its SVG
-takes the page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``,
+A figure is as wide as a phone's page, one unit per CSS pixel, so that its text is readable there. Its SVG takes the
+page's font, and colours from CSS variables (``--c0`` to ``--c11``, ``--ink``, ``--mute``, ``--faint``,
 ``--card``), so that the page chooses light or dark.
 """
 
@@ -38,7 +38,7 @@ COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f"),
     *("#4800a8", "#603000", "#481860", "#c0a860", "#184848"),
 )
-# What runs beyond the colours differ by: a line's dashes, its markers, a legend's mark, a bar's hatching.
+# When colours repeat, runs differ by these: a line's dashes, its markers, a legend's mark, a bar's hatching.
 LOOKS = (
     ("solid", "o", "●", ""),
     ((0, (4, 1.6)), "D", "◆", "////"),
@@ -63,7 +63,7 @@ _SIZE = re.compile(r' (?:width|height)="[\d.]+pt"')
 class Line:
     """One run's curve in a panel.
 
-    ``low`` and ``high`` are the ends of intervals, empty or one for each value. ``color`` counts the ``COLORS``.
+    ``low`` and ``high`` are the ends of intervals, empty or one for each value. ``color`` is the run's number.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Line:
 
 
 def color(i: int) -> str:
-    """Return the colour of the ``i``-th run; runs beyond the ``COLORS`` have the first ones again, in another look."""
+    """Return the colour of run ``i``; with more runs than ``COLORS`` colours repeat, in another `look`."""
     return COLORS[i % len(COLORS)]
 
 
 def look(i: int) -> tuple[Any, str, str, str]:
-    """Return dashes, marker, legend's mark and hatching of the ``i``-th run, the same as long as colours differ."""
+    """Return dashes, marker, legend's mark and hatching of run ``i``; they change when the colours repeat."""
     return LOOKS[i // len(COLORS) % len(LOOKS)]
 
 
@@ -94,7 +94,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """Return a figure as an SVG element for a page: no declaration, no address, no size of its own.
+    """Return a figure as an SVG element for a page, without declaration, URLs or size.
 
     Args:
         figure: drawn by this module.
@@ -132,11 +132,11 @@ def row_name(row: dict[str, Any]) -> tuple[str, str]:
 def accuracy(frame: pd.DataFrame, title: str = "") -> Figure:
     """Draw the accuracies of a comparison as bars from zero with their 95 % intervals, in the frame's order.
 
-    The baseline's accuracy is a dashed line where there is something to compare.
+    With several rows the baseline's accuracy is a dashed line.
 
     Args:
         frame: from `comparison.compare_runs`.
-        title: text above it; a page has its own.
+        title: text above the bars; a page has its own.
     """
     rows = frame.to_dict("records")
     baseline = frame["diff"].isna().tolist().index(True)
@@ -175,7 +175,7 @@ def wins(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
 
     Args:
         rows: ``name``, ``notes`` (below the name), ``won``, ``lost``, counts of problems.
-        title: above it.
+        title: text above the figure.
     """
     names = [(fold(row["name"], 44), fold(row["notes"], 58)) for row in rows]
     *tops, height = accumulate((15 * (len(first) + len(second)) + 26 for first, second in names), initial=0.0)
@@ -212,8 +212,8 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Draw accuracies by part (difficulty, extractor) as dots with 95 % intervals, a colour for each run.
 
     Args:
-        frame: from ``tables.strata`` or ``tables.extractors``; colours go by the order of labels in it.
-        title: above it.
+        frame: from `comparison.strata` or `comparison.extractors`; colours follow the order of its labels.
+        title: text above the figure.
     """
     labels = list(dict.fromkeys(frame["label"]))
     groups = {part: frame[frame["part"] == part].to_dict("records") for part in dict.fromkeys(frame["part"])}
@@ -246,7 +246,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
     Args:
         lines: one for each run.
         share: the values are fractions, shown in percent.
-        title: above it; several lines then have a legend.
+        title: text above the panel; several lines then have a legend.
     """
     names = [(line.name, line.color) for line in lines]
     figure, axes = _canvas(150, title, names if len(lines) > 1 else (), PANEL, left=46, right=14, bottom=26, top=8)
@@ -291,7 +291,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
 def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: bool) -> tuple[float, float]:
     """Return a panel's vertical limits: around its curves, but not so close that noise looks large.
 
-    Of curves with a running mean the highest and the lowest hundredth of the values may leave the panel.
+    The highest and lowest hundredth of a rough curve's values may lie outside of the panel.
     """
     inside: list[float] = []
     for line, values in lines:
@@ -307,7 +307,7 @@ def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: b
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Format the numbers of an axis with the decimals that are needed to tell them apart."""
+    """Format the numbers of an axis with as many decimals as it takes to tell them apart."""
     if len(ticks) < 2 or (step := ticks[1] - ticks[0]) < 1e-4 * (1 - 1e-9):
         return [f"{tick:.3g}" for tick in ticks]
     decimals = next(d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step)
@@ -315,20 +315,20 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
 
 
 def rough(values: Sequence[float]) -> bool:
-    """Whether a curve is noisy, so that its running mean shows more: 30 values or more, a quarter of them turns."""
+    """Whether a curve is noisy, so that its running mean shows more: 30 or more values, a quarter of them turns."""
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     return len(values) >= 30 and turns >= len(values) / 4
 
 
 def thinned(steps: Sequence[float], values: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """Return at most so many points of a curve, each the mean of neighbours."""
+    """Return at most ``most`` points of a curve, each the mean of neighbours."""
     size = -(-len(values) // most) or 1
     chunks = [slice(at, at + size) for at in range(0, len(values), size)]
     return ([sum(part) / len(part) for part in (row[at] for at in chunks)] for row in (steps, values))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean around each value, over a window of a fifteenth of them; shorter windows at the ends."""
+    """Return the mean around each value, over a window of a fifteenth of all values; shorter at the ends."""
     half = max(1, len(values) // 30)
     windows = (values[max(0, at - half) : at + half + 1] for at in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -344,9 +344,9 @@ def _canvas(
     bottom: float = 36,
     top: float = 6,
 ) -> tuple[Figure, Axes]:
-    """Make a figure whose axes are ``height`` high, with margins around, all in units.
+    """Make a figure with axes of this height and margins around them, all in units.
 
-    Where there is a title, names with the number of their colour stand below it as a legend.
+    With a title, ``names`` (name, number of its colour) stand below it as a legend.
     """
     heading = [(line, INK, "bold") for line in textwrap.wrap(title, int(width / 8))]
     heading += [(f"{look(i)[2]}  {name}", color(i), "normal") for name, i in names if title]
@@ -363,7 +363,7 @@ def _canvas(
 
 
 def _text(axes: Axes, text: str, x: float, y: float, dx: float = 0, size: float = 12, **style: Any) -> None:
-    """Write at a fraction of the axes' width and a height in data."""
+    """Write a text at ``x``, a fraction of the axes' width, and ``y``, in data units."""
     behind = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}
     style = {"color": INK, "va": "top", "linespacing": 1.25, "bbox": behind, **style}
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}

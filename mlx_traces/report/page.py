@@ -30,7 +30,7 @@ from mlx_traces.text import clean, interval, p_text, percent, visible, whole
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST_TRACES = 3000  # samples embedded, of all runs together
+MOST_TRACES = 3000  # embedded samples of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
 OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
@@ -45,12 +45,12 @@ def write(
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
-    Evaluations of the same problems are compared, each other evaluation stands alone, and trainings of a kind share
-    their panels. Runs may be unfinished; the page says so.
+    Evaluations of the same problems are compared; any other evaluation has a section of its own. Trainings of a kind
+    share their panels. Runs may be unfinished; the page says so.
 
     Args:
         runs: run folders of evaluations and trainings, or evaluations already read, in any mix.
-        out: the HTML file, or a folder that gets ``report.html``; one that is there is replaced.
+        out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
 
@@ -92,7 +92,7 @@ def write(
 
 
 def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
-    """Fill in the page's template; the tasks of the evaluations name the page."""
+    """Fill in the page's template. The page is named by the tasks of its runs."""
     environment = Environment(
         loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
@@ -134,7 +134,7 @@ class Page:
         self.pictures: dict[str, Callable[[], Figure]] = {}
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
-        """Draw a figure for the page, where it has its heading in HTML, and remember it for a PNG with a title."""
+        """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
         count = sum(known.startswith(name) for known in self.pictures)
         file = f"{name}-{count + 1}.png" if count else f"{name}.png"
         self.pictures[file] = lambda: draw(title)
@@ -253,7 +253,9 @@ class Page:
         return sections
 
     def training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
-        """Return a section of trainings of one kind, the ``first`` of all: what came of them, a panel a metric."""
+        """Return a section of trainings of one kind: their results, and a panel for each metric.
+
+        ``first`` is the number of trainings in the sections before; colours go on from there."""
         metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
         for i, run in enumerate(runs):
             for curve in curves.curves(run):
@@ -291,7 +293,7 @@ class Page:
 
 
 def evaluated(record: Record) -> comparison.Run:
-    """Return an evaluation as the comparison takes it; an unfinished one has the problems that are complete.
+    """Return an evaluation in the form that a comparison reads; an unfinished one with its complete problems only.
 
     Raises:
         UserError: if result.json lacks what a comparison needs.
@@ -371,7 +373,7 @@ def _agreement(runs: Sequence[comparison.Run]) -> str:
 
 
 def training_row(i: int, run: Record) -> dict[str, Any]:
-    """Sum a training up; ``cells`` by heading."""
+    """Summarize a training; ``cells`` by heading."""
     result, found = run.result or {}, {curve.metric.key: curve for curve in curves.curves(run)}
     adapter = run.settings.get("adapter")
 
@@ -406,7 +408,7 @@ def training_row(i: int, run: Record) -> dict[str, Any]:
 
 
 def _provenance(record: Record) -> dict[str, Any]:
-    """Return how a run was made, for the end of the page."""
+    """Describe how a run was made, for the end of the page."""
     about = record.about
     backend, server, versions = (
         value if isinstance(value := about.get(key), dict) else {} for key in ("backend", "server", "versions")
@@ -437,8 +439,8 @@ def _provenance(record: Record) -> dict[str, Any]:
 def embedded(records: Sequence[Record]) -> dict[str, Any]:
     """Return the samples that the page holds, as JSON values, evenly from all runs up to a limit.
 
-    Evaluations give their first problems, the same ones where they were asked the same; trainings give lines spread
-    over their steps. ``total`` counts all samples there are.
+    An evaluation gives its first problems, so evaluations of the same problems give the same ones. A training gives
+    lines spread over its steps. ``total`` is the number of all samples.
     """
     total = sum(len(record.samples) for record in records)
     quota = MOST_TRACES // max(1, sum(bool(record.samples) for record in records))
@@ -494,7 +496,7 @@ def _figure(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    """Return a text as the page shows it, its middle left out where it is very long; None for none."""
+    """Return a text for the page, without its middle if it is very long; None for an empty one."""
     if value is None or value == "":
         return None
     text = str(value)

@@ -48,7 +48,7 @@ class Record:
 
     @property
     def steps(self) -> int | None:
-        """How many steps there will be, as far as that is known."""
+        """The number of steps at the end; None if unknown."""
         if self.result is not None:
             return self.step
         if self.kind == EVALUATION:
@@ -58,23 +58,23 @@ class Record:
 
     @property
     def lost(self) -> bool:
-        """Whether it is an evaluation that has a result but no samples."""
+        """Whether this is an evaluation with a result but without samples."""
         return self.kind == EVALUATION and self.result is not None and not self.samples
 
     @property
     def notes(self) -> list[str]:
-        """The notes of its result, or of its beginning as long as there is none, each on one line."""
+        """The notes of the result, or of ``run.json`` as long as there is no result, each on one line."""
         return notes_of(self.about if self.result is None else self.result)
 
     @property
     def seconds(self) -> float:
-        """Seconds that it has run."""
+        """Seconds that the run has taken so far."""
         key, rows = ("elapsed", self.samples) if self.kind == EVALUATION else ("time/total", self.metrics)
         return float(max((row[key] for row in rows if is_number(row.get(key))), default=0.0))
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that the rest takes at the rate of the last 20 lines; None if unknown."""
+        """Estimated seconds to the end, from the speed of the last 20 lines; None if unknown."""
         timed = [(row["step"], row["time/total"]) for row in self.metrics if is_number(row.get("time/total"))]
         if self.kind == EVALUATION:
             timed = [(0, 0.0), (self.step, self.seconds)]
@@ -86,9 +86,9 @@ class Record:
 
 
 def read(path: str | Path) -> Record:
-    """Read a run folder, finished or not; nothing is changed in it.
+    """Read a run folder, finished or not, without changing it.
 
-    An incomplete last line is left out: it is still being written, or the run was cut off there.
+    An incomplete last line is left out: it is being written, or the run was interrupted there.
 
     Raises:
         UserError: if it is no run folder, or a file in it is broken.
@@ -107,7 +107,7 @@ def read(path: str | Path) -> Record:
 
 
 def notes_of(content: dict[str, Any]) -> list[str]:
-    """Return the notes of a file's content, each on one line; none where they are no list."""
+    """Return the notes in a file's content, each on one line; none if they are not a list."""
     notes = content.get("notes")
     return [clean(note) for note in notes] if isinstance(notes, list) else []
 

@@ -57,7 +57,7 @@ def n_text(row: dict[str, Any]) -> str:
 
 
 def to_terminal(frame: pd.DataFrame) -> Table:
-    """Lay the comparison out for a terminal, 100 columns or wider; intervals stand below their values."""
+    """Lay out the comparison for a terminal of 100 columns or more; intervals stand below their values."""
     table = Table(
         title=Text(protocol_line(frame), style="bold"),
         caption=Text(_caption(frame)),
@@ -146,25 +146,25 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; what is missing is None."""
+    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None."""
     rows = frame.to_dict("records")
     return {"rows": [{key: None if row[key] != row[key] else row[key] for key in JSON_KEYS} for row in rows]}
 
 
 def strata_table(runs: Sequence[Run]) -> Table | None:
-    """Lay the accuracies by stratum out for a terminal; None if there are fewer than two strata."""
+    """Lay out the accuracies by stratum for a terminal; None if there are fewer than two strata."""
     frame = strata(runs)
     return None if frame is None else grid("accuracy by stratum", *parts_cells(frame))
 
 
 def extractors_table(runs: Sequence[Run]) -> Table | None:
-    """Lay the accuracies by extractor out for a terminal; None if there are fewer than two extractors."""
+    """Lay out the accuracies by extractor for a terminal; None if there are fewer than two extractors."""
     frame = extractors(runs)
     return None if frame is None else grid("accuracy by extractor", *parts_cells(frame))
 
 
 def parts_cells(frame: pd.DataFrame) -> Cells:
-    """Lay ``strata`` or ``extractors`` out: a row a run, a column a part; a cell has accuracy, interval and counts."""
+    """Lay out ``strata`` or ``extractors``: a row for each run, a column for each part."""
     names = list(dict.fromkeys(frame["part"]))
     rows: dict[str, dict[str, str]] = {}
     for row in frame.to_dict("records"):
@@ -176,7 +176,7 @@ def parts_cells(frame: pd.DataFrame) -> Cells:
 
 
 def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> Table:
-    """Lay rows of cells out for a terminal: the first column is a name, the others are numbers."""
+    """Lay out rows of cells for a terminal: the first column is a name, the others are numbers."""
     table = Table(
         title=Text(title, style="bold"),
         caption=Text(caption) if caption else None,
@@ -230,7 +230,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def pairs_frame(found: Sequence[Pair]) -> pd.DataFrame:
-    """Return pairs as a frame, a row each, ``sentence`` last."""
+    """Return pairs as a frame, a row for each, with ``sentence`` as the last column."""
     import pandas as pd
 
     return pd.DataFrame([{**asdict(pair), "sentence": sentence(pair)} for pair in found])
@@ -253,7 +253,7 @@ def summary_cells(frame: pd.DataFrame) -> Cells:
 
 
 def pairs_cells(found: Sequence[Pair]) -> Cells:
-    """Lay pairs out: who against whom, wins, losses, difference with its interval, p, Holm's p."""
+    """Lay out pairs: the two runs, wins, losses, difference with its interval, p, Holm's p."""
     rows = [
         [
             f"{pair.a}\nagainst {pair.b}",
@@ -270,7 +270,7 @@ def pairs_cells(found: Sequence[Pair]) -> Cells:
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:
-    """Lay ``bits_frame`` out, a line a run."""
+    """Lay out ``bits_frame``, a row for each run."""
     rows = []
     for row in frame.to_dict("records"):
         base = math.isnan(row["diff"])
@@ -296,7 +296,7 @@ def bits_cells(frame: pd.DataFrame) -> Cells:
 
 
 def bits_table(frame: pd.DataFrame, title: str) -> Table:
-    """Lay ``bits_frame`` out for a terminal of 100 columns: intervals below their values."""
+    """Lay out ``bits_frame`` for a terminal of 100 columns; intervals stand below their values."""
     headings, rows = bits_cells(frame)
     stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
     cells = [["\n".join(fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows]

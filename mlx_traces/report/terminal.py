@@ -1,4 +1,4 @@
-"""Curves and figures for the terminal."""
+"""A run in the terminal: its progress, and its curves as sparklines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def blocks(values: Sequence[float], width: int) -> str:
-    """Draw values with eighths of a character's height, from their least to their most.
+    """Draw values as a sparkline: the smallest and the largest value span the height of a character.
 
-    More values than ``width`` are averaged over equal parts; equal values are a line in the middle.
+    More than ``width`` values are averaged over equal parts. Equal values give a line in the middle.
     """
     if not values:
         return ""
@@ -36,7 +36,7 @@ def blocks(values: Sequence[float], width: int) -> str:
 
 
 def state(record: Record) -> str:
-    """Return a line about a run's progress: ``step 37 of 55, 2:10, about 1:03 to go``."""
+    """Describe a run's progress in a line: ``step 37 of 55, 2:10, about 1:03 to go``."""
     if record.lost:
         return "finished, but its samples are gone: result.json is there, samples.jsonl is missing or empty"
     what = "samples" if record.kind == EVALUATION else "step"
@@ -44,7 +44,8 @@ def state(record: Record) -> str:
     if record.seconds:
         parts.append(duration(record.seconds))
     if record.result is not None:
-        return ", ".join(["finished", *parts])
+        early = record.result.get("stopped") == "patience"
+        return ", ".join(["ended by patience" if early else "finished", *parts])
     if record.remaining is not None:
         parts.append(f"about {duration(record.remaining)} to go")
     return ", ".join(parts)
@@ -56,7 +57,7 @@ def display(record: Record, width: int, now: float | None = None) -> RenderableT
     Args:
         record: the run.
         width: of the terminal, in characters.
-        now: seconds since 1970, to say how old the last line is; None leaves it out.
+        now: seconds since 1970, to show how long nothing was written; None leaves that out.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     narrow = width < 72

@@ -29,25 +29,11 @@ from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 
 def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python.
-
-    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. Arguments and errors: see `train.loop`."""
     with trainer.opened("grpo", config, out, resume, show) as setup:
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)
@@ -146,13 +132,13 @@ def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Itera
     own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
-    def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
-        flat, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
+    def read(states: mx.array, targets: mx.array) -> mx.array:
+        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[0]
+
+    for indices, flat in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
         ends = np.cumsum([own[index].example.count for index in indices])[:-1]
         for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
             found[index] = values.tolist()
-
-    gradients.each(halves, [row.example for row in own], config.micro_tokens, read)
     for row, values in zip(rows, distributed.gather(found), strict=True):
         yield row, np.array(values, np.float32)
 
@@ -184,12 +170,11 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) 
                 if not batch:
                     continue
                 loss, grads, more = gradient(model, halves, batch, config)
-                grads, norm = clip(grads, config.max_grad_norm)
-                loop.refuse_nonfinite(loss, norm.item(), step, config, f"max_grad_norm ({config.max_grad_norm:g})")
-                optimizer.update(model, grads)
-                mx.eval(model.trainable_parameters(), optimizer.state)
+                norm, update = optimizer.propose(model, grads)
+                loop.refuse_nonfinite(loss, norm, step, config, f"max_grad_norm ({config.max_grad_norm:g})")
+                update()
                 losses.append(loss)
-                norms.append(norm.item())
+                norms.append(norm)
                 sums.update(more)
     if not losses:
         return {"optim/updates": 0}

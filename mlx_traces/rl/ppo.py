@@ -37,25 +37,11 @@ from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
-from mlx_traces.train.optimizer import clip, make_optimizer, of_parts
+from mlx_traces.train.optimizer import make_optimizer, of_parts
 
 
 def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> Result:
-    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python.
-
-    The run folder gets ``adapter/`` (the best by held-out accuracy, the last without ``evaluate``), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, a reward fails, or the loss stops being a number: the checkpoint stays.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. Arguments and errors: see `train.loop`."""
     with trainer.opened("ppo", config, out, resume, show) as setup:
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)
@@ -136,14 +122,14 @@ def _read_all(
     own = [rows[index] for index in distributed.share(len(rows))]
     found: list[Any] = [None] * len(own)
 
-    def read(indices: list[int], states: mx.array, targets: mx.array) -> None:
+    def read(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         logprobs, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
-        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
-        arrays = (np.split(np.array(array), ends) for array in (logprobs, module.value(states)))
-        for index, *both in zip(indices, *arrays, strict=True):
-            found[index] = [array.tolist() for array in both]
+        return logprobs, module.value(states)
 
-    gradients.each(halves, [row.example for row in own], config.micro_tokens, read)
+    for indices, arrays in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
+        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
+        for index, *both in zip(indices, *(np.split(np.array(array), ends) for array in arrays), strict=True):
+            found[index] = [array.tolist() for array in both]
     for row, arrays in zip(rows, distributed.gather(found), strict=True):
         yield row, *(np.array(values, np.float32) for values in arrays)
 
@@ -254,14 +240,13 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -
             for at in range(min(config.minibatches, len(rows))):
                 batch = weighed(order[at :: config.minibatches])
                 loss, grads, more = gradient(module, halves, batch, config, step <= config.value_warmup_steps)
-                clipped = {name: clip({name: own}, config.max_grad_norm) for name, own in grads.items()}
-                total = math.hypot(*(norm.item() for _, norm in clipped.values()))
+                proposed = {name: parts[name].propose(module, {name: own}) for name, own in grads.items()}
+                total = math.hypot(*(norm for norm, _ in proposed.values()))
                 advice = f"value_learning_rate ({config.value_learning_rate:g})"
                 loop.refuse_nonfinite(loss, total, step, config, advice)
-                for name, (own, norm) in clipped.items():
-                    parts[name].update(module, own)
-                    norms[name] += norm.item()
-                mx.eval(module.trainable_parameters(), optimizer.state)
+                for name, (norm, update) in proposed.items():
+                    update()
+                    norms[name] += norm
                 losses.append(loss)
                 sums.update(more)
     count = len(losses)

@@ -1,14 +1,17 @@
-"""Rewards of completions: the task's own grader, scores of the text, a judge, any Python function. No MLX.
+r"""Rewards of completions: the task's own grader, scores of the text, a judge, any Python function.
 
-``correct`` is the task's verdict, 0 or 1. ``gated`` is 1 for a correct completion in exactly the form of ``tags``
-(``quality.format_score``), else 0.
+``correct`` is the task's verdict by the extractor, 0 or 1. ``correct_strict`` is 1 if that is also the verdict of the
+answer alone, in the form that the prompt asks for: the last ``\boxed{}``, ``<answer>`` or number after ``####``. A
+tolerant extractor finds an answer anywhere, so ``correct`` lets a model lose the form. ``{correct_strict: 1, correct:
+0}`` reports both. ``gated`` is 1 for a correct completion in exactly the form of ``tags`` (``quality.format_score``),
+else 0.
 
-``flash`` and ``judge`` apply to right completions only, those whose ``gated`` is 1 (``correct`` if ``gated`` is not a
-reward), and are None for the others, so a wrong answer earns nothing by them. ``flash`` compares the lengths of a
-problem's right completions: 1 for the shortest, 0 for the longest, linear in the tokens between them, None if all have
-the same length (after Sky-T1-Flash). Its weight must be below that of ``correct`` and ``gated``, so a long right
-completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric; without
-``correct`` and ``gated`` it grades every completion. The other rewards are scores of the text (`quality`), for wrong
+``flash`` and ``judge`` apply to right completions only and are None for the others, so a wrong answer earns nothing by
+them. The last of ``correct``, ``correct_strict`` and ``gated`` that is a reward says which are right. ``flash``
+compares the lengths of a problem's right completions: 1 for the shortest, 0 for the longest, linear in the tokens
+between them, None if all have the same length (after Sky-T1-Flash). Its weight must be below the sum of theirs, so a
+long right completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric;
+without any of the three it grades every completion. The other rewards are scores of the text (`quality`), for wrong
 completions too.
 
 Your own function is named ``module:function`` and looked for in the working folder too. It is called with the list of
@@ -30,14 +33,16 @@ from typing import Any
 from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, did_you_mean, first_line
 from mlx_traces.evaluation.completion import Completion
-from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.evaluation.evaluator import Plan, strictly_correct
 from mlx_traces.models import loading
 from mlx_traces.records import Problem, Trace
+from mlx_traces.tasks.answers import forms_of
+from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import judge
 from mlx_traces.traces.quality import text_scores
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
-RIGHT = ("correct", "gated")  # these say whether a completion is right; the last one that is used decides
+RIGHT = ("correct", "correct_strict", "gated")  # say whether a completion is right; the last one that is used decides
 FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
 BUILT_IN = (*RIGHT, "flash", "judge", *TEXT)
 
@@ -45,17 +50,24 @@ Sample = tuple[Problem, Completion]
 Parts = dict[str, float | None]
 
 
-def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig | None = None) -> dict[str, Callable]:
+def load(
+    weights: Mapping[str, float],
+    columns: Sequence[str],
+    config: RLConfig | None = None,
+    prompt: Prompt | None = None,
+) -> dict[str, Callable]:
     """Import the functions among the rewards' names, load the judge, and check that the problems have what they need.
 
     Args:
         weights: by name, as in ``GRPOConfig.rewards``.
         columns: of the problems.
         config: says which model judges, and how.
+        prompt: says which form the answer is to have.
 
     Raises:
         UserError: if there is no reward; if one is unknown, cannot be imported, or needs an argument that there is not;
-            if ``flash`` does not weigh less than ``correct`` and ``gated``; if the judge is missing or does not load.
+            if ``flash`` does not weigh less than being right; if the prompt asks for no form and ``correct_strict`` is
+            a reward; if the judge is missing or does not load.
     """
     if not any(weights.values()):
         raise UserError("rewards: none has a weight other than 0; set one, as in {correct: 1}")
@@ -71,10 +83,15 @@ def load(weights: Mapping[str, float], columns: Sequence[str], config: RLConfig 
                 continue
             if parameter.name not in known:
                 raise UserError(f"reward {name}: there is no column {parameter.name!r}; there are {', '.join(known)}")
+    if prompt and "correct_strict" in weights and not forms_of(prompt.text):
+        raise UserError(
+            f"reward correct_strict: the prompt {prompt.name} asks for no form (\\boxed{{}}, <answer> or ####) of the "
+            "answer; choose another prompt, or correct"
+        )
     right = sum(weights.get(name, 0) for name in RIGHT)
     if "flash" in weights and not 0 <= weights["flash"] < right:
         raise UserError(
-            f"reward flash: its weight {weights['flash']:g} must be 0 or more and below that of correct and gated, "
+            f"reward flash: its weight {weights['flash']:g} must be 0 or more and below that of {' and '.join(RIGHT)}, "
             f"{right:g}; as in {{gated: 1, flash: 0.2}}"
         )
     named = config.judge if config else None
@@ -117,8 +134,11 @@ def score(
         known["correct"] = [float(_verdict(planned, *sample)) for sample in samples]
     if "gated" in weights:
         known["gated"] = [c * form for c, form in zip(known["correct"], known["format"], strict=True)]
+    if "correct_strict" in weights:
+        strict = [strictly_correct(planned, problem, completion.whole) for problem, completion in samples]
+        known["correct_strict"] = list(map(float, strict))
     # flash and judge look at those that are right
-    chosen = known.get("gated", known.get("correct", [1.0] * len(samples)))
+    chosen = next((known[name] for name in reversed(RIGHT) if name in weights), [1.0] * len(samples))
     right = [index for index, value in enumerate(chosen) if value == 1]
     parts: list[Parts] = [{} for _ in samples]
     for name in weights:

@@ -97,7 +97,7 @@ def sample(
     todo = [(problem, next(numbers)) for problem in problems for _ in range(size)]
     done: list[Any] = [None] * len(todo)
     loaded.model.eval()
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         for index, completion in local.completions_of(loaded, planned, logprobs=True)(todo):
             done[index] = completion
     return [done[at : at + size] for at in range(0, len(done), size)]

@@ -23,7 +23,8 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import is_file
 from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
@@ -44,7 +45,10 @@ class Learner:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start."""
+    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -57,6 +61,7 @@ class Result:
     tokens_per_second: float
     peak_memory_gb: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 class Run(loop.Training):
@@ -130,6 +135,7 @@ class Run(loop.Training):
             tokens_per_second=sum(row["tokens"] for row in rows) / (sampling + updating) if sampling else 0.0,
             peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
             notes=[*notes, *self.unmoved()],
+            stopped=self.stopped,
         )
         self.folder.conclude(asdict(result))
         return result
@@ -175,31 +181,26 @@ class Setup:
 def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
     """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
 
-    Args:
-        name: of the algorithm, for the adapter's settings file.
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the folder's run is another one.
+    ``name`` is the algorithm's, for the adapter's settings file; the other arguments and the errors: see `train.loop`.
     """
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         config = with_reference(names.with_adapter(config), folder.identity)
-        config = loading.of_its_day(config, folder.identity)
+        config = loading.of_its_day(config, folder.identity).sized(distributed.sizes(device.choose(config.device)))
         planned, held_out, notes = rollouts.prepare(config)
-        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config)
+        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)
         identity |= {"shown": planned.shown(), "held_out": held_out and held_out.shown()}
+        if folder.begun and "reference_files" not in folder.identity:  # earlier versions did not store it
+            identity.pop("reference_files", None)
         folder.check(identity)
         mx.random.seed(config.seed)
         adapter = adapters.start(loaded.model, config, config.adapter)
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_reinforcement(loaded, one, longest))
         yield Setup(
             name,
             config,
@@ -252,6 +253,8 @@ def identity_of(
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
         **planned.task.identity,
     }
+    if config.kl_coef and config.reference not in (None, adapters.BASE, config.adapter):
+        read["reference_files"] = fingerprint(Path(config.reference).expanduser())
     return {
         **loop.identity_of(config, loaded, read),
         **{f"reward {name}": ", ".join(f"{file.name} {loop.digest(file)}" for file in own[name]) for name in own},

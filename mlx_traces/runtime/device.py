@@ -16,8 +16,21 @@ WEIGHTS = ("quantized", "dense")
 DTYPES = ("float32", "bfloat16", "float16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
-_OUT_OF_MEMORY = ("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory")  # MLX's words
-_CACHE_SHARE = 0.5  # of the device's memory that MLX may keep of what was freed
+# MLX's words; the last are CUDA's for whatever is asked of it after an allocation that failed.
+_OUT_OF_MEMORY = (
+    *("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory"),
+    "illegal memory access",
+)
+CACHE_SHARE = 0.25  # of the device's memory that MLX may keep of what was freed
+# How many graphs and plans of attention MLX keeps on CUDA, by its environment variables. Its own 400, 256 and 64 are
+# fewer than the shapes of a training, so they would be made again and again, at a second each.
+CUDA_CACHES = {
+    "MLX_CUDA_GRAPH_CACHE_SIZE": 2000,
+    "MLX_CUDA_SDPA_CACHE_SIZE": 1024,
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": 512,
+}
+for _name, _count in CUDA_CACHES.items():  # MLX reads them at the first use of a GPU
+    os.environ.setdefault(_name, str(_count))
 _limited = 0  # contexts of `limits` that are open
 
 
@@ -36,6 +49,26 @@ class Backend:
     dtype: str | None
     memory_gb: float
     description: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of batches that this device takes where the settings have none; see `sizes`."""
+        return sizes(self.name, self.memory_gb)
+
+
+# From so many GB of a GPU's memory on: completions decoded at once, tokens of a training's forward pass, MiB of logits.
+GPU_SIZES = (
+    (64, {"rows": 256, "micro_tokens": 16_384, "logits_mb": 1024}),
+    (32, {"rows": 128, "micro_tokens": 4096, "logits_mb": 256}),
+)
+
+
+def sizes(name: str, memory_gb: float) -> dict[str, int]:
+    """Return the sizes of batches for a backend and its memory in GB; none for a CPU or a small GPU.
+
+    On a CPU the settings' own defaults are fastest already. A GPU waits for its host at such sizes.
+    """
+    return next((dict(found) for least, found in GPU_SIZES if name != "cpu" and memory_gb >= least), {})
 
 
 def import_mlx() -> Any:
@@ -116,11 +149,11 @@ def choose(
 
 
 def memory_bytes() -> int:
-    """Return the memory of MLX's default device; the machine's for a CPU and for Metal's unified memory."""
+    """Return the memory that MLX's default device can use; of Metal's unified memory, what it recommends to use."""
     mx = import_mlx()
     if mx.default_device() == mx.Device(mx.gpu):
         info = mx.device_info()
-        for key in ("memory_size", "total_memory"):
+        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
             if info.get(key):
                 return int(info[key])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -167,8 +200,8 @@ def limits() -> Iterator[None]:
     """Set MLX's limits while the context lasts, and put them back as they were; contexts within it change nothing.
 
     On Metal the recommended working set is wired, so that weights stay where the GPU reads them, as mlx_lm has it too.
-    Buffers that were freed are kept for the next of their size: up to half of the device's memory, where MLX would go
-    on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
+    Buffers that were freed are kept for the next of their size: up to a quarter of the device's memory, where MLX would
+    go on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
     """
     global _limited
     mx = import_mlx()
@@ -179,7 +212,7 @@ def limits() -> Iterator[None]:
             if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
                 wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
             cached = mx.set_cache_limit(0)
-            mx.set_cache_limit(min(cached, int(_CACHE_SHARE * memory_bytes())))
+            mx.set_cache_limit(min(cached, int(CACHE_SHARE * memory_bytes())))
         yield
     finally:
         _limited -= 1
@@ -188,6 +221,16 @@ def limits() -> Iterator[None]:
             if wired is not None:
                 mx.synchronize()  # what is under way may still read what was wired
                 mx.set_wired_limit(wired)
+
+
+def clear_grown_cache() -> None:
+    """Give back what MLX keeps of freed buffers, if that is half of its limit or more; called between phases of a run.
+
+    A buffer is only used again for an array of nearly its size, so what one phase leaves is of no use in the next.
+    """
+    mx = import_mlx()
+    if mx.get_cache_memory() > CACHE_SHARE / 2 * memory_bytes():
+        mx.clear_cache()
 
 
 def _device_name() -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_traces.errors import Lost, UserError, first_line
-from mlx_traces.runtime.device import limits, out_of_memory
+from mlx_traces.runtime.device import Backend, limits, out_of_memory
 from mlx_traces.runtime.files import held
 from mlx_traces.runtime.interrupts import listening
 from mlx_traces.runtime.run_folder import RunFolder
@@ -62,9 +62,9 @@ def total(tree: Any) -> Any:
     if world().size() == 1:
         return tree
     flat = tree_flatten(tree)
-    own = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
-    mx.eval(own)  # an error here is this rank's own, and must not read as one of the exchange
-    whole = _arrived(mx.distributed.all_sum(own))
+    vector = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
+    mx.eval(vector)  # an error here is this rank's alone, and must not read as one of the exchange
+    whole = _arrived(mx.distributed.all_sum(vector))
     summed, at = [], 0
     for name, array in flat:
         summed.append((name, whole[at : at + array.size].reshape(array.shape).astype(array.dtype)))
@@ -87,6 +87,12 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
     for part in gather([{"loss": loss, **sums}]):
         every.update(part)
     return every.pop("loss"), total(tree_map(mx.zeros_like, parameters) if grads is None else grads), every
+
+
+def sizes(backend: Backend) -> dict[str, int]:
+    """Return the sizes of batches that all ranks take where the settings have none: the smallest of their devices'."""
+    every = gather([backend.sizes])
+    return {name: min(own[name] for own in every) for name in every[0] if all(name in own for own in every)}
 
 
 def any_of(wish: bool) -> bool:
@@ -138,8 +144,8 @@ def _told() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume when other programs "
-            "are closed, or begin anew with a smaller model, a lower rank or shorter sequences"
+            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume, lower rows "
+            "or micro_tokens, and other programs closed, or begin anew with a smaller model or shorter sequences"
         ) from None
 
 
@@ -156,8 +162,8 @@ def own_folder(path: Path) -> Path:
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         folder = scratch / path.name
     there = path.iterdir() if writes and path.is_dir() else ()
-    found = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
-    for name, size in gather([(file.name, file.stat().st_size) for file in found]):
+    files = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
+    for name, size in gather([(file.name, file.stat().st_size) for file in files]):
         content = np.frombuffer((path / name).read_bytes(), np.uint8) if writes else np.zeros(size, np.uint8)
         content = np.array(_arrived(mx.distributed.all_sum(mx.array(content))))  # the others' are zeros
         if not writes:

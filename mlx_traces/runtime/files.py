@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks."""
+"""Atomic writes of files and folders, and locks."""
 
 import errno
 import fcntl
@@ -14,15 +14,15 @@ from typing import Any
 from mlx_traces.errors import UserError
 from mlx_traces.runtime.provenance import now
 
-TRIES = 100  # at a folder that others remove
+TRIES = 100  # at making a lock's folder, which another process may remove at that moment
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that takes a file's place, all at once, when the context ends well.
+    """Yield the path of a temporary file that replaces ``path`` atomically when the context ends without an error.
 
-    It is on the disk before it is renamed, and the renaming too before this returns. Where the context fails nothing is
-    left of it; what a killed process left of the same file's making goes first.
+    The file is synced to the disk before the rename, and the rename before this returns. After an error the temporary
+    file is removed; temporary files that killed processes left for the same path are removed first.
     """
     for left in leftovers(path):
         with suppress(OSError):
@@ -39,14 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return the temporary files in which processes of this machine that are gone were writing ``path``."""
+    """Return the temporary files for ``path`` that processes of this machine left when they were killed."""
     mark = f"-{platform.node()}.tmp-{path.name}"
-    found = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
-    return [file for file in found if not _lives(file.name.removesuffix(mark)[1:])]
+    temporary = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
+    return [file for file in temporary if not is_alive(file.name.removesuffix(mark)[1:])]
 
 
-def _lives(number: str) -> bool:
-    """Whether a process number is somebody's; what is no number belongs to nobody that we know."""
+def is_alive(number: str) -> bool:
+    """Whether a process of this number exists; True for a text that is no number, since nothing is known of it."""
     if not number.isdecimal():
         return True
     try:
@@ -59,7 +59,7 @@ def _lives(number: str) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk; some file systems know no such thing for folders."""
+    """Wait until a file, or a folder's list of files, is on the disk; not all file systems sync folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,16 +71,16 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content all at once: temporary file, fsync, rename."""
+    """Replace a file's content atomically: temporary file, fsync, rename."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def on_the_way(path: Path, again: str = "go on with --resume") -> Iterator[None]:
-    """Say in one line, while the context lasts, that a file of a run cannot be written, and how the run goes on.
+    """Turn an OSError in the context into one line: the file that cannot be written, and how to continue the run.
 
-    What was there before is whole.
+    The existing file is left intact.
     """
     try:
         yield
@@ -90,7 +90,7 @@ def on_the_way(path: Path, again: str = "go on with --resume") -> Iterator[None]
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet, its folders included; UserError if it is, or cannot be written."""
+    """Write a new file and the folders above it; UserError if it exists or cannot be written."""
     try:
         if path.exists():
             raise UserError(f"{path} exists; remove it, or choose another --out")
@@ -101,7 +101,7 @@ def write_new(path: Path, text: str) -> None:
 
 
 def scratch_folder(out: Path) -> Path:
-    """Make the empty folder beside ``out`` that becomes it by a rename in the end.
+    """Make an empty temporary folder beside ``out``, for `put_in_place` to rename.
 
     Raises:
         UserError: if ``out`` exists, or its folder cannot be written.
@@ -120,7 +120,7 @@ def scratch_folder(out: Path) -> Path:
 
 
 def put_in_place(scratch: Path, out: Path) -> None:
-    """Give a finished folder its name, its files being on the disk."""
+    """Sync a finished folder's files to the disk, and rename it to ``out``."""
     for path in scratch.rglob("*"):
         sync(path)
     sync(scratch)
@@ -130,11 +130,11 @@ def put_in_place(scratch: Path, out: Path) -> None:
 
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
-    """Keep other processes from what a run writes, by the file ``lock`` beside it, while the context lasts.
+    """Lock a run against other processes while the context lasts, by the file ``lock`` beside its files.
 
-    The file names the owner; the lock itself is the system's (``flock``), which ends with its process in whatever way.
-    So what a killed process left is taken over, by one alone where two find it, and a process number that was given
-    away again misleads nobody.
+    The file names the owner; the lock itself is the system's (``flock``), which ends with its process however that
+    ends. So a lock file that a killed process left is taken over, by one process only, whatever process has its number
+    by now.
 
     Raises:
         UserError: if another process holds it, or may do so on another machine; if the file cannot be written.
@@ -147,7 +147,7 @@ def held(lock: Path) -> Iterator[None]:
                 folder.rmdir()
 
     try:
-        descriptor = _taken(lock)
+        descriptor = _take(lock)
     except OSError as error:
         tidy()
         raise UserError(f"{lock.parent}: cannot be written ({error.strerror}); choose another --out") from None
@@ -160,14 +160,14 @@ def held(lock: Path) -> Iterator[None]:
         tidy()
 
 
-def _taken(lock: Path) -> int:
-    """Return the open file of a lock that is now this process's."""
+def _take(lock: Path) -> int:
+    """Take a lock for this process; return its open file."""
     while True:
-        descriptor = _opened(lock)
+        descriptor = _open(lock)
         try:
             free = _try_lock(descriptor)
             if free and not _is_at(lock, descriptor):
-                os.close(descriptor)  # its owner finished, and removed it, since it was opened
+                os.close(descriptor)  # its owner finished and removed it after we opened it
                 continue
             _refuse_owner(lock, free)
             owner = to_json({"pid": os.getpid(), "host": platform.node(), "since": now()})
@@ -185,13 +185,13 @@ def _taken(lock: Path) -> int:
         return descriptor
 
 
-def _opened(lock: Path) -> int:
-    """Open a lock's file, its folder made; again and again, as one that ends may just then remove what it made."""
+def _open(lock: Path) -> int:
+    """Make a lock's folder and open its file; retry, since a process that ends may remove both at that moment."""
     for left in reversed(range(TRIES)):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except (FileNotFoundError, FileExistsError):  # the second where the folder went while it was being made
+        except (FileNotFoundError, FileExistsError):  # the second if the folder was removed while mkdir ran
             if not left:
                 raise
 
@@ -205,7 +205,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file unless another process has; a file system that knows no locks lets everybody."""
+    """Lock a file; False if another process has. On a file system without locks this always succeeds."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -217,18 +217,18 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _refuse_owner(lock: Path, free: bool) -> None:
-    """Raise UserError if a lock is another process's; one that is free is, if another machine's name is in it."""
+    """Raise UserError if another process has the lock: it is not ``free``, or the file names another machine."""
     try:
         owner = json.loads(lock.read_text())
-        host, told = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is new, or its owner was killed while writing
-        host, told = platform.node(), "another process"
+        host, holder = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # a new file, or one whose owner was killed while writing it
+        host, holder = platform.node(), "another process"
     if not free:
-        raise UserError(f"{lock.parent} is in use by {told}; wait until that has ended, or choose another --out")
+        raise UserError(f"{lock.parent} is in use by {holder}; wait until that has ended, or choose another --out")
     if host != platform.node():
-        raise UserError(f"{lock.parent} is in use by {told}; if that has ended, remove {lock}")
+        raise UserError(f"{lock.parent} is in use by {holder}; if that has ended, remove {lock}")
 
 
 def to_json(value: Any) -> str:
-    """Return readable JSON with a line end."""
+    """Return indented JSON that ends with a newline."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

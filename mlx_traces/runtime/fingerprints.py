@@ -1,4 +1,4 @@
-"""Fingerprints of model and adapter folders, and what can be told from two of them. No MLX."""
+"""Fingerprints of model and adapter folders, and how to compare two of them. No MLX."""
 
 import hashlib
 import re
@@ -18,9 +18,9 @@ _FORM = re.compile(r"(?:(2-)?([0-9a-f]{12}))(?:-[0-9a-f]{6})?")
 def fingerprint(folder: Path) -> str:
     """Return a text that changes with a model's or adapter's files: weights, settings, templates and tokenizer.
 
-    It has one of three forms: 12 hexadecimal digits, the form of older versions, where no file is above 2 MiB; ``2-``
-    and 12 digits where all files are read whole; and 6 digits more, for dates, where a file is above 512 MiB. Of such
-    a file the size, the date and 512 blocks of 1 MiB count.
+    It has one of three forms: 12 hexadecimal digits, the form of older versions, if no file exceeds 2 MiB; ``2-`` and
+    12 digits if every file was read whole; and 6 digits more, for dates, if a file exceeds 512 MiB. Of such a file the
+    size, the date and 512 blocks of 1 MiB are read.
     """
     digest, dates, large = hashlib.sha256(), "", False
     for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
@@ -40,7 +40,7 @@ def fingerprint(folder: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _content(path: str, size: int, *_: int) -> bytes:
-    """Return what stands for a large file's content; it is read once as long as its size and dates stay."""
+    """Return a digest of a large file's content; it is computed again only if its size or dates change."""
     with Path(path).open("rb") as file:
         if size <= WHOLE:
             return hashlib.file_digest(file, "sha256").digest()
@@ -52,7 +52,7 @@ def _content(path: str, size: int, *_: int) -> bytes:
 
 
 def doubt(one: Any, other: Any) -> str:
-    """Say why two different fingerprints may be of the same files; an empty text where they are not."""
+    """Say why two different fingerprints may be of the same files; an empty text if they cannot be."""
     forms = [_FORM.fullmatch(text) if isinstance(text, str) else None for text in (one, other)]
     if None in forms or one == other:
         return ""

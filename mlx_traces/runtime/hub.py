@@ -1,6 +1,6 @@
-"""What the model and data hub answers: whether it does, why it refuses, what it has instead. No MLX.
+"""The model and data hub: whether it can be reached, why it refuses, which names are close. No MLX.
 
-The hub is asked whether it answers before its client is, which would retry for half a minute.
+One short request checks first whether the hub answers, since its client would retry for half a minute.
 """
 
 import threading
@@ -10,41 +10,37 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import huggingface_hub
+from huggingface_hub import constants
+
 from mlx_traces.errors import choices, did_you_mean, first_line
 
 TIMEOUT = 3  # seconds
-LISTED = 100  # names that are looked through for close ones
+LISTED = 100  # names among which close ones are searched
 
 
 def switched_off() -> bool:
-    """Whether the user has told the hub's client not to use the network."""
-    from huggingface_hub import constants
-
+    """Whether HF_HUB_OFFLINE tells the hub's client not to use the network."""
     return constants.HF_HUB_OFFLINE
 
 
 @cache
 def fault() -> str:
-    """Return why the hub does not answer, an empty string if it does; asked once per process."""
-    from huggingface_hub import constants
-
+    """Return why the hub does not answer, an empty string if it does; checked once per process."""
     answers: list[str] = []
-    # In a thread, as looking a name up can take longer than any timeout given to the request.
-    worker = threading.Thread(target=lambda: answers.append(_ask(constants.ENDPOINT)), daemon=True)
+
+    def ask() -> None:
+        try:  # by the client's own session: its certificates, its proxies
+            status = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT).status_code
+            answers.append(f"status {status}" if status >= 500 else "")
+        except Exception as error:  # which of two HTTP libraries it is depends on the client's version
+            answers.append(first_line(error))
+
+    # In a thread, since a name look-up can outlast the request's timeout.
+    worker = threading.Thread(target=ask, daemon=True)
     worker.start()
     worker.join(TIMEOUT)
     return answers[0] if answers else f"no answer in {TIMEOUT} seconds"
-
-
-def _ask(address: str) -> str:
-    """Return what is wrong with a web address, an empty string if it answers."""
-    from huggingface_hub import get_session
-
-    try:  # by the client's own session: its certificates, its proxies
-        status = get_session().head(address, timeout=TIMEOUT).status_code
-    except Exception as error:  # which of two HTTP libraries it is depends on the client's version
-        return first_line(error)
-    return f"status {status}" if status >= 500 else ""
 
 
 def out_of_reach() -> str:
@@ -57,16 +53,16 @@ def out_of_reach() -> str:
 def refusal(
     error: Exception, name: str, revision: str | None = None, kind: str = "model", known: Iterable[str] = ()
 ) -> str | None:
-    """Say why the hub did not give a repository, with the way out; None where it is not the hub that refused.
+    """Say why the hub refused a repository, with the way out; None if the error is not the hub's refusal.
 
     Args:
-        error: what the hub's client raised.
+        error: raised by the hub's client.
         name: of the repository, ``owner/name``.
-        revision: that was asked for.
+        revision: the one requested.
         kind: ``"model"`` or ``"dataset"``.
-        known: names that may have been meant, besides the hub's own.
+        known: names, besides the hub's own, among which a close one is searched.
     """
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors  # loads an HTTP client
 
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
@@ -75,7 +71,10 @@ def refusal(
         return f"{name}: the hub has disabled it; take another one"
     if isinstance(error, errors.RepositoryNotFoundError):
         what = "data set" if kind == "dataset" else kind
-        close = did_you_mean(name, [*known, *_similar(name, kind)])
+        owner, _, short = name.partition("/")
+        queries = {"search": short}, {"author": owner, "search": short.rpartition("-")[0]}, {"author": owner}
+        similar = [found for query in queries for found in _names(f"{kind}s", "id", **query)]
+        close = did_you_mean(name, [*known, *similar])
         return f"unknown {what} {name!r}: not on the hub, or private (then run `hf auth login`); check the name{close}"
     if isinstance(error, errors.RevisionNotFoundError):
         refs = _names(f"{kind}s/{name}/refs", "name")[:8] or ["a branch", "a tag"]
@@ -86,50 +85,37 @@ def refusal(
 
 
 def ask_why(name: str, revision: str | None, kind: str) -> str | None:
-    """Ask the hub why it does not give a repository; return `refusal`'s words, None if it would give it."""
-    from huggingface_hub.utils import hf_raise_for_status
-
+    """Ask the hub why it refuses a repository; return `refusal`'s message, None if it does not refuse."""
     try:
         for path in ("auth-check", f"revision/{quote(revision or 'main', safe='')}"):
-            hf_raise_for_status(_get(f"{kind}s/{name}/{path}"))
+            huggingface_hub.hf_raise_for_status(_get(f"{kind}s/{name}/{path}"))
     except Exception as error:  # which of two HTTP libraries raises it depends on the client's version
         return refusal(error, name, revision, kind)
     return None
 
 
-def _similar(name: str, kind: str) -> list[str]:
-    """Return repositories of the hub that may be meant: of the same name, or the same owner's."""
-    owner, _, own = name.partition("/")
-    queries = {"search": own}, {"author": owner, "search": own.rpartition("-")[0]}, {"author": owner}
-    return list(dict.fromkeys(found for query in queries for found in _names(f"{kind}s", "id", **query)))
-
-
 def _names(path: str, key: str, **query: str) -> list[str]:
-    """Ask the hub for a list, or for an object of lists, and return what ``key`` says in each entry; else none."""
+    """Return the value of ``key`` in each entry of the hub's list, or lists in an object; an empty list on failure."""
     try:
-        found: Any = _get(path, limit=str(LISTED), **query).json()
-    except Exception:  # what is close is good to know, no more
+        reply: Any = _get(path, limit=str(LISTED), **query).json()
+    except Exception:  # close names are a courtesy, no more
         return []
-    lists = found.values() if isinstance(found, dict) else [found]
+    lists = reply.values() if isinstance(reply, dict) else [reply]
     entries = [entry for one in lists if isinstance(one, list) for entry in one if isinstance(entry, dict)]
     return [entry[key] for entry in entries if isinstance(entry.get(key), str)]
 
 
 def _get(path: str, **query: str) -> Any:
-    """Return the answer of the hub's interface, by the client's own session, in bounded time."""
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import build_hf_headers
+    """Return the reply of the hub's API, through the client's own session, in bounded time."""
+    from huggingface_hub.utils import build_hf_headers  # loads an HTTP client
 
     address = f"{constants.ENDPOINT}/api/{path}"
-    return get_session().get(address, params=query, headers=build_hf_headers(), timeout=TIMEOUT)
+    return huggingface_hub.get_session().get(address, params=query, headers=build_hf_headers(), timeout=TIMEOUT)
 
 
 def commit_here(name: str, revision: str | None, kind: str) -> str | None:
-    """Return the commit that a branch or tag was when it was downloaded last, None if nobody has noted it."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    refs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs"
+    """Return the commit that a branch or tag named at its last download; None if the cache does not have it."""
+    refs = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs"
     try:
         return (refs / (revision or "main")).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first is a wish, which a run's loop looks at between its units; the second stops at once."""
+"""Ctrl-C: the first asks a run to stop after its current unit of work; the second stops at once."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ SAID = "\nCtrl-C: stopping as soon as what is under way is done and saved; once 
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C between two of its units; the message says after which."""
+    """A run was stopped by Ctrl-C between two units of work; the message says after which."""
 
 
 @contextmanager
 def listening(say: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function of nothing that tells whether Ctrl-C was pressed since the context began.
+    """Yield a function without arguments that returns whether Ctrl-C was pressed since the context began.
 
-    The second Ctrl-C does what the first would have done outside. Where Python does not handle Ctrl-C, in another than
-    the main thread or in a process that ignores it, nothing is changed.
+    The second Ctrl-C does what the first would do outside of the context. In a thread other than the main one, and in a
+    process that ignores Ctrl-C, nothing is changed.
 
     Args:
-        say: tell on stderr that the first was heard.
+        say: acknowledge the first Ctrl-C on stderr.
     """
     before, pressed = signal.getsignal(signal.SIGINT), False
 

@@ -32,7 +32,7 @@ class Progress:
         self.done, self.total, self.figures = done, total, tuple(figures)
         if self.first is None:
             self.first = (done, perf_counter())
-            if self.terminal:  # not before: no empty line stands above an error
+            if self.terminal:  # not before, so that an error has no empty line above it
                 self.live = Live(self, console=self.console, refresh_per_second=4)
                 self.live.start()
 
@@ -74,11 +74,11 @@ class Progress:
 @contextmanager
 def progress(name: str) -> Iterator[Progress]:
     """Yield a `Progress` that is shown on stderr while the context lasts."""
-    shown, over, told = Progress(name, Console(stderr=True)), Event(), []
+    shown, over, lines = Progress(name, Console(stderr=True)), Event(), []
 
     def log() -> None:
-        told.append(f"{shown.name}: {', '.join(shown.parts())}")
-        _log(told[-1])
+        lines.append(f"{shown.name}: {', '.join(shown.parts())}")
+        _log(lines[-1])
 
     def tell() -> None:
         while not over.wait(EVERY):
@@ -93,7 +93,7 @@ def progress(name: str) -> Iterator[Progress]:
         over.set()
         if not shown.terminal:
             teller.join()
-            if told:  # how it ended
+            if lines:  # the last one says how it ended
                 log()
         if shown.live is not None:
             shown.live.stop()

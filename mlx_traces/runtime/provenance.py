@@ -1,4 +1,4 @@
-"""What a run was made with: versions, device, git revision, settings."""
+"""The entries of ``run.json`` that say how a run was made: versions, git revision, settings, fingerprints."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, git revision of the working folder, platform and time, for ``run.json``."""
+    """Return versions, git revision of this package, platform, command and time, for ``run.json``."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "git_revision": git_revision(),
         "platform": f"{platform.system()} {platform.machine()}",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": now(),
@@ -30,21 +30,21 @@ def provenance() -> dict[str, Any]:
 def resolved_config(
     config: dict[str, Any], model: Path | None, adapter: str | Path | None, **ids: Iterable[str]
 ) -> dict[str, Any]:
-    """Return every setting as it was used, and fingerprints of what a run read, for ``run.json``.
+    """Return every setting as it was used, and fingerprints of the inputs, for ``run.json``.
 
     Args:
-        config: the settings, filled in; plain JSON.
-        model: the model's folder, downloaded ones too; None for one that is not here.
+        config: the settings with all defaults filled in; plain JSON.
+        model: the model's folder, of a hub model that of its download; None for a model behind a server.
         adapter: the adapter's folder.
-        **ids: the ids of problems or traces, in order, by what they were used for.
+        **ids: the ids of problems or traces, in order, each list under the name of its use.
     """
-    found = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
-    found |= {name: ids_digest(own) for name, own in ids.items()}
-    return {"config": config, "fingerprints": found}
+    fingerprints = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
+    fingerprints |= {name: ids_digest(listed) for name, listed in ids.items()}
+    return {"config": config, "fingerprints": fingerprints}
 
 
 def ids_digest(ids: Iterable[str]) -> str | None:
-    """Return 12 hexadecimal digits that stand for ids in their order; None without any."""
+    """Return a digest of ids in their order, 12 hexadecimal digits; None if there are none."""
     listed = list(ids)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12] if listed else None
 
@@ -54,15 +54,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return an installed package's version, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _git_revision() -> str | None:
-    """Return the commit that this package runs from, with ``+`` if files differ from it; None outside a checkout."""
+def git_revision() -> str | None:
+    """Return the commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout."""
     here = Path(__file__).parent.parent
     try:
         commit = subprocess.run(

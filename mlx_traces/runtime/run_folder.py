@@ -1,4 +1,4 @@
-"""Run folders: what was asked (``run.json``), every sample as it finished (``samples.jsonl``), the result. No MLX."""
+"""Run folders: settings (``run.json``), samples as they finish (``samples.jsonl``), ``result.json``. No MLX."""
 
 import json
 from collections.abc import Collection, Iterable
@@ -15,7 +15,12 @@ SAMPLE_COLUMNS = (
     *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
     *("verdict", "stratum", "elapsed"),
 )
-NOTED_SINCE = ("shown", "held_out")  # what an identity has now, and had not in earlier versions
+_UNNOTED = "not noted by an older version"
+NOTED_SINCE = {  # entries of an identity that earlier versions did not store, and what that means
+    "shown": _UNNOTED,
+    "held_out": _UNNOTED,
+    "stops": "an older version let stop strings end thoughts too",
+}
 WAY_OUT = {"run.json": "name a folder that eval, sft, grpo or ppo wrote", "result.json": "finish the run with --resume"}
 
 
@@ -27,12 +32,12 @@ class RunFolder:
 
     @property
     def samples_path(self) -> Path:
-        """Where the finished samples are, one JSON object per line."""
+        """The file of finished samples, one JSON object per line."""
         return self.path / "samples.jsonl"
 
     @property
     def begun(self) -> bool:
-        """Whether it is noted what was asked."""
+        """Whether ``run.json`` is written."""
         return (self.path / "run.json").exists()
 
     @property
@@ -42,26 +47,26 @@ class RunFolder:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What ``run.json`` says: what was asked, and what the run is made with; empty before that."""
+        """The content of ``run.json``: settings, versions, device, fingerprints; empty before the run begins."""
         return read_json(self.path / "run.json") if self.begun else {}
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What ``result.json`` says; None as long as the run is not finished."""
+        """The content of ``result.json``; None until the run is finished."""
         return read_json(self.path / "result.json") if self.finished else None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl`` so far, each with its ``step``; none of an evaluation."""
+        """The lines of ``metrics.jsonl`` so far, each with its ``step``; an evaluation has none."""
         return lines_so_far(self.path / "metrics.jsonl", ("step",))
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """The samples of a finished evaluation; UserError if there are none, or a line is not one."""
+        """The samples of a finished evaluation; UserError if the file is missing or a line is not a sample."""
         return [row for _, row in read_jsonl(self.samples_path, SAMPLE_COLUMNS)]
 
     def refuse(self, resume: bool) -> None:
-        """Raise UserError if a run cannot be written here; nothing is touched."""
+        """Raise UserError if a run cannot be written here; nothing is changed."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
         # A process that was killed leaves its hidden temporary file.
@@ -72,7 +77,7 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
 
     def recover(self, identity: dict[str, Any], idle: Collection[str] = ()) -> list[dict[str, Any]]:
-        """Return the finished samples of a run to be continued; a last line cut off while being written is removed.
+        """Return the finished samples of a run to continue; an incomplete last line is removed from the file.
 
         Raises:
             UserError: if the run was started with another identity, or a line is broken.
@@ -82,9 +87,9 @@ class RunFolder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, as the run was begun; empty before that.
+        """Everything that decides the result, as stored when the run began; empty before that.
 
-        It has every setting but those in the ``NOT_IDENTITY`` of `config`, and files by their content; it is built by
+        It has every setting but those in the ``MAY_CHANGE`` of `config`, and files by their content; it is built by
         `evaluator.Plan.identity` and `loop.identity_of`.
         """
         stored = self.about.get("identity") if self.begun else {}
@@ -93,23 +98,23 @@ class RunFolder:
         return stored
 
     def check(self, identity: dict[str, Any], idle: Collection[str] = ()) -> None:
-        """Raise UserError if the run was started with another identity; ``idle`` keys, which change nothing, aside."""
+        """Raise UserError if the run was started with another identity; keys in ``idle`` may differ."""
         if not self.begun:
             return
         stored = self.identity
-        if found := differences(stored, identity, idle):
+        if changes := differences(stored, identity, idle):
             raise UserError(
-                f"{self.path} was started with other settings ({'; '.join(found)}); "
+                f"{self.path} was started with other settings ({'; '.join(changes)}); "
                 "repeat those, or choose another --out"
             )
         if unsure := doubts(stored, identity):
             raise UserError(
-                f"{self.path} cannot be continued, as it cannot be told whether it was of the same content "
-                f"({'; '.join(unsure)}); choose another --out"
+                f"{self.path} cannot be continued, since its files may have changed ({'; '.join(unsure)}); "
+                "choose another --out"
             )
 
     def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
-        """Make the folder and note what decides the result, and details that do not: versions, device and alike."""
+        """Make the folder and write ``run.json``: the identity, and details such as versions and device."""
         if self.begun:
             return
         try:
@@ -119,20 +124,20 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
     def log(self, name: str, *rows: dict[str, Any]) -> None:
-        """Add rows to a file of JSON lines; once this returns, a killed process does not lose them."""
+        """Append rows to a file of JSON lines; once this returns, a killed process does not lose them."""
         path = self.path / name
         with on_the_way(path), path.open("a", encoding="utf-8") as file:
             file.write(_json_lines(rows))
 
     def rewind(self, name: str, step: int) -> None:
-        """Drop the rows of later steps than ``step``, which are about to be made again."""
+        """Remove the rows of steps after ``step``, which will be run again."""
         path = self.path / name
         rows = [row for row in lines_so_far(path, ("step",)) if row["step"] <= step]
         if path.exists():
             self.write(name, _json_lines(rows))
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file of the run, all at once."""
+        """Replace a file of the run atomically."""
         with on_the_way(self.path / name):
             write_atomic(self.path / name, text)
 
@@ -142,7 +147,7 @@ class RunFolder:
         self.conclude(result)
 
     def conclude(self, result: dict[str, Any]) -> None:
-        """Write the result: the run is finished."""
+        """Write the result, which marks the run as finished."""
         self.write("result.json", to_json(result))
 
 
@@ -151,7 +156,7 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Return settings with those of settings within them as entries of their own, as in ``evaluate.limit``."""
+    """Flatten nested settings; the keys of inner ones have the form ``evaluate.limit``."""
     return {
         name: value
         for key, inner in identity.items()
@@ -162,7 +167,7 @@ def _flat(identity: dict[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collection[str] = ()) -> list[str]:
-    """Name what differs between a stored identity and this one, briefly; files of which it cannot be told do not."""
+    """Describe each difference between a stored identity and this one, except fingerprints in `doubts`."""
     stored, identity = _flat(stored), _flat(identity)
     return [
         f"{key} was {str(stored.get(key))[:60]}, now {str(identity.get(key))[:60]}"
@@ -175,14 +180,14 @@ def differences(stored: dict[str, Any], identity: dict[str, Any], idle: Collecti
 
 
 def doubts(stored: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """Name the fingerprints of which it cannot be told whether they are of the same content, and why."""
-    found = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
-    found |= {key: "not noted by an older version" for key in NOTED_SINCE if key in identity and key not in stored}
-    return [f"{key}: {reason}" for key, reason in found.items() if reason]
+    """Name the fingerprints that do not show whether their files are the same, and say why."""
+    reasons = {key: doubt(stored.get(key), identity.get(key)) for key in stored}
+    reasons |= {key: why for key, why in NOTED_SINCE.items() if key in identity and key not in stored}
+    return [f"{key}: {reason}" for key, reason in reasons.items() if reason]
 
 
 def existing(path: str | Path, *files: str) -> RunFolder:
-    """Return a run folder that is there and has ``files``; UserError if it is not or has not."""
+    """Return an existing run folder that has ``files``; UserError if the folder or a file is missing."""
     folder = RunFolder(Path(path))
     if not folder.path.is_dir():
         raise UserError(f"{path}: no such run folder")
@@ -193,7 +198,7 @@ def existing(path: str | Path, *files: str) -> RunFolder:
 
 
 def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read JSON lines as `lines_so_far` does; a last line cut off while being written is removed from the file."""
+    """Read JSON lines as `lines_so_far` does, and remove an incomplete last line from the file."""
     if path.exists():
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -204,10 +209,10 @@ def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read the whole lines of a file of JSON lines that may still be written; without the file there are none.
+    """Read the complete lines of a file of JSON lines that is perhaps still being written; none without the file.
 
     Raises:
-        UserError: at a whole line that is no JSON object, lacks a column, or has a step that is no number.
+        UserError: at a complete line that is no JSON object, lacks a column, or has a step that is no number.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Tasks: the source of the problems, their prompts, and the grader of the answers. No MLX."""
+"""Tasks: where problems come from, their prompts, and the grader of the answers. No MLX."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 class Task:
     """A task as plain data and functions.
 
-    ``columns`` are what a row must have to be asked, ``graded_columns`` what it must have to be graded;
-    ``gold_columns`` tell the answer, and are not shown.
-    ``parse(row, where)`` makes a Problem of a row with at least the graded ones (UserError, starting with ``where``,
+    A row needs the ``columns`` to become a prompt and the ``graded_columns`` to be graded; ``gold_columns`` hold the
+    answer, and no prompt may show them.
+    ``parse(row, where)`` makes a Problem of a row with at least the graded columns (UserError, starting with ``where``,
     if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
     ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
-    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns what that extractor compares of an
-    answer, so answers with the same such text are one answer in a vote. ``prompts`` has the built-in styles;
+    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns the text by which that extractor
+    compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     ``sample_columns`` are kept with each sample of an evaluation, beside question and gold answer, so that it can be
     graded again. ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
@@ -71,7 +71,7 @@ class Task:
         return self.prompts[name]
 
 
-GRADER = 2  # version of the graders' rules; a run that stores none was graded by version 1
+GRADER = 3  # version of the graders' rules; a run that stores none was graded by version 1
 TASKS = ("gsm8k", "countdown", "math", "qa")
 _LOADED: dict[str, Task] = {}
 

@@ -56,12 +56,6 @@ def _braced(text: str, start: int, within: int) -> str | None:
     return None
 
 
-def _without_open_box(part: str) -> str:
-    r"""Return an answer part without a ``\boxed{84`` that it ends in: the number may be cut, of 840."""
-    start = part.rfind(r"\boxed")
-    return part[:start] if start >= 0 and _OPEN_BOX.match(part, start) else part
-
-
 def last_answer_tag(text: str) -> str | None:
     """Return the content of the last closed ``<answer>…</answer>``, from the innermost opening, or None.
 
@@ -78,14 +72,14 @@ def last_answer_tag(text: str) -> str | None:
 
 
 def marked(part: str) -> str | None:
-    r"""Return the last ``\boxed{}`` of an answer part, else its last <answer>; empty ones do not count."""
+    r"""Return the last ``\boxed{}`` of an answer part, else its last <answer>; empty ones are skipped."""
     for find in (last_boxed, last_answer_tag):
         if (found := find(part)) and found.strip():
             return found.strip()
     return None
 
 
-def _after_hashes(part: str) -> str | None:
+def after_hashes(part: str) -> str | None:
     """Return the line after the last ``####``, or the number that starts it; None for a Markdown heading."""
     before, hashes, rest = part.rpartition("####")
     line = rest.strip().partition("\n")[0].rstrip()
@@ -101,7 +95,7 @@ def _after_hashes(part: str) -> str | None:
 
 
 def tolerant(response: str) -> str | None:
-    r"""Find the answer in whichever form: last \boxed{}, else <answer>, else ``####``, else the last number.
+    r"""Find the answer in any form: last \boxed{}, else <answer>, else ``####``, else the last number.
 
     Only the text after the thought is searched. In a thought that is not closed only a closed <answer> counts, so the
     numbers of a truncated thought are no answer. Of several marks of a kind the last one counts. Of the line after
@@ -111,7 +105,42 @@ def tolerant(response: str) -> str | None:
     part, thinking = after_thought(response)
     if thinking:
         return (last_answer_tag(part) or "").strip() or None
-    return marked(part) or _after_hashes(part) or last_number(_without_open_box(part))
+    start = part.rfind(r"\boxed")
+    whole = part[:start] if start >= 0 and _OPEN_BOX.match(part, start) else part
+    return marked(part) or after_hashes(part) or last_number(whole)
+
+
+_FORMS = {  # what a prompt says of the answer's form: how an answer of it is found, and written
+    r"\boxed": (last_boxed, r"\boxed{{{}}}"),
+    "<answer>": (last_answer_tag, "<answer>{}</answer>"),
+    "####": (after_hashes, "#### {}"),
+}
+
+
+def forms_of(asked: str) -> list[str]:
+    r"""Return the forms of an answer that a prompt's text names: ``\boxed``, ``<answer>``, ``####``."""
+    return [form for form in _FORMS if form in small(asked)]
+
+
+def as_asked(response: str, asked: str) -> str:
+    r"""Return a response's answer in the form that its prompt asks for, and nothing else; empty without such an answer.
+
+    Of several forms that the prompt names, the first one counts that an answer has. The whole response where the prompt
+    names none. A thought is left out as in `tolerant`.
+
+    Args:
+        response: the assistant's whole turn.
+        asked: the prompt's text, without the problem.
+    """
+    forms = forms_of(asked)
+    if not forms:
+        return response
+    part, thinking = after_thought(response)
+    for form in forms:
+        find, write = _FORMS[form]
+        if (not thinking or form == "<answer>") and (found := find(part)) and found.strip():
+            return write.format(found.strip())
+    return ""
 
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -119,15 +148,15 @@ _FLEXIBLE_BACKWARDS = re.compile(r"[$0-9.,]{2,}-?|[0-9]-?")
 
 
 def strict(response: str) -> str | None:
-    """Return what lm-eval's gsm8k ``strict-match`` filter does: the first number after ``#### ``."""
+    """Find the answer as lm-eval's gsm8k ``strict-match`` filter does: the first number after ``#### ``."""
     match = _STRICT.search(response)
     return match[1] if match else None
 
 
 def flexible(response: str) -> str | None:
-    """Return what lm-eval's gsm8k ``flexible-extract`` filter does: the last run of digits and ``$.,``.
+    """Find the answer as lm-eval's gsm8k ``flexible-extract`` filter does: the last run of digits and ``$.,``.
 
-    It may be without a digit, such as an ellipsis. The search is from the end, which finds the same one.
+    It may have no digit, as an ellipsis does. Searching from the end finds the same run in linear time.
     """
     match = _FLEXIBLE_BACKWARDS.search(response[::-1])
     return match[0][::-1] if match else None
@@ -137,7 +166,7 @@ def flexible(response: str) -> str | None:
 
 
 def same_number(extracted: str) -> str:
-    """Return an answer's value as text: ``18.00`` and ``$18`` are one answer, and so are spacings of a text."""
+    """Return an answer's value as text: ``18.00`` and ``$18`` are one answer; of a text, white space does not count."""
     number = parse_number(extracted)
     return str(number) if number is not None else " ".join(extracted.split())
 
@@ -145,7 +174,7 @@ def same_number(extracted: str) -> str:
 def judge_number(extracted: str | None, gold: Fraction) -> Score:
     """Compare by value: ``correct``, ``wrong_value``, ``not_a_number`` or ``no_answer``.
 
-    ``4 million`` is right for 4,000,000, and for 4, since the question may ask for millions; a note then says so.
+    ``4 million`` is right for 4,000,000, and for 4, since the question may ask for millions; the note says which.
     """
     if extracted is None:
         return Score("no_answer", None)
@@ -158,7 +187,7 @@ def judge_number(extracted: str | None, gold: Fraction) -> Score:
 def judge_lm_eval(extracted: str | None, gold: str) -> Score:
     """Compare as lm-eval's exact_match does for gsm8k: as text, without ``,``, ``$`` and one final ``.``.
 
-    So ``18.00`` is not ``18``. What has no digit, such as an ellipsis, is ``not_a_number``.
+    So ``18.00`` is not ``18``. An answer without a digit, such as an ellipsis, is ``not_a_number``.
     """
     if extracted is None:
         return Score("no_answer", None)
@@ -169,6 +198,6 @@ def judge_lm_eval(extracted: str | None, gold: str) -> Score:
 
 
 def lm_eval_text(text: str) -> str:
-    """Return what lm-eval compares of an answer."""
+    """Return an answer's text as lm-eval compares it."""
     text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return (re.sub(r"\.$", "", text) if text.endswith((".", ".\n")) else text).lower()

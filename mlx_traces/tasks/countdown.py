@@ -102,12 +102,14 @@ def check(expression: str, nums: list[int], target: int) -> str:
 
 
 def same(expression: str, gold: str, extractor: str) -> str:
-    """Return an expression as the checker reads it, its spaces left out."""
+    """Return an expression as the checker reads it, without spaces; one too long to check stays as it is."""
+    if len(expression) > MAX_EXPRESSION:
+        return expression
     return "=".join(_sides(expression)).replace(" ", "")
 
 
 def _sides(expression: str) -> list[str]:
-    """Return an expression, and what is stated after ``=``, in plain spelling."""
+    """Return an expression, and the value stated after ``=`` if there is one, in plain spelling."""
     return [_unwrapped(part) for part in _unwrapped(" ".join(_plain(expression).split())).split("=")]
 
 
@@ -146,14 +148,14 @@ def _value(node: ast.expr) -> Fraction | None:
     raise ValueError("not arithmetic")
 
 
-_RUN = re.compile(r"[0-9+\-*/() =]+")  # maximal, so the search is linear; what is in it is trimmed after
+_RUN = re.compile(r"[0-9+\-*/() =]+")  # maximal, so the search is linear; it is trimmed afterwards
 _HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/]")
 
 
-def _loose(response: str) -> str | None:
-    r"""Find an answer without its tags: last <answer>, else last \boxed{}, else the last written-out expression."""
-    if (tagged := _tagged(response)) is not None:
-        return tagged
+def loose(response: str) -> str | None:
+    r"""Find an answer, its tags optional: last <answer>, else last \boxed{}, else the last written-out expression."""
+    if (found := tagged(response)) is not None:
+        return found
     part = answer_part(response)
     if (boxed := last_boxed(part, MAX_BOXED)) is not None:
         return boxed
@@ -165,22 +167,22 @@ def _loose(response: str) -> str | None:
     return None
 
 
-def _tagged(response: str) -> str | None:
-    """Find the last closed <answer>; inside a finished thought it is a draft, not an answer."""
+def tagged(response: str) -> str | None:
+    """Find the last closed <answer>; one inside a finished thought is a draft and does not count."""
     return last_answer_tag(after_thought(response)[0])
 
 
-EXTRACTORS = {"answer": _tagged, "tolerant": _loose}
+EXTRACTORS = {"answer": tagged, "tolerant": loose}
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response by every extractor; verdicts are ``check``'s, and ``"no_answer"``."""
     nums, target = problem.columns["nums"], problem.columns["target"]
-    found = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
-    verdicts = {text: check(text, nums, target) for text in {*found.values()} if text and text.strip()}
+    extracted = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
+    verdicts = {text: check(text, nums, target) for text in {*extracted.values()} if text and text.strip()}
     return {
         name: Score(verdicts.get(text, "no_answer"), text and text.strip()[:MAX_EXPRESSION])
-        for name, text in found.items()
+        for name, text in extracted.items()
     }
 
 
@@ -221,7 +223,7 @@ def generate(
         target: smallest and largest target.
 
     Raises:
-        UserError: for an unknown split, an empty range, or when no further problem turns up in 20,000 draws.
+        UserError: for an unknown split, an empty range, or if 20,000 draws find no further problem.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
@@ -274,7 +276,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     if not isinstance(nums, list | tuple) or not 1 <= len(nums) <= 16 or not all(map(_is_small_int, nums)):
         raise UserError(f"{where}: 'nums' must be a list of 1 to 16 integers, not {repr(nums)[:60]}")
     if min(nums) < 0:
-        raise UserError(f"{where}: 'nums' must not be negative, as a sign could not be told from a minus: {nums}")
+        raise UserError(f"{where}: 'nums' must not be negative, since a sign would look like a minus: {nums}")
     if not _is_small_int(target):
         raise UserError(f"{where}: 'target' must be an integer, not {repr(target)[:60]}")
     columns = {**row, "nums": list(nums), "target": target}
@@ -289,9 +291,9 @@ def _is_small_int(value: Any) -> bool:
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
     """Return problems: generated ones, a file's, or a hub set's (``Jiayi-Pan/Countdown-Tasks-3to4``, ``-Unique``).
 
-    Generated: ``limit`` (500 if it is None) problems of the split by ``generate``'s defaults and ``seed``, from the
-    slice's start on; of a slice with an end, such as ``test[:64]``, ``limit`` is a sample. The hub sets have one split,
-    parted by ``hub_part``.
+    Without ``data``, ``generate`` makes ``limit`` (None: 500) problems of the split from ``seed``, beginning at the
+    slice's start; of a slice with an end, such as ``test[:64]``, a random sample of ``limit`` is taken. The hub sets
+    have one split, which ``hub_part`` divides.
     """
     name, span = split_slice(split)
     if data is None:
@@ -310,10 +312,10 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
 
 
 def hub_part(split: str, size: int) -> range:
-    """Return which of a hub set's ``size`` rows are a split.
+    """Return the rows of a split in a hub set of ``size`` rows.
 
-    As in TinyZero the first 327,680 are train and the next 1,024 test. Of a set too short for that the last 1,024 (of
-    a very short one the last half) are test, all before them train.
+    As in TinyZero the first 327,680 are train and the next 1,024 test. In a shorter set the last 1,024 (or the last
+    half, if that is less) are test and all before them train.
     """
     train, test = TINYZERO_ROWS
     cut = min(train, size - min(test, size // 2))

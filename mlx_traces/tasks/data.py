@@ -17,10 +17,10 @@ from mlx_traces.runtime import hub
 def hub_rows(
     dataset: str, config: str | None, split: str, instead: str, part: Callable[[int], range] | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """Yield (``dataset[index]``, row) of a hub data set, or only the rows that ``part`` of their number names.
+    """Yield (``dataset[index]``, row) of a hub data set: all rows, or the range that ``part`` returns for their number.
 
     Raises:
-        UserError: if it cannot be loaded; the message ends with ``instead``, what to pass in its place.
+        UserError: if it cannot be loaded; the message ends with ``instead``, which names an alternative.
     """
     name, _, revision = dataset.partition("@")
     away = hub.out_of_reach()
@@ -34,8 +34,8 @@ def hub_rows(
 
 
 def _download(name: str, config: str | None, split: str, revision: str, instead: str) -> Any:
-    """Return the rows of a hub data set, downloaded if they were not before."""
-    import datasets
+    """Return the rows of a hub data set, downloaded unless they are in the cache."""
+    import datasets  # takes a second to load
 
     datasets.disable_progress_bars()
     try:
@@ -46,42 +46,41 @@ def _download(name: str, config: str | None, split: str, revision: str, instead:
         raise UserError(f"{why or f'{name} could not be downloaded ({reason})'}; {instead}") from None
     commit = hub.commit_here(name, revision, "dataset") or revision
     files = getattr(rows, "cache_files", None)
-    if not re.fullmatch("[0-9a-f]{40}", commit):  # the hub has no such revision; older clients hide that
+    if not re.fullmatch("[0-9a-f]{40}", commit):  # the hub lacks this revision; older clients hide that
         if revision and (why := hub.ask_why(name, revision, "dataset")):
             raise UserError(f"{why}; {instead}")
         return rows
     if not files or Path(files[0]["filename"]).parent.name == commit:
         return rows
-    # The hub failed during the request, and the client took a download of another revision.
+    # The hub failed during the request, and the client took another revision from the cache.
     if (rows := _downloaded(name, config, split, revision)) is None:
         raise UserError(f"{name} could not be downloaded (the hub failed meanwhile); repeat the command, or {instead}")
     return rows
 
 
 def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any:
-    """Return the rows of a hub data set from this disk, of exactly that revision; None if it is not there.
+    """Return the rows of a hub data set from the cache, of exactly that revision; None if they are not there.
 
-    The client of the hub would take the latest download of any revision.
+    The hub's own client would take the latest download of any revision.
 
     Raises:
-        UserError: if the data set is there and has no such split.
+        UserError: if the cache has the data set, and it has no such split.
     """
     import datasets
-    from datasets.naming import camelcase_to_snakecase
 
-    owner, _, own = name.partition("/")
+    owner, _, short = name.partition("/")
     commit = hub.commit_here(name, revision, "dataset") or revision
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(own)}"
-    found = [
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{datasets.naming.camelcase_to_snakecase(short)}"
+    folders = [
         made
         for made in (info.parent for info in folder.glob("*/*/*/dataset_info.json"))
         if made.parts[-3] == (config or made.parts[-3]) and made.name == (commit or made.name)
     ]
-    if len(found) != 1:
+    if len(folders) != 1:
         return None
-    files = sorted([*found[0].glob(f"*-{split}.arrow"), *found[0].glob(f"*-{split}-*-of-*.arrow")])
+    files = sorted([*folders[0].glob(f"*-{split}.arrow"), *folders[0].glob(f"*-{split}-*-of-*.arrow")])
     if not files:
-        splits = json.loads((found[0] / "dataset_info.json").read_text(encoding="utf-8")).get("splits") or {}
+        splits = json.loads((folders[0] / "dataset_info.json").read_text(encoding="utf-8")).get("splits") or {}
         raise unknown("split", split, splits)
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
@@ -93,10 +92,10 @@ def load_rows(
     seed: int,
     source: str,
 ) -> list[Problem]:
-    """Parse rows into problems and take a seeded sample of ``limit`` of them, in the source's order.
+    """Parse rows into problems and draw ``limit`` of them by ``seed``, kept in the source's order.
 
-    A problem that occurs twice keeps both occurrences, the later with ``#2`` at its id. The sample depends on the
-    number of rows and the seed alone, so every model gets the same one.
+    A problem that occurs twice stays twice, the second time with ``#2`` after its id. The draw depends on the number of
+    rows and the seed alone, so every model gets the same problems.
 
     Raises:
         UserError: if there are no problems, or ``limit`` is above their number.
@@ -135,7 +134,7 @@ def text_column(row: Row, column: str, where: str, default: str | None = None) -
 
 
 def split_slice(split: str) -> tuple[str, slice]:
-    """Take ``test[:64]`` apart into the split's name and a slice of its rows.
+    """Parse ``test[:64]`` into the split's name and a slice of its rows.
 
     Raises:
         UserError: for another form, such as a step or a percentage.
@@ -147,5 +146,5 @@ def split_slice(split: str) -> tuple[str, slice]:
 
 
 def content_id(prefix: str, *parts: str) -> str:
-    """Return an id that depends on the content alone: ``prefix-`` and 10 hexadecimal digits."""
+    """Return an id derived from the content alone: ``prefix-`` and 10 hexadecimal digits."""
     return f"{prefix}-{hashlib.sha256(chr(0).join(parts).encode(errors='replace')).hexdigest()[:10]}"

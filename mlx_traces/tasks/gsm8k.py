@@ -31,7 +31,7 @@ BY_LM_EVAL = {"strict": strict, "flexible": flexible}
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
-    """Judge a response: by exact value, and by lm-eval's two filters with lm-eval's comparison of texts."""
+    """Judge a response by every extractor: two compare exact values, lm-eval's two filters compare texts as it does."""
     gold = parse_number(problem.gold)
     scores = {name: judge_number(find(response), gold) for name, find in BY_VALUE.items()}
     scores |= {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
@@ -39,14 +39,14 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return what an extractor compares of an answer: its value, or lm-eval's text of it."""
+    """Return the text by which an extractor compares an answer: its exact value, or lm-eval's form of it."""
     return (same_number if extractor in BY_VALUE else lm_eval_text)(extracted)
 
 
 def parse(row: dict[str, Any], where: str) -> Problem:
     """Make a Problem of a row; ``answer`` is a number or a worked solution that ends in ``#### number``.
 
-    A row without a ``question`` can be graded, not asked.
+    A row without a ``question`` can be graded but not become a prompt.
     """
     question, answer = text_column(row, "question", where, default=""), text_column(row, "answer", where)
     gold = answer.rpartition("####")[2].strip().replace(",", "")
@@ -60,20 +60,16 @@ def _parse_asked(row: dict[str, Any], where: str) -> Problem:
     return parse(row, where)
 
 
-def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
+def load(split: str, data: str | None, limit: int | None, seed: int, instead: str = INSTEAD) -> list[Problem]:
     """Return problems of the hub's GSM8K, of a JSON-lines file, or of another hub set with the same columns.
 
     Args:
         split: ``train`` or ``test``, or a part such as ``test[:64]``; of a file only the part counts.
         data: a file, a hub data set ``owner/name``, or None for ``openai/gsm8k``.
-        limit: size of a seeded sample of those rows, or None for all.
-        seed: of the sample.
+        limit: number of those rows to draw at random, or None for all.
+        seed: of the draw.
+        instead: ends the message about a download that is missing.
     """
-    return _load(split, data, limit, seed, INSTEAD)
-
-
-def _load(split: str, data: str | None, limit: int | None, seed: int, instead: str) -> list[Problem]:
-    """Do as ``load``; a message about a missing download ends with ``instead``."""
     name, span = split_slice(split)
     source = data or HUB
     if data and is_file(data):
@@ -116,26 +112,26 @@ STOP = ("Question:", "</s>", "<|im_end|>")  # lm-eval's
 
 
 def _examples(shots: int, seed: int, data: str | None, leave_out: frozenset[str]) -> list[tuple[str, str]]:
-    """Draw different training problems as (question, worked solution), both word for word; none of ``leave_out``."""
-    problems = _load("train", data, None, seed, SHOTS_INSTEAD)
+    """Draw distinct training problems, none in ``leave_out``, as (question, worked solution), both verbatim."""
+    problems = load("train", data, None, seed, SHOTS_INSTEAD)
     unasked = {problem.id for problem in problems if "#" not in problem.id}
     unasked -= {problem_id(identity) for identity in leave_out}
     if not 0 <= shots <= len(unasked):
-        but = "; the others are asked themselves: pass other ones with --shots-data FILE" if leave_out else ""
-        raise UserError(f"{shots} examples asked for; {data or HUB} has {len(unasked)} to choose from{but}")
+        but = "; the others are in the evaluation: pass other examples with --shots-data FILE" if leave_out else ""
+        raise UserError(f"--shots {shots}: {data or HUB} has {len(unasked)} to choose from{but}")
     drawn = random.Random(seed).sample(problems, len(problems))  # so leaving one out changes no other
     chosen = [problem for problem in drawn if problem.id in unasked][:shots]
     return [(str(problem.columns["question"]), str(problem.columns["answer"])) for problem in chosen]
 
 
 def fewshot(shots: int, seed: int, data: str | None, leave_out: frozenset[str] = frozenset()) -> Prompt:
-    """Ask in lm-eval's layout, examples and question as one text without a chat template.
+    """Return lm-eval's prompt: examples and question as one text, without a chat template.
 
     Args:
         shots: number of examples.
-        seed: of their choice.
+        seed: of their draw.
         data: a file or hub data set of training problems, or None for ``openai/gsm8k``.
-        leave_out: ids of the problems that will be asked; none of them becomes an example.
+        leave_out: ids of the problems to evaluate; none of them becomes an example.
     """
     examples = _examples(shots, seed, data, leave_out)
     examples = (f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
@@ -144,7 +140,7 @@ def fewshot(shots: int, seed: int, data: str | None, leave_out: frozenset[str] =
 
 
 def fewshot_chat(shots: int, seed: int, data: str | None, leave_out: frozenset[str] = frozenset()) -> Prompt:
-    """Ask in lm-eval's layout, each example two turns of the chat; arguments as for ``fewshot``."""
+    """Return lm-eval's prompt with each example as two turns of the chat; arguments as for ``fewshot``."""
     examples = _examples(shots, seed, data, leave_out)
     turns = tuple((f"Question: {question}\nAnswer:", answer) for question, answer in examples)
     return Prompt(name="fewshot-chat", user="Question: {question}\nAnswer:", shots=turns, stop=STOP)

@@ -1,8 +1,11 @@
 r"""The grammar of numbers in answers: finds a number, to its longest match, and its exact value. No MLX.
 
 A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, ``10 000``, ``1'234`` and ``1_234`` are
-numbers; ``12,50``, ``3:45`` and ``1.234.567`` are not, and neither are their parts. Texts are bounded, nothing is
-evaluated, exponents are not understood, and a number has at most 40 digits.
+numbers; ``12,50``, ``3:45``, ``1.234.567`` and ``2024-05-06`` are not, and neither are their parts. Of a range or
+difference in running text the last number counts. A sign belongs to the number or currency that it touches; one with a
+space after it is a sign at the start of an answer and after ``=`` (``- $18``, ``x = - 18``), and in running text a
+dash: ``Total - $18`` is 18. Texts are bounded, nothing is evaluated, exponents are not understood, and a number has at
+most 40 digits.
 """
 
 import re
@@ -18,14 +21,16 @@ AFTER = 40  # and after it: a unit, a power, "million"
 _WORDS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}  # tens
 _SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:[ ][0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+(?![.,'’_:]?[0-9]|[ ]?/)"
 _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
+_DATE = r"[12][0-9]{3}-[01][0-9]-[0-3][0-9](?![0-9])"
 _RUN = r"\.?[0-9]++(?:[.,'’_:][0-9]++)*+"
 NUMBER = re.compile(
     rf"""
     (?=[-+.0-9$€£¥₹√∛∜\\]|(?i:neg|minu))
-    (?P<sign> (?<![0-9A-Za-z)\]}}%]) [-+] | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
+    (?P<sign> (?<![0-9A-Za-z)\]}}%]) [-+] | (?:(?<==)|(?<==[ ]))[-+][ ]
+        | (?<![A-Za-z]) (?<![0-9%)][ ]) (?i:negative|minus)[ ] )?
     (?: [$€£¥₹][ ]? (?P<minus>-)? )?
     (?P<root> [√∛∜][ (]? | \\sqrt[ ]?(?:\[[0-9]\])?\{{? )?
-    (?P<run> {_SPACED} | {_RUN} )
+    (?P<run> {_SPACED} | {_DATE} | {_RUN} )
     (?: [ ] (?P<part>[0-9]{{1,9}}/[0-9]{{1,9}}) (?![0-9/]) )?
     (?P<over> (?: [ ]?/[ ]?-?{_RUN} )+ )?
     (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁺⁻]?[⁰¹²³⁴-⁹ⁿ]
@@ -46,7 +51,7 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     equation the right-hand side counts where the left one is one name or is computed: ``x = 5``, ``3 + 4 = 7``.
 
     Not one number: two different ones, a range or difference, an exponent, a power, root or factorial (``10³``,
-    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), what is left of a formula (``\sqrt{2}``, ``x + 5``,
+    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), the rest of a formula (``\sqrt{2}``, ``x + 5``,
     ``x + y = 0``), a zero denominator, more than 40 digits.
 
     Args:
@@ -118,6 +123,7 @@ _OVER = re.compile(rf"(?:{_BRACED}|(?<![0-9.,]){_PART})\s*(?:/|\\over(?![A-Za-z]
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\}?)\^\{?[0-9](?![0-9])\}?")
 _DEGREES = re.compile(r"\^ *\{? *\\(?:circ|degree)(?![A-Za-z])")
 _SPACES = re.compile(r"\s+")
+_NO_SPACE = re.compile(r"(?<=[0-9],)\\! ?(?=[0-9])|\\!")  # 11,\! 111 is 11,111
 _STYLED = re.compile(
     r"\\(?:text|textbf|textit|textrm|emph|underline|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname|boxed|fbox"
     r"|(?:textcolor|color) ?\{[A-Za-z0-9!]*\}) ?\{([^{}]*)\}"
@@ -135,7 +141,7 @@ def plain(text: str) -> str:
         text = _VULGAR.sub(_in_ascii, text.translate(_SPELLINGS))
     if "\\" not in text and "{" not in text and "^" not in text:
         return text
-    text = text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%").replace(r"\!", "").replace(r"\,", " ")
+    text = _NO_SPACE.sub("", text.replace("{,}", ",")).replace(r"\$", "$").replace(r"\%", "%").replace(r"\,", " ")
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dtc]?frac)", " ", text)
     text = _OVER.sub(lambda match: "/".join(filter(None, match.groups())), _FRACTION.sub(_in_line, text))
     return _UNIT_POWER.sub(r"\1²", _DEGREES.sub(" ", text))
@@ -191,6 +197,7 @@ _LEFT_OVER = re.compile(r"[\\^+*√∛∜π×÷±≤≥≠]|[ ][xyz](?![^\W_])")
 _BETWEEN = re.compile(
     r"[0-9][%)}]? *- *[$€£¥₹({]*[.0-9]"  # a range or a difference
     r"|(?<![A-Za-z'’])[b-z] *- *[$({]*[.0-9]|[0-9)}] *- *[b-z](?![A-Za-z])"  # of an unknown
+    r"|(?<![<\w/])[A-Za-z] ?[<>] ?-?[.0-9]|[0-9] ?[<>] ?[A-Za-z](?![\w>])"  # an inequality, but not <b>5</b>
     r"|[0-9]!"
 )
 _GROUPED = re.compile(

@@ -1,4 +1,4 @@
-"""Prompt styles: how a problem is put to a model. No MLX."""
+"""Prompt styles: templates that turn a problem into the turns of a chat. No MLX."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Prompt:
-    r"""One way to ask: templates over the problem's columns.
+    r"""A prompt style: templates over the problem's columns.
 
     ``{column}`` in ``user`` is replaced by that column's text; ``{}`` (as in ``\boxed{}``) stays, ``{{`` and ``}}`` are
     literal braces. ``shots`` are earlier (user, assistant) turns, already filled in. ``prefill`` opens the assistant's
@@ -31,8 +31,13 @@ class Prompt:
     chat: bool = True
     stop: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """All that is said in every problem's prompt, its placeholders unfilled."""
+        return "\n".join([self.system or "", *(turn for shot in self.shots for turn in shot), self.user, self.prefill])
+
     def messages(self, problem: Problem) -> list[Message]:
-        """Return the chat turns that ask ``problem``, the last one the user's."""
+        """Return the turns of the chat for ``problem``, the last one the user's."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         for user, assistant in self.shots:
             turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -76,12 +81,12 @@ def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
 
     Args:
         path: the file.
-        gold: columns that tell the answer; they are shown only with ``show_gold: true``.
+        gold: columns that hold the answer; a prompt shows them only with ``show_gold: true``.
 
     Raises:
-        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer unasked.
+        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer without that.
     """
-    from mlx_traces.readers import read_yaml
+    from mlx_traces.yaml_files import read_yaml  # --help does without PyYAML
 
     fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool, "show_gold": bool}
     content = read_yaml(path, "prompt")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
-from mlx_traces.readers import Row, file_rows, is_file, listed, opened
+from mlx_traces.readers import Row, file_rows, is_file, listed, opened, plain
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import Task, gsm8k
 from mlx_traces.tasks.answers import (
@@ -28,21 +28,26 @@ INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or 
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
 _COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # but of thousands
-_AROUND = " \t\"'`“”‘’*_$.,;:!?()[]"
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]]")
+_AROUND = " \t\"'`“”‘’*_$.,;:!?"
+_MATHS = re.compile(r"[0-9\\]")
+_BRACKETS = "()[]"  # but those of a tuple or an interval
 
 
 def same_text(text: str) -> str:
-    r"""Return what is compared of a text answer.
+    r"""Return a text answer as it is compared.
 
-    Ignored are case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
+    It ignores case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
     is", and the space after the commas of a list (``1,-2`` is ``1, -2``, but ``1,234`` is a number and not ``1, 234``).
+    Of LaTeX, spaces, the sizes of brackets and fractions and the dollars or brackets around formulas do not count.
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
+    text = _SIZES.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")) if "\\" in text else text
     text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
-    for _ in range(2):  # quotes may stand around the lead, and around the answer in it
-        text = text.strip(_AROUND) or text
+    for _ in range(2):  # the lead may be in quotes, and so may the answer after it
+        text = text.strip(_AROUND if "," in text and _MATHS.search(text) else _AROUND + _BRACKETS) or text
         text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
-    return text
+    return "".join(text.split()) if "\\" in text else text
 
 
 def find_text(response: str) -> str | None:
@@ -61,13 +66,13 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
     ``tolerant`` compares by value for a number, else as ``exact`` does; ``last_number`` is for numbers only.
     """
-    exact = _judge_text(find_text(response), problem.gold)
+    exact = judge_text(find_text(response), problem.gold)
     gold = gold_number(problem.gold)
     if gold is None:
         return {
             "tolerant": exact,
             "exact": exact,
-            "last_number": _judge_text(last_number(response), problem.gold),
+            "last_number": judge_text(last_number(response), problem.gold),
         }
     return {
         "tolerant": judge_number(tolerant(response), gold),
@@ -77,7 +82,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return what an extractor compares of an answer: its value where the gold answer is a number, else its text."""
+    """Return the text by which an extractor compares an answer: its value if the gold answer is a number."""
     by_value = extractor != "exact" and gold_number(gold) is not None and parse_number(extracted) is not None
     return same_number(extracted) if by_value else same_text(extracted)
 
@@ -87,14 +92,15 @@ def gold_number(gold: str) -> Fraction | None:
     return parse_number(gold, words=False)
 
 
-def _judge_text(extracted: str | None, gold: str) -> Score:
+def judge_text(extracted: str | None, gold: str) -> Score:
+    """Compare as text (`same_text`): ``correct``, ``wrong_value`` or ``no_answer``."""
     if extracted is None:
         return Score("no_answer", None)
     return Score("correct" if same_text(extracted) == same_text(gold) else "wrong_value", extracted[:MAX_ANSWER])
 
 
 def parse(row: dict[str, Any], where: str) -> Problem:
-    """Make a Problem of a row; a row without a ``question`` can be graded, not asked."""
+    """Make a Problem of a row; a row without a ``question`` can be graded but not become a prompt."""
     question, answer = (
         text_column(row, "question", where, default=""),
         text_column(row, "answer", where).strip(),
@@ -103,9 +109,9 @@ def parse(row: dict[str, Any], where: str) -> Problem:
 
 
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """Return the problems of a JSON-lines or .csv file, of whose ``split`` only a part as in ``test[:64]`` counts.
+    """Return the problems of a file or, for ``owner/name`` that is no file, of a hub data set.
 
-    A name ``owner/name`` that is no file is a hub data set.
+    Of a file's ``split`` only the slice counts, as in ``test[:64]``.
 
     Raises:
         UserError: without data, for a malformed row, or as ``load_rows`` does.
@@ -140,9 +146,9 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{where}: this row does not have the header's {len(reader.fieldnames)} columns")
-                yield where, row
+                yield where, plain(row)
         except csv.Error as error:
-            long = f"a field of more than {MOST_FIELD:,} characters; is a quotation mark left open?"
+            long = f"a field of more than {MOST_FIELD:,} characters; perhaps a quotation mark is not closed"
             raise UserError(
                 f"{path}:{reader.line_num}: {long if 'field limit' in str(error) else f'not a .csv ({error})'}"
             ) from None

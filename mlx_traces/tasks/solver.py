@@ -26,21 +26,13 @@ def solutions(nums: Sequence[int], target: int) -> int:
             while part > whole ^ part:  # every split of the set into two, once
                 for a, ways_a in values[part].items():
                     for b, ways_b in values[whole ^ part].items():
-                        for value in _combine(a, b):
+                        quotients = [x / y for x, y in ((a, b), (b, a)) if y]
+                        for value in (a + b, a * b, a - b, b - a, *quotients):
                             if whole != everything or value == target:
                                 reached[value] += ways_a * ways_b
                 part = (part - 1) & whole
             values[whole] = reached
     return values[everything][Fraction(target)]
-
-
-def _combine(a: Fraction, b: Fraction) -> Iterator[Fraction]:
-    """Yield the values of a + b, a * b, a - b, b - a, a / b and b / a."""
-    yield from (a + b, a * b, a - b, b - a)
-    if b:
-        yield a / b
-    if a:
-        yield b / a
 
 
 Term = tuple[int, str]  # a value and the expression that made it
@@ -49,13 +41,13 @@ Term = tuple[int, str]  # a value and the expression that made it
 def search_trace(nums: Sequence[int], target: int) -> tuple[str, str] | None:
     """Write a systematic search for ``target`` as (thought, expression).
 
-    First steps are tried in a fixed order (pairs by position; + - * /, the larger number first), and each is closed at
-    once: ``49 + 25 = 74, 22 no`` if the two numbers left cannot reach the target, else ``49 - 25 = 24, 24 + 22 = 46
-    yes``. With more than three numbers, the first steps that lead there open the trace (``12 + 7 = 19 leaves 30, 4,
-    19``). A small model can learn to predict a fixed order, but not random wrong attempts.
+    First steps are tried in a fixed order (pairs by position; + - * /, the larger number first). Each line ends with
+    its result: ``49 + 25 = 74, 22 no`` if the two numbers left cannot reach the target, else ``49 - 25 = 24, 24 + 22 =
+    46 yes``. With more than three numbers, the trace starts with the first steps that lead to three (``12 + 7 = 19
+    leaves 30, 4, 19``). A small model can learn to predict a fixed order, but not random wrong attempts.
 
     Returns:
-        ``None`` if there is no way through integers from 0 to ``TRACE_LIMIT``.
+        ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``.
     """
     lines: list[str] = []
     expression = _search([(n, str(n)) for n in nums], target, lines)
@@ -68,18 +60,18 @@ def _search(terms: list[Term], target: int, lines: list[str]) -> str | None:
         hit = next((step for step in _steps(*terms) if step[0][0] == target), None)
         if hit is not None:
             lines.append(f"{hit[1]} yes")
-        return hit and _bare(hit[0][1])
+        return hit and hit[0][1][1:-1]  # without the outermost parentheses
     tried: list[str] = []
     for i, j in combinations(range(len(terms)), 2):
-        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-        for made, told in _steps(terms[i], terms[j]):
+        rest = [other for k, other in enumerate(terms) if k not in (i, j)]
+        for term, equation in _steps(terms[i], terms[j]):
             inner: list[str] = []
-            left = [made, *rest] if len(rest) == 1 else [*rest, made]
+            left = [term, *rest] if len(rest) == 1 else [*rest, term]
             expression = _search(left, target, inner)
             if len(rest) == 1:
-                tried.append(f"{told}, {inner[0] if inner else f'{rest[0][0]} no'}")
+                tried.append(f"{equation}, {inner[0] if inner else f'{rest[0][0]} no'}")
             if expression is not None:
-                opening = f"{told} leaves {', '.join(str(value) for value, _ in left)}"
+                opening = f"{equation} leaves {', '.join(str(value) for value, _ in left)}"
                 lines += tried if len(rest) == 1 else [opening, *inner]
                 return expression
     return None
@@ -93,15 +85,10 @@ def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
             yield (value, f"({x_text} {sign} {y_text})"), f"{x} {sign} {y} = {value}"
 
 
-def _bare(expression: str) -> str:
-    """Drop the outermost parentheses that ``_steps`` put there."""
-    return expression[1:-1]
-
-
 def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion thinks if the prompt asks for ``<think>``; it opens with the prompt's prefill.
+    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill.
     """
     if (found := search_trace(nums, target)) is None:
         return None
@@ -113,5 +100,5 @@ def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message],
 
 
 def opening_line(prompt: Prompt) -> str:
-    """Return how a thinking completion begins; a prefill may have opened the thought."""
+    """Return the first line of a completion with a thought; a prefill may already hold the opening tag."""
     return f"{prompt.prefill.removesuffix('<think>')}<think>\n"

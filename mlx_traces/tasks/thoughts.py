@@ -19,6 +19,8 @@ TAGS: tuple[Pair, ...] = (  # the first is the usual one
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # EXAONE Deep, Marco-o1
     ("<reasoning>", "</reasoning>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<start_working_out>", "<end_working_out>"),  # Unsloth's GRPO
     SKY,  # Sky-T1
     ("[THINK]", "[/THINK]"),  # Magistral, Ministral
     ("◁think▷", "◁/think▷"),  # Kimi
@@ -40,6 +42,19 @@ AROUND_ANSWERS = (  # tags around what follows a thought
     *("<solution>", "</solution>", "<|begin_of_solution|>", "<|end_of_solution|>"),
     *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
     *("<|open|>response<|sep|>", "<|close|>response<|sep|>", "[END FINAL RESPONSE]"),
+    *("<response>", "</response>", "<output>", "</output>"),  # ERNIE, Marco-o1
+    *("<|begin_of_box|>", "<|end_of_box|>"),  # GLM-V
+)
+ENDS = (  # tokens that end a turn, in text that was decoded with them
+    *("</s>", "<eos>", "<|im_end|>", "<|end|>", "<|return|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>"),
+    *(
+        "<|end_of_text|>",
+        "<|end_of_role|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<｜end▁of▁sentence｜>",
+    ),
 )
 
 
@@ -50,7 +65,7 @@ def _any(tags: Iterable[str]) -> str:
 # Both are for texts in small letters: a pattern that ignores case is ten times as slow.
 _AROUND = re.compile(_any(AROUND_ANSWERS))
 _TAG = re.compile(
-    rf"(?=<[a-z/|]|[\[◁]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
+    rf"(?=<[a-z/|]|[\[◁][a-z/]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
     rf"(?P<open>{_any(tag for tag in OPENERS if tag != UNTAGGED)})(?:<\|message\|>)?"
     rf"|(?P<close>{_any(closing for _, closing in TAGS)}))"
     rf"|(?P<opens>\A\s*{UNTAGGED.lower()}(?=(?s:.*){re.escape(TAGS[-1][1].lower())}))|{_AROUND.pattern})"
@@ -63,12 +78,12 @@ def tags(text: str) -> Iterator[re.Match]:
 
 
 def own_pair(opening: str | None, closing: str | None) -> Pair | None:
-    """Return the tags that a model's tokenizer names, if they are not among ``TAGS``."""
+    """Return the thinking tags that a model's tokenizer names, if they are not among ``TAGS``."""
     return (opening, closing) if opening and closing and opening not in OPENERS else None
 
 
 def usual(text: str, own: Sequence[str] | None) -> str:
-    """Return a model's text with the usual tags in place of its own, which no grader knows."""
+    """Return a model's text with the usual tags in place of its own ones, which graders do not know."""
     for tag, usual_tag in zip(own or (), TAGS[0], strict=False):
         text = text.replace(tag, usual_tag)
     return text
@@ -83,6 +98,16 @@ _AROUND_SMALL = tuple(tag.lower() for tag in AROUND_ANSWERS)
 _SMALL = tuple((opening.lower(), closing.lower()) for opening, closing in TAGS)
 
 
+_ENDS_BACKWARDS = re.compile(rf"(?:\s|{'|'.join(re.escape(end[::-1]) for end in ENDS)})*+")
+
+
+def without_ends(text: str) -> str:
+    """Return a text without the tokens of ``ENDS`` at its end; without any it is unchanged."""
+    if not text.rstrip().endswith(ENDS):
+        return text
+    return text[: len(text) - _ENDS_BACKWARDS.match(text[::-1]).end()]
+
+
 def answer_part(response: str) -> str:
     """Return what follows the last closed thought; nothing if a thought is still open.
 
@@ -92,22 +117,26 @@ def answer_part(response: str) -> str:
     return "" if thinking else part
 
 
-@lru_cache(maxsize=2)  # each extractor of a task asks the same of a response
+@lru_cache(maxsize=2)  # every extractor of a task calls it with the same response
 def after_thought(response: str) -> tuple[str, bool]:
-    """Return the text after the last closed thought, without tags around it, and whether it opens another thought."""
+    """Return the text after the last closed thought, and whether it opens another thought.
+
+    It is without the tags around answers and the tokens that end a turn.
+    """
     part, thinking = after_last(response)
     lower = small(part)
-    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern where "<" stands often
-        return part, thinking
+    if not any(tag in lower for tag in _AROUND_SMALL):  # much faster than the pattern in a text with many "<"
+        return part if thinking else without_ends(part), thinking
     pieces, start = [], 0
     for tag in _AROUND.finditer(lower):
         pieces.append(part[start : tag.start()])
         start = tag.end()
-    return "".join((*pieces, part[start:])), thinking
+    part = "".join((*pieces, part[start:]))
+    return part if thinking else without_ends(part), thinking
 
 
 def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
-    """Return the text after the last closed thought as it is, and whether another is open; ``but`` is ignored."""
+    """Return the text after the last closed thought, unchanged, and whether another is open; skip the pair ``but``."""
     lower = small(response)
     begins = lower.lstrip().startswith(_SMALL[-1][0])
     if not begins and not any(mark in response for mark in "<[◁"):
@@ -134,8 +163,8 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
     for (opening, closing), start in zip(pairs, starts, strict=True):
         if start >= 0 and not (opening == UNTAGGED and lower[:start].strip()):
             end = lower.find(closing.lower(), start)
-            said = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
-            return said.removesuffix("<|start|>assistant").removesuffix("<|end|>")
+            thought = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
+            return thought.removesuffix("<|start|>assistant").removesuffix("<|end|>")
     ends = (lower.find(closing.lower()) for _, closing in pairs)
     return next((text[:end] for end in ends if end >= 0), None)
 
@@ -158,7 +187,7 @@ def parts(text: str) -> tuple[str | None, str]:
     The thought goes from the start to the last closing tag. Text before the opening tag belongs to it, and the opening
     tag may be missing. If the thought is still open at the end, the solution is empty.
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
-    The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case.
+    The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case; ``ENDS`` at the end of either are dropped.
     """
     return tagged_parts(text)[:2]
 
@@ -174,19 +203,20 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
             closed = closed if is_open else len(pieces)
     pieces.append(text[start:].strip())
     closed = len(pieces) if is_open else closed
-    thought, solution = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
+    both = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
+    thought, solution = map(without_ends, both)
     return thought if closed else None, solution, is_open
 
 
 def normalise(text: str) -> str:
-    """Rewrite a completion in the normal form, its parts as ``parts`` finds them; an open thought stays open."""
+    """Rewrite a completion in the normal form, from its ``parts``; an open thought stays open."""
     return restyle(text, "think")
 
 
 def restyle(text: str, style: str) -> str:
     """Rewrite a completion with the tags of ``think`` (the normal form) or ``sky-t1``.
 
-    Nothing but tags and the white space around them changes, so ``normalise`` undoes any style.
+    Only tags and the white space around them change, so ``normalise`` undoes any style.
     """
     if style not in STYLES:
         raise unknown("style", style, STYLES)
@@ -194,9 +224,9 @@ def restyle(text: str, style: str) -> str:
 
 
 def with_thought(thought: str, content: str, style: str) -> str:
-    """Put a thought that was kept apart before what follows it, in the tags of ``style``; never twice.
+    """Join a thought and the content that follows it, in the tags of ``style``; a thought is not put there twice.
 
-    Tags within the thought become line ends, as those within ``content`` do where it has a thought of its own.
+    Tags within the thought become line ends, and so do those within a thought that ``content`` has itself.
     """
     inner, rest, _ = tagged_parts(thought)
     thought = "\n".join(filter(None, (inner, rest)))

@@ -1,9 +1,9 @@
-"""Traces as token sequences: the prompt as the model's chat template writes it, the completion and its end learned.
+"""Encode traces as token sequences: the prompt by the model's chat template, then the completion and its end.
 
-The text of prompt, answer and end is encoded once, so its tokens are those that the template's own text has. Learned
-is what the model is to write after its prompt: what the template writes before an answer (a space, the frame of a
-channel), the completion, what the template writes after it, and the token at which generation ends. What the template
-itself opens (a ``<think>``) is part of the prompt.
+The text of prompt, answer and end is encoded once, so its tokens are those of the template's own text. The model learns
+what it has to write after its prompt: what the template writes before an answer (a space, the frame of a channel), the
+completion, what the template writes after it, and the token at which generation ends. What the template itself opens (a
+``<think>``) is part of the prompt.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,17 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
 from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, parts, usual
 
-ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer; what is asked is what is around it
-CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # a thought that holds nothing
+ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer where only the text around it matters
+CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # an empty thought
 TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})
 
 
 @dataclass
 class Encoded:
-    """Examples, and what became of the traces, or of their turns, that are not among them.
+    """Examples, and counts of what was left out or changed.
 
-    ``turns`` counts earlier turns of the assistant that are not learned, ``thinking`` traces with a thought whose
-    prompt was made one that thinks.
+    ``over_long`` counts skipped traces, ``cut`` those that lost their end, ``turns`` earlier turns of the assistant
+    that are not learned, ``thinking`` traces with a thought whose prompt was switched to thinking.
     """
 
     examples: list[Example]
@@ -82,20 +82,20 @@ def encode_all(
 def encode(
     loaded: LoadedModel, trace: Trace, end: int | None, thinking: bool | None = None, counts: Encoded | None = None
 ) -> Example:
-    """Encode one trace: learned are the completion, its stop token ``end``, and earlier turns of the assistant.
+    """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
-    A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model's tokens
-    wrote is learned by those tokens. A trace without messages is a text, learned from its first token on.
+    A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
+    is learned by the sampled tokens. A trace without messages is a text, learned from its first token on.
 
     An earlier turn is learned, with its end, where the template writes it as it was. Templates of reasoning models
-    strip thoughts from earlier turns; such a turn is not learned: without its thought nobody said it.
+    strip thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
 
     Args:
         loaded: the model; its ``template_args``, where set, stand in place of the trace's.
         trace: the conversation.
         end: ``turn_end``; ``None`` for the completion alone, no earlier turn and no end.
         thinking: the template's switch; ``None`` for the trace's.
-        counts: gets what is not learned, and whose prompt was made to think.
+        counts: its ``turns`` and ``thinking`` are added to.
 
     Raises:
         UserError: if the template refuses the conversation, or has closed the thought that the completion begins with.
@@ -117,12 +117,15 @@ def encode(
         turns = [place for place, turn in enumerate(trace.messages) if turn["role"] == "assistant"]
         learned = [place not in (trace.not_learned or ()) for place in turns]
         spans = _earlier(loaded, chat, prompt, frame[0], thinking, learned, counts)
-    own = _own_ids(loaded, trace)
-    said = usual(text_of(loaded, _without_end(loaded, own)), loaded.own_tags)
+    own, size = list(trace.completion_ids or ()), len(loaded.tokenizer._tokenizer)
+    if not all(isinstance(token, int) and 0 <= token < size for token in own):
+        own = []  # another model's tokens
+    body = own[:-1] if own and own[-1] in loaded.stop_ids else own
+    said = usual(text_of(loaded, body), loaded.own_tags)
     if said and completion.endswith(said):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
-        own = own if stop is not None or trace.finish_reason == "length" else _without_end(loaded, own)
+        own = own if stop is not None or trace.finish_reason == "length" else body
         return Example(trace.id, (*ids, *own), (*trained, *[True] * len(own)))
     answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
     ids, trained = _joined(chat, prompt, answer + ending, spans)
@@ -132,9 +135,9 @@ def encode(
 
 
 def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> tuple[Rendered, str, bool | None]:
-    """Return the prompt, what of the completion comes after it, and the switch, which leaves room for a thought.
+    """Return the prompt, the rest of the completion, and the thinking switch, set so that a thought has room.
 
-    What the prompt opens and the completion begins with stands there once.
+    What the prompt opens is removed from the completion if that begins with it.
     """
     messages = [dict(turn) for turn in trace.messages]
     for switch in dict.fromkeys((thinking, True if thinking is None else thinking)):
@@ -152,8 +155,8 @@ def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> 
 def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str, str]:
     """Return what the template writes between its prompt and an answer, between the answer and its end, and after it.
 
-    The last is all of what comes after the answer. A thought that is written before it, an empty one mostly, is none
-    of the answer.
+    The last is the whole text after the answer. A thought that the template writes before the answer, mostly an empty
+    one, is not part of the answer.
     """
     place = len(prompt.messages) - 1
     _, between, after = chat.around([*prompt.messages, ANSWER], place, thinking, reply=False)
@@ -173,13 +176,15 @@ def _answer(
     frame: tuple[str, str, str],
     whole: bool,
 ) -> str:
-    """Return the text that is learned after the prompt, up to its end, if it is ``whole`` and has one."""
+    """Return the text that is learned after the prompt; ``whole``: with what the template writes after an answer."""
     head, tail, after = frame
     tail = tail if whole else ""
     closing = closing_of(prompt.opened, chat.own_tags)
     if completion.startswith(TAGS[0][0]):
-        if head.strip() == FINAL:
-            return _in_channels(completion) + tail
+        if head.strip() == FINAL:  # of gpt-oss, whose thought and answer are messages of their own
+            thought, answer = parts(completion)
+            final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
+            return f"<|channel|>analysis<|message|>{thought}{final}{tail}"
         completion = _in_own_tags(chat, prompt, completion, closing)
     elif closing and whole and parts(completion)[0] is None:
         # or the model would learn to end its turn inside the thought
@@ -198,7 +203,7 @@ def _answer(
 
 
 def _in_own_tags(chat: Chat, prompt: Rendered, completion: str, closing: str | None) -> str:
-    """Return a thought between the usual tags in those of the model, whose opening one the prompt may have."""
+    """Put a thought into the model's own tags instead of the usual ones; the prompt may hold the opening one."""
     opening, own = chat.tokenizer.think_start, chat.tokenizer.think_end
     if closing:
         opening, own = "", closing
@@ -206,15 +211,8 @@ def _in_own_tags(chat: Chat, prompt: Rendered, completion: str, closing: str | N
     return completion.replace(TAGS[0][0], opening, 1).replace(TAGS[0][1], own, 1) if own else completion
 
 
-def _in_channels(completion: str) -> str:
-    """Return a thought and an answer as messages of gpt-oss, after the head of the assistant's turn."""
-    thought, answer = parts(completion)
-    final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
-    return f"<|channel|>analysis<|message|>{thought}{final}"
-
-
 def _written(chat: Chat, prompt: Rendered, completion: str, thinking: bool | None, head: str, after: str) -> str | None:
-    """Return a completion as the template writes it, ``None`` where that differs in more than white space."""
+    """Return a completion as the template writes it; ``None`` if that differs in more than white space."""
     turns = [*prompt.messages, {"role": "assistant", "content": completion}]
     try:
         text = chat.text(turns, thinking, reply=False)
@@ -236,9 +234,9 @@ def _earlier(
     learned: Sequence[bool],
     counts: Encoded,
 ) -> list[tuple[int, int]]:
-    """Return where in the prompt's text the assistant's earlier turns are, each with its end; count those not found.
+    """Find the assistant's earlier turns in the prompt's text, each with its end; count those that are not found.
 
-    ``learned`` says of each of these turns whether it is to be learned at all.
+    ``learned`` says of each of these turns whether it may be learned at all.
     """
     text, spans, wanted = prompt.text, [], iter(learned)
     for place, turn in enumerate(prompt.messages):
@@ -261,28 +259,17 @@ def _earlier(
 
 
 def _until_end(loaded: LoadedModel, after: str) -> tuple[int | None, str]:
-    """Return the first token in a text that ends a turn, and the text up to its end; ``None`` and nothing without."""
+    """Return the first token in a text that ends a turn, and the text up to its end; ``None`` and "" without one."""
     ends = ((after.find(text), token, text) for token in loaded.stop_ids if (text := decode(loaded.tokenizer, [token])))
     at, token, text = min((end for end in ends if end[0] >= 0), default=(0, None, ""))
     return token, after[:at] + text
 
 
-def _own_ids(loaded: LoadedModel, trace: Trace) -> list[int]:
-    """Return the tokens that a trace was sampled as, if they may be this model's."""
-    ids = list(trace.completion_ids or ())
-    size = len(loaded.tokenizer._tokenizer)
-    return ids if all(isinstance(token, int) and 0 <= token < size for token in ids) else []
-
-
-def _without_end(loaded: LoadedModel, ids: list[int]) -> list[int]:
-    return ids[:-1] if ids and ids[-1] in loaded.stop_ids else ids
-
-
 def _joined(chat: Chat, prompt: Rendered, more: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Encode the prompt's text and what comes after it, which is learned, at once.
+    """Encode the prompt's text and the learned text after it together.
 
-    The prompt's tokens stay those of sampling: where the tokenizer would join its end to what follows, the latter is
-    encoded alone.
+    The prompt's tokens stay those of sampling: if the tokenizer would merge its end with the text after it, that text
+    is encoded alone.
     """
     text, first = prompt.text + more, list(prompt.ids)
     ids, count = list(chat.ids(text)), len(first)
@@ -313,7 +300,7 @@ def turn_end(loaded: LoadedModel) -> int:
 
 
 def describe(encoded: Encoded, max_length: int) -> list[str]:
-    """Say in lines what was left out or cut."""
+    """Return lines on what was left out or changed."""
     lines = []
     if encoded.over_long:
         lines.append(f"{encoded.over_long} traces have more than {max_length} tokens and are left out (max_length)")

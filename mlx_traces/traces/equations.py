@@ -1,12 +1,10 @@
-"""The equations of a text, and whether they are true; exact, nothing is executed."""
+"""Check the equations of a text exactly, without executing anything."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-
-# ---------------------------------------------------------------------------------------------- faithfulness
 
 MAX_EQUATIONS = 1_000  # of a text; later ones are not looked at
 MAX_PARTS = 10_000  # numbers, signs and words read for them
@@ -55,7 +53,7 @@ def faithfulness(thought: str | None) -> float | None:
 
 
 def equations(text: str) -> Iterator[bool]:
-    r"""Yield for each arithmetic equation of a text whether it is true, computed exactly.
+    r"""Yield whether each arithmetic equation of a text is true, by exact computation.
 
     An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
     operation; in a chain a = b = c every ``=`` is one. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
@@ -88,7 +86,7 @@ def equations(text: str) -> Iterator[bool]:
 
 
 def _sides(text: str, start: int, end: int) -> tuple[str, str, bool]:
-    """Return what is right of one relation and left of the next, within their lines, and whether both are all of it."""
+    """Return the text right of one relation and left of the next, within their lines, and whether they are the same."""
     if end - start <= MAX_SIDE and "\n" not in (gap := text[start:end]) and start:
         return gap, gap, True
     head, tail = text[start : min(end, start + MAX_SIDE)], text[max(start, end - MAX_SIDE) : end]
@@ -101,7 +99,7 @@ Part = tuple[str, str]  # kind and text
 
 @dataclass
 class _Run:
-    """A maximal run of operands and operations; ``sound`` if all in it was understood."""
+    """A maximal run of operands and operations; ``sound`` if it was understood completely."""
 
     parts: list[Part]
     sound: bool
@@ -116,7 +114,7 @@ class _Runs:
     read: int
 
     def at_start(self, whole: bool) -> list[Part] | None:
-        """Return the expression right of an ``=``, None if there is none that is understood."""
+        """Return the expression right of an ``=``, None if none was understood."""
         run = self.found[0] if self.found else None
         if run is None or not run.starts or not run.sound or (run.ends and not whole):
             return None
@@ -128,7 +126,7 @@ class _Runs:
         return run.parts if depth == 0 else None
 
     def at_end(self, whole: bool) -> list[Part] | None:
-        """Return the expression left of an ``=``, None if there is none that is understood."""
+        """Return the expression left of an ``=``, None if none was understood."""
         run = self.found[-1] if self.found else None
         if run is None or not run.ends or not run.sound or run.units >= MAX_UNIT or (run.starts and not whole):
             return None
@@ -239,7 +237,7 @@ class _Value:
 
 
 def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
-    """Say whether two expressions are equal; None if one is none or neither has an operation."""
+    """Say whether two expressions are equal; None if one is missing or neither has an operation."""
     if left is None or right is None:
         return None
     percent = any(value.endswith("%") for kind, value in (*left, *right) if kind == "number")
@@ -248,14 +246,9 @@ def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
         a, b = _evaluate(left, hundredth), _evaluate(right, hundredth)
         if a is None or b is None or not a.operations + b.operations:
             return None
-        verdicts.append(_equal(a, b))
+        finite = a.exact is not None and b.exact is not None
+        verdicts.append(finite and (a.exact == b.exact or _rounds(a, b) or _rounds(b, a)))
     return any(verdicts)
-
-
-def _equal(a: _Value, b: _Value) -> bool:
-    if a.exact is None or b.exact is None:
-        return False
-    return a.exact == b.exact or _rounds(a, b) or _rounds(b, a)
 
 
 def _rounds(value: _Value, shown: _Value) -> bool:
@@ -275,7 +268,8 @@ def _evaluate(parts: list[Part], hundredth: Fraction) -> _Value | None:
     operations, numbers, operand_next = 0, 0, True
     for kind, text in parts:
         if kind == "number":
-            values.append(_number(text, hundredth))
+            value = Fraction(text.rstrip("…%").replace(",", ""))
+            values.append(value * hundredth if text.endswith("%") else value)
             numbers, operand_next = numbers + 1, False
         elif kind == "open":
             signs.append("(")
@@ -311,7 +305,7 @@ _RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 
 
 def _apply(values: list[Fraction | None], sign: str) -> None:
-    """Replace the operands on top of the stack by the result; None stands for a division by zero."""
+    """Replace the operands on top of the stack by the result, which is None after a division by zero."""
     b = values.pop()
     if sign == "neg":
         values.append(None if b is None else -b)
@@ -321,8 +315,3 @@ def _apply(values: list[Fraction | None], sign: str) -> None:
         values.append(None)
     else:
         values.append(a + b if sign == "+" else a - b if sign == "-" else a * b if sign == "*" else a / b)
-
-
-def _number(text: str, hundredth: Fraction) -> Fraction:
-    value = Fraction(text.rstrip("…%").replace(",", ""))
-    return value * hundredth if text.endswith("%") else value

@@ -1,7 +1,7 @@
-r"""Files of traces and their manifests, the tags around a thought, and raw traces made or brought in. No MLX.
+r"""Read and write files of traces and their manifests. No MLX.
 
 The normal form of a completion is ``<think>\n{thought}\n</think>\n{solution}``; ``<answer>…</answer>``, ``\boxed{}``
-and ``####`` stay where they stand in the solution.
+and ``####`` stay in the solution.
 """
 
 import hashlib
@@ -17,8 +17,6 @@ from mlx_traces.readers import listed, read_json, read_jsonl
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.files import leftovers, replacing, sync, to_json
 from mlx_traces.runtime.provenance import ids_digest, provenance
-
-# ---------------------------------------------------------------------------------- files
 
 NUMBER = (int, float)
 FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -36,7 +34,7 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
         if missing := [name for name in ("id", "messages", "completion") if name not in row]:
             raise UserError(
                 f"{where}: {missing[0]!r} is missing; this row has {listed(row)}; "
-                "rows of another form are brought in by `mlx-traces data import`"
+                "`mlx-traces data import` reads rows of another form"
             )
         row = {name: value for name, value in row.items() if value is not None or name not in FIELDS}
         for name, (kind, types) in FIELDS.items():
@@ -54,7 +52,7 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
 
 
 def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) -> int:
-    """Write a new file of traces, all at once when the last one is there, then its manifest; return their number.
+    """Write a new file of traces and its manifest; return their number. The file appears when it is complete.
 
     Args:
         path: ``NAME.jsonl``; its folders are made.
@@ -92,10 +90,10 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
 
 
 def refuse_written(path: Path) -> None:
-    """Raise UserError if a file of traces or its manifest is there.
+    """Raise UserError if a file of traces or its manifest exists.
 
-    A writer that was killed between the file and its manifest has left the manifest, under the name of a temporary
-    file, with the file's hash in it: it is put in its place.
+    A writer that was killed between the file and its manifest leaves the manifest under the name of a temporary file,
+    with the file's hash in it; it is renamed here.
     """
     try:
         if path.exists() and not manifest_path(path).exists():
@@ -134,7 +132,7 @@ def _manifest(
     models: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     problems: Iterable[Problem] = (),
 ) -> dict[str, Any]:
-    """Say what a file of traces is and how it was made."""
+    """Describe a file of traces and how it was made."""
     made = provenance()
     read = {"source_sha256": source_sha256} if source_sha256 else {}
     read |= {"problems": ids_digest(own)} if (own := [problem.id for problem in problems]) else {}
@@ -159,7 +157,7 @@ def _manifest(
 def source_of(source: str | Path) -> dict[str, str]:
     """Return what a manifest says of a source: its name and, of a file, the hash of its content as it is now.
 
-    What can be read once only, a pipe, has no hash.
+    A pipe has no hash: it can be read only once.
     """
     try:
         return {"source": str(source)} | ({"source_sha256": _sha256(Path(source))} if Path(source).is_file() else {})
@@ -185,7 +183,7 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def counted(counts: dict[str, Any], name: str = "") -> str:
-    """Tell counts in one line: ``12 written, 3 skipped (no short trace)``; ``name`` stands before an inner reason."""
+    """Format counts in one line: ``12 written, 3 skipped (no short trace)``; ``name`` stands before an inner reason."""
     told = (
         counted(value, key) if isinstance(value, dict) else f"{value:,} {name} ({key})" if name else f"{value:,} {key}"
         for key, value in counts.items()

@@ -1,14 +1,17 @@
-"""Which traces are kept: rules applied in order, each telling how many it removed. No MLX.
+"""Filter traces by rules, in order; each rule reports how many it removed. No MLX.
 
-The result keeps the traces' order and depends on the traces, the settings and the seed alone.
+The result keeps the traces' order. It depends on the traces, the settings and the seed alone.
 """
 
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
@@ -19,7 +22,7 @@ from mlx_traces.traces.files import read_traces, refuse_written, source_of, writ
 from mlx_traces.traces.quality import headline, named, words
 
 SHINGLE = 5  # words
-SHORT_QUESTION = 8  # words; a shorter one is known by its problem's id alone
+SHORT_QUESTION = 8  # words; a shorter question is compared by its problem's id alone
 Report = list[tuple[str, int, int]]
 _SCORE_FIRST = "run `mlx-traces score` on the file first"
 
@@ -30,15 +33,15 @@ def select(
     """Apply the rules that ``config`` switches on.
 
     Args:
-        traces: their ``scores`` are needed by the rules on scores, and ``score`` for "best".
+        traces: the rules on scores need their ``scores``, and "best" their ``score``.
         config: the rules.
-        eval_problems: what will be evaluated and so must not be trained on.
+        eval_problems: problems of an evaluation, which must not be trained on.
 
     Returns:
         The kept traces in their order, and for each rule its name, how many traces it removed and how many were left.
 
     Raises:
-        UserError: where there are no traces, a score is missing, or a rule removes the last ones; it names the rule.
+        UserError: if there are no traces, a score is missing, or a rule removes the last ones; it names the rule.
     """
     if not traces:
         raise UserError("there are no traces to select from")
@@ -60,52 +63,41 @@ Rule = Callable[[list[int]], Iterable[int]]
 def _rules(
     traces: Sequence[Trace], verdicts: list[str | None], config: FilterConfig, eval_problems: Sequence[Problem]
 ) -> list[tuple[str, Rule]]:
-    """Return the rules that are switched on: names, and functions from indices to those that stay."""
+    """Return the rules that are switched on: each a name, and a function from indices to those that stay."""
 
     def keep(wanted: Callable[[int], bool]) -> Rule:
         return lambda indices: [index for index in indices if wanted(index)]
 
     def at_least(name: str, least: float) -> Rule:
         def wanted(index: int) -> bool:
-            value = _score(traces[index], name)
+            if name not in traces[index].scores:
+                raise UserError(f"trace {traces[index].id} has no score {name!r}; {_SCORE_FIRST}")
+            value = traces[index].scores[name]
             return value is None or value >= least
 
         return keep(wanted)
 
-    groups = [trace.id for trace in traces]
-    rules: list[tuple[str, Rule | None]] = [
-        ("correct only", keep(lambda i: verdicts[i] in (None, "correct")) if config.correct_only else None),
-        ("well-formed", at_least("format", 1) if config.well_formed else None),
-        ("finished", keep(lambda i: traces[i].finish_reason != "length") if config.finished else None),
-        ("faithful", _when(config.min_faithfulness, lambda least: at_least("faithfulness", least))),
-        ("score", _when(config.min_score, lambda least: keep(lambda i: _combined(traces[i]) >= least))),
-        ("duplicates", (lambda kept: _unlike(traces, kept)) if config.duplicates else None),
+    wanted: list[tuple[Any, str, Rule]] = [
+        (config.correct_only, "correct only", keep(lambda i: verdicts[i] in (None, "correct"))),
+        (config.well_formed, "well-formed", at_least("format", 1)),
+        (config.finished, "finished", keep(lambda i: traces[i].finish_reason != "length")),
+        (config.min_faithfulness is not None, "faithful", at_least("faithfulness", config.min_faithfulness)),
+        (config.min_score is not None, "score", keep(lambda i: score_of(traces[i]) >= config.min_score)),
+        (config.duplicates, "duplicates", partial(without_duplicates, traces)),
+        (config.near_duplicates is not None, "near duplicates", partial(without_near, traces, config.near_duplicates)),
+        (eval_problems, "evaluation problems", keep(overlap(eval_problems, config.overlap_words, traces))),
         (
-            "near duplicates",
-            _when(config.near_duplicates, lambda t: lambda kept: _without_near(traces, groups, kept, t)),
-        ),
-        (
-            "evaluation problems",
-            keep(overlap(eval_problems, config.overlap_words, traces)) if eval_problems else None,
-        ),
-        (
+            config.per_problem is not None,
             f"{config.per_problem} a problem, {config.prefer}",
-            _when(config.per_problem, lambda most: lambda kept: _capped(traces, kept, most, config)),
+            partial(capped, traces, config.per_problem, config),
         ),
-        (
-            "balance",
-            _when(config.balance, lambda most: lambda kept: _balanced(traces, verdicts, kept, most, config)),
-        ),
+        (config.balance is not None, "balance", partial(balanced, traces, verdicts, config.balance, config)),
     ]
-    return [(name, rule) for name, rule in rules if rule is not None]
-
-
-def _when(value: float | None, make: Callable[[float], Rule]) -> Rule | None:
-    return None if value is None else make(value)
+    return [(name, rule) for on, name, rule in wanted if on]
 
 
 def verdict_of(trace: Trace) -> str | None:
-    """Return a trace's verdict, judging it if that was not done; None if no task can.
+    """Return a trace's verdict, graded now if it has none; None if no task can grade it.
 
     Raises:
         UserError: for an unknown task, or columns that it cannot read.
@@ -116,13 +108,8 @@ def verdict_of(trace: Trace) -> str | None:
     return headline(task, task.parse(trace.columns, f"trace {trace.id}"), trace.completion).verdict
 
 
-def _score(trace: Trace, name: str) -> float | None:
-    if name not in trace.scores:
-        raise UserError(f"trace {trace.id} has no score {name!r}; {_SCORE_FIRST}")
-    return trace.scores[name]
-
-
-def _combined(trace: Trace) -> float:
+def score_of(trace: Trace) -> float:
+    """Return a trace's score; UserError if it has none."""
     if trace.score is None:
         raise UserError(f"trace {trace.id} has no score; {_SCORE_FIRST}")
     return trace.score
@@ -131,8 +118,8 @@ def _combined(trace: Trace) -> float:
 # ---------------------------------------------------------------------------------- duplicates
 
 
-def _unlike(traces: Sequence[Trace], kept: list[int]) -> list[int]:
-    """Keep the first trace of each problem and text, white space aside."""
+def without_duplicates(traces: Sequence[Trace], kept: list[int]) -> list[int]:
+    """Keep the first trace of each problem and text; white space does not count."""
     first: dict[tuple[str, str], int] = {}
     for index in kept:
         first.setdefault((traces[index].id, " ".join(traces[index].completion.split())), index)
@@ -140,7 +127,7 @@ def _unlike(traces: Sequence[Trace], kept: list[int]) -> list[int]:
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """Return the 5-grams of words, white space and case aside; a shorter text is one shingle."""
+    """Return the 5-grams of words; white space and case do not count. A shorter text is one shingle."""
     said = words(text)
     return frozenset(tuple(said[at : at + SHINGLE]) for at in range(max(1, len(said) - SHINGLE + 1)))
 
@@ -151,42 +138,39 @@ def jaccard(a: frozenset, b: frozenset) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def _without_near(traces: Sequence[Trace], groups: list[str], kept: list[int], threshold: float) -> list[int]:
+def without_near(traces: Sequence[Trace], threshold: float, kept: list[int]) -> list[int]:
     """Keep a trace unless a kept earlier one of its problem has a Jaccard similarity of ``threshold`` or more to it.
 
-    Exact, and not quadratic where traces differ: two sets that similar have a common element among the first
-    (1 - t) n + 1 of each in any fixed order, rarest first (prefix filtering, Chaudhuri et al. 2006), so only traces
-    that share one of those are compared.
+    The result is exact, and the time is not quadratic if traces differ. Two sets of similarity t share an element among
+    the first (1 - t) n + 1 of each in any fixed order, here rarest first (prefix filtering, Chaudhuri et al. 2006), so
+    only traces that share one of those are compared.
     """
     sets = {index: shingles(traces[index].completion) for index in kept}
-    counts = Counter((groups[index], shingle) for index in kept for shingle in sets[index])
+    counts = Counter((traces[index].id, shingle) for index in kept for shingle in sets[index])
     holders: dict[Hashable, list[int]] = defaultdict(list)
     stay = []
     for index in kept:
-        own = sorted(sets[index], key=lambda shingle: (counts[groups[index], shingle], shingle))
-        prefix = own[: len(own) - _ceil(threshold * len(own)) + 1]
-        rivals = {rival for shingle in prefix for rival in holders[groups[index], shingle]}
+        group = traces[index].id
+        own = sorted(sets[index], key=lambda shingle: (counts[group, shingle], shingle))
+        common = max(1, ceil(threshold * len(own) - 1e-9))  # rounding may have put it just above a whole number
+        prefix = own[: len(own) - common + 1]
+        rivals = {rival for shingle in prefix for rival in holders[group, shingle]}
         if any(jaccard(sets[index], sets[rival]) >= threshold for rival in rivals):
             continue
         stay.append(index)
         for shingle in prefix:
-            holders[groups[index], shingle].append(index)
+            holders[group, shingle].append(index)
     return stay
-
-
-def _ceil(value: float) -> int:
-    """Round up, but not what rounding has put just above a whole number."""
-    return max(1, -int(-(value - 1e-9) // 1))
 
 
 # ---------------------------------------------------------------------------------- evaluation problems
 
 
 def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Problem | Trace], bool]:
-    """Return the function that says whether a problem or trace is one of these problems, by its content.
+    """Return a function that says whether a problem or trace is one of these problems, by its content.
 
-    It is if it has the id of one, or the whole question of one, or its prompt, in its question or a user's turn; case
-    and white space aside, and of a question below `SHORT_QUESTION` words only if nothing stands beside it.
+    It is if it has the same id, or if its question or a user's turn holds the whole question of one, or its prompt.
+    Case and white space do not count. A question of fewer than `SHORT_QUESTION` words must be the whole text.
     """
     ids = {problem_id(problem.id) for problem in problems}
     asked = [str(problem.columns.get("question", "")) for problem in problems]
@@ -213,11 +197,12 @@ def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Probl
 
 
 def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
-    """Return the function that says whether the trace of an index is free of these problems.
+    """Return a function that says whether the trace at an index is free of these problems.
 
-    A trace is not if its problem is one of them, by id, or if its question, its last user's turn or its text has
-    ``shared`` words in a row of one of their questions, case and punctuation aside: 13, as for GPT-3 (arXiv 2005.14165,
-    appendix C) and open-r1. A question shorter than that counts as a whole from 8 words on. 0 words: only ids.
+    It is not if its problem has the id of one, or if its question, its last user's turn or its text has ``shared``
+    words in a row of one of their questions; case and punctuation do not count. The default of 13 is that of GPT-3
+    (arXiv 2005.14165, appendix C) and open-r1. A shorter question of 8 words or more must occur as a whole. 0: ids
+    only.
     """
     ids = {problem_id(problem.id) for problem in problems}
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
@@ -251,13 +236,14 @@ def _grams(said: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
 # ---------------------------------------------------------------------------------- choice and balance
 
 
-def _capped(traces: Sequence[Trace], kept: list[int], most: int, config: FilterConfig) -> list[int]:
-    """Keep at most so many traces of each problem, by preference.
+def capped(traces: Sequence[Trace], most: int, config: FilterConfig, kept: list[int]) -> list[int]:
+    """Keep at most ``most`` traces of each problem, by ``config.prefer``.
 
-    ``short``: the shortest, in tokens where all of the problem's are known, else in characters (as Sky-T1-Flash's
-    preference for the shortest correct one). ``best``: the highest score. ``diverse``: the highest score (the first,
-    without scores), then always the one whose nearest chosen one is farthest by Jaccard distance of 5-grams.
-    ``random``: drawn by the seed and the problem's id, whatever other problems there are. Ties go to the first.
+    ``short``: the shortest, in tokens if they are known of all of the problem's traces, else in characters
+    (Sky-T1-Flash prefers the shortest correct one). ``best``: the highest score. ``diverse``: the highest score
+    (without scores the first), then repeatedly the trace that is farthest from its nearest chosen one, by Jaccard
+    distance of 5-grams. ``random``: drawn by the seed and the problem's id, independent of other problems. Ties go to
+    the first.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in kept:
@@ -271,7 +257,7 @@ def _capped(traces: Sequence[Trace], kept: list[int], most: int, config: FilterC
         elif config.prefer == "diverse":
             stay += _diverse(traces, group, most)
         elif config.prefer == "best":
-            stay += sorted(group, key=lambda index: -_combined(traces[index]))[:most]
+            stay += sorted(group, key=lambda index: -score_of(traces[index]))[:most]
         else:
             known = all(traces[index].completion_ids is not None for index in group)
             stay += sorted(group, key=lambda i: len(traces[i].completion_ids if known else traces[i].completion))[:most]
@@ -279,7 +265,7 @@ def _capped(traces: Sequence[Trace], kept: list[int], most: int, config: FilterC
 
 
 def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
-    """Choose greedily by the largest distance to the nearest chosen one."""
+    """Repeatedly choose the trace that is farthest from its nearest chosen one."""
     sets = {index: shingles(traces[index].completion) for index in group}
     chosen = [max(group, key=lambda index: traces[index].score or 0.0)]
     nearest = dict.fromkeys(group, 2.0)
@@ -291,45 +277,33 @@ def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
     return chosen
 
 
-def _balanced(
-    traces: Sequence[Trace], verdicts: list[str | None], kept: list[int], most: float, config: FilterConfig
+def balanced(
+    traces: Sequence[Trace], verdicts: list[str | None], most: float, config: FilterConfig, kept: list[int]
 ) -> list[int]:
-    """Keep at most ``most`` x the median number of traces over the difficulties that have any, at least one each.
+    """Keep of each difficulty at most ``most`` x the median number of traces over difficulties, and at least one.
 
-    A problem's difficulty is its stratum, or the bin of its pass rate among all traces that were given, before any
-    rule; problems that no task can judge are a difficulty of their own. What is kept is drawn by the seed.
+    A problem's difficulty is its stratum, or the bin of its pass rate among all given traces, before any rule. Problems
+    that no task can grade form a difficulty of their own. The kept traces are drawn by the seed.
     """
-    if config.difficulty == "stratum":
-        label = {index: _stratum(traces[index]) for index in kept}
-    else:
-        label = {
-            index: "" if rate is None else str(min(int(rate * config.bins), config.bins - 1))
-            for index, rate in _pass_rates(traces, verdicts, kept).items()
-        }
+    judged: dict[str, list[bool]] = defaultdict(list)
+    for trace, verdict in zip(traces, verdicts, strict=True):
+        if verdict is not None:
+            judged[trace.id].append(verdict == "correct")
     bins: dict[str, list[int]] = defaultdict(list)
     for index in kept:
-        bins[label[index]].append(index)
+        trace, label = traces[index], ""
+        if config.difficulty == "stratum":
+            where = f"trace {trace.id}"
+            label = task_of(trace.task, where).parse(trace.columns, where).stratum if trace.task else ""
+        elif outcomes := judged.get(trace.id):
+            label = str(min(int(sum(outcomes) / len(outcomes) * config.bins), config.bins - 1))
+        bins[label].append(index)
     cap = max(1, int(most * median(len(members) for members in bins.values())))
     stay = []
     for name, members in sorted(bins.items()):
         draw = random.Random(f"{config.seed} balance {name}")
         stay += members if len(members) <= cap else draw.sample(members, cap)
     return stay
-
-
-def _stratum(trace: Trace) -> str:
-    where = f"trace {trace.id}"
-    return task_of(trace.task, where).parse(trace.columns, where).stratum if trace.task else ""
-
-
-def _pass_rates(traces: Sequence[Trace], verdicts: list[str | None], kept: list[int]) -> dict[int, float | None]:
-    """Return for each kept trace which share of its problem's judged traces is correct, None if none was judged."""
-    judged: dict[str, list[bool]] = defaultdict(list)
-    for trace, verdict in zip(traces, verdicts, strict=True):
-        if verdict is not None:
-            judged[trace.id].append(verdict == "correct")
-    rates = {identity: sum(outcomes) / len(outcomes) for identity, outcomes in judged.items()}
-    return {index: rates.get(traces[index].id) for index in kept}
 
 
 def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:

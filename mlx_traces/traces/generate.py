@@ -1,4 +1,4 @@
-"""The second station: a model's own completions of training problems, as traces, through the sampling engine."""
+"""The recipe of ``generate``: a model completes training problems, and its completions become traces."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from typing import Any
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
+from mlx_traces.models import adapters, loading
+from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime import distributed
@@ -25,20 +27,20 @@ def generate(
 ) -> dict[str, int]:
     """Sample completions of problems and write them as a file of traces with its manifest.
 
-    Finished traces go to ``.NAME.part.jsonl`` at once; the file appears, in the problems' order, when all are there.
+    Each finished trace is written to ``.NAME.part.jsonl``; the file appears, in the problems' order, when all are made.
 
     Args:
         config: the settings; ``samples`` completions of each problem.
         out: ``NAME.jsonl``.
-        resume: continue what was cut off; a sample does not depend on when it was drawn. What is finished stays.
+        resume: continue an interrupted run; the samples are those of an uninterrupted one.
         show: called with each trace and the number of them all.
 
     Returns:
-        How many completions were written, were correct, and were cut off.
+        The numbers of written, correct and cut-off completions.
 
     Raises:
         UserError: if the input is wrong, the file exists, or the part was begun with other settings.
-        Stopped: after Ctrl-C; what was finished is kept.
+        Stopped: after Ctrl-C; finished completions are kept.
     """
     out = Path(out)
     with ExitStack() as stack:
@@ -51,17 +53,20 @@ def generate(
 def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
-    """Carry it out; of several ranks the first reads and writes the files, and tells the others what is done."""
-    from mlx_traces.models import loading
-
+    """Carry it out. Of several ranks only the first reads and writes files; it tells the others what is finished."""
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
         _refuse(out, part, begun, resume)
-    planned = replace(planned, config=loading.of_its_day(planned.config, _begun(out, begun) if resume else {}))
+    made_with: dict[str, Any] = {}  # settings of the completions that exist
+    if resume and begun.exists():
+        made_with = read_json(begun)
+    elif resume and out.exists() and manifest_path(out).exists():
+        made_with = manifest_of(out)["config"]
+    planned = replace(planned, config=loading.of_its_day(planned.config, made_with))
     loaded = loading.load(planned.config.model, planned.config.adapter, **planned.config.load_arguments())
-    weights = {"revision": loaded.revision, "weights": loaded.backend.weights, "dtype": loaded.backend.dtype}
-    identity = {**planned.identity(), **weights, **loaded.shown()}
+    planned = replace(planned, config=planned.config.sized(distributed.sizes(loaded.backend)))
+    identity = planned.identity() | local.identity_of(loaded)
     made = distributed.gather(
         [manifest_of(out)["counts"]] if distributed.first() and resume and _made(out, identity) else []
     )
@@ -76,7 +81,7 @@ def _generate(
         kept = whole_lines(part, ("id",))
     traces = [Trace.from_row(row, str(part)) for row in distributed.gather(kept)]
     done = {(trace.id, trace.sample): trace for trace in traces}
-    wanted = [(problem, sample) for problem in planned.problems for sample in range(config.samples)]
+    wanted = planned.wanted
     todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
     for trace in done.values():
         show and show(trace, len(wanted))
@@ -106,15 +111,8 @@ def _generate(
     return {"written": len(traces), **counts}
 
 
-def _begun(out: Path, begun: Path) -> dict[str, Any]:
-    """Return what the completions of a file, or of what is there of it, were made with; empty where nothing is."""
-    if begun.exists():
-        return read_json(begun)
-    return manifest_of(out)["config"] if out.exists() and manifest_path(out).exists() else {}
-
-
 def _made(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the file is there and whole, and was made with these settings."""
+    """Whether the file is complete and was made with these settings."""
     if not (out.exists() and manifest_path(out).exists()):
         return False
     made = manifest_of(out)["config"]
@@ -122,7 +120,7 @@ def _made(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
-    """Raise UserError if the file is there, or was begun and is not to be continued."""
+    """Raise UserError if the file exists, or was begun and ``resume`` is not set."""
     if resume and begun.exists():
         discard_unfinished(out)
     refuse_written(out)
@@ -131,15 +129,15 @@ def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
 
 
 def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
-    """Note what decides the completions; UserError if the part was begun with something else."""
+    """Store the settings that decide the completions; UserError if the part was begun with others."""
     try:
         begun.parent.mkdir(parents=True, exist_ok=True)
         if begun.exists() and (stored := read_json(begun)) != identity:
             changed = [key for key in dict.fromkeys((*stored, *identity)) if stored.get(key) != identity.get(key)]
             if (unsure := doubts(stored, identity)) and len(unsure) == len(changed):
                 raise UserError(
-                    f"{out} cannot be continued, as it cannot be told whether it was of the same content "
-                    f"({'; '.join(unsure)}); remove {begun}, or choose another --out"
+                    f"{out} cannot be continued, since its files may have changed ({'; '.join(unsure)}); "
+                    f"remove {begun}, or choose another --out"
                 )
             raise UserError(
                 f"{out} was begun with other settings ({', '.join(changed)}); repeat those, or remove {begun}"
@@ -150,14 +148,12 @@ def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 def _traces(
-    planned: evaluator.Plan, loaded: Any, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
+    planned: evaluator.Plan, loaded: LoadedModel, todo: list[tuple[Problem, int]], stop: Callable[[], bool]
 ) -> Iterator[Trace]:
-    """Complete the problems, and yield each completion as a graded trace, until ``stop`` says so."""
-    from mlx_traces.models import adapters
-
+    """Complete the problems; yield each completion as a graded trace, until ``stop`` returns True."""
     config = planned.config
     source = "+".join(filter(None, (config.model, config.adapter)))
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         for index, completion in local.completions_of(loaded, planned, logprobs=True, stop=stop)(todo):
             problem, sample = todo[index]
             rollout = completion.rollout

@@ -1,7 +1,7 @@
-"""Traces of others: chat messages, ShareGPT, open-r1, plain text."""
+"""Import traces: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,13 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields in which a turn's thought is kept apart
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields that hold a turn's thought
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+    **{"system": "system", "developer": "system"},
+    **dict.fromkeys(TOOLS, "tool"),
+}
 INSTEAD = "pass a .jsonl, .json or .parquet file of its rows"
 
 
@@ -42,12 +47,13 @@ def import_traces(
 ) -> Iterator[Trace]:
     """Yield the traces of a .jsonl, .json (a list), .parquet, .arrow or .txt file, or of a hub data set.
 
-    The last assistant's turn is the completion; what follows it is dropped. A trace's id is its problem's if there is
-    a task, else a hash of the turns before the completion (of the completion, if there are none); ``sample`` numbers
-    the conversations with one id, skipped ones included.
+    The last assistant's turn is the completion; turns after it are dropped. With a task a trace's id is that of
+    its problem; without one it is a hash of the turns before the completion, or of the completion if there are none.
+    ``sample`` numbers the conversations with the same id, skipped ones included.
 
-    A thought that a turn of the assistant keeps in a field of `THOUGHTS` is put before its content, in tags. A turn of
-    ``weight`` 0 is not learned: the completion is then the last turn that is, and earlier ones are marked in the trace.
+    A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
+    the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
+    last turn that is, and earlier ones are marked in the trace. Conversations with turns of a tool are left out.
 
     Args:
         data: a file or ``owner/name``.
@@ -55,9 +61,9 @@ def import_traces(
         task: its columns are taken from every row, so that the traces can be graded; a ``question`` that the row lacks
             is the last user's turn.
         style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
-        split: of a hub data set, or a part such as ``train[:1000]``; of a file only the part counts.
-        skipped: gets the numbers of conversations left out, by reason.
-        dropped: gets the numbers of turns of which a field was left out, by its name.
+        split: of a hub data set, or a slice such as ``train[:1000]``; for a file only the slice counts.
+        skipped: counts conversations that are left out, by reason.
+        dropped: counts turns that lose a field, by the field's name.
         strict: refuse such a turn.
 
     Raises:
@@ -77,10 +83,13 @@ def import_traces(
         count_skipped(dropped, clean(name)[:80])
 
     for where, row in _rows(data, format, split):
-        _need(row, (*FORMATS[format], *(task.graded_columns if task else ())), where)
+        for column in (*FORMATS[format], *(task.graded_columns if task else ())):
+            if row.get(column) is None:
+                raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
         for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
             messages, completion, unlearned, fault = _halves(turns, format, where, fault)
-            identity, columns = content_id("trace", *(_spoken(messages) or [completion])), {}
+            spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
+            identity, columns = content_id("trace", *(spoken or [completion])), {}
             if task:
                 asked = {"question": messages[-1]["content"]} if "question" in task.columns and messages else {}
                 given = {name: row[name] for name in task.columns if row.get(name) is not None}
@@ -91,7 +100,12 @@ def import_traces(
                     continue
                 identity, columns = problem.id, problem.columns
             seen[identity] += 1
-            fault = fault or _fault(messages, completion, format)
+            if not fault and any(turn["role"] == "tool" for turn in messages):
+                fault = "turns of a tool"
+            elif not fault and not completion.strip():
+                fault = "empty completion"
+            elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
+                fault = "no user's turn before the completion"
             if fault:
                 count_skipped(skipped, fault)
                 continue
@@ -106,19 +120,6 @@ def import_traces(
                 finish_reason=finish,
                 not_learned=tuple(unlearned) or None,
             )
-
-
-def _fault(messages: list[Message], completion: str, format: str) -> str | None:
-    """Return why a conversation is no trace, or None."""
-    if not completion.strip():
-        return "empty completion"
-    if format != "text" and (not messages or messages[-1]["role"] != "user"):
-        return "no user's turn before the completion"
-    return None
-
-
-def _spoken(messages: list[Message]) -> list[str]:
-    return [text for turn in messages for text in (turn["role"], turn["content"])]
 
 
 def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
@@ -139,7 +140,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
     lines: list[str] = []
     for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
-        line = line.removeprefix(MARK)  # of a file that was put behind another
+        line = line.removeprefix(MARK)  # a file that was appended to another has it
         if line.strip():
             lines.append(line)
         elif lines:
@@ -147,13 +148,6 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
             if tagged_parts(text)[2]:
                 raise UserError(f"{where}: a blank line within a thought; pass JSON lines with 'text' instead")
             yield where, {"text": text}
-
-
-def _need(row: Row, columns: Sequence[str], where: str) -> None:
-    """Raise UserError for a row without one of the columns."""
-    for column in columns:
-        if row.get(column) is None:
-            raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
 
 
 @dataclass(frozen=True)
@@ -178,20 +172,25 @@ def _conversations(
         turns = _turns(row["messages"], "role", "content", where, style, drop)
     elif format == "sharegpt":
         turns = _turns(row["conversations"], "from", "value", where, style, drop)
+    elif format == "alpaca":
+        asked = [_text(row[name], name, where) for name in ("instruction", "input") if row.get(name)]
+        turns = [_Turn({"role": "user", "content": "\n\n".join(asked)})]
+        turns += _said(row, "output", "assistant", where, style, drop)
     else:
         turns = _said(row, "prompt", "user", where, style, drop)
         turns += _said(row, "completion", "assistant", where, style, drop)
-    if row.get("system") and any(turn.message["role"] == "system" for turn in turns):
+    systems = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
+    if row.get("system") and systems and row["system"] not in systems:
         drop("a system column beside a system turn", where)
-    elif row.get("system"):
+    elif row.get("system") and not systems:
         turns.insert(0, _Turn({"role": "system", "content": _text(row["system"], "system", where)}))
     yield turns, None, None
 
 
 def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield a conversation for each generation; faulty are those cut off, and those no check of the row finds correct.
+    """Yield a conversation for each generation; it has a fault if it was cut off, or if no check finds it correct.
 
-    The checks are the lists ``correctness_…``; where none says anything, the generation counts as correct.
+    The checks are the row's lists ``correctness_…``; without any the generation counts as correct.
     """
     question = {"role": "user", "content": _text(row["problem"], "problem", where)}
     if not isinstance(row["generations"], list):
@@ -219,34 +218,60 @@ def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callab
 def _turns(
     turns: Any, role: str, content: str, where: str, style: str, drop: Callable[[str, str], None]
 ) -> list[_Turn]:
-    """Read a list of turns with these names for who speaks and what; other fields than these are dropped."""
+    """Read a list of turns, whose role and content are in the fields of these names; other fields are dropped."""
     if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role)) for turn in turns
+        isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role) or turn.get("tool_calls"))
+        for turn in turns
     ):
         raise UserError(f"{where}: the turns must be a list of {{{role}, {content}}} objects")
     found = []
     for turn in turns:
-        if str(turn[role]) not in ROLES:
-            raise UserError(f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(ROLES)} are understood")
+        who = ROLES.get(str(turn[role]).lower())
+        if who is None:
+            understood = [name for name in ROLES if name not in TOOLS]
+            raise UserError(
+                f"{where}: a turn is from {str(turn[role])[:40]!r}; only {', '.join(understood)} are understood"
+            )
+        if who == "tool":
+            drop("a tool's turn", where)
+            found.append(_Turn({"role": who, "content": ""}))
+            continue
+        turn = _joined(turn, content, where)
         thoughts, said = _thoughts(turn, role), turn.get(content)
-        text = "" if said is None and thoughts else _text(said, content, where)
+        text = "" if said is None and (thoughts or turn.get("tool_calls")) else _text(said, content, where)
         for name, thought in thoughts.items():
             if thought.strip() != next(iter(thoughts.values())).strip():
                 drop(f"a second thought of a turn, {name!r}", where)
         if thoughts:
             text = with_thought(next(iter(thoughts.values())), text, style)
         for name, value in turn.items():
-            if name not in (role, content, "weight", *thoughts) and value not in (None, "", [], {}):
+            said = value.strip() if isinstance(value, str) else value not in (None, [], {})
+            if said and name not in (role, content, "weight", *thoughts):
                 drop(f"a turn's {name!r}", where)
         if turn.get("weight", 1) not in (None, 0, 1):
             raise UserError(f"{where}: 'weight' of a turn must be 0 or 1, not {str(turn['weight'])[:40]!r}")
-        found.append(_Turn({"role": ROLES[turn[role]], "content": text}, turn.get("weight", 1) != 0))
+        found.append(_Turn({"role": who, "content": text}, turn.get("weight", 1) != 0))
     return found
 
 
+def _joined(turn: Row, content: str, where: str) -> Row:
+    """Return a turn whose content is one text: a list of parts is joined, its thoughts in a field of their own."""
+    if not isinstance(turn.get(content), list):
+        return turn
+    texts, thoughts = [], []
+    for part in turn[content]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", *THOUGHTS) or not isinstance(part.get(kind), str):
+            raise UserError(f"{where}: a part of {content!r} is no text but {str(kind)[:40]!r}; leave that row out")
+        (texts if kind == "text" else thoughts).append(part[kind])
+    apart = {next(name for name in THOUGHTS if name not in turn): "\n".join(thoughts)} if thoughts else {}
+    return {**turn, content: "".join(texts), **apart}
+
+
 def _thoughts(turn: Row, role: str) -> dict[str, str]:
-    """Return the thoughts that a turn of the assistant keeps apart, by field."""
-    if ROLES.get(str(turn[role])) != "assistant":
+    """Return the thoughts in fields of their own of an assistant's turn, by field."""
+    if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
     return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
 
@@ -260,8 +285,11 @@ def _text(value: Any, column: str, where: str) -> str:
 def _halves(
     turns: list[_Turn], format: str, where: str, fault: str | None
 ) -> tuple[list[Message], str, list[int], str | None]:
-    """Return the messages before the last turn that is learned, its text, which of them are not, and a fault."""
-    own = [at for at, turn in enumerate(turns) if turn.message["role"] == "assistant"]
+    """Return the messages before the last learned turn, its text, the places of turns not learned, and a fault."""
+    roles = [turn.message["role"] for turn in turns]
+    own = [at for at, role in enumerate(roles) if role == "assistant"]
+    if "tool" in roles and not own:
+        return [turn.message for turn in turns], "", [], "turns of a tool"
     if not own:
         raise UserError(f"{where}: no turn is the assistant's; {format} needs a completion in every row")
     learned = [at for at in own if turns[at].learned]

@@ -1,6 +1,6 @@
-"""A model asked about traces: one greedy reply to each, batched by the engine, kept by a hash of the question.
+"""Ask a model about traces: one greedy reply each, batched by the engine and cached by a hash of the question.
 
-So that nothing is asked twice, a cut-off command included. The judge is here too; it grades a trace by a rubric.
+Thanks to the cache nothing is asked twice, even after an interruption. The judge grades a trace by a rubric.
 """
 
 import hashlib
@@ -17,29 +17,27 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import answer_part
+from mlx_traces.traces.quality import last_turn
 
 
 class Cache:
-    """A model's replies by key, in a file of JSON lines that grows as they come."""
+    """A model's replies by key, in a file of JSON lines that grows with each reply."""
 
     def __init__(self, path: Path, option: str = "--judge-cache"):
         self.path, self.option = path, option
         self.replies: dict[str, str] = {}
         if path.exists():
-            self._drop_cut_line()
+            try:  # an incomplete last line: the writer was interrupted
+                content = path.read_bytes()
+                if not content.endswith(b"\n") and content:
+                    with path.open("r+b") as file:
+                        file.truncate(content.rfind(b"\n") + 1)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}); choose another {option}") from None
             for where, row in read_jsonl(path, ("key", "reply")):
                 if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
                     raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to ask anew")
                 self.replies[row["key"]] = row["reply"]
-
-    def _drop_cut_line(self) -> None:
-        try:
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n") and content:
-                with self.path.open("r+b") as file:
-                    file.truncate(content.rfind(b"\n") + 1)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another {self.option}") from None
 
     def add(self, key: str, reply: str) -> None:
         """Keep a reply, on disk too."""
@@ -63,24 +61,24 @@ def replies(
     rows: int,
     memory_limit: float | None = None,
 ) -> list[str | None]:
-    """Put a prompt to a model for each question, greedily; return its replies.
+    """Complete a prompt greedily for each question; return the replies.
 
-    A reply is found again in the cache by a hash of the model, the tokens put to it and the most it may say.
+    The key in the cache is a hash of the model, the prompt's tokens and the token limit.
 
     Args:
         loaded: the model.
         prompt: with placeholders for the questions' columns.
         questions: the columns.
-        cache: of the replies; grows by those that are made.
-        max_tokens: of a reply.
-        rows: replies made at once.
-        memory_limit: most GB to use.
+        cache: of the replies; new ones are added.
+        max_tokens: maximum length of a reply.
+        rows: batch size.
+        memory_limit: in GB.
 
     Returns:
-        Texts, what the template opens not included; None where question and reply do not fit in the model's context.
+        Texts without what the template opens; None if question and reply do not fit in the model's context.
     """
-    from mlx_traces.engine.generation import generate
-    from mlx_traces.engine.sampling import Request, SamplingParams
+    from mlx_traces.engine import generation, sampling
+    from mlx_traces.models import adapters
 
     name, adapter, files, adapter_files = identity_of(loaded)
     identity = [name, adapter, files, max_tokens, adapter_files, list(prompt.stop)]
@@ -91,15 +89,18 @@ def replies(
         keys.append(key)
         fits = loaded.context is None or len(rendered.ids) + max_tokens <= loaded.context
         if fits and key not in cache.replies:
-            requests[key] = Request(rendered.ids, opened=rendered.opened)
-    asked, params = list(requests), SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
-    for index, rollout in generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit):
-        cache.add(asked[index], rollout.text)
+            requests[key] = sampling.Request(rendered.ids, opened=rendered.opened)
+    asked, params = list(requests), sampling.SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
+    if asked:
+        with adapters.merged(loaded.model, loaded.backend):
+            done = generation.generate(loaded, list(requests.values()), params, rows, memory_gb=memory_limit)
+            for index, rollout in done:
+                cache.add(asked[index], rollout.text)
     return [cache.replies.get(key) for key in keys]
 
 
 def identity_of(loaded: Any) -> list[str | None]:
-    """Return a model's and its adapter's names, then what stands for their files."""
+    """Return the names of a model and its adapter, then the fingerprints of their files."""
     own = fingerprint(Path(loaded.adapter)) if loaded.adapter else None
     return [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), own]
 
@@ -127,7 +128,7 @@ _ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
 def parse_judgement(reply: str) -> float | None:
     """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
 
-    Only what follows the judge's own thought is read; prose has no score.
+    The judge's own thought is not read.
     """
     reply = answer_part(reply).strip()
     match = _SCORE.fullmatch(reply.rpartition("\n")[2].strip())
@@ -137,10 +138,10 @@ def parse_judgement(reply: str) -> float | None:
 def judge(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[float | None]:
-    """Ask a model to grade each trace by the rubric; None where its reply is no grade, or does not fit its context.
+    """Ask a model to grade each trace by the rubric; None if its reply is no grade, or does not fit in its context.
 
     Raises:
-        UserError: if more than the share ``judge_failures`` has none, or the rubric or the cache cannot be read.
+        UserError: if more than the share ``judge_failures`` is None, or the rubric or the cache cannot be read.
     """
     said = judgements(loaded, traces, problems, config)
     grades = [parse_judgement(reply or "") for reply in said]
@@ -151,14 +152,15 @@ def judge(
 def judgements(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[str | None]:
-    """Return the judge's replies, None where trace and reply do not fit in its context; UserError as for `judge`."""
+    """Return the judge's replies, None if trace and reply do not fit in its context; UserError as in `judge`."""
     prompt = load_prompt(Path(config.judge_prompt)) if config.judge_prompt else RUBRIC
     questions = [
         {"question": question_of(trace, problem), "trace": trace.completion}
         for trace, problem in zip(traces, problems, strict=True)
     ]
     cache = Cache(Path(config.judge_cache))
-    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    return replies(loaded, prompt, questions, cache, config.judge_max_tokens, rows, config.memory_limit)
 
 
 def refuse_failures(
@@ -177,5 +179,4 @@ def refuse_failures(
 
 def question_of(trace: Trace, problem: Problem | None) -> str:
     """Return the problem's question; the last user's turn where it has none."""
-    asked = trace.messages[-1]["content"] if trace.messages else ""
-    return str((problem.columns if problem else {}).get("question") or asked)
+    return str((problem.columns if problem else {}).get("question") or last_turn(trace))

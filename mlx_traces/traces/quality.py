@@ -1,4 +1,4 @@
-r"""Scores of a thinking trace: text in, numbers from 0 to 1 out, or None where one does not apply. No MLX.
+r"""Score a trace: text in, numbers from 0 to 1 out, or None where a score does not apply. No MLX.
 
 Each score is linear in the text and bounded: nothing is executed, no number of more than 40 digits is made. They are
 pure functions, so the same ones filter a data set and reward a policy.
@@ -20,35 +20,18 @@ Scores = dict[str, float | None]
 MAX_TEXT = 200_000  # characters that structure and repetition look at, from the start
 
 
-def quality_scores(
-    task: Task | None,
-    problem: Problem | None,
-    completion: str,
-    finish_reason: str | None,
-    tokens: int | None,
-    settings: ScoreConfig,
-    prompt: str = "",
+def text_scores(
+    completion: str, finish_reason: str | None, tokens: int | None, settings: ScoreConfig, prompt: str = ""
 ) -> Scores:
-    """Return every score that needs no model, by name.
+    """Return the scores that follow from the text alone, by name.
 
     Args:
-        task: whose grader judges; None where none can.
-        problem: of that task.
         completion: the assistant's whole turn, what its template or prompt opened included.
         finish_reason: ``"stop"``, ``"length"``, or None if unknown.
         tokens: length of the completion, or None if unknown; then words are counted.
         settings: tags and the length limit.
         prompt: the user's last turn; a thought that only copies it is no thought.
     """
-    judged = None if task is None or problem is None else headline(task, problem, completion)
-    correct = None if judged is None else float(judged.correct)
-    return {"correct": correct, **text_scores(completion, finish_reason, tokens, settings, prompt)}
-
-
-def text_scores(
-    completion: str, finish_reason: str | None, tokens: int | None, settings: ScoreConfig, prompt: str = ""
-) -> Scores:
-    """Return the scores that follow from the text alone; see ``quality_scores``."""
     thought = thought_of(completion, settings.tags)
     return {
         "format": format_score(completion, finish_reason, settings.tags, prompt),
@@ -70,14 +53,26 @@ def named(config: TracesConfig) -> dict[str, str]:
 
 
 def problem_of(trace: Trace, where: str) -> Problem | None:
-    """Return the problem that a trace answers, None without a task; UserError, starting with ``where``, if unknown."""
+    """Return the problem that a trace answers, None without a task; UserError with ``where`` if the task is unknown."""
     if not trace.task:
         return None
     return task_of(trace.task, where).parse(trace.columns, where)
 
 
+def own_words(trace: Trace) -> str:
+    """Return a completion without its prompt's prefill, which the model did not write."""
+    prompts = task_of(trace.task, f"trace {trace.id}").prompts if trace.task else {}
+    prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
+    return trace.completion.removeprefix(prefill)
+
+
+def last_turn(trace: Trace) -> str:
+    """Return the text of the turn that the completion answers; empty if there is none."""
+    return trace.messages[-1]["content"] if trace.messages else ""
+
+
 def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> float:
-    """Return one score: 0 for a wrong trace, (1 + m) / 2 for a correct one, m for one that nothing judged.
+    """Return one score: 0 for a wrong trace, (1 + m) / 2 for a correct one, m for one that was not graded.
 
     m is the mean, weighted by ``mix``, of the other components that apply, and 1 if none does. So every correct trace,
     0.5 at least, is above every wrong one, and no form makes up for a wrong answer.
@@ -96,7 +91,7 @@ def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> fl
 
 @dataclass(frozen=True)
 class Style:
-    """Tags around the thought, and around the answer or solution; without the latter any text after the thought is."""
+    """Tags around the thought, and around the answer or solution; None: all text after the thought is the answer."""
 
     thought: tuple[str, str]
     answer: tuple[str, str] | None
@@ -153,16 +148,16 @@ def _adds(thought: str, prompt: str) -> bool:
 
 
 def thought_of(completion: str, tags: str) -> str | None:
-    """Return the first thought, to the end if it stays open; None where there is none; all of it for tags ``none``.
+    """Return the first thought, up to the end if it stays open; None without one; the whole text for tags ``none``.
 
-    One in the style's tags comes first, then one in any other of ``thoughts.TAGS``.
+    The style's own tags are tried first, then all of ``thoughts.TAGS``.
     """
     return completion if tags == "none" else first_thought(completion, (STYLES[tags].thought, *TAGS))
 
 
 # ---------------------------------------------------------------------------------------------- structure
 
-STEPS, VERIFICATIONS, REFLECTIONS = 5, 2, 2  # from which on more earns nothing
+STEPS, VERIFICATIONS, REFLECTIONS = 5, 2, 2  # more of them score no higher
 _STEP = re.compile(r"\n+|(?<=[.!?])\s+")
 _VERIFICATION = re.compile(
     r"\b(?:double[- ]check|check|checks|checked|checking|verify|verifies|verified|verifying|verification|confirm"
@@ -202,7 +197,7 @@ _UNSPACED = re.compile(  # Han, kana, bopomofo: written without spaces; Korean h
 
 
 def words(text: str) -> list[str]:
-    """Return a text's words, case aside; each Chinese or Japanese character is one, as no spaces part words."""
+    """Return a text's words in lower case; each Chinese or Japanese character is a word, as there are no spaces."""
     return _UNSPACED.sub(r" \g<0> ", text.lower()).split()
 
 
@@ -212,7 +207,7 @@ def length(amount: int, limit: int) -> float:
 
 
 def repetition(text: str) -> float | None:
-    """Return the share of different ones among the 4-grams of words, or among the lines if that is less.
+    """Return the share of different 4-grams of words among all, or of different lines if that is lower.
 
     The former is 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319). None for fewer than 4 words.
     """

@@ -1,9 +1,9 @@
-r"""The recipe of ``reformat``: traces rewritten as a thought and a solution, kept only if they are still correct.
+r"""The recipe of ``reformat``: rewrite traces as a thought and a solution; keep those that are still correct.
 
-After Sky-T1, whose data are another model's answers brought into this form. By rule nothing but tags and the white
-space around them changes: the parts are those of `thoughts.parts`; an answer without any tag is cut before the line of
-its last ``<answer>``, ``\boxed{}`` or ``####``. By a model the words change too: it is put ``REWRITING`` and its reply
-is taken only if it has exactly the form that is asked for.
+Sky-T1 made its data so, from another model's answers. Without a model only tags and the white space around them change:
+the parts are those of `thoughts.parts`; an answer without tags is cut before the line of its last ``<answer>``,
+``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and a reply counts only if it
+has exactly the form that the prompt asks for.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
 from mlx_traces.traces import judge
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import format_score, headline, named, problem_of
+from mlx_traces.traces.quality import format_score, headline, last_turn, named, own_words, problem_of
 
 REWRITING = Prompt(
     name="rewriting",
@@ -47,30 +47,25 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     """Rewrite the traces of a file into a new one with its manifest.
 
     Returns:
-        How many traces were written, and how many were dropped for which reason.
+        The number of written traces, and those of dropped ones by reason.
 
     Raises:
         UserError: if ``out`` exists, before anything is read; if no trace is left; for a malformed trace, an unknown
             task, or a model or prompt that cannot be loaded.
     """
     dropped: Counter[str] = Counter()
+    used: dict[str, Any] = {}
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
     settings = config.model_dump(mode="json") | named(config) | ({"rewriting": prompt.user} if config.model else {})
-    used: dict[str, Any] = {}
     refuse_written(out)
-    told = {**source_of(source), "config": settings, "counts": {"dropped": dropped}, "seed": None}
-    manifest = {**told, "models": used}
-    return write_traces(out, _rewritten(source, config, prompt, dropped, used), manifest), dropped
-
-
-def _rewritten(
-    source: Path, config: ReformatConfig, prompt: Prompt, dropped: Counter, used: dict[str, Any]
-) -> Iterator[Trace]:
+    origin = source_of(source)
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
     problems = [problem_of(trace, where) for where, trace in located]
-    yield from reformat([trace for _, trace in located], problems, config, prompt, dropped, used)
+    rewritten = reformat([trace for _, trace in located], problems, config, prompt, dropped, used)
+    manifest = {**origin, "config": settings, "counts": {"dropped": dropped}, "seed": None, "models": used}
+    return write_traces(out, rewritten, manifest), dropped
 
 
 def reformat(
@@ -81,17 +76,17 @@ def reformat(
     dropped: Counter | None = None,
     used: dict[str, Any] | None = None,
 ) -> Iterator[Trace]:
-    """Yield the traces that are correct before and after, in their order, rewritten.
+    """Rewrite traces in order; yield those that are correct before and after.
 
-    What belonged to the old text is gone: token ids, log-probabilities, scores.
+    Token ids, log-probabilities and scores belong to the old text and are removed.
 
     Args:
         traces: in any form.
-        problems: of the traces; None where no task can judge.
-        config: the form to write, and the model, if one rewrites.
-        prompt: that is put to the model.
-        dropped: gets the numbers of traces left out, by reason.
-        used: gets what there is to know of the ``model`` if one was loaded.
+        problems: of the traces; None where no task can grade.
+        config: the form to write, and the model that rewrites, if any.
+        prompt: for the model.
+        dropped: counts traces that are left out, by reason.
+        used: gets a description of the ``model``, if one was loaded.
     """
     dropped = Counter() if dropped is None else dropped
     judged = []
@@ -103,7 +98,7 @@ def reformat(
     if config.model:
         texts = _by_model(judged, config, prompt, {} if used is None else used)
     else:
-        texts = [by_rule(_own_words(trace)) for trace, _ in judged]
+        texts = [by_rule(own_words(trace)) for trace, _ in judged]
     for (trace, problem), text in zip(judged, texts, strict=True):
         completion = restyle(text or "", config.to)
         if fault := _fault_of(text, completion, trace, problem):
@@ -122,7 +117,7 @@ def reformat(
 
 
 def by_rule(completion: str) -> str:
-    """Return a completion in Sky-T1's form; without a thought or a solution that part is empty or missing."""
+    """Return a completion in Sky-T1's form; a part that it lacks is empty or missing."""
     thought, solution = parts(completion)
     if thought is None:
         mark = max(solution.rfind(mark) for mark in MARKS)
@@ -134,28 +129,22 @@ def by_rule(completion: str) -> str:
 def _by_model(
     judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt, used: dict[str, Any]
 ) -> list[str | None]:
-    """Return a model's replies without its own thought; None where they do not fit in its context."""
+    """Return a model's replies without its own thoughts; None for those that do not fit in its context."""
     from mlx_traces.models import loading
 
     loaded = loading.load(config.model, **config.load_arguments())
     used["model"] = loaded.about()
     questions: list[dict[str, Any]] = [
-        {"question": judge.question_of(trace, problem), "trace": _own_words(trace)} for trace, problem in judged
+        {"question": judge.question_of(trace, problem), "trace": own_words(trace)} for trace, problem in judged
     ]
     cache = judge.Cache(Path(config.cache), "--cache")
-    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, config.rows, config.memory_limit)
+    rows = config.sized(loaded.backend.sizes).rows
+    said = judge.replies(loaded, prompt, questions, cache, config.max_tokens, rows, config.memory_limit)
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 
-def _own_words(trace: Trace) -> str:
-    """Return the completion without what its prompt opened."""
-    prompts = get_task(trace.task).prompts
-    prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
-    return trace.completion.removeprefix(prefill)
-
-
 def _fault(trace: Trace, problem: Problem | None) -> str | None:
-    """Return why a trace cannot be kept whatever is made of it, or None."""
+    """Return why a trace is dropped before it is rewritten, or None."""
     if problem is None:
         return "no task can judge it"
     if trace.finish_reason == "length":
@@ -164,9 +153,9 @@ def _fault(trace: Trace, problem: Problem | None) -> str | None:
 
 
 def _fault_of(text: str | None, completion: str, trace: Trace, problem: Problem) -> str | None:
-    """Return why a text, to be in Sky-T1's form, and what is written of it cannot stand for a trace, or None."""
+    """Return why a trace is dropped after it was rewritten as ``text``, in Sky-T1's form, or None."""
     if text is None:
         return "too long for the model"
-    if not format_score(text, None, "sky-t1", trace.messages[-1]["content"] if trace.messages else ""):
+    if not format_score(text, None, "sky-t1", last_turn(trace)):
         return "not a thought and a solution"
     return None if headline(get_task(trace.task), problem, completion).correct else "wrong after"

@@ -1,4 +1,4 @@
-"""The recipe of ``score``: traces judged by their tasks, scored by their text, and by models where they are named."""
+"""The recipe of ``score``: grade traces by their tasks; score them by their text and, on request, by models."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,16 @@ from mlx_traces.runtime.files import held
 from mlx_traces.tasks import get_task
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
 from mlx_traces.traces.judge import judge
-from mlx_traces.traces.quality import COMPONENTS, combined, headline, named, problem_of, text_scores
-
-BATCH_TOKENS = 4096  # read at once for perplexity, padding included
+from mlx_traces.traces.quality import (
+    COMPONENTS,
+    combined,
+    headline,
+    last_turn,
+    named,
+    own_words,
+    problem_of,
+    text_scores,
+)
 
 
 def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
@@ -47,50 +54,34 @@ def score_traces(
     """Return the traces with verdict, ``scores`` and ``score``.
 
     Args:
-        traces: in any state; earlier scores are replaced.
-        config: what a trace should look like, the mix, and the models.
-        where: places of the traces, for messages; default: their ids.
-        used: gets what there is to know of the models that were loaded, ``model`` and ``judge``.
+        traces: earlier scores are replaced.
+        config: the form of a trace, the mix, and the models.
+        where: places of the traces, for error messages; default: their ids.
+        used: gets a description of the loaded models, ``model`` and ``judge``.
 
     Raises:
         UserError: for a trace whose task is unknown or cannot read its columns; for a model that cannot be loaded; for
-            a judge whose replies cannot be read more often than ``judge_failures`` allows.
+            a judge if more of its replies than ``judge_failures`` allows cannot be read.
     """
     places = where or [f"trace {trace.id}" for trace in traces]
     problems = [problem_of(trace, place) for trace, place in zip(traces, places, strict=True)]
-    own = [_own(trace, problem, config) for trace, problem in zip(traces, problems, strict=True)]
+    own = []
+    for trace, problem in zip(traces, problems, strict=True):
+        judged = headline(get_task(trace.task), problem, trace.completion) if problem else None
+        tokens = None if trace.completion_ids is None else len(trace.completion_ids)
+        scores = text_scores(own_words(trace), trace.finish_reason, tokens, config, last_turn(trace))
+        own.append((judged and judged.verdict, {"correct": judged and float(judged.correct), **scores}))
     models = model_scores(traces, problems, config, {} if used is None else used)
     scored = []
     for trace, (verdict, scores), extra in zip(traces, own, models, strict=True):
-        scores = {name: _rounded({**scores, **extra}[name]) for name in COMPONENTS}
-        scored.append(replace(trace, verdict=verdict, scores=scores, score=_rounded(combined(scores, config.mix))))
+        known = {name: None if value is None else round(value, 6) for name, value in {**scores, **extra}.items()}
+        scores = {name: known[name] for name in COMPONENTS}
+        scored.append(replace(trace, verdict=verdict, scores=scores, score=round(combined(scores, config.mix), 6)))
     return scored
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
-
-
-def _own(trace: Trace, problem: Problem | None, config: ScoreConfig) -> tuple[str | None, dict[str, float | None]]:
-    """Return a trace's verdict and the scores that need no model."""
-    verdict, correct, prefill = None, None, ""
-    if problem is not None:
-        task = get_task(trace.task)
-        judged = headline(task, problem, trace.completion)
-        verdict, correct = judged.verdict, float(judged.correct)
-        if trace.prompt in task.prompts:
-            prefill = task.prompts[trace.prompt].prefill.removesuffix("<think>")
-    completion = trace.completion.removeprefix(prefill)  # the prompt's own words are no fault of the trace
-    tokens = None if trace.completion_ids is None else len(trace.completion_ids)
-    return verdict, {"correct": correct, **text_scores(completion, trace.finish_reason, tokens, config, _asked(trace))}
-
-
-def _asked(trace: Trace) -> str:
-    return trace.messages[-1]["content"] if trace.messages else ""
-
-
 def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
-    """Return for each component, ``score`` last, its mean where it applies and the share of traces it applies to."""
+    """Return (name, mean, share of traces it applies to) of each component, ``score`` last."""
     traces = list(traces)
     rows = []
     for name in (*COMPONENTS, "score"):
@@ -106,17 +97,18 @@ def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
 def model_scores(
     traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig, used: dict[str, Any]
 ) -> list[dict[str, float | None]]:
-    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; tell ``used`` of them."""
+    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; ``used`` describes them."""
 
     def load(part: str) -> Any:
-        from mlx_traces.models import loading
-
         loaded = loading.load(getattr(config, part), **config.load_arguments())
         used[part] = loaded.about()
         return loaded
 
+    if config.model or config.judge:
+        from mlx_traces.models import loading
+        from mlx_traces.traces import perplexity
     if config.model:
-        certainty = mean_probabilities(load("model"), traces, config.thinking)
+        certainty = perplexity.mean_probabilities(load("model"), traces, config.thinking)
     else:
         certainty = [own_probability(trace) for trace in traces]
     judged: list[float | None] = [None] * len(traces)
@@ -128,52 +120,8 @@ def model_scores(
 def own_probability(trace: Trace) -> float | None:
     """Return exp(mean log-probability) of the tokens as they were sampled, stop token included.
 
-    None without log-probabilities, and where all are 0, as greedy sampling notes them.
+    None without log-probabilities, and if all are 0, as greedy sampling stores them.
     """
     if not trace.logprobs or not any(trace.logprobs):
         return None
     return min(1.0, math.exp(sum(trace.logprobs) / len(trace.logprobs)))
-
-
-def mean_probabilities(loaded: Any, traces: Sequence[Trace], thinking: bool | None = None) -> list[float | None]:
-    """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
-
-    The tokens are those that SFT learns of it (`encoding.encode`), without a stop token and earlier turns; a bare text
-    comes after a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. None
-    for an empty completion and for what is longer than the model's context.
-    """
-    import mlx.core as mx
-    import numpy as np
-
-    from mlx_traces.engine.batching import Example, micro_batches, pad
-    from mlx_traces.engine.logprobs import split, token_logprobs
-    from mlx_traces.traces.encoding import encode
-
-    examples: dict[int, Example] = {}
-    for index, trace in enumerate(traces):
-        if not trace.completion:
-            continue
-        try:
-            example = encode(loaded, trace, None, thinking)
-        except UserError as error:
-            raise UserError(f"trace {trace.id}: {error}") from None
-        if not trace.messages:
-            ids = example.ids if loaded.tokenizer.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
-            example = Example(trace.id, ids, (False, *[True] * (len(ids) - 1)))
-        if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
-            examples[index] = example
-    found: list[float | None] = [None] * len(traces)
-    halves = split(loaded.model)
-    order = list(examples)
-    lengths = [len(examples[index].ids) for index in order]
-    for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
-        members = [order[place] for place in batch]
-        ids, positions = pad([examples[index] for index in members])
-        logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
-        rows = np.array(logprobs, np.float64)
-        at = 0
-        for index in members:
-            count = examples[index].count
-            found[index] = min(1.0, math.exp(rows[at : at + count].mean()))
-            at += count
-    return found

@@ -1,4 +1,4 @@
-"""Traces from worked solutions: GSM8K's, MATH's, and a solver's for Countdown."""
+"""Make traces from worked solutions, GSM8K's and MATH's, and from a solver's for Countdown."""
 
 import re
 from collections import Counter
@@ -12,8 +12,6 @@ from mlx_traces.tasks import countdown, gsm8k, math
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.solver import opening_line, solved
 from mlx_traces.traces.importing import count_skipped
-
-# ---------------------------------------------------------------------------------- traces of the tasks
 
 GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
 MATH_STYLES = {"think": "thinking", "boxed": "boxed"}
@@ -33,11 +31,11 @@ def gsm8k_traces(
     r"""Yield GSM8K's worked solutions as traces, without their calculator annotations ``<<48/2=24>>``.
 
     Args:
-        split: as for the task's ``load``, as are ``data``, ``limit`` and ``seed``.
-        data: a file or hub data set, or None for the task's own.
-        limit: size of a seeded sample, or None for all.
+        split: of the data, as in the task's ``load``.
+        data: a file or hub data set; None for the task's own.
+        limit: size of a seeded sample; None for all.
         seed: of the sample.
-        prompt: how the question is put; None for the one that asks for the style.
+        prompt: None for the one that asks for the style.
         style: ``think`` (solution as thought, then ``<answer>72</answer>``), ``plain`` (then ``#### 72``) or ``boxed``
             (then ``\boxed{72}``).
         skipped: gets the number of rows without a worked solution.
@@ -101,11 +99,11 @@ def countdown_traces(
     """Yield the solver's traces of ``count`` generated problems, one for every prompt.
 
     Args:
-        count: how many problems; one without a short trace gives none.
-        split: as for ``countdown.generate``, as are ``seed`` and ``operands``.
+        count: number of problems; a problem without a short trace gives none.
+        split: as in ``countdown.generate``.
         seed: the same seed gives the same problems.
         operands: fewest and most numbers of a problem.
-        prompts: how they are put.
+        prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
     """
     for nums, target in countdown.generate(split, count, seed, operands):

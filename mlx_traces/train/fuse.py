@@ -30,10 +30,10 @@ BITS = (16, 8, 6, 5, 4, 3, 2)
 
 @dataclass(frozen=True)
 class Fused:
-    """A fused model: its folder, bits per weight and type of what is not quantized, and the mean losses.
+    """A fused model: its folder, bits per weight, type of the weights that are not quantized, and mean losses.
 
-    The losses are nats per learned token, of the base, the base with its adapter, and the fused model as it loads; the
-    base's is None for an adapter of type ``full``, all are None without traces.
+    The losses are in nats per learned token, of the base, the base with its adapter, and the fused model. That of the
+    base is None for an adapter of type ``full``; all are None without traces.
     """
 
     path: str
@@ -58,18 +58,18 @@ def fuse(
     """Write model and adapter as one folder that ``mlx_lm.load`` and `loading.load` read.
 
     Quantized weights are expanded in float32, the adapter is added there, and the sum is rounded once, to the base's
-    own 16-bit type. With fewer bits it is quantized after that; a small adapter may not survive that, so the loss on
+    own 16-bit type. With fewer bits the sum is quantized then. That can round a small adapter away, so the loss on
     traces is measured before and after.
 
     Args:
         model: as for `loading.load`.
         adapter: folder of the adapter; None if ``model`` names it.
-        out: the new folder; it appears when it is complete.
+        out: the new folder, which appears when it is complete.
         bits: per weight.
         data: file of traces to measure the loss on; needed below 16 bits.
-        count: traces taken from it, the first ones.
+        count: number of traces, from the file's start.
         trust_remote_code: run Python code that comes with the model.
-        progress: is called with a line before each stage.
+        progress: gets a line before each stage.
 
     Raises:
         UserError: for wrong input, an existing folder, weights that are not finite after the sum, or a full disk.
@@ -118,7 +118,7 @@ def fuse(
 
 
 def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float, int]:
-    """Return the mean cross-entropy of (where, trace) pairs, in nats per learned token, and how many those are."""
+    """Return the mean cross-entropy of (where, trace) pairs, in nats per learned token, and the number of tokens."""
     config = SFTConfig(data="")
     rows = encoding.encode_all(loaded, traces, config.max_length, "cut").examples
     if not rows:

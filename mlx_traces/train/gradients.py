@@ -11,24 +11,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import device, distributed
 from mlx_traces.train import optimizer
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
 
 Arrays = list[mx.array]
 LossOf = Callable[[mx.array, mx.array, list[int]], tuple[mx.array, dict[str, mx.array]]]
-T = TypeVar("T")
 
 
 def split(model: nn.Module) -> Split:
@@ -50,9 +50,8 @@ def _right(model: nn.Module, halves: Split) -> bool:
     model.eval()
     try:
         prompts = Prompts(halves, rows)
-        found, _ = prompts.states(halves, prompts.read(halves, 64), [0, 1])
-        ids, positions = batching.pad(rows)
-        wanted, _ = logprobs.token_states(halves, mx.array(ids), positions)
+        found, _ = prompts.states(halves, prompts.read(halves, 64, Queue()), [0, 1])
+        wanted, _ = _states(halves, rows, [0, 1])
         return logprobs.alike(found, wanted)
     except (ValueError, TypeError, AttributeError):  # a trunk that takes no such cache
         return False
@@ -94,7 +93,8 @@ def _accumulate(
     loss_of: LossOf,
 ) -> tuple[float, Any, Counter]:
     """Compute this rank's part."""
-    loss, grads, sums = 0.0, None, Counter()
+    grads, asked, queue = None, None, Queue()
+    done = []  # each micro-batch's part of the loss, and of the sums
     if prompts is None:
 
         def whole(indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
@@ -102,58 +102,91 @@ def _accumulate(
 
         value_and_grad = nn.value_and_grad(model, whole)
         for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
-            (part, more), grad = value_and_grad(indices)
+            part, grad = value_and_grad(indices)
             grads = optimizer.add(grads, grad)
-            mx.eval(part, more, grads)
-            loss += part.item()
-            sums.update(_items(more))
-        return loss, grads, sums
+            done.append(part)
+            queue.compute(part, grads)
+        return _total(done, grads)
 
     def continued(parameters: Any, memory: Arrays, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
         model.update(parameters)
         return loss_of(*prompts.states(halves, memory, indices), indices)
 
-    memory, asked = prompts.read(halves, micro_tokens), None
+    memory = prompts.read(halves, micro_tokens, queue)
     value_and_grads = mx.value_and_grad(continued, argnums=(0, 1))
     for indices in _micro_batches(prompts.rest, micro_tokens):
-        (part, more), (grad, pulls) = value_and_grads(model.trainable_parameters(), memory, indices)
+        part, (grad, pulls) = value_and_grads(model.trainable_parameters(), memory, indices)
         grads, asked = optimizer.add(grads, grad), optimizer.add(asked, pulls)
-        mx.eval(part, more, grads, asked)
-        loss += part.item()
-        sums.update(_items(more))
+        done.append(part)
+        queue.compute(part, grads, asked)
     for grad in prompts.pull_back(model, halves, asked, micro_tokens):
         grads = optimizer.add(grads, grad)
-        mx.eval(grads)
-    return loss, grads, sums
+        queue.compute(grads)
+    return _total(done, grads)
+
+
+def _total(done: Sequence[tuple[mx.array, dict[str, mx.array]]], grads: Any) -> tuple[float, Any, Counter]:
+    """Add up the micro-batches' parts of the loss and of the sums, in float64; wait for the gradient."""
+    mx.eval(done, grads)
+    sums = Counter()
+    for _, more in done:
+        sums.update({name: value.item() for name, value in more.items()})
+    return sum((part.item() for part, _ in done), 0.0), grads, sums
+
+
+class Queue:
+    """Has arrays computed: on a GPU without waiting for them, so that the next ones are prepared meanwhile.
+
+    At most two are under way at a time, or the memory of all would add up.
+    """
+
+    def __init__(self) -> None:
+        self.before: mx.array | None = None
+
+    def compute(self, *arrays: Any) -> None:
+        """Compute trees of arrays."""
+        if device.select() == "cpu":
+            mx.eval(arrays)
+            return
+        mx.async_eval(arrays)
+        if self.before is not None:
+            mx.eval(self.before)
+        self.before = tree_flatten(arrays)[0][1]  # is there when all of its call are
 
 
 def each(
     halves: Split,
     examples: Sequence[Example],
     micro_tokens: int,
-    take: Callable[[list[int], mx.array, mx.array], T],
-) -> list[T]:
-    """Return what ``take`` makes of each micro-batch: of its rows' indices, and states and tokens as `LossOf` has them.
+    take: Callable[[mx.array, mx.array], Any],
+) -> list[tuple[list[int], Any]]:
+    """Return the indices of each micro-batch's rows, and what ``take`` makes of its states and tokens.
 
-    ``take`` computes all that it returns: where memory runs out, it is asked again for all rows, in smaller batches.
+    ``take`` has states and tokens as `LossOf` has them, and returns a tree of arrays. Where memory runs out, it is
+    asked again for all rows, in smaller batches.
     """
     prompts = _shared(halves, examples)
 
-    def all_of_them(tokens: int) -> list[T]:
-        return [take(*micro) for micro in _each_states(halves, examples, prompts, tokens)]
+    def all_of_them(tokens: int) -> list[tuple[list[int], Any]]:
+        done, queue = [], Queue()
+        for indices, states, targets in _each_states(halves, examples, prompts, tokens, queue):
+            done.append((indices, take(states, targets)))
+            queue.compute(done[-1][1])
+        mx.eval(done)
+        return done
 
     return halves.room.fit(micro_tokens, _lengths(examples, prompts), all_of_them)
 
 
 def _each_states(
-    halves: Split, examples: Sequence[Example], prompts: "Prompts | None", micro_tokens: int
+    halves: Split, examples: Sequence[Example], prompts: "Prompts | None", micro_tokens: int, queue: Queue
 ) -> Iterator[tuple[list[int], mx.array, mx.array]]:
     """Yield for each micro-batch its rows' indices, and the states and tokens that `accumulate` hands on."""
     if prompts is None:
         for indices in _micro_batches([len(example.ids) for example in examples], micro_tokens):
             yield indices, *_states(halves, examples, indices)
         return
-    memory = prompts.read(halves, micro_tokens)
+    memory = prompts.read(halves, micro_tokens, queue)
     for indices in _micro_batches(prompts.rest, micro_tokens):
         yield indices, *prompts.states(halves, memory, indices)
 
@@ -162,7 +195,8 @@ class Prompts:
     """The different prompts of some rows: all that stands before a row's first trained token.
 
     What was read of them is a list of arrays, each with a row for each prompt: the keys and values of every layer,
-    (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D).
+    (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D). P and L are those of
+    `batching.padded_shape`.
     """
 
     def __init__(self, halves: Split, examples: Sequence[Example]):
@@ -174,9 +208,10 @@ class Prompts:
         ]
         self.lengths = np.array([len(ids) for ids in found], np.int32)
         self.rest = [len(example.ids) - start for example, start in zip(examples, starts, strict=True)]
-        self.ids = np.zeros((len(found), self.lengths.max()), np.int32)
-        for row, ids in zip(self.ids, found, strict=True):
-            row[: len(ids)] = ids
+        count, _, longest = batching.padded_shape(device.select(), len(found), 1, int(self.lengths.max()))
+        self.ids, self.ends = np.zeros((count, longest), np.int32), np.zeros(count, np.int32)
+        for row, ids in enumerate(found):
+            self.ids[row, : len(ids)], self.ends[row] = ids, len(ids) - 1
 
     @property
     def saved(self) -> float:
@@ -184,20 +219,22 @@ class Prompts:
         every = sum(len(example.ids) for example in self.examples)
         return 1 - (sum(self.rest) + 4 / 3 * self.lengths.sum()) / every
 
-    def read(self, halves: Split, micro_tokens: int) -> Arrays:
+    def read(self, halves: Split, micro_tokens: int, queue: Queue) -> Arrays:
         """Read all prompts, ``micro_tokens`` at a time; without a gradient."""
         parts = []
         for chunk in self._chunks(micro_tokens):
             parts.append(self._read(halves, chunk))
-            mx.eval(parts[-1])
+            queue.compute(parts[-1])
         return [mx.concatenate(arrays) for arrays in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def states(self, halves: Split, memory: Arrays, indices: Sequence[int]) -> tuple[mx.array, mx.array]:
         """Return the (N, D) states and (N,) trained tokens of some rows, from what was read of their prompts."""
-        owners = np.array([self.owner[index] for index in indices])
+        owners = [self.owner[index] for index in indices]
+        width, most = max(self.rest[index] for index in indices), int(self.lengths[owners].max())
+        count, width, most = batching.padded_shape(device.select(), len(indices), width, most)
+        owners += owners[:1] * (count - len(indices))
         rows, lengths = mx.array(owners), self.lengths[owners]
-        most, width = int(lengths.max()), max(self.rest[index] for index in indices)
-        ids, trained = np.zeros((len(indices), width), np.int32), np.zeros((len(indices), width), bool)
+        ids, trained = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
         for row, index in enumerate(indices):
             example, rest = self.examples[index], self.rest[index]
             ids[row, :rest], trained[row, :rest] = example.ids[-rest:], example.trained[-rest:]
@@ -220,14 +257,14 @@ class Prompts:
             yield nn.value_and_grad(model, product)()[1]
 
     def _chunks(self, micro_tokens: int) -> list[slice]:
-        size = max(1, micro_tokens // self.ids.shape[1])
-        return [slice(at, at + size) for at in range(0, len(self.ids), size)]
+        count, length = self.ids.shape
+        parts = _micro_batches([length] * count, micro_tokens)
+        return [slice(part[0], part[-1] + 1) for part in parts]
 
     def _read(self, halves: Split, chunk: slice) -> Arrays:
         caches = [_Read() for _ in range(halves.caches)]
         hidden = halves.trunk(mx.array(self.ids[chunk]), cache=caches)
-        lengths = self.lengths[chunk]
-        last = hidden[mx.arange(len(lengths)), mx.array(lengths - 1)]
+        last = hidden[mx.arange(len(hidden)), mx.array(self.ends[chunk])]
         return [array for cache in caches for array in (cache.keys, cache.values)] + [last]
 
 
@@ -249,7 +286,7 @@ class _Continued:
 
     def __init__(self, keys: mx.array, values: mx.array, lengths: np.ndarray):
         self.keys, self.values, self.lengths = keys, values, lengths
-        self.uniform = len(set(lengths.tolist())) == 1
+        self.uniform = (lengths == keys.shape[2]).all()
         self.offset = int(lengths[0]) if self.uniform else mx.array(lengths)
 
     def make_mask(self, N: int, **_: Any) -> mx.array | str | None:
@@ -281,20 +318,16 @@ def _lengths(examples: Sequence[Example], prompts: Prompts | None) -> list[int]:
 
 
 def _states(halves: Split, examples: Sequence[Example], indices: Sequence[int]) -> tuple[mx.array, mx.array]:
-    ids, positions = batching.pad([examples[index] for index in indices])
+    ids, positions = batching.pad([examples[index] for index in indices], device.select())
     return logprobs.token_states(halves, mx.array(ids), positions)
 
 
 def _micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    return batching.micro_batches(range(len(lengths)), lengths, micro_tokens)
+    return batching.micro_batches(range(len(lengths)), lengths, micro_tokens, device.select())
 
 
 def _pairs(memory: Arrays) -> Iterator[tuple[mx.array, mx.array]]:
     return zip(memory[:-1:2], memory[1:-1:2], strict=True)
-
-
-def _items(sums: dict[str, mx.array]) -> dict[str, float]:
-    return {name: value.item() for name, value in sums.items()}
 
 
 @contextmanager

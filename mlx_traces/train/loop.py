@@ -6,6 +6,18 @@
         metrics = ...  # one optimizer step of the algorithm
         run.end_step(step, metrics)
     return run.end(...)
+
+Their ``train(config, out, resume, show)`` are alike:
+
+    config: the settings.
+    out: the run folder. It gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
+        ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
+    resume: continue a run that was cut off; the result is that of an uninterrupted one.
+    show: called with each line of metrics and the number of steps.
+
+They return what ``result.json`` has. They raise UserError if the input is wrong, a reward fails, or the loss or the
+gradient stops being finite: the checkpoint stays as it was. They raise Stopped after Ctrl-C, when a step is done and
+its checkpoint written.
 """
 
 import hashlib
@@ -27,6 +39,8 @@ from mlx_traces.runtime import device
 from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.tasks.answers import forms_of
+from mlx_traces.tasks.thoughts import usual
 from mlx_traces.train import checkpoints, model_card
 
 SHOWN = 4  # validation completions kept in samples.jsonl
@@ -120,7 +134,7 @@ class Training:
         """
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
-        row |= self.room.metrics()
+        row |= self.room.metrics() | self.loaded.row_budget.metrics()
         self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
@@ -136,6 +150,11 @@ class Training:
         if self.progress.best is None:
             keep(self.loaded, self.folder, self.adapter, self.about)
         return self.folder.metrics
+
+    @property
+    def stopped(self) -> str | None:
+        """Return what ended the training before its last step: ``patience``, or None."""
+        return "patience" if self.progress.step < self.last else None
 
     def unmoved(self) -> list[str]:
         """Return a note if no validation was better than the start."""
@@ -178,7 +197,7 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that decides what is learned: settings, files by their content, and the kind's ``own`` entries."""
-    held_out = validation_of(config)
+    held_out = validation_of(config.sized({}))  # the same on every device
     return {
         **config.identity(),
         "evaluate": held_out and held_out.model_dump(mode="json"),
@@ -192,15 +211,24 @@ def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mappin
 
 
 def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions."""
+    """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions.
+
+    ``valid/accuracy_strict`` counts answers in the form that the prompt asks for only. Where it falls behind
+    ``valid/accuracy``, of a tolerant extractor, the model loses the form.
+    """
     loaded.model.eval()
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         samples = local.measure(loaded, held_out)
     row = {
         "valid/accuracy": sum(sample["correct"] for sample in samples) / len(samples),
         "valid/finished": sum(sample["finish_reason"] == "stop" for sample in samples) / len(samples),
         "valid/length": sum(sample["tokens"] for sample in samples) / len(samples),
     }
+    if forms_of(held_out.prompt.text):
+        responses = [usual(sample["opened"] + sample["completion"], loaded.own_tags) for sample in samples]
+        pairs = zip(held_out.problems, responses, strict=True)  # one sample a problem
+        strict = sum(evaluator.strictly_correct(held_out, *pair) for pair in pairs)
+        row["valid/accuracy_strict"] = strict / len(samples)
     keys = ("id", "question", "completion", "finish_reason", "verdict", "correct", "gold")
     return row, [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
 

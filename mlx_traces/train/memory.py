@@ -9,21 +9,24 @@ activations' type that are alive at the peak, which is in the backward pass of t
 for it, and what the layer at work needs beside that. On a GPU, where attention is fused, they are not measured.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_traces.config import AnswerConfig, RLConfig, SFTSettings
-from mlx_traces.engine.generation import PREFILL_TOKENS, rows_that_fit
+from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, RLConfig, SFTConfig, SFTSettings
+from mlx_traces.engine.generation import MEMORY_SHARE, PREFILL_TOKENS, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.models import adapters
 from mlx_traces.runtime.device import Backend
 
 if TYPE_CHECKING:
     from mlx_traces.models.loading import LoadedModel
 
+
+C = TypeVar("C", SFTConfig, GRPOConfig, PPOConfig)
 
 # Per token: (hidden, feed-forward, attention scores); a score is one head's for one earlier token.
 KEPT = (7.0, 5.0, 1.2)  # by each layer
@@ -32,6 +35,8 @@ KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
 WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of it at once
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
 LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
+LOGITS_NARROW = 1.25  # beside them, where the model's own logits and their slope are of 16 bits
+AT_ONCE = 2  # micro-batches under way on a GPU (`gradients.Queue`)
 # Float32 buffers of the rows' next-token logits: as they are, scaled by a temperature, and sorted for a filter
 DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.0, 2.0, 8.5
 ADAM = 2.0  # averages of each trained number
@@ -43,8 +48,8 @@ class Shape:
     """A model's sizes: counts, bytes of a number, and the bytes of three sets of weights.
 
     ``weights`` is all that the model holds, adapter included, ``trained`` what is trained of it, ``merged`` the copies
-    that exist while sampling from an adapter in dense float32 weights. ``reading`` is how many prompt tokens are read
-    at once.
+    that exist while the model samples (`adapters.merged`). ``reading`` is how many prompt tokens are read at once,
+    ``at_once`` how many micro-batches are under way.
     """
 
     layers: int
@@ -59,6 +64,7 @@ class Shape:
     trained: int
     merged: int
     reading: int
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,12 +105,6 @@ def shape_of(loaded: "LoadedModel") -> Shape:
     """Return the sizes of a model that is ready to train: its adapter is on it, the rest is frozen."""
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
-    weights = [array for _, array in tree_flatten(loaded.model.parameters())]
-    merged = 0
-    for _, module in loaded.model.named_modules():
-        if "lora_a" in module:
-            inner = module["linear"] if "linear" in module else module["embedding"]
-            merged += inner.weight.nbytes if "scales" not in inner and inner.weight.dtype == mx.float32 else 0
     return Shape(
         layers=len(loaded.model.layers),
         hidden=hidden,
@@ -113,19 +113,13 @@ def shape_of(loaded: "LoadedModel") -> Shape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or hidden // heads,
         vocabulary=config.get("vocab_size") or 0,
-        itemsize=max((array.dtype.size for array in _floating(loaded.model)), default=4),
-        weights=sum(array.nbytes for array in weights),
+        itemsize=adapters.activation_bytes(loaded.model),
+        weights=sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters())),
         trained=sum(array.nbytes for _, array in tree_flatten(loaded.model.trainable_parameters())),
-        merged=merged,
+        merged=adapters.copied_bytes(loaded.model, loaded.backend),
         reading=PREFILL_TOKENS[loaded.backend.name],
+        at_once=1 if loaded.backend.name == "cpu" else AT_ONCE,
     )
-
-
-def _floating(model: Any) -> list[Any]:
-    """Return what decides the type of activations: frozen numbers that are no integers, an adapter's left out."""
-    arrays = dict(tree_flatten(model.parameters()))
-    added = (".lora_a", ".lora_b", ".m")
-    return [a for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating) and not name.endswith(added)]
 
 
 def estimate(
@@ -162,7 +156,8 @@ def estimate(
     tokens = micro_rows * length
     sizes = (shape.hidden, shape.intermediate, shape.heads * length)
     kept, working = (KEPT_CHECKPOINTED, WORKING_CHECKPOINTED) if checkpoint_layers else (KEPT, WORKING)
-    numbers = tokens * (shape.layers * _dot(kept, sizes) + _dot(working, sizes))
+    at_once = min(shape.at_once, math.ceil(sequences / micro_rows))
+    numbers = at_once * tokens * (shape.layers * _dot(kept, sizes) + _dot(working, sizes))
     chunk = min(micro_rows * learned, max(1, int(logits_mb * 2**20 // (4 * max(shape.vocabulary, 1)))))
     cache = reading = 0.0
     rows = min(rows, completions)
@@ -186,7 +181,7 @@ def estimate(
         reading=reading / gb,
         draw=drawn * 4 * rows * shape.vocabulary / gb,
         activations=numbers * shape.itemsize / gb,
-        logits=LOGITS * 4 * chunk * shape.vocabulary / gb,
+        logits=at_once * (LOGITS + LOGITS_NARROW * (shape.itemsize < 4)) * 4 * chunk * shape.vocabulary / gb,
         rows=rows,
         micro_tokens=micro_tokens,
         micro_rows=micro_rows,
@@ -327,6 +322,21 @@ def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fit(middle) else (low, middle - 1)
     return low
+
+
+def fitted(config: C, backend: Backend, estimate_of: Callable[[C], Estimate]) -> C:
+    """Return a training's settings with the micro-batches that its device takes lowered until they fit in its memory.
+
+    Only where ``micro_tokens`` is not set, and not below the default, which is a CPU's.
+    """
+    default = type(config).model_fields["micro_tokens"].default
+    while (
+        "micro_tokens" not in config.model_fields_set
+        and config.micro_tokens > default
+        and estimate_of(config).update > MEMORY_SHARE * backend.memory_gb
+    ):
+        config = config.sized({**backend.sizes, "micro_tokens": config.micro_tokens // 2})
+    return config
 
 
 def fits(found: Estimate, backend: Backend) -> str | None:

@@ -1,8 +1,8 @@
-"""Model cards: the README.md of an adapter's folder, as the model hub reads it, and for people. No MLX.
+"""Model cards: the README.md of an adapter's folder, for the hub and for people. No MLX.
 
-A card says for which base model an adapter is, on what data and with which settings it was made, what was measured,
-how to load it, and the base's licence: what the adapter's settings and the run that it stands in say, so that it can
-be written anew. Texts of users and models are quoted as code; the machine's paths are cut to their ends.
+A card names the base model, data, settings, measured figures, the way to load the adapter, and the base's licence. All
+of it comes from the adapter's settings and its run folder, so a card can be rewritten. Texts of users and models are
+quoted as code; paths of this machine are cut to their ends.
 """
 
 import json
@@ -15,29 +15,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_traces import text
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub.repocard import metadata_load
+
 from mlx_traces.errors import UserError
-from mlx_traces.models import adapters, names
-from mlx_traces.readers import is_file, read_json
+from mlx_traces.models import adapter_config, names
+from mlx_traces.readers import is_file, is_number, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
 from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.runtime.run_folder import RunFolder, existing
 from mlx_traces.tasks import TASKS, gsm8k, math
-from mlx_traces.text import clean
+from mlx_traces.text import clean, interval, percent
 from mlx_traces.traces.files import manifest_path
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 MARK = "<!-- Written by mlx-traces"
-GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that are called after the one they are in
+GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that take the name of the folder around them
 KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "set of fully trained weights"}
 METHODS = {
     "sft": "supervised fine-tuning on traces",
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",
 }
+TOLD = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")  # metrics about the adapter, not the machine
 FILES = (  # settings that name one
     *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
     *("judge", "judge_prompt", "judge_cache"),
@@ -61,8 +65,8 @@ LICENCES = frozenset(IDENTIFIERS.split())
 class Base:
     """A base model as a card names it.
 
-    ``name`` is without the machine's paths, ``hub_id`` None for what is not on the hub. ``licence`` holds the hub's
-    fields ``license``, ``license_name`` and ``license_link``, and is empty where nothing is known.
+    ``name`` has no paths of this machine. ``hub_id`` is None for a model that is not on the hub. ``licence`` holds the
+    hub's fields ``license``, ``license_name`` and ``license_link``, and is empty if the licence is unknown.
     """
 
     name: str
@@ -71,7 +75,7 @@ class Base:
 
 
 def base_of(spec: str, folder: Path | None = None) -> Base:
-    """Find out about a base model, from its own card where it has one.
+    """Describe a base model, from its own card if it has one.
 
     Args:
         spec: ``nano``, a folder, or a hub id with a revision or without.
@@ -80,14 +84,14 @@ def base_of(spec: str, folder: Path | None = None) -> Base:
     if spec == names.NANO:
         return Base(spec, None, {"license": "mit"})
     if names.is_folder(spec) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", spec):
-        return Base(last_parts(spec), None, _licence(_front_matter(folder or Path(spec).expanduser()), None))
+        return Base(last_parts(spec), None, licence_of(_front_matter(folder or Path(spec).expanduser()), None))
     name, _, revision = spec.partition("@")
     front = _front_matter(folder) if folder and (folder / CARD).is_file() else _front_matter_of(name, revision or None)
-    return Base(spec, name, _licence(front, name))
+    return Base(spec, name, licence_of(front, name))
 
 
-def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
-    """Return the hub's fields of a licence; one that the hub's list does not have is ``other``, by its name."""
+def licence_of(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
+    """Return the hub's fields of a licence; one that is not on the hub's list is ``other``, with its name."""
     given = front.get("license")
     if not isinstance(given, str) or not given.strip() or given == "unknown":
         return {}
@@ -106,10 +110,7 @@ def _licence(front: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card; empty where there is none, or none that can be read."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
+    """Return the metadata of a folder's card; empty if there is no readable card."""
     try:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -118,9 +119,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 @cache
 def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
-    """Return the metadata of a card on the hub, which mlx_lm leaves there; empty if it is out of reach."""
-    from huggingface_hub import errors, hf_hub_download
-
+    """Return the metadata of a card on the hub, which mlx_lm does not download; empty if it is out of reach."""
     away = bool(hub.out_of_reach())
     try:
         return _front_matter(Path(hf_hub_download(hub_id, CARD, revision=revision, local_files_only=away)).parent)
@@ -136,15 +135,15 @@ def write(
     fused: tuple[Path, str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write the card of an adapter's folder, or of a model that it was made part of.
+    """Write the card of an adapter, or of a model that it was fused into.
 
     Args:
-        adapter: the folder, complete but for its card.
-        row: the line of metrics of the validation that chose it; default: as the run that it stands in tells.
-        base: what is known of the base model; default: what its name and the hub tell.
+        adapter: the folder; only its card may be missing.
+        row: the line of metrics of the validation that chose it; default: from its run folder.
+        base: the base model; default: from its name and the hub.
         runs: finished evaluations with the adapter, and of the base model alone.
-        fused: the folder of the model that base and adapter were made, which gets the card, and its kind of weights.
-        title: default: the folder's name, or that of the run it stands in.
+        fused: the folder of the fused model, which gets the card, and its kind of weights.
+        title: default: the name of the folder or of its run.
 
     Returns:
         The file.
@@ -152,24 +151,27 @@ def write(
     Raises:
         UserError: if the folder is no adapter, or an evaluation is unfinished or of another adapter.
     """
-    config = adapters.read_config(adapter)
+    config = adapter_config.read_config(adapter)
     training = config.get("training") if isinstance(config.get("training"), dict) else {}
     base = base or base_of(str(config.get("model") or "an unknown model"))
     title = title or title_of(adapter)
     method = str(config.get("trained_by", "")).rpartition(" ")[2]
     results = [_evaluation(Path(run), adapter, config) for run in runs]
     row, chosen = (row, True) if row else _kept(adapter.parent)
+    settings = yaml.safe_dump(shown(training), sort_keys=False, allow_unicode=True, width=100).strip()
     measured = [*(result for result in results if result["adapter"]), *_validation(row, training)]
     content = {
         "title": _plain(title),
         "summary": _summary(config, base, method, fused[1] if fused else None),
         "uses": list(_uses(base, title, training, fused is not None)),
         "evaluations": [_table_row(result, title) for result in results],
-        "measured": [(code(name), f"{value:.4g}") for name, value in row.items() if _tells(name, value)],
+        "measured": [
+            (code(name), f"{value:.4g}") for name, value in row.items() if name.startswith(TOLD) and is_number(value)
+        ],
         "moment": f"at step {row.get('step', 0):,}, the one that was kept" if chosen else "at its last step",
         "chosen": chosen,
         "data": list(_data_lines(training, method)),
-        "settings": (settings := _yaml(shown(training))),
+        "settings": settings,
         "fence": fence_for(settings),
         "licence": _licence_text(base),
     }
@@ -178,36 +180,29 @@ def write(
         metadata["base_model_relation"] = "finetune"
     path = (fused[0] if fused else adapter) / CARD
     with nullcontext() if fused else on_the_way(path):
-        return _write(path, metadata, content)
-
-
-def _write(path: Path, metadata: dict[str, Any], content: dict[str, Any]) -> Path:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    card = ModelCard.from_template(ModelCardData(**metadata), template_path=str(TEMPLATE), **content)
-    write_atomic(path, f"{card}\n")
+        card = ModelCard.from_template(ModelCardData(**metadata), template_path=str(TEMPLATE), **content)
+        write_atomic(path, f"{card}\n")
     return path
 
 
 def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
-    """Write a finished adapter's card anew: ``mlx-traces card``. Metrics are those of the run that it stands in.
+    """Rewrite a finished adapter's card: ``mlx-traces card``. The metrics are those of its run folder.
 
     Raises:
-        UserError: as `write`; if there is a card that somebody else wrote.
+        UserError: as `write`; if somebody else wrote the card.
     """
     adapter = adapter.expanduser()
-    adapters.read_config(adapter)
+    adapter_config.read_config(adapter)
     there = adapter / CARD
     if there.exists() and MARK not in there.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{there}: not written by mlx-traces; move it away first, it would be lost")
+        raise UserError(f"{there}: not written by mlx-traces; move it away first, or it would be lost")
     return write(adapter, runs=runs)
 
 
 def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     """Return the line of metrics at the step of a run's adapter, and whether a validation chose it.
 
-
-    It is the best step that the run's result names, else its last; empty for a folder that is no run's.
+    The step is the best one in the run's result, else the last; the line is empty if the folder is no run folder.
     """
     folder = RunFolder(run)
     rows = folder.metrics if folder.begun else []
@@ -216,14 +211,8 @@ def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     return chosen or (rows[-1] if rows else {}), chosen is not None
 
 
-def _tells(name: str, value: Any) -> bool:
-    """Whether a metric tells about the adapter, not about the machine."""
-    about = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")
-    return name.startswith(about) and isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def title_of(adapter: Path) -> str:
-    """Return a folder's name, or the name of the run that it stands in."""
+    """Return the name of a folder, or of its run."""
     folder = adapter.resolve()
     named = folder.parent if folder.name in GENERIC and folder.parent.name else folder
     return clean(named.name) or "adapter"
@@ -232,9 +221,7 @@ def title_of(adapter: Path) -> str:
 def _metadata(
     base: Base, config: dict[str, Any], training: dict[str, Any], method: str, title: str, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the card's front matter: only what the hub knows, and names only what is there."""
-    from huggingface_hub import EvalResult
-
+    """Return the card's front matter, in the hub's fields and terms."""
     kind = config.get("fine_tune_type", "lora")
     tags = ["mlx", "mlx-traces", *([] if kind == "full" else [kind]), *([method] if method in METHODS else [])]
     task = _task_of(training)
@@ -268,6 +255,7 @@ def _metadata(
 
 
 def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None) -> str:
+    """Return a sentence on the adapter, its model and how it was made."""
     kind = config.get("fine_tune_type", "lora")
     settings = config.get("lora_parameters") or {}
     size = f", rank {settings['rank']}, scale {settings['scale']:g}" if "rank" in settings else ""
@@ -275,19 +263,17 @@ def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None)
     on = "all layers" if layers in (-1, None) else f"the last {layers} layers"
     made = METHODS.get(method, "training")
     whole = f"One model ({fused}) of a base and an adapter, which is a" if fused else "A"
-    return f"{whole} {KINDS[kind]} ({on}{size}) for {_base_text(base)}, made by {made} with mlx-traces and MLX."
-
-
-def _base_text(base: Base) -> str:
     if base.hub_id:
-        return f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
-    if base.name == names.NANO:
-        return "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
-    return f"the model in a folder {code(base.name)}"
+        model = f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
+    elif base.name == names.NANO:
+        model = "`nano`, the small model that comes with mlx-traces (it is not on the hub)"
+    else:
+        model = f"the model in a folder {code(base.name)}"
+    return f"{whole} {KINDS[kind]} ({on}{size}) for {model}, made by {made} with mlx-traces and MLX."
 
 
 def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iterator[tuple[str, str]]:
-    """Yield (language, code) of how the adapter, or the fused model, is used by mlx_lm and by mlx_traces."""
+    """Yield (language, code) examples of the adapter, or the fused model, in mlx_lm and mlx_traces."""
     folder = f"path/to/{_slug(title)}"
     spec = base.name if base.hub_id or base.name == names.NANO else f"path/to/{_slug(Path(base.name).name)}"
     plain = base.hub_id or spec
@@ -313,13 +299,13 @@ def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iter
 
 
 def _task_of(training: Mapping[str, Any]) -> str | None:
-    """Return the task that a training was for, or validated with; None where its settings do not say."""
+    """Return the task of a training, or of its validation; None if its settings do not name one."""
     task = training.get("task") or (training.get("evaluate") or {}).get("task")
     return task if task in TASKS else None
 
 
 def _datasets(training: Mapping[str, Any], method: str) -> list[str]:
-    """Return the hub data set whose problems a reinforcement learned from, as its settings name it."""
+    """Return the hub data set whose problems GRPO or PPO trained on, if its settings name one."""
     data = training.get("data")
     if method not in ("grpo", "ppo"):
         return []  # a file of traces
@@ -333,20 +319,13 @@ def _own_set(task: Any, split: Any) -> str | None:
     return {"gsm8k": gsm8k.HUB, "math": math.HUB.get(str(split).partition("[")[0])}.get(str(task))
 
 
-def _written(data: str) -> str:
-    """Say how many traces a file has, as its manifest counts them."""
-    with suppress(UserError, OSError, ValueError, LookupError, TypeError):
-        return f"{read_json(manifest_path(Path(data)))['counts']['written']:,} traces"
-    return "Traces"
-
-
 def _is_hub_set(name: Any) -> bool:
     """Whether a text has the form of a hub id and is no file here."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", name)) and not is_file(name)
 
 
 def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
-    """Yield what was learned from."""
+    """Describe the training data, in lines."""
     data = training.get("data")
     if method in ("grpo", "ppo"):
         task = training.get("task") or "countdown"
@@ -358,13 +337,16 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
             f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."
         )
     elif isinstance(data, str):
-        yield f"{_written(data)}, from the file {code(last_parts(data))}."
+        count = "Traces"
+        with suppress(UserError, OSError, ValueError, LookupError, TypeError):
+            count = f"{read_json(manifest_path(Path(data)))['counts']['written']:,} traces"
+        yield f"{count}, from the file {code(last_parts(data))}."
     else:
         yield "The settings do not say what data it was trained on."
 
 
 def _validation(row: Mapping[str, Any], training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the held-out accuracy of a training's kept step as a result for the hub; none without one."""
+    """Return the held-out accuracy of a training's kept step as a result for the hub, if it has one."""
     settings = training.get("evaluate")
     if "valid/accuracy" not in row or not isinstance(settings, dict):
         return []
@@ -392,7 +374,7 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     """Read a finished evaluation of the adapter, or of its base alone.
 
     Raises:
-        UserError: if it is none of them.
+        UserError: if it is neither.
     """
     folder = existing(run, "run.json", "result.json")
     about, result = folder.identity, folder.result or {}
@@ -413,8 +395,8 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     greedy = "greedy" if not result["temperature"] else f"temperature {result['temperature']:g}"
     decoding = f"{greedy}, at most {result['max_tokens']:,} tokens"
     prompt, number = last_parts(result["prompt"]), f"n = {result['total_questions']:,}"
-    interval = f"95 % interval {text.interval(result['ci_low'], result['ci_high'])}"
-    metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {interval}"
+    ends = f"95 % interval {interval(result['ci_low'], result['ci_high'])}"
+    metric = f"accuracy in %, prompt {prompt}, extractor {result['extractor']}, {decoding}, {number}, {ends}"
     split = str(result["split"]).partition("[")[0]
     told = {"dataset": dataset, "dataset_name": name, "split": split, "decoding": decoding, "metric": clean(metric)}
     return {**result, **told, "prompt": prompt, "adapter": own is not None}
@@ -423,9 +405,9 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
 def _table_row(result: dict[str, Any], title: str) -> tuple[str, ...]:
     name = code(title) if result["adapter"] else "none, the base model"
     task, prompt, extractor = (code(clean(result[key])).replace("|", "\\|") for key in ("task", "prompt", "extractor"))
-    accuracy, interval = f"{text.percent(result['accuracy'])} %", text.interval(result["ci_low"], result["ci_high"])
+    share, ends = f"{percent(result['accuracy'])} %", interval(result["ci_low"], result["ci_high"])
     counts = f"{result['correct_count']:,}", f"{result['total_questions']:,}"
-    return name.replace("|", "\\|"), task, prompt, extractor, accuracy, interval, *counts, result["decoding"]
+    return name.replace("|", "\\|"), task, prompt, extractor, share, ends, *counts, result["decoding"]
 
 
 def _licence_text(base: Base) -> str:
@@ -437,7 +419,7 @@ def _licence_text(base: Base) -> str:
 
 
 def shown(value: Any, name: str = "") -> Any:
-    """Return settings without the paths of the machine: a file keeps its last parts, a text loses the home folder."""
+    """Return settings without paths of this machine: a file keeps its last parts, a text loses the home folder."""
     if isinstance(value, dict):
         return {clean(key): shown(one, str(key)) for key, one in value.items() if one is not None}
     if isinstance(value, (list, tuple)):
@@ -459,34 +441,24 @@ def last_parts(path: str) -> str:
     return "/".join(parts[-2:] if parts and parts[-1] in GENERIC else parts[-1:]) or "folder"
 
 
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
-
-
-def fence_for(text: str) -> str:
-    """Return a fence of code that nothing in ``text`` can close."""
-    return "`" * max(3, 1 + _longest_run(text))
-
-
-def _longest_run(text: str) -> int:
-    """Return how many backticks stand together in a text at most."""
-    return max(map(len, re.findall("`+", text)), default=0)
+def fence_for(text: str, least: int = 3) -> str:
+    """Return a fence of ``least`` or more backticks that nothing in ``text`` can close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def code(text: str) -> str:
-    """Quote foreign text as code: neither Markdown nor HTML in it means anything."""
+    """Quote foreign text as code, so that Markdown and HTML in it have no effect."""
     text = clean(text)
-    marks = "`" * (1 + _longest_run(text))
+    marks = fence_for(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{marks}{pad}{text}{pad}{marks}"
 
 
 def _plain(text: str) -> str:
-    """Escape what Markdown and HTML would read as their own."""
+    """Escape the characters that Markdown and HTML interpret."""
     return re.sub(r"([\\`*_\[\]<>#|~&$!])", r"\\\1", clean(text))
 
 
 def _slug(text: str) -> str:
+    """Return a text as a folder's name for a command."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-") or "folder"

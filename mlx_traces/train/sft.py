@@ -9,7 +9,7 @@ learned positions only.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -36,7 +36,7 @@ from mlx_traces.traces.files import read_traces
 from mlx_traces.train import gradients, loop, memory, tracking
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.loop import Progress
-from mlx_traces.train.optimizer import clip, make_optimizer
+from mlx_traces.train.optimizer import make_optimizer
 
 
 def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], config: SFTConfig) -> tuple[float, Any]:
@@ -58,11 +58,11 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
     """Return the mean cross-entropy of all learned tokens, in nats; each rank reads its part of the rows."""
     own = [rows[index] for index in distributed.share(len(rows))]
 
-    def read(_: list[int], states: mx.array, targets: mx.array) -> float:
+    def read(states: mx.array, targets: mx.array) -> mx.array:
         logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False)
-        return logprobs.sum().item()
+        return logprobs.sum()
 
-    total = -sum(gradients.each(halves, own, config.micro_tokens, read))
+    total = -sum(part.item() for _, part in gradients.each(halves, own, config.micro_tokens, read))
     return sum(distributed.gather([total])) / sum(example.count for example in rows)
 
 
@@ -79,12 +79,13 @@ class Data:
 def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     """Read and encode the traces; keep those for validation apart, by problem.
 
-    Traces of the problems that are answered at validation are left out of the training, with a note.
+    Traces of the problems that are answered at validation are left out of the training, with a note. These problems are
+    asked with the thinking switch of the settings, or of the traces, if all were made with the same one.
     """
     how = config.max_length, config.over_long, config.thinking
     plan = loop.held_out_plan(config.model, config)
     same = filtering.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
-    left_out = 0
+    left_out, switches = 0, set()
 
     def learned() -> Iterator[tuple[str, Trace]]:
         nonlocal left_out
@@ -92,12 +93,15 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
             if same(trace):
                 left_out += 1
             else:
+                switches.add(trace.thinking)
                 yield where, trace
 
     encoded = encoding.encode_all(loaded, learned(), *how)
     notes = evaluator.split_notes(config.evaluate) if config.evaluate else []
     notes += encoding.describe(encoded, config.max_length)
     rows = encoded.examples
+    if plan and plan.config.thinking is None and len(switches) == 1:
+        plan = replace(plan, config=plan.config.model_copy(update={"thinking": switches.pop()}))
     if left_out:
         notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
@@ -112,6 +116,11 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     else:
         apart = [_draw(f"{config.seed} {problem_id(row.id)}") < config.valid_share for row in rows]
         train, valid = ([row for row, held in zip(rows, apart, strict=True) if held is kind] for kind in (False, True))
+    if train and not valid and config.valid_share:
+        problems = len({problem_id(row.id) for row in rows})
+        notes.append(
+            f"no validation loss: valid_share {config.valid_share:g} keeps none of {problems:,} problems apart"
+        )
     if not train:
         raise UserError(f"{config.data}: no traces to train on{_brackets(notes)}")
     if plan is None and (full := sum(_room(loaded, row) < 1 for row in valid)):
@@ -132,7 +141,10 @@ def _draw(text: str) -> float:
 
 @dataclass(frozen=True)
 class SFTResult:
-    """A finished training: its adapter's folder, steps, the best validation and where it was, and the last loss."""
+    """A finished training: its adapter's folder, steps, the best validation and where it was.
+
+    ``stopped`` is ``patience`` where that ended it before its last step.
+    """
 
     adapter: str
     steps: int
@@ -144,35 +156,23 @@ class SFTResult:
     peak_memory_gb: float
     padding: float
     notes: list[str] = field(default_factory=list)
+    stopped: str | None = None
 
 
 def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callable | None = None) -> SFTResult:
-    """Fine-tune a model on traces; ``mlx-traces sft`` from Python.
-
-    The run folder gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
-    ``samples.jsonl``, ``checkpoint.safetensors`` and ``result.json``.
-
-    Args:
-        config: the settings.
-        out: the run folder.
-        resume: continue a run that was cut off; the result is that of an uninterrupted one.
-        show: called with each line of metrics and the number of steps.
-
-    Raises:
-        UserError: if the input is wrong, or the loss stops being a number: the checkpoint stays as it was.
-        Stopped: after Ctrl-C, when a step is done and its checkpoint written.
-    """
+    """Fine-tune a model on traces; ``mlx-traces sft`` from Python. Arguments and errors: see `train.loop`."""
     with (
         distributed.at_work(Path(out), resume) as (folder, stop),
         tracking.reported(config, folder, show) as show,
     ):
         config = loading.of_its_day(names.with_adapter(config), folder.identity)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        config = config.sized(distributed.sizes(loaded.backend))
         data = prepare(loaded, config)
         lengths = [len(example.ids) for example in data.train]
         per_epoch = math.ceil(len(data.train) / config.batch_size)
         last = config.epochs * per_epoch
-        adapter = _begin(config, folder, loaded, data, last)
+        config, adapter = _begin(config, folder, loaded, data, last)
         model, halves, optimizer = loaded.model, split(loaded.model), make_optimizer(config, last)
         run = loop.Training(
             folder,
@@ -197,16 +197,15 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
                 mx.random.seed(loop.step_seed(config.seed, step))  # dropout
                 model.train()
                 loss, grads = step_gradient(model, halves, batch, config)
-                grads, norm = clip(grads, config.max_grad_norm)
+                norm, update = optimizer.propose(model, grads)
                 ids = ", ".join(sorted({example.id for example in batch}))
-                loop.refuse_nonfinite(loss, norm.item(), step, config, f"look at the step's traces: {ids}")
-                optimizer.update(model, grads)
-                mx.eval(model.trainable_parameters(), optimizer.state)
+                loop.refuse_nonfinite(loss, norm, step, config, f"look at the step's traces: {ids}")
+                update()
                 tokens = sum(len(example.ids) for example in batch)
                 metrics = {
                     "loss": loss,
                     "optim/lr": optimizer.learning_rate.item(),
-                    "optim/grad_norm": norm.item(),
+                    "optim/grad_norm": norm,
                     "tokens": tokens,
                     "tokens_per_second": tokens / (perf_counter() - began),
                 }
@@ -216,8 +215,14 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         return result
 
 
-def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data, last: int) -> dict[str, Any]:
-    """Check that the run is the one in the folder, put the adapter on, begin the folder; return `adapters.start`'s."""
+def _begin(
+    config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data, last: int
+) -> tuple[SFTConfig, dict[str, Any]]:
+    """Check that the run is the one in the folder, put the adapter on, and begin the folder.
+
+    Returns:
+        The settings, micro-batches that the device takes lowered until they fit, and what `adapters.start` returned.
+    """
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
@@ -225,6 +230,7 @@ def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data
     if adapter["fine_tune_type"] == "full" and "quantization" in loaded.config:
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     longest = max(len(example.ids) for example in data.train)
+    config = memory.fitted(config, loaded.backend, lambda config: memory.of_sft(loaded, config, longest))
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
     read = resolved_config(
         config.model_dump(mode="json"),
@@ -236,7 +242,7 @@ def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data
     )
     ran = {"backend": asdict(loaded.backend), "steps": last, "ranks": distributed.world().size()}
     folder.begin(identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *data.notes]})
-    return adapter
+    return config, adapter
 
 
 def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[list[Example]]:
@@ -246,15 +252,15 @@ def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iter
             yield [rows[index] for index in indices]
 
 
-def _padding(lengths: list[int], config: SFTConfig) -> float:
+def _padding(lengths: list[int], config: SFTConfig, backend: str) -> float:
     """Return the share of padding in all micro-batches of the training."""
     micro = [
         batch
         for epoch in range(config.epochs)
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch)
-        for batch in batching.micro_batches(indices, lengths, config.micro_tokens)
+        for batch in batching.micro_batches(indices, lengths, config.micro_tokens, backend)
     ]
-    return batching.padding_share(micro, lengths)
+    return batching.padding_share(micro, lengths, backend)
 
 
 def validation(
@@ -291,7 +297,7 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
     asked = [(row, start) for row in rows if (start := _start(row))]
     params = [SamplingParams(max_tokens=_room(loaded, row)) for row, _ in asked]
     shown: list[dict[str, Any]] = [{}] * len(asked)
-    with adapters.merged(loaded.model):
+    with adapters.merged(loaded.model, loaded.backend):
         requests = [Request(row.ids[:start]) for row, start in asked]
         for index, rollout in generation.generate(loaded, requests, params, rows=loop.SHOWN):
             row, start = asked[index]
@@ -313,7 +319,10 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
     }
     # In earlier versions the traces of a problem that a file has twice could be on both sides.
     apart = {"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}
-    return loop.identity_of(config, loaded, {**apart, **digests})
+    identity = loop.identity_of(config, loaded, {**apart, **digests})
+    if data.held_out and data.held_out.config.thinking is not None:  # the traces' own, perhaps
+        identity["evaluate"]["thinking"] = data.held_out.config.thinking
+    return identity
 
 
 def about(config: SFTConfig) -> dict[str, Any]:
@@ -336,6 +345,7 @@ def _result(run: loop.Training, data: Data, lengths: list[int]) -> SFTResult:
         seconds=progress.seconds,
         tokens_per_second=sum(row["tokens"] for row in rows) / seconds if seconds else 0.0,
         peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
-        padding=_padding(lengths, run.config),
+        padding=_padding(lengths, run.config, run.loaded.backend.name),
         notes=[*run.loaded.notes, *run.room.notes, *data.notes, *run.unmoved()],
+        stopped=run.stopped,
     )

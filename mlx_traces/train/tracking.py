@@ -32,7 +32,7 @@ Show = Callable[[Row, int], Any]
 
 
 def client(name: str) -> ModuleType:
-    """Import a tracking client; UserError if it is not installed, or breaks while it is imported."""
+    """Import a tracking client; UserError if it is not installed, or its import fails."""
     if name not in CLIENTS:
         raise UserError(f"report_to: {name!r} is not known; choose {choices(CLIENTS)}")
     try:
@@ -47,12 +47,12 @@ def client(name: str) -> ModuleType:
 
 @contextmanager
 def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> Iterator[Show | None]:
-    """Yield a ``show`` that also sends each row of metrics to the client of ``report_to``; ``show`` itself without one.
+    """Yield a ``show`` that also sends each row of metrics to the client of ``report_to``; without one ``show`` itself.
 
-    Of several ranks the first one sends. The tracked run begins with the first row: the settings are checked by then.
+    Of several ranks only the first sends. The tracked run begins with the first row, when the settings are checked.
 
     Args:
-        config: the training's settings; the client gets them, and what ``run.json`` says, as its run's configuration.
+        config: the training's settings; the client gets them, with the content of ``run.json``, as configuration.
         folder: the run folder.
         show: takes each line of metrics, which is in ``metrics.jsonl`` by then, and the number of steps; or None.
 
@@ -91,7 +91,14 @@ class Tracker:
         with self._leaving():
             rows = [row]
             if self.run is None:
-                self._begin()
+                about = self.folder.about
+                self.id, self.sent = run_id(self.folder.path), {}
+                if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
+                    self.sent = dict(state["sent"])
+                self.last = self.sent.get(self.module.__name__, -1)
+                made = {name: about.get(name) for name in ("versions", "git_revision", "platform", "backend", "ranks")}
+                settings = {**self.config.model_dump(mode="json"), **about["identity"], **made}
+                self.run = CLIENTS[self.module.__name__][0](self.module, self.id, self.folder.path.name, settings)
                 rows = self.folder.metrics
             for one in rows:
                 if one["step"] > self.last:
@@ -106,19 +113,9 @@ class Tracker:
             with self._leaving():
                 CLIENTS[self.module.__name__][1](self.module, failed)
 
-    def _begin(self) -> None:
-        about = self.folder.about
-        self.id, self.sent = run_id(self.folder.path), {}
-        if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
-            self.sent = dict(state["sent"])
-        self.last = self.sent.get(self.module.__name__, -1)
-        made = {name: about.get(name) for name in ("versions", "git_revision", "platform", "backend", "ranks")}
-        settings = {**self.config.model_dump(mode="json"), **about["identity"], **made}
-        self.run = CLIENTS[self.module.__name__][0](self.module, self.id, self.folder.path.name, settings)
-
     @contextmanager
     def _leaving(self) -> Iterator[None]:
-        """Let the client print to stderr, and leave it alone after an error, which is told in a line."""
+        """Redirect the client's output to stderr; after an error print one line and send nothing more."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
@@ -129,22 +126,22 @@ class Tracker:
 
 
 def run_id(folder: Path) -> str:
-    """Return the 12 hexadecimal digits that a run folder's tracked run is known by.
+    """Return the id of a run folder's tracked run: 12 hexadecimal digits.
 
-    They follow from ``run.json``, which is written once, with its time: moving the folder keeps them, and a new run in
+    They follow from ``run.json``, which is written once, with its time. So a moved folder keeps them, and a new run in
     the place of a removed one gets others.
     """
     return hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()[:12]
 
 
 def _begin_trackio(trackio: Any, identity: str, name: str, settings: dict[str, Any]) -> Any:
-    """Begin or go on with a run; trackio knows it by its name."""
+    """Begin or continue a run; trackio identifies it by its name."""
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
     return trackio.init(project=project, name=f"{name}-{identity}", config=settings, resume="allow", embed=False)
 
 
 def _begin_wandb(wandb: Any, identity: str, name: str, settings: dict[str, Any]) -> Any:
-    """Begin or go on with a run; nothing that is printed is recorded."""
+    """Begin or continue a run; printed lines are not recorded."""
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     return wandb.init(
         project=project, id=identity, name=name, config=settings, resume="allow", settings={"console": "off"}

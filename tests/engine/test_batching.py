@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_traces.engine.batching import Example, epoch_batches, micro_batches, pad, padding_share
+from mlx_traces.engine.batching import Example, epoch_batches, micro_batches, pad, padded_shape, padding_share
 
 LENGTHS = np.random.default_rng(0).integers(1, 400, 3000).tolist()
 
@@ -47,6 +47,36 @@ def test_micro_batches_hold_the_budget(lengths, budget):
     for before, after in pairwise(batches):  # none that the one before had room for
         longest = max(lengths[index] for index in before)
         assert (len(before) + 1) * longest > budget and longest >= max(lengths[index] for index in after)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ((1, 1, 0), (1, 1, 0)),
+        ((2, 2, 1), (2, 33, 128)),
+        ((3, 33, 128), (4, 33, 128)),
+        ((5, 118, 129), (8, 129, 256)),  # 117 queries to 128
+        ((16, 117, 0), (16, 129, 0)),
+        ((17, 213, 0), (24, 225, 0)),  # 256 would add more than a tenth
+        ((64, 600, 500), (64, 641, 512)),
+    ],
+)
+def test_shapes_on_cuda(lengths, shape):
+    assert padded_shape("cuda", *lengths) == shape
+    assert padded_shape("cuda", *shape) == shape  # and stays there
+    assert padded_shape("metal", *lengths) == padded_shape("cpu", *lengths) == lengths
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 9000))
+def test_micro_batches_hold_the_budget_with_padding(lengths, budget):
+    batches = micro_batches(range(len(lengths)), lengths, budget, "cuda")
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        rows, length, _ = padded_shape("cuda", len(batch), max(lengths[index] for index in batch))
+        assert len(batch) == 1 or rows * length <= budget
+        ids, positions = pad([Example("", (7,) * lengths[index], (True,) * lengths[index]) for index in batch], "cuda")
+        assert ids.shape == (rows, length) and (ids[:, 1:].reshape(-1)[positions] == 7).all()
+        assert len(positions) == sum(lengths[index] - 1 for index in batch)
 
 
 def test_padding_and_positions():

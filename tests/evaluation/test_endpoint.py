@@ -277,7 +277,7 @@ def test_a_fault_that_passes_is_asked_again_and_one_that_stays_ends_the_run(fake
     assert evaluated(fake, tmp_path / "run", **one).total_questions == 1 and len(posts(fake)) == 3
     fake.asked.clear()
     broken = 3
-    with pytest.raises(UserError, match=r"problem countdown-\S+: .*asked 3 times") as error:
+    with pytest.raises(UserError, match=r"problem countdown-\S+: .*tried 3 times") as error:
         evaluated(fake, tmp_path / "stays", **one)
     assert len(posts(fake)) == 3 and str(error.value).isprintable() and len(str(error.value)) < 500
 
@@ -339,7 +339,7 @@ def test_a_reply_that_does_not_come_or_end(fake, tmp_path, drip):
     Handler.answer = answer
     try:
         start = time.monotonic()
-        with pytest.raises(UserError, match=r"no whole reply in 0\.2 s, asked 2 times"):
+        with pytest.raises(UserError, match=r"no whole reply in 0\.2 s, tried 2 times"):
             evaluated(fake, tmp_path / "run", limit=1, timeout=0.2, retries=1)
         assert time.monotonic() - start < 15  # the reply would take longer
     finally:
@@ -456,7 +456,7 @@ def test_a_study_takes_served_models_beside_loaded_ones(fake, tmp_path):
     assert [planned.model for planned in part.plans] == ["nano", f"served@127.0.0.1:{fake.server_port}"]
     assert [planned.config.rows for planned in part.plans] == [4, EvalConfig().rows] and part.baseline == 1
     settings["models"][1] = {**served, "bits": 4}
-    with pytest.raises(UserError, match=r"models\.1: a model behind a server has the bits that it has"):
+    with pytest.raises(UserError, match=r"models\.1: bits cannot be chosen for a model behind a server"):
         study.lay_out(build(StudyConfig, settings))
 
 

@@ -1,7 +1,10 @@
 """The evaluator end to end, on nano: run folders, resume, agreement of batched and single runs, comparison."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,17 @@ from mlx_traces.tasks import get_task
 pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
 
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
+
+
+def test_without_mlx_an_evaluation_ends_in_one_line():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "import mlx_traces; from mlx_traces.errors import UserError\n"
+        "try: mlx_traces.evaluate(limit=1, out='never')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("MLX has no backend here: pip install 'mlx-traces[cpu]'")
 
 
 def samples_of(folder):
@@ -72,6 +86,30 @@ def test_an_existing_run_is_not_overwritten(batched):
     assert (folder / "samples.jsonl").read_bytes() == before
     again = mlx_traces.evaluate(out=folder, resume=True, rows=4, **SMALL)
     assert again.accuracy == result.accuracy and without_clock(samples_of(folder)) == rows
+
+
+def test_a_run_of_an_older_version_is_not_mixed_with_this_ones_rules(tmp_path):
+    """Of the stop rule, which decides what is sampled, it is refused; of the graders' rules a note says so."""
+    (tmp_path / "mine.yaml").write_text("user: 'nums {nums}, target {target}'\nstop: [STOP]\n")
+    settings = {**SMALL, "prompt": str(tmp_path / "mine.yaml"), "limit": 3, "max_tokens": 8}
+    assert mlx_traces.evaluate(out=tmp_path / "a", **settings).notes == []
+    folder = tmp_path / "a"
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    about = json.loads((folder / "run.json").read_text())
+    assert about["identity"]["stops"] == "after thoughts"
+
+    def resumed(**changes):
+        (folder / "run.json").write_text(json.dumps(about | changes))
+        (folder / "samples.jsonl").write_text("".join(lines[:2]))
+        return mlx_traces.evaluate(out=folder, resume=True, **settings)
+
+    before = {key: value for key, value in about["identity"].items() if key != "stops"}
+    with pytest.raises(UserError, match=r"stops: an older version let stop strings end thoughts too\); choose another"):
+        resumed(identity=before)
+    assert resumed().notes == []
+    assert re.match("2 samples were graded by version 1 of the graders' rules, the oth", *resumed(grader=1).notes)
+    free = plan(EvalConfig(**settings, stop_in_thoughts=True)).identity()
+    assert "stops" not in free | plan(EvalConfig(**SMALL)).identity()
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
@@ -234,7 +272,7 @@ def test_bad_requests_leave_no_run_behind(tmp_path):
         ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
         ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
         ("", {"max_tokens": 9999}, "pass the model's context of 2048"),
-        ("", {"samples": 4}, "--samples 4 would all be alike at temperature 0"),
+        ("", {"samples": 4}, "--samples 4 would all be the same at temperature 0"),
     ):
         prompt.write_text(content)
         with pytest.raises(UserError) as raised:

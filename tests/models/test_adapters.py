@@ -1,6 +1,9 @@
 """Adapters that are started, trained, saved, left out and merged, and read by mlx_lm."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,10 +11,16 @@ import numpy as np
 import pytest
 from factories import make_config, make_model, make_tokenizer
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2_moe
+from mlx_lm.tuner.dora import DoRAEmbedding
+from mlx_lm.tuner.lora import LoRAEmbedding
 
-from mlx_traces.config import AdapterConfig
+from mlx_traces.config import AdapterConfig, shipped
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.runtime.device import Backend
+from mlx_traces.tasks.countdown import TASK
+from mlx_traces.traces.solutions import countdown_traces
 
 IDS = mx.array([[5, 9, 17, 40, 3], [88, 2, 2, 61, 30]])
 
@@ -199,16 +208,164 @@ def test_a_reference_is_of_the_kind_and_layers_that_are_trained(tmp_path):
         adapters.reference(model, tmp_path / "dora")
 
 
-def test_merging_leaves_what_would_be_rounded():
-    for model in (quantized(), make_model()):
-        if "scales" not in model.layers[0].self_attn.q_proj:
-            model.set_dtype(mx.float16)
+CUDA = Backend("cuda", "quantized", "bfloat16", 80.0, "test")
+METAL = Backend("metal", "quantized", None, 16.0, "test")
+
+
+def modules_of(model):
+    """Return what a training would go on with: the modules, and which of their parameters are trained."""
+    return {name: (id(module), *sorted(module.trainable_parameters())) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "head"])
+def test_sixteen_bits_are_merged_in_float32_and_rounded_once(kind, dtype):
+    model = make_model(tie_word_embeddings=False)
+    model.set_dtype(dtype)
+    started(model, **KINDS[kind])
+    shake(model)
+    before = modules_of(model)
+    layer = dict(model.named_modules())["lm_head" if kind == "head" else "model.layers.1.mlp.up_proj"]
+    wide = np.array(layer.linear.weight.astype(mx.float32), np.float64)
+    wide += layer.scale * np.array(layer.lora_b, np.float64).T @ np.array(layer.lora_a, np.float64).T
+    if kind == "dora":
+        wide *= (np.array(layer.m, np.float64) / np.linalg.norm(wide, axis=1))[:, None]
+    with adapters.merged(model, CUDA):
+        made = dict(model.named_modules())["lm_head" if kind == "head" else "model.layers.1.mlp.up_proj"]
+        assert type(made) is nn.Linear and made.weight.dtype == dtype and not made.trainable_parameters()
+        rounded = mx.array(wide.astype(np.float32)).astype(dtype)
+        assert (made.weight == rounded).mean().item() > 0.999  # but where float32 is at the edge between two numbers
+    assert modules_of(model) == before
+
+
+def target(kind, model):
+    """Return a layer of each kind that an adapter of the test is on."""
+    return {"head": "lm_head"}.get(kind, "model.layers.1.mlp.down_proj"), dict(model.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "last layer", "head"])
+def test_quantized_layers_are_made_dense_on_cuda(kind):
+    model = quantized(tie_word_embeddings=False)
+    plain = nn.Linear(1, 1)
+    started(model, **KINDS[kind])
+    shake(model)
+    logits, before = model(IDS), modules_of(model)
+    with adapters.merged(model, CUDA):
+        kinds = {type(module) for _, module in model.named_modules()}
+        assert nn.QuantizedLinear not in kinds and nn.QuantizedEmbedding not in kinds and type(plain) in kinds
+        np.testing.assert_allclose(np.array(model(IDS)), np.array(logits), atol=5e-4)
+        inside = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        with adapters.merged(model, CUDA):  # there is nothing left to change
+            assert sum(array.nbytes for _, array in tree_flatten(model.parameters())) == inside
+    assert modules_of(model) == before and mx.array_equal(model(IDS), logits)
+
+
+@pytest.mark.parametrize("backend", [METAL, replace(CUDA, memory_gb=1e-4), None], ids=["metal", "small cuda", "none"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "last layer", "head"])
+def test_quantized_layers_keep_their_weights_where_dense_ones_do_not_pay_or_fit(kind, backend):
+    model = quantized(tie_word_embeddings=False)
+    bias = mx.random.normal((64,), key=mx.random.key(3))
+    model.load_weights([("model.layers.1.self_attn.q_proj.bias", bias)], strict=False)
+    started(model, **KINDS[kind])
+    shake(model)
+    logits, before = model(IDS), modules_of(model)
+    name, modules = target(kind, model)
+    with adapters.merged(model, backend):
+        made = dict(model.named_modules())[name]
+        assert type(made) is adapters.LowRank and made.linear is modules[name].linear
+        assert made.a.dtype == made.b.dtype == made.linear.scales.dtype
+        np.testing.assert_allclose(np.array(model(IDS)), np.array(logits), atol=2e-4)
+    assert modules_of(model) == before and mx.array_equal(model(IDS), logits)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_embeddings_and_experts_are_merged_too(kind, quantize):
+    if kind == "dora" and quantize:
+        return  # mlx_lm has none on quantized embeddings
+    model = make_model()
+    if quantize:
+        nn.quantize(model, group_size=32, bits=4)
+    started(model, kind=kind)
+    embedding = DoRAEmbedding if kind == "dora" else LoRAEmbedding
+    model.model.embed_tokens = embedding.from_base(model.model.embed_tokens, r=4, scale=2.0)
+    model.model.embed_tokens.lora_b = 0.05 * mx.random.normal((4, 64), key=mx.random.key(1))
+    logits = model(IDS)
+    with adapters.merged(model, CUDA):
+        assert type(model.model.embed_tokens) is nn.Embedding
+        np.testing.assert_allclose(np.array(model(IDS)), np.array(logits), atol=5e-4)
+    if kind == "lora":
+        moe = experts()
+        if quantize:
+            nn.quantize(moe, group_size=32, bits=4)
+        started(moe, targets=["mlp.switch_mlp.up_proj"])
+        shake(moe)
+        logits = moe(IDS)
+        with adapters.merged(moe, CUDA):
+            assert not [name for name, _ in tree_flatten(moe.parameters()) if "lora_" in name or "scales" in name]
+            np.testing.assert_allclose(np.array(moe(IDS)), np.array(logits), atol=5e-4)
+
+
+def test_the_bytes_of_what_is_copied_are_known_before():
+    for model, backend in (
+        (make_model(), None),
+        (quantized(), CUDA),
+        (quantized(), METAL),
+        (quantized(tie_word_embeddings=False), replace(CUDA, memory_gb=1e-4)),
+    ):
+        if backend:
+            model.set_dtype(mx.bfloat16)
         started(model)
-        shake(model)
-        logits = model(IDS)
-        with adapters.merged(model):
-            assert "lora_a" in model.layers[0].self_attn.q_proj
-            assert mx.array_equal(model(IDS), logits)
+        told = adapters.copied_bytes(model, backend)
+        weighed = adapters.sampling_bytes(model, backend)
+        own = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        mx.eval(model.parameters())
+        active = mx.get_active_memory()
+        with adapters.merged(model, backend):
+            assert weighed == own + told == adapters.sampling_bytes(model, backend)
+            assert told > 0 and abs(mx.get_active_memory() - active - told) < 0.02 * told + 4096
+        assert abs(mx.get_active_memory() - active) < 4096
+
+
+def test_merging_holds_little_besides_what_it_makes():
+    model = make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    model.set_dtype(mx.bfloat16)
+    started(model)
+    mx.eval(model.parameters())
+    told, active = adapters.copied_bytes(model, CUDA), mx.get_active_memory()
+    mx.reset_peak_memory()
+    with adapters.merged(model, CUDA):
+        assert mx.get_peak_memory() - active < 1.2 * told  # one layer's in float32 besides
+
+
+def nano_logprobs(texts, dtype, adapter, context, bits):
+    """Return the log-probabilities of some texts' tokens by nano with an adapter, all computed in ``dtype``."""
+    loaded = loading.load("nano")
+    if bits:
+        nn.quantize(loaded.model, group_size=64, bits=bits)
+    loaded.model.set_dtype(dtype)
+    adapters.attach(loaded.model, adapter)  # A and B stay float32
+    ids, found = [loaded.tokenizer.encode(text) for text in texts], []
+    with context(loaded.model):
+        logits = loaded.model(mx.array([[*own, *[0] * (64 - len(own))][:64] for own in ids])).astype(mx.float32)
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for row, own in zip(logits, ids, strict=True):
+            found += [row[at, token].item() for at, token in enumerate(own[1:64])]
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("bits", "adapter_names"), [(None, ("nano-epoch2", "nano-grpo")), (4, ("nano-grpo",))])
+def test_merged_log_probabilities_are_as_near_to_float32_as_those_of_an_adapter_apart(bits, adapter_names):
+    traces = list(countdown_traces(1 if bits else 8, "train", 3, prompts=[TASK.prompt("thinking")]))  # bits are slow
+    texts = [f"{trace.messages[-1]['content']}{trace.completion}" for trace in traces]
+    apart, own = [], []
+    for name in adapter_names:
+        folder = shipped("adapters") / name
+        exact = nano_logprobs(texts, mx.float32, folder, nullcontext, bits)
+        apart.append(np.abs(nano_logprobs(texts, mx.bfloat16, folder, nullcontext, bits) - exact).mean())
+        merged = partial(adapters.merged, backend=METAL)
+        own.append(np.abs(nano_logprobs(texts, mx.bfloat16, folder, merged, bits) - exact).mean())
+    assert 1e-3 < sum(own) < 1.2 * sum(apart), (own, apart)
 
 
 def test_without_an_adapter_nothing_is_swapped():
@@ -242,28 +399,27 @@ def test_what_is_trained():
     assert not mx.array_equal(*a)
 
 
-def test_targets_among_experts():
-    from mlx_lm.models import qwen2_moe
-
-    def model():
-        return qwen2_moe.Model(
-            qwen2_moe.ModelArgs.from_dict(
-                make_config(
-                    model_type="qwen2_moe",
-                    num_experts_per_tok=2,
-                    num_experts=4,
-                    moe_intermediate_size=32,
-                    shared_expert_intermediate_size=32,
-                    tie_word_embeddings=False,
-                )
+def experts():
+    return qwen2_moe.Model(
+        qwen2_moe.ModelArgs.from_dict(
+            make_config(
+                model_type="qwen2_moe",
+                num_experts_per_tok=2,
+                num_experts=4,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+                tie_word_embeddings=False,
             )
         )
+    )
 
-    moe = model()
+
+def test_targets_among_experts():
+    moe = experts()
     started(moe, targets=["mlp.switch_mlp.up_proj"])
     assert len(tree_flatten(moe.trainable_parameters())) == 4
     with pytest.raises(UserError, match="doesn't support DoRA"):
-        started(model(), kind="dora")
+        started(experts(), kind="dora")
 
 
 @pytest.mark.parametrize(

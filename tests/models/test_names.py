@@ -104,6 +104,17 @@ def test_hub_errors_are_one_line(kind, message, monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_download_is_no_model_where_the_rest_cannot_be_had(tmp_path, monkeypatch):
+    """Older clients of the hub return its folder; what is missing in it is no fault of the model's."""
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=r"org/model could not be downloaded \(HF_HUB_OFFLINE is set\); pass nano"):
+        resolve("org/model")
+
+
 def test_what_is_on_this_machine_is_told_from_the_hub(tiny_folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 

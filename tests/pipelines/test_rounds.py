@@ -70,7 +70,7 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     assert [run.result["adapter"] is None for run in runs] == [True, False, False]
     assert "epoch1" in runs[1].result["adapter"] and "epoch2" in runs[2].result["adapter"]
     assert len({tuple(row["id"] for row in run.samples) for run in runs}) == 1 and len(frame) == 3
-    plan = {station.name: station for station in rounds.stations(config_in(folder), quiet)}
+    plan = {stage.name: stage for stage in rounds.stages(config_in(folder), quiet)}
     about = json.loads((plan["epoch2"].out / "run.json").read_text())
     assert about["steps"] == json.loads((plan["epoch2"].out / "result.json").read_text())["steps"]
     settings = about["identity"]
@@ -78,7 +78,7 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     assert json.loads(manifest_path(plan["filtered"].out).read_text())["source"] == str(plan["scored"].out)
     told = json.loads((folder / "runs" / "try-comparison" / "rounds.json").read_text())
     assert told["config"] == config_in(folder).model_dump(mode="json") and told["versions"]["mlx"]
-    assert {station["name"]: station["out"] for station in told["stations"]} == {n: str(s.out) for n, s in plan.items()}
+    assert {stage["name"]: stage["out"] for stage in told["stations"]} == {n: str(s.out) for n, s in plan.items()}
     assert told["stations"][-1]["config"]["adapter"] == settings["adapter"]
 
 
@@ -89,9 +89,7 @@ def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):
     assert made(said) == [] and len(said) == len(NAMES)
 
     def left(**changes):
-        return [
-            station.name for station in rounds.stations(config_in(folder, **changes), quiet) if not station.finished
-        ]
+        return [stage.name for stage in rounds.stages(config_in(folder, **changes), quiet) if not stage.finished]
 
     assert left(compare={"limit": 9}) == []
     assert left(epoch2={"learning_rate": 2e-4, "valid_share": 0}) == ["epoch2"]
@@ -106,13 +104,13 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
     folder, (said, outcome) = finished[0], third
     config, again = config_in(folder, round3=GRPO), []
     assert made(said) == ["round3"]  # the others keep their names, and their results
-    station = rounds.stations(config, quiet)[-1]
-    settings = json.loads((station.out / "run.json").read_text())["identity"]
-    before = next(s for s in rounds.stations(config, quiet) if s.name == "epoch2")
+    stage = rounds.stages(config, quiet)[-1]
+    settings = json.loads((stage.out / "run.json").read_text())["identity"]
+    before = next(s for s in rounds.stages(config, quiet) if s.name == "epoch2")
     assert settings["adapter"] == str(before.out / "adapter") and settings["prompt"]["name"] == "thinking"
-    weights = [(s.out / "adapter" / "adapters.safetensors").read_bytes() for s in (before, station)]
+    weights = [(s.out / "adapter" / "adapters.safetensors").read_bytes() for s in (before, stage)]
     assert weights[0] != weights[1]
-    assert [run.result["adapter"] for run in outcome.runs][2:] == [str(s.out / "adapter") for s in (before, station)]
+    assert [run.result["adapter"] for run in outcome.runs][2:] == [str(s.out / "adapter") for s in (before, stage)]
     assert len({tuple(row["id"] for row in run.samples) for run in outcome.runs}) == 1 and len(outcome.frame) == 4
     assert len(rounds.gains(outcome.runs)) == 3
     page = outcome.page.read_text()
@@ -120,7 +118,7 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
     rounds.run(config, again.append, quiet)
     assert made(again) == []
     longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
-    left = [s.name for s in rounds.stations(config_in(folder, round3=longer), quiet) if not s.finished]
+    left = [s.name for s in rounds.stages(config_in(folder, round3=longer), quiet) if not s.finished]
     assert left == ["round3"]
 
 
@@ -144,7 +142,7 @@ def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatc
     rounds.run(config, said.append, quiet)
     assert made(said) == ["round3", "round3"] and len(steps) == 2
     files = [
-        rounds.stations(c, quiet)[-1].out / "adapter" / "adapters.safetensors"
+        rounds.stages(c, quiet)[-1].out / "adapter" / "adapters.safetensors"
         for c in (config, config_in(finished[0], round3=GRPO))
     ]
     assert files[0] != files[1] and files[0].read_bytes() == files[1].read_bytes()
@@ -154,15 +152,15 @@ def test_a_round_of_ppo_alone_starts_from_the_model_itself(tmp_path):
     config, said = config_in(tmp_path, epoch1=None, epoch2=None, round3=PPO), []
     outcome = rounds.run(config, said.append, quiet)
     assert made(said) == ["round3"] and [run.result["adapter"] is None for run in outcome.runs] == [True, False]
-    (station,) = rounds.stations(config, quiet)
-    settings = json.loads((station.out / "run.json").read_text())["identity"]
+    (stage,) = rounds.stages(config, quiet)
+    settings = json.loads((stage.out / "run.json").read_text())["identity"]
     assert settings["adapter"] is None and settings["gae_lambda"] == 0.95
 
 
 def test_the_reference_is_what_the_third_round_starts_from_unless_it_is_named(finished):
     def third_of(**changes):
         settings = {"grpo": {**GRPO["grpo"], **changes}}
-        return rounds.stations(config_in(finished[0], round3=settings), quiet)[-1].recipe
+        return rounds.stages(config_in(finished[0], round3=settings), quiet)[-1].recipe
 
     def reference_of(**changes):
         return trainer.with_reference(third_of(**changes), {}).reference
@@ -176,7 +174,7 @@ def test_a_reward_counts_by_the_content_of_its_file(finished, tmp_path, monkeypa
     settings = {"grpo": {**GRPO["grpo"], "rewards": {"own_reward:short": 1}}}
 
     def names():
-        return [s.out.name for s in rounds.stations(config_in(finished[0], round3=settings), quiet)]
+        return [s.out.name for s in rounds.stages(config_in(finished[0], round3=settings), quiet)]
 
     before = names()
     (tmp_path / "own_reward.py").write_text("def short(completions): return [0 for c in completions]\n")
@@ -190,8 +188,8 @@ def test_another_content_of_a_file_of_problems_is_another_station(finished, tmp_
     generate = {**TINY["generate"], "data": str(file)}
 
     def name():
-        plan = rounds.stations(config_in(finished[0], generate=generate), quiet)
-        return next(station.out.name for station in plan if station.name == "generated")
+        plan = rounds.stages(config_in(finished[0], generate=generate), quiet)
+        return next(stage.out.name for stage in plan if stage.name == "generated")
 
     file.write_text('{"nums": [1, 2, 3], "target": 6}\n')
     first = name()
@@ -217,9 +215,7 @@ def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch
         rounds.run(config, lambda line: None, quiet)
     monkeypatch.setattr(sft, "step_gradient", real)
     rounds.run(config, lambda line: None, quiet)
-    for ours, theirs in zip(
-        rounds.stations(config, quiet), rounds.stations(config_in(finished[0]), quiet), strict=True
-    ):
+    for ours, theirs in zip(rounds.stages(config, quiet), rounds.stages(config_in(finished[0]), quiet), strict=True):
         if ours.name.startswith("epoch"):
             weights = [s.out / "adapter" / "adapters.safetensors" for s in (ours, theirs)]
             assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -227,7 +223,7 @@ def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch
 
 def test_a_station_cut_off_before_its_manifest_is_made_again(finished):
     config, said = config_in(finished[0]), []
-    plan = {station.name: station.out for station in rounds.stations(config, quiet)}
+    plan = {stage.name: stage.out for stage in rounds.stages(config, quiet)}
     before = {name: plan[name].read_bytes() for name in ("raw", "filtered")}
     for name in before:
         manifest_path(plan[name]).unlink()
@@ -240,11 +236,11 @@ def test_a_raw_file_counts_by_its_content(finished, tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_bytes(next((finished[0] / "data" / "raw").glob("*.jsonl")).read_bytes())
     config = config_in(tmp_path, raw={"file": str(file)})
-    names = [[station.out for station in rounds.stations(config, quiet)] for _ in range(2)]
+    names = [[stage.out for stage in rounds.stages(config, quiet)] for _ in range(2)]
     assert names[0] == names[1]
     with file.open("a") as lines:
         lines.write("\n")
-    assert not set(names[0]) & {station.out for station in rounds.stations(config, quiet)}
+    assert not set(names[0]) & {stage.out for stage in rounds.stages(config, quiet)}
 
 
 def test_gains_are_paired():
@@ -319,11 +315,11 @@ def test_another_adapter_than_the_one_a_round_goes_on_with_is_refused_at_the_sta
 
 
 def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(finished, tmp_path):
-    folder = next(s for s in rounds.stations(config_in(finished[0]), quiet) if s.name == "epoch1").out / "adapter"
+    folder = next(s for s in rounds.stages(config_in(finished[0]), quiet) if s.name == "epoch1").out / "adapter"
 
     def check(**changes):
         config = config_in(tmp_path, model=f"nano+{folder}", **changes)
-        plan = rounds.stations(config, quiet)
+        plan = rounds.stages(config, quiet)
         rounds.check(plan, rounds.comparison_of(config, plan))
 
     check()
@@ -365,7 +361,7 @@ def tree(folder):
 
 
 def column(lines, place):
-    """Return a column of the table by station."""
+    """Return a column of the table by stage."""
     rows = [line.split("  ") for line in lines[: lines.index("") if "" in lines else None]]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     return {row[0]: row[place] for row in rows[1:]}
@@ -415,8 +411,8 @@ def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     held_out = {"task": "countdown", "prompt": "thinking", "limit": 3, "max_tokens": 10}
     grpo = {**STEPS, "group_size": 4, "num_steps": 10, "limit": 2, "pass_rate_low": 0.1, "evaluate": held_out}
     config = config_in(tmp_path, round3={"grpo": grpo})
-    plan = rounds.stations(config, quiet)
-    outlook, by_name = estimate.Outlook(config, plan), {station.name: station for station in plan}
+    plan = rounds.stages(config, quiet)
+    outlook, by_name = estimate.Outlook(config, plan), {stage.name: stage for stage in plan}
     loaded = loading.load("nano")
     planned = evaluator.plan(EvalConfig(prompt="thinking", split="train", limit=16))
     prompt = max(len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems)
@@ -431,8 +427,8 @@ def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     assert outlook.of(by_name["filtered"]).tokens is None and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("station", ["raw", "generated", "round3"])
-def test_what_is_learned_is_not_what_is_compared(tmp_path, station):
+@pytest.mark.parametrize("stage", ["raw", "generated", "round3"])
+def test_what_is_learned_is_not_what_is_compared(tmp_path, stage):
     """One file has no splits, whatever names are given; the same questions in another file are found too."""
     lines = "".join(f'{{"question": "{i} and one?", "answer": "#### {i}"}}\n' for i in range(9))
     (tmp_path / "q.jsonl").write_text(lines)
@@ -449,27 +445,27 @@ def test_what_is_learned_is_not_what_is_compared(tmp_path, station):
             "round3": {"grpo": {**STEPS}},
         }
         settings["round3"]["grpo"] |= {"limit": None, **apart}
-        if station == "round3":
+        if stage == "round3":
             settings["round3"]["grpo"] |= learned
         else:
-            settings[names[station]] |= learned
+            settings[names[stage]] |= learned
         compared = {"data": str(tmp_path / "q.jsonl"), "split": "test[:6]", "limit": None}
         config = config_in(tmp_path, task="gsm8k", prompt="thinking", compare=compared, **settings)
-        plan = rounds.stations(config, quiet)
+        plan = rounds.stages(config, quiet)
         rounds.check(plan, rounds.comparison_of(config, plan))
 
     for file in ("q.jsonl", "again.jsonl"):
-        with pytest.raises(UserError, match=rf"{station}: \d of its \d problems are the comparison's") as caught:
+        with pytest.raises(UserError, match=rf"{stage}: \d of its \d problems are the comparison's") as caught:
             refused(file, "train")
         assert ("q.jsonl has no splits" in str(caught.value)) == (file == "q.jsonl")
         refused(file, "train[6:]")
 
 
 def test_finished_traces_are_not_compared_on_later(finished, tmp_path):
-    """The comparison's settings name no station, so what is there is looked at."""
+    """The comparison's settings name no stage, so what is there is looked at."""
     folder = finished[0]
-    plan = rounds.stations(config_in(folder), quiet)
-    raw = next(station for station in plan if station.name == "raw")
+    plan = rounds.stages(config_in(folder), quiet)
+    raw = next(stage for stage in plan if stage.name == "raw")
     assert raw.finished
     problems = tmp_path / "seen.jsonl"
     problems.write_text("".join(json.dumps(trace.columns) + "\n" for _, trace in read_traces(raw.out)))

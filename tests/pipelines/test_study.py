@@ -17,7 +17,6 @@ from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, StudyConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import pairs
-from mlx_traces.evaluation import run as evaluation_run
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
 from mlx_traces.pipelines import compare, study
@@ -283,9 +282,9 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
     assert [line[:10].strip() for line in lines] == ["to make", "to make", "to convert", "to make", "to make"]
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
-    made, run = [], evaluation_run.run
+    made, run = [], compare.run
     monkeypatch.setattr(
-        evaluation_run, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
+        compare, "run", lambda plan, path, *rest, **more: made.append(path) or run(plan, path, *rest, **more)
     )
     said = []
     (part,) = study.run(config, said.append)
@@ -439,7 +438,7 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
         ({"tasks": [{"task": "qa", "promts": ["plain"]}]}, "unknown field 'tasks.0.promts'; did you mean 'prompts'"),
         ({"models": [{"model": "nano", "bits": 7}]}, "models.0.bits: .* not '7'"),
         ({"models": [{"model": "nano", "settings": {"max_tokns": 3}}]}, "models.0.settings: unknown field 'max_tokns'"),
-        ({"models": [{"model": "nano", "settings": {"prompt": "x"}}]}, "'prompt' has a place of its own"),
+        ({"models": [{"model": "nano", "settings": {"prompt": "x"}}]}, "'prompt' is a field of its own"),
         ({"models": [{"model": "nano+a", "adapter": "b"}]}, "two adapters, a and b"),
         ({"models": [{"model": "nano", "adapter": "./none"}]}, "no such adapter folder"),
         ({"models": [{"model": "nano", "adapter": "./none", "optional": True}]}, "no model is left to evaluate"),

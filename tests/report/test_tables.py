@@ -119,7 +119,7 @@ def test_unfinished_and_broken_runs_are_refused():
     run = make_run("cut", [[1, 0], [1, 1]])
     with pytest.raises(UserError, match=r"run cut: problem p1 has 1 samples where others have 2.*--resume"):
         comparison.compare_runs([replace(run, samples=run.samples[:-1])])
-    with pytest.raises(UserError, match="run cut: sample 1 of problem p1 is there twice"):
+    with pytest.raises(UserError, match="run cut: sample 1 of problem p1 occurs twice"):
         comparison.compare_runs([replace(run, samples=[*run.samples, run.samples[-1]])])
 
 

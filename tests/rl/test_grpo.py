@@ -30,13 +30,16 @@ from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
+from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem
+from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
 from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import run_folder
-from mlx_traces.train import checkpoints, loop
+from mlx_traces.tasks import get_task
+from mlx_traces.train import checkpoints, loop, optimizer
 from mlx_traces.train.optimizer import make_optimizer
 
 # ---------------------------------------------------------------------------------- a step
@@ -339,6 +342,23 @@ def test_the_start_adapter_is_the_reference_and_an_old_run_keeps_the_base(settin
     assert_same_outcome(tmp_path / "old", outcome(tmp_path / "whole"))
 
 
+def test_a_run_is_not_resumed_with_another_content_of_its_reference(settings, tmp_path):
+    made = adapters.start(make_model(), AdapterConfig(rank=4))
+    adapters.save(lora(scale=0.3), tmp_path / "other", made)
+    config = GRPOConfig(**settings | {"kl_coef": 0.1, "reference": str(tmp_path / "other"), "num_steps": 1})
+    grpo.train(config, tmp_path / "run")
+    grpo.train(config, tmp_path / "run", resume=True)
+    made["lora_parameters"]["scale"] *= 5
+    adapters.save(lora(scale=0.3), tmp_path / "other", made)
+    with pytest.raises(UserError, match="started with other settings .reference_files was "):
+        grpo.train(config, tmp_path / "run", resume=True)
+    file = tmp_path / "run" / "run.json"  # of a version that did not note it
+    begun = json.loads(file.read_text())
+    del begun["identity"]["reference_files"]
+    file.write_text(json.dumps(begun))
+    grpo.train(config, tmp_path / "run", resume=True)
+
+
 def test_importance_weights_are_of_the_sampler():
     model = lora()
     config = settings_of()
@@ -524,7 +544,24 @@ def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, m
     config = GRPOConfig(**{**settings, "num_steps": 20, "patience": 2})
     result = grpo.train(config, tmp_path / "run")
     assert (result.best_step, result.accuracy, result.accuracy_before, result.steps) == (2, 0.5, 0.2, 6)
+    assert result.stopped == "patience"
     assert len(saved) == 2
+
+
+@pytest.mark.parametrize(("prompt", "strict"), [("boxed", 0.25), ("plain", None)])
+def test_a_validation_tells_of_the_form_beside_the_accuracy(tiny, monkeypatch, prompt, strict):
+    texts = [r"So \boxed{4}.", "It isboxed{4}.", "4", r"\boxed{5}"]
+    problems = [Problem(f"p{i}", {"question": "2+2", "answer": "4"}, "4") for i in range(4)]
+    task = get_task("gsm8k")
+    planned = evaluator.Plan(EvalConfig(), task, task.prompts[prompt], "tolerant", problems)
+
+    def measured(_, planned):
+        said = [Completion("", "", Sampled((1,), (2, 3), text, "stop")) for text in texts]
+        return [evaluator.grade_sample(planned, *pair, one) for *pair, one in zip(problems, [0] * 4, said, strict=True)]
+
+    monkeypatch.setattr(loop.local, "measure", measured)
+    row, _ = loop.answer(tiny, planned)
+    assert row["valid/accuracy"] == 0.75 and row.get("valid/accuracy_strict") == strict
 
 
 def test_resampling_looks_for_groups_that_differ(settings, tmp_path):
@@ -709,7 +746,7 @@ def test_an_adapter_of_another_model(settings, tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "norm"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, where):
-    whole, clip, calls = grpo.gradient, grpo.clip, []
+    whole, clip, calls = grpo.gradient, optimizer.clip, []
 
     def gradient(*args):
         calls.append(1)
@@ -721,7 +758,7 @@ def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, mo
         return grads, norm * float("nan") if where == "norm" and len(calls) == 3 else norm
 
     monkeypatch.setattr(grpo, "gradient", gradient)
-    monkeypatch.setattr(grpo, "clip", clipped)
+    monkeypatch.setattr(optimizer, "clip", clipped)
     config = GRPOConfig(**settings)
     with pytest.raises(UserError, match=r"step 3: the loss is .*Lower learning_rate \(0.01\) or max_grad_norm"):
         grpo.train(config, tmp_path / "run")

@@ -30,7 +30,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.rl import ppo
 from mlx_traces.rl.rollouts import Row
-from mlx_traces.train import checkpoints, memory
+from mlx_traces.train import checkpoints, memory, optimizer
 from mlx_traces.train.gradients import checkpointed
 
 # ---------------------------------------------------------------------------------- a minibatch
@@ -564,12 +564,12 @@ def test_settings_out_of_range(name, value):
 
 @pytest.mark.parametrize("part", ["policy", "value"])
 def test_numbers_that_are_none_stop_and_overwrite_nothing(settings, tmp_path, monkeypatch, part):
-    whole, clip = ppo.learn, ppo.clip
+    whole, clip = ppo.learn, optimizer.clip
 
     def broken(*args):
         if args[2] == 3:
             monkeypatch.setattr(
-                ppo, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
+                optimizer, "clip", lambda grads, most: (grads, clip(grads, most)[1] * (np.nan if part in grads else 1))
             )
         return whole(*args)
 

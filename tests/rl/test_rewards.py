@@ -113,6 +113,68 @@ def test_very_long_digits_are_no_answer_and_take_no_time(digits):
     assert process_time() - began < 2
 
 
+# ---------------------------------------------------------------------------------- right, in the form asked for
+
+NUMBER = GSM8K.parse({"question": "How many?", "answer": "540"}, "")
+
+
+def strictly(prompt, text, task=GSM8K, problem=NUMBER, extractor="tolerant"):
+    """Return the two rewards of a response: strict, and as the extractor finds it."""
+    planned = Plan(EvalConfig(max_tokens=40), task, task.prompts[prompt], extractor, [])
+    weights = {"correct_strict": 1.0, "correct": 0.0}
+    (parts,) = rewards.score(planned, [(problem, completion(text, opened=""))], {}, weights, "none")
+    return tuple(parts.values())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("boxed", r"So it is \boxed{540}.", (1, 1)),
+        ("boxed", r"$$\boxed{540 \text{ pens}}$$", (1, 1)),
+        ("boxed", r"First \boxed{12}, then \boxed{540}", (1, 1)),  # the last one
+        ("boxed", r"First \boxed{540}, then \boxed{12}", (0, 0)),
+        ("boxed", r"It isboxed{540}", (0, 1)),  # what a model learns from a tolerant reward
+        ("boxed", r"The answer is $540$.", (0, 1)),
+        ("boxed", "#### 540", (0, 1)),
+        ("boxed", "<answer>540</answer>", (0, 1)),
+        ("boxed", r"The answer is 540, not \boxed{}", (0, 1)),
+        ("boxed", r"The answer is \boxed{54", (0, 0)),  # may be cut off
+        ("boxed", r"<think>\boxed{540}</think> Done: 540", (0, 1)),
+        ("boxed", r"<think>\boxed{540}", (0, 0)),
+        ("boxed", r"\boxed{" * 2000 + "540", (0, 0)),
+        ("hash", "Steps: 500 + 40.\n#### 540", (1, 1)),
+        ("hash", r"\boxed{540}", (0, 1)),
+        ("brief", "500 and 40 make 540.", (0, 1)),
+        ("brief", "#### 540 pens\n", (1, 1)),
+        ("thinking", "<think>500 + 40</think><answer>540</answer>", (1, 1)),
+        ("thinking", "<think>500 + 40</think>540", (0, 1)),
+        ("thinking", "<think>500 + 40</think>#### 540", (0, 1)),
+    ],
+)
+def test_a_strict_reward_asks_for_the_form_of_the_prompt(prompt, text, expected):
+    assert strictly(prompt, text) == expected
+
+
+def test_the_strict_reward_of_other_tasks():
+    assert strictly("thinking", think(WORK, ANSWER), COUNTDOWN, PROBLEM, "answer") == (1, 1)
+    assert strictly("thinking", think(WORK, "1"), COUNTDOWN, PROBLEM, "answer") == (0, 0)
+
+
+def test_a_prompt_without_a_form_has_no_strict_reward():
+    with pytest.raises(UserError, match=r"^reward correct_strict: the prompt plain asks for no form"):
+        rewards.load({"correct_strict": 1.0}, [], prompt=GSM8K.prompts["plain"])
+    assert rewards.load({"correct_strict": 1.0}, [], prompt=GSM8K.prompts["boxed"]) == {}
+    assert strictly("plain", "It is 540") == (1, 1)
+
+
+def test_flash_looks_at_what_is_strictly_right():
+    planned = Plan(EvalConfig(max_tokens=40), GSM8K, GSM8K.prompts["boxed"], "tolerant", [])
+    weights = {"correct_strict": 1.0, "flash": 0.2, "correct": 0.0}
+    texts = [(r"\boxed{540}", 9), ("isboxed{540}", 1), (r"\boxed{540}", 5)]
+    samples = [(NUMBER, completion(text, tokens, opened="")) for text, tokens in texts]
+    assert [part["flash"] for part in rewards.score(planned, samples, {}, weights, "none")] == [0, None, 1]
+
+
 # ---------------------------------------------------------------------------------- among the right ones
 
 

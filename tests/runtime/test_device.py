@@ -9,8 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from factories import make_model, make_tokenizer, wrap
 
+from mlx_traces.config import EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
+from mlx_traces.engine.generation import generate
+from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import blas, device, hub
 
@@ -58,6 +62,44 @@ def test_overrides(machine):
     assert device.choose(weights="quantized", parameters=1).weights == "quantized"
     assert device.choose(dtype="float32", parameters=4 * BILLION).weights == "quantized"  # 16 of 12 GB
     assert device.choose(dtype="float32", parameters=2 * BILLION).dtype == "float32"
+
+
+LARGE = {"rows": 256, "micro_tokens": 16_384, "logits_mb": 1024}
+MIDDLE = {"rows": 128, "micro_tokens": 4096, "logits_mb": 256}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("cpu", 512, {}),
+        ("cuda", 141, LARGE),
+        ("metal", 64, LARGE),
+        ("cuda", 63.9, MIDDLE),
+        ("metal", 32, MIDDLE),
+        ("cuda", 24, {}),
+    ],
+)
+def test_sizes_of_batches_by_backend_and_memory(name, memory, expected):
+    assert device.Backend(name, "dense", None, memory, "test").sizes == expected
+    told = doctor.sizes(device.Backend(name, "dense", None, memory, "test")).value
+    assert told == (
+        f"rows {expected['rows']}, micro_tokens {expected['micro_tokens']:,}, logits_mb {expected['logits_mb']:,} "
+        "where not set"
+        if expected
+        else "each command's own defaults (--help)"
+    )
+
+
+def test_settings_that_are_not_set_take_the_device_s_sizes_and_keep_their_identity():
+    held_out = ValidationConfig(split="test")
+    config = GRPOConfig(micro_tokens=512, evaluate=held_out)
+    large, same = config.sized(LARGE), config.sized({})
+    assert (large.rows, large.micro_tokens, large.logits_mb, large.evaluate.rows) == (256, 512, 1024, 256)
+    assert (same.rows, same.micro_tokens, same.logits_mb, same.evaluate.rows) == (256, 512, 128, 64)
+    assert same == config and large.sized({}) == config == large.sized(LARGE).sized({})
+    assert large.model_fields_set == config.model_fields_set and large.identity() != config.identity()  # evaluate.rows
+    assert GRPOConfig().sized(MIDDLE).rows == 256  # never fewer than on a CPU
+    assert EvalConfig(rows=8).sized(LARGE).rows == 8 and EvalConfig().sized(LARGE).rows == 256
 
 
 def test_bad_values():
@@ -112,6 +154,13 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_cuda_keeps_more_graphs_and_plans_unless_the_user_says_how_many():
+    code = "import os; os.environ['MLX_CUDA_SDPA_CACHE_SIZE'] = '7'; from mlx_traces.runtime import device\n"
+    code += "print(*(os.environ[name] for name in device.CUDA_CACHES))"
+    clean = "import os\nfor name in [n for n in os.environ if n.startswith('MLX_CUDA')]: del os.environ[name]\n"
+    assert python(clean + code) == "2000 7 512"
 
 
 def test_importing_the_package_loads_neither_mlx_nor_numpy():
@@ -169,6 +218,79 @@ def test_a_library_that_is_no_blas_is_refused(monkeypatch):
     assert blas.load() == blas.Blas(None, "libc.so.6 has no plain cblas symbols")
 
 
+class Library:
+    """An OpenBLAS that multiplies nothing and counts its threads."""
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    def openblas_get_num_threads(self):
+        return self.threads
+
+    def openblas_set_num_threads(self, threads):
+        self.threads = threads
+
+
+@pytest.fixture
+def library(monkeypatch):
+    for name in blas.GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    library = Library(4)
+    monkeypatch.setattr(blas, "loaded", blas.Blas("/x/libopenblas.so.0", library=library))
+    return library
+
+
+def test_small_products_get_one_thread_and_large_ones_all(library, monkeypatch):
+    model = make_model()  # its largest matrix has 64 x 128 numbers
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * 100)
+    for rows, processes, expected in ((99, 1, 1), (100, 1, 4), (100, 3, 1), (100, 2, 2), (99, 2, 1)):
+        with blas.threads_for(model, rows, processes):
+            assert library.threads == expected
+        assert library.threads == 4
+    with pytest.raises(ZeroDivisionError), blas.threads_for(model, 1):
+        1 / 0  # noqa: B018
+    assert library.threads == 4
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * blas.LEAST_ROWS)
+    with blas.threads_for(model, 1):  # weights that no cache holds
+        assert library.threads == 4
+
+
+def test_the_newest_wish_for_threads_counts_until_the_last_ends(library, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(blas, "LARGE", 64 * 128 * 100)
+    small, large = blas.threads_for(model, 1), blas.threads_for(model, 100)
+    small.__enter__()
+    assert library.threads == 1
+    large.__enter__()
+    assert library.threads == 4
+    small.__exit__(None, None, None)  # as two streams of completions may end
+    assert library.threads == 4
+    with blas.threads_for(model, 1):
+        assert library.threads == 1
+    large.__exit__(None, None, None)
+    assert library.threads == 4
+
+
+@pytest.mark.parametrize("name", blas.GIVEN)
+def test_threads_that_were_asked_for_stay(library, monkeypatch, name):
+    monkeypatch.setenv(name, "3")
+    with blas.threads_for(make_model(), 1):
+        assert library.threads == 4  # the stand-in reads no environment
+    monkeypatch.setattr(blas, "loaded", blas.Blas(None, "no OpenBLAS found"))
+    monkeypatch.delenv(name)
+    with blas.threads_for(make_model(), 1):
+        pass
+
+
+def test_sampling_a_small_model_uses_one_thread(library):
+    loaded = wrap(make_tokenizer(), make_model())
+    stream = generate(loaded, [Request((1, 2)), Request((3,))], SamplingParams(3))
+    next(stream)
+    assert library.threads == 1
+    stream.close()
+    assert library.threads == 4
+
+
 def test_doctor_names_a_slow_blas(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(doctor, "matmul_gflops", lambda: 4.0)
@@ -198,7 +320,7 @@ def test_doctor_without_network(monkeypatch):
     line = doctor._hub()
     assert "not reachable" in line.value and "nano, model folders" in line.value and line.fix
     monkeypatch.setattr(hub, "TIMEOUT", 0.1)
-    monkeypatch.setattr(hub, "_ask", lambda _: time.sleep(2) or "")
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: time.sleep(2))
     hub.fault.cache_clear()
     assert "no answer in 0.1 seconds" in doctor._hub().value
 

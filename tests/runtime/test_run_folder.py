@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from stress import killing, several
 
+from mlx_traces.config import EvalConfig, GenerateConfig, GRPOConfig, PPOConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import files
 from mlx_traces.runtime.files import held
@@ -171,3 +172,24 @@ def test_only_the_run_folder_reads_what_a_run_says():
             reads = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("read_json", "whole_lines")
             found |= {path.name} if reads and told.search(ast.unparse(node)) else set()
     assert found == {"run_folder.py"}
+
+
+FREE = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}  # of any training
+SERVER = {"endpoint", "concurrency", "retries", "timeout", "api_key_env"}
+
+
+@pytest.mark.parametrize(
+    ("config", "free"),
+    [
+        (EvalConfig(), {"rows", "device", "memory_limit", "extractor", *SERVER}),
+        (GenerateConfig(), {"rows", "device", "memory_limit", "extractor"}),
+        (SFTConfig(data="x"), {*FREE, "data", "valid"}),
+        (GRPOConfig(), {*FREE, "rows", "memory_limit", "data", "judge_cache"}),
+        (PPOConfig(), {*FREE, "rows", "memory_limit", "data", "judge_cache"}),
+    ],
+)
+def test_these_settings_alone_may_change_when_a_run_is_continued(config, free):
+    """Runs of earlier versions store all the others; files are compared by their content."""
+    stored = config.model_dump(mode="json")
+    assert stored.keys() - config.identity().keys() == free
+    assert config.identity() == {name: value for name, value in stored.items() if name not in free}

@@ -379,7 +379,7 @@ def test_no_duration_is_taken_from_the_calendar_and_no_order_from_file_times():
                 name = f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else node.attr
                 if name in ("time.time", "datetime.now") or node.attr in ("st_mtime", "st_ctime", "getmtime", "utcnow"):
                     found.add((path.stem, node.attr))
-    assert found == {("report", "time"), ("terminal", "time"), ("terminal", "st_mtime"), ("provenance", "now")}
+    assert found == {("report", "time"), ("terminal", "st_mtime"), ("provenance", "now")}
 
 
 def test_two_scorers_of_one_file(data, tmp_path):

@@ -272,9 +272,9 @@ def test_fewshot_draws_from_train(hub):
     assert len(TASK.few_shot["fewshot-chat"](10, 0, None).shots) == 10
     assert hub == [("openai/gsm8k", "main", "train", None)]
     assert TASK.few_shot["fewshot"](0, 0, None).user == "Question: {question}\nAnswer:"
-    with pytest.raises(UserError, match=r"^11 examples asked for; openai/gsm8k has 10 to choose from$"):
+    with pytest.raises(UserError, match=r"^--shots 11: openai/gsm8k has 10 to choose from$"):
         TASK.few_shot["fewshot"](11, 0, None)
-    with pytest.raises(UserError, match=r"^-1 examples asked for"):
+    with pytest.raises(UserError, match=r"^--shots -1: "):
         TASK.few_shot["fewshot"](-1, 0, None)
 
 
@@ -290,7 +290,7 @@ def test_no_example_is_asked_itself(style, tmp_path):
         shown = prompt.user + "".join(user for user, _ in prompt.shots)
         assert [other["question"] in shown for other in ROWS] == [other is not row for other in ROWS]
         assert build(10, 1, str(path), leave_out=frozenset(["gsm8k-0"])) == every
-    with pytest.raises(UserError, match=r"^2 examples asked for; .* has 1 to choose from; .*--shots-data FILE$"):
+    with pytest.raises(UserError, match=r"^--shots 2: .* has 1 to choose from; .*--shots-data FILE$"):
         build(2, 1, str(path), leave_out=frozenset(ids[1:]))
 
 

@@ -83,6 +83,8 @@ NUMBERS = {
     r"{\large -18}": -18,
     "\u2212 18": -18,
     "- 18 dollars": -18,
+    "<b>18</b>": 18,
+    r"11,\! 111,\!100": 11_111_100,
     "$- 18$": -18,
     "\u2011 18": -18,
     "-{18}": -18,
@@ -162,6 +164,7 @@ NO_NUMBERS = [
         r"10^{\circ 5}",
         "10:30",
         "18 or 19",
+        *("x > 18", "x<5", "18 < x", "-3 < x < 5", "2024-05-06", "5-10 minutes"),
         "1/2/3",
         "1 3/2",
         "1 1/2/3",
@@ -188,6 +191,21 @@ def test_parse_number(text, value):
 def test_parse_number_refuses(text):
     """What is not one number is not guessed at."""
     assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("It is -$18.", -18), ("It is -$ 18.", -18), (r"It is -\$ 5.", -5), ("It is $-5.", -5)],
+        *[("The answer is - $18.", 18), ("Total - $18", 18), ("- 18", 18), ("Monday - 18", 18)],  # dashes
+        *[("It takes 5-10 minutes.", 10), ("on 2024–05–06.", None), ("20-2 = 18", 18)],
+        *[("so x = - 18.", -18), ("so 3 - 21 =- $18", -18), ("total = + 7", 7), ("x - 18", 18)],
+        *[("#### - $18", -18), (r"\boxed{- \$18}", -18), ("<answer>- 18</answer>", -18)],
+    ],
+)
+def test_signs_dashes_and_ranges(text, value):
+    """A sign with a space after it counts where an answer or the right side of an equation starts with it."""
+    assert parse_number(tolerant(text)) == value
 
 
 @pytest.mark.parametrize(

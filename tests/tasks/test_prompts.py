@@ -10,12 +10,13 @@ import pytest
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
-from mlx_traces.readers import is_file, read_jsonl, read_yaml
+from mlx_traces.readers import is_file, read_jsonl
 from mlx_traces.records import Problem
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.prompts import Prompt, fill, load_prompt
 from mlx_traces.traces.importing import import_traces
+from mlx_traces.yaml_files import read_yaml
 
 PROBLEM = Problem("p-1", {"question": "Use {x}?", "nums": [1, 2]}, "3")
 
@@ -316,6 +317,22 @@ def test_a_mark_of_byte_order_is_passed_over_in_every_format(tmp_path):
     assert load_prompt(tmp_path / "mine.yaml").user == "hello"
     (tmp_path / "t.txt").write_text(f"{mark}one\n\n{mark}two\n", "utf-8")
     assert [trace.completion for trace in import_traces(str(tmp_path / "t.txt"), "text")] == ["one", "two"]
+
+
+def test_a_mark_of_byte_order_at_the_start_of_a_text_in_a_row_is_no_part_of_it(tmp_path):
+    """Files of which each was read with its mark, and then put in a row; in any format, at any reasonable depth."""
+    mark, turn = "\ufeff", {"role": "assistant", "content": "\ufeff<think>\nso\n</think>\n4"}
+    turns = [{"role": "system", "content": f"{mark}s"}, {"role": "user", "content": f"{mark}{mark}2 + 2?"}, turn]
+    row = {"question": f"{mark}Q?", "answer": f"{mark}A", "messages": turns, "deep": json.loads("[" * 400 + "]" * 400)}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "q.json").write_text(json.dumps([row]), "utf-8")
+    (tmp_path / "q.csv").write_text(f'{mark}question,answer\n{mark}Q?,"{mark}A"\n', "utf-8")
+    for name, count in {"q.jsonl": 2, "q.json": 1, "q.csv": 1}.items():
+        problems = get_task("qa").load("test", str(tmp_path / name), None, 0)
+        assert [(one.columns["question"], one.gold) for one in problems] == [("Q?", "A")] * count
+        made = list(import_traces(str(tmp_path / name), "messages")) if name != "q.csv" else []
+        assert all(trace.completion == "<think>\nso\n</think>\n4" for trace in made)
+        assert all([turn["content"] for turn in trace.messages] == ["s", "2 + 2?"] for trace in made)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

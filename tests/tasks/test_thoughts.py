@@ -5,7 +5,17 @@ import pytest
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
 from mlx_traces.tasks.qa import find_text
-from mlx_traces.tasks.thoughts import FINAL, TAGS, UNTAGGED, after_thought, answer_part, closing_of, normalise, parts
+from mlx_traces.tasks.thoughts import (
+    ENDS,
+    FINAL,
+    TAGS,
+    UNTAGGED,
+    after_thought,
+    answer_part,
+    closing_of,
+    normalise,
+    parts,
+)
 from mlx_traces.traces.quality import format_score, thought_of
 
 COUNTDOWN = get_task("countdown")
@@ -32,6 +42,22 @@ def test_every_thought_is_imported_and_scored(opening, closing):
     assert normalise(text) == "<think>\n9 + 9 = 18\n</think>\nIt is 18."
     assert thought_of(text, "think").strip() == "9 + 9 = 18"
     assert format_score(text, "stop", "r1") == (opening == "<think>")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_tokens_that_end_a_turn_are_no_text_of_it(end):
+    """Where a text was decoded with them: in an answer, and in what is imported, once the template writes its own."""
+    assert find_text(f"<think>Rome</think>\nParis{end}\n{end}") == find_text(f"Paris{end}") == "Paris"
+    assert parts(f"<think>so{end}</think>Paris\n{end}") == ("so", "Paris")
+    assert find_text(f"It is {end} alone") == f"It is {end} alone"
+
+
+@pytest.mark.parametrize(
+    "around", ["<response>\n{}\n</response>", "<output>{}</output>", "<|begin_of_box|>{}<|end_of_box|>"]
+)
+def test_tags_around_an_answer_are_no_text_of_it(around):
+    """Those of ERNIE, Marco-o1 and GLM-V."""
+    assert find_text("<think>\nRome\n</think>\n\n" + around.format("Paris")).strip() == "Paris"
 
 
 def test_a_whole_turn_of_gpt_oss():

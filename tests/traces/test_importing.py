@@ -47,6 +47,13 @@ NORMAL = "<think>\na\n</think>\nb"
             },
             [{"role": "system", "content": "S"}, USER],
         ),
+        ("alpaca", {"instruction": "Q?", "input": "", "output": "a</think>b"}, [USER]),
+        ("alpaca", {"instruction": "Add.", "input": "2", "output": "a</think>b"}, [{**USER, "content": "Add.\n\n2"}]),
+        (
+            "messages",
+            {"messages": [{"role": "Developer", "content": "S"}, USER, {"role": "model", "content": "a</think>b"}]},
+            [{"role": "system", "content": "S"}, USER],
+        ),
         ("open-r1", {"problem": "Q?", "generations": ["<think>a</think>b"]}, [USER]),
         ("text", {"text": "a</think>b"}, []),
     ],
@@ -138,6 +145,40 @@ def test_a_thought_in_a_field_of_its_own_is_kept(tmp_path, field):
     assert one.messages[1]["content"] == tagged and not dropped
 
 
+def test_a_content_in_parts_is_joined(tmp_path):
+    """Its thoughts are the turn's, what is no text is refused."""
+    path, dropped = tmp_path / "a.jsonl", Counter()
+    asked = {"role": "user", "content": [{"type": "text", "text": "Q"}, "?"]}
+
+    def read(*parts):
+        row = {"messages": [asked, {**APART, "content": parts}]}
+        (one,) = imported(write_lines(path, row), "messages", dropped=dropped)
+        assert one.messages == (USER,)
+        return one.completion
+
+    text = {"type": "text", "text": "It is 42."}
+    assert read(text) == read({"type": "text", "text": "It is"}, " 42.") == "It is 42."
+    for field in importing.THOUGHTS:
+        assert read({"type": field, field: "Seven sixes."}, text) == "<think>\nSeven sixes.\n</think>\nIt is 42."
+    for part, kind in (({"type": "image_url", "image_url": {}}, "image_url"), (5, "int"), ({"type": "text"}, "text")):
+        with pytest.raises(UserError, match=f"a.jsonl:1: a part of 'content' is no text but '{kind}'; leave that row"):
+            read(text, part)
+    assert not dropped
+
+
+def test_conversations_with_a_tool_are_left_out(tmp_path):
+    """They are counted, and with --strict refused; what follows the completion does not count."""
+    asks = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    said, path, skipped = {"role": "tool", "content": "42"}, tmp_path / "a.jsonl", Counter()
+    rows = [{"messages": [USER, asks, said, APART]}, {"messages": [USER, said]}, {"messages": [USER, APART, said]}]
+    (one,) = imported(write_lines(path, *rows), "messages", skipped=skipped)
+    assert one.completion == "It is 42." and skipped == {"turns of a tool": 2}
+    turns = [{"from": who, "value": "x"} for who in ("human", "function_call", "observation", "gpt")]
+    assert imported(write_lines(path, {"conversations": turns}), "sharegpt", skipped=skipped) == []
+    with pytest.raises(UserError, match="a.jsonl:1: a tool's turn is not imported; leave --strict out"):
+        imported(path, "sharegpt", strict=True)
+
+
 def test_a_turn_of_weight_0_is_not_learned(tmp_path):
     path, skipped, dropped = tmp_path / "a.jsonl", Counter(), Counter()
     bad, good = {**APART, "content": "BAD", "weight": 0}, {**APART, "weight": 1}
@@ -226,7 +267,7 @@ def test_traces_of_one_question_share_its_id_and_are_numbered(tmp_path):
         ("messages", {"messages": "Q?"}, "the turns must be a list of {role, content} objects"),
         ("messages", {"messages": [{"role": "user"}]}, "the turns must be a list of {role, content} objects"),
         ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "a turn is from \"['user']\"; only human"),
-        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "a turn is from 'tool'; only human, user"),
+        ("messages", {"messages": [{"role": "critic", "content": "x"}]}, "a turn is from 'critic'; only human, user"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": None}]}, "'content' must be a text, not NoneType"),
         ("sharegpt", {"conversations": [USER]}, "the turns must be a list of {from, value} objects"),
         ("open-r1", {"problem": "Q?", "generations": "x"}, "'generations' must be a list of texts"),

@@ -13,7 +13,16 @@ from mlx_traces.config import ScoreConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import get_task
 from mlx_traces.traces.equations import MAX_EQUATIONS, equations, faithfulness
-from mlx_traces.traces.quality import combined, format_score, length, quality_scores, repetition, structure, thought_of
+from mlx_traces.traces.quality import (
+    combined,
+    format_score,
+    headline,
+    length,
+    repetition,
+    structure,
+    text_scores,
+    thought_of,
+)
 
 COUNTDOWN = get_task("countdown")
 PROBLEM = COUNTDOWN.parse({"nums": [49, 25, 22], "target": 46}, "test")
@@ -25,9 +34,9 @@ GOOD = f"<think>\n{THOUGHT}\n</think>\n<answer>(49 - 25) + 22</answer>"
 
 
 def test_all_scores_of_a_trace_of_nano():
-    scores = quality_scores(COUNTDOWN, PROBLEM, GOOD, "stop", 40, ScoreConfig(length_limit=160))
+    assert headline(COUNTDOWN, PROBLEM, GOOD).correct
+    scores = text_scores(GOOD, "stop", 40, ScoreConfig(length_limit=160))
     assert scores == {
-        "correct": 1.0,
         "format": 1.0,
         "structure": 0.5 * 2 / 5 + 0.25 * 2 / 2,  # two lines, ending in no and yes
         "faithfulness": 1.0,
@@ -36,17 +45,16 @@ def test_all_scores_of_a_trace_of_nano():
     }
 
 
-def test_without_a_task_nothing_is_correct_or_wrong():
-    scores = quality_scores(None, None, GOOD, None, None, ScoreConfig(length_limit=100))
-    assert scores["correct"] is None
+def test_without_tokens_words_are_counted():
+    scores = text_scores(GOOD, None, None, ScoreConfig(length_limit=100))
     assert scores["length"] == 1 - len(GOOD.split()) / 100
 
 
 def test_the_headline_extractor_judges():
     wrong = GOOD.replace("(49 - 25) + 22", "49 - 25")
-    assert quality_scores(COUNTDOWN, PROBLEM, wrong, "stop", 40, ScoreConfig())["correct"] == 0
+    assert not headline(COUNTDOWN, PROBLEM, wrong).correct
     boxed = "\\boxed{(49 - 25) + 22}"  # only the tolerant extractor finds it
-    assert quality_scores(COUNTDOWN, PROBLEM, boxed, "stop", 40, ScoreConfig())["correct"] == 0
+    assert not headline(COUNTDOWN, PROBLEM, boxed).correct
 
 
 def test_combined_by_hand():
@@ -298,9 +306,9 @@ PIECES = st.sampled_from(
 )
 def test_any_text_has_scores_from_0_to_1(text, tags, finish):
     config = ScoreConfig(tags=tags)
-    scores = quality_scores(COUNTDOWN, PROBLEM, text, finish, None, config, "Make 46 from 49, 25, 22")
+    scores = text_scores(text, finish, None, config, "Make 46 from 49, 25, 22")
     assert all(value is None or 0 <= value <= 1 for value in scores.values())
-    assert scores == quality_scores(COUNTDOWN, PROBLEM, text, finish, None, config, "Make 46 from 49, 25, 22")
+    assert scores == text_scores(text, finish, None, config, "Make 46 from 49, 25, 22")
     assert 0 <= combined(scores, config.mix) <= 1
 
 

@@ -19,8 +19,9 @@ from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.tasks import get_task
 from mlx_traces.traces.files import manifest_of, read_traces
 from mlx_traces.traces.judge import Cache, judge, parse_judgement
+from mlx_traces.traces.perplexity import mean_probabilities
 from mlx_traces.traces.quality import COMPONENTS
-from mlx_traces.traces.score import mean_probabilities, own_probability, score_traces, summary
+from mlx_traces.traces.score import own_probability, score_traces, summary
 
 COLUMNS = {"nums": [3, 4, 6], "target": 30}
 THOUGHT = "<think>\n4 + 6 = 10, 3 no\n4 + 6 = 10, 10 * 3 = 30 yes\n</think>\n"

@@ -1,5 +1,7 @@
 """A prompt read once for its rows gives what whole rows give: states, losses, gradients."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,14 +10,15 @@ from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.logprobs import head_logprobs, split
+from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
-from mlx_traces.models import adapters
+from mlx_traces.models import adapters, loading
+from mlx_traces.runtime import device
 from mlx_traces.train import gradients
 
 
-def lora(kind="lora"):
-    model = make_model()
+def lora(kind="lora", **changes):
+    model = make_model(**changes)
     mx.random.seed(1)
     adapters.start(model, AdapterConfig(rank=4, kind=kind))
     trained = tree_flatten(model.trainable_parameters())
@@ -40,8 +43,8 @@ def groups(lengths, size=3, seed=0, rest=9):
     return rows
 
 
-def measured(model, rows, budget, shares):
-    halves = gradients.split(model) if shares else split(model)
+def measured(model, rows, budget, shares, halves=None):
+    halves = halves or (gradients.split(model) if shares else split(model))
     draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
     weights = [mx.array(draw.astype(np.float32)) for draw in draws]
 
@@ -102,7 +105,7 @@ def test_states_without_a_gradient():
     found = {}
     for shares in (False, True):
         halves = gradients.split(model) if shares else split(model)
-        for indices, states, targets in gradients.each(halves, rows, 64, lambda *micro: micro):
+        for indices, (states, targets) in gradients.each(halves, rows, 64, lambda *micro: micro):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
                 indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
@@ -122,8 +125,9 @@ def test_models_are_asked_whether_they_can(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(dtype, monkeypatch):
-    model = make_model()
+@pytest.mark.parametrize("name", ["tiny", "nano"])
+def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(name, dtype, monkeypatch):
+    model = make_model() if name == "tiny" else loading.load(name, dtype="float32").model
     model.set_dtype(dtype)
     states, begin = gradients.Prompts.states, gradients._Continued.__init__
 
@@ -133,11 +137,99 @@ def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(dtype, monkeypatch)
         return found * (1 + share * mx.random.normal(found.shape)).astype(dtype), tokens
 
     monkeypatch.setattr(gradients.Prompts, "states", rounded)
-    assert gradients.split(model).caches == 2
+    assert gradients.split(model).caches == len(model.layers)
     monkeypatch.setattr(
         gradients._Continued, "__init__", lambda self, keys, *given: begin(self, mx.zeros_like(keys), *given)
     )
     assert not gradients.split(model).caches
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def on(monkeypatch, backend):
+    monkeypatch.setattr(device, "select", lambda *_: backend)
+
+
+@pytest.mark.parametrize("lengths", [(12, 9, 14, 7), (128, 128), (1, 30)], ids=str)
+@pytest.mark.parametrize("budget", [16, 200, 4096])
+@pytest.mark.parametrize("shares", [False, True])
+def test_padding_to_a_few_shapes_changes_nothing(lengths, budget, shares, monkeypatch):
+    """Rows, queries and prompts are padded for CUDA; a row by itself is not padded at all."""
+    model, rows = lora(tie_word_embeddings=False), groups(lengths)
+    rows = [replace(row, ids=tuple(max(1, token) for token in row.ids)) for row in rows]
+    table = model.model.embed_tokens.weight  # of the token 0, which is what pads, the embedding is far off
+    table[0] = 1e4 * mx.random.normal(table.shape[1:])
+    loss, grads, sums = measured(model, rows, 1, False)
+    on(monkeypatch, "cuda")
+    padded_loss, padded, padded_sums = measured(model, rows, budget, shares)
+    assert padded_loss == pytest.approx(loss, rel=1e-5) and distance(grads, padded) < 2e-5
+    assert padded_sums["entropy"] == pytest.approx(sums["entropy"], rel=1e-5)
+
+
+class Trunk:
+    """Stands in for a model: notes the shapes that it is called with, and returns zeros."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, ids, cache=None):
+        rows, queries = ids.shape
+        keys, _ = cache[0].update_and_fetch(*2 * [mx.zeros((rows, 1, queries, 1))]) if cache else (ids[:, None], None)
+        self.shapes.append((rows, queries, keys.shape[2] - queries))
+        return mx.zeros((rows, queries, 1))
+
+
+def steps_of_grpo(backend, steps=70, seed=0):
+    """Return the shapes of steps of 16 x 16 rollouts with lengths like GSM8K's, half of the groups without a gradient,
+    in micro-batches of 8,192 tokens, and the share of padding."""
+    draw, trunk, real = np.random.default_rng(seed), Trunk(), 0
+    halves = Split(trunk, lambda states: states, lambda: None, True, caches=1)
+    for _ in range(steps):
+        rows = []
+        for prompt in draw.integers(60, 221, 16)[draw.random(16) < 0.5].tolist():
+            own = tuple(draw.integers(0, 98, prompt).tolist())
+            for count in np.clip(draw.normal(170, 55, 16), 60, 300).astype(int).tolist():
+                rows.append(Example("", own + (1,) * count, (False,) * prompt + (True,) * count))
+            real += prompt
+        real += sum(row.count - 1 for row in rows)  # the last token of a prompt is the first one's query
+        gradients.each(halves, rows, 8192, lambda states, targets: states)
+    return trunk.shapes, 1 - real / sum(rows * queries for rows, queries, _ in trunk.shapes)
+
+
+def test_steps_have_few_shapes_on_cuda(monkeypatch):
+    shapes, padding = steps_of_grpo("cpu")
+    assert len(set(shapes)) > 200 and padding < 0.2
+    on(monkeypatch, "cuda")
+    for seed in (0, 1):
+        shapes, padding = steps_of_grpo("cuda", seed=seed)
+        assert len(set(shapes)) <= 40 and padding <= 0.25, (len(set(shapes)), padding)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_gpu_is_not_waited_for_and_has_two_micro_batches_at_most(shares, monkeypatch):
+    model, rows = lora(), groups((12, 9, 14, 7))
+    expected = measured(model, rows, 30, shares)
+    events, submit, wait, halves = [], mx.async_eval, mx.eval, gradients.split(model) if shares else split(model)
+
+    def noted(kind, call):
+        def inner(*arrays):
+            events.append(kind)
+            return call(*arrays)
+
+        return inner
+
+    on(monkeypatch, "metal")
+    monkeypatch.setattr(mx, "async_eval", noted("submit", submit))
+    monkeypatch.setattr(mx, "eval", noted("wait", wait))
+    found = measured(model, rows, 30, shares, halves)
+    assert events.count("submit") > 4
+    under_way, most = 0, 0
+    for event in events:
+        under_way = under_way + 1 if event == "submit" else max(0, under_way - 1)
+        most = max(most, under_way)
+    assert most == 2
+    assert found[0] == expected[0] and distance(expected[1], found[1]) == 0 and found[2] == expected[2]
 
 
 def failing(monkeypatch, above):
@@ -171,27 +263,25 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monke
 def test_what_does_not_fit_is_remembered_and_told():
     model, rows = lora(), groups((12, 9, 14, 7))
     halves = split(model)
-    read = [states.shape[0] for _, states, _ in gradients.each(halves, rows, 4096, lambda *micro: micro)]
+    read = [states.shape[0] for _, (states, _) in gradients.each(halves, rows, 4096, lambda *micro: micro)]
     assert halves.room.metrics() == {} and len(read) == 1
     asked = []
 
-    def take(indices, states, targets):
-        asked.append(len(indices))
-        if len(asked) == 1:
-            raise RuntimeError("CUDA error: out of memory")
-        return indices
+    def take(states, targets):
+        asked.append(len(targets))
+        if len(asked) <= 2:
+            raise RuntimeError("[metal::malloc] out of memory")
+        return targets
 
     found = gradients.each(halves, rows, 4096, take)
-    assert (
-        asked[0] == len(rows)
-        and len(asked) > 2
-        and sorted(row for part in found for row in part) == [*range(len(rows))]
-    )
-    most = halves.room.metrics()["memory/micro_tokens"]
-    width = max(len(row.ids) for row in rows)
-    assert most == len(rows) * width // 2
+    assert asked[:2] == [read[0]] * 2 and sum(asked[2:]) == read[0] and len(asked) > 3  # the same once more, then half
+    assert sorted(row for indices, _ in found for row in indices) == [*range(len(rows))]
+    metrics, told = halves.room.metrics(), "[metal::malloc] out of memory"
+    most, width = metrics["memory/micro_tokens"], max(len(row.ids) for row in rows)
+    assert most == len(rows) * width // 2 and metrics["memory/message"] == f"{told}; {told}"
     assert halves.room.notes == [
-        f"out of memory (CUDA error: out of memory): micro-batches of at most {most} tokens from here on"
+        f"memory ran out ({told}); once more with {2 * most} tokens in a micro-batch, MLX's cache cleared",
+        f"memory ran out again ({told}): at most {most} tokens in a micro-batch from here on",
     ]
     assert len(gradients.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
 

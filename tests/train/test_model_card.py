@@ -163,7 +163,7 @@ def test_sft_tells_its_file_and_how_many_traces_the_manifest_counts(tmp_path, mo
 
 @pytest.mark.parametrize("given", [*LISTED, *NOT_LISTED])
 def test_licences_are_the_hubs_or_other(given):
-    licence = model_card._licence({"license": given, "license_link": "LICENSE"}, "org/name")
+    licence = model_card.licence_of({"license": given, "license_link": "LICENSE"}, "org/name")
     if given in LISTED[:-2] or given == "openrail++":
         assert licence == {"license": given}
     elif given:

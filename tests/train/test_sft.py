@@ -19,12 +19,13 @@ from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.records import Problem, Trace
+from mlx_traces.report import run_view, terminal
 from mlx_traces.runtime import run_folder
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import encoding, generate
 from mlx_traces.traces.files import manifest_of
-from mlx_traces.train import checkpoints, loop, sft
-from mlx_traces.train.optimizer import clip, make_optimizer, schedule
+from mlx_traces.train import checkpoints, loop, optimizer, sft
+from mlx_traces.train.optimizer import make_optimizer, schedule
 
 # ---------------------------------------------------------------------------------- a step
 
@@ -72,13 +73,15 @@ def test_learning_rate():
 
 
 def test_update_is_adamws():
-    config = OptimizerConfig(learning_rate=0.1, warmup=0, final_rate=1, weight_decay=0.3, betas=(0.9, 0.98))
-    optimizer, weights = make_optimizer(config, 5), {"w": mx.array([1.0, -2.0])}
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup=0, final_rate=1, weight_decay=0.3, betas=(0.9, 0.98), max_grad_norm=2.0
+    )
+    made, weights = make_optimizer(config, 5), {"w": mx.array([1.0, -2.0])}
     expected, m, v = np.array([1.0, -2.0]), 0.0, 0.0
     for step, gradient in enumerate(([1.0, 0.5], [-3.0, 0.1], [0.2, 4.0]), 1):
-        clipped, norm = clip({"w": mx.array(gradient)}, 2.0)
-        assert norm.item() == pytest.approx(np.linalg.norm(gradient))
-        weights = optimizer.apply_gradients(clipped, weights)
+        norm, update = made.propose(weights, {"w": mx.array(gradient)})
+        update()
+        assert norm == pytest.approx(np.linalg.norm(gradient))
         g = np.array(gradient) * min(1, 2 / np.linalg.norm(gradient))
         m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
         expected = expected * (1 - 0.1 * 0.3)
@@ -235,17 +238,22 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     best = min(losses, key=losses.get)
     assert result.best_step == best and result.valid_loss == losses[best]
     assert max(losses) == result.steps == best + 2 < 9 * 4
+    assert result.stopped == json.loads((tmp_path / "run" / "result.json").read_text())["stopped"] == "patience"
+    assert terminal.state(run_view.read(tmp_path / "run")).startswith(f"ended by patience, step {result.steps} of ")
     # The adapter that was kept has this loss.
     loaded = loading.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
     data = sft.prepare(loaded, config)
     assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
     again = sft.train(config, tmp_path / "run", resume=True)  # finished already: nothing changes
     assert (again.steps, again.best_step, again.valid_loss) == (result.steps, result.best_step, result.valid_loss)
+    assert again.stopped == "patience"
 
 
 def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
     config = SFTConfig(**{**settings, "warmup": 0.5})
-    steps = sft.train(config, tmp_path / "run").steps
+    result = sft.train(config, tmp_path / "run")
+    assert result.stopped is None and terminal.state(run_view.read(tmp_path / "run")).startswith("finished, ")
+    steps = result.steps
     rate = schedule(config, steps)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row["optim/lr"] for row in rows if "optim/lr" in row]
@@ -321,7 +329,7 @@ def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_pat
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monkeypatch, value):
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "clip", lambda grads, norm: (grads, mx.array(value)))
+        patch.setattr(optimizer, "clip", lambda grads, norm: (grads, mx.array(value)))
         with pytest.raises(UserError, match=f"step 1: .* gradient's norm {value}; nothing was overwritten"):
             sft.train(SFTConfig(**settings), tmp_path / "a")
     measure, calls = sft.mean_loss, []
@@ -354,6 +362,27 @@ def test_the_thinking_switch_is_that_of_the_prompts(settings):
         assert sft.prepare(loaded, config).held_out.config.thinking is expected
 
 
+@pytest.mark.parametrize(
+    ("made", "validation", "expected"),
+    [
+        ([False], None, False),
+        ([True], None, True),
+        ([None], None, None),
+        ([False, True], None, None),
+        ([False], True, True),
+    ],
+)
+def test_validation_asks_as_the_traces_were_made(settings, made, validation, expected):
+    lines = Path(settings["data"]).read_text().splitlines()
+    own = [json.loads(line) | {"thinking": made[i % len(made)]} for i, line in enumerate(lines)]
+    Path(settings["data"]).write_text("".join(json.dumps(line) + "\n" for line in own))
+    loaded = wrap(make_tokenizer(CHATML.replace("assistant\n", "assistant\n{% if enable_thinking %}{% endif %}")))
+    config = SFTConfig(**settings, evaluate={"task": "countdown", "limit": 3, "thinking": validation})
+    data = sft.prepare(loaded, config)
+    assert data.held_out.config.thinking is expected
+    assert sft.identity_of(config, loaded, data)["evaluate"].get("thinking") is expected  # a run is continued with it
+
+
 def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     loaded = wrap(make_tokenizer(), make_model())
     parts = {}
@@ -369,6 +398,17 @@ def test_validation_keeps_a_problems_traces_together(settings, tmp_path):
     data = sft.prepare(loaded, SFTConfig(**{**settings, "valid": other}))
     assert {row.id for row in data.valid} == {"p0", "p1"} and len(data.train) == 20
     assert data.notes == [f"4 traces of problems in {other} are left out"]
+
+
+def test_a_share_that_keeps_nothing_apart_is_told(settings, tmp_path):
+    """Ids with a # are of one problem by what stands before it, which ids of another origin may all share."""
+    loaded, file = wrap(make_tokenizer(), make_model()), tmp_path / "other.jsonl"
+    lines = [{"id": f"book#{i}", "messages": ONE, "completion": "x", "sample": 0} for i in range(9)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = sft.prepare(loaded, SFTConfig(**{**settings, "data": str(file)}))
+    assert len(data.train) == 9 and not data.valid
+    assert data.notes == ["no validation loss: valid_share 0.3 keeps none of 1 problems apart"]
+    assert not sft.prepare(loaded, SFTConfig(**{**settings, "valid_share": 0})).notes
 
 
 def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):

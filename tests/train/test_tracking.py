@@ -150,11 +150,11 @@ def test_other_ranks_than_the_first_send_nothing(client, tmp_path, monkeypatch):
 def test_the_rounds_hand_the_setting_to_every_training_and_no_name_changes(client, monkeypatch):
     third = {"grpo": {"num_steps": 2}}
     plain, asked = (
-        rounds.stations(build(RoundsConfig, {"name": "try", "round3": third, **extra}), None)
+        rounds.stages(build(RoundsConfig, {"name": "try", "round3": third, **extra}), None)
         for extra in ({}, {"report_to": client})
     )
-    assert [station.out for station in plain] == [station.out for station in asked]
-    assert [station.recipe.report_to for station in rounds.trainings(asked)] == [client] * 3
+    assert [stage.out for stage in plain] == [stage.out for stage in asked]
+    assert [stage.recipe.report_to for stage in rounds.trainings(asked)] == [client] * 3
     monkeypatch.setitem(sys.modules, client, None)
     with pytest.raises(UserError, match="is not installed"):
         rounds.check(asked, None)

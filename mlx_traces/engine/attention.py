@@ -1,0 +1,89 @@
+"""Whether this device's attention reads the keys and values that it is given, where they are part of a longer buffer.
+
+It cannot be taken for granted: MLX's attention by cuDNN (one query, no mask, 16 bits, 256 keys and more) reads a slice
+from the beginning of its buffer, wherever the slice begins. Answers are then noise, and nothing says so.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from mlx_traces.engine.logprobs import alike
+from mlx_traces.errors import UserError
+
+KEYS, BEGIN, CAPACITY = 320, 100, 512  # of the probe: keys read, the first of them, and the buffer's length
+HEADS, GROUPS, SIZE = 4, 2, 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How keys and values are handed to attention: copied, or as slices that with a mask begin where the buffer does.
+
+    Without a mask they always do.
+    """
+
+    from_zero: bool = False
+    copied: bool = False
+
+    def part(self, buffer: mx.array, low: int, high: int) -> mx.array:
+        """Return positions ``low`` to ``high`` of a buffer, (..., positions, size)."""
+        found = slice_of(buffer, low, high)
+        return mx.contiguous(found) if self.copied else found
+
+
+SLICES = Reading()  # where nothing is misread
+
+
+def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
+    """Return positions ``low`` to ``high`` of a buffer, (..., positions, size), without a copy."""
+    return buffer[..., low:high, :]
+
+
+@cache
+def misread(dtype: mx.Dtype) -> tuple[str, ...]:
+    """Return what attention of one query reads wrongly on the default device, in words; nothing if all is well.
+
+    Whole buffers, slices from a buffer's beginning, and slices from further on, each without and with a mask, are
+    compared with the formula, computed step by step in float32.
+    """
+    keys, values = (mx.random.normal((2, GROUPS, CAPACITY, SIZE), dtype, key=mx.random.key(at)) for at in (1, 2))
+    queries = 3 * mx.random.normal((2, HEADS, 1, SIZE), dtype, key=mx.random.key(3))
+    wrong = []
+    for masked in (False, True):
+        mask = mx.arange(KEYS) >= mx.array([0, 50]).reshape(2, 1, 1, 1) if masked else None
+        for what, begin in (("a whole buffer", 0), ("a slice", 0), ("a slice from further on", BEGIN)):
+            own = [slice_of(array, begin, begin + KEYS) for array in (keys, values)]
+            wide = [mx.contiguous(array).astype(mx.float32) for array in own]
+            if what == "a whole buffer":
+                own = [mx.contiguous(array) for array in own]
+                mx.eval(own)
+            found = mx.fast.scaled_dot_product_attention(queries, *own, scale=SIZE**-0.5, mask=mask)
+            scores = queries.astype(mx.float32).reshape(2, GROUPS, -1, SIZE) @ wide[0].swapaxes(-1, -2) * SIZE**-0.5
+            scores = scores if mask is None else mx.where(mask, scores, -mx.inf)
+            expected = (mx.softmax(scores, axis=-1) @ wide[1]).reshape(2, HEADS, 1, SIZE)
+            if not alike(found.astype(mx.float32), expected.astype(dtype).astype(mx.float32)):
+                wrong.append(f"{what} {'with' if masked else 'without'} a mask")
+    return tuple(wrong)
+
+
+def reading(dtype: mx.Dtype) -> Reading:
+    """Return how keys and values of a type have to be handed to attention on the default device.
+
+    Raises:
+        UserError: if attention is wrong even of whole buffers.
+    """
+    wrong = misread(dtype)
+    if any("whole" in what for what in wrong):
+        raise UserError(
+            f"this device's attention is wrong in {name_of(dtype)} ({', '.join(wrong)}), so its results cannot be "
+            "trusted: pass another --dtype, or --device cpu; mlx-traces doctor tells more"
+        )
+    return Reading(
+        from_zero="a slice from further on with a mask" in wrong, copied=any(w.startswith("a slice w") for w in wrong)
+    )
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return a type's name, ``"bfloat16"`` say."""
+    return str(dtype).rpartition(".")[2]

@@ -1,0 +1,220 @@
+"""A decode step of Llama's, Qwen2's and Qwen3's layers in fewer operations than by mlx_lm's own modules.
+
+One product makes q, k and v, and one makes gate and up: their weights are joined output by output, packed ones too, so
+every output is the same sum as before. q and k are turned together, and dense products add the residual themselves.
+The number of operations is what counts: at 32 to 128 rows a GPU waits for the host to name them, and on a CPU a small
+model's products take no longer than their names.
+
+The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
+modules, and made anew when a weight was replaced. A model is decoded so only if all its modules are of kinds known
+here, with no other parts, and if on a probe its logits are those of the modules; otherwise the modules are called.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
+
+from mlx_traces.engine.kv_cache import SlotCache, decodes_right
+from mlx_traces.engine.logprobs import probe
+
+KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
+PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
+SMALL = 2**21  # numbers of a layer's gate and up below which a CPU gains: 10 to 25 %, and 3 % with larger products
+LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}, {"q_norm", "k_norm"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+class Step:
+    """A decode step of a model by joined weights."""
+
+    def __init__(self, model: nn.Module, backend: str):
+        self.model, self.backend = model, backend
+        self.joined = [tuple(_join(modules) for modules in _to_join(layer)) for layer in model.layers]
+
+    def __call__(self, tokens: mx.array, caches: Sequence[SlotCache]) -> mx.array:
+        """Return the (R, V) logits after one token of each row, (R,); the caches take in its keys and values."""
+        model, window, rows = self.model, caches[0].window, len(tokens)
+        attention = model.layers[0].self_attn
+        heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
+        mask, turn = window.mask(), self._turning(attention.rope, window.offset)
+        # A GPU's kernels copy what is not contiguous first; there the values are turned too, and not used.
+        turned = heads + groups if self.backend == "cpu" else heads + 2 * groups
+        h = model.model.embed_tokens(tokens)
+        for layer, cache, (qkv, gate_up) in zip(model.layers, caches, self.joined, strict=True):
+            attention = layer.self_attn
+            x = qkv(layer.input_layernorm(h)).reshape(rows, heads + 2 * groups, 1, size)
+            qk = x[:, :turned]
+            if "q_norm" in attention:
+                scales = [attention.q_norm.weight] * heads + [attention.k_norm.weight] * (turned - heads)
+                qk = mx.fast.rms_norm(qk, None, attention.q_norm.eps) * mx.stack(scales)[:, None]
+            qk = turn(qk)
+            keys, values = cache.update_and_fetch(qk[:, heads : heads + groups], x[:, heads + groups :])
+            h = _add(h, attention.o_proj, self._attend(qk[:, :heads], keys, values, attention.scale, mask))
+            gate, up = mx.split(gate_up(layer.post_attention_layernorm(h)), 2, axis=-1)
+            h = _add(h, layer.mlp.down_proj, swiglu(gate, up))
+        h = model.model.norm(h)
+        return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
+
+    def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
+        """Return what turns (R, heads, 1, size) by the rows' positions, (R,).
+
+        A CPU has no kernel for it, so MLX would compute the cosines and sines in every layer. Here they are computed
+        once: they are what a rope makes of a first half of ones and a second half of zeros.
+        """
+        if self.backend != "cpu":
+            return lambda x: rope(x, offset=offset)
+        unit = (mx.arange(rope.dims) < rope.dims // 2).astype(mx.float32)
+        unit = mx.broadcast_to(unit, (len(offset), 1, 1, rope.dims))
+        cos, sin = mx.split(rope(unit, offset=offset), 2, axis=-1)
+
+        def turn(x: mx.array) -> mx.array:
+            a, b = mx.split(x, 2, axis=-1)
+            return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+        return turn
+
+    def _attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None
+    ) -> mx.array:
+        """Return (R, heads x size) from (R, heads, 1, size) queries and (R, groups, K, size) keys and values.
+
+        Where MLX has no kernel, on a CPU and for a mask on CUDA, the queries of a group are one product.
+        """
+        rows, groups, _, size = keys.shape
+        if self.backend == "metal" or (self.backend == "cuda" and mask is None):
+            out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        else:
+            scores = (queries * scale).reshape(rows, groups, -1, size) @ keys.swapaxes(-1, -2)
+            if mask is not None:
+                scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+            out = mx.softmax(scores, axis=-1, precise=True) @ values
+        return out.reshape(rows, -1)
+
+
+def step_of(model: nn.Module, backend: str) -> Step | None:
+    """Return the fused step of a model on a backend (``"cpu"``, ``"metal"``, ``"cuda"``), None to call the modules."""
+    proved = getattr(model, PROVED + backend, None)
+    if proved is False or not known(model) or (backend == "cpu" and _largest(model) > SMALL):
+        return None
+    step = Step(model, backend)
+    if proved is None:
+        proved = _right(model, step)
+        if proved or mx.isfinite(model(mx.array([[0]]))).all().item():  # broken weights say nothing of the model
+            setattr(model, PROVED + backend, proved)
+    return step if proved else None
+
+
+def extra_bytes(model: nn.Module) -> int:
+    """Return how much more memory than the model's weights the step takes: one layer's, while they are joined."""
+    if not known(model):
+        return 0
+    return max(
+        sum(array.nbytes for modules in _to_join(layer) for module in modules for array in module.values())
+        for layer in model.layers
+    )
+
+
+def known(model: nn.Module) -> bool:
+    """Whether every module of a model is of a kind that `Step` computes, and has no part that it would leave out."""
+    kind = next((kind for kind in (llama, qwen2, qwen3) if type(model) is kind.Model), None)
+    if kind is None or getattr(model.model, "pipeline_size", 1) != 1 or type(model.model.norm) is not nn.RMSNorm:
+        return False
+    norms = NORMS if kind is qwen3 else set()
+    shapes = set()
+    for layer in model.layers:
+        if type(layer) is not kind.TransformerBlock or set(layer) != LAYER or getattr(layer, "use_sliding", False):
+            return False
+        attention, mlp = layer.self_attn, layer.mlp
+        if type(attention) is not kind.Attention or type(mlp) is not kind.MLP:
+            return False
+        if set(attention) != ATTENTION | norms or set(mlp) != MLP:
+            return False
+        every_norm = [layer.input_layernorm, layer.post_attention_layernorm, *(attention[name] for name in norms)]
+        if any(type(norm) is not nn.RMSNorm for norm in every_norm) or type(attention.rope) not in ROPES:
+            return False
+        ends, joined = [attention.o_proj, mlp.down_proj], _to_join(layer)
+        if any(type(module) not in LINEAR for module in chain(ends, *joined)) or any("bias" in end for end in ends):
+            return False
+        if any(len({_form(module) for module in modules}) > 1 for modules in joined) or "bias" in mlp.gate_proj:
+            return False
+        heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
+        outputs = [len(module.weight) for module in joined[0]]
+        if outputs != [heads * size, groups * size, groups * size] or heads % groups or attention.rope.traditional:
+            return False
+        if norms and attention.q_norm.eps != attention.k_norm.eps:
+            return False
+        shapes.add((heads, groups, size))
+    return len(shapes) == 1
+
+
+def _to_join(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+
+
+def _form(module: nn.Module) -> tuple:
+    """Return what linear modules have in common that can be joined: their kind, arrays, types and quantization."""
+    arrays = tuple((name, array.dtype, array.shape[1:]) for name, array in sorted(module.items()))
+    return type(module), arrays, *(getattr(module, name, None) for name in ("bits", "group_size", "mode"))
+
+
+class _Joined:
+    """A linear module with the outputs of several, and their arrays, which are slices of its own."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.whole = copy.copy(modules[0])
+        ends = list(accumulate(len(module.weight) for module in modules))
+        for name in modules[0]:
+            self.whole[name] = mx.concatenate([module[name] for module in modules])
+            for module, part in zip(modules, mx.split(self.whole[name], ends[:-1]), strict=True):
+                module[name] = part
+        self.parts = [array for module in modules for array in module.values()]
+        mx.eval(self.whole.parameters(), self.parts)
+
+    def __deepcopy__(self, memo: dict) -> "_Joined":
+        return self  # `is_of` says whether the copied modules still have these arrays
+
+    def is_of(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the modules' arrays are still those that were joined."""
+        arrays = [array for module in modules for array in module.values()]
+        return len(arrays) == len(self.parts) and all(a is b for a, b in zip(arrays, self.parts, strict=True))
+
+
+def _join(modules: Sequence[nn.Module]) -> nn.Module:
+    """Return a linear module with the outputs of several, one after the other, and keep it with them.
+
+    It goes when they go: those that an adapter was merged into, when sampling is over.
+    """
+    kept = getattr(modules[0], KEPT, None)
+    if kept is None or not kept.is_of(modules):
+        kept = _Joined(modules)
+        setattr(modules[0], KEPT, kept)
+    return kept.whole
+
+
+def _largest(model: nn.Module) -> int:
+    """Return the numbers of gate and up in a layer."""
+    return max(sum(module.weight.size for module in _to_join(layer)[1]) for layer in model.layers)
+
+
+def _right(model: nn.Module, step: Step) -> bool:
+    """Whether the step gives the modules' logits, where rows began apart and where they began alike."""
+    training, rows = model.training, [probe(model, 24), probe(model, 3)] * 3
+    model.eval()
+    try:
+        return all(decodes_right(model, 4, those, step) for those in (rows, rows[:1]))
+    finally:
+        model.train(training)
+
+
+def _add(h: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """Return ``h + linear(x)``, in one operation where the weight is dense."""
+    return mx.addmm(h, x, linear.weight.T) if type(linear) is nn.Linear else h + linear(x)

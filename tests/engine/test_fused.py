@@ -1,0 +1,253 @@
+"""The fused decode step against mlx_lm's modules, on every kind of layer that it knows, and what it does not take."""
+
+import copy
+import gc
+from dataclasses import replace
+from importlib import import_module
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from factories import broken, make_config, make_tokenizer, randomized, wrap
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen2
+from mlx_lm.models.rope_utils import Llama3RoPE
+
+from mlx_traces.config import AdapterConfig
+from mlx_traces.engine import fused
+from mlx_traces.engine.generation import generate
+from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.models import adapters
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+KINDS = {
+    "qwen2": {},
+    "qwen2-untied": {"tie_word_embeddings": False, "num_key_value_heads": 1},
+    "llama": {"rope_scaling": LLAMA3, "rope_theta": 10_000.0},
+    "qwen3": {"head_dim": 32, "rope_theta": 10_000.0},  # heads wider than the hidden size is, norms of q and k
+}
+
+
+def make(kind, bits=None, dtype=mx.float32):
+    """Make a tiny random model; its norms are not all ones."""
+    architecture = kind.partition("-")[0]
+    module = import_module(f"mlx_lm.models.{architecture}")
+    config = make_config(model_type=architecture) | KINDS[kind]
+    model = randomized(module.Model(module.ModelArgs.from_dict(config)), 4)
+    random = np.random.default_rng(1)
+    norms = [
+        (n, mx.array(random.uniform(0.5, 1.5, a.shape))) for n, a in tree_flatten(model.parameters()) if "norm" in n
+    ]
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in norms], strict=False)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def loaded_as(model, backend="cpu"):
+    loaded = wrap(make_tokenizer(), model)
+    return replace(loaded, backend=replace(loaded.backend, name=backend), notes=[])
+
+
+def sampled(loaded, rows=5):
+    """Return the rollouts of prompts of uneven length, greedy ones and others, rows joining and leaving."""
+    random = np.random.default_rng(2)
+    asked = [Request(tuple(random.integers(0, 98, size).tolist()), size) for size in (3, 19, 7, 19, 1, 12, 30, 5)]
+    each = [SamplingParams(max_tokens=6 + 5 * i, temperature=float(i % 2)) for i in range(len(asked))]
+    return [rollout for _, rollout in sorted(generate(loaded, asked, each, rows, logprobs=True), key=lambda p: p[0])]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_step_samples_what_the_modules_do(kind, backend, monkeypatch):
+    """Each backend's layout is computed here, by what MLX does on a CPU in place of its kernels."""
+    model = make(kind)
+    loaded = loaded_as(model, backend)
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    rollouts = sampled(loaded) + sampled(loaded, 1)
+    assert getattr(model, fused.PROVED + backend)
+    after = dict(tree_flatten(model.parameters()))
+    assert before.keys() == after.keys() and all((before[name] == np.array(after[name])).all() for name in before)
+    monkeypatch.setattr(fused, "step_of", lambda *_: None)
+    for own, expected in zip(rollouts, sampled(loaded) + sampled(loaded, 1), strict=True):
+        assert own.completion_ids == expected.completion_ids
+        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_joined_without_a_change_of_one_bit(bits):
+    model = make("qwen2", bits)
+    layer, x = model.layers[1], mx.array(np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32))
+    apart = [[module(x) for module in modules] for modules in fused._to_join(layer)]
+    mx.eval(apart)
+    step = fused.step_of(model, "cpu")
+    for outputs, joined, modules in zip(apart, step.joined[1], fused._to_join(layer), strict=True):
+        assert (joined(x) == mx.concatenate(outputs, axis=-1)).all().item()
+        assert all((module(x) == own).all().item() for module, own in zip(modules, outputs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])
+def test_sixteen_bits_are_taken(dtype, backend):
+    model = make("qwen3", dtype=dtype)
+    assert fused.step_of(model, backend) is not None
+    rollout = sampled(loaded_as(model, backend))[4]
+    logits = np.array(model(mx.array([rollout.prompt_ids + rollout.completion_ids[:-1]]))[0].astype(mx.float32))
+    own = logits[len(rollout.prompt_ids) - 1 :]
+    own = own - np.logaddexp.reduce(own, axis=-1, keepdims=True)
+    expected = own[np.arange(len(own)), rollout.completion_ids]
+    assert np.abs(np.array(rollout.model_logprobs) - expected).mean() < 0.25  # of logits up to 60
+
+
+def test_joining_takes_no_memory_but_a_layers():
+    model = make("llama")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    step = fused.step_of(model, "cpu")
+    assert mx.get_active_memory() - before < 20_000  # sines, norms; the weights are 300,000 bytes
+    layer = [array for modules in fused._to_join(model.layers[0]) for module in modules for array in module.values()]
+    assert fused.extra_bytes(model) == sum(array.nbytes for array in layer)
+    assert step.joined[0][0].weight.nbytes == 128 * 64 * 4
+    assert fused.extra_bytes(nn.Linear(3, 3)) == 0
+
+
+def joined(model):
+    return [id(module) for pair in fused.step_of(model, "cpu").joined for module in pair]
+
+
+def test_weights_stay_joined_until_one_is_replaced(monkeypatch):
+    model = make("qwen2")
+    first, old = joined(model), sampled(loaded_as(model))
+    assert joined(model) == first
+    assert joined(copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})) == first
+    monkeypatch.setattr(fused, "_right", lambda *_: pytest.fail("proved once, whatever the weights"))
+    model.layers[1].self_attn.k_proj.bias = model.layers[1].self_attn.k_proj.bias + 3 * mx.arange(32)
+    new = sampled(loaded_as(model))
+    assert [a == b for a, b in zip(joined(model), first, strict=True)] == [True, True, False, True]
+    monkeypatch.setattr(fused, "step_of", lambda *_: None)
+    assert new != old and [r.completion_ids for r in new] == [r.completion_ids for r in sampled(loaded_as(model))]
+
+
+def test_an_adapter_is_called_and_a_merged_one_joined():
+    model = make("qwen2")
+    adapters.start(model, AdapterConfig(rank=4))
+    shaken = [
+        (n, 0.3 * mx.random.normal(a.shape, key=mx.random.key(1)))
+        for n, a in tree_flatten(model.trainable_parameters())
+    ]
+    model.load_weights(shaken, strict=False)
+    assert not fused.known(model)
+    expected = sampled(loaded_as(model))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with adapters.merged(model):
+        assert fused.step_of(model, "cpu") is not None
+        assert [r.completion_ids for r in sampled(loaded_as(model))] == [r.completion_ids for r in expected]
+    assert fused.step_of(model, "cpu") is None
+    gc.collect()
+    assert mx.get_active_memory() - before < 20_000  # nothing keeps what was merged
+
+
+class Gelu(qwen2.MLP):
+    """Another activation."""
+
+    def __call__(self, x):
+        return self.down_proj(nn.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def slide(model):
+    model.layers[1].use_sliding = True
+
+
+def activate(model):
+    model.layers[0].mlp.__class__ = Gelu
+
+
+def bias_out(model):
+    model.layers[0].self_attn.o_proj.bias = mx.zeros(64)
+
+
+def quantize_one(model):
+    model.layers[0].self_attn.v_proj = model.layers[0].self_attn.v_proj.to_quantized(32, 4)
+
+
+def turn_otherwise(model):
+    model.layers[0].self_attn.rope.traditional = True
+
+
+def turn_a_part(model):
+    model.layers[0].self_attn.rope.dims = 8
+
+
+def norm_otherwise(model):
+    model.layers[0].input_layernorm = nn.LayerNorm(64)
+
+
+def sink(model):
+    model.layers[1].self_attn.sinks = mx.zeros(4)
+
+
+def round_one(model):
+    model.layers[0].mlp.up_proj.weight = model.layers[0].mlp.up_proj.weight.astype(mx.float16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [slide, activate, bias_out, quantize_one, turn_otherwise, turn_a_part, norm_otherwise, sink, round_one],
+)
+def test_what_is_not_known_takes_the_modules(change):
+    model = make("qwen2")
+    assert fused.known(model)
+    change(model)
+    assert fused.step_of(model, "cuda") is None and not hasattr(model, fused.PROVED + "cuda")
+
+
+@pytest.mark.parametrize("fault", ["activation", "rope", "scale"])
+def test_what_looks_known_and_computes_otherwise_takes_the_modules(fault, monkeypatch):
+    """Found by the probe alone."""
+    model = make("llama")
+    assert type(model.layers[0].self_attn.rope) is Llama3RoPE
+    if fault == "activation":
+        monkeypatch.setattr(llama, "swiglu", lambda gate, x: nn.gelu(gate) * x)
+    elif fault == "rope":
+        monkeypatch.setattr(Llama3RoPE, "__call__", lambda self, x, offset=0: x + mx.array(offset).reshape(-1, 1, 1, 1))
+    else:
+        whole = llama.scaled_dot_product_attention
+        monkeypatch.setattr(
+            llama, "scaled_dot_product_attention", lambda *a, scale, **more: whole(*a, scale=scale / 4, **more)
+        )
+    assert fused.known(model)
+    assert fused.step_of(model, "cpu") is None and getattr(model, fused.PROVED + "cpu") is False
+    monkeypatch.undo()
+    assert fused.step_of(model, "cpu") is None  # found once
+
+
+def test_broken_weights_say_nothing_of_a_model():
+    model = broken(make("qwen2"))
+    assert fused.step_of(model, "cpu") is None and not hasattr(model, fused.PROVED + "cpu")
+
+
+def test_a_cpu_takes_it_for_small_products_alone(monkeypatch):
+    model = make("qwen2")
+    monkeypatch.setattr(fused, "SMALL", 2 * 64 * 128 - 1)
+    assert fused.step_of(model, "cpu") is None and fused.step_of(model, "cuda") is not None
+
+
+@pytest.mark.real_model
+def test_a_real_model_answers_the_same(real_model, monkeypatch):
+    from mlx_traces.models.loading import load
+
+    monkeypatch.setattr(fused, "SMALL", 2**40)
+    loaded, found = load(str(real_model)), []
+    requests = [Request(tuple(range(100, 100 + size))) for size in (5, 9, 14)]
+    for real in (True, False):
+        if not real:
+            monkeypatch.setattr(fused, "step_of", lambda *_: None)
+        found.append(dict(generate(loaded, requests, SamplingParams(12), 2, logprobs=True)))
+    assert getattr(loaded.model, fused.PROVED + "cpu")
+    for index, own in found[0].items():
+        assert own.completion_ids == found[1][index].completion_ids
+        np.testing.assert_allclose(own.model_logprobs, found[1][index].model_logprobs, atol=5e-5)
