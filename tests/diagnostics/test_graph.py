@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -138,7 +139,7 @@ def clipped_update(x):
     return rule.apply_gradients(grads, parameters), norm
 
 
-@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update])
+@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update, partial(nn.gelu_approx)])
 def test_compiled_functions_have_the_kernels_that_mlx_makes_of_them(function):
     given = [array(64, 32) for _ in range(2 if function is swiglu else 1)]
     compiled = function if function is swiglu else mx.compile(function)
