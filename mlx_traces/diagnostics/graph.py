@@ -85,9 +85,10 @@ class Stored:
     strided: bool = False
 
     def wide(self, vocabulary: int) -> bool:
-        """Whether it was made, and is as wide as the vocabulary, by one axis or by two."""
-        *_, rows, last = (1, 1, *self.shape)
-        return not self.constant and (last == vocabulary or vocabulary <= rows * last <= WIDE * vocabulary)
+        """Whether it was made, and is as wide as the vocabulary: its last axis is, or in a third the last two are."""
+        *most, blocks, last = (1, 1, *self.shape)
+        two = len(most) > 2 and vocabulary <= blocks * last <= WIDE * vocabulary
+        return not self.constant and (last == vocabulary or two)
 
 
 Node = dict[str, Any]  # an operation, as MLX exports it: its name, arguments, inputs and outputs
