@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, Config, FilterConfig, ReformatConfig, RLConfig, RoundsConfig, SFTSettings
+from mlx_traces.config import (
+    AnswerConfig,
+    Config,
+    FilterConfig,
+    ReformatConfig,
+    RLConfig,
+    RoundsConfig,
+    ScoreConfig,
+    SFTSettings,
+)
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import TASKS, get_task
 
@@ -28,6 +37,13 @@ _REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
 _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
     ((), ("top_p", "top_k", "min_p"), lambda c: c.temperature == 0, "at temperature 0 (greedy)"),
     ((AnswerConfig, RLConfig), ("shots", "shots_data"), lambda c: not _examples(c), "for a prompt without examples"),
+    (
+        (AnswerConfig,),
+        ("stop_in_thoughts",),
+        lambda c: not _examples(c) and not (c.prompt or "").endswith((".yaml", ".yml")),
+        "for a prompt without stop strings",
+    ),
+    ((ScoreConfig,), ("thinking",), lambda c: c.model is None, "without model"),
     ((), _SELECTED, lambda c: c.eval_task is None, "without eval_task"),
     ((), ("prefer",), lambda c: c.per_problem is None, "without per_problem"),
     ((), ("difficulty", "bins"), lambda c: c.balance is None, "without balance"),

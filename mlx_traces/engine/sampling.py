@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -228,8 +228,11 @@ def _share(rows: np.ndarray) -> float:
 @cache
 def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
     """Return the function that draws; compiled there is a trace of it for each number of rows and width."""
-    function = partial(_draw, kind)
-    return mx.compile(function) if compiled else function
+
+    def drawn(*arrays: mx.array) -> list[mx.array]:
+        return _draw(kind, *arrays)
+
+    return mx.compile(drawn) if compiled else drawn
 
 
 def _draw(

@@ -24,7 +24,7 @@ from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
-from mlx_traces.tasks import GRADER, Task, get_task
+from mlx_traces.tasks import GRADER, Task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
 from mlx_traces.text import clean
@@ -107,7 +107,7 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
         raise UserError(f"{where}: 'prompt' is missing; the file is damaged")
     settings = {name: identity[name] for name in EvalConfig.model_fields if name in identity}
     config = build(EvalConfig, {**settings, "prompt": prompt["name"]}, where)
-    task = get_task(config.task)
+    task = task_of(config.task, where)
     if result["extractor"] not in task.extractors:
         raise UserError(f"{folder.path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
     try:
@@ -148,7 +148,9 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
         UserError: if the question cannot be read, or does not belong to the sample's id.
     """
     columns: dict[str, Any] = {"question": row["question"], "answer": row["gold"]}
-    if "question" not in task.columns:
+    if isinstance(kept := row.get("columns"), dict):
+        columns |= kept
+    elif "question" not in task.columns:
         match = re.fullmatch(", ".join(rf"{name} (?P<{name}>.+)" for name in task.columns), row["question"])
         try:
             columns = {name: json.loads(text) for name, text in match.groupdict().items()} if match else {}
@@ -252,7 +254,7 @@ def verify_traces(file: Path) -> tuple[str, list[str]]:
         problem = problem_of_trace(trace, where) if trace.verdict else None
         if problem is None:
             continue
-        task = get_task(trace.task)
+        task = task_of(trace.task, where)
         name = config.get("extractor")
         found = task.grade(problem, trace.completion)[name if name in task.extractors else task.extractors[0]].verdict
         seen["correct"] += found == "correct"
