@@ -6,7 +6,7 @@ next step is dispatched before the previous tokens are read. No array as wide as
 
 Models of known layers are decoded by fewer operations than their modules have (`fused`). On a GPU the draw is compiled,
 and attention is tried on slices of longer buffers before it is trusted (`attention`). The step as a whole is not
-compiled: on a CPU that gains nothing steady (a step of nano with 128 rows took 21 to 23 ms plain and 20 to 21 compiled).
+compiled: on a CPU that gains nothing steady (20 to 21 ms for 21 to 23, a step of nano with 128 rows).
 """
 
 from collections import deque
