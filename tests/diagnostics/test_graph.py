@@ -227,12 +227,12 @@ def test_a_bare_step_has_the_kernels_counted_by_hand(qwen):
 
 def test_our_steps_take_no_more_kernels_and_passes_than_this(qwen):
     bare = qwen["bare", False].kernels
-    for variant, most in (("greedy", 0.8), ("temperature-1", 0.9), ("adapter-merged", 0.7), ("adapter-quantized", 1.8)):
+    for variant, most in (("greedy", 0.8), ("temperature-1", 0.9), ("adapter-merged", 0.7), ("adapter-quantized", 1.3)):
         assert qwen[variant, False].kernels <= most * bare, variant
         assert qwen[variant, True].kernels <= qwen[variant, False].kernels + 10
-    assert qwen["greedy", False].vocabulary_passes == 1
     for variant, most in (("greedy", 3.6), ("temperature-1", 3.1), ("temperature-0.7", 6.1), ("top-p", 4.1)):
         assert qwen[variant, True].vocabulary_passes <= most, variant
+    assert qwen["greedy", False].vocabulary_passes == 1
     assert qwen["optimizer", False].kernels <= 1200 and qwen["optimizer", False].vocabulary_passes == 0
     assert qwen["micro-batch", False].kernels <= 4500 and qwen["prompts", False].kernels <= 6000
 
