@@ -86,7 +86,7 @@ class LoadConfig(Config):
 class ProblemConfig(Config):
     """Which problems, in which prompt, graded by which extractor."""
 
-    task: str = Field("countdown", description="Task: gsm8k, countdown or qa.")
+    task: str = Field("countdown", description="Task: gsm8k, countdown, math, qa, or your own module:TASK.")
     prompt: str | None = Field(
         None, description="One of the task's prompts, or FILE.yaml with your own; default: the task's."
     )
@@ -407,7 +407,15 @@ class PPOConfig(RLConfig):
     reference: str | None = Field(None, description=_REFERENCE)
 
 
-class ScoreConfig(LoadConfig, JudgeConfig):
+class TracesConfig(Config):
+    """What every command on a file of traces takes."""
+
+    task: str | None = Field(
+        None, exclude_if=_is_none, description="The traces' task, if it is a plug-in: a file alone never runs its code."
+    )
+
+
+class ScoreConfig(TracesConfig, LoadConfig, JudgeConfig):
     """Settings of ``mlx-traces score``. A component that ``mix`` does not name has weight 0 in the combined score."""
 
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
@@ -434,7 +442,7 @@ class ScoreConfig(LoadConfig, JudgeConfig):
     )
 
 
-class ReformatConfig(LoadConfig):
+class ReformatConfig(TracesConfig, LoadConfig):
     """Settings of ``mlx-traces reformat``."""
 
     to: Literal["sky-t1", "think"] = Field(
@@ -456,7 +464,7 @@ class ReformatConfig(LoadConfig):
     )
 
 
-class FilterConfig(Config):
+class FilterConfig(TracesConfig):
     """Settings of ``mlx-traces filter``: its rules, in the order in which they are applied."""
 
     correct_only: bool = Field(True, description="Drop wrong traces; those that no task can judge stay.")
@@ -511,7 +519,7 @@ class RawConfig(Config):
     split: str = Field("train", description="Split of the data.")
     data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
     style: Literal["think", "plain", "boxed"] = Field(
-        "think", description="Where GSM8K's answers stand: after the thought, after ####, or in a box."
+        "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
     )
     seed: int = Field(1, description="Seed of the problems.")
 
@@ -532,7 +540,7 @@ class RoundsConfig(TrackingConfig):
         description="Begins the names of all files and folders, so it has no /.",
     )
     model: str = Field("nano", description="nano, a folder, or a hub id.")
-    task: str = Field("countdown", description="Task: gsm8k or countdown.")
+    task: str = Field("countdown", description="Task: gsm8k, countdown, math, or your own module:TASK with raw.file.")
     prompt: str = Field("thinking", description="Prompt style of generation and comparison.")
     raw: RawConfig = RawConfig()
     epoch1: SFTSettings | None = Field(

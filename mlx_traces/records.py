@@ -11,13 +11,19 @@ def problem_id(identity: str) -> str:
     return identity.partition("#")[0]
 
 
+def strata_of(stratum: str) -> list[str]:
+    """Return the parts of the data that a problem belongs to; ``level 2; Algebra`` are two."""
+    return [name for name in stratum.split("; ") if name]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question of a task.
 
     ``id`` is derived from the content, so a problem has the same id whatever its source and place in it; runs are
     paired by it. ``columns`` is the task's row (``question`` and ``answer``, or ``nums`` and ``target``). ``gold`` is
-    the answer as text. ``stratum`` names the part of the data set that results are split by, or is empty.
+    the answer as text. ``stratum`` names the part of the data set that results are split by, or is empty; several parts
+    are separated by ``; ``.
     """
 
     id: str

@@ -1,5 +1,6 @@
 """The command line as a user types it, and the README's and the configurations' commands against it."""
 
+import ast
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from mlx_traces.config import (
     PPOConfig,
     ReformatConfig,
     RoundsConfig,
+    ScoreConfig,
     SFTConfig,
     StudyConfig,
     build,
@@ -47,6 +49,19 @@ def test_help_needs_no_mlx():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     assert "compare" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_modules_that_say_so_never_load_mlx():
+    names = ["mlx_traces.pipelines.verify"]
+    for path in (ROOT / "mlx_traces").rglob("*.py"):
+        if "No MLX" in (ast.get_docstring(ast.parse(path.read_text())) or ""):
+            names.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert len(names) > 10
+    code = (
+        f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+        "    assert not {'mlx.core', 'mlx_lm', 'transformers'} & set(sys.modules), name"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("group", [[], ["data"]])
@@ -402,6 +417,11 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
         (build(EvalConfig, {"task": "gsm8k", "prompt": "fewshot", "shots": 3}), []),
         (build(EvalConfig, {"task": "gsm8k", "prompt": "direct", "shots": 3}), ["shots 3"]),
         (build(EvalConfig, {"top_p": 1.0, "shots": 5}), []),
+        (build(EvalConfig, {"stop_in_thoughts": True}), ["stop_in_thoughts True changes nothing for a prompt without"]),
+        (build(EvalConfig, {"stop_in_thoughts": True, "prompt": "mine.yaml"}), []),
+        (build(EvalConfig, {"task": "gsm8k", "prompt": "fewshot-chat", "stop_in_thoughts": True}), []),
+        (build(ScoreConfig, {"thinking": True}), ["thinking True changes nothing without model"]),
+        (build(ScoreConfig, {"thinking": True, "model": "nano"}), []),
         (build(GRPOConfig, {"shots": 3, "overlong_tokens": 4, "importance_cap": 3}), ["shots", "overl", "importance_"]),
         (build(GRPOConfig, {"patience": 3, "probe_samples": 2}), ["patience 3", "probe_samples 2"]),
         (build(GRPOConfig, {"evaluate": {}, "patience": 3, "pass_rate_low": 0.1, "probe_samples": 2}), []),

@@ -77,7 +77,7 @@ def summary(result: EvalResult) -> list[str]:
 
 @click.command("grade")
 @click.argument("file", type=click.Path())
-@click.option("--task", required=True, help="Task whose grader to use: gsm8k, countdown or qa.")
+@click.option("--task", required=True, help="Task whose grader to use: gsm8k, countdown, math, qa or module:TASK.")
 @click.option("--extractor", help="How the answer is found; default: the task's first extractor.")
 @click.option("--out", type=click.Path(), help="Write the rows here instead of to stdout.")
 def grade_command(file: str, task: str, extractor: str | None, out: str | None) -> None:

@@ -10,6 +10,7 @@ from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, n
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
 from mlx_traces.runtime.device import import_mlx
+from mlx_traces.tasks import get_task
 from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
@@ -76,7 +77,8 @@ def compare_command(
 
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-def verify_command(runs: tuple[str, ...]) -> None:
+@click.option("--task", help="Their task, if it is a plug-in: a file alone never runs its code.")
+def verify_command(runs: tuple[str, ...], task: str | None) -> None:
     """Check finished runs and files of traces.
 
     RUNS are folders of evaluations and of trainings (sft, grpo, ppo), or files of traces. Grades every stored
@@ -85,6 +87,8 @@ def verify_command(runs: tuple[str, ...]) -> None:
     """
     from mlx_traces.pipelines import verify
 
+    if task:
+        get_task(task)
     differ = False
     for run in runs:
         agrees, lines = verify.verify(run)

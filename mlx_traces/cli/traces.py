@@ -15,8 +15,8 @@ from mlx_traces.errors import UserError, choices, unknown
 from mlx_traces.records import Trace
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.files import write_new
-from mlx_traces.tasks import get_task
-from mlx_traces.traces import FORMATS
+from mlx_traces.tasks import Task, get_task
+from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
@@ -107,33 +107,66 @@ def data_countdown_traces(
     _write(out, made, "solver", config, skipped, seed)
 
 
+def worked_solutions(task: str, source: str, styles: str) -> Callable:
+    """Add the options of a command that makes traces from a task's worked solutions."""
+
+    def decorate(function: Callable) -> Callable:
+        for option in (
+            click.option("--out", default=f"data/raw/{task}.jsonl", show_default=True, type=click.Path(), help="File."),
+            click.option("--prompt", help="Prompt style.  [default: the one that asks for --style]"),
+            click.option("--style", default="think", show_default=True, help=f"Where the answer stands: {styles}."),
+            click.option("--seed", default=0, show_default=True, help="Seed of the sample."),
+            click.option("--limit", type=click.IntRange(1), help="Take a seeded sample of so many problems."),
+            click.option("--data", help=f"File or hub data set.  [default: {source}]"),
+            click.option(
+                "--split", default="train", show_default=True, help="train, test, or a part as in 'train[:1000]'."
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 @data_group.command("gsm8k")
-@click.option("--split", default="train", show_default=True, help="train, test, or a part as in 'train[:1000]'.")
-@click.option("--data", help="File or hub data set with question and answer.  [default: openai/gsm8k]")
-@click.option("--limit", type=click.IntRange(1), help="Take a seeded sample of so many problems.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the sample.")
-@click.option(
-    "--style",
-    default="think",
-    show_default=True,
-    help="Where the answer stands: think (<answer> after the thought), plain (####) or boxed.",
-)
-@click.option("--prompt", help="Prompt style.  [default: the one that asks for --style]")
-@click.option("--out", default="data/raw/gsm8k.jsonl", show_default=True, type=click.Path(), help="File to write.")
-def data_gsm8k(
-    split: str, data: str | None, limit: int | None, seed: int, style: str, prompt: str | None, out: str
-) -> None:
+@worked_solutions("gsm8k", "openai/gsm8k", "think (<answer> after the thought), plain (####) or boxed")
+def data_gsm8k(**options: Any) -> None:
     """Write GSM8K's worked solutions as traces. Their calculator annotations are removed."""
     from mlx_traces.tasks import gsm8k
     from mlx_traces.traces import solutions
 
-    if style not in solutions.GSM8K_STYLES:
-        raise unknown("style", style, solutions.GSM8K_STYLES)
-    asked = gsm8k.TASK.prompt(prompt or solutions.GSM8K_STYLES[style])
-    config = {"split": split, "data": data, "limit": limit, "seed": seed, "style": style, "prompt": asked.name}
+    _write_solutions(gsm8k.TASK, solutions.gsm8k_traces, solutions.GSM8K_STYLES, gsm8k.HUB, **options)
+
+
+@data_group.command("math")
+@worked_solutions("math", "MATH's train split", "think (<answer> after the thought) or boxed")
+def data_math(**options: Any) -> None:
+    """Write MATH's solutions as traces. The code of their figures is removed."""
+    from mlx_traces.tasks import math
+    from mlx_traces.traces import solutions
+
+    source = math.source_of(options["split"], options["data"])
+    _write_solutions(math.TASK, solutions.math_traces, solutions.MATH_STYLES, source, **options)
+
+
+def _write_solutions(
+    task: Task,
+    make: Callable,
+    styles: dict[str, str],
+    source: str,
+    out: str,
+    style: str,
+    prompt: str | None,
+    **config: Any,
+) -> None:
+    """Write a task's worked solutions in a style, asked in ``prompt`` or the style's own."""
+    if style not in styles:
+        raise unknown("style", style, styles)
+    asked = task.prompt(prompt or styles[style])
     skipped = Counter()
-    made = solutions.gsm8k_traces(split, data, limit, seed, asked, style, skipped)
-    _write(out, made, data or gsm8k.HUB, config, skipped, seed)
+    made = make(**config, prompt=asked, style=style, skipped=skipped)
+    settings = {**config, "style": style, "prompt": asked.name}
+    _write(out, made, config["data"] or source, settings, skipped, config["seed"])
 
 
 @data_group.command("import")
@@ -144,7 +177,10 @@ def data_gsm8k(
     required=True,
     help=f"What a row is: {choices(FORMATS)}; Sky-T1's are sharegpt.",
 )
-@click.option("--task", help="Task that can grade the traces: gsm8k, countdown or qa; each row must have its columns.")
+@click.option(
+    "--task",
+    help="Task that can grade the traces: gsm8k, countdown, math, qa or module:TASK; each row needs its columns.",
+)
 @click.option(
     "--style",
     default="think",
@@ -183,8 +219,6 @@ def _write(
     dropped: Counter | None = None,
 ) -> None:
     """Write traces and their manifest; print how many."""
-    from mlx_traces.traces import files
-
     counts = {"skipped": skipped} | ({} if dropped is None else {"dropped": dropped})
     origin = files.source_of(source) if source == config.get("data") else {"source": source}
     written = files.write_traces(Path(out), made, {**origin, "config": config, "counts": counts, "seed": seed})
@@ -241,7 +275,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
     """Rewrite the traces of IN as a thought and a solution. Keeps those that are still correct."""
-    from mlx_traces.traces import files, reformat
+    from mlx_traces.traces import reformat
 
     written, dropped = reformat.reformat_file(
         Path(source), Path(out), configured(ReformatConfig, config_file, settings)

@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, Config, FilterConfig, ReformatConfig, RLConfig, RoundsConfig, SFTSettings
+from mlx_traces.config import (
+    AnswerConfig,
+    Config,
+    FilterConfig,
+    ReformatConfig,
+    RLConfig,
+    RoundsConfig,
+    ScoreConfig,
+    SFTSettings,
+)
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import TASKS, get_task
 
@@ -28,6 +37,13 @@ _REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
 _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
     ((), ("top_p", "top_k", "min_p"), lambda c: c.temperature == 0, "at temperature 0 (greedy)"),
     ((AnswerConfig, RLConfig), ("shots", "shots_data"), lambda c: not _examples(c), "for a prompt without examples"),
+    (
+        (AnswerConfig,),
+        ("stop_in_thoughts",),
+        lambda c: not _examples(c) and not (c.prompt or "").endswith((".yaml", ".yml")),
+        "for a prompt without stop strings",
+    ),
+    ((ScoreConfig,), ("thinking",), lambda c: c.model is None, "without model"),
     ((), _SELECTED, lambda c: c.eval_task is None, "without eval_task"),
     ((), ("prefer",), lambda c: c.per_problem is None, "without per_problem"),
     ((), ("difficulty", "bins"), lambda c: c.balance is None, "without balance"),
@@ -51,9 +67,10 @@ def unused(config: Config) -> Iterator[str]:
         UserError: for a filter's settings of evaluation problems without ``eval_task``: no problem would be left out.
     """
     for recipes, names, idle, why in _NO:
-        told = [name for name in names if _given(config, name)] if not recipes or isinstance(config, recipes) else []
-        for name in told:
-            if idle(config):
+        for name in names if not recipes or isinstance(config, recipes) else ():
+            field = type(config).model_fields.get(name)
+            given = name in config.model_fields_set and field and getattr(config, name) != field.default
+            if given and idle(config):
                 line = f"{name} {getattr(config, name)} changes nothing {why}"
                 if isinstance(config, FilterConfig) and names is _SELECTED:
                     raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
@@ -62,8 +79,3 @@ def unused(config: Config) -> Iterator[str]:
     if isinstance(config, RoundsConfig):
         inner = (config.score, config.filter, config.epoch1, config.epoch2)
     yield from (line for one in inner if one is not None for line in unused(one))
-
-
-def _given(config: Config, name: str) -> bool:
-    field = type(config).model_fields.get(name)
-    return name in config.model_fields_set and field is not None and getattr(config, name) != field.default

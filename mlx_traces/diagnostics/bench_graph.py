@@ -22,6 +22,7 @@ from mlx_traces.diagnostics.bench_sft import twin
 from mlx_traces.diagnostics.graph import Count
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
+from mlx_traces.engine.mlx_lm_fallback import UNFIT
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
@@ -105,7 +106,8 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
     found = []
     for logprobs in (False, True):
         found.append(decode("bare", logprobs, _bare, base.model, rows, logprobs))
-        found.append(decode("mlx-lm", logprobs, _batch_generator, base.model, rows))
+        with suppress(*UNFIT):  # a model whose rows it cannot decode together has no such line
+            found.append(decode("mlx-lm", logprobs, _batch_generator, base.model, rows))
         for variant, params in SAMPLED.items():
             found.append(decode(variant, logprobs, _engine, base, rows, params, logprobs))
         for variant, adapted in zip(("adapter-merged", "adapter-quantized"), rollouts, strict=True):
@@ -114,6 +116,8 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
     learning = GRPOConfig(micro_tokens=2 * GROUP * (PROMPT + COMPLETION), logits_mb=2**20)
     with graph.uncomputed():
         learner = grpo.start(trained, learning)
+        learner.optimizer.init(learner.module.trainable_parameters())
+        mx.eval(learner.optimizer.state)
     *parts, optimizer = _counts(backend, vocabulary, None, _learn, learner, learning)
     micro = sum((part for part in parts if part.wide_bytes), Count())
     prompts = sum((part for part in parts if not part.wide_bytes), Count())

@@ -1,9 +1,9 @@
 """A decode step of Llama's, Qwen2's and Qwen3's layers in fewer operations than by mlx_lm's own modules.
 
 One product makes q, k and v, and one makes gate and up: their weights are joined output by output, packed ones too, so
-every output is the same sum as before. q and k are turned together, and dense products add the residual themselves.
-The number of operations is what counts: at 32 to 128 rows a GPU waits for the host to name them, and on a CPU a small
-model's products take no longer than their names.
+every output is the same sum as before; an adapter that is kept apart is joined likewise. q and k are turned together,
+and dense products add the residual themselves. The number of operations is what counts: at 32 to 128 rows a GPU waits
+for the host to name them, and on a CPU a small model's products take no longer than their names.
 
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
 modules, and made anew when a weight was replaced. A model is decoded so only if all its modules are of kinds known
@@ -22,6 +22,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
 
 from mlx_traces.engine.kv_cache import SlotCache, decodes_right
 from mlx_traces.engine.logprobs import probe
+from mlx_traces.models.adapters import LowRank
 
 KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
 PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
@@ -101,14 +102,15 @@ class Step:
 
 def step_of(model: nn.Module, backend: str) -> Step | None:
     """Return the fused step of a model on a backend (``"cpu"``, ``"metal"``, ``"cuda"``), None to call the modules."""
-    proved = getattr(model, PROVED + backend, None)
+    way = f"{PROVED}{backend}_low_rank" if any(type(part) is LowRank for part in model.modules()) else PROVED + backend
+    proved = getattr(model, way, None)
     if proved is False or not known(model) or (backend == "cpu" and _largest(model) > SMALL):
         return None
     step = Step(model, backend)
     if proved is None:
         proved = _right(model, step)
         if proved or mx.isfinite(model(mx.array([[0]]))).all().item():  # broken weights say nothing of the model
-            setattr(model, PROVED + backend, proved)
+            setattr(model, way, proved)
     return step if proved else None
 
 
@@ -117,7 +119,7 @@ def extra_bytes(model: nn.Module) -> int:
     if not known(model):
         return 0
     return max(
-        sum(array.nbytes for modules in _to_join(layer) for module in modules for array in module.values())
+        sum(array.nbytes for modules in _to_join(layer) for module in modules for array in _base(module).values())
         for layer in model.layers
     )
 
@@ -140,10 +142,13 @@ def known(model: nn.Module) -> bool:
         every_norm = [layer.input_layernorm, layer.post_attention_layernorm, *(attention[name] for name in norms)]
         if any(type(norm) is not nn.RMSNorm for norm in every_norm) or type(attention.rope) not in ROPES:
             return False
-        ends, joined = [attention.o_proj, mlp.down_proj], _to_join(layer)
-        if any(type(module) not in LINEAR for module in chain(ends, *joined)) or any("bias" in end for end in ends):
+        every = [attention.o_proj, mlp.down_proj, *chain(*_to_join(layer))]
+        ends, joined = [_base(module) for module in every[:2]], [[_base(m) for m in ms] for ms in _to_join(layer)]
+        if any(type(module) not in LINEAR for module in (*ends, *chain(*joined))) or any("bias" in end for end in ends):
             return False
-        if any(len({_form(module) for module in modules}) > 1 for modules in joined) or "bias" in mlp.gate_proj:
+        if any("gain" in module for module in every):  # DoRA's
+            return False
+        if any(len({_form(module) for module in modules}) > 1 for modules in joined) or "bias" in joined[1][0]:
             return False
         heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
         outputs = [len(module.weight) for module in joined[0]]
@@ -158,6 +163,11 @@ def known(model: nn.Module) -> bool:
 def _to_join(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """Return a linear module without the adapter that is kept apart."""
+    return module.linear if type(module) is LowRank else module
 
 
 def _form(module: nn.Module) -> tuple:
@@ -189,20 +199,34 @@ class _Joined:
 
 
 def _join(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return a linear module with the outputs of several, one after the other, and keep it with them.
+    """Return a linear module with the outputs of several, one after the other, and keep what was joined with them.
 
-    It goes when they go: those that an adapter was merged into, when sampling is over.
+    It goes when they go: those that an adapter was merged into, when sampling is over. Of adapters that are kept apart,
+    the first factors stand side by side in (in, ranks), the second ones each at its own outputs in (ranks, out).
     """
-    kept = getattr(modules[0], KEPT, None)
-    if kept is None or not kept.is_of(modules):
-        kept = _Joined(modules)
-        setattr(modules[0], KEPT, kept)
-    return kept.whole
+    bases = [_base(module) for module in modules]
+    kept = getattr(bases[0], KEPT, None)
+    if kept is None or not kept.is_of(bases):
+        kept = _Joined(bases)
+        setattr(bases[0], KEPT, kept)
+    adapted = [module for module in modules if type(module) is LowRank]
+    if not adapted:
+        return kept.whole
+    joined, ends = copy.copy(adapted[0]), list(accumulate(len(base.weight) for base in bases))
+    joined.linear, joined.a = kept.whole, mx.concatenate([module.a for module in adapted], axis=1)
+    places = [
+        (module.b, end - module.b.shape[1], ends[-1] - end)
+        for module, end in zip(modules, ends, strict=True)
+        if type(module) is LowRank
+    ]
+    joined.b = mx.concatenate([mx.pad(b, [(0, 0), (before, after)]) for b, before, after in places])
+    mx.eval(joined.a, joined.b)
+    return joined
 
 
 def _largest(model: nn.Module) -> int:
     """Return the numbers of gate and up in a layer."""
-    return max(sum(module.weight.size for module in _to_join(layer)[1]) for layer in model.layers)
+    return max(sum(_base(module).weight.size for module in _to_join(layer)[1]) for layer in model.layers)
 
 
 def _right(model: nn.Module, step: Step) -> bool:

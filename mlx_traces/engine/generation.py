@@ -4,8 +4,9 @@ One decode step serves every row at once. Rows that finish free their slots, and
 (`kv_cache`). A prompt that several completions share is read once, and so is a beginning that all prompts share. The
 next step is dispatched before the previous tokens are read. No array as wide as the vocabulary leaves the step.
 
-``mx.compile`` is not used. On a CPU it gains nothing steady: a step of nano with 128 rows took 21 to 23 ms plain and 20
-to 21 ms compiled, drawing 32 of 151,936 tokens 133 ms either way. On Metal and CUDA it is not measured.
+Models of known layers are decoded by fewer operations than their modules have (`fused`). On a GPU the draw is compiled,
+and attention is tried on slices of longer buffers before it is trusted (`attention`). The step as a whole is not
+compiled: on a CPU that gains nothing steady (20 to 21 ms for 21 to 23, a step of nano with 128 rows).
 """
 
 from collections import deque
@@ -23,6 +24,8 @@ from mlx_traces.engine.attention import SLICES, Reading, name_of, reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
+    CANDIDATES,
+    UNSURE,
     Ending,
     Request,
     SamplingParams,
@@ -44,6 +47,9 @@ MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is re
 # batches of near-equal prompts pad little (GSM8K: 2,204 tokens read for 2,019, where batches of 2,048 read 2,828).
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
+# Float32 buffers of the rows' next-token logits, measured on a CPU: as they are (one, or two where steps overlap),
+# scaled by a temperature, and searched for a filter's bound.
+DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.6, 2.0, 10.5
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
 ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
@@ -138,8 +144,9 @@ def rows_that_fit(
     """Return how many rows the memory holds, at least 1.
 
     A row is its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
-    tokens + ``kv_cache.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
-    the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations) leave.
+    tokens + ``kv_cache.STEP``), and its logits in float32, three times over, or as often as a filter needs them. Rows
+    share what the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations)
+    leave.
     """
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads = config.get("num_attention_heads") or 1
@@ -149,12 +156,20 @@ def rows_that_fit(
     length = max(len(r.prompt_ids) + p.max_tokens for r, p in zip(requests, params, strict=True)) + STEP
     layers = len(loaded.model.layers)
     row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
-    row += 3 * 4 * (config.get("vocab_size") or 0)
+    row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * (config.get("vocab_size") or 0))
     reading = (
         PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
     )
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
-    return max(1, int((limit - adapters.sampling_bytes(loaded.model, loaded.backend) - reading) // max(row, 1)))
+    weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)
+    return max(1, int((limit - weights - reading) // max(row, 1)))
+
+
+def buffers_of_a_draw(params: Any) -> float:
+    """Return how many float32 buffers, rows times vocabulary, there are while a token is drawn by some settings."""
+    if params.temperature and (params.top_p, params.top_k, params.min_p) != (1, 0, 0):
+        return DRAWN_FILTERED
+    return DRAWN if params.temperature in (0, 1) else DRAWN_SCALED
 
 
 def _run(
@@ -212,11 +227,21 @@ def _note(loaded: LoadedModel, line: str) -> None:
 
 @dataclass
 class _Step:
-    """A step that was dispatched: its number, its tokens (on the device) and, if wanted, their log-probabilities."""
+    """A step that was dispatched: its number, what it read and drew, (R,) tokens on the device, and how.
+
+    ``logprobs`` are those of the tokens, if wanted. ``logits`` are kept where filters may have to look again.
+    """
 
     number: int
+    read: Any
+    logits: Any | None
     tokens: Any
     logprobs: Any | None
+
+    def of(self, rows: Any) -> "_Step":
+        """Return what it did for some rows."""
+        parts = (self.read, self.logits, self.tokens, self.logprobs)
+        return _Step(self.number, *(None if part is None else part[rows] for part in parts))
 
 
 class _Engine:
@@ -250,6 +275,7 @@ class _Engine:
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
+        self.candidates = CANDIDATES
         self.fused = fused.step_of(loaded.model, loaded.backend.name) if axes == 4 else None
         self.window = Window(rows, axes, reading_of(loaded))
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
@@ -265,6 +291,9 @@ class _Engine:
         under_way = self._begin_step()
         while under_way is not None:
             ahead = self._begin_step() if self._need_more() else None
+            if self._unsure(under_way).any():
+                under_way = self._draw_again(under_way, ahead)
+                continue
             yield from self._take(under_way)
             if self.pending:
                 free = int((self.request_of < 0).sum())
@@ -284,21 +313,51 @@ class _Engine:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
+        read = self.tokens
         if self.fused is None:
-            logits = self.loaded.model(self.tokens[:, None], cache=self.caches)[:, -1].astype(mx.float32)
+            logits = self.loaded.model(read[:, None], cache=self.caches)[:, -1]
         else:
-            logits = self.fused(self.tokens, self.caches).astype(mx.float32)
+            logits = self.fused(read, self.caches)
         self.window.advance()
-        place = np.clip(self.steps - self.joined, 0, self.uniforms.shape[1] - 1)
-        uniforms = self.uniforms[np.arange(len(place)), place]
-        self.tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None)
-        wanted = [self.tokens] if logprobs is None else [self.tokens, logprobs]
-        mx.async_eval(*wanted)  # on a CPU this waits until nearly all is done
+        step = self._draw(logits, self.steps, read)
+        self.tokens = step.tokens
+        self.steps += 1
         self.usage.decode_seconds += perf_counter() - start
         self.usage.steps += 1
-        self.usage.row_steps += len(place)
-        self.steps += 1
-        return _Step(self.steps - 1, self.tokens, logprobs)
+        self.usage.row_steps += len(self.joined)
+        return step
+
+    def _draw(self, logits: Any, number: int, read: Any) -> _Step:
+        """Draw the tokens of a step, each row by its own random number for it."""
+        place = np.clip(number - self.joined, 0, self.uniforms.shape[1] - 1)
+        uniforms = self.uniforms[np.arange(len(place)), place]
+        tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None, self.candidates)
+        mx.async_eval(
+            tokens if logprobs is None else [tokens, logprobs]
+        )  # on a CPU this waits until nearly all is done
+        return _Step(number, read, logits if (self.settings[:, 1:] != (1, 0, 0)).any() else None, tokens, logprobs)
+
+    def _unsure(self, step: _Step) -> np.ndarray:
+        """Return (R,) whether a row's filters may keep tokens that were not looked at; waits for the step."""
+        working = (self.request_of >= 0) & (self.joined <= step.number)
+        return working & (np.array(step.tokens) == UNSURE) if step.logits is not None else working & False
+
+    def _draw_again(self, step: _Step, ahead: _Step | None) -> _Step:
+        """Draw a step's unsure tokens again, among four times the candidates, as all later steps do.
+
+        The step ahead, which read them, is undone.
+        """
+        self.candidates *= 4
+        if ahead is not None:
+            self.window.advance(-1)
+            self.steps -= 1
+        unsure, found = mx.array(self._unsure(step)), self._draw(step.logits, step.number, step.read)
+        tokens, logprobs = mx.where(unsure, found.tokens, step.tokens), step.logprobs
+        if logprobs is not None:
+            logprobs = mx.where(unsure[:, None], found.logprobs, logprobs)
+        # A slot that was given a new request since reads the end of its prompt.
+        self.tokens = mx.where(unsure, found.tokens, self.tokens if ahead is None else ahead.read)
+        return _Step(step.number, step.read, step.logits, tokens, logprobs)
 
     def _make_room(self) -> None:
         """Before the buffers are full, move the window to their beginning, if that frees a quarter of them."""
@@ -372,7 +431,7 @@ class _Engine:
         self.window.start = self.window.start[keep]
         self._settle()
         self.tokens = self.tokens[rows]
-        return _Step(ahead.number, self.tokens, None if ahead.logprobs is None else ahead.logprobs[rows])
+        return ahead.of(rows)
 
     # ------------------------------------------------------------------------------------------ prompts
 

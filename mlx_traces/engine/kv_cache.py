@@ -48,10 +48,10 @@ class Window:
         self._starts = mx.array(self.start).reshape(-1, *[1] * (self.axes - 1))
         self.uniform = not self.start.any()
 
-    def advance(self) -> None:
-        """Move to the next token."""
-        self.write += 1
-        self.offset = self.offset + 1
+    def advance(self, by: int = 1) -> None:
+        """Move to the next token, or back."""
+        self.write += by
+        self.offset = self.offset + by
 
     def mask(self) -> mx.array | None:
         """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are."""

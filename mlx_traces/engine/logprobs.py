@@ -269,14 +269,14 @@ def sum_wide(array: mx.array) -> mx.array:
     return blocks(array, 0).sum(axis=-1).sum(axis=-1)
 
 
-def blocks(array: mx.array, fill: float) -> mx.array:
+def blocks(array: mx.array, fill: float, size: int | None = None) -> mx.array:
     """Return a last axis as wide as a vocabulary in blocks, (..., V) to (..., B, size), both near the root of V.
 
-    Where no divisor of V is near it, the last block ends with ``fill``.
+    Where no divisor of V is near it, or V is no multiple of a given ``size``, the last block ends with ``fill``.
     """
     width = array.shape[-1]
     root = math.isqrt(width)
-    size = next((size for size in range(root, root // 4, -1) if width % size == 0), root)
+    size = size or next((size for size in range(root, root // 4, -1) if width % size == 0), root)
     if width % size:
         array = mx.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -width % size)], constant_values=fill)
     return array.reshape(*array.shape[:-1], -1, size)

@@ -1,7 +1,9 @@
 """How one token is drawn and when a completion ends: what the engine and the fallback share."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +20,9 @@ from mlx_traces.tasks.thoughts import after_last, still_open, usual
 DRAWN_AT_ONCE = 2**21
 LONGEST_TAG = 64  # tokens that a tag of a thought may take
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
+UNSURE = -2  # in place of a token where the filters may keep others than were looked at
+FINE = 32  # tokens of a block in which filters look for what they keep
+CANDIDATES = 256  # blocks that they look in at first: 8,192 tokens, or 256 that lie far apart
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ def settings_of(params: SamplingParams) -> np.ndarray:
     return np.array([params.temperature, params.top_p, params.min_p, params.top_k], np.float32)
 
 
-def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool) -> tuple[Any, Any | None]:
+def draw(
+    logits: mx.array, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool, candidates: int | None = None
+) -> tuple[mx.array, mx.array | None]:
     """Draw a token of every row by inverting the distribution at a uniform number.
 
     One random number a row replaces Gumbel noise over the vocabulary: that is cheaper, and each row has its own stream.
@@ -164,50 +171,131 @@ def draw(logits: Any, uniforms: np.ndarray, settings: np.ndarray, logprobs: bool
     151,936 tokens, one draw in four is not the token of the exact distribution; with these two sums, one in fifty.
 
     Args:
-        logits: (R, V) float32.
+        logits: (R, V), of the model's own type.
         uniforms: (R,) in [0, 1).
         settings: (R, 4): temperature (0 takes the likeliest), top_p, min_p, top_k (0 keeps all).
         logprobs: whether to return log-probabilities.
+        candidates: filters look for the tokens that they keep in so many blocks of `FINE` tokens, those of the
+            greatest logits; in the whole vocabulary if None.
 
     Returns:
-        (R,) int32 tokens, -1 where the logits are not finite numbers; (R, 2) float32 log-probabilities of them under
-        the distribution drawn from and under the model's own, or None.
+        (R,) int32 tokens, `NO_TOKEN` where the logits are not finite numbers, `UNSURE` where the candidates do not hold
+        all that the filters keep; (R, 2) float32 log-probabilities of them under the distribution drawn from and under
+        the model's own, or None.
     """
     rows, most = len(settings), max(1, DRAWN_AT_ONCE // logits.shape[-1])
-    if rows > most and mx.default_device() == mx.Device(mx.cpu):
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if rows > most and on_cpu:
         parts = [slice(at, at + most) for at in range(0, rows, most)]
-        drawn = [draw(logits[part], uniforms[part], settings[part], logprobs) for part in parts]
+        drawn = [draw(logits[part], uniforms[part], settings[part], logprobs, candidates) for part in parts]
         tokens, values = zip(*drawn, strict=True)
         return mx.concatenate(tokens), mx.concatenate(values) if logprobs else None
     temperature = settings[:, 0]
     greedy = temperature == 0
-    settings = np.where(greedy[:, None], (0, 1, 0, 0), settings).astype(np.float32)
-    plain, filtered = bool((temperature[~greedy] == 1).all()), bool((settings[:, 1:] != (1, 0, 0)).any())
-    best = mx.argmax(logits, axis=-1).astype(mx.int32) if greedy.any() else None
-    if greedy.all():
-        tokens, scaled, total = best, logits, _total(logits) if logprobs else 0
-    else:
-        scaled = logits if plain and not filtered else logits - logits.max(axis=-1, keepdims=True)
-        kept = _kept(scaled, settings) if filtered else None
-        if not plain:
-            divisor = np.where(greedy, 1, np.maximum(temperature, 1e-6))
-            scaled = scaled * mx.array((1 / divisor).astype(np.float32))[:, None]
-        if filtered:
-            scaled = mx.where(kept, scaled, -mx.inf)
-        tokens, total = _invert(scaled, mx.array(uniforms))
-        tokens = tokens if best is None else mx.where(mx.array(greedy), best, tokens)
-    picked = _pick(scaled, tokens)
-    sampled = picked - total
-    if logprobs and scaled is not logits:
-        own = _pick(logits, tokens) - _total(logits)
-    else:
-        own = sampled
-    tokens = mx.where(mx.isfinite(own), tokens, NO_TOKEN)
-    return tokens, mx.stack([mx.where(mx.array(greedy), 0, sampled), own], axis=-1) if logprobs else None
+    filtered = ~greedy & (settings[:, 1:] != (1, 0, 0)).any(axis=1)
+    kind = _Kind(
+        greedy=_share(greedy),
+        filtered=_share(filtered),
+        plain=bool((temperature[~greedy] == 1).all()),
+        logprobs=logprobs,
+        candidates=candidates,
+    )
+    divisor = np.where(greedy, 1, np.maximum(temperature, 1e-6))
+    columns = (uniforms, 1 / divisor, *settings[:, 1:].T)
+    given = (*(np.asarray(column, np.float32) for column in columns), greedy, filtered)
+    tokens, *values = _drawing(kind, not on_cpu)(logits, *map(mx.array, given))
+    return tokens, values[0] if logprobs else None
 
 
-def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
-    """Return (R,) tokens where the distributions of (R, V) logits pass (R,) numbers, and (R,) logsumexp of the logits.
+@dataclass(frozen=True)
+class _Kind:
+    """What a draw computes: whether all, some or none (1, 0.5, 0) of its rows are greedy, and filtered.
+
+    ``plain`` says that the temperature of all others is 1.
+    """
+
+    greedy: float
+    filtered: float
+    plain: bool
+    logprobs: bool
+    candidates: int | None
+
+
+def _share(rows: np.ndarray) -> float:
+    return 1 if rows.all() else 0.5 if rows.any() else 0
+
+
+@cache
+def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
+    """Return the function that draws; compiled there is a trace of it for each number of rows and width."""
+
+    def drawn(*arrays: mx.array) -> list[mx.array]:
+        return _draw(kind, *arrays)
+
+    return mx.compile(drawn) if compiled else drawn
+
+
+def _draw(
+    kind: _Kind,
+    logits: mx.array,
+    uniforms: mx.array,
+    factor: mx.array,
+    top_p: mx.array,
+    min_p: mx.array,
+    top_k: mx.array,
+    greedy: mx.array,
+    filtered: mx.array,
+) -> list[mx.array]:
+    """Return the tokens, and log-probabilities if they are wanted; see `draw`. All but the logits are (R,)."""
+    best, greatest = _likeliest(logits) if kind.greedy else (None, None)
+    if kind.greedy == 1:
+        if not kind.logprobs:
+            return [mx.where(mx.isfinite(greatest), best, NO_TOKEN)]
+        own = greatest.astype(mx.float32) - _total(logits.astype(mx.float32))
+        return [mx.where(mx.isfinite(own), best, NO_TOKEN), mx.stack([mx.zeros_like(own), own], axis=-1)]
+    wide = logits.astype(mx.float32)
+    if kind.filtered < 1:
+        scaled = wide if kind.plain else wide * factor[:, None]
+        tokens, value, total = _invert(scaled, uniforms)
+        sampled = value - total
+    if kind.filtered or (kind.logprobs and not kind.plain):
+        total = _total(wide)
+    finite = mx.isfinite(total) if kind.filtered == 1 else mx.isfinite(sampled + total)
+    if kind.filtered:
+        kept, chosen, unsure = _kept(wide, total, (top_p, min_p, top_k), kind.candidates)
+        place, value, whole = _invert(kept * factor[:, None], uniforms)
+        picked = _pick(chosen, place // FINE) * FINE + place % FINE
+        if unsure is not None:
+            picked = mx.where(unsure, UNSURE, picked)
+        both = kind.filtered == 1
+        tokens = picked if both else mx.where(filtered, picked, tokens)
+        sampled = value - whole if both else mx.where(filtered, value - whole, sampled)
+    if kind.greedy:
+        tokens, finite = mx.where(greedy, best, tokens), mx.where(greedy, mx.isfinite(greatest), finite)
+    tokens = mx.where(finite, tokens, NO_TOKEN)
+    if not kind.logprobs:
+        return [tokens]
+    if kind.plain and not kind.filtered and not kind.greedy:
+        return [tokens, mx.stack([sampled, sampled], axis=-1)]
+    own = _pick(wide, mx.maximum(tokens, 0)) - total
+    return [tokens, mx.stack([mx.where(greedy, 0, sampled) if kind.greedy else sampled, own], axis=-1)]
+
+
+def _likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Return (R,) int32 tokens of the greatest logits, the first of equal ones, and those logits.
+
+    One pass over the (R, V) logits, for the blocks' greatest: a number that is none stays one, where ``argmax`` alone
+    may pass it over.
+    """
+    parts = blocks(logits, -mx.inf)
+    tops = parts.max(axis=-1)
+    block = mx.argmax(tops, axis=-1, keepdims=True)
+    place = mx.argmax(mx.take_along_axis(parts, block[:, :, None], axis=1)[:, 0], axis=-1)
+    return (block[:, 0] * parts.shape[-1] + place).astype(mx.int32), tops.max(axis=-1)
+
+
+def _invert(scaled: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return (R,) tokens where the distributions of (R, V) logits pass (R,) numbers, their logits, and (R,) logsumexp.
 
     A token without weight is not drawn.
     """
@@ -223,12 +311,65 @@ def _invert(scaled: Any, uniforms: Any) -> tuple[Any, Any]:
     inside = mx.take_along_axis(parts, block[:, :, None], axis=1)[:, 0]
     heights = mx.cumsum(mx.exp(inside - inside.max(axis=-1, keepdims=True)), axis=-1)
     place = (heights <= share * heights[:, -1:]).sum(axis=-1, keepdims=True)
-    return (block * parts.shape[-1] + place)[:, 0].astype(mx.int32), mx.logsumexp(sums, axis=-1)
+    tokens = (block * parts.shape[-1] + place)[:, 0].astype(mx.int32)
+    return tokens, mx.take_along_axis(inside, place, axis=-1)[:, 0], mx.logsumexp(sums, axis=-1)
 
 
-def _total(logits: Any) -> Any:
+def _total(logits: mx.array) -> mx.array:
     """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `logprobs.logsumexp`."""
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
+
+
+def _kept(
+    logits: mx.array, total: mx.array, settings: tuple[mx.array, mx.array, mx.array], candidates: int | None
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Find the tokens that top_p, min_p and top_k keep, by their probabilities at temperature 1, without a long sort.
+
+    As in mlx_lm the next filter sees what the one before left, without renormalising. What is kept are the tokens of
+    the greatest logits, so they are looked for in the blocks of `FINE` tokens that have the greatest of all. Of equal
+    logits at the border the first ones are kept.
+
+    Args:
+        logits: (R, V) float32.
+        total: (R,) their logsumexp.
+        settings: top_p, min_p and top_k, (R,) float32 each.
+        candidates: blocks to look in, C; None for all of them.
+
+    Returns:
+        (R, C * FINE) logits of the candidates in the vocabulary's order, -inf for those that are dropped; (R, C) which
+        blocks they are; (R,) whether tokens elsewhere may be kept too, None if there are no others.
+    """
+    parts = blocks(logits, -mx.inf, FINE)
+    rows, count = parts.shape[:2]
+    tops, unsure, elsewhere = parts.max(axis=-1), None, None
+    if candidates is None or candidates >= count:
+        chosen, near = mx.broadcast_to(mx.arange(count), (rows, count)), parts.reshape(rows, -1)
+    else:
+        order = mx.argsort(-tops, axis=-1)
+        chosen = mx.sort(order[:, :candidates], axis=-1)
+        near = mx.take_along_axis(parts, chosen[:, :, None], axis=1).reshape(rows, -1)
+        elsewhere = mx.take_along_axis(tops, order[:, candidates : candidates + 1], axis=-1)
+    top = tops.max(axis=-1, keepdims=True)
+    descending = -mx.sort(-near, axis=-1)
+    weights = mx.exp(descending - top)
+    top_p, min_p, top_k = (setting[:, None] for setting in settings)
+    enough = top_p * mx.exp(total[:, None] - top)
+
+    def inside(before: mx.array, weights: mx.array, rank: mx.array) -> mx.array:
+        by_mass = (before < enough) | (top_p >= 1)
+        return by_mass & (weights >= min_p) & ((rank < top_k) | (top_k == 0))
+
+    within = inside(mx.cumsum(weights, axis=-1) - weights, weights, mx.arange(near.shape[-1]))
+    number = within.sum(axis=-1, keepdims=True)
+    border = mx.take_along_axis(descending, number - 1, axis=-1)
+    above, equal = near > border, near == border
+    spare = number - above.sum(axis=-1, keepdims=True)
+    kept = above | (equal & (mx.cumsum(equal.astype(mx.int32), axis=-1) <= spare))
+    if elsewhere is not None:  # the greatest logit there: its place among the candidates says whether it is kept
+        over = descending > elsewhere
+        mass, rank = mx.where(over, weights, 0).sum(axis=-1, keepdims=True), over.sum(axis=-1, keepdims=True)
+        unsure = (inside(mass, mx.exp(elsewhere - top), rank) & (elsewhere > -mx.inf))[:, 0]
+    return mx.where(kept, near, -mx.inf), chosen, unsure
 
 
 class NotFinite(UserError):
@@ -253,26 +394,9 @@ def refuse_no_token(loaded: LoadedModel, tokens: np.ndarray) -> None:
     )
 
 
-def _pick(array: Any, tokens: Any) -> Any:
+def _pick(array: mx.array, tokens: mx.array) -> mx.array:
     """Return (R,) elements of (R, V), one a row."""
     return mx.take_along_axis(array, tokens[:, None], axis=-1)[:, 0]
-
-
-def _kept(logits: Any, settings: np.ndarray) -> Any:
-    """Return (R, V): which tokens top_p, min_p and top_k keep, by their probabilities at temperature 1.
-
-    As in mlx_lm the next filter sees what the one before left, without renormalising. ``logits`` have 0 at their
-    greatest.
-    """
-    weights = mx.exp(logits)
-    order = mx.argsort(-logits, axis=-1)
-    descending = mx.take_along_axis(weights, order, axis=-1)
-    before = mx.cumsum(descending, axis=-1) - descending
-    top_p, min_p, top_k = (mx.array(settings[:, i])[:, None] for i in (1, 2, 3))
-    inside = (before < top_p * weights.sum(axis=-1, keepdims=True)) | (top_p >= 1)
-    inside &= descending >= min_p
-    inside &= (mx.arange(logits.shape[-1]) < top_k) | (top_k == 0)
-    return mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, inside, axis=-1)
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

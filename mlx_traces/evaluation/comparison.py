@@ -18,9 +18,9 @@ from mlx_traces.evaluation import stats
 from mlx_traces.evaluation.completion import rehead
 from mlx_traces.evaluation.differences import differences as provenance_differences
 from mlx_traces.readers import is_number
-from mlx_traces.records import EvalResult
+from mlx_traces.records import EvalResult, strata_of
 from mlx_traces.runtime.run_folder import existing
-from mlx_traces.tasks import TASKS, get_task
+from mlx_traces.tasks import get_task, is_known
 from mlx_traces.text import clean
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
 def majority_answer(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
     """Return the most frequent answer, as first written; the answers of an unknown task are compared as texts."""
     task, extractor = run.result["task"], run.result["extractor"]
-    votes = get_task(task).votes(answers, gold, extractor) if task in TASKS else list(answers)
+    votes = get_task(task).votes(answers, gold, extractor) if is_known(task) else list(answers)
     return answers[votes.index(stats.majority(votes))]
 
 
@@ -358,7 +358,7 @@ def strata(runs: Sequence[Run]) -> pd.DataFrame | None:
         One row a stratum and run: ``part`` (the stratum), ``label``, ``accuracy``, ``correct_count``,
         ``total_questions``, ``ci_low``, ``ci_high``; None if the problems have fewer than two strata.
     """
-    parts = by_part(runs, lambda row: {row.get("stratum") or "": row["correct"]})
+    parts = by_part(runs, lambda row: dict.fromkeys(strata_of(row.get("stratum") or "") or [""], row["correct"]))
     return None if parts is None else parts.sort_values("part", kind="stable", ignore_index=True)
 
 

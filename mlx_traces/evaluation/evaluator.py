@@ -14,7 +14,7 @@ from mlx_traces.evaluation import endpoint, stats
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.models import names
 from mlx_traces.readers import is_file
-from mlx_traces.records import EvalResult, Problem, Score
+from mlx_traces.records import EvalResult, Problem, Score, strata_of
 from mlx_traces.runtime.provenance import fingerprint, now
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import as_asked
@@ -94,6 +94,7 @@ class Plan:
     def shown(self) -> str:
         """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""
         turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
+        turns += [[self.task.source]] if self.task.source else []
         return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:12]
 
     def identity(self) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class Plan:
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(golds).encode()).hexdigest()[:12],
             "shown": self.shown(),
+            **self.task.identity,
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
@@ -169,6 +171,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
     notes = {name: score.note for name, score in scores.items() if score.note}
     stop = completion.stop_string
     ended = {"stop_string": stop, "in_thought": after_last(completion.whole)[1]} if stop else {}
+    columns = {name: problem.columns[name] for name in planned.task.sample_columns if name in problem.columns}
     return {
         "id": problem.id,
         "sample": sample,
@@ -186,7 +189,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "correct": headline.correct,
         "verdict": headline.verdict,
         "stratum": problem.stratum,
-    } | ({"notes": notes} if notes else {})
+    } | {name: value for name, value in (("notes", notes), ("columns", columns)) if value}
 
 
 def strictly_correct(planned: Plan, problem: Problem, response: str) -> bool:
@@ -216,7 +219,7 @@ def summarize(
         notes = [*notes, f"the server did not say why {unexplained:,} of {len(counts):,} completions ended"]
     seconds = max(row["elapsed"] for row in samples)
     overall = accuracy_of(samples, lambda row: row["correct"])
-    strata = sorted({row["stratum"] for row in samples} - {""})
+    strata = sorted({name for row in samples for name in strata_of(row["stratum"])})
     return EvalResult(
         run=run_name,
         model=planned.model,
@@ -238,7 +241,7 @@ def summarize(
         timestamp=now(),
         verdicts=dict(Counter(row["verdict"] for row in samples).most_common()),
         by_stratum={
-            name: accuracy_of([row for row in samples if row["stratum"] == name], lambda row: row["correct"])
+            name: accuracy_of([row for row in samples if name in strata_of(row["stratum"])], lambda row: row["correct"])
             for name in strata
         },
         extractors={

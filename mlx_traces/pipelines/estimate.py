@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from mlx_traces.config import (
+    SIZES,
     CompareConfig,
     EvalConfig,
     GenerateConfig,
@@ -193,6 +194,7 @@ class Outlook:
         checks = 1 + math.ceil(steps / (config.eval_every or max(1, steps // config.epochs)))
         sampled, answering_gb, answered = self._held_out(config, checks)
         longest = min(longest, config.max_length)
+        config = memory.fitted(config, self.loaded.backend, lambda one: memory.of_sft(self.loaded, one, longest))
         found = memory.of_sft(self.loaded, config, longest)
         told = f"{words} of at most {longest:,} tokens, prompts included, {config.epochs} x{answered}"
         return self._training(count * longest * config.epochs + sampled, found, answering_gb, told)
@@ -227,6 +229,8 @@ class Outlook:
             completions += len(planned.problems) * config.probe_samples
             words += f", {_problems(len(planned.problems), config.probe_samples)} for their pass rates"
         steps = f"{config.num_steps} steps of {_problems(config.prompts_per_step, config.group_size)}"
+        backend = self.loaded.backend
+        config = memory.fitted(config, backend, lambda one: memory.of_reinforcement(self.loaded, one, prompt))
         found = memory.of_reinforcement(self.loaded, config, prompt)
         tokens = completions * config.max_tokens + answered
         return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.max_tokens)}{words}")
@@ -275,10 +279,14 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """The estimate, what it was made from in words, what does not fit (None: all does), and the largest settings."""
+    """The estimate, what it was made from in words, what does not fit (None: all does), and the largest settings.
+
+    ``sizes`` are the batches' settings, in words: those of the file and those of the device.
+    """
 
     estimate: Estimate
     told: str
+    sizes: str
     memory_gb: float
     fault: str | None
     most: dict[str, Most]
@@ -292,7 +300,8 @@ class Planned:
         rows = f"{found.rows} rows, " if found.rows else ""
         plural = "" if found.micro_rows == 1 else "s"
         alone = f"  taken: {rows}micro-batches of {found.micro_rows} sequence{plural}"
-        return [self.told, *parts, peak, alone, f"  {self.fault or 'it fits'}", *map(self._largest, self.most)]
+        sizes = f"  {self.sizes}"
+        return [self.told, *parts, peak, sizes, alone, f"  {self.fault or 'it fits'}", *map(self._largest, self.most)]
 
     def _largest(self, name: str) -> str:
         most = self.most[name]
@@ -351,6 +360,7 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         few = min(config.num_steps, math.ceil(LARGEST_PROBED / config.prompts_per_step))
         planned, _, _ = rollouts.prepare(config.model_copy(update={"num_steps": few}))
         prompt, of = rollouts.longest_prompt(loaded, planned), f"the longest of {len(planned.problems):,}"
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_reinforcement(loaded, one, prompt))
         sizes = memory.sizes_of_reinforcement(loaded, config, prompt)
         length = f"prompts of {prompt} tokens ({of}) and completions of {config.max_tokens}"
     else:
@@ -358,10 +368,15 @@ def plan(path: str | Path, kind: str | None = None) -> Planned:
         if Path(config.data).exists():
             longest, count = _longest_trace(loaded, read_traces(Path(config.data)), config)
             of = f"the longest of {count:,}"
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_sft(loaded, one, longest))
         sizes = memory.sizes_of_sft(config, longest)
         length = f"sequences of {longest} tokens ({of})"
     shape, limit = memory.shape_of(loaded), loaded.backend.memory_gb
     estimate = memory.estimate(shape, **sizes)
     most = memory.largest(shape, sizes, limit, loaded.context or NO_CONTEXT)
     told = f"{choices(kinds)} of {config.model} on {loaded.backend.description}: {length}"
-    return Planned(estimate, told, limit, memory.fits(estimate, loaded.backend), most)
+    batches = [(name, f"{name} {getattr(config, name):,}") for name in SIZES if name in type(config).model_fields]
+    given = ", ".join(text for name, text in batches if name in config.model_fields_set)
+    own = ", ".join(text for name, text in batches if name not in config.model_fields_set)
+    words = "; ".join(filter(None, [given and f"set: {given}", own and f"this device's: {own}"]))
+    return Planned(estimate, told, words, limit, memory.fits(estimate, loaded.backend), most)

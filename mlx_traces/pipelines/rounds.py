@@ -43,14 +43,14 @@ from mlx_traces.rl import grpo, ppo, rewards, rollouts
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.provenance import fingerprint, provenance
 from mlx_traces.runtime.run_folder import RunFolder
-from mlx_traces.tasks import Task, countdown, get_task, gsm8k
+from mlx_traces.tasks import Task, countdown, get_task, gsm8k, math
 from mlx_traces.text import p_text, percent
 from mlx_traces.traces import files, filtering, generate, score, solutions
 from mlx_traces.train import loop, sft, tracking
 
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
-SOLVED = ("countdown", "gsm8k")  # tasks whose problems come with worked solutions
+SOLVED = ("countdown", "gsm8k", "math")  # tasks whose problems come with worked solutions
 
 Show = Callable[[str], Any]  # maps a stage's name to a context whose value takes a line of metrics and a total
 
@@ -81,6 +81,7 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
     spec, adapter = names.split_adapter(config.model)
     before: list[Any] = [config.model, config.task, config.prompt]
     before += [fingerprint(Path(folder)) for folder in (names.local_folder(spec), adapter) if folder]
+    before += list(get_task(config.task).identity.values())
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)
@@ -181,12 +182,11 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
     if config.task == "countdown":
         count = raw.count or RAW_PROBLEMS
         return solutions.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
+    make = solutions.math_traces if config.task == "math" else solutions.gsm8k_traces
     made = (
-        trace
-        for style in styles
-        for trace in solutions.gsm8k_traces(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
+        trace for style in styles for trace in make(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
     )
-    return made, raw.data or gsm8k.HUB
+    return made, raw.data or (math.source_of(raw.split, None) if config.task == "math" else gsm8k.HUB)
 
 
 def make_sft(config: SFTConfig, out: Path, show: Show) -> list[str]:

@@ -1,4 +1,6 @@
-"""Check stored runs: grade their completions again, recompute their figures, check their files."""
+"""Check stored runs: grade their completions again, recompute their figures, check their files.
+
+MLX is loaded only for adapters."""
 
 import hashlib
 import json
@@ -16,13 +18,13 @@ from mlx_traces.config import EvalConfig, build
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.evaluation import comparison, evaluator
 from mlx_traces.evaluation.completion import rehead
-from mlx_traces.models import adapters, loading
+from mlx_traces.models import adapter_config
 from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
-from mlx_traces.tasks import GRADER, Task, get_task
+from mlx_traces.tasks import GRADER, Task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
 from mlx_traces.text import clean
@@ -81,24 +83,20 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
     if not samples:
         raise UserError(f"{folder.samples_path}: no samples; evaluate it anew")
     lines += _problem_lines(planned, samples, identity["problems"])
-    lines += _figure_lines(planned, found, result)
+    if set(Counter(row["id"] for row in found).values()) != {planned.config.samples}:
+        lines.append("result.json: its figures were not checked, as not every problem has all its samples once")
+    else:
+        summary = asdict(evaluator.summarize(planned, found, "", 0.0, []))
+        lines += [
+            f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
+            for key in EvalResult.__dataclass_fields__
+            if key not in NOT_COMPUTED
+            for name, stored, computed in _differing(key, result[key], summary[key])
+        ]
     rules = about.get("grader", 1)
     if lines and rules != GRADER:
         lines.insert(0, f"graded by version {_brief(rules)} of the graders' rules, found by version {GRADER}")
     return f"{len(samples):,} samples, verdicts and figures agree", lines
-
-
-def _figure_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-    """List the figures of a result that differ from those of its samples."""
-    if set(Counter(row["id"] for row in samples).values()) != {planned.config.samples}:
-        return ["result.json: its figures were not checked, as not every problem has all its samples once"]
-    summary = asdict(evaluator.summarize(planned, samples, "", 0.0, []))
-    return [
-        f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
-        for key in EvalResult.__dataclass_fields__
-        if key not in NOT_COMPUTED
-        for name, stored, computed in _differing(key, result[key], summary[key])
-    ]
 
 
 def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
@@ -109,7 +107,7 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
         raise UserError(f"{where}: 'prompt' is missing; the file is damaged")
     settings = {name: identity[name] for name in EvalConfig.model_fields if name in identity}
     config = build(EvalConfig, {**settings, "prompt": prompt["name"]}, where)
-    task = get_task(config.task)
+    task = task_of(config.task, where)
     if result["extractor"] not in task.extractors:
         raise UserError(f"{folder.path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
     try:
@@ -150,7 +148,9 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
         UserError: if the question cannot be read, or does not belong to the sample's id.
     """
     columns: dict[str, Any] = {"question": row["question"], "answer": row["gold"]}
-    if "question" not in task.columns:
+    if isinstance(kept := row.get("columns"), dict):
+        columns |= kept
+    elif "question" not in task.columns:
         match = re.fullmatch(", ".join(rf"{name} (?P<{name}>.+)" for name in task.columns), row["question"])
         try:
             columns = {name: json.loads(text) for name, text in match.groupdict().items()} if match else {}
@@ -254,7 +254,7 @@ def verify_traces(file: Path) -> tuple[str, list[str]]:
         problem = problem_of_trace(trace, where) if trace.verdict else None
         if problem is None:
             continue
-        task = get_task(trace.task)
+        task = task_of(trace.task, where)
         name = config.get("extractor")
         found = task.grade(problem, trace.completion)[name if name in task.extractors else task.extractors[0]].verdict
         seen["correct"] += found == "correct"
@@ -326,20 +326,22 @@ def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
     """Say what is wrong with an adapter; it is also loaded on its model, if that is nano or a folder."""
     try:
-        adapters.read_config(folder)
+        adapter_config.read_config(folder)
         try:
-            with safe_open(folder / adapters.WEIGHTS, "numpy") as file:  # checks its length
+            with safe_open(folder / adapter_config.WEIGHTS, "numpy") as file:  # checks its length
                 names = list(file.keys())
         except SafetensorError as error:
-            return [f"{adapters.WEIGHTS}: damaged ({first_line(error)})"]
+            return [f"{adapter_config.WEIGHTS}: damaged ({first_line(error)})"]
         if not names:
-            return [f"{adapters.WEIGHTS}: no weights in it"]
+            return [f"{adapter_config.WEIGHTS}: no weights in it"]
         mx = import_mlx()
-        weights = mx.load(str(folder / adapters.WEIGHTS))
+        weights = mx.load(str(folder / adapter_config.WEIGHTS))
         if strange := [name for name in names if not mx.isfinite(weights[name]).all().item()]:
-            return [f"{adapters.WEIGHTS}: {strange[0]} has numbers that are not finite"]
+            return [f"{adapter_config.WEIGHTS}: {strange[0]} has numbers that are not finite"]
         model = str(identity.get("model"))
         if local_folder(model):
+            from mlx_traces.models import loading
+
             loading.load(model, str(folder), weights=identity.get("weights"), dtype=identity.get("dtype"))
     except UserError as error:
         return [f"adapter: {error}"]

@@ -1,4 +1,4 @@
-r"""Rewards of completions: the task's own grader, scores of the text, a judge, any Python function. No MLX.
+r"""Rewards of completions: the task's own grader, scores of the text, a judge, any Python function.
 
 ``correct`` is the task's verdict by the extractor, 0 or 1. ``correct_strict`` is 1 if that is also the verdict of the
 answer alone, in the form that the prompt asks for: the last ``\boxed{}``, ``<answer>`` or number after ``####``. A

@@ -200,6 +200,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         folder.check(identity)
         mx.random.seed(config.seed)
         adapter = adapters.start(loaded.model, config, config.adapter)
+        config = memory.fitted(config, loaded.backend, lambda one: memory.of_reinforcement(loaded, one, longest))
         yield Setup(
             name,
             config,
@@ -250,6 +251,7 @@ def identity_of(
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),
         "data_files": loop.digest(config.data) if config.data and is_file(config.data) else config.data,
         "prompt": json.loads(json.dumps(asdict(planned.prompt))),
+        **planned.task.identity,
     }
     if config.kl_coef and config.reference not in (None, adapters.BASE, config.adapter):
         read["reference_files"] = fingerprint(Path(config.reference).expanduser())

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.errors import unknown
+from mlx_traces.errors import MOST_NAME, UserError, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
@@ -23,6 +23,8 @@ class Task:
     in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns the text by which that extractor
     compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
+    ``sample_columns`` are kept with each sample of an evaluation, beside question and gold answer, so that it can be
+    graded again. ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
     """
 
     name: str
@@ -38,10 +40,17 @@ class Task:
     same: Callable[[str, str, str], str]
     splits: tuple[str, ...] = ("train", "test")
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
+    sample_columns: tuple[str, ...] = ()
+    source: str = ""
 
     def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:
         """Return the vote of each extracted answer; None where no answer was found."""
         return [answer and self.same(answer, gold, extractor) for answer in answers]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a plug-in adds to a run's identity: its file, by its content. Empty for a task of this package."""
+        return {"task_file": self.source} if self.source else {}
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -63,11 +72,39 @@ class Task:
 
 
 GRADER = 3  # version of the graders' rules; a run that stores none was graded by version 1
-TASKS = ("gsm8k", "countdown", "qa")
+TASKS = ("gsm8k", "countdown", "math", "qa")
+_LOADED: dict[str, Task] = {}
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name; raise UserError with the choices if there is none."""
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return import_module(f"mlx_traces.tasks.{name}").TASK
+    """Return a task that the user names: one of `TASKS`, ``module:TASK``, or one that an installed package adds.
+
+    Raises:
+        UserError: with the choices if there is none; for a plug-in that cannot be used.
+    """
+    if name not in _LOADED:
+        module = import_module(f"mlx_traces.tasks.{name if name in TASKS else 'plugins'}")
+        _LOADED[name] = module.TASK if name in TASKS else module.load(name)
+    return _LOADED[name]
+
+
+def is_known(name: str) -> bool:
+    """Whether a task is one of this package, or a plug-in that the user has named in this process."""
+    return name in TASKS or name in _LOADED
+
+
+def task_of(name: str, where: str) -> Task:
+    """Return the task that a file names. A file never loads a plug-in: the user names it too.
+
+    Raises:
+        UserError: starting with ``where``, if there is no such task, or it is a plug-in that was not named.
+    """
+    if not is_known(name) and import_module("mlx_traces.tasks.plugins").exists(name):
+        name = name[:MOST_NAME]
+        raise UserError(
+            f"{where}: its task {name} is code that is not part of mlx-traces; to run it, pass --task {name}"
+        )
+    try:
+        return get_task(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

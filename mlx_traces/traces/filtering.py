@@ -16,10 +16,10 @@ from typing import Any
 from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace, problem_id
-from mlx_traces.tasks import get_task
+from mlx_traces.tasks import get_task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import headline, words
+from mlx_traces.traces.quality import headline, named, words
 
 SHINGLE = 5  # words
 SHORT_QUESTION = 8  # words; a shorter question is compared by its problem's id alone
@@ -104,7 +104,7 @@ def verdict_of(trace: Trace) -> str | None:
     """
     if trace.verdict is not None or not trace.task:
         return trace.verdict
-    task = get_task(trace.task)
+    task = task_of(trace.task, f"trace {trace.id}")
     return headline(task, task.parse(trace.columns, f"trace {trace.id}"), trace.completion).verdict
 
 
@@ -293,7 +293,8 @@ def balanced(
     for index in kept:
         trace, label = traces[index], ""
         if config.difficulty == "stratum":
-            label = get_task(trace.task).parse(trace.columns, f"trace {trace.id}").stratum if trace.task else ""
+            where = f"trace {trace.id}"
+            label = task_of(trace.task, where).parse(trace.columns, where).stratum if trace.task else ""
         elif outcomes := judged.get(trace.id):
             label = str(min(int(sum(outcomes) / len(outcomes) * config.bins), config.bins - 1))
         bins[label].append(index)
@@ -313,6 +314,7 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
     """
     refuse_written(out)
     origin = source_of(source)
+    settings = config.model_dump(mode="json") | named(config)
     traces = [trace for _, trace in read_traces(source)]
     if not traces:
         raise UserError(f"{source} has no traces")
@@ -325,7 +327,6 @@ def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
         raise UserError(f"--eval-data {config.eval_data}: name its task with --eval-task")
     kept, report = select(traces, config, problems)
     counts = {"removed": {rule: removed for rule, removed, _ in report}}
-    settings = config.model_dump(mode="json")
     manifest = {**origin, "config": settings, "counts": counts, "seed": config.seed, "problems": problems}
     write_traces(out, kept, manifest)
     return report

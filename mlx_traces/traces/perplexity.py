@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_traces.engine.batching import Example, micro_batches, pad
 from mlx_traces.engine.logprobs import split, token_logprobs
+from mlx_traces.engine.sampling import NO_TOKEN, refuse_no_token
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
@@ -25,6 +26,9 @@ def mean_probabilities(
     The tokens are those that SFT learns (`encoding.encode`), without a stop token and earlier turns; a bare text
     follows a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. The
     result is None for an empty completion, and for a sequence longer than the model's context.
+
+    Raises:
+        UserError: for a trace that cannot be encoded, and for a model whose outputs are not finite numbers.
     """
     examples: dict[int, Example] = {}
     for index, trace in enumerate(traces):
@@ -49,6 +53,7 @@ def mean_probabilities(
             ids, positions = pad([examples[index] for index in members])
             logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
             rows = np.array(logprobs, np.float64)
+            refuse_no_token(loaded, np.where(np.isfinite(rows), 0, NO_TOKEN))
             at = 0
             for index in members:
                 count = examples[index].count

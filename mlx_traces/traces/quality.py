@@ -8,10 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlx_traces.config import ScoreConfig
-from mlx_traces.errors import UserError
+from mlx_traces.config import ScoreConfig, TracesConfig
 from mlx_traces.records import Problem, Score, Trace
-from mlx_traces.tasks import Task, get_task
+from mlx_traces.tasks import Task, get_task, task_of
 from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, first_thought
 from mlx_traces.traces.equations import faithfulness
 
@@ -48,20 +47,21 @@ def headline(task: Task, problem: Problem, completion: str) -> Score:
     return task.grade(problem, completion)[task.extractors[0]]
 
 
+def named(config: TracesConfig) -> dict[str, str]:
+    """Load the plug-in that the user names for a file of traces; return its file's hash, for the manifest."""
+    return get_task(config.task).identity if config.task else {}
+
+
 def problem_of(trace: Trace, where: str) -> Problem | None:
     """Return the problem that a trace answers, None without a task; UserError with ``where`` if the task is unknown."""
     if not trace.task:
         return None
-    try:
-        task = get_task(trace.task)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return task.parse(trace.columns, where)
+    return task_of(trace.task, where).parse(trace.columns, where)
 
 
 def own_words(trace: Trace) -> str:
     """Return a completion without its prompt's prefill, which the model did not write."""
-    prompts = get_task(trace.task).prompts if trace.task else {}
+    prompts = task_of(trace.task, f"trace {trace.id}").prompts if trace.task else {}
     prefill = prompts[trace.prompt].prefill.removesuffix("<think>") if trace.prompt in prompts else ""
     return trace.completion.removeprefix(prefill)
 

@@ -20,7 +20,7 @@ from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
 from mlx_traces.traces import judge
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import format_score, headline, last_turn, own_words, problem_of
+from mlx_traces.traces.quality import format_score, headline, last_turn, named, own_words, problem_of
 
 REWRITING = Prompt(
     name="rewriting",
@@ -56,7 +56,7 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     dropped: Counter[str] = Counter()
     used: dict[str, Any] = {}
     prompt = load_prompt(Path(config.model_prompt)) if config.model_prompt else REWRITING
-    settings = config.model_dump(mode="json") | ({"rewriting": prompt.user} if config.model else {})
+    settings = config.model_dump(mode="json") | named(config) | ({"rewriting": prompt.user} if config.model else {})
     refuse_written(out)
     origin = source_of(source)
     located = list(read_traces(source))

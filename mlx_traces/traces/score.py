@@ -13,7 +13,16 @@ from mlx_traces.runtime.files import held
 from mlx_traces.tasks import get_task
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
 from mlx_traces.traces.judge import judge
-from mlx_traces.traces.quality import COMPONENTS, combined, headline, last_turn, own_words, problem_of, text_scores
+from mlx_traces.traces.quality import (
+    COMPONENTS,
+    combined,
+    headline,
+    last_turn,
+    named,
+    own_words,
+    problem_of,
+    text_scores,
+)
 
 
 def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
@@ -24,13 +33,14 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
     """
     refuse_written(out)
     origin = source_of(source)
+    settings = config.model_dump(mode="json") | named(config)
     located = list(read_traces(source))
     if not located:
         raise UserError(f"{source} has no traces")
     with held(out.with_name(f".{out.stem}.lock")):
         models: dict[str, Any] = {}
         traces = score_traces([trace for _, trace in located], config, [where for where, _ in located], models)
-        manifest = {**origin, "config": config.model_dump(mode="json"), "counts": {}, "seed": None, "models": models}
+        manifest = {**origin, "config": settings, "counts": {}, "seed": None, "models": models}
         write_traces(out, traces, manifest)
     return traces
 

@@ -1,4 +1,4 @@
-"""Make traces from GSM8K's worked solutions, and from a solver's for Countdown."""
+"""Make traces from worked solutions, GSM8K's and MATH's, and from a solver's for Countdown."""
 
 import re
 from collections import Counter
@@ -8,13 +8,15 @@ from pathlib import Path
 from mlx_traces.errors import unknown
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
-from mlx_traces.tasks import countdown, gsm8k
+from mlx_traces.tasks import countdown, gsm8k, math
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.solver import opening_line, solved
 from mlx_traces.traces.importing import count_skipped
 
 GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
+MATH_STYLES = {"think": "thinking", "boxed": "boxed"}
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
+_FIGURE = re.compile(r"\[asy\].*?\[/asy\]\s*", re.DOTALL)
 
 
 def gsm8k_traces(
@@ -53,6 +55,37 @@ def gsm8k_traces(
             end = f"#### {problem.gold}" if style == "plain" else f"\\boxed{{{problem.gold}}}"
             completion = f"{prompt.prefill}{solution}\n{end}"
         yield _task_trace("gsm8k", problem, prompt, completion, source)
+
+
+def math_traces(
+    split: str,
+    data: str | None,
+    limit: int | None,
+    seed: int,
+    prompt: Prompt | None = None,
+    style: str = "think",
+    skipped: Counter | None = None,
+) -> Iterator[Trace]:
+    r"""Yield MATH's solutions as traces, without the code of their figures ``[asy]…[/asy]``.
+
+    Arguments as for ``gsm8k_traces``. ``style`` is ``think`` (solution as thought, then ``<answer>p - q</answer>``) or
+    ``boxed`` (as MATH has it: the answer is in a box at the solution's end). A solution whose answer is not the row's
+    gives no trace.
+    """
+    if style not in MATH_STYLES:
+        raise unknown("style", style, MATH_STYLES)
+    prompt = prompt or math.PROMPTS[MATH_STYLES[style]]
+    source = Path(data).name if data and is_file(data) else f"{math.source_of(split, data)} {split}"
+    for problem in math.load(split, data, limit, seed):
+        solution = _FIGURE.sub("", str(problem.columns.get("solution") or "")).strip()
+        if not math.grade(problem, solution)["strict"].correct:
+            count_skipped(skipped, "another answer in its solution" if solution else "no worked solution")
+            continue
+        if style == "think":
+            completion = f"{opening_line(prompt)}{solution}\n</think>\n<answer>{problem.gold}</answer>"
+        else:
+            completion = f"{prompt.prefill}{solution}"
+        yield _task_trace("math", problem, prompt, completion, source)
 
 
 def countdown_traces(

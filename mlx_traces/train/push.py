@@ -10,14 +10,14 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from huggingface_hub.utils import validate_repo_id
 
 from mlx_traces.errors import UserError, first_line
-from mlx_traces.models import adapters
+from mlx_traces.models import adapter_config
 from mlx_traces.models.names import check
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.fingerprints import MODEL_FILES
 from mlx_traces.train import model_card
 
-SETTINGS = (adapters.CONFIG, "fused.json")  # written by mlx-traces; they name files of this machine
+SETTINGS = (adapter_config.CONFIG, "fused.json")  # written by mlx-traces; they name files of this machine
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,19 @@ def prepare(folder: Path) -> Upload:
         UserError: if the folder is none of these, or an adapter without a card.
     """
     folder = folder.expanduser()
-    if not (folder / adapters.CONFIG).exists() and (folder / "adapter" / adapters.CONFIG).exists():
+    if not (folder / adapter_config.CONFIG).exists() and (folder / "adapter" / adapter_config.CONFIG).exists():
         folder = folder / "adapter"
-    if (folder / "config.json").exists() and not (folder / adapters.CONFIG).exists():
+    if (folder / "config.json").exists() and not (folder / adapter_config.CONFIG).exists():
         check(str(folder))
         found = {path for pattern in (*MODEL_FILES, "*.py", model_card.CARD) for path in folder.glob(pattern)}
         names = sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
         return Upload("model", {name: _content(folder / name) for name in names})
-    adapters.read_config(folder)
+    adapter_config.read_config(folder)
     if not (folder / model_card.CARD).exists():
         raise UserError(f"{folder}: no {model_card.CARD} to go with it; write one with: mlx-traces card {folder}")
     return Upload(
-        "adapter", {name: _content(folder / name) for name in (model_card.CARD, adapters.CONFIG, adapters.WEIGHTS)}
+        "adapter",
+        {name: _content(folder / name) for name in (model_card.CARD, adapter_config.CONFIG, adapter_config.WEIGHTS)},
     )
 
 

@@ -172,7 +172,7 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         lengths = [len(example.ids) for example in data.train]
         per_epoch = math.ceil(len(data.train) / config.batch_size)
         last = config.epochs * per_epoch
-        adapter = _begin(config, folder, loaded, data, last)
+        config, adapter = _begin(config, folder, loaded, data, last)
         model, halves, optimizer = loaded.model, split(loaded.model), make_optimizer(config, last)
         run = loop.Training(
             folder,
@@ -215,8 +215,14 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
         return result
 
 
-def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data, last: int) -> dict[str, Any]:
-    """Check that the run is the one in the folder, put the adapter on, begin the folder; return `adapters.start`'s."""
+def _begin(
+    config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data, last: int
+) -> tuple[SFTConfig, dict[str, Any]]:
+    """Check that the run is the one in the folder, put the adapter on, and begin the folder.
+
+    Returns:
+        The settings, micro-batches that the device takes lowered until they fit, and what `adapters.start` returned.
+    """
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)
     mx.random.seed(config.seed)
@@ -224,6 +230,7 @@ def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data
     if adapter["fine_tune_type"] == "full" and "quantization" in loaded.config:
         data.notes.append("the base is quantized: mlx_lm reads an adapter of kind full only after `mlx-traces fuse`")
     longest = max(len(example.ids) for example in data.train)
+    config = memory.fitted(config, loaded.backend, lambda config: memory.of_sft(loaded, config, longest))
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
     read = resolved_config(
         config.model_dump(mode="json"),
@@ -235,7 +242,7 @@ def _begin(config: SFTConfig, folder: RunFolder, loaded: LoadedModel, data: Data
     )
     ran = {"backend": asdict(loaded.backend), "steps": last, "ranks": distributed.world().size()}
     folder.begin(identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *data.notes]})
-    return adapter
+    return config, adapter
 
 
 def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[list[Example]]:

@@ -91,7 +91,14 @@ class Tracker:
         with self._leaving():
             rows = [row]
             if self.run is None:
-                self._begin()
+                about = self.folder.about
+                self.id, self.sent = run_id(self.folder.path), {}
+                if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
+                    self.sent = dict(state["sent"])
+                self.last = self.sent.get(self.module.__name__, -1)
+                made = {name: about.get(name) for name in ("versions", "git_revision", "platform", "backend", "ranks")}
+                settings = {**self.config.model_dump(mode="json"), **about["identity"], **made}
+                self.run = CLIENTS[self.module.__name__][0](self.module, self.id, self.folder.path.name, settings)
                 rows = self.folder.metrics
             for one in rows:
                 if one["step"] > self.last:
@@ -105,16 +112,6 @@ class Tracker:
         if self.run is not None and not self.off:
             with self._leaving():
                 CLIENTS[self.module.__name__][1](self.module, failed)
-
-    def _begin(self) -> None:
-        about = self.folder.about
-        self.id, self.sent = run_id(self.folder.path), {}
-        if self.state.exists() and (state := read_json(self.state)).get("id") == self.id:
-            self.sent = dict(state["sent"])
-        self.last = self.sent.get(self.module.__name__, -1)
-        made = {name: about.get(name) for name in ("versions", "git_revision", "platform", "backend", "ranks")}
-        settings = {**self.config.model_dump(mode="json"), **about["identity"], **made}
-        self.run = CLIENTS[self.module.__name__][0](self.module, self.id, self.folder.path.name, settings)
 
     @contextmanager
     def _leaving(self) -> Iterator[None]:

@@ -105,6 +105,7 @@ def test_bench_grpo_prints_a_row():
     assert row["completion_tokens"] == 72 and row["learned"] == 1  # nano never ends within 12 tokens
     assert 0 < row["sample_seconds"] < row["seconds"] and row["update_seconds"] > 0
     assert 0 < row["peak_memory_gb"] < 1 and row["estimated_memory_gb"] > 0 and row["ratio"] is None
+    assert 0 <= row["kl_sampler"] < 1e-3  # what sampled and what trains are one model, in float32
 
 
 def test_bench_grpo_without_repeats_times_the_first_step():

@@ -23,6 +23,7 @@ from mlx_traces.diagnostics.bench_generate import GenerateRow
 from mlx_traces.diagnostics.bench_rl import GRPORow
 from mlx_traces.diagnostics.bench_sft import SFTRow
 from mlx_traces.errors import UserError
+from mlx_traces.report import tables
 
 ROOT = Path(__file__).parents[2]
 SPEED = {"completion_tokens": 9, "seconds": 1.0, "prompt_tokens_per_second": 5.0, "ms_per_step": 2.0}
@@ -69,6 +70,8 @@ def test_every_step_is_a_command_and_all_fit_into_the_time(backend, quick, monke
     assert len({*names}) == len(names) and names[0] == "doctor" and {"gsm8k", "countdown", "ring", "graph"} <= {*names}
     assert ("32 rows, quantized" in names) == (backend != "cpu") and ("256 rows, dense" in names) == (not quick)
     assert ("grpo, mlx-lm-lora" in names) == (not quick)
+    dense = next(one for one in steps if one.name == "32 rows, dense")
+    assert ("bfloat16" in dense.arguments) == (backend != "cpu")  # 16 bits; a CPU's are float32
     (math,) = [one for one in steps if one.name == "gsm8k"]
     assert math.arguments[-2:] == ("--data", "with a space.jsonl")
 
@@ -155,7 +158,10 @@ def test_a_cut_step_costs_no_other_and_the_file_is_whole_after_each(command, mon
     assert read(out) == made and made.after is not None and made.model == "nano" and made.machine.backend == "cpu"
     begun = [count for line, count in seen if "(at most" in line]
     assert begun == [0, 1, 2, 3]  # what is done was there when the next began
+    swap = iter((0.0, *[2.0] * 9))
+    monkeypatch.setattr(bench_all, "swap_gb", lambda said: next(swap))
     late = bench_all.bench_all(out, minutes=0)
+    assert "swap grew from 0.0 to 2.0 GB" in read(out).notes[-1]
     assert {one.status for one in late.steps} == {"skipped"}
     with pytest.raises(UserError, match="cannot be written"):
         bench_all.bench_all(tmp_path / "none" / "bench.json")
@@ -250,12 +256,23 @@ def test_bench_show_prints_draws_and_refuses(tmp_path):
     path, png = tmp_path / "bench.json", tmp_path / "curves.png"
     file(step("generate", generated(8, 20.0, 10.0)), step("generate", generated(32, 50.0, 25.0))).write(path)
     result = CliRunner().invoke(main, ["bench", "show", str(path), str(path), "--png", str(png)])
-    assert result.exit_code == 0 and result.output.count("Apple M4 Max (Metal), nano, dense") == 2, result.output
+    assert result.exit_code == 0 and result.output.count(" Apple M4 Max (Metal), nano,") == 2, result.output
     assert "mlx-lm, Apple M4 Max" in result.output and png.read_bytes().startswith(b"\x89PNG")
     result = CliRunner().invoke(main, ["bench", "show", str(path), "--markdown"])
     assert result.output.startswith("| machine, model, weights | 32 rows |") and "| 50 2.0 x |" in result.output
     result = CliRunner().invoke(main, ["bench", "show", str(tmp_path / "none.json")])
     assert result.exit_code == 1 and "none.json" in result.output
+
+
+def test_the_readmes_table_of_machines_is_made_of_files():
+    folder = ROOT / "mlx_traces" / "diagnostics"
+    files = [read(path) for path in sorted(folder.glob("machines/*.json"))]
+    text = (folder / "README.md").read_text()
+    table = re.search(r"<!-- machines -->\n(.*?)<!-- machines end -->", text, re.DOTALL)[1]
+    made = tables.cells_to_markdown(bench_file.cells(files)) if files else "No file is there yet.\n"
+    assert table == made, "mlx-traces bench show --markdown mlx_traces/diagnostics/machines/*.json"
+    from_mac = any(one.machine.backend == "metal" for one in files)
+    assert ("None of these files is from a Mac yet." in text) == (not from_mac)
 
 
 # ------------------------------------------------------------------------------------------------ the workflow

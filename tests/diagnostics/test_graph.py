@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from mlx_traces.cli import main
 from mlx_traces.config import AdapterConfig
 from mlx_traces.diagnostics import bench_graph, graph
 from mlx_traces.diagnostics.bench_graph import GraphRow
-from mlx_traces.diagnostics.graph import Count
+from mlx_traces.diagnostics.graph import Count, Stored
 from mlx_traces.models import loading
 
 DECODE = ("bare", "mlx-lm", "greedy", "temperature-1", "temperature-0.7", "top-p", "adapter-merged")
@@ -53,6 +54,12 @@ def test_kernels_and_bytes_are_those_counted_by_hand():
     ):
         (found,) = counts(lambda made=made: mx.eval(made()), vocabulary=100)
         assert found == expected
+
+
+def test_as_wide_as_the_vocabulary_is_an_axis_or_two_and_what_was_made():
+    wide = {(32, 49152): True, (32, 217, 227): True, (32, 1536): False, (32, 3, 64): False, (49152,): True}
+    assert {shape: Stored(shape, 1).wide(49152) for shape in wide} == wide
+    assert not Stored((32, 49152), 1, constant=True).wide(49152)
 
 
 def test_writing_into_a_buffer_costs_what_is_written():
@@ -132,7 +139,7 @@ def clipped_update(x):
     return rule.apply_gradients(grads, parameters), norm
 
 
-@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update])
+@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update, partial(nn.gelu_approx)])
 def test_compiled_functions_have_the_kernels_that_mlx_makes_of_them(function):
     given = [array(64, 32) for _ in range(2 if function is swiglu else 1)]
     compiled = function if function is swiglu else mx.compile(function)
@@ -214,3 +221,21 @@ def test_a_bare_step_has_the_kernels_counted_by_hand(qwen):
     assert 1.0 < qwen["mlx-lm", False].kernels / bare.kernels < 1.1
     weights = 24 * (896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864) + 151936 * 896
     assert bare.gb > weights * (4 + 32 / 64) / 8e9  # all are read, in 4 bits, with their scales and biases
+
+
+def test_our_steps_take_no_more_kernels_and_passes_than_this(qwen):
+    bare = qwen["bare", False].kernels
+    for variant, most in (("greedy", 0.8), ("temperature-1", 0.9), ("adapter-merged", 0.7), ("adapter-quantized", 1.3)):
+        assert qwen[variant, False].kernels <= most * bare, variant
+        assert qwen[variant, True].kernels <= qwen[variant, False].kernels + 10
+    for variant, most in (
+        ("greedy", 4),
+        ("temperature-1", 4),
+        ("adapter-merged", 4),
+        ("temperature-0.7", 6.1),
+        ("top-p", 4.1),
+    ):
+        assert qwen[variant, True].vocabulary_passes <= most, variant
+    assert qwen["greedy", False].vocabulary_passes == 1
+    assert qwen["optimizer", False].kernels <= 1200 and qwen["optimizer", False].vocabulary_passes == 0
+    assert qwen["micro-batch", False].kernels <= 4500 and qwen["prompts", False].kernels <= 6000

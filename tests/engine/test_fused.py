@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from factories import broken, make_config, make_tokenizer, randomized, wrap
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen2
 from mlx_lm.models.rope_utils import Llama3RoPE
 
@@ -149,6 +149,28 @@ def test_an_adapter_is_called_and_a_merged_one_joined():
     assert fused.step_of(model, "cpu") is None
     gc.collect()
     assert mx.get_active_memory() - before < 20_000  # nothing keeps what was merged
+
+
+@pytest.mark.parametrize("targets", [None, ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_that_is_kept_apart_is_joined_too(targets, kind, monkeypatch):
+    """As for a 4-bit base on Metal; DoRA's is called."""
+    model = make("qwen2", 4)
+    adapters.start(model, AdapterConfig(rank=4, targets=targets, kind=kind))
+    trained = tree_flatten(model.trainable_parameters())
+    shaken = [(n, 0.2 * mx.random.normal(a.shape, key=mx.random.key(1))) for n, a in trained if n.endswith("lora_b")]
+    model.load_weights(shaken, strict=False)
+    layers = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+    model.update_modules(tree_unflatten([(name, adapters.LowRank(module)) for name, module in layers]))
+    assert (fused.step_of(model, "metal") is None) == (kind == "dora")
+    rollouts = sampled(loaded_as(model, "metal"))
+    if kind == "lora":
+        q = fused.step_of(model, "metal").joined[0][0]
+        assert type(q) is adapters.LowRank and q.a.shape == (64, 4 * (2 if targets else 3)) and q.b.shape[1] == 128
+    monkeypatch.setattr(fused, "step_of", lambda *_: None)
+    for own, expected in zip(rollouts, sampled(loaded_as(model, "metal")), strict=True):
+        assert own.completion_ids == expected.completion_ids
+        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=1e-5)
 
 
 class Gelu(qwen2.MLP):

@@ -353,6 +353,162 @@ def test_no_token_without_weight_is_drawn(width):
     np.testing.assert_allclose(np.array(logprobs)[:, 1], own, atol=1e-5)
 
 
+def kept_by_a_sort(logits, top_p, min_p, top_k):
+    """Return which tokens the filters keep, by a stable sort of the whole vocabulary in float64, (R, V)."""
+    kept = np.zeros(logits.shape, bool)
+    for row, wide in enumerate(logits.astype(np.float64)):
+        order = np.argsort(-wide, kind="stable")
+        share = np.exp(wide[order] - wide.max())
+        inside = (np.cumsum(share) - share < top_p * share.sum()) | (top_p >= 1)
+        inside &= (share >= min_p) & ((np.arange(len(order)) < top_k) | (top_k == 0))
+        kept[row, order[inside]] = True
+    return kept
+
+
+@pytest.mark.parametrize("filters", [(0.9, 0, 0), (0.3, 0, 0), (1, 0.02, 0), (1, 0, 40), (0.95, 0.001, 100)], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_filters_keep_what_a_sort_of_the_vocabulary_keeps(filters, ties):
+    """In every number of blocks; where those do not hold all that is kept, the row says so."""
+    random, width = np.random.default_rng(3), 1000  # not a multiple of the blocks' size
+    logits = random.normal(0, [[0.5], [2], [9]], (3, width)).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    expected = kept_by_a_sort(logits, *filters)
+    total = mx.array(np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)).astype(np.float32))
+    settings = tuple(mx.full((3,), value, mx.float32) for value in filters)
+    sure = 0
+    for candidates in (None, 1, 3, 8, 20, 31, 32):
+        near, chosen, unsure = sampling._kept(mx.array(logits), total, settings, candidates)
+        ids = (np.array(chosen)[:, :, None] * sampling.FINE + np.arange(sampling.FINE)).reshape(3, -1)
+        found = np.zeros((3, 32 * 32), bool)
+        np.put_along_axis(found, ids, np.isfinite(np.array(near)), axis=-1)
+        if candidates in (None, 32):
+            assert unsure is None
+        for row in range(3):
+            if unsure is None or not unsure[row].item():
+                assert (found[row, :width] == expected[row]).all() and not found[row, width:].any()
+                sure += unsure is not None
+            else:
+                assert ties or expected[row][ids[row][ids[row] < width]].sum() < expected[row].sum()
+    assert sure, "the candidates hold what is kept in some case"
+
+
+def test_a_wide_vocabularys_frequencies_under_filters():
+    logits, _ = wide_logits(1)
+    likely = [0, 1, 127, 128, 70_000, 151_807, 151_935]
+    logits[0, likely] = [17, 16, 17.5, 16.5, 17, 16.5, 15]
+    probs = np.exp(logits[0].astype(np.float64))
+    kept = kept_by_a_sort(logits, 0.97 * probs[likely].sum() / probs.sum(), 0, 0)[0]
+    assert kept.sum() == 6
+    weights = np.where(kept, np.exp(logits[0] / 0.7 - logits[0].max() / 0.7, dtype=np.float64), 0)
+    draws, uniforms = 600, np.random.default_rng(1).random(600, np.float32)
+    settings = np.tile(np.array([[0.7, 0.97 * probs[likely].sum() / probs.sum(), 0, 0]], np.float32), (draws, 1))
+    rows = mx.broadcast_to(mx.array(logits), (draws, WIDTH))
+    tokens, logprobs = draw(rows, uniforms, settings, True, sampling.CANDIDATES)
+    counts = Counter(tokens.tolist())
+    wanted = np.flatnonzero(kept)
+    expected = weights[wanted] / weights.sum() * draws
+    assert set(counts) <= set(wanted.tolist())
+    assert chisquare([counts[token] for token in wanted.tolist()], expected, sum_check=False).pvalue > 1e-3
+    exact = (np.cumsum(weights) / weights.sum() <= uniforms[:, None]).sum(axis=-1)
+    assert (np.array(tokens) == exact).mean() > 0.99
+    own = [np.log(weights[tokens.tolist()] / weights.sum()), np.log(probs[tokens.tolist()] / probs.sum())]
+    np.testing.assert_allclose(np.array(logprobs), np.stack(own, axis=-1), atol=1e-5)
+
+
+def test_a_row_is_drawn_again_where_the_candidates_were_too_few(tiny, monkeypatch):
+    """Rows join and leave meanwhile; the tokens are those that a search of the whole vocabulary draws."""
+    from mlx_traces.engine import generation
+
+    each = [SamplingParams(max_tokens=5 + 7 * (i % 4), temperature=1.5, top_p=0.9 if i % 3 else 1) for i in range(24)]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts() * 2)]
+
+    def sampled():
+        stream = generate(tiny, requests, each, 5, logprobs=True)
+        return [rollout for _, rollout in sorted(stream, key=lambda pair: pair[0])]
+
+    expected, again = sampled(), []
+    redraw = generation._Engine._draw_again
+    monkeypatch.setattr(
+        generation._Engine,
+        "_draw_again",
+        lambda engine, *steps: (again.append(steps[1] is None), redraw(engine, *steps))[1],
+    )
+    assert sampled() == expected and not again
+    monkeypatch.setattr(sampling, "FINE", 4)
+    monkeypatch.setattr(generation, "CANDIDATES", 2)
+    sampling._drawing.cache_clear()
+    found = sampled()
+    assert again[0] is False and 1 <= len(again) <= 3  # a run goes on with what it needed
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            [own.logprobs, own.model_logprobs], [other.logprobs, other.model_logprobs], atol=1e-5
+        )
+    # Were only the last step's tokens wrong, and every time: one row whose candidates are widened at each token.
+    widen = monkeypatch.setattr
+    widen(generation._Engine, "_draw_again", lambda engine, *steps: keep(engine, redraw, steps))
+    assert [r.completion_ids for r in sampled()] == [r.completion_ids for r in expected]
+    sampling._drawing.cache_clear()
+
+
+def keep(engine, redraw, steps):
+    """Draw again, and let the run go on with as few candidates as before."""
+    before, found = engine.candidates, redraw(engine, *steps)
+    while engine._unsure(found).any():
+        found = redraw(engine, found, None)
+    engine.candidates = before
+    return found
+
+
+SETTINGS = [
+    [(0, 1, 0, 0)] * 3,
+    [(1, 1, 0, 0)] * 3,
+    [(0.7, 1, 0, 0)] * 3,
+    [(0.7, 0.9, 0.1, 3)] * 3,
+    [(0, 1, 0, 0), (0.7, 1, 0, 0), (1, 0.9, 0, 0)],
+]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_a_number_that_is_none_is_seen_wherever_it_stands(settings, logprobs, dtype):
+    logits = np.random.default_rng(0).normal(0, 3, (3, 1000)).astype(np.float32)
+    uniforms, both = np.full(3, 0.5, np.float32), np.array(settings, np.float32)
+    for candidates in (None, 2, sampling.CANDIDATES):
+        for row in range(3):
+            for place, value in ((0, np.nan), (17, np.nan), (999, np.nan), (500, np.inf)):
+                wrong = logits.copy()
+                wrong[row, place] = value
+                tokens = draw(mx.array(wrong).astype(dtype), uniforms, both, logprobs, candidates)[0].tolist()
+                assert [token == sampling.NO_TOKEN for token in tokens] == [at == row for at in range(3)]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_compiled_draw_is_the_plain_one_and_traced_once_a_shape(settings, logprobs, monkeypatch):
+    """As on a GPU; MLX keeps a trace of every number of rows."""
+    random, traced, plainly = np.random.default_rng(0), [], sampling._draw
+    monkeypatch.setattr(sampling, "_draw", lambda *given: (traced.append(given[1].shape), plainly(*given))[1])
+    cases = []
+    for rows in (3, 2, 3, 1, 2, 3):
+        logits = mx.array(random.normal(0, 3, (rows, 1000)).astype(np.float32)).astype(mx.bfloat16)
+        cases.append((logits, random.random(rows, np.float32), np.array(settings[-rows:], np.float32), logprobs, 31))
+    sampling._drawing.cache_clear()
+    expected = [draw(*case) for case in cases]
+    sampling._drawing.cache_clear()
+    plain = sampling._drawing
+    monkeypatch.setattr(sampling, "_drawing", lambda kind, compiled: plain(kind, True))
+    traced.clear()
+    for (tokens, values), case in zip(expected, cases, strict=True):
+        found, own = draw(*case)
+        assert found.tolist() == tokens.tolist()
+        assert own is None if values is None else mx.allclose(own, values, atol=1e-5).item()
+    assert len(traced) == 3
+    plain.cache_clear()
+
+
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize(
     "params",
@@ -547,8 +703,12 @@ def test_rows_follow_from_the_memory(tiny):
     row = 2 * 2 * 2 * 16 * 4 * 400 + 3 * 4 * 128
     base = sum(array.nbytes for _, array in tree_flatten(tiny.model.parameters()))
     base += 512 * 4 * (16 * 64 + 4 * 128)
+    base += 4 * (64 * 64 + 64 + 2 * (32 * 64 + 32) + 2 * 128 * 64)  # a layer's weights while they are joined
     for rows in (1, 2, 7, 64):
         assert rows_that_fit(tiny, requests, params, (base + rows * row + 1) / 1e9) == rows
+    filtered = [*params[1:], SamplingParams(100, 1.0, top_p=0.9)]  # one row's filter takes memory for all
+    assert rows_that_fit(tiny, requests, filtered, (base + 64 * (row + 4 * 128 * 7.5) + 1) / 1e9) == 64
+    assert rows_that_fit(tiny, requests, filtered, (base + 64 * row + 1) / 1e9) < 64
     assert rows_that_fit(tiny, requests, params, 1e-6) == 1
     loaded = replace(tiny, notes=[])
     rollouts = list(generate(loaded, requests[:5], params[:5], 4, memory_gb=(base + 2 * row + 1) / 1e9))

@@ -194,7 +194,10 @@ def test_own_questions_and_an_own_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "gsm9k"}, "unknown task 'gsm9k': choose gsm8k, countdown or qa; did you mean 'gsm8k'"),
+        (
+            {"task": "gsm9k"},
+            "unknown task 'gsm9k': choose gsm8k, countdown, math, qa or module:TASK; did",
+        ),
         ({"prompt": "thinkin"}, "unknown prompt of countdown 'thinkin': choose direct, thinking, tinyzero"),
         ({"extractor": "strict"}, "unknown extractor of countdown 'strict': choose answer or tolerant"),
         ({"task": "gsm8k", "data": "nothing.jsonl"}, r"nothing.jsonl: cannot be read \(No such file"),

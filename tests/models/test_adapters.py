@@ -1,5 +1,6 @@
 """Adapters that are started, trained, saved, left out and merged, and read by mlx_lm."""
 
+import gc
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,17 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from factories import make_config, make_model, make_tokenizer
+from factories import call, make_config, make_model, make_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2_moe
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from mlx_traces.config import AdapterConfig, shipped
+from mlx_traces.engine import generation
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks.countdown import TASK
+from mlx_traces.traces import perplexity
+from mlx_traces.traces.files import write_traces
 from mlx_traces.traces.solutions import countdown_traces
 
 IDS = mx.array([[5, 9, 17, 40, 3], [88, 2, 2, 61, 30]])
@@ -320,10 +324,11 @@ def test_the_bytes_of_what_is_copied_are_known_before():
         weighed = adapters.sampling_bytes(model, backend)
         own = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         mx.eval(model.parameters())
+        gc.collect()
         active = mx.get_active_memory()
         with adapters.merged(model, backend):
             assert weighed == own + told == adapters.sampling_bytes(model, backend)
-            assert told > 0 and abs(mx.get_active_memory() - active - told) < 0.02 * told + 4096
+            assert told > 0 and abs(mx.get_active_memory() - active - told) < 0.1 * told + 4096
         assert abs(mx.get_active_memory() - active) < 4096
 
 
@@ -375,6 +380,45 @@ def test_without_an_adapter_nothing_is_swapped():
     for context in (adapters.merged, adapters.switched_off):
         with context(model):
             assert mx.array_equal(model(IDS), logits)
+
+
+SPEC = f"nano+{shipped('adapters') / 'nano-epoch1'}"
+SHORT = ("--task", "countdown", "--max-tokens", 8)
+COMMANDS = {
+    "eval": ("--model", SPEC, *SHORT, "--limit", 3, "--out", "run"),
+    "generate": ("--model", SPEC, *SHORT, "--limit", 2, "--out", "own.jsonl"),
+    "score": ("traces.jsonl", "--out", "scored.jsonl", "--model", SPEC, "--judge", SPEC, "--judge-failures", 1),
+    "reformat": ("traces.jsonl", "--out", "sky.jsonl", "--to", "sky-t1", "--model", SPEC, "--max-tokens", 8),
+    "sft": ("--data", "traces.jsonl", "--out", "run", "--batch-size", 2, "--rank", 2, "--valid-share", 0.5),
+    "grpo": (*SHORT, "--num-steps", 1, "--prompts-per-step", 2, "--group-size", 2, "--rank", 2, "--out", "run"),
+    "ppo": (*SHORT, "--num-steps", 1, "--prompts-per-step", 2, "--group-size", 2, "--rank", 2, "--out", "run"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_samples_with_the_adapter_apart(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = countdown_traces(4, "train", 3, prompts=[TASK.prompt("direct")])
+    write_traces(tmp_path / "traces.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
+    seen, begin, read = [], generation._Engine.__init__, perplexity.token_logprobs
+
+    def look(model):
+        """Note of which kind the layers are, which have names of their own where an adapter is apart."""
+        seen.append({type(layer).__name__ for name, layer in model.named_modules() if name.endswith("q_proj")})
+
+    def sampled(engine, loaded, *given, **named):
+        look(loaded.model)
+        begin(engine, loaded, *given, **named)
+
+    def scored(halves, *given, **named):
+        look(halves.trunk)
+        return read(halves, *given, **named)
+
+    monkeypatch.setattr(generation._Engine, "__init__", sampled)
+    monkeypatch.setattr(perplexity, "token_logprobs", scored)
+    result = call(command, *COMMANDS[command])
+    assert result.exit_code == (command == "reformat"), result.output  # nano rewrites nothing well
+    assert len(seen) >= (2 if command == "score" else 1) and seen == [{"Linear"}] * len(seen)
 
 
 def test_what_is_trained():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import yaml
@@ -16,9 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.models.adapters import attach
-from mlx_traces.models.loading import load
+from mlx_traces.models.loading import load, place
 from mlx_traces.models.names import check, resolve
 from mlx_traces.records import Problem
+from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks.prompts import Prompt
 
 
@@ -263,6 +265,15 @@ def test_check_reads_no_weights_and_asks_no_hub(tiny_folder, tmp_path, monkeypat
     (folder / "adapters.safetensors").unlink()
     with pytest.raises(UserError, match=r"adapters\.safetensors is missing"):
         check("nano", str(folder))
+
+
+def test_quantized_weights_on_cuda_are_told_of():
+    model = make_model()
+    assert place(model, Backend("cuda", "quantized", None, 80.0, "test")) == []  # there are none
+    nn.quantize(model, group_size=32, bits=4)
+    assert place(model, Backend("metal", "quantized", None, 80.0, "test")) == []
+    (note,) = place(model, Backend("cuda", "quantized", None, 80.0, "test"))
+    assert "stay quantized, which on CUDA is several times as slow" in note and "--weights dense" in note
 
 
 def test_check_does_without_mlx(tmp_path):

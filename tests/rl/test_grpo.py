@@ -37,7 +37,7 @@ from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
 from mlx_traces.rl.trainer import Learner
-from mlx_traces.runtime import run_folder
+from mlx_traces.runtime import device, run_folder
 from mlx_traces.tasks import get_task
 from mlx_traces.train import checkpoints, loop, optimizer
 from mlx_traces.train.optimizer import make_optimizer
@@ -828,3 +828,22 @@ def test_problems_come_in_place_of_those_that_are_held_out(settings):
     planned, plan, notes = rollouts.prepare(GRPOConfig(**{**settings, **asked, "evaluate": held_out}))
     assert len(planned.problems) == 4 and notes
     assert not {problem.id for problem in planned.problems} & {problem.id for problem in plan.problems}
+
+
+def test_the_device_s_sizes_are_in_the_run_and_not_in_its_identity(tmp_path, monkeypatch):
+    held_out = {"task": "countdown", "prompt": "direct", "limit": 4, "max_tokens": 4}
+    settings = {"task": "countdown", "prompt": "direct", "num_steps": 2, "prompts_per_step": 2, "group_size": 2}
+    settings |= {"max_tokens": 4, "rank": 2, "micro_tokens": 64, "save_every": 1, "evaluate": held_out}
+    config = GRPOConfig(**settings)
+    grpo.train(config, tmp_path / "small")
+    monkeypatch.setattr(device, "sizes", lambda name, memory_gb: {"rows": 300, "micro_tokens": 2048, "logits_mb": 512})
+    grpo.train(config, tmp_path / "large")
+    small, large = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("small", "large"))
+    assert small["identity"] == large["identity"] and large["identity"]["evaluate"]["rows"] == 64
+    for about, rows, answered, logits in ((small, 256, 64, 128), (large, 300, 300, 512)):
+        used = about["config"]
+        assert (used["rows"], used["evaluate"]["rows"], used["logits_mb"]) == (rows, answered, logits)
+        assert used["micro_tokens"] == 64  # as it was set
+    grpo.train(config, tmp_path / "small", resume=True)  # and a run may go on elsewhere
+    adapter = json.loads((tmp_path / "large" / "adapter" / "adapter_config.json").read_text())
+    assert "rows" not in adapter["training"]

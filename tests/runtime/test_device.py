@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from factories import make_model, make_tokenizer, wrap
 
+from mlx_traces.config import EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
@@ -61,6 +62,44 @@ def test_overrides(machine):
     assert device.choose(weights="quantized", parameters=1).weights == "quantized"
     assert device.choose(dtype="float32", parameters=4 * BILLION).weights == "quantized"  # 16 of 12 GB
     assert device.choose(dtype="float32", parameters=2 * BILLION).dtype == "float32"
+
+
+LARGE = {"rows": 256, "micro_tokens": 16_384, "logits_mb": 1024}
+MIDDLE = {"rows": 128, "micro_tokens": 4096, "logits_mb": 256}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "expected"),
+    [
+        ("cpu", 512, {}),
+        ("cuda", 141, LARGE),
+        ("metal", 64, LARGE),
+        ("cuda", 63.9, MIDDLE),
+        ("metal", 32, MIDDLE),
+        ("cuda", 24, {}),
+    ],
+)
+def test_sizes_of_batches_by_backend_and_memory(name, memory, expected):
+    assert device.Backend(name, "dense", None, memory, "test").sizes == expected
+    told = doctor.sizes(device.Backend(name, "dense", None, memory, "test")).value
+    assert told == (
+        f"rows {expected['rows']}, micro_tokens {expected['micro_tokens']:,}, logits_mb {expected['logits_mb']:,} "
+        "where not set"
+        if expected
+        else "each command's own defaults (--help)"
+    )
+
+
+def test_settings_that_are_not_set_take_the_device_s_sizes_and_keep_their_identity():
+    held_out = ValidationConfig(split="test")
+    config = GRPOConfig(micro_tokens=512, evaluate=held_out)
+    large, same = config.sized(LARGE), config.sized({})
+    assert (large.rows, large.micro_tokens, large.logits_mb, large.evaluate.rows) == (256, 512, 1024, 256)
+    assert (same.rows, same.micro_tokens, same.logits_mb, same.evaluate.rows) == (256, 512, 128, 64)
+    assert same == config and large.sized({}) == config == large.sized(LARGE).sized({})
+    assert large.model_fields_set == config.model_fields_set and large.identity() != config.identity()  # evaluate.rows
+    assert GRPOConfig().sized(MIDDLE).rows == 256  # never fewer than on a CPU
+    assert EvalConfig(rows=8).sized(LARGE).rows == 8 and EvalConfig().sized(LARGE).rows == 256
 
 
 def test_bad_values():

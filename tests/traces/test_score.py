@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from factories import CHATML, call, make_tokenizer, wrap
+from factories import CHATML, broken, call, make_model, make_tokenizer, wrap
 
 import mlx_traces.engine.generation
 from mlx_traces.config import ScoreConfig
@@ -123,6 +123,12 @@ def test_a_thought_that_the_template_opens_is_read_once(tiny):
     (found,) = mean_probabilities(wrap(opening, tiny.model), [trace("<think>\na b</think>c")])
     prompt = "<|im_start|>user\nMake 30 from 3, 4, 6<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert found == pytest.approx(direct(tiny, prompt, "a b</think>c"), rel=1e-4)
+
+
+def test_a_broken_models_perplexity_is_refused(tiny):
+    """NaN is neither a good nor a bad score."""
+    with pytest.raises(UserError, match="^tiny: its outputs are not finite numbers"):
+        mean_probabilities(wrap(make_tokenizer(), broken(make_model(1))), [trace("one two")])
 
 
 def test_what_has_no_perplexity(tiny):

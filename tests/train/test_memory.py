@@ -4,6 +4,7 @@ import gc
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +14,9 @@ from factories import make_config, make_model, make_tokenizer, wrap
 
 from mlx_traces.cli import main
 from mlx_traces.config import GRPOConfig, PPOConfig, SFTConfig, shipped
+from mlx_traces.engine import generation
 from mlx_traces.engine.batching import Example
-from mlx_traces.engine.generation import generate
+from mlx_traces.engine.generation import generate, rows_that_fit
 from mlx_traces.engine.logprobs import head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
@@ -23,7 +25,7 @@ from mlx_traces.pipelines import estimate
 from mlx_traces.rl import grpo, ppo
 from mlx_traces.rl.rollouts import Row
 from mlx_traces.rl.trainer import Learner
-from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime import device, distributed, memory_budget
 from mlx_traces.runtime.device import Backend
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import files, solutions
@@ -34,10 +36,11 @@ TOLERANCE = 0.2
 PROMPT = 16
 
 
-def made(config, **changes):
+def made(config, dtype=mx.float32, **changes):
     """Return a tiny model that is ready to train and never ends a completion."""
     changes = {"max_position_embeddings": 2048, **changes}
     loaded = wrap(make_tokenizer(), make_model(**changes))
+    loaded.model.set_dtype(dtype)
     adapters.start(loaded.model, config)
     mx.eval(loaded.model.parameters())
     return replace(loaded, config=make_config(**changes), context=2048, stop_ids=frozenset())
@@ -60,6 +63,8 @@ def close(measured, estimated):
     ("rows", "length", "rank", "changes"),
     [
         (32, 128, 16, {}),
+        (32, 128, 16, {"dtype": mx.bfloat16}),
+        (16, 64, 16, {"dtype": mx.bfloat16, "vocab_size": 4096}),
         (8, 256, 16, {}),
         (16, 128, 64, {}),
         (8, 128, 4, {"num_hidden_layers": 8, "intermediate_size": 512}),
@@ -221,6 +226,84 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
     one, other = (mx.load(f"{result.adapter}/adapters.safetensors") for result in (one, other))
     assert all(mx.allclose(array, other[name], rtol=0, atol=2e-5).item() for name, array in one.items())
     assert max(mx.abs(array).max().item() for name, array in one.items() if name.endswith("lora_b")) > 5e-5
+
+
+@pytest.mark.parametrize(("kind", "call"), [("rows", 12), ("micro_tokens", 2)])  # both are in the second step
+def test_a_run_that_cuda_cannot_go_on_with_is_resumed_with_less(kind, call, tmp_path, monkeypatch):
+    (tmp_path / "uneven.py").write_text(
+        "def reward(completions):\n    return [i % 4 for i in range(len(completions))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = GRPOConfig(**SHORT, save_every=1)
+    grpo.train(config, tmp_path / "whole")
+    cuda = SimpleNamespace(out_of_memory=device.out_of_memory, select=lambda: "cuda")
+    monkeypatch.setattr(memory_budget, "device", cuda)  # which has no cache to clear
+    real, calls = loading.load, []
+
+    def on_cuda(*given, **named):
+        loaded = real(*given, **named)
+        loaded.row_budget.backend = "cuda"
+        return loaded
+
+    monkeypatch.setattr(loading, "load", on_cuda)
+    where, name = (grpo, "head_logprobs") if kind == "micro_tokens" else (generation._Engine, "_begin_step")
+    whole = getattr(where, name)
+
+    def failing(*given, **named):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return whole(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing)
+        with pytest.raises(UserError, match=rf"CUDA cannot go on; .* --resume and a lower {kind} \(here \d+\)"):
+            grpo.train(config, tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # the first step is there
+    grpo.train(config.model_copy(update={"micro_tokens": 32, "rows": 2}), tmp_path / "run", resume=True)
+    one, other = (mx.load(str(tmp_path / folder / "adapter" / "adapters.safetensors")) for folder in ("whole", "run"))
+    assert all(mx.allclose(array, other[name], rtol=0, atol=2e-5).item() for name, array in one.items())
+
+
+def test_micro_batches_that_a_device_takes_are_lowered_until_they_fit():
+    loaded = made(GRPOConfig(rank=4))
+    backend = Backend("cuda", "dense", "float32", 80.0, "test")
+    config = GRPOConfig(rank=4, max_tokens=112, prompts_per_step=256, group_size=2).sized(backend.sizes)
+    shape = replace(memory.shape_of(loaded), at_once=memory.AT_ONCE)
+
+    def estimate_of(one):
+        sizes = memory.sizes_of_reinforcement(loaded, one, PROMPT)
+        return memory.estimate(shape, **sizes)
+
+    assert config.micro_tokens == 16_384 and memory.fitted(config, backend, estimate_of) == config
+    tight = replace(backend, memory_gb=estimate_of(config.sized({"micro_tokens": 4096})).update / 0.8)
+    lowered = memory.fitted(config, tight, estimate_of)
+    assert (
+        lowered.micro_tokens == 4096 and lowered.rows == config.rows and "micro_tokens" not in lowered.model_fields_set
+    )
+    assert memory.fitted(config, replace(backend, memory_gb=1e-6), estimate_of).micro_tokens == 1024  # a CPU's
+    own = GRPOConfig(micro_tokens=8192)
+    assert memory.fitted(own, replace(backend, memory_gb=1e-6), estimate_of) == own
+
+
+def test_two_micro_batches_are_under_way_on_a_gpu():
+    sizes = {"length": 96, "learned": 64, "micro_tokens": 192, "logits_mb": 128}
+    shape = memory.Shape(4, 64, 128, 4, 2, 16, 128, 4, 10**6, 10**5, 10**5, 64)
+    one = memory.estimate(shape, sequences=12, **sizes)
+    two = memory.estimate(replace(shape, at_once=2), sequences=12, **sizes)
+    assert two.activations == 2 * one.activations and two.logits == 2 * one.logits and two.gradients == one.gradients
+    alone = memory.estimate(replace(shape, at_once=2), sequences=2, **sizes)
+    assert alone.activations == one.activations  # there is but one
+
+
+def test_rows_that_fit_are_the_same_before_and_while_the_adapter_is_merged():
+    loaded = made(GRPOConfig(rank=4))
+    loaded = replace(loaded, backend=replace(loaded.backend, memory_gb=0.01))
+    asked, params = [Request((1,) * 32)] * 64, [SamplingParams(64)] * 64
+    before = rows_that_fit(loaded, asked, params)
+    with adapters.merged(loaded.model, loaded.backend):
+        assert 1 < rows_that_fit(loaded, asked, params) <= before < 64
+        assert before - rows_that_fit(loaded, asked, params) <= 1  # a layer's weights are joined
 
 
 SIZES = {"length": 96, "learned": 64, "micro_tokens": 700, "sequences": 12, "logits_mb": 1.0}

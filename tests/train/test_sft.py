@@ -13,7 +13,7 @@ from factories import CHATML, ONE, PROMPT, Killed, lora, make_model, make_tokeni
 from mlx.utils import tree_flatten
 from stress import killing
 
-from mlx_traces.config import AdapterConfig, EvalConfig, GenerateConfig, OptimizerConfig, SFTConfig
+from mlx_traces.config import AdapterConfig, GenerateConfig, OptimizerConfig, SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.errors import UserError
@@ -426,7 +426,7 @@ def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
     asked = SimpleNamespace(
         problems=[Problem(name, {"question": name}, "") for name in ("p3", "p5#2")],
         prompt=Prompt("own", "{question}"),
-        config=EvalConfig(thinking=True),
+        config=SimpleNamespace(thinking=True),
     )
     monkeypatch.setattr(loop, "held_out_plan", lambda *_: asked)
     data = sft.prepare(loaded, config.model_copy(update={"valid_share": 0.0}))

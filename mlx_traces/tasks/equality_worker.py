@@ -1,0 +1,70 @@
+"""A process of its own that compares answers by math-verify; `tasks.equality` starts it as a script. No MLX.
+
+A request is one line of standard input: a JSON list of the gold answer and another one. The reply is one line of
+standard output: a verdict. A child does the work and the kernel ends it after `SECONDS` of processor time, whatever it
+runs in; the parent then replies ``too_complex`` and forks the next child, so sympy is imported only once.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+SECONDS = 1.0  # of processor time for one comparison
+DECIMALS = 12  # places to which a decimal must agree
+MEMORY = 2 << 30  # bytes of address space
+
+
+@lru_cache(1024)  # the gold answer of a problem is compared with many
+def parsed(text: str) -> list[Any]:
+    """Return what math-verify makes of a formula: a list of one sympy object, or an empty one."""
+    config = LatexExtractionConfig(boxed_match_priority=-1)
+    return parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def verdict(gold: str, answer: str) -> str:
+    """Compare two formulas: ``correct``, ``wrong_value`` or ``not_an_expression``."""
+    if not (found := parsed(answer)):
+        return "not_an_expression"
+    wanted = parsed(gold)
+    equal = verify(wanted, found, float_rounding=DECIMALS, allow_set_relation_comp=True, timeout_seconds=None)
+    return "correct" if equal else "wrong_value"
+
+
+def answer_requests() -> None:
+    """Reply to each line until the input ends."""
+    with suppress(ValueError, OSError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF ends a process that does not handle it
+        try:
+            reply = verdict(*json.loads(line))
+        except (MemoryError, RecursionError):
+            reply = "too_complex"
+        except Exception:  # whatever math-verify and sympy run into
+            reply = "wrong_value"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(REPLIES, f"{reply}\n".encode())
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; the end of the input ends this process
+    logging.disable(logging.CRITICAL)
+    REPLIES = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no reply
+    os.write(REPLIES, b"ready\n")
+    os.dup2(1, 2)  # nobody reads it from here on
+    while True:
+        if (child := os.fork()) == 0:
+            answer_requests()
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        os.write(REPLIES, b"too_complex\n")

@@ -1,0 +1,154 @@
+"""Tasks of the user's own: ``module:TASK``, and those that installed packages add by an entry point. No MLX.
+
+A plug-in is loaded only when the user names it; see README.md for one of 30 lines.
+"""
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlx_traces.errors import MOST_NAME, UserError, first_line, unknown
+from mlx_traces.records import Problem, Score
+from mlx_traces.tasks import TASKS, Task
+from mlx_traces.tasks.prompts import Prompt
+
+GROUP = "mlx_traces.tasks"  # of entry points
+_KINDS = {  # fields of a task that may hold what is not one, and what they must be
+    "columns": (tuple, "a tuple of names"),
+    "graded_columns": (tuple, "a tuple of names"),
+    "gold_columns": (tuple, "a tuple of names"),
+    "extractors": (tuple, "a tuple of names"),
+    "splits": (tuple, "a tuple of names"),
+    "prompts": (dict, "a dict of prompts by name"),
+    "default_prompt": (str, "the name of a prompt"),
+    **dict.fromkeys(("parse", "load", "grade", "same"), (Callable, "a function")),
+}
+
+
+def names() -> list[str]:
+    """Return the names of the tasks that installed packages add; none of them is loaded."""
+    return sorted({point.name for point in entry_points(group=GROUP)} - set(TASKS))
+
+
+def exists(name: str) -> bool:
+    """Whether a name is one of a plug-in: ``module:TASK``, or one that an installed package adds."""
+    return ":" in name or name in names()
+
+
+def load(name: str) -> Task:
+    """Import a plug-in and check it; its functions are wrapped, so that what they do wrong is a UserError.
+
+    Args:
+        name: ``module:TASK``, the module looked for in the working folder too, or the name of an entry point in the
+            group ``mlx_traces.tasks``. It becomes the task's name.
+
+    Raises:
+        UserError: if there is no such task; naming the file, if it cannot be imported or its task cannot be used.
+    """
+    if not exists(name):
+        raise unknown("task", name, (*TASKS, *names(), "module:TASK"))
+    value = name if ":" in name else next(point.value for point in entry_points(group=GROUP) if point.name == name)
+    module, _, attribute = value.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise UserError(f"task {value[:MOST_NAME]}: give a module and a name in it, as in my_task:TASK")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    file = module
+    try:
+        spec = find_spec(module)
+        file = (spec and spec.origin) or module
+        found = import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the module runs into
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"task {name[:MOST_NAME]}: no module {module!r} is here or installed") from None
+        raise UserError(f"{file}: cannot be imported as a task ({_told(error, file)})") from error
+    file = getattr(found, "__file__", None) or file
+    task = getattr(found, attribute, None)
+    if not isinstance(task, Task):
+        what = "there is none" if task is None else f"it is a {type(task).__name__}"
+        raise UserError(f"{file}: {attribute or 'TASK'} must be a mlx_traces.tasks.Task; {what}")
+    for field, (kind, what) in _KINDS.items():
+        if not isinstance(value := getattr(task, field), kind):
+            raise UserError(f"{file}: {attribute}.{field} must be {what}, not {str(value)[:60]!r}")
+    if not task.extractors or not all(isinstance(own, str) for own in task.extractors):
+        raise UserError(f"{file}: {attribute}.extractors must name one way to find an answer, or more")
+    if wrong := [own for own, prompt in task.prompts.items() if not isinstance(prompt, Prompt) or prompt.name != own]:
+        raise UserError(f"{file}: {attribute}.prompts: {wrong[0]!r} must be a Prompt of that name")
+    if task.default_prompt not in task.styles:
+        raise UserError(f"{file}: {attribute}.default_prompt: there is no prompt {task.default_prompt!r}")
+    return replace(_guarded(task, file), name=name, source=_digest(file), sample_columns=_columns(task))
+
+
+def _columns(task: Task) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*task.sample_columns, *task.columns, *task.graded_columns)))
+
+
+def _digest(file: str) -> str:
+    """Return a file's name and 12 hexadecimal digits of its content; what it imports in turn is not included."""
+    content = Path(file).read_bytes() if Path(file).is_file() else b""
+    return f"{Path(file).name} {hashlib.sha256(content).hexdigest()[:12]}"
+
+
+def _told(error: BaseException, file: str) -> str:
+    """Return an error's type, the first line of its message, and the last line of ``file`` that it came through."""
+    kind = f"{type(error).__name__}: "
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f", line {lines[-1]}" if lines else ""
+    return f"{kind}{first_line(error).removeprefix(kind)}".removesuffix(": ") + place
+
+
+def _guarded(task: Task, file: str) -> Task:
+    """Return the task with functions that raise UserError, naming the file, for an exception or a wrong result."""
+
+    def call(name: str, about: str, *arguments: Any) -> Any:
+        try:
+            return getattr(task, name)(*arguments)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{file}: {name} failed{about} ({_told(error, file)})") from error
+
+    def wrong(name: str, about: str, must: str, value: Any) -> UserError:
+        return UserError(f"{file}: {name} returned {str(value)[:60]!r}{about}; it must return {must}")
+
+    def parse(row: dict[str, Any], where: str) -> Problem:
+        problem = call("parse", f" on {where}", row, where)
+        if not _is_problem(problem):
+            raise wrong("parse", f" for {where}", "a Problem, its id and gold texts", problem)
+        return problem
+
+    def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
+        problems = call("load", "", split, data, limit, seed)
+        if not isinstance(problems, list) or not problems or not all(map(_is_problem, problems)):
+            raise wrong("load", f" for split {split!r}", "a list of Problems, one or more", problems)
+        return problems
+
+    def grade(problem: Problem, response: str) -> dict[str, Score]:
+        scores = call("grade", f" on {problem.id}", problem, response)
+        if not isinstance(scores, dict) or {*scores} != {*task.extractors} or not all(map(_is_score, scores.values())):
+            must = f"a dict with a Score for each of {', '.join(task.extractors)}"
+            raise wrong("grade", f" for {problem.id}", must, scores)
+        return scores
+
+    def same(extracted: str, gold: str, extractor: str) -> str:
+        text = call("same", f" on {extracted[:40]!r}", extracted, gold, extractor)
+        if not isinstance(text, str):
+            raise wrong("same", f" for {extracted[:40]!r}", "a text", text)
+        return text
+
+    return replace(task, parse=parse, load=load, grade=grade, same=same)
+
+
+def _is_problem(value: Any) -> bool:
+    return isinstance(value, Problem) and isinstance(value.id, str) and isinstance(value.gold, str)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, Score) and isinstance(value.verdict, str) and isinstance(value.extracted, str | None)
