@@ -59,7 +59,7 @@ class Ranked(click.Command):
             click.echo(to_json({**about, **provenance(), "rows": [asdict(line) for line in found]}), nl=False)
             return None
         for line in found:
-            click.echo(bench_ranks.told(line))
+            click.echo(bench_ranks.text_of(line))
         return None
 
 

@@ -141,7 +141,7 @@ def data_gsm8k(**options: Any) -> None:
 @data_group.command("math")
 @worked_solutions("math", "MATH's train split", "think (<answer> after the thought) or boxed")
 def data_math(**options: Any) -> None:
-    """Write MATH's solutions as traces, without the code of their figures."""
+    """Write MATH's solutions as traces. The code of their figures is removed."""
     from mlx_traces.tasks import math
     from mlx_traces.traces import solutions
 

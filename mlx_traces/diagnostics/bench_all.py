@@ -75,7 +75,8 @@ def plan(model: str, backend: str, quick: bool, data: str | None = None) -> list
         quick: fewer and shorter steps, for a first look.
         data: a file of GSM8K-like problems.
     """
-    kinds = ("dense",) if backend == "cpu" else ("quantized", "dense")
+    kinds = {"quantized": ("--weights", "quantized"), "dense": ("--weights", "dense", "--dtype", "bfloat16")}
+    kinds = {"dense": ("--weights", "dense")} if backend == "cpu" else kinds
     prompts, group, longest, tokens = (4, 8, 32, 32) if quick else (8, 16, 128, 64)
     grpo = f"bench grpo --prompts {prompts} --group-size {group} --max-tokens {longest} --every-row --json"
     sft = f"bench sft --count {16 if quick else 64} --repeats 1 --against mlx-lm --json"
@@ -89,8 +90,7 @@ def plan(model: str, backend: str, quick: bool, data: str | None = None) -> list
         return [
             step(f"{rows} rows, {weights}", "generate", f"{command} --rows {rows} --count {max(4, rows)}", 120, *own)
             for rows in sizes
-            for weights in kinds
-            for own in (("--weights", weights),)
+            for weights, own in kinds.items()
         ]
 
     return [

@@ -64,7 +64,7 @@ def scaling(
     for size in (1, count):
         threads = threads_of(size, cores)
         progress(f"{size} process{'es' if size > 1 else ''}, {threads} BLAS thread{'s' if threads > 1 else ''} each")
-        found.append((threads, _told(arguments, size, threads)))
+        found.append((threads, _run_bench(arguments, size, threads)))
     (alone, one), (each, several) = found
     lines = [
         Scaling(count, (alone, each), (a["seconds"], b["seconds"]), a["seconds"] / b["seconds"], a, b)
@@ -73,7 +73,7 @@ def scaling(
     return lines, one
 
 
-def told(line: Scaling) -> str:
+def text_of(line: Scaling) -> str:
     """Return a line of the terminal."""
     rows = f"{line.one['rows']:>5} rows  " if "rows" in line.one else ""
     sizes = (
@@ -99,7 +99,7 @@ def threads_of(processes: int, cores: int) -> int:
     return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
 
 
-def _told(arguments: Sequence[str], count: int, threads: int) -> dict[str, Any]:
+def _run_bench(arguments: Sequence[str], count: int, threads: int) -> dict[str, Any]:
     """Run a bench by some ranks, one being a process alone; return what the first printed."""
     with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, threads, Path(scratch)) as started:
         while any(process.poll() is None for process in started):

@@ -31,11 +31,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.optimizers import Adam
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from mlx_traces.config import AdapterConfig, GRPOConfig, PPOConfig, RLConfig, build
-from mlx_traces.diagnostics.bench_sft import twin
+from mlx_traces.diagnostics.bench_sft import held_alone, twin
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import evaluator
 from mlx_traces.models import adapters
@@ -171,7 +170,9 @@ def bench_grpo(
         theirs = [*_peer_models(loaded, config, as_shipped)]
         peers += _run_peer(*theirs, loaded, planned, config, turns, repeats + 1, progress)
     else:
-        other = OurSteps(loaded, planned, _of_grpo(config), every_row) if against else None
+        # GRPO's settings are PPO's where both have them.
+        same = {name: value for name, value in config if name in GRPOConfig.model_fields}
+        other = OurSteps(loaded, planned, build(GRPOConfig, same), every_row) if against else None
         theirs = [other.learner.module] if other else []
         for name, _ in turns():
             if other:
@@ -206,11 +207,6 @@ def _alone(config: RLConfig, steps: int) -> RLConfig:
     changes = {"num_steps": steps, "evaluate": None, "adapter": None, "kl_coef": 0.0, "reference": None}
     own = {"value_warmup_steps": 0} if isinstance(config, PPOConfig) else {"max_resamples": 0, "unbiased_kl": False}
     return config.model_copy(update=changes | own)
-
-
-def _of_grpo(config: RLConfig) -> GRPOConfig:
-    """Return the settings of GRPO that are like another algorithm's, where both have them."""
-    return build(GRPOConfig, {name: value for name, value in config if name in GRPOConfig.model_fields})
 
 
 def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
@@ -260,7 +256,9 @@ class OurSteps:
         groups, _, seconds = rollouts.collect(
             self.loaded, self.planned, self.functions, self.progress, self.number, self.config
         )
-        learned = [_all_differ(group) for group in groups] if self.every_row else groups
+        learned = groups
+        if self.every_row:  # no two rewards of a group are alike, nor at their mean
+            learned = [[replace(one, reward=at or 0.25) for at, one in enumerate(group)] for group in groups]
         rows = self.room.rows_of(learned, self.config)
         step.kl = self.room.learn(self.learner, rows, self.number, self.config).get("policy/kl_sampler")
         every = [rollout for group in groups for rollout in group]
@@ -270,11 +268,6 @@ class OurSteps:
         taught = sum(bool((self.room is ppo or row.advantage) and row.example.count) for row in rows)
         step.learned = taught / len(every)
         return step, [group[0].problem for group in groups]
-
-
-def _all_differ(group: rollouts.Group) -> rollouts.Group:
-    """Return a group no two rewards of which are alike, nor at their mean; for a bench alone."""
-    return [replace(rollout, reward=place or 0.25) for place, rollout in enumerate(group)]
 
 
 # ------------------------------------------------------------------------------------------------ the peer
@@ -380,11 +373,3 @@ def _run_peer(
             training_callback=Clock(),
         )
     return steps
-
-
-def held_alone(models: Sequence[nn.Module], others: Sequence[nn.Module]) -> int:
-    """Return the bytes of what models hold and the others do not, Adam's two averages of what is trained included."""
-    shared = {id(array) for other in others for _, array in tree_flatten(other.parameters())}
-    own = {id(array): array.nbytes for model in models for _, array in tree_flatten(model.parameters())}
-    trained = sum(array.nbytes for model in models for _, array in tree_flatten(model.trainable_parameters()))
-    return sum(size for key, size in own.items() if key not in shared) + 2 * trained

@@ -118,7 +118,7 @@ def bench_sft(
             pass
         return _line(rows, config, ours)
 
-    peer = _shipped(loaded) if as_shipped else twin(loaded.model)
+    peer = mlx_lm.load(str(loaded.path))[0] if as_shipped else twin(loaded.model)
 
     def batches(dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator[Any]:
         """Yield mlx_lm's batches of all epochs, each timed until its last step is done, after one of ours."""
@@ -196,7 +196,7 @@ def _train_peer(
 ) -> tuple[int, int]:
     """Run mlx_lm's trainer on ``batches``; return the bytes that belong to (our model, the peer's model) alone."""
     adapters.start(model, config)
-    apart = _apart(ours, model), _apart(model, ours)
+    apart = held_alone([ours], [model]), held_alone([model], [ours])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = TrainingArgs(
             batch_size=config.batch_size,
@@ -229,15 +229,12 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
 
 
-def _shipped(loaded: LoadedModel) -> nn.Module:
-    return mlx_lm.load(str(loaded.path))[0]
-
-
-def _apart(model: nn.Module, other: nn.Module) -> int:
-    """Return the bytes of a model's arrays that the other does not have, Adam's two averages of them included."""
-    shared = {id(array) for _, array in tree_flatten(other.parameters())}
-    own = sum(array.nbytes for _, array in tree_flatten(model.parameters()) if id(array) not in shared)
-    return own + 2 * sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+def held_alone(models: Sequence[nn.Module], others: Sequence[nn.Module]) -> int:
+    """Return the bytes of what models hold and the others do not, Adam's two averages of what is trained included."""
+    shared = {id(array) for other in others for _, array in tree_flatten(other.parameters())}
+    own = {id(array): array.nbytes for model in models for _, array in tree_flatten(model.parameters())}
+    trained = sum(array.nbytes for model in models for _, array in tree_flatten(model.trainable_parameters()))
+    return sum(size for key, size in own.items() if key not in shared) + 2 * trained
 
 
 def bench_rows(

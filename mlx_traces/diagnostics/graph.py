@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
+from types import CodeType
 from typing import Any
 
 import mlx.core as mx
@@ -70,9 +70,6 @@ class Count:
 
     def __add__(self, other: "Count") -> "Count":
         return Count(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def __sub__(self, other: "Count") -> "Count":
-        return Count(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -225,7 +222,7 @@ def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
     """Run compiled functions as plain ones while the context lasts; ``take`` is given the outermost calls of each."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
     compiled = [each for each in gc.get_objects() if type(each) is kind]
-    codes = {part.__code__ for each in compiled for part in gc.get_referents(each) if isinstance(part, FunctionType)}
+    codes = {code_of(part) for each in compiled for part in gc.get_referents(each)} - {None}
     running: list[tuple[Any, list[mx.array]]] = []
 
     def arrays(tree: Any) -> list[mx.array]:
@@ -242,7 +239,7 @@ def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
     def noted(function: Any = None, **given: Any) -> Any:
         if function is None:
             return partial(noted, **given)
-        codes.add(function.__code__)
+        codes.add(code_of(function))
         return compile_(function, **given)
 
     before = sys.getprofile()
@@ -254,6 +251,11 @@ def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
     finally:
         sys.setprofile(before)
         mx.enable_compile()
+
+
+def code_of(function: Any) -> CodeType | None:
+    """Return the code that a function runs, a partial one too; None for what is none."""
+    return getattr(getattr(function, "func", function), "__code__", None)
 
 
 def read(arrays: Sequence[mx.array], calls: Sequence[Call] = (), vocabulary: int = 0) -> Count:

@@ -162,7 +162,8 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     ]
     loaded.model.load_weights(waves, strict=False)
     loaded.model.train()
-    batch = _examples(loaded)
+    traces, end = countdown_traces(4, "train", seed=0), encoding.turn_end(loaded)
+    batch = [encoding.encode(loaded, trace, end) for trace in traces]
     halves, optimizer = logprobs.split(loaded.model), make_optimizer(config, 10)
     loss, grads = sft.step_gradient(loaded.model, halves, batch, config)
     norm, update = optimizer.propose(loaded.model, grads)
@@ -170,11 +171,6 @@ def step_of(loaded: LoadedModel) -> dict[str, float]:
     loaded.model.eval()
     after = sft.mean_loss(halves, batch, config)
     return {"loss": float(loss), "gradient norm": norm, "loss after the step": after}
-
-
-def _examples(loaded: LoadedModel) -> list[Any]:
-    traces = countdown_traces(4, "train", seed=0)
-    return [encoding.encode(loaded, trace, encoding.turn_end(loaded)) for trace in traces]
 
 
 # -------------------------------------------------------------------------------------------------- the reference

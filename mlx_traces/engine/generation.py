@@ -47,6 +47,9 @@ MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is re
 # batches of near-equal prompts pad little (GSM8K: 2,204 tokens read for 2,019, where batches of 2,048 read 2,828).
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
+# Float32 buffers of the rows' next-token logits, measured on a CPU: as they are (one, or two where steps overlap),
+# scaled by a temperature, and searched for a filter's bound.
+DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.6, 2.0, 10.5
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
 ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
@@ -141,8 +144,9 @@ def rows_that_fit(
     """Return how many rows the memory holds, at least 1.
 
     A row is its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
-    tokens + ``kv_cache.STEP``), and its logits in float32, three times over: vocabulary x 4 bytes x 3. Rows share what
-    the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations) leave.
+    tokens + ``kv_cache.STEP``), and its logits in float32, three times over, or as often as a filter needs them. Rows
+    share what the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations)
+    leave.
     """
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads = config.get("num_attention_heads") or 1
@@ -152,13 +156,20 @@ def rows_that_fit(
     length = max(len(r.prompt_ids) + p.max_tokens for r, p in zip(requests, params, strict=True)) + STEP
     layers = len(loaded.model.layers)
     row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
-    row += 3 * 4 * (config.get("vocab_size") or 0)
+    row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * (config.get("vocab_size") or 0))
     reading = (
         PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
     )
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
     weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)
     return max(1, int((limit - weights - reading) // max(row, 1)))
+
+
+def buffers_of_a_draw(params: Any) -> float:
+    """Return how many float32 buffers, rows times vocabulary, there are while a token is drawn by some settings."""
+    if params.temperature and (params.top_p, params.top_k, params.min_p) != (1, 0, 0):
+        return DRAWN_FILTERED
+    return DRAWN if params.temperature in (0, 1) else DRAWN_SCALED
 
 
 def _run(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx.utils import tree_flatten
 
-from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, RLConfig, SFTConfig, SFTSettings
-from mlx_traces.engine.generation import MEMORY_SHARE, PREFILL_TOKENS, rows_that_fit
+from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig, SFTSettings
+from mlx_traces.engine.generation import DRAWN, MEMORY_SHARE, PREFILL_TOKENS, buffers_of_a_draw, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
 from mlx_traces.runtime.device import Backend
@@ -37,8 +37,6 @@ READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
 LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
 LOGITS_NARROW = 1.25  # beside them, where the model's own logits and their slope are of 16 bits
 AT_ONCE = 2  # micro-batches under way on a GPU (`gradients.Queue`)
-# Float32 buffers of the rows' next-token logits: as they are, scaled by a temperature, and sorted for a filter
-DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.0, 2.0, 8.5
 ADAM = 2.0  # averages of each trained number
 GRADIENTS = 2.0  # a micro-batch's, and their sum
 
@@ -87,8 +85,8 @@ class Estimate:
 
     @property
     def sampling(self) -> float:
-        """Peak while rollouts are sampled."""
-        return self.weights + self.optimizer + self.merged + self.cache + self.reading + self.draw
+        """Peak while rollouts are sampled; prompts are read when nothing is drawn."""
+        return self.weights + self.optimizer + self.merged + self.cache + max(self.reading, self.draw)
 
     @property
     def update(self) -> float:
@@ -191,13 +189,6 @@ def estimate(
 
 def _dot(factors: tuple[float, ...], sizes: tuple[int, ...]) -> float:
     return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
-
-
-def buffers_of_a_draw(params: SamplingParams | AnswerConfig | RLConfig) -> float:
-    """Return how many float32 buffers, rows times vocabulary, there are while a token is drawn."""
-    if params.temperature and (params.top_p, params.top_k, params.min_p) != (1, 0, 0):
-        return DRAWN_FILTERED
-    return DRAWN if params.temperature in (0, 1) else DRAWN_SCALED
 
 
 def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Estimate:

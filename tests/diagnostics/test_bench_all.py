@@ -70,6 +70,8 @@ def test_every_step_is_a_command_and_all_fit_into_the_time(backend, quick, monke
     assert len({*names}) == len(names) and names[0] == "doctor" and {"gsm8k", "countdown", "ring", "graph"} <= {*names}
     assert ("32 rows, quantized" in names) == (backend != "cpu") and ("256 rows, dense" in names) == (not quick)
     assert ("grpo, mlx-lm-lora" in names) == (not quick)
+    dense = next(one for one in steps if one.name == "32 rows, dense")
+    assert ("bfloat16" in dense.arguments) == (backend != "cpu")  # 16 bits; a CPU's are float32
     (math,) = [one for one in steps if one.name == "gsm8k"]
     assert math.arguments[-2:] == ("--data", "with a space.jsonl")
 

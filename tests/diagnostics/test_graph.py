@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -138,7 +139,7 @@ def clipped_update(x):
     return rule.apply_gradients(grads, parameters), norm
 
 
-@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update])
+@pytest.mark.parametrize("function", [swiglu, deep, branches, many, clipped_update, partial(nn.gelu_approx)])
 def test_compiled_functions_have_the_kernels_that_mlx_makes_of_them(function):
     given = [array(64, 32) for _ in range(2 if function is swiglu else 1)]
     compiled = function if function is swiglu else mx.compile(function)
@@ -227,13 +228,7 @@ def test_our_steps_take_no_more_kernels_and_passes_than_this(qwen):
     for variant, most in (("greedy", 0.8), ("temperature-1", 0.9), ("adapter-merged", 0.7), ("adapter-quantized", 1.3)):
         assert qwen[variant, False].kernels <= most * bare, variant
         assert qwen[variant, True].kernels <= qwen[variant, False].kernels + 10
-    for variant, most in (
-        ("greedy", 4),
-        ("temperature-1", 4),
-        ("adapter-merged", 4),
-        ("temperature-0.7", 6.1),
-        ("top-p", 4.1),
-    ):
+    for variant, most in (("greedy", 3.6), ("temperature-1", 3.1), ("temperature-0.7", 6.1), ("top-p", 4.1)):
         assert qwen[variant, True].vocabulary_passes <= most, variant
     assert qwen["greedy", False].vocabulary_passes == 1
     assert qwen["optimizer", False].kernels <= 1200 and qwen["optimizer", False].vocabulary_passes == 0

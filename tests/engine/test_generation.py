@@ -706,6 +706,9 @@ def test_rows_follow_from_the_memory(tiny):
     base += 4 * (64 * 64 + 64 + 2 * (32 * 64 + 32) + 2 * 128 * 64)  # a layer's weights while they are joined
     for rows in (1, 2, 7, 64):
         assert rows_that_fit(tiny, requests, params, (base + rows * row + 1) / 1e9) == rows
+    filtered = [*params[1:], SamplingParams(100, 1.0, top_p=0.9)]  # one row's filter takes memory for all
+    assert rows_that_fit(tiny, requests, filtered, (base + 64 * (row + 4 * 128 * 7.5) + 1) / 1e9) == 64
+    assert rows_that_fit(tiny, requests, filtered, (base + 64 * row + 1) / 1e9) < 64
     assert rows_that_fit(tiny, requests, params, 1e-6) == 1
     loaded = replace(tiny, notes=[])
     rollouts = list(generate(loaded, requests[:5], params[:5], 4, memory_gb=(base + 2 * row + 1) / 1e9))

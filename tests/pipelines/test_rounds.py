@@ -274,7 +274,7 @@ def test_gains_count_every_sample_of_a_problem():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "qa"}, "unknown task with worked solutions 'qa': choose countdown or gsm8k"),
+        ({"task": "qa"}, "unknown task with worked solutions 'qa': choose countdown, gsm8k or math"),
         ({"generate": {"model": "nano"}}, "generate.model: the rounds fill this in"),
         ({"compare": {"adapter": "x"}}, "compare.adapter: the rounds fill this in"),
         ({"raw": {"file": "nowhere.jsonl"}}, "raw.file: nowhere.jsonl does not exist"),

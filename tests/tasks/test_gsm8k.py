@@ -308,9 +308,7 @@ def test_fewshot_without_network(hub, monkeypatch):
 def test_get_task():
     """The task is found by its name."""
     assert get_task("gsm8k") is TASK
-    with pytest.raises(
-        UserError, match=r"^unknown task 'gsm8': choose gsm8k, countdown, math, qa or module:TASK; did 'gsm8k'"
-    ):
+    with pytest.raises(UserError, match=r"^unknown task 'gsm8': choose gsm8k, countdown, math, qa or module:TASK; did"):
         get_task("gsm8")
 
 

@@ -424,7 +424,9 @@ def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
     data = sft.prepare(loaded, config.model_copy(update={"valid": other}))
     assert len(data.train) == 20 and data.notes == [f"4 traces of problems in {other} are left out"]
     asked = SimpleNamespace(
-        problems=[Problem(name, {"question": name}, "") for name in ("p3", "p5#2")], prompt=Prompt("own", "{question}")
+        problems=[Problem(name, {"question": name}, "") for name in ("p3", "p5#2")],
+        prompt=Prompt("own", "{question}"),
+        config=SimpleNamespace(thinking=True),
     )
     monkeypatch.setattr(loop, "held_out_plan", lambda *_: asked)
     data = sft.prepare(loaded, config.model_copy(update={"valid_share": 0.0}))
