@@ -87,8 +87,9 @@ def plan(model: str, backend: str, quick: bool, data: str | None = None) -> list
 
     def generate(*sizes: int) -> list[Planned]:
         command = f"bench generate --max-tokens {tokens} --repeats 1 --against mlx-lm --json"
+        names = {rows: f"{rows} row{'s' if rows > 1 else ''}" for rows in sizes}
         return [
-            step(f"{rows} rows, {weights}", "generate", f"{command} --rows {rows} --count {max(4, rows)}", 120, *own)
+            step(f"{names[rows]}, {weights}", "generate", f"{command} --rows {rows} --count {max(4, rows)}", 120, *own)
             for rows in sizes
             for weights, own in kinds.items()
         ]

@@ -68,7 +68,7 @@ def accumulate(
         model: what is trained.
         halves: the model in two, by `split` for prompts to be read once, where that saves a tenth of the tokens.
         examples: the rows, each with a trained token.
-        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`logprobs.Room`).
+        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`MemoryBudget`).
         loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
             micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
     """

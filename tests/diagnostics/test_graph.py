@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -233,3 +235,13 @@ def test_our_steps_take_no_more_kernels_and_passes_than_this(qwen):
     assert qwen["greedy", False].vocabulary_passes == 1
     assert qwen["optimizer", False].kernels <= 1200 and qwen["optimizer", False].vocabulary_passes == 0
     assert qwen["micro-batch", False].kernels <= 4500 and qwen["prompts", False].kernels <= 6000
+
+
+def test_the_readme_has_these_counts(qwen):
+    text = (Path(bench_graph.__file__).parent / "README.md").read_text()
+    lines = re.findall(r"^\| ([a-z].*?) \| ([\d,]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    rows = [("bare", False), ("mlx-lm", True), ("greedy", False), ("temperature-1", True), ("adapter-merged", True)]
+    rows += [("adapter-quantized", True), ("top-p", True), ("optimizer", False)]
+    for (name, kernels, passes), key in zip(lines, rows, strict=True):
+        assert int(kernels.replace(",", "")) == pytest.approx(qwen[key].kernels, rel=0.05), name
+        assert float(passes) == pytest.approx(qwen[key].vocabulary_passes, abs=0.1), name

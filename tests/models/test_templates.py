@@ -118,10 +118,10 @@ def test_the_zoo_sees_what_is_wrong(monkeypatch):
         ("spaces", encoding, "_frame", lambda *_: ("", "", "")),
         ("thought_in_the_prompt", encoding, "_earlier", lambda *_: []),
         ("thought_in_the_prompt", Chat, "_opened", lambda *_: ""),
-        ("channels", encoding, "_in_channels", lambda completion: completion),
+        ("channels", encoding, "FINAL", "?"),
         ("untagged_thought", encoding, "CLOSED", {}),
         ("switch_named_thinking", Chat, "switch", None),
-        ("switch_named_thinking", encoding, "_own_ids", lambda *_: []),
+        ("switch_named_thinking", encoding, "text_of", lambda *_: ""),
         ("system_dropped", Chat, "_settled", lambda self, turns, thinking: (turns, self.text(turns, thinking))),
     )
     for name, place, attribute, fault in faults:
