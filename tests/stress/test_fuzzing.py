@@ -258,9 +258,10 @@ SHELLS = {
     "spawnv",
     "unsafe_load",
 }
-IMPORTERS = {  # by a table, or a reward that is named
+IMPORTERS = {  # by a table, or what the user names: a reward, a task
     "__init__.py": 1,
-    "tasks/__init__.py": 1,
+    "tasks/__init__.py": 2,
+    "tasks/plugins.py": 1,
     "train/tracking.py": 1,
     "rl/rewards.py": 1,
 }
@@ -349,7 +350,7 @@ def test_a_reward_runs_only_when_it_is_named(tmp_path, monkeypatch):
     trace = {"id": "a", "messages": [{"role": "user", "content": "evil:f"}], "completion": "4", "prompt": "evil:f"}
     trace |= {"columns": row, "source": "evil:f", "scores": {"evil:f": 1}}
     Path("t.jsonl").write_text(json.dumps(trace | {"task": "evil:f"}) + "\n")
-    with pytest.raises(UserError, match="unknown task"):
+    with pytest.raises(UserError, match="is code that is not part of mlx-traces"):
         [quality.problem_of(trace, where) for where, trace in files.read_traces(Path("t.jsonl"))]
     Path("t.jsonl").write_text(json.dumps(trace | {"task": "qa"}) + "\n")
     assert CliRunner().invoke(main, ["score", "t.jsonl", "--out", "s.jsonl"], catch_exceptions=False).exit_code == 0
