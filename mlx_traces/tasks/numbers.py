@@ -19,10 +19,11 @@ WINDOW = 200  # characters before the last digit that are searched for the last 
 AFTER = 40  # and after it: a unit, a power, "million"
 
 _WORDS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}  # tens
-_SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:[ ][0-9]{3}(?![0-9]))++(?:\.[0-9]++)?+(?![.,'’_:]?[0-9]|[ ]?/)"
+# Groups are atomic, not possessive: Python 3.11.2 matches possessive groups wrongly, 3.11.7 does not.
+_SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?>(?:[ ][0-9]{3}(?![0-9]))+)(?>(?:\.[0-9]+)?)(?![.,'’_:]?[0-9]|[ ]?/)"
 _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
 _DATE = r"[12][0-9]{3}-[01][0-9]-[0-3][0-9](?![0-9])"
-_RUN = r"\.?[0-9]++(?:[.,'’_:][0-9]++)*+"
+_RUN = r"\.?[0-9]++(?>(?:[.,'’_:][0-9]+)*)"
 NUMBER = re.compile(
     rf"""
     (?=[-+.0-9$€£¥₹√∛∜\\]|(?i:neg|minu))

@@ -98,7 +98,7 @@ _AROUND_SMALL = tuple(tag.lower() for tag in AROUND_ANSWERS)
 _SMALL = tuple((opening.lower(), closing.lower()) for opening, closing in TAGS)
 
 
-_ENDS_BACKWARDS = re.compile(rf"(?:\s|{'|'.join(re.escape(end[::-1]) for end in ENDS)})*+")
+_ENDS_BACKWARDS = re.compile(rf"(?>(?:\s|{'|'.join(re.escape(end[::-1]) for end in ENDS)})*)")
 
 
 def without_ends(text: str) -> str:
