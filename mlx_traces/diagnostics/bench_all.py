@@ -195,10 +195,9 @@ def run(planned: Planned, limit: float) -> Step:
                 if process.returncode is not None or how is None:
                     break
                 cut = True
-                os.killpg(process.pid, how)
+                _signal(process, how)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _signal(process, signal.SIGKILL)
         about |= {"seconds": round(time.monotonic() - began, 2), "memory_gb": peak}
         said = err.read_text(errors="replace").strip().splitlines()
         message = clean(said[-1])[:300] if said else ""
@@ -208,6 +207,12 @@ def run(planned: Planned, limit: float) -> Step:
             return Step(**about, status="done", rows=_rows(out.read_text(errors="replace")))
         except (ValueError, ValidationError):
             return Step(**about, status="failed", message=message or f"ended with {process.returncode}")
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process and all that it started, as far as they still run."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS denies permission where all have ended
+        os.killpg(process.pid, number)
 
 
 def _wait(process: subprocess.Popen, until: float) -> float | None:

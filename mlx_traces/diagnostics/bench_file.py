@@ -63,7 +63,8 @@ class Step(Part):
 
     @model_validator(mode="after")
     def _rows_are_of_their_kind(self) -> "Step":
-        assert self.found or self.status != "done", "a step that is done has rows"
+        if not self.found and self.status == "done":
+            raise ValueError("a step that is done has rows")
         return self
 
 
