@@ -207,6 +207,8 @@ def _join(modules: Sequence[nn.Module]) -> nn.Module:
     bases = [_base(module) for module in modules]
     kept = getattr(bases[0], KEPT, None)
     if kept is None or not kept.is_of(bases):
+        kept = None
+        vars(bases[0]).pop(KEPT, None)  # or the copy of the module in `_Joined` would keep the old weights
         kept = _Joined(bases)
         setattr(bases[0], KEPT, kept)
     adapted = [module for module in modules if type(module) is LowRank]

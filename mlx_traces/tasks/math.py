@@ -8,13 +8,11 @@ from typing import Any
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.readers import file_rows, is_file
 from mlx_traces.records import Problem, Score
-from mlx_traces.tasks import Task
+from mlx_traces.tasks import Task, qa
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed, marked
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.equality import compare, normal, number, require, squeezed
-from mlx_traces.tasks.gsm8k import BOXED
 from mlx_traces.tasks.numbers import MAX_ANSWER, last_number
-from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 HUB = {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}
@@ -135,26 +133,13 @@ def source_of(split: str, data: str | None) -> str:
     return data or HUB[name]
 
 
-PROMPTS = {
-    prompt.name: prompt
-    for prompt in (
-        Prompt(name="plain", user="{question}"),
-        Prompt(name="boxed", system=BOXED, user="{question}"),
-        Prompt(
-            name="thinking",
-            user="{question}\n\nThink first, between <think> and </think>. "
-            "Then give the answer alone: <answer>answer</answer>.",
-        ),
-    )
-}
-
 TASK = Task(
     name="math",
     columns=("question", "answer"),
     graded_columns=("answer",),
     gold_columns=("answer", "solution"),
     extractors=tuple(EXTRACTORS),
-    prompts=PROMPTS,
+    prompts=qa.PROMPTS,
     default_prompt="boxed",
     parse=parse,
     load=load,

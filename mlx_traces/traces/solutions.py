@@ -74,7 +74,7 @@ def math_traces(
     """
     if style not in MATH_STYLES:
         raise unknown("style", style, MATH_STYLES)
-    prompt = prompt or math.PROMPTS[MATH_STYLES[style]]
+    prompt = prompt or math.TASK.prompts[MATH_STYLES[style]]
     source = Path(data).name if data and is_file(data) else f"{math.source_of(split, data)} {split}"
     for problem in math.load(split, data, limit, seed):
         solution = _FIGURE.sub("", str(problem.columns.get("solution") or "")).strip()
