@@ -45,9 +45,9 @@ class Config(BaseModel):
         return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
 
     def sized(self, sizes: Mapping[str, int]) -> Self:
-        """Return the settings with a device's ``sizes`` where they are larger than a default; what was set stays.
+        """Return the settings with a device's ``sizes`` where they are larger than a default; set values stay.
 
-        The defaults are a CPU's, so ``{}`` gives the settings that any device has. Settings within these are sized too.
+        The defaults are a CPU's; ``{}`` keeps them. Nested settings are sized too.
         """
         values = dict(self)
         for name, field in type(self).model_fields.items():
@@ -408,7 +408,7 @@ class PPOConfig(RLConfig):
 
 
 class TracesConfig(Config):
-    """What every command on a file of traces takes."""
+    """Settings that every command on a file of traces has."""
 
     task: str | None = Field(
         None, exclude_if=_is_none, description="The traces' task, if it is a plug-in: a file alone never runs its code."

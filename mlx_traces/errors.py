@@ -32,7 +32,7 @@ def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name[:MOST_NAME]!r}: choose {choices(names)}{did_you_mean(name, names)}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, with the error's type where the message alone says little."""
     line = (str(error).strip().splitlines() or [""])[0][:200]
     telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))

@@ -1,4 +1,4 @@
-"""evaluate(): a plan, a source of completions, a run folder."""
+"""Evaluate: carry out a plan, with completions from the engine or a server, in a run folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,8 +62,8 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     if endpoint.behind(planned.config):
         opened = server.opened
     else:
-        import_mlx()  # where it is missing, in one line
-        from mlx_traces.evaluation.local import opened  # a server's answers need no MLX
+        import_mlx()  # if it is missing, this says so in one line
+        from mlx_traces.evaluation.local import opened  # an evaluation by a server does without MLX
     with opened(planned, path, resume) as (planned, folder, source):
         config = planned.config
         identity = planned.identity() | source.identity
