@@ -670,6 +670,13 @@ def find_config(name: str | Path) -> Path:
     raise UserError(f"{str(name)[:200]}: no such configuration file{hint}")
 
 
+def given(kind: type[Config], config: Config | None, settings: dict[str, Any]) -> Any:
+    """Return ``config``, or settings built from keyword arguments; UserError if both are given."""
+    if config is not None and settings:
+        raise UserError(f"give config or {', '.join(settings)}, not both")
+    return config or build(kind, settings)
+
+
 def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:
     """Read a command's settings from a YAML file; ``overrides`` (typed, or strings) win over it.
 

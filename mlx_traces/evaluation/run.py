@@ -7,8 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mlx_traces.config import EvalConfig, build
-from mlx_traces.errors import UserError
+from mlx_traces.config import EvalConfig, given
 from mlx_traces.evaluation import endpoint, server
 from mlx_traces.evaluation.completion import Sample, rehead
 from mlx_traces.evaluation.evaluator import Plan, grade_sample, plan, summarize
@@ -46,9 +45,7 @@ def evaluate(
     Raises:
         UserError: if the input is wrong.
     """
-    if config is not None and settings:
-        raise UserError(f"give config or {', '.join(settings)}, not both")
-    planned = plan(config or build(EvalConfig, settings))
+    planned = plan(given(EvalConfig, config, settings))
     return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
 
 
