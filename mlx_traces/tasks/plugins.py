@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.errors import MOST_NAME, UserError, first_line, unknown
+from mlx_traces.errors import MOST_NAME, UserError, typed_line, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import TASKS, Task
 from mlx_traces.tasks.prompts import Prompt
@@ -98,10 +98,8 @@ def _digest(file: str) -> str:
 
 def _told(error: BaseException, file: str) -> str:
     """Return an error's type, the first line of its message, and the last line of ``file`` that it came through."""
-    kind = f"{type(error).__name__}: "
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f", line {lines[-1]}" if lines else ""
-    return f"{kind}{first_line(error).removeprefix(kind)}".removesuffix(": ") + place
+    return typed_line(error) + (f", line {lines[-1]}" if lines else "")
 
 
 def _guarded(task: Task, file: str) -> Task:
