@@ -1,7 +1,7 @@
-"""Whether this device's attention reads the keys and values that it is given, where they are part of a longer buffer.
+"""A probe of this device's attention: does it read the right keys and values from a slice of a longer buffer?
 
-It cannot be taken for granted: MLX's attention by cuDNN (one query, no mask, 16 bits, 256 keys and more) reads a slice
-from the beginning of its buffer, wherever the slice begins. Answers are then noise, and nothing says so.
+MLX's attention by cuDNN (one query, no mask, 16 bits, 256 keys and more) does not: it reads from the beginning of the
+buffer, wherever the slice begins. Completions are then noise, without an error.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_traces.engine.logprobs import alike
 from mlx_traces.errors import UserError
+from mlx_traces.models.convert import weight_name
 
 KEYS, BEGIN, CAPACITY = 320, 100, 512  # of the probe: keys read, the first of them, and the buffer's length
 HEADS, GROUPS, SIZE = 4, 2, 64
@@ -18,9 +19,11 @@ HEADS, GROUPS, SIZE = 4, 2, 64
 
 @dataclass(frozen=True)
 class Reading:
-    """How keys and values are handed to attention: copied, or as slices that with a mask begin where the buffer does.
+    """How keys and values are passed to attention.
 
-    Without a mask they always do.
+    Attributes:
+        from_zero: slices begin at the buffer's beginning with a mask too; without a mask they always do.
+        copied: slices are copied first.
     """
 
     from_zero: bool = False
@@ -28,8 +31,8 @@ class Reading:
 
     def part(self, buffer: mx.array, low: int, high: int) -> mx.array:
         """Return positions ``low`` to ``high`` of a buffer, (..., positions, size)."""
-        found = slice_of(buffer, low, high)
-        return mx.contiguous(found) if self.copied else found
+        piece = slice_of(buffer, low, high)
+        return mx.contiguous(piece) if self.copied else piece
 
 
 SLICES = Reading()  # where nothing is misread
@@ -42,10 +45,10 @@ def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
 
 @cache
 def misread(dtype: mx.Dtype) -> tuple[str, ...]:
-    """Return what attention of one query reads wrongly on the default device, in words; nothing if all is well.
+    """Return the cases, in words, in which attention of one query is wrong on the default device; empty if in none.
 
-    Whole buffers, slices from a buffer's beginning, and slices from further on, each without and with a mask, are
-    compared with the formula, computed step by step in float32.
+    The cases are a whole buffer, a slice from a buffer's beginning, and a slice from further on, each without and with
+    a mask. Each is compared with the formula, computed step by step in float32.
     """
     keys, values = (mx.random.normal((2, GROUPS, CAPACITY, SIZE), dtype, key=mx.random.key(at)) for at in (1, 2))
     queries = 3 * mx.random.normal((2, HEADS, 1, SIZE), dtype, key=mx.random.key(3))
@@ -68,7 +71,7 @@ def misread(dtype: mx.Dtype) -> tuple[str, ...]:
 
 
 def reading(dtype: mx.Dtype) -> Reading:
-    """Return how keys and values of a type have to be handed to attention on the default device.
+    """Return how keys and values of a type must be passed to attention on the default device.
 
     Raises:
         UserError: if attention is wrong even of whole buffers.
@@ -76,14 +79,9 @@ def reading(dtype: mx.Dtype) -> Reading:
     wrong = misread(dtype)
     if any("whole" in what for what in wrong):
         raise UserError(
-            f"this device's attention is wrong in {name_of(dtype)} ({', '.join(wrong)}), so its results cannot be "
-            "trusted: pass another --dtype, or --device cpu; mlx-traces doctor tells more"
+            f"this device's attention is wrong in {weight_name(dtype)} ({', '.join(wrong)}), so its results cannot be "
+            "trusted: pass another --dtype, or --device cpu; run mlx-traces doctor for details"
         )
     return Reading(
         from_zero="a slice from further on with a mask" in wrong, copied=any(w.startswith("a slice w") for w in wrong)
     )
-
-
-def name_of(dtype: mx.Dtype) -> str:
-    """Return a type's name, ``"bfloat16"`` say."""
-    return str(dtype).rpartition(".")[2]

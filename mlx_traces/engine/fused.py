@@ -1,13 +1,13 @@
 """A decode step of Llama's, Qwen2's and Qwen3's layers in fewer operations than by mlx_lm's own modules.
 
-One product makes q, k and v, and one makes gate and up: their weights are joined output by output, packed ones too, so
-every output is the same sum as before; an adapter that is kept apart is joined likewise. q and k are turned together,
-and dense products add the residual themselves. The number of operations is what counts: at 32 to 128 rows a GPU waits
-for the host to name them, and on a CPU a small model's products take no longer than their names.
+One product makes q, k and v, and one makes gate and up: their weights, packed ones too, are joined along the outputs,
+so every output is the same sum as before. An adapter that is kept apart is joined likewise. One rotary embedding serves
+q and k, and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU
+waits for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
 
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
-modules, and made anew when a weight was replaced. A model is decoded so only if all its modules are of kinds known
-here, with no other parts, and if on a probe its logits are those of the modules; otherwise the modules are called.
+modules, and joined again after a weight was replaced. The step is used only if all modules of a model are of the kinds
+known here, without other parts, and if its logits on a probe are those of the modules; otherwise the modules are used.
 """
 
 import copy
@@ -34,19 +34,19 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 class Step:
-    """A decode step of a model by joined weights."""
+    """A model's decode step with joined weights."""
 
     def __init__(self, model: nn.Module, backend: str):
         self.model, self.backend = model, backend
         self.joined = [tuple(_join(modules) for modules in _to_join(layer)) for layer in model.layers]
 
     def __call__(self, tokens: mx.array, caches: Sequence[SlotCache]) -> mx.array:
-        """Return the (R, V) logits after one token of each row, (R,); the caches take in its keys and values."""
+        """Return the (R, V) logits after one token of each row, (R,), and add its keys and values to the caches."""
         model, window, rows = self.model, caches[0].window, len(tokens)
         attention = model.layers[0].self_attn
         heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
         mask, turn = window.mask(), self._turning(attention.rope, window.offset)
-        # A GPU's kernels copy what is not contiguous first; there the values are turned too, and not used.
+        # A GPU's kernels first copy input that is not contiguous; so there the values are turned too, without use.
         turned = heads + groups if self.backend == "cpu" else heads + 2 * groups
         h = model.model.embed_tokens(tokens)
         for layer, cache, (qkv, gate_up) in zip(model.layers, caches, self.joined, strict=True):
@@ -65,10 +65,10 @@ class Step:
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
 
     def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
-        """Return what turns (R, heads, 1, size) by the rows' positions, (R,).
+        """Return the rotary embedding of (R, heads, 1, size) at the rows' positions, (R,), as a function.
 
-        A CPU has no kernel for it, so MLX would compute the cosines and sines in every layer. Here they are computed
-        once: they are what a rope makes of a first half of ones and a second half of zeros.
+        MLX has no kernel for it on a CPU, and would compute the cosines and sines in every layer. Here they are
+        computed once: they are the rope's output for a first half of ones and a second half of zeros.
         """
         if self.backend != "cpu":
             return lambda x: rope(x, offset=offset)
@@ -115,7 +115,7 @@ def step_of(model: nn.Module, backend: str) -> Step | None:
 
 
 def extra_bytes(model: nn.Module) -> int:
-    """Return how much more memory than the model's weights the step takes: one layer's, while they are joined."""
+    """Return the bytes that the step takes beside the model's weights: one layer's weights, while they are joined."""
     if not known(model):
         return 0
     return max(
@@ -125,7 +125,7 @@ def extra_bytes(model: nn.Module) -> int:
 
 
 def known(model: nn.Module) -> bool:
-    """Whether every module of a model is of a kind that `Step` computes, and has no part that it would leave out."""
+    """Whether `Step` computes every module of a model, and every part of those."""
     kind = next((kind for kind in (llama, qwen2, qwen3) if type(model) is kind.Model), None)
     if kind is None or getattr(model.model, "pipeline_size", 1) != 1 or type(model.model.norm) is not nn.RMSNorm:
         return False
@@ -201,12 +201,15 @@ class _Joined:
 def _join(modules: Sequence[nn.Module]) -> nn.Module:
     """Return a linear module with the outputs of several, one after the other, and keep what was joined with them.
 
-    It goes when they go: those that an adapter was merged into, when sampling is over. Of adapters that are kept apart,
-    the first factors stand side by side in (in, ranks), the second ones each at its own outputs in (ranks, out).
+    The joined weights are freed with the modules; those that an adapter was merged into, when sampling ends. Of
+    adapters that are kept apart, the first factors stand side by side in (in, ranks), the second ones each at its own
+    outputs in (ranks, out).
     """
     bases = [_base(module) for module in modules]
     kept = getattr(bases[0], KEPT, None)
     if kept is None or not kept.is_of(bases):
+        kept = None
+        vars(bases[0]).pop(KEPT, None)  # or the copy of the module in `_Joined` would keep the old weights
         kept = _Joined(bases)
         setattr(bases[0], KEPT, kept)
     adapted = [module for module in modules if type(module) is LowRank]

@@ -5,8 +5,8 @@ One decode step serves every row at once. Rows that finish free their slots, and
 next step is dispatched before the previous tokens are read. No array as wide as the vocabulary leaves the step.
 
 Models of known layers are decoded by fewer operations than their modules have (`fused`). On a GPU the draw is compiled,
-and attention is tried on slices of longer buffers before it is trusted (`attention`). The step as a whole is not
-compiled: on a CPU that gains nothing steady (20 to 21 ms for 21 to 23, a step of nano with 128 rows).
+and a probe first tests attention on slices of longer buffers (`attention`). The step as a whole is not compiled: on a
+CPU that gains little (20 to 21 ms instead of 21 to 23, a step of nano with 128 rows).
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_traces.engine import fused
-from mlx_traces.engine.attention import SLICES, Reading, name_of, reading
+from mlx_traces.engine.attention import SLICES, Reading, reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
@@ -37,6 +37,7 @@ from mlx_traces.engine.sampling import (
 )
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
+from mlx_traces.models.convert import weight_name
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.runtime import blas, distributed
@@ -57,10 +58,10 @@ DROP = 0.75  # rows without work are dropped when no more than this share of the
 
 @dataclass
 class Usage:
-    """What a run of the engine did: seconds and tokens of reading prompts and of decoding, and row-steps.
+    """Counts of one run of the engine: seconds and tokens of reading prompts and of decoding, and row-steps.
 
-    ``prompt_tokens`` counts what was read, padding included and shared prompts once. ``first_token_seconds`` is the
-    time from the start to the first tokens. ``occupancy`` is the share of row-steps that made a token of a rollout.
+    ``prompt_tokens`` includes padding, and counts a shared prompt once. ``first_token_seconds`` is the time from the
+    start to the first tokens. ``occupancy`` is the share of row-steps that made a token of a rollout.
     """
 
     first_token_seconds: float = 0.0
@@ -157,16 +158,15 @@ def rows_that_fit(
     layers = len(loaded.model.layers)
     row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
     row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * (config.get("vocab_size") or 0))
-    reading = (
-        PREFILL_TOKENS[loaded.backend.name] * itemsize * (16 * hidden + 4 * (config.get("intermediate_size") or 0))
-    )
+    activations = 16 * hidden + 4 * (config.get("intermediate_size") or 0)
+    prefill = PREFILL_TOKENS[loaded.backend.name] * itemsize * activations
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
     weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)
-    return max(1, int((limit - weights - reading) // max(row, 1)))
+    return max(1, int((limit - weights - prefill) // max(row, 1)))
 
 
 def buffers_of_a_draw(params: Any) -> float:
-    """Return how many float32 buffers, rows times vocabulary, there are while a token is drawn by some settings."""
+    """Return the number of float32 buffers, (rows, vocabulary) each, that drawing a token by these settings takes."""
     if params.temperature and (params.top_p, params.top_k, params.min_p) != (1, 0, 0):
         return DRAWN_FILTERED
     return DRAWN if params.temperature in (0, 1) else DRAWN_SCALED
@@ -205,10 +205,10 @@ def _run(
 
 
 def reading_of(loaded: LoadedModel) -> Reading:
-    """Find out how a GPU's attention has to be given keys and values; what is worked around is noted.
+    """Return how keys and values are passed to this backend's attention; ``loaded.notes`` tell of a slow way.
 
     Raises:
-        UserError: if it is wrong however they are given.
+        UserError: if attention is wrong even of whole buffers.
     """
     if loaded.backend.name == "cpu":  # there it is computed step by step
         return SLICES
@@ -216,7 +216,7 @@ def reading_of(loaded: LoadedModel) -> Reading:
     found = reading(dtype)
     if found != SLICES:
         way = "copied for each step" if found.copied else "read from their buffer's beginning"
-        _note(loaded, f"attention misreads slices in {name_of(dtype)} here, so keys and values are {way}: slower")
+        _note(loaded, f"attention misreads slices in {weight_name(dtype)} here, so keys and values are {way}: slower")
     return found
 
 
@@ -227,7 +227,7 @@ def _note(loaded: LoadedModel, line: str) -> None:
 
 @dataclass
 class _Step:
-    """A step that was dispatched: its number, what it read and drew, (R,) tokens on the device, and how.
+    """A step that was dispatched: its number, the tokens that it read and those that it drew, (R,) on the device.
 
     ``logprobs`` are those of the tokens, if wanted. ``logits`` are kept where filters may have to look again.
     """
@@ -239,7 +239,7 @@ class _Step:
     logprobs: Any | None
 
     def of(self, rows: Any) -> "_Step":
-        """Return what it did for some rows."""
+        """Return the step of some rows only."""
         parts = (self.read, self.logits, self.tokens, self.logprobs)
         return _Step(self.number, *(None if part is None else part[rows] for part in parts))
 
@@ -332,9 +332,8 @@ class _Engine:
         place = np.clip(number - self.joined, 0, self.uniforms.shape[1] - 1)
         uniforms = self.uniforms[np.arange(len(place)), place]
         tokens, logprobs = draw(logits, uniforms, self.settings, self.logprobs is not None, self.candidates)
-        mx.async_eval(
-            tokens if logprobs is None else [tokens, logprobs]
-        )  # on a CPU this waits until nearly all is done
+        # On a CPU this waits until nearly all is done.
+        mx.async_eval(tokens if logprobs is None else [tokens, logprobs])
         return _Step(number, read, logits if (self.settings[:, 1:] != (1, 0, 0)).any() else None, tokens, logprobs)
 
     def _unsure(self, step: _Step) -> np.ndarray:

@@ -27,7 +27,7 @@ class Window:
         write: index in the buffers that the next token's keys and values go to.
         start: (R,) first index of each row's own keys.
         offset: (R,) int32 on the device, each row's position for the rotary embedding; ``write - start``.
-        low: first index that attention reads: the first that any row still needs, or 0.
+        low: first index that attention reads: the first that any row still needs, or 0 (`Reading.from_zero`).
         uniform: whether all rows began at 0; only then there is no mask, as attention without one may read keys from
             the beginning of the buffer, wherever its slice begins (`attention`).
         axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).

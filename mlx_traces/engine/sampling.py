@@ -20,9 +20,9 @@ from mlx_traces.tasks.thoughts import after_last, still_open, usual
 DRAWN_AT_ONCE = 2**21
 LONGEST_TAG = 64  # tokens that a tag of a thought may take
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
-UNSURE = -2  # in place of a token where the filters may keep others than were looked at
-FINE = 32  # tokens of a block in which filters look for what they keep
-CANDIDATES = 256  # blocks that they look in at first: 8,192 tokens, or 256 that lie far apart
+UNSURE = -2  # in place of a token where the filters may keep tokens outside the candidates
+FINE = 32  # tokens of a block of candidates
+CANDIDATES = 256  # blocks that filters search at first: 8,192 tokens, or 256 that lie far apart
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SamplingParams:
 class Request:
     """A prompt to complete once; ``seed`` is that of this row's own random stream.
 
-    ``opened`` is what the prompt holds of the assistant's turn: a thought that stands open there.
+    ``opened`` is the beginning of the assistant's turn that the prompt already has, such as an open thought.
     """
 
     prompt_ids: tuple[int, ...]
@@ -93,9 +93,9 @@ def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
 
 
 class Ending:
-    """Tells when one completion ends, and makes its rollout.
+    """The end of one completion: finds it, and makes the rollout.
 
-    Of its text no more is decoded than stop strings and tags of thoughts can span, until it ends.
+    Until then only as many last tokens are decoded as stop strings and tags of thoughts can span.
     """
 
     def __init__(self, loaded: LoadedModel, request: Request, params: SamplingParams):
@@ -175,8 +175,8 @@ def draw(
         uniforms: (R,) in [0, 1).
         settings: (R, 4): temperature (0 takes the likeliest), top_p, min_p, top_k (0 keeps all).
         logprobs: whether to return log-probabilities.
-        candidates: filters look for the tokens that they keep in so many blocks of `FINE` tokens, those of the
-            greatest logits; in the whole vocabulary if None.
+        candidates: number of blocks of `FINE` tokens, those with the greatest logits, in which the filters search for
+            the tokens that they keep; None for the whole vocabulary.
 
     Returns:
         (R,) int32 tokens, `NO_TOKEN` where the logits are not finite numbers, `UNSURE` where the candidates do not hold
@@ -209,9 +209,9 @@ def draw(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a draw computes: whether all, some or none (1, 0.5, 0) of its rows are greedy, and filtered.
+    """The variant of a draw: whether all, some or none (1, 0.5, 0) of its rows are greedy, and filtered.
 
-    ``plain`` says that the temperature of all others is 1.
+    ``plain``: the temperature of all other rows is 1.
     """
 
     greedy: float
@@ -227,7 +227,7 @@ def _share(rows: np.ndarray) -> float:
 
 @cache
 def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
-    """Return the function that draws; compiled there is a trace of it for each number of rows and width."""
+    """Return the function that draws; compiled, MLX keeps a trace for each number of rows and width."""
 
     def drawn(*arrays: mx.array) -> list[mx.array]:
         return _draw(kind, *arrays)
@@ -284,7 +284,7 @@ def _draw(
 def _likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
     """Return (R,) int32 tokens of the greatest logits, the first of equal ones, and those logits.
 
-    One pass over the (R, V) logits, for the blocks' greatest: a number that is none stays one, where ``argmax`` alone
+    One pass over the (R, V) logits finds the greatest of each block. A NaN is returned as one, where ``argmax`` alone
     may pass it over.
     """
     parts = blocks(logits, -mx.inf)
@@ -325,9 +325,9 @@ def _kept(
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """Find the tokens that top_p, min_p and top_k keep, by their probabilities at temperature 1, without a long sort.
 
-    As in mlx_lm the next filter sees what the one before left, without renormalising. What is kept are the tokens of
-    the greatest logits, so they are looked for in the blocks of `FINE` tokens that have the greatest of all. Of equal
-    logits at the border the first ones are kept.
+    As in mlx_lm each filter sees what the one before left, without renormalising. The kept tokens are those of the
+    greatest logits, so only the blocks of `FINE` tokens with the greatest logits are searched. Of equal logits at the
+    border the first ones are kept.
 
     Args:
         logits: (R, V) float32.

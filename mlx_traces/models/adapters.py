@@ -198,10 +198,10 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
       once to the weights' type, so log-probabilities are as near to float32's as with the adapter apart.
     * On CUDA, where products with 4-bit weights take several times as long as dense ones, quantized layers become dense
       too, with an adapter or without, in the type of their scales.
-    * A linear layer that is not made dense keeps its weights, and one product more adds the adapter (`LowRank`). This
-      is so for quantized weights elsewhere, and where the copies do not fit in ``WEIGHTS_SHARE`` of the memory.
+    * A linear layer that is not made dense keeps its weights, and one more product adds its adapter (`LowRank`):
+      quantized layers on other backends, and all if the copies do not fit in ``WEIGHTS_SHARE`` of the memory.
 
-    Then the model has the very same layers again. MLX's cache is cleared at both ends if it has grown, as arrays have
+    Afterwards the model has its own layers again. MLX's cache is cleared at both ends if it has grown, as arrays have
     other sizes in sampling than in training.
 
     Args:
@@ -362,8 +362,6 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
         UserError: if the folder has no mlx_lm adapter, or one that was made for another model: a tensor that
             the model has no place for, one of another shape, or one that its layers need and the file lacks.
     """
-    import mlx.core as mx
-
     folder = Path(folder)
     config = read_config(folder)
     kind = config.get("fine_tune_type", "lora")

@@ -187,4 +187,5 @@ def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
 
 
 def weight_name(dtype: mx.Dtype) -> str:
+    """Return a type's name, such as ``"bfloat16"``."""
     return str(dtype).rpartition(".")[2]

@@ -38,11 +38,11 @@ def local_folder(spec: str) -> Path | None:
 
 def is_here(spec: str) -> bool:
     """Whether loading a model downloads nothing; of a name that `check` lets pass."""
+    if local_folder(spec):
+        return True
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = spec.partition("@")
-    if local_folder(spec):
-        return True
     found = try_to_load_from_cache(name, "config.json", revision=revision or None)
     return isinstance(found, str) and _missing(Path(found).parent) is None
 

@@ -3,8 +3,8 @@
 Standard library only. MLX's Linux CPU wheel links reference BLAS, about a hundredth of what a machine can do. It looks
 the plain ``cblas_*`` symbols up in the process's global scope, so a library put there first is the one that it uses.
 
-OpenBLAS's threads wait for each other spinning, twice a product. For small products that takes longer than the product:
-nano decodes 8 rows in 2.0 ms with two threads, and in 1.4 with one; beside two busy processes in 42 to 174 ms and in 5.
+OpenBLAS's threads spin while they wait for each other, twice a product. A small product takes less time than that: nano
+decodes 8 rows in 2.0 ms with two threads, and in 1.4 with one; beside two busy processes in 42 to 174 ms and in 5.
 A real 0.5B model's step of 32 rows takes 145 ms with two threads and 209 with one.
 """
 
@@ -107,9 +107,9 @@ def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS.
 
     Args:
-        model: its layers' largest weight matrix tells the size of the products.
-        rows: of the other factor: rows that are decoded, or tokens of a forward pass.
-        processes: how many of them work side by side on this machine's cores.
+        model: its layers' largest weight matrix gives the size of the products.
+        rows: rows of the other factor: those that are decoded, or the tokens of a forward pass.
+        processes: number of processes that share this machine's cores.
     """
     global _before
     library = loaded.library

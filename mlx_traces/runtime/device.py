@@ -16,12 +16,12 @@ WEIGHTS = ("quantized", "dense")
 DTYPES = ("float32", "bfloat16", "float16")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
-# MLX's words; the last are CUDA's for whatever is asked of it after an allocation that failed.
+# Parts of MLX's messages; the last is CUDA's answer to any call after a failed allocation.
 _OUT_OF_MEMORY = (
     *("out of memory", "unable to allocate", "attempting to allocate", "insufficient memory"),
     "illegal memory access",
 )
-CACHE_SHARE = 0.25  # of the device's memory that MLX may keep of what was freed
+CACHE_SHARE = 0.25  # of the device's memory that MLX may keep in freed buffers
 # How many graphs and plans of attention MLX keeps on CUDA, by its environment variables. Its own 400, 256 and 64 are
 # fewer than the shapes of a training, so they would be made again and again, at a second each.
 CUDA_CACHES = {
@@ -66,7 +66,7 @@ GPU_SIZES = (
 def sizes(name: str, memory_gb: float) -> dict[str, int]:
     """Return the sizes of batches for a backend and its memory in GB; none for a CPU or a small GPU.
 
-    On a CPU the settings' own defaults are fastest already. A GPU waits for its host at such sizes.
+    On a CPU the settings' own defaults are fastest already. A GPU waits for its host at sizes that small.
     """
     return next((dict(found) for least, found in GPU_SIZES if name != "cpu" and memory_gb >= least), {})
 
@@ -224,9 +224,9 @@ def limits() -> Iterator[None]:
 
 
 def clear_grown_cache() -> None:
-    """Give back what MLX keeps of freed buffers, if that is half of its limit or more; called between phases of a run.
+    """Free the buffers that MLX keeps, if they take more than half of its limit; called between phases of a run.
 
-    A buffer is only used again for an array of nearly its size, so what one phase leaves is of no use in the next.
+    MLX reuses a buffer only for an array of nearly its size, so the buffers of one phase are of no use in the next.
     """
     mx = import_mlx()
     if mx.get_cache_memory() > CACHE_SHARE / 2 * memory_bytes():

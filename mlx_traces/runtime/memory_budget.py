@@ -14,10 +14,10 @@ WAIT = 4  # successes after the first halving, before twice as much is tried aga
 
 
 class MemoryBudget:
-    """How much is done at once, in rows or in tokens: what is asked for, or less since memory ran out.
+    """How much is done at once, in rows or in tokens: the size that is wanted, or less after memory ran out.
 
     After a failed allocation the same size is tried once more, MLX's cache cleared, and then half of it. After some
-    successes twice as much is tried again, up to what is asked for; each halving doubles the wait for that. The
+    successes twice as much is tried again, up to the size wanted; each halving doubles the wait for that. The
     interrupted work is repeated. How work is split changes only rounding (and the masks of dropout), so the result of a
     run stays the same.
 
@@ -29,7 +29,7 @@ class MemoryBudget:
         backend: where it runs, as `device.select` names it; default: MLX's own choice, when memory runs out.
 
     Attributes:
-        most: the size that fits; None as long as that is what is asked for.
+        most: the size that fits; None as long as the wanted one does.
         notes: a line for each change.
     """
 
@@ -55,12 +55,12 @@ class MemoryBudget:
 
     @contextmanager
     def trying(self, size: int, smallest: int = 1, advice: str = "") -> Iterator[None]:
-        """Note whether what is done within works; where memory runs out, return to try again.
+        """Watch an attempt; if memory runs out, the context ends without an error, and the caller tries again.
 
         Args:
-            size: what is done at once.
-            smallest: what cannot be done in smaller parts.
-            advice: what to do where that does not fit.
+            size: how much the attempt does at once.
+            smallest: the size below which work cannot be split.
+            advice: end of the error's message if that size does not fit; ``{told}`` in it stands for MLX's message.
 
         Raises:
             UserError: if memory runs out on CUDA, or twice with no more than ``smallest``.
@@ -94,7 +94,7 @@ class MemoryBudget:
         Args:
             asked: the most tokens that are wanted.
             lengths: tokens of each row that the work reads.
-            work: computes all that it returns, and changes nothing that it would not change again.
+            work: is repeated from its beginning after a failure, so it must not depend on what it changed before.
 
         Raises:
             UserError: if memory runs out where every row is read alone.
@@ -112,7 +112,7 @@ class MemoryBudget:
                 return work(tokens)
 
     def metrics(self) -> dict[str, int | str]:
-        """Return for a line of metrics what fits, once that is less than was asked for, and what MLX said since."""
+        """Return entries for a line of metrics: the size that fits, if smaller than wanted, and MLX's new messages."""
         row = {} if self.most is None else {f"memory/{self.setting}": self.most}
         told, self.told = self.told, []
         return row | ({"memory/message": "; ".join(told)} if told else {})

@@ -56,11 +56,8 @@ def test_then_half_and_later_back_up_with_longer_and_longer_waits():
     for _ in range(2 * WAIT):
         budget.fit(32, LENGTHS, device.work)
     assert device.asked[before:] == [16] * (WAIT - 2) + [32] * (WAIT + 2)
-    assert (
-        budget.most is None
-        and budget.notes[-1] == "32 tokens fit again"
-        and "memory/micro_tokens" not in (budget.metrics())
-    )
+    assert budget.most is None and budget.notes[-1] == "32 tokens fit again"
+    assert "memory/micro_tokens" not in budget.metrics()
 
 
 def test_more_than_there_is_to_do_is_not_halved_in_vain():
