@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, build
+from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, given
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
-from mlx_traces.errors import UserError
 from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
@@ -83,7 +82,7 @@ def train_sft(
     **settings: Any,
 ) -> SFTResult:
     """Fine-tune a model on traces; ``mlx-traces sft`` from Python. See `train.sft.train`."""
-    return sft.train(_settings(SFTConfig, config, settings), out, resume, show)
+    return sft.train(given(SFTConfig, config, settings), out, resume, show)
 
 
 def train_grpo(
@@ -95,7 +94,7 @@ def train_grpo(
     **settings: Any,
 ) -> Result:
     """Train a model on a task by GRPO; ``mlx-traces grpo`` from Python. See `rl.grpo.train`."""
-    return grpo.train(_settings(GRPOConfig, config, settings), out, resume, show)
+    return grpo.train(given(GRPOConfig, config, settings), out, resume, show)
 
 
 def train_ppo(
@@ -107,11 +106,4 @@ def train_ppo(
     **settings: Any,
 ) -> Result:
     """Train a model on a task by PPO; ``mlx-traces ppo`` from Python. See `rl.ppo.train`."""
-    return ppo.train(_settings(PPOConfig, config, settings), out, resume, show)
-
-
-def _settings(kind: type, config: Any, settings: dict[str, Any]) -> Any:
-    """Return ``config``, or one built from ``settings``; UserError if both are given."""
-    if config is not None and settings:
-        raise UserError(f"give config or {', '.join(settings)}, not both")
-    return config or build(kind, settings)
+    return ppo.train(given(PPOConfig, config, settings), out, resume, show)

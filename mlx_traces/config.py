@@ -45,9 +45,9 @@ class Config(BaseModel):
         return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
 
     def sized(self, sizes: Mapping[str, int]) -> Self:
-        """Return the settings with a device's ``sizes`` where they are larger than a default; what was set stays.
+        """Return the settings with a device's ``sizes`` where they are larger than a default; set values stay.
 
-        The defaults are a CPU's, so ``{}`` gives the settings that any device has. Settings within these are sized too.
+        The defaults are a CPU's; ``{}`` keeps them. Nested settings are sized too.
         """
         values = dict(self)
         for name, field in type(self).model_fields.items():
@@ -408,7 +408,7 @@ class PPOConfig(RLConfig):
 
 
 class TracesConfig(Config):
-    """What every command on a file of traces takes."""
+    """Settings that every command on a file of traces has."""
 
     task: str | None = Field(
         None,
@@ -670,6 +670,13 @@ def find_config(name: str | Path) -> Path:
     known = [file.stem for file in shipped("configs").glob("*.yaml")]
     hint = did_you_mean(path.name.removesuffix(".yaml"), known) or "; `mlx-traces configs` lists those shipped"
     raise UserError(f"{str(name)[:200]}: no such configuration file{hint}")
+
+
+def given(kind: type[Config], config: Config | None, settings: dict[str, Any]) -> Any:
+    """Return ``config``, or settings built from keyword arguments; UserError if both are given."""
+    if config is not None and settings:
+        raise UserError(f"give config or {', '.join(settings)}, not both")
+    return config or build(kind, settings)
 
 
 def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str, Any]) -> Config:

@@ -32,8 +32,14 @@ def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name[:MOST_NAME]!r}: choose {choices(names)}{did_you_mean(name, names)}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, with the error's type where the message alone says little."""
     line = (str(error).strip().splitlines() or [""])[0][:200]
     telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
     return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+def typed_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message; the type alone if there is no message."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind or line.startswith(f"{kind}: ") else f"{kind}: {line}"

@@ -52,7 +52,7 @@ def text_of(path: Path) -> str:
 
 
 class _NotFinite(ValueError):
-    """A number that JSON does not have: ``NaN``, ``Infinity``, or one beyond a float's range."""
+    """A number that is not JSON: ``NaN``, ``Infinity``, or one beyond a float's range."""
 
 
 def _refused(text: str) -> Any:
@@ -83,7 +83,7 @@ def parse_json(text: str, where: str, several_lines: bool = False, finite: bool 
         return (_STRICT if finite else _LENIENT).decode(text.lstrip(MARK))
     except _NotFinite as error:
         line = 1 + text.count("\n", 0, _place_of_not_finite(text))
-        reason = f"{str(error)[:40]} is no number of JSON; write null, a finite number, or a text in quotes"
+        reason = f"{str(error)[:40]} is not a JSON number; write null, a finite number, or a text in quotes"
     except json.JSONDecodeError as error:
         line, character = error.lineno, error.colno if several_lines else error.pos + 1
         reason = f"not JSON ({error.msg[:60]} at character {character}); mend the line, or remove it"

@@ -12,11 +12,11 @@ Sample = dict[str, Any]  # a line of samples.jsonl, made by `evaluator.grade_sam
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model was given, and what it said.
+    """A prompt and a model's completion of it.
 
     ``prompt`` is the prompt as text, ``opened`` the start of the assistant's turn that the prompt already holds.
-    ``text`` is the model's own, without the stop token; ``tokens`` counts it, the stop token included, and is None
-    where a server does not say. ``own_tags`` are the model's thinking tags, if they are not among ``thoughts.TAGS``.
+    ``text`` is the completion without the stop token. ``tokens`` is its length, the stop token included, or None
+    if a server does not count. ``own_tags`` are the model's thinking tags, if they are not among ``thoughts.TAGS``.
     ``rollout`` has the ids and log-probabilities; None from a server.
     """
 

@@ -266,7 +266,7 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
 def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
     """Return unbiased pass@k and maj@k for k = 1, 2, 4, ... and the number of samples.
 
-    The first k completions vote; what the grader takes for one answer is one.
+    The first k completions vote; answers that the grader considers equal are one answer.
     """
     if (n := planned.config.samples) == 1:
         return {"pass_at_k": {}, "maj_at_k": {}}

@@ -1,4 +1,4 @@
-"""evaluate(): a plan, a source of completions, a run folder."""
+"""Evaluate: carry out a plan, with completions from the engine or a server, in a run folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,8 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from mlx_traces.config import EvalConfig, build
-from mlx_traces.errors import UserError
+from mlx_traces.config import EvalConfig, given
 from mlx_traces.evaluation import endpoint, server
 from mlx_traces.evaluation.completion import Sample, rehead
 from mlx_traces.evaluation.evaluator import Plan, grade_sample, plan, summarize
@@ -46,9 +45,7 @@ def evaluate(
     Raises:
         UserError: if the input is wrong.
     """
-    if config is not None and settings:
-        raise UserError(f"give config or {', '.join(settings)}, not both")
-    planned = plan(config or build(EvalConfig, settings))
+    planned = plan(given(EvalConfig, config, settings))
     return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
 
 
@@ -62,8 +59,8 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
     if endpoint.behind(planned.config):
         opened = server.opened
     else:
-        import_mlx()  # where it is missing, in one line
-        from mlx_traces.evaluation.local import opened  # a server's answers need no MLX
+        import_mlx()  # if it is missing, this says so in one line
+        from mlx_traces.evaluation.local import opened  # an evaluation by a server does without MLX
     with opened(planned, path, resume) as (planned, folder, source):
         config = planned.config
         identity = planned.identity() | source.identity

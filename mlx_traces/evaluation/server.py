@@ -238,7 +238,7 @@ class Server:
         self._client.close()
 
     def models(self) -> list[str] | None:
-        """Ask once for the names of the server's models; None if it does not list them.
+        """Request the names of the server's models, once; return None if it does not list them.
 
         Raises:
             UserError: if it cannot be reached, refuses the key, or redirects.
@@ -259,7 +259,7 @@ class Server:
         return names
 
     def complete(self, post: Post, halt: threading.Event) -> Completion | None:
-        """Ask until there is an answer; None if ``halt`` was set before a retry.
+        """Send a request, with retries; return None if ``halt`` was set before a retry.
 
         Raises:
             UserError: if the server refuses the request, or all retries fail.
@@ -281,7 +281,7 @@ class Server:
         )
 
     def _once(self, post: Post) -> Completion:
-        """Ask once; if the server does not know a setting of `NEUTRAL`, ask again without it."""
+        """Send a request once, and again without the settings of `NEUTRAL` that the server does not know."""
         body = {name: value for name, value in post.body.items() if name not in self._refused}
         try:
             status, wait, content = self._send("POST", post.path, body, self.config.timeout)

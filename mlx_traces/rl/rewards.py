@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.config import RLConfig, ScoreConfig
-from mlx_traces.errors import UserError, choices, did_you_mean, first_line
+from mlx_traces.errors import UserError, choices, did_you_mean, typed_line
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan, strictly_correct
 from mlx_traces.models import loading
@@ -236,7 +236,7 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
         values = function([completion.opened + completion.rollout.text for _, completion in samples], **lists)
         values = list(values) if inspect.isgenerator(values) else values
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward {name} failed ({_told(error)})") from error
+        raise UserError(f"reward {name} failed ({typed_line(error)})") from error
     try:
         values = list(values)
     except TypeError:
@@ -265,7 +265,7 @@ def _imported(name: str) -> Callable:
     try:
         found = getattr(import_module(module), attribute, None)
     except Exception as error:  # whatever the module runs into
-        raise UserError(f"reward {name}: {module} cannot be imported ({_told(error)})") from error
+        raise UserError(f"reward {name}: {module} cannot be imported ({typed_line(error)})") from error
     if not callable(found):
         raise UserError(f"reward {name}: {module} has no function {attribute!r}")
     try:
@@ -274,9 +274,3 @@ def _imported(name: str) -> Callable:
     except ValueError:
         raise UserError(f"reward {name}: its arguments cannot be seen; wrap it in a Python function") from None
     return found
-
-
-def _told(error: Exception) -> str:
-    """Return an error's type and the first line of its message."""
-    kind = f"{type(error).__name__}: "
-    return kind + first_line(error).removeprefix(kind)

@@ -49,7 +49,7 @@ class Task:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a plug-in adds to a run's identity: its file, by its content. Empty for a task of this package."""
+        """The entry of a plug-in in a run's identity: its file, by its content. Empty for a task of this package."""
         return {"task_file": self.source} if self.source else {}
 
     @property

@@ -110,7 +110,7 @@ def tolerant(response: str) -> str | None:
     return marked(part) or after_hashes(part) or last_number(whole)
 
 
-_FORMS = {  # what a prompt says of the answer's form: how an answer of it is found, and written
+_FORMS = {  # forms of an answer that a prompt may name: the function that finds one, and the form filled in
     r"\boxed": (last_boxed, r"\boxed{{{}}}"),
     "<answer>": (last_answer_tag, "<answer>{}</answer>"),
     "####": (after_hashes, "#### {}"),

@@ -1,7 +1,7 @@
 r"""Whether two mathematical answers are equal. No MLX.
 
-What plain text and exact fractions can decide is decided here: equal spellings, words, numbers, numbers with a base.
-Everything else is math-verify's, in a process of its own that is ended after a second (`equality_worker`).
+Plain text and exact fractions decide equal spellings, words, numbers and numbers with a base. math-verify decides all
+other pairs, in a process of its own that is ended after a second of processor time (`equality_worker`).
 """
 
 import ast
@@ -89,7 +89,8 @@ _FACTOR = re.compile(r"(?<=[0-9}]) (?=[A-Za-z](?![A-Za-z]))")
 def normal(text: str) -> str:
     r"""Return a formula in one spelling: without dollars, ``\left``, thin spaces, degrees, units and a final dot.
 
-    ``\dfrac`` is ``\frac``, and what joins a list (``\text{ or }``) a comma; ``x \in`` at the start is left out.
+    ``\dfrac`` becomes ``\frac``, the word between items of a list (``\text{ or }``) a comma; ``x \in`` at the start is
+    left out.
     """
     text = _ROOT.sub(r"\\sqrt{\1}", text).translate(_SPELLINGS)
     rows = _ROW_END.split(text)  # before the second half of \\ is taken for the first of \[ or \,
@@ -102,7 +103,7 @@ def normal(text: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Return a normal spelling without spaces, but those that part a command or a number from what follows."""
+    """Return a normal spelling without spaces, except those between two letters or digits, as in ``a b``."""
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
 
 
@@ -147,7 +148,7 @@ _NO_NUMBER = re.compile(r"[<>|]|\\[gln]e|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|^(?:\
 def number(text: str) -> Fraction | None:
     r"""Return the exact value of an answer that is one number, units and ``x =`` aside.
 
-    None for all else: ``x > 5``, ``(1,234)``, and what has a letter on its own, as ``5 i`` and ``x^2+1``.
+    None for all else: ``x > 5``, ``(1,234)``, and texts with a single letter, as ``5 i`` and ``x^2+1``.
     """
     text = _NAME.sub("", normal(text))
     return None if _NO_NUMBER.search(text) else parse_number(text)
@@ -226,7 +227,7 @@ def _in_python(match: re.Match) -> str:
 
 
 def _computed(node: ast.expr) -> complex:
-    """Compute a parsed formula in complex floats; KeyError for what is no arithmetic."""
+    """Compute a parsed formula in complex floats; KeyError for other syntax than arithmetic."""
     if isinstance(node, ast.Constant):
         return complex(node.value)
     if isinstance(node, ast.UnaryOp):

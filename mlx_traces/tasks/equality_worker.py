@@ -1,8 +1,8 @@
 """A process of its own that compares answers by math-verify; `tasks.equality` starts it as a script. No MLX.
 
 A request is one line of standard input: a JSON list of the gold answer and another one. The reply is one line of
-standard output: a verdict. A child does the work and the kernel ends it after `SECONDS` of processor time, whatever it
-runs in; the parent then replies ``too_complex`` and forks the next child, so sympy is imported only once.
+standard output: a verdict. A child does the work; the kernel ends it after `SECONDS` of processor time, also inside
+compiled code. The parent then replies ``too_complex`` and forks the next child, so sympy is imported only once.
 """
 
 import json
@@ -24,7 +24,7 @@ MEMORY = 2 << 30  # bytes of address space
 
 @lru_cache(1024)  # the gold answer of a problem is compared with many
 def parsed(text: str) -> list[Any]:
-    """Return what math-verify makes of a formula: a list of one sympy object, or an empty one."""
+    """Parse a formula by math-verify; return a list of one sympy object, or an empty one if that fails."""
     config = LatexExtractionConfig(boxed_match_priority=-1)
     return parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
 
@@ -48,7 +48,7 @@ def answer_requests() -> None:
             reply = verdict(*json.loads(line))
         except (MemoryError, RecursionError):
             reply = "too_complex"
-        except Exception:  # whatever math-verify and sympy run into
+        except Exception:  # math-verify and sympy raise errors of any type
             reply = "wrong_value"
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(REPLIES, f"{reply}\n".encode())
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; the end of the input ends this process
     logging.disable(logging.CRITICAL)
     REPLIES = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no reply
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that a library's prints are not replies
     os.write(REPLIES, b"ready\n")
     os.dup2(1, 2)  # nobody reads it from here on
     while True:

@@ -35,7 +35,8 @@ def tolerant(response: str) -> str | None:
 def last_formula(part: str) -> str | None:
     r"""Return the last formula in dollars, ``\(…\)`` or ``\[…\]``, or the number after it; else the last number.
 
-    A ``\boxed{84`` at the end is skipped, as it may be cut off; of a box that never closes its formula's rest counts.
+    A ``\boxed{84`` at the end is skipped, as it may be cut off. A box that does not close within its formula counts up
+    to the formula's end.
     """
     text = part.replace(r"\$", " ").replace("$$", "$")
     box = text.rfind(r"\boxed")
@@ -88,7 +89,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     r"""Make a Problem of a row: ``problem`` or ``question``, ``answer``, else a ``solution`` that ends in a box.
 
     The stratum is level and subject (``subject`` or ``type``), as far as the row has them. A row without a problem can
-    be graded, not asked.
+    be graded but not become a prompt.
     """
     require()
     name = "problem" if "problem" in row else "question"

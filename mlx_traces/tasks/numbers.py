@@ -98,7 +98,7 @@ def last_number(text: str) -> str | None:
 
 
 def first_number(text: str) -> str | None:
-    """Return the first number of a marked line, in the same way, with a factorial's sign."""
+    """Return the first number of a marked line, in plain spelling, with the ``!`` after it if there is one."""
     text = with_sign(plain(text[:MAX_ANSWER]))
     number = NUMBER.search(text)
     return number and (number[0] + "!" * text.startswith("!", number.end())).strip()
@@ -182,7 +182,7 @@ _NEXT = re.compile(r"[,;]\s*[^\W\d]|\b(?:and|or)\b")
 
 
 def _right_side(text: str) -> str:
-    """Return what the last ``=`` makes equal to one name or to a calculation, else nothing."""
+    """Return the side right of the last ``=`` if each other side is one name or a calculation, else nothing."""
     *sides, right = text.split("=")
     for place, side in enumerate(sides):
         side = _TIMES.sub("*", side)

@@ -1,6 +1,6 @@
-"""Tasks of the user's own: ``module:TASK``, and those that installed packages add by an entry point. No MLX.
+"""Tasks that users write: ``module:TASK``, and those that installed packages add by an entry point. No MLX.
 
-A plug-in is loaded only when the user names it; see README.md for one of 30 lines.
+A plug-in is loaded only when the user names it; README.md has an example of 30 lines.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.errors import MOST_NAME, UserError, first_line, unknown
+from mlx_traces.errors import MOST_NAME, UserError, typed_line, unknown
 from mlx_traces.records import Problem, Score
 from mlx_traces.tasks import TASKS, Task
 from mlx_traces.tasks.prompts import Prompt
 
 GROUP = "mlx_traces.tasks"  # of entry points
-_KINDS = {  # fields of a task that may hold what is not one, and what they must be
+_KINDS = {  # the type that a field of a task must have, and its name in messages
     "columns": (tuple, "a tuple of names"),
     "graded_columns": (tuple, "a tuple of names"),
     "gold_columns": (tuple, "a tuple of names"),
@@ -43,7 +43,7 @@ def exists(name: str) -> bool:
 
 
 def load(name: str) -> Task:
-    """Import a plug-in and check it; its functions are wrapped, so that what they do wrong is a UserError.
+    """Import a plug-in and check it; its functions are wrapped, so that their faults are UserErrors.
 
     Args:
         name: ``module:TASK``, the module looked for in the working folder too, or the name of an entry point in the
@@ -65,7 +65,7 @@ def load(name: str) -> Task:
         spec = find_spec(module)
         file = (spec and spec.origin) or module
         found = import_module(module)
-    except (Exception, SystemExit) as error:  # whatever the module runs into
+    except (Exception, SystemExit) as error:  # a module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"task {name[:MOST_NAME]}: no module {module!r} is here or installed") from None
         raise UserError(f"{file}: cannot be imported as a task ({_told(error, file)})") from error
@@ -98,10 +98,8 @@ def _digest(file: str) -> str:
 
 def _told(error: BaseException, file: str) -> str:
     """Return an error's type, the first line of its message, and the last line of ``file`` that it came through."""
-    kind = f"{type(error).__name__}: "
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    place = f", line {lines[-1]}" if lines else ""
-    return f"{kind}{first_line(error).removeprefix(kind)}".removesuffix(": ") + place
+    return typed_line(error) + (f", line {lines[-1]}" if lines else "")
 
 
 def _guarded(task: Task, file: str) -> Task:

@@ -33,7 +33,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """All that is said in every problem's prompt, its placeholders unfilled."""
+        """The text of every turn of the prompt, its placeholders unfilled."""
         return "\n".join([self.system or "", *(turn for shot in self.shots for turn in shot), self.user, self.prefill])
 
     def messages(self, problem: Problem) -> list[Message]:

@@ -73,7 +73,7 @@ _TAG = re.compile(
 
 
 def tags(text: str) -> Iterator[re.Match]:
-    """Yield the tags of thoughts and answers in a text; the group is ``open…``, ``close`` or None."""
+    """Yield the tags in a text; ``lastgroup`` is ``open``, ``opens``, ``close``, or None for one around an answer."""
     return _TAG.finditer(small(text))
 
 

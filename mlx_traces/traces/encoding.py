@@ -308,9 +308,9 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
         lines.append(f"{encoded.cut} traces were cut at {max_length} tokens and lost their end (max_length)")
     if encoded.turns:
         lines.append(
-            f"{encoded.turns} earlier turns of the assistant are not learned: the template writes them otherwise, "
-            "without their thoughts mostly"
+            f"{encoded.turns} earlier turns of the assistant are not learned: the template writes them differently, "
+            "mostly without their thoughts"
         )
     if encoded.thinking:
-        lines.append(f"{encoded.thinking} traces with a thought are learned after a prompt that thinks (thinking)")
+        lines.append(f"{encoded.thinking} traces with a thought are learned with the template's switch on (thinking)")
     return lines

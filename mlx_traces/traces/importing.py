@@ -19,6 +19,7 @@ from mlx_traces.traces import FORMATS
 
 
 def count_skipped(skipped: Counter | None, reason: str) -> None:
+    """Add 1 to the count of a reason; do nothing without a counter."""
     if skipped is not None:
         skipped[reason] += 1
 
@@ -263,7 +264,7 @@ def _joined(turn: Row, content: str, where: str) -> Row:
         part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", *THOUGHTS) or not isinstance(part.get(kind), str):
-            raise UserError(f"{where}: a part of {content!r} is no text but {str(kind)[:40]!r}; leave that row out")
+            raise UserError(f"{where}: a part of {content!r} is {str(kind)[:40]!r}, not text; leave that row out")
         (texts if kind == "text" else thoughts).append(part[kind])
     free = next((name for name in THOUGHTS if not turn.get(name)), None)
     if thoughts and free is None:

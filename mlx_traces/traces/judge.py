@@ -1,6 +1,6 @@
-"""Ask a model about traces: one greedy reply each, batched by the engine and cached by a hash of the question.
+"""A model's replies about traces: one greedy completion each, batched by the engine and cached by a hash of the prompt.
 
-Thanks to the cache nothing is asked twice, even after an interruption. The judge grades a trace by a rubric.
+The cache is a file, so no request is repeated, even after an interruption. The judge grades a trace by a rubric.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Cache:
                 raise UserError(f"{path}: cannot be read ({error.strerror}); choose another {option}") from None
             for where, row in read_jsonl(path, ("key", "reply")):
                 if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
-                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to ask anew")
+                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to begin a new one")
                 self.replies[row["key"]] = row["reply"]
 
     def add(self, key: str, reply: str) -> None:
@@ -138,7 +138,7 @@ def parse_judgement(reply: str) -> float | None:
 def judge(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[float | None]:
-    """Ask a model to grade each trace by the rubric; None if its reply is no grade, or does not fit in its context.
+    """Grade each trace by the rubric with a model; None if its reply is not a grade, or exceeds its context.
 
     Raises:
         UserError: if more than the share ``judge_failures`` is None, or the rubric or the cache cannot be read.

@@ -1,9 +1,9 @@
 r"""The recipe of ``reformat``: rewrite traces as a thought and a solution; keep those that are still correct.
 
-Sky-T1 made its data so, from another model's answers. Without a model only tags and the white space around them change:
-the parts are those of `thoughts.parts`; an answer without tags is cut before the line of its last ``<answer>``,
-``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and a reply counts only if it
-has exactly the form that the prompt asks for.
+Sky-T1's data was made in this way, from another model's answers. Without a model only tags and the white space around
+them change: the parts are those of `thoughts.parts`; an answer without tags is cut before the line of its last
+``<answer>``, ``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and a
+reply counts only if it has exactly the form that the prompt asks for.
 """
 
 from collections import Counter

@@ -198,7 +198,7 @@ def test_names_that_name_no_task(name, message):
 
 GRADES = [
     ("1 / 0", r"grade failed on 24-1-2-3 \(ZeroDivisionError: division by zero, line \d+\)"),
-    ("raise SystemExit", r"grade failed on 24-1-2-3 \(SystemExit"),
+    ("raise SystemExit", r"grade failed on 24-1-2-3 \(SystemExit, line \d+\)"),
     ("return True", r"grade returned 'True' for 24-1-2-3; it must return a dict with a Score for each of answer"),
     ("return {}", r"grade returned '{}' for 24-1-2-3"),
     ("return {'answer': 1}", r"grade returned \"{'answer': 1}\" for 24-1-2-3"),

@@ -360,7 +360,7 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path, number):
     for name in ("q.jsonl", "q.json"):
         with pytest.raises(UserError) as error:
             get_task("qa").load("test", str(tmp_path / name), None, 0)
-        assert str(error.value).startswith(f"{tmp_path / name}:3: {number} is no number of JSON; write null")
+        assert str(error.value).startswith(f"{tmp_path / name}:3: {number} is not a JSON number; write null")
 
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path):

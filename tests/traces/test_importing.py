@@ -161,7 +161,7 @@ def test_a_content_in_parts_is_joined(tmp_path):
     for field in importing.THOUGHTS:
         assert read({"type": field, field: "Seven sixes."}, text) == "<think>\nSeven sixes.\n</think>\nIt is 42."
     for part, kind in (({"type": "image_url", "image_url": {}}, "image_url"), (5, "int"), ({"type": "text"}, "text")):
-        with pytest.raises(UserError, match=f"a.jsonl:1: a part of 'content' is no text but '{kind}'; leave that row"):
+        with pytest.raises(UserError, match=f"a.jsonl:1: a part of 'content' is '{kind}', not text; leave that row"):
             read(text, part)
     assert not dropped
     full = {**APART, "content": [{"type": "thought", "thought": "a"}, text], **dict.fromkeys(importing.THOUGHTS, "b")}
