@@ -411,7 +411,9 @@ class TracesConfig(Config):
     """What every command on a file of traces takes."""
 
     task: str | None = Field(
-        None, exclude_if=_is_none, description="The traces' task, if it is a plug-in: a file alone never runs its code."
+        None,
+        exclude_if=_is_none,
+        description="Task of the traces; needed for a plug-in only, whose code runs if you name it here.",
     )
 
 
@@ -623,21 +625,21 @@ class StudyConfig(ComparedConfig):
 class NanoConfig(Config):
     """Settings of ``mlx-traces nano build``, the embedded model."""
 
-    hidden_size: Positive = 128
-    layers: Positive = 4
-    heads: Positive = 2
-    kv_heads: Positive = 1
-    intermediate_size: Positive = 384
+    hidden_size: Positive = Field(128, description="Size of the hidden states.")
+    layers: Positive = Field(4, description="Transformer layers.")
+    heads: Positive = Field(2, description="Attention heads of a layer.")
+    kv_heads: Positive = Field(1, description="Key-value heads of a layer; must divide the heads.")
+    intermediate_size: Positive = Field(384, description="Size of the feed-forward layers.")
     problems: Positive = Field(26_000, description="Training problems, each seen once.")
     operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
     direct_share: Fraction01 = Field(0.12, description="Share of the problems in the direct prompt.")
-    batch_size: Positive = 16
+    batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    bits: Literal[2, 3, 4, 6, 8] = 4
-    quant_group_size: Literal[32, 64, 128] = 64
-    seed: int = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Steps of linear warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay.")
+    bits: Literal[2, 3, 4, 6, 8] = Field(4, description="Bits of a quantized weight.")
+    quant_group_size: Literal[32, 64, 128] = Field(64, description="Weights that share a scale.")
+    seed: int = Field(0, description="Seed of the weights, the problems and their order.")
     out: str = Field("runs/nano", description="Folder of the finished model.")
 
 

@@ -1,4 +1,4 @@
-"""What tests make: tiny models and tokenizers, runs and trainings; what they compare outcomes by."""
+"""Factories that several tests share: tiny models and tokenizers, traces, runs, trainings; comparisons of outcomes."""
 
 import io
 import json

@@ -64,7 +64,7 @@ def test_modules_that_say_so_never_load_mlx():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("group", [[], ["data"]])
+@pytest.mark.parametrize("group", [[], ["data"], ["bench"], ["nano"]])
 def test_a_group_lists_each_command_once_with_a_whole_sentence(group):
     command = main.commands[group[0]] if group else main
     text = call(*group, "--help").output

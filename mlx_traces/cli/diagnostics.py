@@ -108,7 +108,10 @@ def bench_generate_command(
     as_json: bool,
     settings: dict,
 ) -> None:
-    """Time the sampling engine: tokens per second, milliseconds a step, memory, and the ratio to a peer."""
+    """Time the sampling engine.
+
+    Prints tokens per second, milliseconds per step, memory, and the ratio to a peer.
+    """
     if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows {rows}: give numbers from 1 up, as in 32,128")
     from mlx_traces.diagnostics import bench_generate
@@ -150,10 +153,19 @@ def bench_generate_command(
 @bench_group.command("graph")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Completions decoded at once.")
-@click.option("--backend", type=click.Choice(["metal", "cuda"]), default="metal", show_default=True, help="Whose GPU.")
+@click.option(
+    "--backend",
+    type=click.Choice(["metal", "cuda"]),
+    default="metal",
+    show_default=True,
+    help="Kind of GPU to count for.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
 def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> None:
-    """Count the kernels and bytes of a decode step and of an update, without a GPU; nothing is computed."""
+    """Count the kernels and bytes of a step on a GPU.
+
+    Counts a decode step and an update. No GPU is needed; nothing is computed.
+    """
     from mlx_traces.diagnostics import bench_graph
 
     found = bench_graph.bench_graph(model, rows, backend)
@@ -170,13 +182,16 @@ def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> N
 
 
 @bench_group.command("all")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; it is replaced.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; an existing one is replaced.")
 @click.option("--model", help="nano, a folder, or a hub id.  [default: a 4-bit Qwen2.5 of 0.5B; nano on a CPU]")
 @click.option("--quick", is_flag=True, help="Fewer and shorter steps, with nano unless --model says otherwise.")
 @click.option("--data", type=click.Path(), help="File of GSM8K-like problems.  [default: the hub's, else Countdown]")
 @click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Limit of all steps.")
 def bench_all_command(out: Path, model: str | None, quick: bool, data: str | None, minutes: float) -> None:
-    """Run every bench on this machine, each in a process of its own, and write one file for bench show."""
+    """Run every bench on this machine.
+
+    Each runs in a process of its own. All results go into one file, for `bench show`.
+    """
     from mlx_traces.diagnostics import bench_all, bench_file
 
     file = bench_all.bench_all(out, model, quick, data, minutes, lambda line: click.echo(line, err=True))
@@ -189,7 +204,10 @@ def bench_all_command(out: Path, model: str | None, quick: bool, data: str | Non
 @click.option("--png", type=click.Path(path_type=Path), help="Also draw the curves into this file.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown instead.")
 def bench_show_command(files: tuple[Path, ...], png: Path | None, markdown: bool) -> None:
-    """Show files of bench all: a table by machine, and curves of tokens per second."""
+    """Show files that `bench all` wrote.
+
+    Prints a table by machine and curves of tokens per second.
+    """
     from mlx_traces.diagnostics import bench_file
     from mlx_traces.report import tables
 
@@ -221,7 +239,10 @@ def bench_sft_command(
     as_json: bool,
     settings: dict,
 ) -> None:
-    """Time optimizer steps: real tokens per second, memory, and the ratio to a peer on the same sequences."""
+    """Time optimizer steps of SFT.
+
+    Prints real tokens per second, memory, and the ratio to a peer on the same sequences.
+    """
     config = build(SFTConfig, {**settings, "data": data or ""})
     from mlx_traces.models import loading
     from mlx_traces.runtime.device import import_mlx
@@ -292,14 +313,20 @@ def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Cal
 @click.option("--every-row", is_flag=True, help="Learn from every rollout: rewards that all differ, not the grader's.")
 @_reinforcement_options(GRPOConfig, "mlx-lm-lora", "Peer to measure in the same run, our weights.")
 def bench_grpo_command(as_shipped: bool, every_row: bool, **given: Any) -> None:
-    """Time steps of reinforcement learning: seconds of sampling and update, memory, and the ratio to a peer."""
+    """Time steps of GRPO.
+
+    Prints seconds of sampling and of the update, memory, and the ratio to a peer.
+    """
     _bench_reinforcement(GRPOConfig, as_shipped=as_shipped, every_row=every_row, **given)
 
 
 @bench_group.command("ppo", cls=Ranked)
 @_reinforcement_options(PPOConfig, "grpo", "Time our GRPO on the same sizes and problems in the same run.")
 def bench_ppo_command(**given: Any) -> None:
-    """Time steps of PPO: seconds of sampling and update, memory, and the ratio to GRPO; no peer on MLX has PPO."""
+    """Time steps of PPO.
+
+    Prints seconds of sampling and of the update, memory, and the ratio to GRPO; no peer on MLX has PPO.
+    """
     _bench_reinforcement(PPOConfig, **given)
 
 
@@ -359,7 +386,7 @@ def nano_group() -> None:
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(NanoConfig)
 def nano_build(config_file: str | None, settings: dict) -> None:
-    """Train nano from scratch and write it, quantized, as a model folder; minutes on two CPU cores."""
+    """Train nano from scratch. Writes it, quantized, as a model folder; takes minutes on two CPU cores."""
     from mlx_traces.runtime.device import import_mlx
 
     config = configured(NanoConfig, config_file, settings)
@@ -374,11 +401,12 @@ def nano_build(config_file: str | None, settings: dict) -> None:
 
 
 @nano_group.command("reference")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; it is replaced.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; an existing one is replaced.")
 def nano_reference(out: Path) -> None:
-    """Write the numbers that doctor's self-test compares with: nano in float32 on this CPU.
+    """Write the reference numbers of doctor's self-test.
 
-    Repeat this after every build of nano: --out mlx_traces/assets/selftest.json.
+    They are those of nano in float32 on this CPU. Repeat this after every build of nano:
+    --out mlx_traces/assets/selftest.json.
     """
     from mlx_traces.diagnostics import selftest
 

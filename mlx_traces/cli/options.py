@@ -77,7 +77,7 @@ def _again(ctx: click.Context) -> str:
 
 
 def _missing(error: click.MissingParameter) -> str:
-    """Say in one line how a command is called that lacks something, with a shipped configuration if it wants one."""
+    """Return the line for a missing argument: how to call the command, with a shipped configuration if it takes one."""
     ctx, param = error.ctx, error.param
     if ctx is None or param is None:
         return error.format_message()

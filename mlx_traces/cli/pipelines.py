@@ -57,7 +57,7 @@ def compare_command(
     note_unused(config)
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
-    frame, collected = compare.compared(config, progress=True)
+    frame, collected = compare.compared(config, progress=True, say=lambda line: click.echo(line, err=True))
     for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
     if format_ == "json":
@@ -77,7 +77,7 @@ def compare_command(
 
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--task", help="Their task, if it is a plug-in: a file alone never runs its code.")
+@click.option("--task", help="The runs' task, if it is a plug-in module:TASK; without this its code does not run.")
 def verify_command(runs: tuple[str, ...], task: str | None) -> None:
     """Check finished runs and files of traces.
 

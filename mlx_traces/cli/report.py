@@ -12,7 +12,9 @@ from mlx_traces.cli.options import console
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--out", default="report.html", show_default=True, type=click.Path(), help="HTML file, replaced.")
+@click.option(
+    "--out", default="report.html", show_default=True, type=click.Path(), help="HTML file; an existing one is replaced."
+)
 @click.option("--png", type=click.Path(), help="Folder for the figures as PNG files too.")
 @click.option("--baseline", help="Run to compare the others with, by name.  [default: the first of its problems]")
 def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: str | None) -> None:

@@ -112,7 +112,9 @@ def worked_solutions(task: str, source: str, styles: str) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         for option in (
-            click.option("--out", default=f"data/raw/{task}.jsonl", show_default=True, type=click.Path(), help="File."),
+            click.option(
+                "--out", default=f"data/raw/{task}.jsonl", show_default=True, type=click.Path(), help="File to write."
+            ),
             click.option("--prompt", help="Prompt style.  [default: the one that asks for --style]"),
             click.option("--style", default="think", show_default=True, help=f"Where the answer stands: {styles}."),
             click.option("--seed", default=0, show_default=True, help="Seed of the sample."),
@@ -159,7 +161,7 @@ def _write_solutions(
     prompt: str | None,
     **config: Any,
 ) -> None:
-    """Write a task's worked solutions in a style, asked in ``prompt`` or the style's own."""
+    """Write a task's worked solutions as traces in a style; without ``prompt`` in the style's own prompt."""
     if style not in styles:
         raise unknown("style", style, styles)
     asked = task.prompt(prompt or styles[style])

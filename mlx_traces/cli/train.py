@@ -13,7 +13,9 @@ from mlx_traces.runtime.device import import_mlx
 
 @click.command("plan")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
-@click.option("--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Recipe; default: the one with its fields.")
+@click.option(
+    "--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Kind of training; default: by the file's fields."
+)
 def plan_command(config_file: str, kind: str | None) -> None:
     """Estimate the memory of a training. Also prints the largest settings that fit.
 

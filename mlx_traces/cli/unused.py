@@ -26,7 +26,7 @@ def _examples(config: Any) -> bool:
 
 
 def _validated(config: SFTSettings) -> bool:
-    """Whether a fine-tuning has a validation; ``valid`` is no setting of the rounds."""
+    """Whether a fine-tuning has a validation; settings of the rounds have no ``valid``."""
     return bool(getattr(config, "valid", None) or config.valid_share or config.evaluate)
 
 

@@ -1,7 +1,7 @@
-"""Every bench of this machine in one file, to be sent or compared; ``mlx-traces bench all``.
+"""Run every bench of this machine and write one file, to send or to compare; ``mlx-traces bench all``.
 
-Each step is a process of its own with a time limit, so one that hangs or runs out of memory costs no other. The file is
-written after each. What is wanted most comes first.
+Each step is a process of its own with a time limit, so one that hangs or runs out of memory does not stop the others.
+The file is written after each step. The most important steps come first.
 """
 
 import json
@@ -33,11 +33,11 @@ COUNTDOWN = "eval --task countdown --limit 100 --json"
 PEER = "--repeats 0 --against mlx-lm-lora"
 REAL = "mlx-community/Qwen2.5-0.5B-Instruct-4bit"
 MINUTES = 20
-PATIENCE = 0.05  # seconds between two looks at a step
-GRACE = 5  # seconds that a step has to end once it is cut
-LITTLE_SWAP = 0.2  # GB that may go to swap meanwhile
-MOST_SAID = 2000  # characters that are kept of what a tool says
-# What says how warm a machine is, and whether it saves power; powermetrics wants to be root.
+PATIENCE = 0.05  # seconds between two checks whether a step has ended
+GRACE = 5  # seconds between the interrupt of a step at its limit and its kill
+LITTLE_SWAP = 0.2  # GB that swap may grow by without a note
+MOST_SAID = 2000  # characters that are kept of a tool's output
+# They report heat, power saving and swap; powermetrics needs root.
 TOOLS = (
     ("pmset", "-g"),
     ("pmset", "-g", "therm"),
@@ -56,7 +56,7 @@ TOOLS = (
 class Planned:
     """A step to run: its name, its kind, the arguments of ``mlx-traces``, its limit in seconds.
 
-    ``unless`` names a step that makes it needless once it is done.
+    ``unless`` names another step; if that is done, this one is left out.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Planned:
 
 
 def plan(model: str, backend: str, quick: bool, data: str | None = None) -> list[Planned]:
-    """Return the steps, most wanted first.
+    """Return the steps, the most important first.
 
     Args:
-        model: as ``loading.load`` takes it.
-        backend: ``"metal"``, ``"cuda"`` or ``"cpu"``; a CPU decodes with dense weights alone, since 4-bit is slow.
+        model: as for ``loading.load``.
+        backend: ``"metal"``, ``"cuda"`` or ``"cpu"``; a CPU decodes with dense weights only, since 4-bit is slow.
         quick: fewer and shorter steps, for a first look.
         data: a file of GSM8K-like problems.
     """
@@ -116,15 +116,15 @@ def bench_all(
     minutes: float = MINUTES,
     progress: Callable[[str], None] = lambda line: None,
 ) -> BenchFile:
-    """Run the steps, and write the file after each; return it.
+    """Run the steps, write the file after each, and return its content.
 
     Args:
         out: the JSON file; it is replaced.
         model: default: a 4-bit Qwen2.5 of 0.5B, and nano on a CPU or for a quick look.
         quick: fewer and shorter steps.
-        data: a file of GSM8K-like problems; default: the hub's, and Countdown where that is not at hand.
-        minutes: for all steps; what does not fit is skipped.
-        progress: is called with a line before and after each step.
+        data: a file of GSM8K-like problems; default: the hub's, or Countdown if that is out of reach.
+        minutes: for all steps; those that do not fit are skipped.
+        progress: called with a line before and after each step.
 
     Raises:
         UserError: if the file cannot be written, or MLX does not run here.
@@ -171,7 +171,7 @@ def bench_all(
 
 
 def run(planned: Planned, limit: float) -> Step:
-    """Run a step in a process of its own for at most so many seconds; whatever becomes of it is told, not raised."""
+    """Run a step in a process of its own for at most ``limit`` seconds; return a failure, do not raise it."""
     about = {"name": planned.name, "kind": planned.kind, "arguments": [*planned.arguments]}
     if limit < 1:
         return Step(**about, status="skipped", message="no time was left")
@@ -195,10 +195,9 @@ def run(planned: Planned, limit: float) -> Step:
                 if process.returncode is not None or how is None:
                     break
                 cut = True
-                os.killpg(process.pid, how)
+                _signal(process, how)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _signal(process, signal.SIGKILL)
         about |= {"seconds": round(time.monotonic() - began, 2), "memory_gb": peak}
         said = err.read_text(errors="replace").strip().splitlines()
         message = clean(said[-1])[:300] if said else ""
@@ -208,6 +207,12 @@ def run(planned: Planned, limit: float) -> Step:
             return Step(**about, status="done", rows=_rows(out.read_text(errors="replace")))
         except (ValueError, ValidationError):
             return Step(**about, status="failed", message=message or f"ended with {process.returncode}")
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process and all that it started, as far as they still run."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS denies permission where all have ended
+        os.killpg(process.pid, number)
 
 
 def _wait(process: subprocess.Popen, until: float) -> float | None:
@@ -222,7 +227,7 @@ def _wait(process: subprocess.Popen, until: float) -> float | None:
 
 
 def _rows(text: str) -> list[dict[str, Any]]:
-    """Return the rows of what a command printed as JSON; ValueError if that is none."""
+    """Return the rows in the JSON that a command printed; ValueError if it is not JSON or has none."""
     found = json.loads(text)
     if isinstance(found, dict):
         found = found.get("rows", [found])
@@ -232,7 +237,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 
 def condition() -> Condition:
-    """Return how the machine is, by what its tools say; those that are not there are left out."""
+    """Return the state of the machine from its own tools; missing tools are left out."""
     said = {}
     for command in TOOLS:
         if not shutil.which(command[0]) or (command[0] == "powermetrics" and os.geteuid()):
@@ -247,7 +252,7 @@ def condition() -> Condition:
 
 
 def swap_gb(said: dict[str, str]) -> float | None:
-    """Return the swap in use, in 1e9 bytes; None if nothing says it."""
+    """Return the swap in use, in 1e9 bytes; None if no tool reports it."""
     words = said.get("sysctl vm.swapusage", "").replace("=", " ").split()
     if "used" in words[:-1]:
         with suppress(ValueError):
@@ -260,7 +265,7 @@ def swap_gb(said: dict[str, str]) -> float | None:
 
 
 def low_power(said: dict[str, str]) -> bool | None:
-    """Whether a Mac saves power; None if nothing says it."""
+    """Whether a Mac is in low-power mode; None if no tool reports it."""
     for line in said.get("pmset -g", "").splitlines():
         if line.split()[:1] == ["lowpowermode"]:
             return line.split()[1:] == ["1"]
@@ -268,7 +273,7 @@ def low_power(said: dict[str, str]) -> bool | None:
 
 
 def warnings(before: Condition, cores: int) -> list[str]:
-    """Return what makes the figures of a machine lower than they would be."""
+    """Return notes on conditions that lower a machine's figures."""
     found = []
     if before.low_power:
         found.append("low-power mode is on: switch it off in the settings of the battery, and repeat")

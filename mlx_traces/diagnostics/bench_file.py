@@ -1,4 +1,4 @@
-"""What ``bench all`` writes and ``bench show`` reads: one JSON file a machine, its steps as they ended."""
+"""The JSON file that ``bench all`` writes and ``bench show`` reads: one per machine, with the results of its steps."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,7 +22,7 @@ from mlx_traces.report import figures, tables, terminal
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.text import clean
 
-# What a step of each kind prints, a line each.
+# The rows that a step of each kind prints.
 ROWS = {
     "doctor": TypeAdapter(list[Line]),
     "generate": TypeAdapter(list[GenerateRow]),
@@ -42,9 +42,9 @@ class Part(BaseModel):
 
 
 class Step(Part):
-    """A step: a command of ``mlx-traces``, how it ended, and the rows that it printed.
+    """A step: a command of ``mlx-traces``, its status, and the rows that it printed.
 
-    ``seconds`` are those of its process, ``memory_gb`` is the most that this process held, in 1e9 bytes.
+    ``seconds`` is the time of its process, ``memory_gb`` the peak memory of that process, in 1e9 bytes.
     """
 
     name: str
@@ -58,17 +58,18 @@ class Step(Part):
 
     @cached_property
     def found(self) -> list[Any]:
-        """The rows as the bench has them."""
+        """The rows as objects of the bench's own class."""
         return ROWS[self.kind].validate_python(self.rows)
 
     @model_validator(mode="after")
     def _rows_are_of_their_kind(self) -> "Step":
-        assert self.found or self.status != "done", "a step that is done has rows"
+        if not self.found and self.status == "done":
+            raise ValueError("a step that is done has rows")
         return self
 
 
 class Condition(Part):
-    """The machine before or after the steps: load, swap in 1e9 bytes, and what its own tools say of power and heat."""
+    """The machine before or after the steps: load, swap in 1e9 bytes, and its own tools' output on power and heat."""
 
     load: float | None = None
     swap_gb: float | None = None
@@ -77,7 +78,7 @@ class Condition(Part):
 
 
 class Machine(Part):
-    """What the steps ran on: a device as MLX names it, its backend, memory in 1e9 bytes, and this process's cores."""
+    """The machine of the steps: MLX's name of the device, its backend, memory in 1e9 bytes, cores of this process."""
 
     device: str
     backend: Literal["metal", "cuda", "cpu"]
@@ -114,7 +115,7 @@ class BenchFile(Part):
         return next((row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())), None)
 
     def decoded(self, weights: str) -> list[GenerateRow]:
-        """Return what was decoded with these weights, fewest rows first."""
+        """Return the decoding rows with these weights, fewest completions at once first."""
         steps = (step for step in self.steps if step.kind == "generate" and weights in step.arguments)
         return sorted((row for step in steps for row in step.found), key=lambda row: row.rows)
 
@@ -130,7 +131,7 @@ def read(path: Path) -> BenchFile:
 
 
 def cells(files: Sequence[BenchFile]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows, one for each machine and kind of weights that it decoded with."""
+    """Return the table's headings and its rows, one for each machine and kind of weights."""
     headings = ["machine, model, weights", "32 rows", "256 rows", "GRPO step", "SFT", "GB", "right"]
     rows = []
     for file in files:
@@ -157,7 +158,7 @@ def _speed(row: GenerateRow | None) -> str:
 
 
 def show(files: Sequence[BenchFile], width: int = WIDTH) -> None:
-    """Print the table by machine, the curves, and what was cut, failed or is to be known."""
+    """Print the table by machine, the curves, the steps that did not finish, and the notes."""
     console = Console(width=width)
     caption = "32 and 256 rows: tokens/s decoding, and over mlx-lm's. GRPO: seconds, sampling + update. SFT: tokens/s."
     console.print(tables.grid("Machines", *cells(files), caption))

@@ -1,8 +1,8 @@
-"""What a decode step and an update do on a GPU, counted on any machine: operations, kernels and bytes.
+"""Count the operations, kernels and bytes of a decode step and of an update on a GPU, on any machine.
 
-The engine, mlx_lm's generator and the trainer build their graphs as they do in use, and `graph` reads them. The model's
-weights are not read: shapes are enough. A decode step is one of ``rows`` completions whose prompts are of different
-lengths; an update is that of 16 rollouts of one prompt with one micro-batch.
+The engine, mlx_lm's generator and the trainer build their usual graphs, and `graph` reads them. The model's weights are
+not read: shapes are enough. A decode step has ``rows`` completions with prompts of different lengths. An update has 16
+rollouts of one prompt in one micro-batch.
 """
 
 from collections.abc import Callable
@@ -45,9 +45,9 @@ GROUP, PROMPT, COMPLETION = 16, 129, 128  # rollouts and tokens of an update
 class GraphRow:
     """One line of ``bench graph``.
 
-    ``primitives`` are the operations that the host walks through, ``kernels`` what the GPU is given, ``gb`` what these
-    read and write, in 1e9 bytes. ``vocabulary_passes`` is the part of it that arrays as wide as the vocabulary have:
-    1 is reading or writing rows x vocabulary float32 numbers.
+    ``primitives`` are operations of the graph, ``kernels`` those that the GPU runs, ``gb`` the bytes that kernels read
+    and write, in 1e9. ``vocabulary_passes`` is the part of ``gb`` in arrays as wide as the vocabulary: 1 is reading or
+    writing rows x vocabulary float32 numbers.
     """
 
     what: str
@@ -76,13 +76,13 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
     read once, and the ``optimizer`` with clipping.
 
     Args:
-        loaded: the model, of no use afterwards: its weights are lost.
+        loaded: the model; its weights are lost, so do not use it afterwards.
         rows: completions decoded at once.
         backend: ``"metal"`` or ``"cuda"``.
         config: the adapter.
 
     Raises:
-        UserError: if the engine leaves the model to mlx_lm.
+        UserError: if a layer's cache is not one of plain keys and values.
     """
     if not all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model)):
         raise UserError(f"{loaded.name}: bench graph counts models whose layers keep plain keys and values")
@@ -136,11 +136,11 @@ def _adapted(loaded: LoadedModel, config: AdapterConfig) -> LoadedModel:
 
 
 class _Counted(Exception):
-    """A step was counted: no more is needed."""
+    """Ends a run once enough steps are counted."""
 
 
 def _counts(backend: str, vocabulary: int, by: str | None, run: Callable, *given: Any) -> list[Count]:
-    """Return the counts of all evaluations in a run that compute something; of the first two ``by`` a function."""
+    """Return the counts of a run's evaluations that have kernels; with ``by``, of the first two by that function."""
     found: list[Count] = []
 
     def take(count: Count) -> None:

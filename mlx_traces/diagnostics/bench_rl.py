@@ -58,7 +58,7 @@ class GRPORow:
     (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` are those
     sampled, stop tokens included, a step on average, and ``tokens_per_second`` is them over the seconds of whole steps.
     ``learned`` is the share of the rollouts that the update learns from: groups rewarded alike teach nothing and are
-    left out. ``kl_sampler`` is the mean KL divergence, in nats, of what the trainer computes from what was sampled.
+    left out. ``kl_sampler`` is the mean KL divergence between sampler and trainer, in nats a token.
     ``ratio`` is the peer's seconds a step over ours, at the same numbers of problems and rollouts;
     ``tokens_ratio`` is our tokens per second over the peer's, which unequal lengths do not move. Memory is the most
     that MLX held, weights included, in 1e9 bytes; what belongs to the other tool alone is taken off. The estimate is

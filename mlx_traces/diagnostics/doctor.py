@@ -180,7 +180,7 @@ def memory(backend: device.Backend) -> Line:
 
 
 def sizes(backend: device.Backend) -> Line:
-    """Say which sizes of batches this device takes where the settings have none."""
+    """Return the batch sizes of this device for settings that have none."""
     own = ", ".join(f"{name} {size:,}" for name, size in backend.sizes.items())
     return Line("sizes", f"{own} where not set" if own else "each command's own defaults (--help)")
 
@@ -226,7 +226,7 @@ def _blas(backend: str) -> Line:
 
 
 def attention() -> Line:
-    """Say whether attention reads the keys that it is given, in each type."""
+    """Return whether attention reads the right keys, for each dtype."""
     from mlx_traces.engine.attention import misread
 
     found = {name: misread(getattr(device.import_mlx(), name)) for name in device.DTYPES}

@@ -1,12 +1,11 @@
-"""What a computation would do on a GPU, counted on any machine: its graph is built and read, and never computed.
+"""Count the cost of a computation on a GPU, on any machine: its graph is built and read, and never computed.
 
-MLX is lazy. A function's own code builds the graph of what it computes, down to the arrays that are there already; when
-it asks MLX to evaluate that, `traced` reads the graph and gives zeros instead, which take no memory. So weights are not
-needed either, their shapes are.
+MLX is lazy. A function builds the graph of its result from arrays that exist already. When it calls MLX to evaluate the
+graph, `traced` reads the graph and returns zeros, which take no memory. So only the shapes of weights are needed.
 
-Without a GPU, MLX takes its fused operations apart at once. `traced` replaces those that the backend has fused by a sum
-along an axis: one kernel, and one in the backward pass. Compiled functions run as plain ones, and what MLX would have
-made one kernel of is found by its own rule (``compile_fuse`` in MLX's compile.cpp; a test compares the two).
+Without a GPU, MLX splits its fused operations at once. `traced` replaces those that the backend fuses by a sum along an
+axis: one kernel, and one in the backward pass. Compiled functions run as plain ones. The operations that MLX would fuse
+into one kernel are found by its own rule (``compile_fuse`` in MLX's compile.cpp; a test compares the two).
 
 A kernel reads its inputs and writes its outputs once. Views cost nothing; writing into a buffer costs what is written.
 Equal operations on equal inputs count once.
@@ -58,9 +57,9 @@ WIDE = 1.05  # two axes that hold this many times the vocabulary or fewer are it
 
 @dataclass(frozen=True)
 class Count:
-    """What is done: operations of the graph (but broadcasts), kernels, and the bytes that these read and write.
+    """The cost of a computation: operations of the graph (without broadcasts), kernels, bytes that kernels move.
 
-    ``wide_bytes`` are those of arrays as wide as the vocabulary.
+    ``wide_bytes`` are the bytes of arrays as wide as the vocabulary.
     """
 
     primitives: int = 0
@@ -74,7 +73,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Stored:
-    """An array of a graph: its shape, the bytes to read it, whether it was there before, and not in order."""
+    """An array of a graph: its shape, the bytes to read it, whether it existed before, whether it is out of order."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -82,7 +81,7 @@ class Stored:
     strided: bool = False
 
     def wide(self, vocabulary: int) -> bool:
-        """Whether it was made, and is as wide as the vocabulary: its last axis is, or in a third the last two are."""
+        """Whether the graph makes it, and as wide as the vocabulary: in its last axis, or the last two of three."""
         *most, blocks, last = (1, 1, *self.shape)
         two = len(most) > 2 and vocabulary <= blocks * last <= WIDE * vocabulary
         return not self.constant and (last == vocabulary or two)
@@ -94,12 +93,12 @@ Call = tuple[list[mx.array], list[mx.array]]  # inputs and outputs of a call of 
 
 @contextmanager
 def uncomputed(take: Callable[[str, list[mx.array]], Any] = lambda name, arrays: None) -> Iterator[None]:
-    """Let ``mx.eval`` and ``mx.async_eval`` put zeros, which take no memory, in place of what they would compute.
+    """Let ``mx.eval`` and ``mx.async_eval`` put zeros, which take no memory, in place of their results.
 
-    What tries a model on numbers before it is used finds that all is well.
+    Checks that compare a model's numbers before it is used pass.
 
     Args:
-        take: is given the function's name and the arrays before that; may return more arrays that are then there.
+        take: called first, with the function's name and its arrays; may return more arrays to put zeros in.
     """
     own = {name: getattr(mx, name) for name in ("eval", "async_eval")}
 
@@ -125,13 +124,13 @@ def uncomputed(take: Callable[[str, list[mx.array]], Any] = lambda name, arrays:
 
 @contextmanager
 def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by: str | None = None) -> Iterator[None]:
-    """Count what is evaluated while the context lasts, as it would be on a GPU; nothing is computed.
+    """Count the evaluations within the context as on a GPU; nothing is computed.
 
     Args:
         backend: ``"metal"`` or ``"cuda"``.
-        take: is given the count of each evaluation; what was made on the way is then there too, caches say.
+        take: called with the count of each evaluation; other arrays made since, such as caches, then exist too.
         vocabulary: its size; 0 for none.
-        by: ``"eval"`` or ``"async_eval"`` to count the calls of one of them alone.
+        by: ``"eval"`` or ``"async_eval"`` to count only the calls of that function.
     """
     calls: list[Call] = []
     slopes = [0]  # contexts of a gradient that are open
@@ -203,7 +202,7 @@ def patched(owner: Any, **functions: Any) -> Iterator[None]:
 
 
 def one_kernel(x: mx.array, *more: Any) -> mx.array:
-    """Return an array like ``x`` that one kernel makes of all these arrays, and one kernel x's gradient of its own."""
+    """Return an array like ``x`` that one kernel makes from all these arrays; x's gradient takes one kernel too."""
     return mx.depends([mx.cumsum(x, axis=-1)], [array for array in more if isinstance(array, mx.array)])[0]
 
 
@@ -219,7 +218,7 @@ def fuses_attention(backend: str, q: mx.array, k: mx.array, mask: Any, training:
 
 @contextmanager
 def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
-    """Run compiled functions as plain ones while the context lasts; ``take`` is given the outermost calls of each."""
+    """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
     compiled = [each for each in gc.get_objects() if type(each) is kind]
     codes = {code_of(part) for each in compiled for part in gc.get_referents(each)} - {None}
@@ -254,16 +253,16 @@ def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
 
 
 def code_of(function: Any) -> CodeType | None:
-    """Return the code that a function runs, a partial one too; None for what is none."""
+    """Return the code object of a function or a partial; None for other objects."""
     return getattr(getattr(function, "func", function), "__code__", None)
 
 
 def read(arrays: Sequence[mx.array], calls: Sequence[Call] = (), vocabulary: int = 0) -> Count:
-    """Count what computing some arrays takes, from what is there already.
+    """Count the cost of computing arrays from those that exist already.
 
     Args:
         arrays: not yet computed.
-        calls: of compiled functions on the way, outermost ones.
+        calls: outermost calls of compiled functions within the graph.
         vocabulary: its size; 0 for none.
     """
     tape: list[Node] = []
@@ -329,7 +328,7 @@ def _between(tape: list[Node], maker: dict[str, int], ends: set[str], starts: se
 def _fused(
     tape: list[Node], maker: dict[str, int], uses: dict[str, set[int]], inside: set[int], ends: set[str]
 ) -> dict[int, set[int]]:
-    """Return what MLX makes one kernel of in a compiled function, by the place of the last operation."""
+    """Return the operations that MLX fuses in a compiled function: a set for each kernel, by its last operation."""
     kernels: dict[int, set[int]] = {}
     left = set(inside)
     for top in sorted(inside, reverse=True):

@@ -194,16 +194,16 @@ def reference() -> dict[str, Any]:
     loaded = loading.load(NANO, device="cpu", weights="dense", dtype="float32")
     completions = []
     for prompt in prompts_of(loaded):
-        ids, logprobs, gaps = list(prompt), [], []
-        while len(logprobs) < MAX_TOKENS and ids[-1] not in (loaded.stop_ids if logprobs else ()):
+        ids, chosen, gaps = list(prompt), [], []
+        while len(chosen) < MAX_TOKENS and ids[-1] not in (loaded.stop_ids if chosen else ()):
             logits = np.array(loaded.model(mx.array([ids]))[0, -1], np.float64)
             values = logits - np.logaddexp.reduce(logits)
             second, first = np.sort(values)[-2:]
             ids.append(int(values.argmax()))
-            logprobs.append(round(float(first), 6))
+            chosen.append(round(float(first), 6))
             gaps.append(round(float(first - second), 6))
         tokens = ids[len(prompt) :]
-        completions.append({"prompt": list(prompt), "tokens": tokens, "logprobs": logprobs, "gaps": gaps})
+        completions.append({"prompt": list(prompt), "tokens": tokens, "logprobs": chosen, "gaps": gaps})
     made = provenance()
     return {
         "made_by": "mlx-traces nano reference",

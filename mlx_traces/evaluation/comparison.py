@@ -34,24 +34,28 @@ def read_run(path: str | Path) -> Run:
         UserError: if it is not one, or has no result yet.
     """
     folder = existing(path, "result.json")
-    later = {field.name: field.default for field in fields(EvalResult) if field.default is not MISSING}
+    known = fields(EvalResult)
+    later = {one.name: one.default for one in known if one.default is not MISSING}
     result = later | (folder.result or {})
-    missing = [field.name for field in fields(EvalResult) if field.name not in result]
+    missing = [one.name for one in known if one.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
     return Run(folder.path.name, result, [interned(row) for row in folder.samples], folder.about)
 
 
-def interned(value: Any) -> Any:
+def interned(value: Any, depth: int = 2) -> Any:
     """Return a sample with equal texts, completions apart, stored once for all samples and runs.
 
-    Keys, ids, questions and prompts repeat from run to run; this halves the memory of twenty runs.
+    Keys, ids, questions and prompts repeat from run to run; this halves the memory of twenty runs. A sample is an
+    object of texts and of objects of texts; what lies deeper than ``depth`` objects stays as it is.
     """
     if type(value) is str:
         return sys.intern(value)
-    if type(value) is not dict:
+    if type(value) is not dict or not depth:
         return value
-    return {sys.intern(key): inner if key == "completion" else interned(inner) for key, inner in value.items()}
+    return {
+        sys.intern(key): inner if key == "completion" else interned(inner, depth - 1) for key, inner in value.items()
+    }
 
 
 def by_extractor(run: Run, extractor: str) -> Run:

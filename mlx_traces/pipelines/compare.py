@@ -194,10 +194,11 @@ def requested(
     return config.model_copy(update={"runs": everything, "evals": evals, "tasks": tasks, "extractor": extractor})
 
 
-def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
+def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None) -> list[Run]:
     """Read the named runs, then make or finish the evaluations; return the runs in that order.
 
-    An evaluation is not repeated if its run folder exists with the same settings, problems and model files.
+    An evaluation is not repeated if its run folder exists with the same settings, problems and model files. ``say``
+    gets a line for each model that is left out, and before each conversion.
 
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
@@ -207,13 +208,16 @@ def collect(config: CompareConfig, progress: bool = False) -> list[Run]:
     collected = [read_run(path) for path in dict.fromkeys(config.runs)]
     found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
     for task in config.tasks:
-        found += entries(config, task)[0]
+        own, notes = entries(config, task)
+        found += own
+        for note in notes:
+            say(note)
     if config.extractor:
         judged = {"extractor": config.extractor}
         collected = [by_extractor(finished, config.extractor) for finished in collected]
         found = [replace(entry, config=entry.config.model_copy(update=judged)) for entry in found]
-    made = make(found, plans_of(found), config.runs_dir, progress=progress)
-    return collected + list({(run.name, run.result["model"]): run for run in made}.values())
+    made = make(found, plans_of(found), config.runs_dir, say, progress)
+    return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
 
 def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False) -> Run:
@@ -228,9 +232,8 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
-    if RunFolder(path).finished:
-        pass
-    elif apart:
+    missing = not RunFolder(path).finished
+    if missing and apart:
         settings = planned.config.model_dump(exclude_unset=True)
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -239,7 +242,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
             raise UserError(
                 f"{path}: the process that evaluated it died, perhaps for lack of memory; try fewer rows"
             ) from None
-    else:
+    elif missing:
         run(planned, path, resume=path.exists(), progress=progress)
     return by_extractor(read_run(path), planned.extractor)
 
@@ -249,11 +252,16 @@ def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
     run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
-def compared(config: CompareConfig, progress: bool = False) -> "tuple[pd.DataFrame, list[Run]]":
-    """Carry out a comparison; return table and runs, and write the files into ``config.out`` if it is set."""
+def compared(
+    config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None
+) -> "tuple[pd.DataFrame, list[Run]]":
+    """Carry out a comparison; return table and runs, and write the files into ``config.out`` if it is set.
+
+    ``say`` is that of `collect`.
+    """
     from mlx_traces.report import export
 
-    runs = collect(config, progress)
+    runs = collect(config, progress, say)
     frame = comparison.compare_runs(runs, config.baseline or 0)
     if config.out:
         export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))

@@ -85,8 +85,8 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)
-        files = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
-        before.append([name, content, *(loop.digest(file) for file in files if Path(file).is_file())])
+        inputs = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
+        before.append([name, content, *(loop.digest(file) for file in inputs if Path(file).is_file())])
         before[-1] += digests_of(settings) if isinstance(settings, RLConfig) else []
         digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
         out = folder / f"{config.name}-{name}-{digest}{'' if folder == runs else '.jsonl'}"
@@ -117,10 +117,10 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
 
 def digests_of(settings: RLConfig) -> list[str]:
     """Digest the files that GRPO and PPO read beside the problems: reward functions, rubric, reference."""
-    files = [_module_file(name.partition(":")[0]) for name in settings.rewards if ":" in name]
-    files += [Path(settings.judge_prompt)] if settings.judge_prompt else []
+    paths = [_module_file(name.partition(":")[0]) for name in settings.rewards if ":" in name]
+    paths += [Path(settings.judge_prompt)] if settings.judge_prompt else []
     folder = settings.reference and Path(settings.reference)
-    digests = [loop.digest(file) for file in files if file and file.is_file()]
+    digests = [loop.digest(file) for file in paths if file and file.is_file()]
     return [*digests, *([fingerprint(folder)] if folder and folder.is_dir() else [])]
 
 
@@ -174,7 +174,7 @@ def make_raw(config: RoundsConfig, out: Path) -> list[str]:
 
 
 def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace], str]:
-    """Return an iterator over the first stage's traces, and their source; ``skipped`` counts problems without one."""
+    """Return an iterator over the first stage's traces, and their source; ``skipped`` counts the other problems."""
     raw, task = config.raw, get_task(config.task)
     if raw.file is not None:
         return (trace for _, trace in files.read_traces(Path(raw.file))), raw.file
@@ -362,11 +362,11 @@ def trainings(plan: list[Stage]) -> list[Stage]:
 def comparison_of(config: RoundsConfig, plan: list[Stage]) -> CompareConfig:
     """Return the comparison at the end: the base model and each round's adapter, all on the same problems."""
     spec, adapter = names.split_adapter(config.model)
-    adapters = [adapter, *(str(stage.out / "adapter") for stage in trainings(plan))]
+    folders = [adapter, *(str(stage.out / "adapter") for stage in trainings(plan))]
     prompt = config.compare.prompt or config.prompt
     evals = [
-        filled(EvalConfig, config.compare, model=spec, adapter=name, task=config.task, prompt=prompt)
-        for name in adapters
+        filled(EvalConfig, config.compare, model=spec, adapter=folder, task=config.task, prompt=prompt)
+        for folder in folders
     ]
     out = Path(config.runs_dir) / f"{config.name}-comparison"
     return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out))

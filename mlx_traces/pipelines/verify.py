@@ -1,6 +1,7 @@
 """Check stored runs: grade their completions again, recompute their figures, check their files.
 
-MLX is loaded only for adapters."""
+MLX is loaded only for adapters.
+"""
 
 import hashlib
 import json

@@ -255,7 +255,8 @@ class Page:
     def training(self, kind: str, runs: Sequence[Record], first: int) -> dict[str, Any]:
         """Return a section of trainings of one kind: their results, and a panel for each metric.
 
-        ``first`` is the number of trainings in the sections before; colours go on from there."""
+        ``first`` is the number of trainings in the sections before; colours go on from there.
+        """
         metrics: dict[str, list[tuple[int, curves.Curve]]] = {}
         for i, run in enumerate(runs):
             for curve in curves.curves(run):

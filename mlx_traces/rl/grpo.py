@@ -161,7 +161,7 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) 
         if config.updates_per_batch * config.minibatches > 1:
             for row, values in logprobs_of(halves, useful, config):
                 row.old = values
-        losses, norms, sums = [], [], Counter()
+        totals, norms, sums = [], [], Counter()
         draw = random.Random(f"{config.seed} step {step}")
         for _ in range(config.updates_per_batch):
             order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
@@ -173,19 +173,19 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) 
                 norm, update = optimizer.propose(model, grads)
                 loop.refuse_nonfinite(loss, norm, step, config, f"max_grad_norm ({config.max_grad_norm:g})")
                 update()
-                losses.append(loss)
+                totals.append(loss)
                 norms.append(norm)
                 sums.update(more)
-    if not losses:
+    if not totals:
         return {"optim/updates": 0}
     return {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(totals) / len(totals),
         "policy/kl_sampler": sums["kl_sampler"] / sums["tokens"],
         "policy/entropy": sums["entropy"] / sums["tokens"],
         "policy/clip_fraction": sums["clip"] / sums["ratios"],
         "policy/kl_old": sums["kl_old"] / sums["tokens"],
         **({"policy/kl_ref": sums["kl_ref"] / sums["tokens"]} if config.kl_coef else {}),
-        "optim/updates": len(losses),
+        "optim/updates": len(totals),
         "optim/grad_norm": sum(norms) / len(norms),
         "optim/lr": optimizer.learning_rate.item(),
     }

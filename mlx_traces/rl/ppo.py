@@ -233,7 +233,7 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -
         foresee(module, halves, rows, learner.reference, config)
         metrics = aim(rows, config)
         parts = dict(zip(("policy", "value"), optimizer.optimizers, strict=True))
-        losses, norms, sums = [], Counter(), Counter()
+        totals, norms, sums = [], Counter(), Counter()
         draw = random.Random(f"{config.seed} step {step}")
         for _ in range(config.epochs):
             order = draw.sample(rows, len(rows)) if config.minibatches > 1 else rows
@@ -247,11 +247,11 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -
                 for name, (norm, update) in proposed.items():
                     update()
                     norms[name] += norm
-                losses.append(loss)
+                totals.append(loss)
                 sums.update(more)
-    count = len(losses)
+    count = len(totals)
     metrics |= {
-        "loss": sum(losses) / count,
+        "loss": sum(totals) / count,
         "value/loss": sums["value_loss"] / count,
         "value/clip_fraction": sums["value_clip"] / sums["tokens"],
         "value/grad_norm": norms["value"] / count,

@@ -64,10 +64,10 @@ Group = list[ScoredCompletion]
 class Row:
     """A scored completion as it is learned from; arrays have a float32 for each of its completion tokens.
 
-    ``sampler`` are the log-probabilities that it was sampled with; ``old`` the policy's before the step's first update,
-    where an algorithm needs them, ``reference`` the reference's where there is one. ``advantage`` is one number for all
-    tokens, or an array; ``weights`` are the update's. PPO has the ``reward``, the value head's ``values`` before the
-    first update, and the ``returns`` that it learns from.
+    ``sampler`` holds the log-probabilities of sampling, ``old`` the policy's before the step's first update (if the
+    algorithm needs them), ``reference`` those of the reference (if there is one). ``advantage`` is one number for all
+    tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, the value head's
+    ``values`` before the first update, and the ``returns`` that it learns from.
     """
 
     example: Example

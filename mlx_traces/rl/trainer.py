@@ -32,7 +32,7 @@ from mlx_traces.train import loop, memory, tracking
 
 @dataclass
 class Learner:
-    """What an algorithm trains, and by what: a checkpoint holds ``module`` and ``optimizer``.
+    """The module that an algorithm trains, and its optimizer; a checkpoint holds both.
 
     ``split`` is the model's trunk and head; ``reference`` a context in which the model is the KL term's reference.
     """
@@ -65,10 +65,10 @@ class Result:
 
 
 class Run(loop.Training):
-    """A training whose steps draw problems, sample rollouts of them, and score these.
+    """A training whose steps draw problems, sample rollouts, and score them.
 
     Args:
-        setup: as `opened` yields it.
+        setup: from `opened`.
         learner: what the algorithm trains; a checkpoint holds its module and optimizer.
     """
 
@@ -104,7 +104,7 @@ class Run(loop.Training):
         return groups, kept
 
     def end_step(self, step: int, groups: Sequence[Group], learned: Mapping[str, Any]) -> None:
-        """Log, validate and save as `Training.end_step` does; the step's rollouts are told too.
+        """Log, validate and save as `Training.end_step` does, with the metrics and samples of the step's rollouts.
 
         Raises:
             UserError: if the model's outputs are no longer finite numbers; nothing is saved.
@@ -115,7 +115,7 @@ class Run(loop.Training):
         super().end_step(step, {**rollouts.figures(groups), **learned, **seconds}, shown)
 
     def result(self) -> Result:
-        """End the training; return what came of it, which the run folder has as ``result.json``."""
+        """End the training; write ``result.json`` and return its content."""
         metrics, progress = self.end(), self.progress
         rows = [row for row in metrics if "tokens" in row]
         accuracies = {row["step"]: row["valid/accuracy"] for row in metrics if "valid/accuracy" in row}
@@ -166,7 +166,7 @@ class Setup:
     show: Callable | None
 
     def begin(self) -> None:
-        """Begin the folder: what decides the result, and what it was made with."""
+        """Begin the run folder: write the identity, the resolved settings, versions, backend and notes."""
         config, loaded, held_out = self.config, self.loaded, self.held_out
         found = memory.of_reinforcement(loaded, config, self.longest)
         self.notes += filter(None, [memory.fits(found, loaded.backend)])

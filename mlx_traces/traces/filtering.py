@@ -19,7 +19,7 @@ from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
-from mlx_traces.traces.quality import headline, named, words
+from mlx_traces.traces.quality import headline, named, problem_of, words
 
 SHINGLE = 5  # words
 SHORT_QUESTION = 8  # words; a shorter question is compared by its problem's id alone
@@ -293,8 +293,8 @@ def balanced(
     for index in kept:
         trace, label = traces[index], ""
         if config.difficulty == "stratum":
-            where = f"trace {trace.id}"
-            label = task_of(trace.task, where).parse(trace.columns, where).stratum if trace.task else ""
+            problem = problem_of(trace, f"trace {trace.id}")
+            label = problem.stratum if problem else ""
         elif outcomes := judged.get(trace.id):
             label = str(min(int(sum(outcomes) / len(outcomes) * config.bins), config.bins - 1))
         bins[label].append(index)

@@ -211,7 +211,7 @@ def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callab
     """Return a column's turns; a text is one turn of ``role``, whose thought may be in a column beside it."""
     if isinstance(row[column], str):
         apart = {name: row[name] for name in THOUGHTS if role == "assistant" and isinstance(row.get(name), str)}
-        row, column = {column: [{"role": role, "content": row[column], **apart}]}, column
+        row = {column: [{"role": role, "content": row[column], **apart}]}
     return _turns(row[column], "role", "content", where, style, drop)
 
 
@@ -265,8 +265,10 @@ def _joined(turn: Row, content: str, where: str) -> Row:
         if kind not in ("text", *THOUGHTS) or not isinstance(part.get(kind), str):
             raise UserError(f"{where}: a part of {content!r} is no text but {str(kind)[:40]!r}; leave that row out")
         (texts if kind == "text" else thoughts).append(part[kind])
-    apart = {next(name for name in THOUGHTS if name not in turn): "\n".join(thoughts)} if thoughts else {}
-    return {**turn, content: "".join(texts), **apart}
+    free = next((name for name in THOUGHTS if not turn.get(name)), None)
+    if thoughts and free is None:
+        raise UserError(f"{where}: a turn has thoughts in {content!r} and in {', '.join(THOUGHTS)}; leave that row out")
+    return {**turn, content: "".join(texts), **({free: "\n".join(thoughts)} if thoughts else {})}
 
 
 def _thoughts(turn: Row, role: str) -> dict[str, str]:

@@ -135,9 +135,9 @@ def _total(done: Sequence[tuple[mx.array, dict[str, mx.array]]], grads: Any) -> 
 
 
 class Queue:
-    """Has arrays computed: on a GPU without waiting for them, so that the next ones are prepared meanwhile.
+    """Compute arrays, on a GPU without waiting, so that the host prepares the next ones meanwhile.
 
-    At most two are under way at a time, or the memory of all would add up.
+    At most two calls are under way at a time; with more, their memory would add up.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class Queue:
         mx.async_eval(arrays)
         if self.before is not None:
             mx.eval(self.before)
-        self.before = tree_flatten(arrays)[0][1]  # is there when all of its call are
+        self.before = tree_flatten(arrays)[0][1]  # computed when all arrays of its call are
 
 
 def each(
@@ -162,8 +162,8 @@ def each(
 ) -> list[tuple[list[int], Any]]:
     """Return the indices of each micro-batch's rows, and what ``take`` makes of its states and tokens.
 
-    ``take`` has states and tokens as `LossOf` has them, and returns a tree of arrays. Where memory runs out, it is
-    asked again for all rows, in smaller batches.
+    ``take`` gets states and tokens as `LossOf` does, and returns a tree of arrays. If memory runs out, it is called
+    again for all rows, in smaller batches.
     """
     prompts = _shared(halves, examples)
 

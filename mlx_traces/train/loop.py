@@ -66,25 +66,25 @@ class Progress:
 
 
 class Training:
-    """A training at work in its run folder.
+    """A training in its run folder.
 
-    Making one goes on from the checkpoint, if the folder has one: module, optimizer, progress, and the lines of
-    ``metrics.jsonl`` and ``samples.jsonl`` are those of its last saved step.
+    A new object continues from the checkpoint, if the folder has one: it loads module, optimizer and progress, and cuts
+    ``metrics.jsonl`` and ``samples.jsonl`` back to the last saved step.
 
     Args:
         folder: the run's.
         loaded: the model, its adapter on.
         config: the settings, with ``patience`` and ``save_every``.
-        module: all that is trained; what a checkpoint holds, with ``optimizer``.
+        module: holds everything that is trained; a checkpoint saves it and ``optimizer``.
         optimizer: its optimizer.
-        room: which micro-batches the memory has turned out to hold; tells its metrics and notes.
+        room: the memory budget of micro-batches, with metrics and notes.
         adapter: the adapter's settings, as `adapters.start` returned them.
         about: further entries of the adapter's settings file.
         last: number of steps.
         every: steps between validations.
-        validate: returns metrics, none where nothing is held out, and lines for ``samples.jsonl``.
-        progress: where a new training is.
-        stop: whether the user asked to stop.
+        validate: returns metrics, empty if nothing is held out, and lines for ``samples.jsonl``.
+        progress: of a new training.
+        stop: returns whether the user asked to stop.
         show: called with each line of metrics and the number of steps.
     """
 
@@ -118,7 +118,7 @@ class Training:
             folder.rewind(file, self.progress.step if begun else -1)  # if not, the first validation is made again too
 
     def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps that are left, from 1; before the first one the start is validated."""
+        """Yield the numbers of the remaining steps, from 1; validate the start before the first one."""
         device.reset_peak_memory()
         self.began = perf_counter() - self.progress.seconds
         if not self.progress.step and (row := self._validated()):
@@ -127,7 +127,7 @@ class Training:
             yield self.progress.step + 1
 
     def end_step(self, step: int, metrics: Mapping[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
-        """Log a step; validate, keep the best adapter and save a checkpoint where it is time.
+        """Log a step; validate, keep the best adapter and save a checkpoint when they are due.
 
         Raises:
             Stopped: if the user asked to stop; the checkpoint is written.
@@ -146,7 +146,7 @@ class Training:
             raise Stopped(f"stopped after step {step} of {self.last}")
 
     def end(self) -> list[dict[str, Any]]:
-        """Keep the last adapter where no validation chose one; return the lines of metrics."""
+        """Keep the last adapter if no validation chose one; return the lines of metrics."""
         if self.progress.best is None:
             keep(self.loaded, self.folder, self.adapter, self.about)
         return self.folder.metrics
@@ -196,7 +196,7 @@ def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan 
 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that decides what is learned: settings, files by their content, and the kind's ``own`` entries."""
+    """Return all that decides the result: settings, files by their content, and the algorithm's ``own`` entries."""
     held_out = validation_of(config.sized({}))  # the same on every device
     return {
         **config.identity(),
@@ -213,7 +213,7 @@ def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mappin
 def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions.
 
-    ``valid/accuracy_strict`` counts answers in the form that the prompt asks for only. Where it falls behind
+    ``valid/accuracy_strict`` counts only answers in the form that the prompt asks for. If it falls behind
     ``valid/accuracy``, of a tolerant extractor, the model loses the form.
     """
     loaded.model.eval()

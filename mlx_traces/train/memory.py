@@ -316,9 +316,9 @@ def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
 
 
 def fitted(config: C, backend: Backend, estimate_of: Callable[[C], Estimate]) -> C:
-    """Return a training's settings with the micro-batches that its device takes lowered until they fit in its memory.
+    """Return a training's settings with the device's ``micro_tokens`` halved until the update fits in memory.
 
-    Only where ``micro_tokens`` is not set, and not below the default, which is a CPU's.
+    A value that the user set is kept, and the result is not below the default, which is a CPU's.
     """
     default = type(config).model_fields["micro_tokens"].default
     while (

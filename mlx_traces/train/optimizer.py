@@ -34,10 +34,10 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], mx.array]:
 
 
 class ClippedAdamW(optim.AdamW):
-    """AdamW (arXiv 1711.05101) with bias correction, on a schedule, of gradients that are clipped to a global norm.
+    """AdamW (arXiv 1711.05101) with bias correction, on a schedule, with gradients clipped to a global norm.
 
-    On a GPU clipping and rule are one compiled function: of a rank-16 adapter on all linear layers of a model of 24
-    layers they are 1,060 kernels, and 9,428 where each operation is one.
+    On a GPU clipping and update rule are one compiled function. For a rank-16 adapter on all linear layers of 24 its
+    graph has 1,044 kernels instead of 9,428 (counted).
 
     Args:
         config: the settings.
@@ -60,7 +60,7 @@ class ClippedAdamW(optim.AdamW):
     def propose(self, module: nn.Module, grads: Any) -> tuple[float, Callable[[], None]]:
         """Return the gradients' norm before clipping, and a function that updates ``module`` and the state.
 
-        Until that is called nothing has changed, so a norm that is not finite can be refused.
+        Nothing changes before that call, so a norm that is not finite can be refused.
 
         Args:
             module: holds the parameters.

@@ -221,7 +221,7 @@ def _begin(
     """Check that the run is the one in the folder, put the adapter on, and begin the folder.
 
     Returns:
-        The settings, micro-batches that the device takes lowered until they fit, and what `adapters.start` returned.
+        The settings, with the device's micro-batches lowered until they fit, and the result of `adapters.start`.
     """
     identity = identity_of(config, loaded, data) | {"held_out": data.held_out and data.held_out.shown()}
     folder.check(identity)

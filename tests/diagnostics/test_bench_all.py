@@ -120,6 +120,16 @@ def test_what_hangs_is_cut_with_all_that_it_started(command, tmp_path):
             pytest.fail("what the step started still runs")
 
 
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+def test_a_step_that_has_ended_need_not_take_a_signal(command, monkeypatch, error):
+    def refused(*_):
+        raise error
+
+    command(f"import json; print(json.dumps([{LINE!r}]))")
+    monkeypatch.setattr(os, "killpg", refused)
+    assert run(DOCTOR, 30).status == "done"
+
+
 def test_what_fails_says_why(command):
     for program, said in (
         ("import sys; print('once'); sys.exit('no room for \\x1b[31mthis')", "no room for"),

@@ -59,20 +59,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def answer(self, body):
-        server = self.server
-        with server.lock:
-            number = sum(path != "/v1/models" for path, _, _ in server.asked)
-            server.asked.append((self.path, body, dict(self.headers)))
-            server.under_way += 1
-            server.most = max(server.most, server.under_way)
+        listener = self.server
+        with listener.lock:
+            number = sum(path != "/v1/models" for path, _, _ in listener.asked)
+            listener.asked.append((self.path, body, dict(self.headers)))
+            listener.under_way += 1
+            listener.most = max(listener.most, listener.under_way)
         try:
             if body is None:
                 status, headers, content = 200, {}, {"data": [{"id": "served"}, {"id": "other"}]}
             else:
-                status, headers, content = server.respond(number, self.path, body)
+                status, headers, content = listener.respond(number, self.path, body)
         finally:
-            with server.lock:
-                server.under_way -= 1
+            with listener.lock:
+                listener.under_way -= 1
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
@@ -93,12 +93,12 @@ def said(text, usage=7, **message):
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("mlx_traces.evaluation.server.BACKOFF", 0.001)
-    server = Fake()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    listener = Fake()
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    yield listener
+    listener.shutdown()
+    listener.server_close()
 
 
 def evaluated(fake, out, **changes):

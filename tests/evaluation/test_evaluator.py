@@ -256,6 +256,13 @@ def test_stop_strings_end_answers_and_are_counted(tmp_path):
     assert inside > 1 and f"of 8 by a stop string, {inside} of them in a thought" in told
 
 
+def test_a_sample_with_objects_within_objects_is_read(batched, tmp_path):
+    shutil.copytree(batched[0], tmp_path / "deep")
+    row = samples_of(tmp_path / "deep")[0] | {"more": json.loads('{"a": ' * 700 + "1" + "}" * 700)}
+    (tmp_path / "deep" / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(read_run(tmp_path / "deep").samples) == 1
+
+
 def test_a_result_from_before_stop_strings_were_counted_is_read(batched, tmp_path):
     shutil.copytree(batched[0], tmp_path / "old")
     result = json.loads((tmp_path / "old" / "result.json").read_text())

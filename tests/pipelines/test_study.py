@@ -380,7 +380,11 @@ def test_compare_and_study_read_one_shape_and_make_the_same_runs(tiny_folder, tm
     rows = {"model": str(tiny_folder), "label": "own"}, {"model": str(tiny_folder), "bits": 8, "prompts": ["plain"]}
     config = config_of(tmp_path, questions, *rows)
     asked = config.model_dump(include={"tasks", "models", "runs_dir"}, exclude_unset=True)
-    frame, _ = compare.compared(build(CompareConfig, {**asked, "baseline": "own_boxed"}))
+    asked["models"].append({"model": "nano", "adapter": "./none", "label": "later", "optional": True})
+    said = []
+    frame, _ = compare.compared(build(CompareConfig, {**asked, "baseline": "own_boxed"}), say=said.append)
+    assert said[0] == "later is left out: there is no adapter in ./none yet"
+    assert len(said) == 2 and said[1].startswith("converting ")
     (part,) = study.run(config)
     assert frame["run"].tolist() == part.comparison["run"].tolist()  # and a study has nothing left to make
     assert frame["label"].tolist() == ["own_plain", "own_boxed", "tiny-4bit-8bit-g64_plain"]

@@ -268,6 +268,10 @@ def test_numbers_and_equal_spellings_need_no_worker(monkeypatch):
             (text, None)
             for text in ("1\\frac12", "2/3x", "ab", "2^10", "1/0", "9^{9^{9}}", "x=5", "5!", "{", "\\log 2", "1,2")
         ),
+        *(
+            (text, None)  # parts that are missing
+            for text in ("x\\frac{}{2}", "\\frac{1}{}", "x\\sqrt{}", "x^{}")
+        ),
     ],
 )
 def test_values_of_formulas(text, value):

@@ -157,9 +157,12 @@ BAD = [
     ("def broken(:", r"mine.py: cannot be imported as a task \(SyntaxError: "),
     ("x = 1", r"mine.py: TASK must be a mlx_traces.tasks.Task; there is none"),
     ("TASK = {'grade': print}", r"mine.py: TASK must be a mlx_traces.tasks.Task; it is a dict"),
-    (EXAMPLE.replace(", grade=grade", ""), r"mine.py: cannot be imported as a task \(.*'grade'.*line \d+\)"),
+    (EXAMPLE.replace("    grade=grade,\n", ""), r"mine.py: cannot be imported as a task \(.*'grade'.*line \d+\)"),
     (EXAMPLE.replace("grade=grade", "grade=None"), r"mine.py: TASK.grade must be a function, not 'None'"),
-    (EXAMPLE.replace('("nums",), gr', '"nums", gr'), r"mine.py: TASK.columns must be a tuple of names, not 'nums'"),
+    (
+        EXAMPLE.replace(' columns=("nums",)', ' columns="nums"'),
+        r"mine.py: TASK.columns must be a tuple of names, not 'nums'",
+    ),
     (EXAMPLE.replace('extractors=("answer",)', "extractors=()"), r"mine.py: TASK.extractors must name one way"),
     (EXAMPLE.replace('{"thinking":', '{"other":'), r"mine.py: TASK.prompts: 'other' must be a Prompt of that name"),
     (

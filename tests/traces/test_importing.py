@@ -164,6 +164,9 @@ def test_a_content_in_parts_is_joined(tmp_path):
         with pytest.raises(UserError, match=f"a.jsonl:1: a part of 'content' is no text but '{kind}'; leave that row"):
             read(text, part)
     assert not dropped
+    full = {**APART, "content": [{"type": "thought", "thought": "a"}, text], **dict.fromkeys(importing.THOUGHTS, "b")}
+    with pytest.raises(UserError, match="a.jsonl:1: a turn has thoughts in 'content' and in reasoning_content, think"):
+        imported(write_lines(path, {"messages": [USER, full]}), "messages")
 
 
 def test_conversations_with_a_tool_are_left_out(tmp_path):

@@ -116,6 +116,8 @@ def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     text = (tmp_path / "valid" / "adapter" / "README.md").read_text()
     assert f"at step {valid.best_step}, the one" in text and f"| `valid/loss` | {valid.valid_loss:.4g} |" in text
     assert model_card.rewrite(tmp_path / "valid" / "adapter").read_text() == text  # the step that its result names
+    (tmp_path / "valid" / "result.json").unlink()  # as in a run that was cut off
+    assert model_card.rewrite(tmp_path / "valid" / "adapter").read_text() == text
     fuse.fuse(str(model_folder), str(out / "adapter"), tmp_path / "whole")
     fused = accepted(tmp_path / "whole" / "README.md")
     assert "One model (16 bits" in fused.text and "adapter_path" not in fused.text and "# whole" in fused.text
