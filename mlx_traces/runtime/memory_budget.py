@@ -46,12 +46,12 @@ class MemoryBudget:
         if self.failed:
             gc.collect()  # by now the error, which held what was computed, is gone
             device.import_mlx().clear_cache()
-        if self.most is not None and self.worked >= self.wait:
+        if self.most is not None and self.most < asked and self.worked >= self.wait:
             self.most, self.worked = 2 * self.most, 0
-        if self.most is not None and self.most >= asked:
-            self.most = None
-            self.notes.append(f"{asked} {self.unit} fit again")
-        return asked if self.most is None else self.most
+            if self.most >= asked:
+                self.most = None
+                self.notes.append(f"{asked} {self.unit} are tried again")
+        return asked if self.most is None else min(asked, self.most)
 
     @contextmanager
     def trying(self, size: int, smallest: int = 1, advice: str = "") -> Iterator[None]:

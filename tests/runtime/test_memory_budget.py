@@ -56,8 +56,17 @@ def test_then_half_and_later_back_up_with_longer_and_longer_waits():
     for _ in range(2 * WAIT):
         budget.fit(32, LENGTHS, device.work)
     assert device.asked[before:] == [16] * (WAIT - 2) + [32] * (WAIT + 2)
-    assert budget.most is None and budget.notes[-1] == "32 tokens fit again"
+    assert budget.most is None and budget.notes[-1] == "32 tokens are tried again"
     assert "memory/micro_tokens" not in budget.metrics()
+
+
+def test_less_work_in_between_forgets_nothing():
+    """Validation has fewer rows than training."""
+    budget, device = made(), Device(holds=20)
+    budget.fit(64, LENGTHS, device.work)
+    for _ in range(3 * WAIT):
+        assert budget.fit(8, LENGTHS, device.work) == 8
+    assert budget.most == 20 and len(budget.notes) == 2
 
 
 def test_more_than_there_is_to_do_is_not_halved_in_vain():
