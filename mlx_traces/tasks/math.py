@@ -92,8 +92,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     be graded but not become a prompt.
     """
     require()
-    name = "problem" if "problem" in row else "question"
-    question = text_column(row, name, where, default="")
+    question = text_column(row, _question_column(row), where, default="")
     if "answer" in row:
         gold = text_column(row, "answer", where).strip()
     elif (gold := last_boxed(text_column(row, "solution", where))) is None:
@@ -102,12 +101,17 @@ def parse(row: dict[str, Any], where: str) -> Problem:
         raise UserError(f"{where}: 'answer' has more than {MAX_ANSWER:,} characters")
     level = str(row.get("level") or "").removeprefix("Level").strip()
     parts = (f"level {level}" if level else "", str(row.get("subject") or row.get("type") or ""))
-    columns = {"question": question, **{key: row[key] for key in row if key not in (name, "answer")}, "answer": gold}
+    others = {key: value for key, value in row.items() if key not in ("problem", "question", "answer")}
+    columns = {"question": question, **others, "answer": gold}
     return Problem(content_id("math", question or gold), columns, gold, "; ".join(filter(None, parts)))
 
 
+def _question_column(row: dict[str, Any]) -> str:
+    return "question" if "question" in row and "problem" not in row else "problem"
+
+
 def _parse_asked(row: dict[str, Any], where: str) -> Problem:
-    text_column(row, "problem" if "question" not in row else "question", where)
+    text_column(row, _question_column(row), where)
     return parse(row, where)
 
 

@@ -218,3 +218,9 @@ def test_data_math_writes_traces(file, tmp_path):
     done = CliRunner().invoke(main, ["data", "math", "--data", str(file), "--style", "boxed", "--out", str(out)])
     assert done.exit_code == 0 and "2 traces written" in done.stderr and "1 skipped (no worked solution)" in done.stderr
     assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_row_with_problem_and_question_is_asked_its_problem():
+    problem = math.parse({"problem": "1 + 1?", "question": "another", "answer": "2"}, "x:1")
+    assert problem.columns["question"] == "1 + 1?"
+    assert problem.id == math.parse({"problem": "1 + 1?", "answer": "2"}, "x:1").id
