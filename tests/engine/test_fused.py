@@ -74,7 +74,7 @@ def test_the_fused_step_samples_what_the_modules_do(kind, backend, monkeypatch):
     monkeypatch.setattr(fused, "step_of", lambda *_: None)
     for own, expected in zip(rollouts, sampled(loaded) + sampled(loaded, 1), strict=True):
         assert own.completion_ids == expected.completion_ids
-        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=1e-5)
+        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=5e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -187,7 +187,7 @@ def test_an_adapter_that_is_kept_apart_is_joined_too(targets, kind, monkeypatch)
     monkeypatch.setattr(fused, "step_of", lambda *_: None)
     for own, expected in zip(rollouts, sampled(loaded_as(model, "metal")), strict=True):
         assert own.completion_ids == expected.completion_ids
-        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=1e-5)
+        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=5e-5)
 
 
 class Gelu(qwen2.MLP):
