@@ -322,7 +322,19 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
 
     rewards: dict[str, float] = Field(
         {"correct": 1.0},
-        description="Weights of the rewards: correct, gated, flash, judge, format, ... or your own module:function.",
+        description="Weights of the rewards: correct, gated, equations, judge, ... or your own module:function.",
+    )
+    step_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        exclude_if=not_,
+        description="Weight of the values that a reward (equations, steps, your own) gives to single steps of a "
+        "completion; 0: only whole completions are rewarded.",
+    )
+    supervision: Literal["local", "cumulative"] = Field(
+        "local",
+        exclude_if=lambda value: value == "local",
+        description="Where a step's value counts: at the step's own tokens (local), or at its own and all earlier ones "
+        "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
         "think", description="Form of a completion that the rewards format and gated require."
@@ -403,6 +415,13 @@ class GRPOConfig(RLConfig):
     def _no_bnpo(cls, value: Any) -> Any:
         if value == "bnpo":  # a mean over micro-batches, which change nothing here
             raise ValueError("bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _by_tokens(cls, value: str, info: ValidationInfo) -> str:
+        if value == "gspo" and info.data.get("step_weight"):
+            raise ValueError("gspo has one ratio and one advantage per completion; for step_weight choose another loss")
         return value
 
 
