@@ -22,7 +22,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
-from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime import blas, device, distributed
 from mlx_traces.train import optimizer
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
@@ -80,7 +80,8 @@ def accumulate(
     def part(tokens: int) -> tuple[float, Any, Counter]:
         return _accumulate(model, halves, rows, prompts, tokens, shifted)
 
-    loss, grads, sums = halves.room.fit(micro_tokens, _lengths(rows, prompts), part)
+    with blas.threads_for(halves, micro_tokens, distributed.world().size()):
+        loss, grads, sums = halves.room.fit(micro_tokens, _lengths(rows, prompts), part)
     return distributed.total_step(loss, grads, sums, model.trainable_parameters())
 
 
@@ -175,7 +176,8 @@ def each(
         mx.eval(done)
         return done
 
-    return halves.room.fit(micro_tokens, _lengths(examples, prompts), all_of_them)
+    with blas.threads_for(halves, micro_tokens, distributed.world().size()):
+        return halves.room.fit(micro_tokens, _lengths(examples, prompts), all_of_them)
 
 
 def _each_states(
