@@ -575,7 +575,7 @@ class RawConfig(Config):
 
 
 class Round3Config(Config):
-    """The third round: GRPO or PPO, whichever has settings."""
+    """The third round: GRPO or PPO, whichever has settings; with both, each starts where the second round ends."""
 
     grpo: GRPOConfig | None = Field(None, description="Settings of `mlx-traces grpo`.")
     ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
@@ -597,12 +597,15 @@ class RoundsConfig(TrackingConfig):
         SFTSettings(), description="SFT on the raw traces; null: none, start with the model's own traces."
     )
     generate: GenerateConfig = GenerateConfig()
-    score: ScoreConfig = ScoreConfig()
+    score: ScoreConfig = Field(
+        ScoreConfig(), description="Scores of the model's own traces, and of the answers in the comparison."
+    )
     filter: FilterConfig = FilterConfig()
     epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
     round3: Round3Config | None = Field(
         None,
-        description="GRPO or PPO after that; its KL reference is the adapter that it starts from, unless it names one.",
+        description="GRPO or PPO after that, or both beside each other; the KL reference is the adapter that it starts "
+        "from, unless it names one.",
     )
     compare: EvalConfig = EvalConfig()
     data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
@@ -652,6 +655,11 @@ class CompareConfig(ComparedConfig):
     runs: list[str] = Field(default_factory=list, description="Run folders.")
     evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
     extractor: str | None = Field(None, description="Compare all runs by this extractor.")
+    quality: ScoreConfig | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Also compare the quality of the answers, scored by these settings; {} takes those of score.",
+    )
 
 
 class StudyConfig(ComparedConfig):

@@ -76,7 +76,7 @@ def unused(config: Config) -> Iterator[str]:
                 if isinstance(config, FilterConfig) and names is _SELECTED:
                     raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
                 yield line
-    inner = getattr(config, "evals", ())
+    inner = (*getattr(config, "evals", ()), getattr(config, "quality", None))
     if isinstance(config, RoundsConfig):
         inner = (config.score, config.filter, config.epoch1, config.epoch2)
     yield from (line for one in inner if one is not None for line in unused(one))

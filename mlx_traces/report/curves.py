@@ -30,6 +30,9 @@ METRICS = (
     Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
+    Metric("steps/equations", "True equations", share=True, better=1),
+    Metric("steps/claims", "True claims", share=True, better=1),
+    Metric("steps/numbers", "Equations of the given numbers", share=True, better=1),
     Metric("loss", "Loss"),
     Metric("rollout/length", "Tokens a completion"),
     Metric("rollout/finished", "Finished completions", share=True, better=1),
@@ -50,6 +53,7 @@ METRICS = (
 )
 TITLES = {
     "reward/": "Reward: ",
+    "steps/": "Steps: ",
     "policy/": "Policy: ",
     "valid/": "Held-out ",
     "value/": "Value: ",

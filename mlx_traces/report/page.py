@@ -42,6 +42,7 @@ def write(
     out: str | Path,
     png: str | Path | None = None,
     baseline: str | None = None,
+    quality: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -53,6 +54,7 @@ def write(
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
+        quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
 
     Returns:
         The files: the page first.
@@ -70,7 +72,7 @@ def write(
         for i, run in enumerate(given)
         if run not in given[:i]
     ]
-    page = Page()
+    page = Page(quality)
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
     html = render(sections, records)
     out = Path(out)
@@ -130,8 +132,9 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
 class Page:
     """The sections of a page and the figures in them; a figure is drawn once for the page and once for a PNG."""
 
-    def __init__(self) -> None:
+    def __init__(self, quality: pd.DataFrame | None = None) -> None:
         self.pictures: dict[str, Callable[[], Figure]] = {}
+        self.quality = quality
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
         """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
@@ -227,6 +230,10 @@ class Page:
                         note,
                     )
                 )
+        quality = None
+        if self.quality is not None and set(self.quality["run"]) <= {run.name for run in runs}:
+            headings, cells = tables.quality_cells(self.quality)
+            quality = {"headings": headings, "rows": cells, "note": tables.quality_caption(self.quality)}
         task = clean(runs[0].result.get("task") or "task")
         task = task[:1].upper() + task[1:]
         return {
@@ -238,6 +245,7 @@ class Page:
             "rows": rows,
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
+            "quality": quality,
             "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,

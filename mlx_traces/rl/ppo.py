@@ -5,8 +5,8 @@ the last token, which is the stop token if the completion ended by itself. ``kl_
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
 step's tokens. What single steps of a completion earn (`steps`) is a part of the reward after a step's last token, or is
-added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
-parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
+added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from
+``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
 the task. ``overlong: mask`` leaves such completions out, for the value head too.
