@@ -36,6 +36,7 @@ METRICS = (
     Metric("loss", "Loss"),
     Metric("rollout/length", "Tokens a completion"),
     Metric("rollout/finished", "Finished completions", share=True, better=1),
+    Metric("rollout/forced", "Thoughts closed or kept open", share=True),
     Metric("policy/entropy", "Entropy, nats a token"),
     Metric("policy/kl_ref", "KL to the reference"),
     Metric("policy/kl_old", "KL of the step's updates"),

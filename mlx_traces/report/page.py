@@ -472,7 +472,7 @@ def _chosen(record: Record, most: int) -> list[dict[str, Any]]:
 
 def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
     """Return one sample for the page; keys without a value are left out."""
-    thought, solution = thoughts.parts(str(row.get("completion", "")))
+    thought, solution = thoughts.parts(marked(str(row.get("completion", "")), row.get("forced")))
     rewards = row.get("rewards")
     parts = {clean(name): value for name, value in rewards.items()} if isinstance(rewards, dict) else {}
     verdict = row.get("verdict")
@@ -493,11 +493,27 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
         "gold": _text(row.get("gold")),
         "tokens": _figure(row.get("tokens")),
         "cut": row.get("finish_reason") == "length" or None,
+        "forced": bool(row.get("forced")) or None,
         "reward": _figure(row.get("reward")),
         "rewards": {name: _figure(value) for name, value in parts.items()} or None,
         "stratum": _text(row.get("stratum")),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def marked(text: str, forced: Any) -> str:
+    """Return a completion in which the text that was put there, not sampled, stands in brackets: ``⟦Wait⟧``.
+
+    Where that closed the thought, the brackets say so, before the tag.
+    """
+    spans = forced if isinstance(forced, list | tuple) else ()
+    spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
+    for start, end in sorted(spans, reverse=True):
+        put = text[start:end]
+        closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
+        inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
+        text = f"{text[:start]}{f'⟦{put}⟧' if closed is None else inner}{text[end:]}"
+    return text
 
 
 def _figure(value: Any) -> float | None:

@@ -145,7 +145,7 @@ def score(
         UserError: naming the function, if one fails or does not return a number or None for each completion; if more
             than the share ``judge_failures`` of the judge's replies cannot be read.
     """
-    settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
+    settings = ScoreConfig(tags=tags, length_limit=planned.config.longest)
     known: dict[str, list[Value]] = {}
     if set(weights) & {*TEXT, "gated"}:
         texts = [_text_scores(planned, *sample, settings) for sample in samples]

@@ -85,7 +85,8 @@ def encode(
     """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
-    is learned by the sampled tokens, without those that were put there to close a thought or to keep it open. A trace without messages is a text, learned from its first token on.
+    is learned by the sampled tokens, without those that were put there to close a thought or to keep it open. A trace
+    without messages is a text, learned from its first token on.
 
     An earlier turn is learned, with its end, where the template writes it as it was. Templates of reasoning models
     strip thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
