@@ -185,3 +185,4 @@ class EvalResult:
     notes: list[str]
     stopped: int = 0
     stopped_in_thoughts: int = 0
+    pass_hat_k: dict[str, float] | None = None  # None: an earlier version did not compute it

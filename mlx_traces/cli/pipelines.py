@@ -9,11 +9,24 @@ import click
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, note_unused, settings_options
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
+from mlx_traces.errors import UserError
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.tasks import get_task
 from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
+BLOCK = CompareConfig.model_fields["block"].default
+
+
+def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, list[str]]:
+    """Read NAME=RUN,RUN pairs."""
+    found = {}
+    for item in items:
+        name, sign, runs = item.partition("=")
+        if not (name and sign and all(runs.split(","))):
+            raise UserError(f"--recipe {item}: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2")
+        found[name] = runs.split(",")
+    return found
 
 
 @click.command("compare", cls=Sectioned)
@@ -28,6 +41,20 @@ FORMATS = ("table", "markdown", "csv", "json")
     "--format", "format_", type=click.Choice(FORMATS), default="table", help="Printed form.  [default: table]"
 )
 @click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    metavar="NAME=RUN,RUN,...",
+    callback=_recipes,
+    help="Finished runs of several trainings of one recipe: one row, with the variance between trainings.  Repeat for "
+    "more.",
+)
+@click.option("--cluster", help=CompareConfig.model_fields["cluster"].description)
+@click.option("--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description)
+@click.option(
+    "--block", type=int, help=f"{CompareConfig.model_fields['block'].description}  [default: {BLOCK}, with the former]"
+)
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],
@@ -39,6 +66,10 @@ def compare_command(
     runs_dir: str | None,
     format_: str,
     extractors: bool,
+    recipes: dict[str, list[str]],
+    cluster: str | None,
+    stop_when_decided: bool,
+    block: int | None,
     settings: dict,
 ) -> None:
     """Compare models or runs in one table with paired statistics. Evaluates what is missing.
@@ -50,7 +81,8 @@ def compare_command(
     from mlx_traces.pipelines import compare
     from mlx_traces.report import tables
 
-    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
+    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir, "recipes": recipes or None}
+    overrides |= {"cluster": cluster, "stop_when_decided": stop_when_decided or None, "block": block}
     given = {name: value for name, value in overrides.items() if value is not None}
     asked = read_config(CompareConfig, config_file, given)
     config = compare.requested(asked, runs, models, prompts, settings)
