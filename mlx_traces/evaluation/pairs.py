@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table of pairs
 CUT_OFF = 0.02  # share of answers cut off at the token cap from which a sentence mentions it
 
 
@@ -78,7 +77,7 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
     return comparison.frame(rows)
 
 
-def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
+def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
     The p-value is McNemar's exact one (with several samples a problem the exact sign-flip test), Holm's adjustment is
@@ -88,6 +87,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     Args:
         runs: runs over the same problems.
         baseline: index of the run that all others are paired with; None pairs everything with everything.
+        cluster: column whose equal values mark problems that belong together.
 
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
@@ -95,7 +95,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
+    tested = [(i, j, comparison.paired(runs[j], runs[i], cluster)) for i, j in chosen]
     adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
@@ -131,7 +131,7 @@ def sentence(pair: Pair) -> str:
     tested = f"p {p}" + (f"; after Holm over {pair.family} pairs {p_holm}" if pair.family > 1 else "")
     change = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)} on {pair.problems:,} problems"
     counts = f"{pair.wins:,} won and {pair.losses:,} lost"
-    if pair.p_holm < LEVEL:
+    if pair.p_holm < stats.LEVEL:
         text = f"{pair.a} is right more often than {pair.b}: {change}, {counts} ({tested})."
     else:
         reach = max(abs(pair.low), abs(pair.high), stats.wilson(0, pair.problems)[1])

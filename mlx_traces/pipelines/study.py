@@ -83,7 +83,8 @@ def lay_out(config: StudyConfig) -> list[Layout]:
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
     """Find the baseline among a task's evaluations before they are made."""
     rows = []
-    for entry, planned in zip(found, plans, strict=True):
+    for i in (row[0] for row in compare.rows(found)):
+        entry, planned = found[i], plans[i]
         about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
         name = planned.label if entry.ready else ""  # a converted model's run is new
         rows.append(entry.named(comparison.Run(name, about, [])))
@@ -138,9 +139,9 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
 def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
-    found = layout.entries
-    frame = comparison.compare_runs(runs, layout.baseline)
-    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
+    found, runs = [layout.entries[row[0]] for row in compare.rows(layout.entries)], compare.joined(layout.entries, runs)
+    frame = comparison.compare_runs(runs, layout.baseline, config.cluster)
+    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None, config.cluster)
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):
