@@ -342,7 +342,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
-        "think", description="Form of a completion that the rewards format and gated require."
+        "think", description="Form of a completion that format and gated require; where equations and steps look."
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         "keep",
