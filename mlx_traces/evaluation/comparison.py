@@ -371,7 +371,8 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
-        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``.
+        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``, ``ratio_low``
+        and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such column.
@@ -381,7 +382,10 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
     (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    return counts | tested(one, two, *outcomes, clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None)
+    clusters = clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None
+    ratio = (math.nan,) * 3 if cluster else stats.paired_ratio(a / samples_a, b / samples_b)
+    ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
+    return counts | tested(one, two, *outcomes, clusters) | ratios
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
