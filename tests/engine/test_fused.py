@@ -348,11 +348,11 @@ def test_the_step_is_as_near_to_float64_as_the_modules_are(kind, monkeypatch):
 def test_a_real_model_answers_the_same_and_as_near_to_float64(real_model, monkeypatch):
     monkeypatch.setattr(fused, "SMALL", 2**40)
     loaded, found = load(str(real_model)), []
-    requests = [Request(tuple(range(100, 100 + size)), size) for size in (5, 9, 14)]
+    requests = [Request(tuple(range(100, 100 + size))) for size in (5, 9, 14)]
     for real in (True, False):
         if not real:
             monkeypatch.setattr(fused, "step_of", lambda *_: None)
-        found.append(dict(generate(loaded, requests, SamplingParams(12, temperature=1.0), 2, logprobs=True)))
+        found.append(dict(generate(loaded, requests, SamplingParams(12), 2, logprobs=True)))
     assert getattr(loaded.model, fused.PROVED + "cpu")
     for index, own in found[0].items():
         assert own.completion_ids == found[1][index].completion_ids
