@@ -108,7 +108,8 @@ def sentence(curve: Curve) -> str:
     stop = next(low for low in range(size) if not gains(low))
     text = f"{curve.name}: no thinking beyond {names[0]} is shown to pay"
     if stop:
-        most = max(gains(stop - 1), key=lambda high: curve.points[high].accuracy)
+        better = gains(stop - 1)
+        most = stop if stop in better else max(better, key=lambda high: curve.points[high].accuracy)
         text = f"{curve.name}: thinking beyond {names[stop - 1]} pays, {names[most]} {told(stop - 1, most)}"
     if stop == size - 1:
         return f"{text}; {names[stop]} is the largest budget that was tried."
