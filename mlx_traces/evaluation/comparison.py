@@ -371,8 +371,8 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
-        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``, ``ratio_low``
-        and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
+        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``,
+        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such column.

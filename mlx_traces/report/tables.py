@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mlx_traces.evaluation.budgets import Curve, budget_name
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
 from mlx_traces.evaluation.pairs import Pair, sentence
 from mlx_traces.text import clean, fold, interval, p_text, percent, times, visible, whole
@@ -309,6 +310,23 @@ def pairs_cells(found: Sequence[Pair]) -> Cells:
 def pairs_table(found: Sequence[Pair]) -> Table:
     """Lay out pairs for a terminal of 80 columns; intervals stand below their values."""
     return stacked("pairs", pairs_cells(found), ((1, 2), (3, 4), (5, 6), (7, 8)))
+
+
+def budgets_cells(curve: Curve) -> Cells:
+    """Lay out a curve: a row for each budget, with a bar as long as its accuracy."""
+    most = max(point.high for point in curve.points) or 1
+    rows = [
+        [
+            budget_name(point.budget),
+            f"{percent(point.accuracy)} %",
+            interval(point.low, point.high),
+            whole(point.tokens),
+            f"{percent(point.forced)} %",
+            ("█" * round(20 * point.accuracy / most)).ljust(20, "·"),
+        ]
+        for point in curve.points
+    ]
+    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "accuracy as a bar"], rows
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:
