@@ -83,6 +83,35 @@ class LoadConfig(Config):
         return {name: getattr(self, name) for name in LoadConfig.model_fields}
 
 
+class ThinkingConfig(Config):
+    """Bounds on the thought of a completion; see `engine.thinking`."""
+
+    think_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
+    )
+    think_at_least: Annotated[int, Field(ge=0)] = Field(
+        0, exclude_if=not_, description="Tokens of thought before which think_more replaces the thought's end."
+    )
+    think_more: Annotated[str, Field(min_length=1)] = Field(
+        "Wait", exclude_if="Wait".__eq__, description="Text that continues a thought that would end too early."
+    )
+
+    @field_validator("think_at_least")
+    @classmethod
+    def _within_budget(cls, value: int, info: ValidationInfo) -> int:
+        budget = info.data.get("think_tokens")
+        if budget is not None and value > budget:
+            raise ValueError(f"{value} is above think_tokens ({budget}), where thoughts end; lower it")
+        return value
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a completion, its thought included."""
+        return self.max_tokens + (self.think_tokens or 0)
+
+
 class ProblemConfig(Config):
     """Which problems, in which prompt, graded by which extractor."""
 
@@ -117,7 +146,7 @@ class EndpointConfig(Config):
     api_key_env: str | None = Field(None, description="Name of the environment variable that holds the server's key.")
 
 
-class AnswerConfig(LoadConfig, ProblemConfig):
+class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
     """A model, the problems it answers, and how it samples."""
 
     # These do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -140,6 +169,11 @@ class AnswerConfig(LoadConfig, ProblemConfig):
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
     stop_in_thoughts: bool = Field(
         False, exclude_if=not_, description="Let the prompt's stop strings end a completion within its thought too."
+    )
+    growing: bool = Field(
+        False,
+        exclude_if=not_,
+        description="Take the problems in a random order (--seed), so that a run goes on with a larger --limit.",
     )
 
 
@@ -181,7 +215,7 @@ class OptimizerConfig(Config):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
-class ValidationConfig(ProblemConfig):
+class ValidationConfig(ProblemConfig, ThinkingConfig):
     """Held-out problems that each validation of a training answers greedily: always the same ones."""
 
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
@@ -260,7 +294,7 @@ class JudgeConfig(Config):
     judge_failures: Fraction01 = Field(0.2, description="Stop if more than this share of the replies cannot be read.")
 
 
-class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
+class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig, ThinkingConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
     MAY_CHANGE = frozenset({*_OF_A_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
@@ -308,7 +342,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
-        "think", description="Form of a completion that the rewards format and gated require."
+        "think", description="Form of a completion that format and gated require; where equations and steps look."
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         "keep",
@@ -596,6 +630,9 @@ class StudyModel(Config):
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
+    adapters: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None, description="Folders of adapters: several trainings of one recipe, which are one row under its label."
+    )
     label: str | None = Field(None, description="Name in the tables; default: the model's and the adapter's.")
     bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(
         None, description="Bits per weight to convert the model to; default: no conversion."
@@ -616,6 +653,10 @@ class ComparedConfig(Config):
     baseline: str | None = Field(
         None, description="Label or run of the row that others are compared with; default: the first."
     )
+    cluster: str | None = Field(
+        None,
+        description="Column of the data whose equal values mark problems that belong together.",
+    )
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
 
@@ -624,6 +665,9 @@ class CompareConfig(ComparedConfig):
     """Settings of ``mlx-traces compare``: also finished runs, and evaluations that are written out in full."""
 
     runs: list[str] = Field(default_factory=list, description="Run folders.")
+    recipes: dict[str, list[str]] = Field(
+        default_factory=dict, description="Run folders of several trainings of one recipe, by the name of their row."
+    )
     evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
     extractor: str | None = Field(None, description="Compare all runs by this extractor.")
     quality: ScoreConfig | None = Field(
@@ -631,6 +675,10 @@ class CompareConfig(ComparedConfig):
         exclude_if=_is_none,
         description="Also compare the quality of the answers, scored by these settings; {} takes those of score.",
     )
+    stop_when_decided: bool = Field(
+        False, description="Evaluate all rows together, block by block, until every difference is decided or --limit."
+    )
+    block: Positive = Field(50, description="Problems of a block.")
 
 
 class StudyConfig(ComparedConfig):
@@ -642,6 +690,10 @@ class StudyConfig(ComparedConfig):
     )
     models: Annotated[list[StudyModel], Field(min_length=1)] = Field(
         ..., description="Models, in the order of the tables."
+    )
+    budgets: list[Annotated[int, Field(ge=0)] | None] = Field(
+        default_factory=list,
+        description="Values of think_tokens, each used with every model and prompt; null: no budget.",
     )
     pairs: Literal["all", "baseline"] = Field(
         "all", description="Test every pair of rows, or each row against the baseline."
