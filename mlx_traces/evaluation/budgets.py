@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
-from mlx_traces.evaluation.pairs import LEVEL, Pair, pairs
+from mlx_traces.evaluation.pairs import Pair, pairs
 from mlx_traces.text import clean, interval, p_text, percent
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def sentence(curve: Curve) -> str:
     names = [budget_name(point.budget) for point in curve.points]
 
     def shown(low: int, high: int) -> bool:
-        return pair[low, high].p_holm < LEVEL
+        return pair[low, high].p_holm < stats.LEVEL
 
     def gains(low: int) -> list[int]:
         return [high for high in range(low + 1, size) if shown(low, high) and pair[low, high].diff > 0]
