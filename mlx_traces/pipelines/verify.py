@@ -91,7 +91,7 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
         lines += [
             f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
             for key in EvalResult.__dataclass_fields__
-            if key not in NOT_COMPUTED
+            if key not in NOT_COMPUTED and not (key == "pass_hat_k" and result[key] is None)
             for name, stored, computed in _differing(key, result[key], summary[key])
         ]
     rules = about.get("grader", 1)
@@ -208,10 +208,17 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
     try:
         asked = planned.task.load(config.split, config.data, config.limit, config.seed)
     except UserError:  # the data are not on this machine
+        if config.growing:  # its digest is of all of the data
+            return lines
         asked = []
     pairs = [(problem.id, problem.gold) for problem in asked]
     if _digest(pairs) != digest:
         return [*lines, f"the {len(golds):,} problems are not those of run.json, or not in their order"]
+    if config.growing:
+        so_far = config.model_copy(update={"limit": len(golds)})
+        pairs = [(problem.id, problem.gold) for problem in evaluator.sequence(planned.task, so_far, asked)]
+        if pairs == list(golds.items()):
+            return lines
     missing = [name for name, _ in pairs if name not in golds]
     strange = sorted(set(golds) - {name for name, _ in pairs})
     lines += [f"{name}: no sample of this problem" for name in missing]

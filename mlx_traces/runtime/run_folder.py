@@ -123,6 +123,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
+    def reopen(self) -> None:
+        """Remove the result: a run that gets more samples is not finished until it has them all."""
+        with on_the_way(self.path / "result.json"):
+            (self.path / "result.json").unlink(missing_ok=True)
+
     def log(self, name: str, *rows: dict[str, Any]) -> None:
         """Append rows to a file of JSON lines; once this returns, a killed process does not lose them."""
         path = self.path / name
