@@ -283,7 +283,7 @@ def test_trainings_of_a_recipe_are_one_row():
     found = variance.estimate(comparison.shares(joined, [f"p{i}" for i in range(100)]))
     assert (row["ci_low"], row["ci_high"]) == found.interval() and row["accuracy"] == pytest.approx(0.54)
     assert (row["trainings"], row["spread"], row["test"]) == (3, pytest.approx(0.04), "trainings")
-    text = rendered(tables.to_terminal(frame), 200)
+    text = " ".join(rendered(tables.to_terminal(frame)).split())
     assert "3 trainings" in text and "sd 4.0" in text and "Student's t over trainings and problems" in text
     assert tables.to_json(frame)["rows"][1]["spread"] == pytest.approx(0.04) and "| sd |" in tables.to_markdown(frame)
     with pytest.raises(UserError, match="recipe grpo: max_tokens is 400 and 9; only their training may differ"):
