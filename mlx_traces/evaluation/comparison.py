@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,6 +148,8 @@ class _Result(BaseModel, strict=True):
     timestamp: str | None = _TEXT
     max_tokens: float | None = _FIGURE
     temperature: float | None = _FIGURE
+    think_tokens: int | None = _COUNT
+    think_at_least: int | None = _COUNT
     pass_at_k: _Shares | None = _SHARES
     pass_hat_k: _Shares | None = _SHARES
     maj_at_k: _Shares | None = _SHARES
@@ -288,7 +290,7 @@ def compare_runs(
             {
                 "model": run.result["model"],
                 "adapter": run.result.get("adapter") or None,
-                "prompt": run.result["prompt"],
+                "prompt": prompt_of(run.result),
                 **figures,
                 **{key: found[key] for key in ("diff", "diff_low", "diff_high", "p_value", "p_holm")},
                 "tokens_per_answer": math.nan if None in tokens else sum(tokens) / len(tokens),
@@ -369,7 +371,8 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
-        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``.
+        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``,
+        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such column.
@@ -379,7 +382,10 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
     (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    return counts | tested(one, two, *outcomes, clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None)
+    clusters = clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None
+    ratio = (math.nan,) * 3 if cluster else stats.paired_ratio(a / samples_a, b / samples_b)
+    ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
+    return counts | tested(one, two, *outcomes, clusters) | ratios
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -402,7 +408,14 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 def label(run: Run) -> str:
     """Return a run's short name: ``model+adapter_prompt``, folders by their last part."""
-    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(run.result['prompt'])}"
+    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(prompt_of(run.result))}"
+
+
+def prompt_of(result: Mapping[str, Any]) -> str:
+    """Return the prompt's name, with the bounds on the thought if there are any: ``thinking ≥8 ≤64``."""
+    least, budget = result.get("think_at_least"), result.get("think_tokens")
+    bounds = [f"≥{least}" if least else "", "" if budget is None else f"≤{budget}"]
+    return " ".join(filter(None, (result["prompt"], *bounds)))
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -17,6 +17,7 @@ from mlx_traces.config import (
     SIZES,
     CompareConfig,
     EvalConfig,
+    FilterConfig,
     GenerateConfig,
     GRPOConfig,
     PPOConfig,
@@ -100,9 +101,11 @@ def _estimates(
         found["comparison"] = outlook.of_comparison(missing, count)
     peak = max((one.memory_gb for one in found.values() if one.memory_gb), default=0.0)
     told = [f"{name}: {one.told}" for name, one in found.items()]
-    told.append(f"in all {peak:.2f} GB at most; {outlook.loaded.backend.description}")
-    warnings = [f"{name}: {one.note}" for name, one in found.items() if one.note]
-    return found, told + [f"note: {line}" for line in [*warnings, *outlook.loaded.notes]]
+    notes = [f"{name}: {one.note}" for name, one in found.items() if one.note]
+    if peak:
+        told.append(f"in all {peak:.2f} GB at most; {outlook.loaded.backend.description}")
+        notes += outlook.loaded.notes
+    return found, told + [f"note: {line}" for line in notes]
 
 
 def _figures(found: Forecast | None) -> tuple[str, str]:
@@ -145,17 +148,17 @@ class Outlook:
         """Return a stage's forecast."""
         if stage.name == "raw":
             return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
-        recipe = stage.recipe.sized(self.loaded.backend.sizes)
+        if isinstance(recipe := stage.recipe, ScoreConfig | FilterConfig):
+            readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
+            read = " and ".join(name for name in readers if name)
+            told = f"every completion is read by {read}, which is not estimated" if read else "no model runs"
+            return Forecast(None, None, told)
+        recipe = recipe.sized(self.loaded.backend.sizes)
         if isinstance(recipe, GenerateConfig):
             return self._sampling(recipe, 1, "")
         if isinstance(recipe, SFTConfig):
             return self._sft(recipe, *(self._given(recipe) if stage.name == "epoch1" else self._own(recipe)))
-        if isinstance(recipe, RLConfig):
-            return self._reinforcement(recipe)
-        readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
-        read = " and ".join(name for name in readers if name)
-        told = f"every completion is read by {read}, which is not estimated" if read else "no model runs"
-        return Forecast(None, None, told)
+        return self._reinforcement(recipe)
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""
@@ -165,14 +168,14 @@ class Outlook:
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
         tokens, memory_gb = self._asked(planned, config.samples, config.memory_limit)
-        told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.max_tokens)}"
+        told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.longest)}"
         return Forecast(times * tokens, memory_gb, told)
 
     def _asked(self, planned: Plan, samples: int, limit: float | None = None) -> tuple[int, float]:
         """Return most tokens, and memory, of problems that are answered so often."""
         config, completions = planned.config, samples * len(planned.problems)
-        sizes = self._prompt(planned), config.max_tokens, config.rows, completions
-        return completions * config.max_tokens, memory.of_sampling(
+        sizes = self._prompt(planned), config.longest, config.rows, completions
+        return completions * config.longest, memory.of_sampling(
             self.loaded, *sizes, limit, memory.buffers_of_a_draw(config)
         )
 
@@ -215,7 +218,7 @@ class Outlook:
         drawn = self.plan["generated"].recipe
         planned = evaluator.plan(drawn.model_copy(update={"adapter": None}))
         most = len(planned.problems) * min(drawn.samples, self.config.filter.per_problem or drawn.samples)
-        return most, self._prompt(planned) + drawn.max_tokens, f"{most:,} traces at most,"
+        return most, self._prompt(planned) + drawn.longest, f"{most:,} traces at most,"
 
     def _reinforcement(self, config: RLConfig) -> Forecast:
         planned, _, _ = rollouts.prepare(config.model_copy(update={"adapter": None}))
@@ -232,8 +235,8 @@ class Outlook:
         backend = self.loaded.backend
         config = memory.fitted(config, backend, lambda one: memory.of_reinforcement(self.loaded, one, prompt))
         found = memory.of_reinforcement(self.loaded, config, prompt)
-        tokens = completions * config.max_tokens + answered
-        return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.max_tokens)}{words}")
+        tokens = completions * config.longest + answered
+        return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.longest)}{words}")
 
     def _training(self, tokens: int, found: Estimate, answering_gb: float, told: str) -> Forecast:
         return Forecast(tokens, max(found.peak, answering_gb), told, memory.fits(found, self.loaded.backend))

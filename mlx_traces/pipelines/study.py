@@ -6,23 +6,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from mlx_traces.config import StudyConfig
+from mlx_traces.config import StudyConfig, StudyModel
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint, evaluator
+from mlx_traces.evaluation import budgets, comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
+from mlx_traces.evaluation.budgets import Curve
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
 from mlx_traces.pipelines.compare import Entry
-from mlx_traces.report import export, page, tables
-from mlx_traces.report.tables import bits_cells, bits_table, cells_to_markdown, pairs_cells, pairs_frame, summary_cells
+from mlx_traces.report import export, figures, page, tables
+from mlx_traces.report.tables import (
+    bits_cells,
+    bits_table,
+    budgets_cells,
+    cells_to_markdown,
+    pairs_cells,
+    pairs_frame,
+    summary_cells,
+)
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -62,6 +72,29 @@ class Part:
     bits: list[pd.DataFrame]
     notes: list[str]
 
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Accuracy by budget of thought, of each model and prompt that was evaluated with several budgets."""
+        return budgets.curves(self.runs)
+
+
+def budgeted(config: StudyConfig) -> list[StudyModel]:
+    """Return the study's models, each with each of its budgets of thought.
+
+    Raises:
+        UserError: for a model with a budget of its own.
+    """
+    if not config.budgets:
+        return config.models
+    for place, model in enumerate(config.models):
+        if "think_tokens" in model.settings:
+            raise UserError(f"models.{place}.settings: 'think_tokens' is filled in by budgets; leave it out")
+    return [
+        model.model_copy(update={"settings": model.settings | {"think_tokens": budget}})
+        for model in config.models
+        for budget in dict.fromkeys(config.budgets)
+    ]
+
 
 def lay_out(config: StudyConfig) -> list[Layout]:
     """Check the whole study and plan it, task by task; nothing is written.
@@ -70,7 +103,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         UserError: for a wrong setting, a missing model, bad problems, models with different problems, and a baseline
             that is no row of a task.
     """
-    found = []
+    found, config = [], config.model_copy(update={"models": budgeted(config)})
     for place, task in enumerate(config.tasks):
         before = sum(other.task == task.task for other in config.tasks[:place])
         name = f"{task.task}-{before + 1}" if before else task.task
@@ -145,7 +178,8 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):
-        groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
+        same = entry.config.model, entry.config.adapter, entry.config.prompt, entry.config.think_tokens
+        groups.setdefault(same, []).append(i)
     several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
     bits = [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
     notes = [*layout.notes, *comparison.differences(runs)]
@@ -179,8 +213,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
     They are those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if they
-    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv`` and ``bits.csv``. ``report.html`` in ``config.out`` itself
-    shows all runs.
+    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with its two figures.
+    ``report.html`` in ``config.out`` itself shows all runs.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -192,21 +226,38 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         export.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
         frames = {"summary": part.summary, "strata": comparison.strata(part.runs)}
         frames |= {"pairs": pairs_frame(part.pairs)} if part.pairs else {}
+        frames |= {"budgets": budgets.frame(part.curves)} if part.curves else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
         try:
             for name, frame in frames.items():
                 if frame is not None:
                     write_atomic(folder / f"{name}.csv", tables.to_csv(frame))
+            for by in ("budget", "tokens") if part.curves else ():
+                picture = figures.budgets(part.curves, by, f"{config.name}: {part.name}")
+                figures.save(picture, folder / f"accuracy-by-{by}.png")
             write_atomic(folder / "study.md", to_markdown(config.name, part))
             write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    page.write([run for part in parts for run in part.runs], config.out)
+    fronts = [page.Front(part.name, *front_of(part), ALONE) for part in parts]
+    page.write([run for part in parts for run in part.runs], config.out, title=config.name, fronts=fronts)
+
+
+def front_of(part: Part) -> tuple[str, list[str]]:
+    """Return a part's abstract and key points."""
+    protocol = tables.protocol_line(part.comparison)
+    return evaluation_pairs.abstract(part.runs, part.pairs, protocol), evaluation_pairs.key_points(
+        part.runs, part.pairs
+    )
 
 
 def to_markdown(name: str, part: Part) -> str:
-    """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
-    sections = [("Summary", cells_to_markdown(summary_cells(part.summary)))]
+    """Return a part as a Markdown page: abstract, key points, then tables, the sentence on each pair, notes."""
+    abstract, points = front_of(part)
+    sections = [("Abstract", f"{abstract}\n")]
+    if points:
+        sections.append(("Key points", "".join(f"* {point}\n" for point in points) + f"\n{ALONE}\n"))
+    sections.append(("Summary", cells_to_markdown(summary_cells(part.summary))))
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", cells_to_markdown(tables.parts_cells(strata))))
@@ -214,6 +265,9 @@ def to_markdown(name: str, part: Part) -> str:
         sentences = "".join(f"* {line}\n" for line in said(part))
         pairs = cells_to_markdown(pairs_cells(part.pairs))
         sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
+    for curve in part.curves:
+        lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
+        sections.append((f"Budgets: {curve.name}", lines))
     for frame in part.bits:
         sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
@@ -229,8 +283,10 @@ def to_terminal(part: Part) -> list[Table | str]:
         tables.strata_table(part.runs),
     ]
     if part.pairs:
-        shown.append(tables.grid("pairs", *pairs_cells(part.pairs)))
+        shown.append(tables.pairs_table(part.pairs))
         shown += [*said(part), ALONE]
+    for curve in part.curves:
+        shown += [tables.grid(f"budgets: {curve.name}", *budgets_cells(curve)), budgets.sentence(curve)]
     for frame in part.bits:
         shown += [bits_table(frame, "bits"), ran_as(frame)]
     return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
@@ -256,19 +312,19 @@ def ran_as(frame: pd.DataFrame) -> str:
 def as_json(name: str, part: Part) -> dict[str, Any]:
     """Return a part as plain data; missing values are None."""
     strata = comparison.strata(part.runs)
+    abstract, points = front_of(part)
     return {
         "study": name,
+        "abstract": abstract,
+        "key_points": points,
         "task": part.name,
         "protocol": tables.protocol_line(part.comparison),
         "runs": [run.name for run in part.runs],
-        "summary": _records(part.summary),
+        "summary": tables.records(part.summary),
         "comparison": tables.to_json(part.comparison)["rows"],
-        "strata": [] if strata is None else _records(strata),
-        "pairs": _records(pairs_frame(part.pairs)) if part.pairs else [],
-        "bits": [_records(frame) for frame in part.bits],
+        "strata": [] if strata is None else tables.records(strata),
+        "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
+        "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],
+        "bits": [tables.records(frame) for frame in part.bits],
         "notes": part.notes,
     }
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]

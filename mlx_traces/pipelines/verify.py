@@ -24,7 +24,7 @@ from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.device import import_mlx
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, best_of, existing
 from mlx_traces.tasks import GRADER, Task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
@@ -199,8 +199,9 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
     lines += [f"{name}: sample {number} is there {n} times" for (name, number), n in counts.items() if n > 1]
     lines += [
         f"{row['id']}: {row['tokens']} tokens, and max_tokens is {config.max_tokens}"
+        + (f", think_tokens {config.think_tokens}" if config.think_tokens is not None else "")
         for row in samples
-        if row["tokens"] is not None and not 0 <= row["tokens"] <= config.max_tokens
+        if row["tokens"] is not None and not 0 <= row["tokens"] <= config.longest
     ]
     if _digest(list(golds.items())) == digest:
         return lines
@@ -311,15 +312,8 @@ def _step_lines(steps: list[Any], last: Any) -> list[str]:
 
 
 def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compute a training's figures from its metrics: the first of the best validations, time and memory.
-
-    A validation is judged by its accuracy, or without one by its loss, as in `loop.Progress`.
-    """
-    best_value, best = None, {}
-    for row in metrics:
-        value = row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
-        if value is not None and (best_value is None or value > best_value):
-            best_value, best = value, row
+    """Compute a training's figures from its metrics: the first of the best validations, time and memory."""
+    best = best_of(metrics) or {}
     start = metrics[0] if metrics and metrics[0]["step"] == 0 else {}
     return {
         "best_step": best.get("step"),

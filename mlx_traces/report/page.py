@@ -11,6 +11,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import comparison
+from mlx_traces.evaluation import budgets, comparison
 from mlx_traces.readers import is_number
 from mlx_traces.report import curves, figures, run_view, tables, terminal
 from mlx_traces.report.run_view import EVALUATION, Record
@@ -35,6 +37,18 @@ MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
 OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
 TEMPLATES = Path(__file__).parent / "templates"
+# What only a picture in a file of its own needs: the namespace, and colours where the page's variables are not set.
+_STANDALONE = re.compile(r""" xmlns="[^"]*"|(?<=var)(\(--\w+), \#[0-9a-f]{6}""")
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a page of a study says first: the name of the part, its abstract, its key points, and their limits."""
+
+    name: str
+    abstract: str
+    points: list[str]
+    limits: str
 
 
 def write(
@@ -42,6 +56,9 @@ def write(
     out: str | Path,
     png: str | Path | None = None,
     baseline: str | None = None,
+    quality: pd.DataFrame | None = None,
+    title: str | None = None,
+    fronts: Sequence[Front] = (),
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -53,6 +70,9 @@ def write(
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
+        quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
+        title: of the page; default: the number of runs and their tasks.
+        fronts: what stands before everything else.
 
     Returns:
         The files: the page first.
@@ -70,9 +90,9 @@ def write(
         for i, run in enumerate(given)
         if run not in given[:i]
     ]
-    page = Page()
+    page = Page(quality)
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
-    html = render(sections, records)
+    html = render(sections, records, title, fronts)
     out = Path(out)
     file = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     try:
@@ -91,8 +111,13 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
-    """Fill in the page's template. The page is named by the tasks of its runs."""
+def render(
+    sections: Sequence[dict[str, Any]],
+    records: Sequence[Record],
+    title: str | None = None,
+    fronts: Sequence[Front] = (),
+) -> str:
+    """Fill in the page's template. Without a title the page is named by the tasks of its runs."""
     environment = Environment(
         loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
@@ -109,13 +134,22 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
     }
     tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
     names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
-    title = f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
+    title = (
+        clean(title)
+        if title
+        else f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
+    )
+    pipeline = ""
+    if any(record.kind != EVALUATION for record in records):
+        pipeline = _STANDALONE.sub(r"\1", (TEMPLATES / "pipeline.svg").read_text(encoding="utf-8"))
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = embedded(records)
     page = environment.get_template("report.html").render(
         title=title,
         sections=sections,
+        fronts=fronts,
+        pipeline=pipeline,
         runs=[_provenance(record) for record in records],
         traces=shown,
         left_out=shown["total"] - len(shown["rows"]),
@@ -130,8 +164,9 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
 class Page:
     """The sections of a page and the figures in them; a figure is drawn once for the page and once for a PNG."""
 
-    def __init__(self) -> None:
+    def __init__(self, quality: pd.DataFrame | None = None) -> None:
         self.pictures: dict[str, Callable[[], Figure]] = {}
+        self.quality = quality
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
         """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
@@ -227,6 +262,11 @@ class Page:
                         note,
                     )
                 )
+        quality = None
+        if self.quality is not None and set(self.quality["run"]) <= {run.name for run in runs}:
+            headings, cells = tables.quality_cells(self.quality)
+            quality = {"headings": headings, "rows": cells, "note": tables.quality_caption(self.quality)}
+        charts += self.budgets(runs)
         task = clean(runs[0].result.get("task") or "task")
         task = task[:1].upper() + task[1:]
         return {
@@ -238,10 +278,27 @@ class Page:
             "rows": rows,
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
+            "quality": quality,
             "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
         }
+
+    def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
+        """Return the figures of runs that differ in the budget of a thought, with a sentence on each curve."""
+        found = budgets.curves(runs)
+        said = " ".join(budgets.sentence(curve) for curve in found)
+        told = "; ".join(
+            f"{curve.name}, {budgets.budget_name(point.budget)}: {percent(point.accuracy)} %"
+            for curve in found
+            for point in curve.points
+        )
+        titles = {"budget": "Accuracy by budget of thought", "tokens": "Accuracy by tokens really used"}
+        return [
+            self.picture(f"accuracy-by-{by}", title, told, partial(figures.budgets, found, by), said)
+            for by, title in titles.items()
+            if any(getattr(point, by) is not None for curve in found for point in curve.points)
+        ]
 
     def trainings(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Return a section for the trainings of each kind, at most ``OVERLAID`` in one."""
@@ -464,7 +521,7 @@ def _chosen(record: Record, most: int) -> list[dict[str, Any]]:
 
 def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
     """Return one sample for the page; keys without a value are left out."""
-    thought, solution = thoughts.parts(str(row.get("completion", "")))
+    thought, solution = thoughts.parts(marked(str(row.get("completion", "")), row.get("forced")))
     rewards = row.get("rewards")
     parts = {clean(name): value for name, value in rewards.items()} if isinstance(rewards, dict) else {}
     verdict = row.get("verdict")
@@ -485,11 +542,27 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
         "gold": _text(row.get("gold")),
         "tokens": _figure(row.get("tokens")),
         "cut": row.get("finish_reason") == "length" or None,
+        "forced": bool(row.get("forced")) or None,
         "reward": _figure(row.get("reward")),
         "rewards": {name: _figure(value) for name, value in parts.items()} or None,
         "stratum": _text(row.get("stratum")),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def marked(text: str, forced: Any) -> str:
+    """Return a completion in which the text that was put there, not sampled, stands in brackets: ``⟦Wait⟧``.
+
+    Where that closed the thought, the brackets say so, before the tag.
+    """
+    spans = forced if isinstance(forced, list | tuple) else ()
+    spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
+    for start, end in sorted(spans, reverse=True):
+        put = text[start:end]
+        closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
+        inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
+        text = f"{text[:start]}{f'⟦{put}⟧' if closed is None else inner}{text[end:]}"
+    return text
 
 
 def _figure(value: Any) -> float | None:

@@ -16,9 +16,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mlx_traces.evaluation.budgets import Curve, budget_name
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
 from mlx_traces.evaluation.pairs import Pair, sentence
-from mlx_traces.text import clean, fold, interval, p_text, percent, visible, whole
+from mlx_traces.text import clean, fold, interval, p_text, percent, times, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,8 +163,17 @@ def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     A comparison of recipes also has ``trainings`` and ``spread``, one that may have stopped early ``stopped``.
     """
     keys = [*JSON_KEYS, *(("trainings", "spread") if frame["trainings"].max() > 1 else ())]
-    rows = [{key: None if row[key] != row[key] else row[key] for key in keys} for row in frame.to_dict("records")]
+    rows = [{key: row[key] for key in keys} for row in records(frame)]
     return {"rows": rows, **({"stopped": said} if (said := frame.attrs.get("stopped")) else {})}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return any frame as plain data; missing values are None."""
+    missing = (None, math.inf, -math.inf)  # and NaN, which differs from itself
+    return [
+        {key: None if value != value or value in missing else value for key, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
 
 
 def strata_table(runs: Sequence[Run]) -> Table | None:
@@ -279,7 +289,7 @@ def summary_cells(frame: pd.DataFrame) -> Cells:
 
 
 def pairs_cells(found: Sequence[Pair]) -> Cells:
-    """Lay out pairs: the two runs, wins, losses, difference with its interval, p, Holm's p."""
+    """Lay out pairs: the two runs, wins, losses, difference and ratio with their intervals, p, Holm's p."""
     rows = [
         [
             f"{pair.a}\nagainst {pair.b}",
@@ -287,12 +297,36 @@ def pairs_cells(found: Sequence[Pair]) -> Cells:
             f"{pair.losses:,}",
             percent(pair.diff, signed=True),
             interval(pair.low, pair.high),
+            times(pair.ratio),
+            f"[{times(pair.ratio_low)}, {times(pair.ratio_high)}]",
             p_text(pair.p),
             p_text(pair.p_holm),
         ]
         for pair in found
     ]
-    return ["pair", "won", "lost", "difference", "95 % interval", "p", "p (Holm)"], rows
+    return ["pair", "won", "lost", "difference", "95 % interval", "ratio", "95 % interval", "p", "p (Holm)"], rows
+
+
+def pairs_table(found: Sequence[Pair]) -> Table:
+    """Lay out pairs for a terminal of 80 columns; intervals stand below their values."""
+    return stacked("pairs", pairs_cells(found), ((1, 2), (3, 4), (5, 6), (7, 8)))
+
+
+def budgets_cells(curve: Curve) -> Cells:
+    """Lay out a curve: a row for each budget, with a bar as long as its accuracy."""
+    most = max(point.high for point in curve.points) or 1
+    rows = [
+        [
+            budget_name(point.budget),
+            f"{percent(point.accuracy)} %",
+            interval(point.low, point.high),
+            whole(point.tokens),
+            f"{percent(point.forced)} %",
+            ("█" * round(20 * point.accuracy / most)).ljust(20, "·"),
+        ]
+        for point in curve.points
+    ]
+    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "accuracy as a bar"], rows
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:
@@ -323,11 +357,85 @@ def bits_cells(frame: pd.DataFrame) -> Cells:
 
 def bits_table(frame: pd.DataFrame, title: str) -> Table:
     """Lay out ``bits_frame`` for a terminal of 100 columns; intervals stand below their values."""
-    headings, rows = bits_cells(frame)
-    stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
-    cells = [["\n".join(fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows]
-    names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
-    return grid(title, names, cells)
+    return stacked(title, bits_cells(frame), ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12)))
+
+
+def stacked(title: str, cells: Cells, places: Sequence[tuple[int, ...]]) -> Table:
+    """Lay out cells for a terminal: each of ``places`` is a column whose cells stand below each other."""
+    headings, rows = cells
+    lines = [
+        [
+            "\n".join(line for part in row[0].split("\n") for line in fold(part, 24)),
+            *("\n".join(row[i] for i in column) for column in places),
+        ]
+        for row in rows
+    ]
+    names = ["\n".join(headings[i] for i in column if "interval" not in headings[i]) for column in places]
+    return grid(title, [headings[0], *names], lines)
+
+
+def quality_cells(frame: pd.DataFrame) -> Cells:
+    """Lay out `quality.compare_quality`: a row with each run's name, then a row for each measure.
+
+    Scores are from 0 to 100. A mean stands over its number of problems, a difference over its interval, Holm's p-value
+    over the number of paired problems. Without any pair there are means alone.
+    """
+    tested = bool(frame["paired"].any())
+    headings = [""]
+    for kind in frame["answers"].unique():
+        headings += [f"mean,\n{kind}", *["difference", "p\nHolm"] * tested]
+    rows: list[list[str]] = []
+    for (name, against), block in frame.groupby([frame["label"], frame["against"].fillna("")], sort=False):
+        rows.append([f"{name}\nagainst {against}" if against else name, *[""] * (len(headings) - 1)])
+        for measure, kinds in block.groupby("measure", sort=False):
+            cells = [cell for row in kinds.to_dict("records") for cell in _quality(row)[: 3 if tested else 1]]
+            rows.append([measure, *cells])
+    return headings, rows
+
+
+def _quality(row: dict[str, Any]) -> list[str]:
+    def text(value: float, signed: bool = False) -> str:
+        return percent(value / (100 if row["measure"] == "tokens" else 1), signed)
+
+    mean = f"{text(row['mean'])}\n({row['problems']:,})" if row["problems"] else "–"
+    if not row["paired"]:
+        return [mean, "–", "–"]
+    ends = f"[{text(row['diff_low'])}, {text(row['diff_high'])}]"
+    return [mean, f"{text(row['diff'], signed=True)}\n{ends}", f"{p_text(row['p_holm'])}\n({row['paired']:,})"]
+
+
+def quality_caption(frame: pd.DataFrame) -> str:
+    """Return the line that says how to read the quality of answers."""
+    text = (
+        "Means over problems (their number) of all and of correct answers: tokens, and scores of `mlx-traces score` "
+        "from 0 to 100 (faithfulness: true equations; repetition: 100 where nothing is repeated)."
+    )
+    tests = [str(int((part["paired"] > 0).sum())) for _, part in frame.groupby("answers", sort=False)]
+    if set(tests) == {"0"}:
+        return text
+    return (
+        f"{text} Differences are over the problems where both runs have a value (for correct answers: both are right), "
+        f"95 % paired bootstrap; p: exact sign-flip test, Holm-adjusted over {' and '.join(tests)} tests."
+    )
+
+
+def quality_table(frame: pd.DataFrame) -> Table:
+    """Lay out the quality of answers for a terminal of 80 columns."""
+    headings, rows = quality_cells(frame)
+    table = grid("quality of the answers", headings, [], quality_caption(frame))
+    table.show_lines = False
+    for name, *cells in rows:
+        heads = not any(cells)
+        if heads:
+            table.add_section()
+        lines = [line for part in name.split("\n") for line in fold(part, 15)]
+        table.add_row(Text("\n".join(lines), style="bold" if heads else ""), *map(Text, cells))
+    return table
+
+
+def quality_markdown(frame: pd.DataFrame) -> str:
+    """Return the quality of answers as Markdown."""
+    return f"{cells_to_markdown(quality_cells(frame))}\n{_escape_markdown(quality_caption(frame))}\n"
 
 
 def cells_to_markdown(cells: Cells) -> str:

@@ -19,14 +19,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_traces.config import GRPOConfig
-from mlx_traces.engine import batching
+from mlx_traces.engine import batching, forward
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.rl import losses, trainer
-from mlx_traces.rl.rollouts import Group, Row
+from mlx_traces.rl import losses, steps, trainer
+from mlx_traces.rl.rollouts import Group, Row, steps_of
 from mlx_traces.rl.trainer import Learner, Result
-from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.optimizer import make_optimizer
@@ -47,7 +46,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
 
 def start(loaded: LoadedModel, config: GRPOConfig) -> Learner:
     """Return what is trained, the model's adapter, and its optimizer, AdamW."""
-    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else forward.split(loaded.model)
     reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
     updates = config.num_steps * config.updates_per_batch * config.minibatches
     return Learner(loaded.model, trunk_and_head, make_optimizer(config, updates), reference)
@@ -79,9 +78,19 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
         return []  # resampling found no group of different rewards
     rows = []
     rollouts = [rollout for group in groups for rollout in group]
-    for rollout, advantage in zip(rollouts, advantages(groups, config).tolist(), strict=True):
+    of_each = advantages(groups, config).tolist()
+    if config.step_weight:
+        of_each = steps.token_advantages(
+            of_each,
+            [steps_of(group) for group in groups],
+            [len(rollout.ids) for rollout in rollouts],
+            weight=config.step_weight,
+            supervision=config.supervision,
+            scale=config.advantage,
+        )
+    for rollout, advantage in zip(rollouts, of_each, strict=True):
         example = rollout.example(learned=not (rollout.cut_off and config.overlong == "mask"))
-        rows.append(Row(example, np.array(rollout.completion.rollout.logprobs, np.float32), advantage))
+        rows.append(Row(example, rollout.sampler, advantage[rollout.drawn] if np.ndim(advantage) else advantage))
     return rows
 
 
@@ -90,10 +99,10 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     if not rows:
         return []
     mask = batching.padded([np.ones(row.example.count, np.float32) for row in rows])
-    weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.max_tokens))
+    weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.longest))
     for row, own in zip(rows, weights, strict=True):
         row.weights = own[: row.example.count]
-    return [row for row in rows if row.example.count and (row.advantage or config.kl_coef)]
+    return [row for row in rows if row.example.count and (np.any(row.advantage) or config.kl_coef)]
 
 
 def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOConfig) -> tuple[float, Any, Counter]:
@@ -111,7 +120,7 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
         loss, sums = losses.policy_loss(
             logprobs,
             old,
-            mx.array([row.advantage for row in micro]),
+            batching.padded([np.broadcast_to(row.advantage, row.example.count) for row in micro]),
             mask,
             batching.padded([row.weights for row in micro]),
             kind=config.loss,
@@ -129,18 +138,13 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
 
 def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
-    own = [rows[index] for index in distributed.share(len(rows))]
-    found: list[Any] = [None] * len(own)
 
-    def read(states: mx.array, targets: mx.array) -> mx.array:
-        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[0]
+    def read(states: mx.array, targets: mx.array) -> tuple[mx.array]:
+        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[:1]
 
-    for indices, flat in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
-        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
-        for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
-            found[index] = values.tolist()
-    for row, values in zip(rows, distributed.gather(found), strict=True):
-        yield row, np.array(values, np.float32)
+    found = forward.by_row(halves, [row.example for row in rows], config.micro_tokens, read)
+    for row, (values,) in zip(rows, found, strict=True):
+        yield row, values
 
 
 def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) -> dict[str, float]:

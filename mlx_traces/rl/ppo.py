@@ -4,8 +4,9 @@ A completion is an episode. The state is the text before a token, the action is 
 the last token, which is the stop token if the completion ended by itself. ``kl_coef`` * (log p - log p_ref) is
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
-step's tokens. They are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
-parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
+step's tokens. What single steps of a completion earn (`steps`) is a part of the reward after a step's last token, or is
+added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from
+``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
 the task. ``overlong: mask`` leaves such completions out, for the value head too.
@@ -26,15 +27,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_traces.config import PPOConfig
-from mlx_traces.engine import batching
+from mlx_traces.engine import batching, forward
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.rl import losses, trainer
+from mlx_traces.rl import losses, steps, trainer
 from mlx_traces.rl.rollouts import Group, Row
 from mlx_traces.rl.trainer import Learner, Result
-from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.optimizer import make_optimizer, of_parts
@@ -82,7 +82,7 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
     warmup = config.value_warmup_steps
     if warmup >= config.num_steps:
         raise UserError(f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}")
-    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else forward.split(loaded.model)
     reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
     module = ActorCritic(loaded.model, trunk_and_head)
     updates = config.epochs * config.minibatches
@@ -96,13 +96,23 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
-    rows = []
+    rows, places, drawn = [], [], []
     for rollout in (rollout for group in groups for rollout in group):
-        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None:
+        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None or not rollout.drawn.any():
             continue
-        sampler = np.array(rollout.completion.rollout.logprobs, np.float32)
-        rows.append(Row(rollout.example(), sampler, reward=rollout.reward))
-    return [row for row in rows if row.example.count]
+        rows.append(Row(rollout.example(), rollout.sampler, reward=rollout.reward))
+        places.append(rollout.steps)
+        drawn.append(rollout.drawn)
+    if config.step_weight:  # groups may have a single completion, so all of them are compared
+        put = steps.spread if config.supervision == "local" else steps.at_ends
+        for row, own, earned, there in zip(rows, places, steps.credits_of(places), drawn, strict=True):
+            earned = config.step_weight * put(own, earned, len(there))
+            if config.supervision == "cumulative":  # at a token that was not drawn it falls to the one before
+                earned = np.bincount(np.maximum(there.cumsum() - 1, 0), earned)
+            else:
+                earned = earned[there]
+            row.credit = earned.astype(np.float32)
+    return rows
 
 
 def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: Callable, config: PPOConfig) -> None:
@@ -118,20 +128,15 @@ def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: 
 def _read_all(
     module: ActorCritic, halves: Split, rows: Sequence[Row], config: PPOConfig
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
-    """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
-    own = [rows[index] for index in distributed.share(len(rows))]
-    found: list[Any] = [None] * len(own)
+    """Yield each row with its log-probabilities and values, computed as in `gradient`."""
 
     def read(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         logprobs, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         return logprobs, module.value(states)
 
-    for indices, arrays in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
-        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
-        for index, *both in zip(indices, *(np.split(np.array(array), ends) for array in arrays), strict=True):
-            found[index] = [array.tolist() for array in both]
-    for row, arrays in zip(rows, distributed.gather(found), strict=True):
-        yield row, *(np.array(values, np.float32) for values in arrays)
+    found = forward.by_row(halves, [row.example for row in rows], config.micro_tokens, read)
+    for row, arrays in zip(rows, found, strict=True):
+        yield row, *arrays
 
 
 def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
@@ -149,6 +154,8 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
     outcomes, _ = losses.gae(got, mx.zeros_like(values), mask, gamma=config.gamma, lam=1.0)
     if config.whiten:
         advantages = losses.whiten(advantages, mask)
+    if config.step_weight and config.supervision == "local":
+        advantages = advantages + batching.padded([row.credit for row in rows])
     for row, own, target in zip(rows, np.array(advantages), np.array(returns), strict=True):
         row.advantage, row.returns = own[: row.example.count], target[: row.example.count]
     explained = losses.explained_variance(values, outcomes, mask).item()
@@ -164,10 +171,10 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
 
 
 def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
-    """Return the reward after each token: the rollout's own after the last, less the KL penalty."""
+    """Return the reward after each token: the rollout's own after the last, less the KL penalty, and ended steps'."""
     rewards = -config.kl_coef * (row.old - row.reference) if config.kl_coef else np.zeros_like(row.old)
     rewards[-1] += row.reward
-    return rewards
+    return rewards + row.credit if config.step_weight and config.supervision == "cumulative" else rewards
 
 
 def weighed(rows: Sequence[Row]) -> Sequence[Row]:

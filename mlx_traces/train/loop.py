@@ -30,15 +30,15 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
+from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ThinkingConfig, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.runtime import device
+from mlx_traces.runtime import device, memory_budget
 from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.interrupts import Stopped
-from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.runtime.run_folder import RunFolder, judged
 from mlx_traces.tasks.answers import forms_of
 from mlx_traces.tasks.thoughts import usual
 from mlx_traces.train import checkpoints, model_card
@@ -134,7 +134,7 @@ class Training:
         """
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
-        row |= self.room.metrics() | self.loaded.row_budget.metrics()
+        row |= memory_budget.metrics_of(self.room, self.loaded.row_budget)
         self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
@@ -169,7 +169,7 @@ class Training:
                 f"step {self.progress.step}: the validation loss is {loss}; nothing was overwritten. "
                 f"Lower learning_rate ({self.config.learning_rate:g})"
             )
-        if row and self.progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
+        if row and self.progress.better(judged(row)):
             keep(self.loaded, self.folder, self.adapter, self.about, {"step": self.progress.step, **row})
         self.folder.log("samples.jsonl", *({"step": self.progress.step, **sample} for sample in shown))
         return row
@@ -182,11 +182,15 @@ class Training:
 
 
 def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
-    """Return the settings of the validation; its thinking switch is the training's, unless it sets its own."""
+    """Return the settings of the validation; thinking switch and budget are the training's, unless it sets its own."""
     asked = config.evaluate
-    if asked is None or asked.thinking is not None:
-        return asked
-    return asked.model_copy(update={"thinking": config.thinking})
+    if asked is None:
+        return None
+    names = [
+        name for name in ThinkingConfig.model_fields if hasattr(config, name) and name not in asked.model_fields_set
+    ]
+    names += ["thinking"] if asked.thinking is None else []
+    return asked.model_copy(update={name: getattr(config, name) for name in names})
 
 
 def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:

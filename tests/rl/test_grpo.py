@@ -36,6 +36,7 @@ from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
+from mlx_traces.rl.steps import Step
 from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import device, run_folder
 from mlx_traces.tasks import get_task
@@ -49,7 +50,7 @@ def settings_of(**changes):
     return GRPOConfig(**{"group_size": 4, "max_tokens": 12, "temperature": 0.7, **changes})
 
 
-def some_rows(config, count=8, seed=0, off_policy=False):
+def some_rows(config, count=8, seed=0, off_policy=False, by_token=False):
     """Return rows of unequal lengths with advantages of either sign and 0, weighed as one step."""
     draw = np.random.default_rng(seed)
     rows = []
@@ -59,6 +60,8 @@ def some_rows(config, count=8, seed=0, off_policy=False):
         flags = (False,) * (len(ids) - n) + (True,) * n
         sampler = draw.normal(-4, 0.5, n).astype(np.float32)
         rows.append(Row(Example(f"r{i}", ids, flags), sampler, [1.0, -0.7, 0.0, 0.4][i % 4]))
+        if by_token:
+            rows[-1].advantage = draw.normal(0, 1, n).astype(np.float32)
     for row, values in grpo.logprobs_of(logprobs.split(lora()), rows, config):
         row.reference = values + draw.normal(0, 0.3, len(values)).astype(np.float32)
         if off_policy:  # near the policy's own, so that ratios are on both sides of the bounds
@@ -86,13 +89,14 @@ def plainly(model, rows, config):
                 log_ratios.append(value - old)
             for j, value in enumerate(chosen):
                 ratio = mx.exp(sum(log_ratios) / n if config.loss == "gspo" else log_ratios[j])
-                gain = mx.minimum(ratio * row.advantage, mx.clip(ratio, low, high) * row.advantage)
+                advantage = np.broadcast_to(row.advantage, n)[j].item()
+                gain = mx.minimum(ratio * advantage, mx.clip(ratio, low, high) * advantage)
                 if config.loss == "cispo":
-                    gain = mx.stop_gradient(mx.minimum(ratio, high)) * row.advantage * value
+                    gain = mx.stop_gradient(mx.minimum(ratio, high)) * advantage * value
                 elif config.loss == "reinforce":
-                    gain = row.advantage * value
+                    gain = advantage * value
                 elif row.old is None:
-                    gain = ratio * row.advantage
+                    gain = ratio * advantage
                 gap = row.reference[j].item() - value
                 weight = ratio if config.unbiased_kl else 1
                 losses.append(-gain + config.kl_coef * (mx.exp(gap) - 1 - gap) * weight)
@@ -122,9 +126,12 @@ def plainly(model, rows, config):
         *((kind, True, 0.0, False) for kind in losses.KINDS if kind != "dapo"),
     ],
 )
-def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased):
+@pytest.mark.parametrize("by_token", [False, True])
+def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased, by_token):
+    if by_token and kind == "gspo":
+        kind = "dapo"  # gspo has one advantage a row
     config = settings_of(loss=kind, kl_coef=kl_coef, unbiased_kl=unbiased, clip_eps_high=0.28, micro_tokens=40)
-    rows = some_rows(config, off_policy=off_policy)
+    rows = some_rows(config, off_policy=off_policy, by_token=by_token)
     model = lora()
     loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
     expected, expected_grads = plainly(model, rows, config)
@@ -135,13 +142,14 @@ def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_co
         assert sums["clip_low"] > 0 and sums["clip_high"] > 0
 
 
-def test_split_order_and_padding_change_nothing():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_split_order_and_padding_change_nothing(by_token):
     model = lora()
     halves = logprobs.split(model)
     results = []
     for micro, order in ((9999, 1), (40, 1), (1, 1), (9999, -1), (60, -1)):
         config = settings_of(micro_tokens=micro, kl_coef=0.1)
-        rows = some_rows(config, off_policy=True)[::order]
+        rows = some_rows(config, off_policy=True, by_token=by_token)[::order]
         results.append(grpo.gradient(model, halves, rows, config))
     for loss, grads, sums in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
@@ -225,6 +233,70 @@ def test_a_run_with_rewards_that_do_not_apply(settings, tmp_path):
         train(own, tmp_path / config.__name__)
         rows = [row for row in outcome(tmp_path / config.__name__)[1] if "loss" in row]
         assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["reward/mean"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("step_weight", [0.0, 1.5])
+def test_tokens_that_were_put_there_have_no_gradient(step_weight):
+    """The gradient is that of the drawn tokens alone, each predicted from all that stands before it."""
+    config = settings_of(step_weight=step_weight, temperature=1.0, micro_tokens=30)
+    group = [
+        made(1.0, (5, 6, 7, 8, 9, 10), forced=(0, 1, 3)),
+        made(0.0, (6, 7, 8, 20), forced=(3,)),
+        made(0.5, (9, 8, 7)),
+        made(0.2, (4, 5), forced=(0, 1)),
+    ]
+    steps = [(Step("equation", 0, 1, value, 1, 3),) for value in (1.0, 0.0, 1.0)]
+    group[:3] = [replace(one, steps=own) for one, own in zip(group, steps, strict=False)]
+    rows = grpo.weighed(grpo.rows_of([group], config), config)
+    assert [row.example.count for row in rows] == [3, 3, 3] and all(np.isfinite(row.sampler).all() for row in rows)
+    model = lora()
+    loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
+    whole = grpo.rows_of([[replace(one, completion=drawn_all(one)) for one in group]], config)
+
+    def loss_of():
+        total = mx.array(0.0)
+        for one, row in zip(group[:3], whole, strict=False):
+            ids = mx.array([(1, 2, 3, *one.ids)])
+            logits = model(ids)[0, 2:-1]
+            logs = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True), ids[0, 3:, None], -1)[:, 0]
+            weights = mx.array(np.broadcast_to(row.advantage, len(one.ids)) * one.drawn)
+            total = total - (weights * mx.exp(logs - mx.stop_gradient(logs))).sum()
+        return total / 9
+
+    expected, expected_grads = nn.value_and_grad(model, loss_of)()
+    assert loss == pytest.approx(expected.item(), abs=2e-5) and sums["tokens"] == 9
+    assert_close(grads, expected_grads, 2e-4)
+
+
+def drawn_all(one):
+    rollout = replace(one.completion.rollout, forced=(), logprobs=(-1.0,) * len(one.ids))
+    return replace(one.completion, rollout=rollout)
+
+
+@pytest.mark.parametrize("recipe", [(grpo, GRPOConfig), (ppo, PPOConfig)], ids=["grpo", "ppo"])
+def test_a_run_with_bounded_thoughts(settings, tmp_path, recipe):
+    module, kind = recipe
+    bounds = {"prefill": "<think>\n", "think_tokens": 3, "think_at_least": 2}
+    config = kind(**{**settings, "num_steps": 2, **bounds})
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        rows_of = module.rows_of
+        patch.setattr(module, "rows_of", lambda *given: seen.append(rows_of(*given)) or seen[-1])
+        module.train(config, tmp_path / "out")
+    tokens = wrap(make_tokenizer()).tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    for row in seen[0]:
+        completion = row.example.ids[-len(row.example.trained) + row.example.trained.index(True) :]
+        assert row.example.count == sum(row.example.trained) == len(row.sampler) < len(completion) + 3
+        assert np.isfinite(row.sampler).all()
+    assert any(tokens == list(row.example.ids[i : i + 4]) for row in seen[0] for i in range(len(row.example.ids)))
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("rollout/forced", 0) > 0 for row in metrics)
+    shown = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert any("forced" in row for row in shown)
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    assert identity["think_tokens"] == 3 and identity["evaluate"]["think_tokens"] == 3
+    with pytest.raises(UserError, match="think_tokens"):
+        module.train(config.model_copy(update={"think_tokens": 4}), tmp_path / "out", resume=True)
 
 
 def test_the_stop_token_is_learned():
@@ -416,7 +488,12 @@ def settings(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"minibatches": 2, "updates_per_batch": 2, "max_resamples": 2, "kl_coef": 0.1}]
+    "changes",
+    [
+        {},
+        {"minibatches": 2, "updates_per_batch": 2, "max_resamples": 2, "kl_coef": 0.1},
+        {"rewards": {"factories:capitals": 1.0, "factories:halves": 0.0}, "step_weight": 1.0},
+    ],
 )
 def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch, changes):
     config = GRPOConfig(**{**settings, **changes})
@@ -448,7 +525,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
     grpo.train(config, tmp_path / "counted")
     assert_same_outcome(tmp_path / "counted", expected)
     count = len(moments)
-    for place in [1, *range(6, count - 2, 7 if not changes else 13), count - 3, count]:
+    for place in [1, *range(6, count - 2, 7 if not changes else 13 if "kl_coef" in changes else 23), count - 3, count]:
         out, wanted = tmp_path / str(place), place
         moments.clear()
         with pytest.raises(Killed):
@@ -613,7 +690,7 @@ def test_overlong_completions_cost():
     planned = evaluator.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
     problem = task.parse({"nums": [1, 2], "target": 3}, "")
     group = [made(0, range(n)).completion for n in (8, 10)]
-    ((short, long),) = rollouts.scored(planned, [problem], [group], {}, config)
+    ((short, long),) = rollouts.scored(wrap(make_tokenizer()), planned, [problem], [group], {}, config)
     assert (short.reward, long.reward) == (0, -0.5) and long.parts["overlong"] == -0.5
 
 
