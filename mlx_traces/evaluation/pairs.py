@@ -194,7 +194,7 @@ def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> li
     Where more pairs do, the last point counts them.
     """
     kinds = {
-        name: (run.result["model"], run.result.get("adapter"), run.result["prompt"])
+        name: (run.result["model"], run.result.get("adapter"), comparison.prompt_of(run.result))
         for name, run in zip(comparison.labels(runs), runs, strict=True)
     }
     same = [[x == y for x, y in zip(kinds[pair.a], kinds[pair.b], strict=True)] for pair in found]

@@ -115,9 +115,7 @@ def plan_eval(
     stored = [comparison.read_run(path) for path in runs]
     for run in stored:
         if (samples := len(next(iter(comparison.outcomes_of(run).values())))) > 1:
-            raise UserError(
-                f"{clean(run.name)} has {samples} completions a problem, McNemar's test takes one; name others"
-            )
+            raise UserError(f"{clean(run.name)} has {samples} completions a problem; McNemar's test takes one")
     seen = _seen(stored) if len(stored) == 2 else None
     if seen and problems is None:
         problems = seen[2]
