@@ -225,6 +225,20 @@ def test_ppo_is_paid_for_steps(supervision, whiten):
         np.testing.assert_allclose(row.returns - other.returns, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("supervision", "expected"),
+    [("local", [[0, 1, 0], [-3, 1, 1]]), ("cumulative", [[1, 1, 0], [-3, 0, 1]])],
+)
+def test_what_falls_on_an_inserted_token_counts_in_ppo_at_the_drawn_one_before(supervision, expected):
+    config = PPOConfig(max_tokens=5, step_weight=4, supervision=supervision)
+    first, second = made(1.0, (20, 21, 22, 23, 24), forced=(0, 3)), made(0.0, (20, 21, 22, 23), forced=(1,))
+    group = [
+        replace(first, steps=(Step("a", 0, 1, 1.0, 0, 1), Step("a", 2, 4, 1.0, 2, 4))),  # both end at inserted tokens
+        replace(second, steps=(Step("a", 0, 2, 0.0, 0, 2), Step("a", 2, 4, 1.0, 2, 4))),
+    ]
+    assert [row.credit.tolist() for row in ppo.rows_of([group], config)] == expected
+
+
 # ---------------------------------------------------------------------------------- runs
 
 
