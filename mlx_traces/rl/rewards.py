@@ -327,6 +327,8 @@ def _in_order(name: str, stepped: Stepped, length: int) -> Stepped:
             try:
                 start, end, value = span
                 start, end = start.__index__(), end.__index__()
+                if value is None:  # a whole completion may have no value; a step must
+                    raise TypeError
             except (TypeError, ValueError, AttributeError):
                 raise UserError(f"reward {name}: {str(span)[:60]} of {kind!r} is not (start, end, value)") from None
             if not 0 <= start < end <= length:

@@ -92,9 +92,7 @@ def test_no_thought_no_steps_and_another_task():
     problem = GSM8K.parse({"question": "How many?", "answer": "#### 6"}, "")
     text = "2 * 3 = 6 apples, 2 + 2 = 5, x = 3\n</think>\n#### 6"
     found, scored = steps_of(sampled(text), {"equations": 1.0}, problem=problem, task=GSM8K)
-    assert found["equations"] == [("2 * 3 = 6 apples", "2 * 3 = 6 apples", 1), ("2 + 2 = 5", "2 + 2 = 5", 0)] or found[
-        "equations"
-    ] == [("2 * 3 = 6", "2 * 3 = 6", 1), ("2 + 2 = 5", "2 + 2 = 5", 0)]
+    assert found["equations"] == [("2 * 3 = 6", "2 * 3 = 6", 1), ("2 + 2 = 5", "2 + 2 = 5", 0)]
     assert scored.parts["equations"] == 0.5
     found, scored = steps_of(sampled("1 + 1 = 2", ""), {"equations": 1.0}, problem=problem, task=GSM8K)
     assert found == {} and scored.parts["equations"] is None
@@ -302,7 +300,7 @@ def test_figures_by_position():
         ({"a": [(-1, 2, 1)]}, r"step \(-1, 2\) of 'a' is not within"),
         ({"a": [(2, 2, 1)]}, r"step \(2, 2\) of 'a' is not within"),
         ({"a": [(1, 3, float("nan"))]}, "returned 'nan', not a finite number"),
-        ({"a": [(1, 3, None)]}, "returned 'None', not a finite number"),
+        ({"a": [(1, 3, None)]}, r"\(1, 3, None\) of 'a' is not \(start, end, value\)"),
         ({"a": [(5, 9, 1), (1, 6, 1)]}, r"steps \(1, 6\) and \(5, 9\) of 'a' overlap"),
         ({"a": [(1, 3)]}, r"\(1, 3\) of 'a' is not \(start, end, value\)"),
         ({"a": [(1.5, 3, 1)]}, r"\(1.5, 3, 1\) of 'a' is not \(start, end, value\)"),
