@@ -1,5 +1,6 @@
 """Make traces from worked solutions, GSM8K's and MATH's, and from a solver's for Countdown."""
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,7 @@ def countdown_traces(
     operands: tuple[int, int] = (3, 4),
     prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
     skipped: Counter | None = None,
+    give_up: float = 0.0,
 ) -> Iterator[Trace]:
     """Yield the solver's traces of ``count`` generated problems, one for every prompt.
 
@@ -105,11 +107,13 @@ def countdown_traces(
         operands: fewest and most numbers of a problem.
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
+        give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
     """
+    draw = random.Random(f"{seed} give up")
     for nums, target in countdown.generate(split, count, seed, operands):
         problem = countdown.parse({"nums": nums, "target": target}, "solver")
         for prompt in prompts:
-            if (found := solved(prompt, nums, target)) is None:
+            if (found := solved(prompt, nums, target, give_up, draw)) is None:
                 count_skipped(skipped, "no short trace")
                 break
             yield _task_trace("countdown", problem, prompt, found[1], "solver")

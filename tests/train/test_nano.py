@@ -3,18 +3,21 @@
 import json
 import os
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError
-from mlx_traces.models import loading, names, nano
-from mlx_traces.tasks.countdown import PROMPTS, check, generate, parse
+from mlx_traces.models import loading, names
+from mlx_traces.tasks.countdown import PROMPTS, generate, parse
+from mlx_traces.traces.equations import equations
+from mlx_traces.train import nano
 
-TINY = {"hidden_size": 64, "layers": 1, "heads": 1, "intermediate_size": 64, "operands": (3, 3)}
-TINY |= {"problems": 640, "warmup_steps": 2}
+TINY = {"hidden_size": 64, "layers": 1, "heads": 1, "intermediate_size": 64}
+TINY |= {"problems": 200, "sequences": 640, "policy_sequences": 32}
+SMALL = NanoConfig(problems=300, sequences=900, policy_sequences=300)
+ARITHMETIC, POLICY = nano.stages(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +25,15 @@ def tokenizer():
     return nano.build_tokenizer()
 
 
-def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer):
+@pytest.fixture(scope="module")
+def pool():
+    return nano.problems(SMALL)
+
+
+def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer, pool):
     """transformers puts its own pre-tokenizer in place of some; the ids would differ without an error."""
     loaded = loading.load("nano").tokenizer
-    for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 50):
+    for ids, _ in nano.examples(SMALL, POLICY, pool, 0, tokenizer)[:50]:
         text = tokenizer.decode(ids)
         assert loaded.encode(text, add_special_tokens=False) == ids
     odd = "Ünïcode 2001, 33x 0x33\n\n200 201 🙂"
@@ -33,31 +41,44 @@ def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer):
     assert loaded.decode(loaded.encode(odd, add_special_tokens=False)) == odd
 
 
-def test_prompts_and_traces_need_no_spelling(tokenizer):
+def test_prompts_and_traces_need_no_spelling(tokenizer, pool):
     """Every fixed part is one token: if a prompt's wording changes, nano has to be built anew."""
     for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
         messages = prompt.messages(parse({"nums": [3, 19, 42], "target": 64}, "here"))
         ids = loading.load("nano").tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert len(ids) == 15
-    lengths = [len(ids) for ids, _ in islice(nano.examples(NanoConfig(), tokenizer), 500)]
-    assert sum(lengths) / 500 < 60
+    bytes_alone = {tokenizer.convert_tokens_to_ids(sign) for sign in "0123456789()"}  # one token as well
+    for stage in (ARITHMETIC, POLICY):
+        made = nano.examples(SMALL, stage, pool, 0, tokenizer)
+        assert not any({token for token in ids[start:] if token < 256} - bytes_alone for ids, start in made)
+        assert max(len(ids) for ids, _ in made) < nano.CONTEXT / 2
 
 
-def test_examples_are_solved_and_from_the_training_split(tokenizer):
+def test_examples_are_from_the_training_split_and_end_elsewhere_in_each_pass(tokenizer, pool):
     held_out = {tuple(sorted(nums)) for split in ("valid", "test") for nums, _ in generate(split, 300, 0)}
-    for nums, target in islice(generate("train", 10**9, NanoConfig().seed), 300):
-        assert tuple(sorted(nums)) not in held_out
-        for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
-            if (example := nano.solved(prompt, nums, target)) is not None:
-                answer = example[1].partition("<answer>")[2].removesuffix("</answer>")
-                assert check(answer, nums, target) == "correct"
-                assert ("<think>" in example[1]) == (prompt.name == "thinking")
+    assert not held_out & {tuple(sorted(nums)) for nums, _ in pool} and len(pool) == len({(*n, t) for n, t in pool})
+    given_up, texts = {}, {}
+    for stage in (ARITHMETIC, POLICY):
+        completions = [tokenizer.decode(ids[start:]) for ids, start in nano.examples(SMALL, stage, pool, 0, tokenizer)]
+        assert len(completions) > 0.98 * stage.sequences
+        thoughts = [text for text in completions if "<think>" in text]
+        assert all(all(equations(text)) for text in thoughts)
+        assert 0 < len(completions) - len(thoughts) < 0.1 * len(completions)
+        given_up[stage.name] = sum("near " in text for text in thoughts) / sum(text.count(" no\n") for text in thoughts)
+        texts[stage.name] = completions
+    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.5 < given_up["policy"] < 0.7
+    assert texts["arithmetic"][:300] != texts["arithmetic"][300:600]  # the second pass
 
 
-def test_only_completion_tokens_are_trained(tokenizer):
-    config = NanoConfig(problems=32)
+def test_a_chunk_depends_on_nothing_but_its_place(tokenizer, pool, monkeypatch):
+    monkeypatch.setattr(nano, "CHUNK", 100)
+    whole = [nano.examples(SMALL, ARITHMETIC, pool, start, tokenizer) for start in (0, 100, 200)]
+    assert nano.examples(SMALL, ARITHMETIC, pool, 200, tokenizer) == whole[2] != whole[1]
+
+
+def test_only_completion_tokens_are_trained(tokenizer, pool):
     stop = tokenizer.eos_token_id
-    for ids, mask in nano.batches(config, tokenizer):
+    for ids, mask in nano.batches(NanoConfig(sequences=32), nano.Stage("arithmetic", 32, 0.1, 1), pool, 0, tokenizer):
         for row, counted in zip(ids.tolist(), mask.tolist(), strict=True):
             start = row.index(tokenizer.convert_tokens_to_ids("assistant\n")) + 1
             end = max(i for i, token in enumerate(row) if token == stop)
@@ -69,9 +90,11 @@ def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
     from mlx_lm import load
 
     losses = []
-    first = nano.build(NanoConfig(out=str(tmp_path / "a"), **TINY), lambda step, steps, loss: losses.append(loss))
+    first = nano.build(
+        NanoConfig(out=str(tmp_path / "a"), **TINY), progress=lambda stage, step, steps, loss: losses.append(loss)
+    )
     nano.build(NanoConfig(out=str(tmp_path / "b"), **TINY))
-    assert len(losses) == 40 and losses[-1] < losses[0] - 1
+    assert 41 <= len(losses) <= 42 and losses[-1] < losses[0] - 1
     one, two = (mx.load(str(tmp_path / name / "model.safetensors")) for name in "ab")
     assert all(mx.array_equal(one[key], two[key]) for key in one)
     model, tokenizer = load(str(first))
@@ -114,7 +137,7 @@ def test_more_problems_than_there_are_are_refused_before_training(tmp_path, monk
     monkeypatch.setattr(nano, "generate", few)
     with monkeypatch.context() as patch:
         patch.setattr(nano, "batches", no_training)
-        with pytest.raises(UserError, match=r"^problems: only \d+ of 3 to 3 numbers .* not 640; ask for no") as error:
+        with pytest.raises(UserError, match=r"^problems: only \d+ of 3 to 3 numbers .* not 200; ask for no") as error:
             nano.build(NanoConfig(out=str(tmp_path / "a"), **TINY))
         with pytest.raises(UserError, match="operands 1-3 is not a range"):
             nano.build(NanoConfig(out=str(tmp_path / "a"), **{**TINY, "operands": (1, 3)}))
@@ -132,16 +155,38 @@ def test_the_output_folder_is_checked_before_training(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
-    out, seen = tmp_path / "deep" / "a", []
+def test_a_build_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
+    """Cut off in either stage, and between a stage's last checkpoint and the next."""
+    import mlx.core as mx
 
-    def stop(step, steps, loss):
-        seen.append(out.exists())
-        raise KeyboardInterrupt
+    monkeypatch.setattr(nano, "CHUNK", 64)
+    monkeypatch.setattr(nano, "SAVE_EVERY", 4)
+    whole = nano.build(NanoConfig(out=str(tmp_path / "whole"), **TINY))
+    settings = NanoConfig(out=str(tmp_path / "deep" / "a"), **TINY)
+    seen = []
 
-    with pytest.raises(KeyboardInterrupt):
-        nano.build(NanoConfig(out=str(out), **TINY), stop)
-    assert seen == [False] and not list(out.parent.iterdir())
+    def stop(stage, step, steps, loss):
+        seen.append((stage, step))
+        if seen.count(seen[-1]) == 1 and seen[-1] in [("arithmetic", 2), ("arithmetic", 30), ("policy", 1)]:
+            raise KeyboardInterrupt
+
+    for resume, left in ((False, []), (False, ["arithmetic"]), (True, ["arithmetic"])):
+        with pytest.raises(KeyboardInterrupt):
+            nano.build(settings, resume, stop)
+        assert [file.stem for file in (tmp_path / "deep").rglob("*.safetensors")] == left
+        assert not (tmp_path / "deep" / "a").exists()
+    with pytest.raises(UserError, match="a.unfinished exists; pass --resume to continue it, or remove it"):
+        nano.build(settings)
+    with pytest.raises(UserError, match=r"a.unfinished: give_up was 0.12 when it began, now it is 0.5; remove"):
+        nano.build(settings.model_copy(update={"give_up": 0.5}), True)
+    resumed = nano.build(settings, True, stop)
+    assert [path.name for path in resumed.parent.iterdir()] == ["a"]
+    one, two = (mx.load(str(folder / "model.safetensors")) for folder in (whole, resumed))
+    assert all(mx.array_equal(one[key], two[key]) for key in one)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    out = tmp_path / "deep" / "a"
 
     def fail(*_):
         (out.parent / f".a-{os.getpid()}.tmp" / "half").touch()
@@ -150,7 +195,7 @@ def test_a_build_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_lm.utils.save_model", fail)
     with pytest.raises(UserError, match=r"a cannot be written \(No space left on device\)"):
         nano.build(NanoConfig(out=str(out), **TINY))
-    assert not list(out.parent.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == ["a.unfinished"]  # what it learned is kept
 
 
 def test_the_package_stays_small():
