@@ -293,7 +293,19 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
 
     rewards: dict[str, float] = Field(
         {"correct": 1.0},
-        description="Weights of the rewards: correct, gated, flash, judge, format, ... or your own module:function.",
+        description="Weights of the rewards: correct, gated, equations, judge, ... or your own module:function.",
+    )
+    step_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        exclude_if=not_,
+        description="Weight of the values that a reward (equations, steps, your own) gives to single steps of a "
+        "completion; 0: only whole completions are rewarded.",
+    )
+    supervision: Literal["local", "cumulative"] = Field(
+        "local",
+        exclude_if=lambda value: value == "local",
+        description="Where a step's value counts: at the step's own tokens (local), or at its own and all earlier ones "
+        "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
         "think", description="Form of a completion that the rewards format and gated require."
@@ -374,6 +386,13 @@ class GRPOConfig(RLConfig):
     def _no_bnpo(cls, value: Any) -> Any:
         if value == "bnpo":  # a mean over micro-batches, which change nothing here
             raise ValueError("bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _by_tokens(cls, value: str, info: ValidationInfo) -> str:
+        if value == "gspo" and info.data.get("step_weight"):
+            raise ValueError("gspo has one ratio and one advantage per completion; for step_weight choose another loss")
         return value
 
 
@@ -520,8 +539,10 @@ class RawConfig(Config):
     prompts: list[str] | None = Field(None, description="Prompt styles; default: the prompt of the rounds.")
     split: str = Field("train", description="Split of the data.")
     data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
-    give_up: Fraction01 = Field(
-        0.0, exclude_if=not_, description="Probability that the solver of Countdown gives up after a no."
+    give_up: list[Fraction01] = Field(
+        [],
+        exclude_if=not_,
+        description="Probabilities that the solver of Countdown gives up after the first no, the second, and so on.",
     )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
@@ -637,9 +658,11 @@ class NanoConfig(OptimizerConfig):
     problems: Positive = Field(85_000, description="Different training problems; each is seen several times.")
     direct_share: Fraction01 = Field(0.035, description="Share of the sequences in the direct prompt.")
     sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
-    give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
+    give_up: list[Fraction01] = Field(
+        [0.12], description="Probabilities that its teacher gives up after the first no, the second, and so on."
+    )
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
-    policy_give_up: Fraction01 = Field(0.6, description="Probability that its teacher gives up after a no.")
+    policy_give_up: list[Fraction01] = Field([0.6, 0.85, 0.95], description="The same in the second stage.")
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak rate of the first stage.")

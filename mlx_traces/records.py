@@ -52,6 +52,21 @@ class Rollout:
     stop_string: str | None = None
 
 
+Span = tuple[int, int, float]  # first character, the one after the last, value
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A reward's value that also says what single steps of the completion are worth.
+
+    ``value`` is that of the whole completion, or None where it does not apply. ``steps`` has, by the name of their
+    kind, spans ``(start, end, value)`` in characters of the text that was rewarded; those of a kind do not overlap.
+    """
+
+    value: float | None
+    steps: dict[str, list[Span]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Score:
     """A task's verdict on one completion, by one extractor.

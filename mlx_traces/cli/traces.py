@@ -20,6 +20,7 @@ from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
+GIVE_UP = "Probability that the solver gives up after its first no.  Repeat for the second, and so on."
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -89,16 +90,16 @@ def data_countdown(
 @data_group.command("countdown-traces")
 @generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
-@click.option(
-    "--give-up",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Probability of giving up after a no.",
-)
+@click.option("--give-up", type=click.FloatRange(0, 1), multiple=True, help=GIVE_UP)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
-    count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], give_up: float, out: str
+    count: int,
+    split: str,
+    seed: int,
+    operands: tuple[int, int],
+    prompts: tuple[str, ...],
+    give_up: tuple[float, ...],
+    out: str,
 ) -> None:
     """Write a solver's traces of Countdown problems.
 
@@ -110,7 +111,7 @@ def data_countdown_traces(
 
     styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
-    config |= {"give_up": give_up} if give_up else {}
+    config |= {"give_up": list(give_up)} if give_up else {}
     skipped = Counter()
     made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up)
     _write(out, made, "solver", config, skipped, seed)

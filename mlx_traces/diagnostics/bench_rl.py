@@ -30,6 +30,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx.optimizers import Adam
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -265,7 +266,7 @@ class OurSteps:
         step.end(sum(len(rollout.ids) for rollout in every))
         step.sampling = seconds["time/sample"]
         # A row without an advantage teaches PPO's values.
-        taught = sum(bool((self.room is ppo or row.advantage) and row.example.count) for row in rows)
+        taught = sum(bool((self.room is ppo or np.any(row.advantage)) and row.example.count) for row in rows)
         step.learned = taught / len(every)
         return step, [group[0].problem for group in groups]
 

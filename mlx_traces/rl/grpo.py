@@ -23,8 +23,8 @@ from mlx_traces.engine import batching
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.rl import losses, trainer
-from mlx_traces.rl.rollouts import Group, Row
+from mlx_traces.rl import losses, steps, trainer
+from mlx_traces.rl.rollouts import Group, Row, steps_of
 from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
@@ -79,7 +79,17 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
         return []  # resampling found no group of different rewards
     rows = []
     rollouts = [rollout for group in groups for rollout in group]
-    for rollout, advantage in zip(rollouts, advantages(groups, config).tolist(), strict=True):
+    of_each = advantages(groups, config).tolist()
+    if config.step_weight:
+        of_each = steps.token_advantages(
+            of_each,
+            [steps_of(group) for group in groups],
+            [len(rollout.ids) for rollout in rollouts],
+            weight=config.step_weight,
+            supervision=config.supervision,
+            scale=config.advantage,
+        )
+    for rollout, advantage in zip(rollouts, of_each, strict=True):
         example = rollout.example(learned=not (rollout.cut_off and config.overlong == "mask"))
         rows.append(Row(example, np.array(rollout.completion.rollout.logprobs, np.float32), advantage))
     return rows
@@ -93,7 +103,7 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.max_tokens))
     for row, own in zip(rows, weights, strict=True):
         row.weights = own[: row.example.count]
-    return [row for row in rows if row.example.count and (row.advantage or config.kl_coef)]
+    return [row for row in rows if row.example.count and (np.any(row.advantage) or config.kl_coef)]
 
 
 def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOConfig) -> tuple[float, Any, Counter]:
@@ -111,7 +121,7 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
         loss, sums = losses.policy_loss(
             logprobs,
             old,
-            mx.array([row.advantage for row in micro]),
+            batching.padded([np.broadcast_to(row.advantage, row.example.count) for row in micro]),
             mask,
             batching.padded([row.weights for row in micro]),
             kind=config.loss,

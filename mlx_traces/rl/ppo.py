@@ -4,7 +4,8 @@ A completion is an episode. The state is the text before a token, the action is 
 the last token, which is the stop token if the completion ended by itself. ``kl_coef`` * (log p - log p_ref) is
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
-step's tokens. They are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
+step's tokens. What single steps of a completion earn (`steps`) is a part of the reward after a step's last token, or is
+added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
 parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
@@ -31,7 +32,7 @@ from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.rl import losses, trainer
+from mlx_traces.rl import losses, steps, trainer
 from mlx_traces.rl.rollouts import Group, Row
 from mlx_traces.rl.trainer import Learner, Result
 from mlx_traces.runtime import distributed
@@ -96,13 +97,18 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
-    rows = []
+    rows, places = [], []
     for rollout in (rollout for group in groups for rollout in group):
-        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None:
+        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None or not rollout.ids:
             continue
         sampler = np.array(rollout.completion.rollout.logprobs, np.float32)
         rows.append(Row(rollout.example(), sampler, reward=rollout.reward))
-    return [row for row in rows if row.example.count]
+        places.append(rollout.steps)
+    if config.step_weight:  # groups may have a single completion, so all of them are compared
+        put = steps.spread if config.supervision == "local" else steps.at_ends
+        for row, own, earned in zip(rows, places, steps.credits_of(places), strict=True):
+            row.credit = (config.step_weight * put(own, earned, row.example.count)).astype(np.float32)
+    return rows
 
 
 def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: Callable, config: PPOConfig) -> None:
@@ -149,6 +155,8 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
     outcomes, _ = losses.gae(got, mx.zeros_like(values), mask, gamma=config.gamma, lam=1.0)
     if config.whiten:
         advantages = losses.whiten(advantages, mask)
+    if config.step_weight and config.supervision == "local":
+        advantages = advantages + batching.padded([row.credit for row in rows])
     for row, own, target in zip(rows, np.array(advantages), np.array(returns), strict=True):
         row.advantage, row.returns = own[: row.example.count], target[: row.example.count]
     explained = losses.explained_variance(values, outcomes, mask).item()
@@ -164,10 +172,10 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
 
 
 def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
-    """Return the reward after each token: the rollout's own after the last, less the KL penalty."""
+    """Return the reward after each token: the rollout's own after the last, less the KL penalty, and ended steps'."""
     rewards = -config.kl_coef * (row.old - row.reference) if config.kl_coef else np.zeros_like(row.old)
     rewards[-1] += row.reward
-    return rewards
+    return rewards + row.credit if config.step_weight and config.supervision == "cumulative" else rewards
 
 
 def weighed(rows: Sequence[Row]) -> Sequence[Row]:

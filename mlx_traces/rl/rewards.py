@@ -11,15 +11,21 @@ them. The last of ``correct``, ``correct_strict`` and ``gated`` that is a reward
 compares the lengths of a problem's right completions: 1 for the shortest, 0 for the longest, linear in the tokens
 between them, None if all have the same length (after Sky-T1-Flash). Its weight must be below the sum of theirs, so a
 long right completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric;
-without any of the three it grades every completion. The other rewards are scores of the text (`quality`), for wrong
-completions too.
+without any of the three it grades every completion.
+
+``equations`` and ``steps`` also say what single steps are worth (`records.Stepped`), 1 or 0 each; the value of the
+whole is their mean, None without any. ``equations`` are those of the thought, by the exact checker; what it does not
+understand is no step. ``steps`` are the task's own, if it checks some.
+
+The other rewards are scores of the text (`quality`), for wrong completions too.
 
 Your own function is named ``module:function`` and looked for in the working folder too. It is called with the list of
 completions (the assistant's whole turns, as texts) and, by name, with whichever of these lists it takes: every column
 of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It returns a number
 for each completion, or None if the reward does not apply; the reward is then left out of the completion's sum and of
-the reward's mean. A completion to which no reward with a weight applies has no reward: it has no gradient, and the
-others of its group are not compared with it. TRL does the same, except that it counts rewards of weight 0 as applying.
+the reward's mean. It may also return `records.Stepped` values, their spans in characters of these texts. A completion
+to which no reward with a weight applies has no reward: it has no gradient, and the others of its group are not compared
+with it. TRL does the same, except that it counts rewards of weight 0 as applying.
 """
 
 import inspect
@@ -35,19 +41,23 @@ from mlx_traces.errors import UserError, choices, did_you_mean, typed_line
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan, strictly_correct
 from mlx_traces.models import loading
-from mlx_traces.records import Problem, Trace
+from mlx_traces.records import Problem, Stepped, Trace
+from mlx_traces.rl import steps
+from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import forms_of
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.traces import judge
-from mlx_traces.traces.quality import text_scores
+from mlx_traces.traces import equations, judge
+from mlx_traces.traces.quality import text_scores, thought_span
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
 RIGHT = ("correct", "correct_strict", "gated")  # say whether a completion is right; the last one that is used decides
 FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
-BUILT_IN = (*RIGHT, "flash", "judge", *TEXT)
+STEPPED = ("equations", "steps")  # also give values to single steps
+BUILT_IN = (*RIGHT, *STEPPED, "flash", "judge", *TEXT)
 
 Sample = tuple[Problem, Completion]
 Parts = dict[str, float | None]
+Value = float | Stepped | None
 
 
 def load(
@@ -55,6 +65,7 @@ def load(
     columns: Sequence[str],
     config: RLConfig | None = None,
     prompt: Prompt | None = None,
+    task: Task | None = None,
 ) -> dict[str, Callable]:
     """Import the functions among the rewards' names, load the judge, and check that the problems have what they need.
 
@@ -63,11 +74,13 @@ def load(
         columns: of the problems.
         config: says which model judges, and how.
         prompt: says which form the answer is to have.
+        task: says whether it checks steps.
 
     Raises:
         UserError: if there is no reward; if one is unknown, cannot be imported, or needs an argument that there is not;
             if ``flash`` does not weigh less than being right; if the prompt asks for no form and ``correct_strict`` is
-            a reward; if the judge is missing or does not load.
+            a reward; if the judge is missing or does not load; if ``steps`` is a reward and the task checks none; if
+            there is a ``step_weight`` and no reward that gives values to steps.
     """
     if not any(weights.values()):
         raise UserError("rewards: none has a weight other than 0; set one, as in {correct: 1}")
@@ -87,6 +100,13 @@ def load(
         raise UserError(
             f"reward correct_strict: the prompt {prompt.name} asks for no form (\\boxed{{}}, <answer> or ####) of the "
             "answer; choose another prompt, or correct"
+        )
+    if "steps" in weights and task and not task.steps:
+        raise UserError(f"reward steps: the task {task.name} checks no steps of its own; equations checks arithmetic")
+    if config and config.step_weight and not functions and not set(weights) & set(STEPPED):
+        raise UserError(
+            "step_weight: no reward gives values to steps; add equations, as in {correct: 1, equations: 0}, or leave "
+            "step_weight out"
         )
     right = sum(weights.get(name, 0) for name in RIGHT)
     if "flash" in weights and not 0 <= weights["flash"] < right:
@@ -116,7 +136,7 @@ def sources(name: str, function: Callable) -> list[Path]:
 
 def score(
     planned: Plan, samples: Sequence[Sample], functions: Mapping[str, Callable], weights: Mapping[str, float], tags: str
-) -> list[Parts]:
+) -> list[dict[str, Value]]:
     """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
 
     ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as described above.
@@ -126,7 +146,7 @@ def score(
             than the share ``judge_failures`` of the judge's replies cannot be read.
     """
     settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
-    known: dict[str, list[float | None]] = {}
+    known: dict[str, list[Value]] = {}
     if set(weights) & {*TEXT, "gated"}:
         texts = [_text_scores(planned, *sample, settings) for sample in samples]
         known = {name: [text[name] for text in texts] for name in TEXT}
@@ -140,7 +160,9 @@ def score(
     # flash and judge look at those that are right
     chosen = next((known[name] for name in reversed(RIGHT) if name in weights), [1.0] * len(samples))
     right = [index for index, value in enumerate(chosen) if value == 1]
-    parts: list[Parts] = [{} for _ in samples]
+    for name in set(weights) & set(STEPPED):
+        known[name] = [_checked_steps(planned, *sample, name, tags) for sample in samples]
+    parts: list[dict[str, Value]] = [{} for _ in samples]
     for name in weights:
         if name == "judge":
             values = _placed(functions[name](planned, [samples[i] for i in right]), right, len(samples))
@@ -151,6 +173,37 @@ def score(
         for part, value in zip(parts, values, strict=True):
             part[name] = value
     return parts
+
+
+def apart(parts: Mapping[str, Value]) -> tuple[Parts, list[list[Any]]]:
+    """Return a completion's rewards as plain values, and its steps: kind, start, end and value of each.
+
+    Raises:
+        UserError: if two rewards give values to steps of one kind.
+    """
+    owners: dict[str, str] = {}
+    rows = []
+    for name, part in parts.items():
+        for kind, spans in part.steps.items() if isinstance(part, Stepped) else ():
+            if owners.setdefault(kind, name) != name:
+                raise UserError(f"reward {name}: reward {owners[kind]} has steps of the kind {kind!r} too; rename one")
+            rows += [[kind, *span] for span in spans]
+    return {name: part.value if isinstance(part, Stepped) else part for name, part in parts.items()}, rows
+
+
+def _checked_steps(planned: Plan, problem: Problem, completion: Completion, name: str, tags: str) -> Stepped:
+    """Return ``equations`` or ``steps`` of a completion's thought."""
+    text = completion.opened + completion.text
+    if (span := thought_span(text, tags, completion.own_tags)) is None:
+        return Stepped(None)
+    begin, thought = span[0], text[slice(*span)]
+    if name == "equations":
+        found = {name: [(start, end, float(true)) for start, end, true in equations.checked(thought)]}
+    else:
+        found = planned.task.steps(problem, thought)
+    found = {kind: [(begin + start, begin + end, value) for start, end, value in own] for kind, own in found.items()}
+    values = [value for own in found.values() for *_, value in own]
+    return Stepped(sum(values) / len(values) if values else None, found)
 
 
 def _placed(values: Sequence[float | None], places: Sequence[int], count: int) -> list[float | None]:
@@ -223,7 +276,7 @@ def _own_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     }
 
 
-def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[float | None]:
+def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[Value]:
     """Call a function of the user's own and check what it returns."""
     columns = dict.fromkeys(column for problem, _ in samples for column in problem.columns)
     lists = {column: [problem.columns.get(column) for problem, _ in samples] for column in columns}
@@ -232,8 +285,9 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         taken = {parameter.name for parameter in list(parameters)[1:]}
         lists = {column: values for column, values in lists.items() if column in taken}
+    texts = [completion.opened + completion.rollout.text for _, completion in samples]
     try:
-        values = function([completion.opened + completion.rollout.text for _, completion in samples], **lists)
+        values = function(texts, **lists)
         values = list(values) if inspect.isgenerator(values) else values
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {name} failed ({typed_line(error)})") from error
@@ -244,7 +298,13 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[floa
         raise UserError(f"reward {name} returned {said}, not a list of a number or None for each completion") from None
     if len(values) != len(samples):
         raise UserError(f"reward {name} returned {len(values)} values for {len(samples)} completions")
-    return [None if value is None else _number(name, value) for value in values]
+    return [_value(name, value, len(text)) for value, text in zip(values, texts, strict=True)]
+
+
+def _value(name: str, value: Any, length: int) -> Value:
+    if isinstance(value, Stepped):
+        return steps.checked(name, value, length, lambda one: _number(name, one))
+    return None if value is None else _number(name, value)
 
 
 def _number(name: str, value: Any) -> float:

@@ -24,7 +24,8 @@ from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.readers import read_json
 from mlx_traces.records import Problem
-from mlx_traces.rl import losses, rewards
+from mlx_traces.rl import losses, rewards, steps
+from mlx_traces.rl.steps import Located
 from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.tasks import Task
@@ -34,12 +35,16 @@ from mlx_traces.train import loop
 
 @dataclass(frozen=True)
 class ScoredCompletion:
-    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies."""
+    """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies.
+
+    ``steps`` are those that a reward gave values of their own.
+    """
 
     problem: Problem
     completion: Completion
     parts: dict[str, float | None]
     reward: float | None
+    steps: Located = ()
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -66,8 +71,8 @@ class Row:
 
     ``sampler`` holds the log-probabilities of sampling, ``old`` the policy's before the step's first update (if the
     algorithm needs them), ``reference`` those of the reference (if there is one). ``advantage`` is one number for all
-    tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, the value head's
-    ``values`` before the first update, and the ``returns`` that it learns from.
+    tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, what its steps
+    earn (``credit``), the value head's ``values`` before the first update, and the ``returns`` that it learns from.
     """
 
     example: Example
@@ -79,6 +84,7 @@ class Row:
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
+    credit: np.ndarray | None = None
 
 
 @dataclass
@@ -104,6 +110,7 @@ def sample(
 
 
 def scored(
+    loaded: LoadedModel,
     planned: Plan,
     problems: Sequence[Problem],
     groups: Sequence[Sequence[Completion]],
@@ -113,8 +120,10 @@ def scored(
     """Give every completion its rewards."""
     pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
     # Only on the first rank: a reward may differ from call to call, and all ranks must use the same values.
-    parts = rewards.score(planned, pairs, functions, config.rewards, config.tags) if distributed.first() else []
-    parts = distributed.gather(parts)
+    first = rewards.score(planned, pairs, functions, config.rewards, config.tags) if distributed.first() else []
+    apart = distributed.gather([rewards.apart(one) for one in first])
+    parts, spans = [part for part, _ in apart], [rows for _, rows in apart]
+    places = steps.located(loaded, [completion for _, completion in pairs], spans)
     totals = [rewards.total(part, config.rewards) for part in parts]
     if config.overlong == "penalty":
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
@@ -122,13 +131,19 @@ def scored(
         for i, penalty in enumerate(losses.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
             parts[i] |= {"overlong": penalty}
             totals[i] = None if totals[i] is None else totals[i] + penalty
-    rollouts = [ScoredCompletion(*pair, part, value) for pair, part, value in zip(pairs, parts, totals, strict=True)]
+    found = zip(pairs, parts, totals, places, strict=True)
+    rollouts = [ScoredCompletion(*pair, part, value, own) for pair, part, value, own in found]
     return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
 
 
 def informative(group: Group) -> bool:
     """Whether a group's rewards differ; if not, its advantages are all 0."""
     return len({rollout.reward for rollout in group} - {None}) > 1
+
+
+def steps_of(group: Group) -> list[Located]:
+    """Return the steps of each completion of a group; none for one without a reward, which teaches nothing."""
+    return [() if rollout.reward is None else rollout.steps for rollout in group]
 
 
 def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
@@ -231,6 +246,7 @@ def collect(
     groups: list[Group] = []
     kept: list[Group] = []
     seconds = {"time/sample": 0.0, "time/reward": 0.0}
+    teach = (lambda group: steps.differ(steps_of(group))) if config.step_weight else (lambda _: False)
     stream = drawn(planned.problems, config.seed, progress.drawn)
     for _ in range(1 + resamples):
         began = perf_counter()
@@ -239,8 +255,8 @@ def collect(
         seed = loop.step_seed(config.seed, step)
         completions = sample(loaded, planned, problems, config.group_size, seed, first)
         sampled = perf_counter()
-        groups += scored(planned, problems, completions, functions, config)
-        kept = [group for group in groups if informative(group)] if resamples else groups
+        groups += scored(loaded, planned, problems, completions, functions, config)
+        kept = [group for group in groups if informative(group) or teach(group)] if resamples else groups
         seconds["time/sample"] += sampled - began
         seconds["time/reward"] += perf_counter() - sampled
         if len(kept) == config.prompts_per_step:
@@ -259,6 +275,7 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
     for name, values in named:
         applied = [value for value in values if value is not None]
         row[f"reward/{name}"] = sum(applied) / len(applied) if applied else None
+    row |= steps.figures([rollout.steps for rollout in rollouts])
     return row | {
         "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
         "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
@@ -287,5 +304,6 @@ def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Itera
             "tokens": len(rollout.ids),
             "reward": rollout.reward,
             "rewards": rollout.parts,
+            **({"steps": [step[:4] for step in rollout.steps]} if rollout.steps else {}),
             "gold": rollout.problem.gold,
         }

@@ -190,7 +190,9 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
         config = with_reference(names.with_adapter(config), folder.identity)
         config = loading.of_its_day(config, folder.identity).sized(distributed.sizes(device.choose(config.device)))
         planned, held_out, notes = rollouts.prepare(config)
-        functions = rewards.load(config.rewards, list(planned.problems[0].columns), config, planned.prompt)
+        functions = rewards.load(
+            config.rewards, list(planned.problems[0].columns), config, planned.prompt, planned.task
+        )
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
         longest = rollouts.longest_prompt(loaded, planned)
         identity = identity_of(config, planned, loaded, functions)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import MOST_NAME, UserError, unknown
-from mlx_traces.records import Problem, Score
+from mlx_traces.records import Problem, Score, Span
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 
 
@@ -24,7 +24,9 @@ class Task:
     compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     ``sample_columns`` are kept with each sample of an evaluation, beside question and gold answer, so that it can be
-    graded again. ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
+    graded again. ``steps(problem, thought)`` checks single steps of a thought, if the task can: it returns, by kind,
+    spans (first character, the one after the last, value), value 1 for a step that holds and 0 for one that does not.
+    ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     splits: tuple[str, ...] = ("train", "test")
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
     sample_columns: tuple[str, ...] = ()
+    steps: Callable[[Problem, str], dict[str, list[Span]]] | None = None
     source: str = ""
 
     def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.readers import GENERATED, file_rows, is_file
-from mlx_traces.records import Problem, Score
+from mlx_traces.records import Problem, Score, Span
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed
 from mlx_traces.tasks.data import hub_rows, load_rows, split_slice
@@ -187,6 +187,77 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
         name: Score(verdicts.get(text, "no_answer"), text and text.strip()[:MAX_EXPRESSION])
         for name, text in extracted.items()
     }
+
+
+# ---------------------------------------------------------------------------------------------- steps of a thought
+
+MAX_STEPS = 500  # equations, claims and line ends of a thought; later ones are not looked at
+MAX_WAYS = 16  # of making a value of the given numbers; more are not remembered
+_STEP = re.compile(
+    r"""
+    (?<![0-9.)=+*/-]) (?: (?<![-+*/=(][ ]) | (?<=\n[-*+][ ]) )  # not in the middle of an expression; after a bullet
+    (?P<left> [0-9(] [0-9()+*/ -]{2,80}? ) [ ]?=[ ]? (?P<result> -?[0-9]{1,9} ) (?! [0-9.] | [ ]?[-+*/(] )
+    (?: ,?[ ] (?P<said> yes | no )\b )?
+    | \bnear[ ] (?P<near> [0-9]{1,9} )\b
+    | (?P<end> \n )
+    """,
+    re.VERBOSE,
+)
+
+
+def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
+    """Check the steps of a thought: 1 for one that holds, 0 for one that does not.
+
+    ``numbers`` are the left sides of equations: each number is given, or the result of an earlier equation, and no
+    given one is used twice, whichever way those results were made. ``claims`` are the words after an equation: a
+    ``yes`` holds if the equation is true, uses all numbers and makes the target; a ``no`` if no equation of its line
+    does. They are also ``near N``, which holds if N is the nearest to the target of the values that were made of all
+    numbers. Whether an equation is true is not asked for ``numbers``; the reward ``equations`` does that.
+    """
+    nums, target = sorted(problem.columns["nums"]), problem.columns["target"]
+    ways: dict[int, set[tuple[int, ...]]] = {number: {(number,)} for number in nums}
+    numbers, claims, reached, hit = [], [], [], False
+    for match in islice(_STEP.finditer(thought), MAX_STEPS):
+        if match["end"]:
+            hit = False
+        elif match["near"]:
+            nearest = min((abs(value - target) for value in reached), default=None)
+            near = int(match["near"])
+            claims.append((*match.span(), float(near in reached and abs(near - target) == nearest)))
+        else:
+            try:
+                tree = ast.parse(match["left"].strip(), mode="eval").body
+                value = _value(tree)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+            if len(used) < 2:
+                continue
+            found, result = _made_of(used, ways, nums), int(match["result"])
+            numbers.append((*match.span("left"), float(bool(found))))
+            ways[result] = {*sorted(ways.get(result, set()) | found)[:MAX_WAYS]}
+            if tuple(nums) in found and value == result:
+                reached.append(result)
+            hits = tuple(nums) in found and value == result == target
+            hit |= hits
+            if match["said"]:
+                claims.append((*match.span("said"), float(hits if match["said"] == "yes" else not hit)))
+    return {"numbers": numbers, "claims": claims}
+
+
+def _made_of(used: list[int], ways: dict[int, set[tuple[int, ...]]], nums: list[int]) -> set[tuple[int, ...]]:
+    """Return which of the given numbers an expression may be made of; none if there is no way.
+
+    Args:
+        used: the numbers in the expression.
+        ways: the given numbers, sorted, that each known value may be made of.
+        nums: the given numbers, sorted.
+    """
+    given, found = Counter(nums), {()}
+    for number in used:
+        joined = {tuple(sorted(a + b)) for a in found for b in ways.get(number, ())}
+        found = {*sorted(way for way in joined if not Counter(way) - given)[:MAX_WAYS]}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- problems
@@ -374,4 +445,5 @@ TASK = Task(
     grade=grade,
     same=same,
     splits=tuple(SPLITS),
+    steps=steps,
 )

@@ -41,7 +41,7 @@ Term = tuple[int, str]  # a value and the expression that made it
 
 
 def search_trace(
-    nums: Sequence[int], target: int, give_up: float = 0.0, draw: random.Random | None = None
+    nums: Sequence[int], target: int, give_up: Sequence[float] = (), draw: random.Random | None = None
 ) -> tuple[str, str] | None:
     """Write an exhaustive search for ``target``, up to its end, as (thought, expression).
 
@@ -54,14 +54,15 @@ def search_trace(
     Args:
         nums: the given numbers.
         target: to reach.
-        give_up: the probability of ending the search after a ``no``. It then names the nearest value found, the first
-            of those equally near (``near 52``), and the expression is that of this value, a wrong answer.
-        draw: decides when to give up; it must be given if ``give_up`` is not 0.
+        give_up: the probabilities of ending the search after the first ``no``, the second, and so on; the last one
+            holds from there on. A search that ends so names the nearest value found, the first of those equally near
+            (``near 52``), and the expression is that of this value, a wrong answer. Empty: never.
+        draw: decides when to give up; it must be given if ``give_up`` is.
 
     Returns:
         ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
     """
-    written, nearest = [], None
+    written, nearest, dead_ends = [], None, 0
     for line, tried in islice(_lines([(n, str(n)) for n in nums], target), TRACE_LINES):
         hit = bool(tried) and tried[-1][0] == target
         written.append(line if not tried else f"{line} yes" if hit else f"{line} no")
@@ -69,7 +70,8 @@ def search_trace(
             return "\n".join(written), _bare(tried[-1])
         if tried:
             nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
-            if give_up and draw.random() < give_up:
+            dead_ends += 1
+            if give_up and draw.random() < give_up[min(dead_ends, len(give_up)) - 1]:
                 return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
     return None
 
@@ -107,7 +109,11 @@ def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
 
 
 def solved(
-    prompt: Prompt, nums: list[int], target: int, give_up: float = 0.0, draw: random.Random | None = None
+    prompt: Prompt,
+    nums: list[int],
+    target: int,
+    give_up: Sequence[float] = (),
+    draw: random.Random | None = None,
 ) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
@@ -115,7 +121,7 @@ def solved(
     thought does the solver give up, as ``search_trace`` says.
     """
     thinks = "<think>" in prompt.user + prompt.prefill
-    if (found := search_trace(nums, target, give_up if thinks else 0.0, draw)) is None:
+    if (found := search_trace(nums, target, give_up if thinks else (), draw)) is None:
         return None
     thought, expression = found
     opening = f"{opening_line(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill

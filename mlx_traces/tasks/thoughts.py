@@ -158,15 +158,23 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
 
     That is the text after the first opening tag of ``pairs``, else the text before the first closing tag.
     """
+    span = first_thought_span(text, pairs)
+    return span and text[slice(*span)]
+
+
+def first_thought_span(text: str, pairs: Sequence[Pair] = TAGS) -> tuple[int, int] | None:
+    """Return the first character of the first thought and the one after its last; see `first_thought`."""
     lower = small(text)
     starts = [lower.find(opening.lower()) for opening, _ in pairs]
     for (opening, closing), start in zip(pairs, starts, strict=True):
         if start >= 0 and not (opening == UNTAGGED and lower[:start].strip()):
             end = lower.find(closing.lower(), start)
-            thought = text[start + len(opening) : end if end >= 0 else None].removeprefix("<|message|>")
-            return thought.removesuffix("<|start|>assistant").removesuffix("<|end|>")
+            whole = text[start + len(opening) : end if end >= 0 else None]
+            thought = whole.removeprefix("<|message|>")
+            begin = start + len(opening) + len(whole) - len(thought)
+            return begin, begin + len(thought.removesuffix("<|start|>assistant").removesuffix("<|end|>"))
     ends = (lower.find(closing.lower()) for _, closing in pairs)
-    return next((text[:end] for end in ends if end >= 0), None)
+    return next(((0, end) for end in ends if end >= 0), None)
 
 
 def closing_of(opened: str, own: Pair | None = None) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import NamedTuple
 
 MAX_EQUATIONS = 1_000  # of a text; later ones are not looked at
 MAX_PARTS = 10_000  # numbers, signs and words read for them
@@ -22,6 +23,7 @@ _SPELLINGS = str.maketrans(
 )
 _LATEX = re.compile(r"\\(?:(times|cdot|ast)|(div)|left|right|text|mathrm)(?![a-zA-Z])|\\([$%])|\\[,;:! ()\[\]]")
 _FRACTION = re.compile(r"\\[dtc]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
+_COMMA = re.compile(r"\{,\}")
 _BULLET = re.compile(r"(?<=\n)[ \t]*[-+*>#]+[ \t]+")
 _STARS = re.compile(r"(?<![0-9)])\*\*|\*\*(?![0-9( ])|(?<= )\*\*(?! )")  # bold, not a power
 _PART = re.compile(
@@ -46,17 +48,21 @@ _RELATION = re.compile(r"(?<![<>!≠:=])=+(?!>)")
 
 def faithfulness(thought: str | None) -> float | None:
     """Return the share of a thought's equations that are true; None if it has none."""
-    if thought is None:
-        return None
-    verdicts = list(equations(thought))
+    verdicts = list(equations(thought or ""))
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 
 def equations(text: str) -> Iterator[bool]:
-    r"""Yield whether each arithmetic equation of a text is true, by exact computation.
+    """Yield whether each arithmetic equation of a text is true; see `checked`."""
+    return (true for *_, true in checked(text))
 
-    An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
-    operation; in a chain a = b = c every ``=`` is one. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
+
+def checked(text: str) -> Iterator[tuple[int, int, bool]]:
+    r"""Yield each arithmetic equation of a text: its first character, the one after its last, whether it is true.
+
+    It is computed exactly. An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at
+    least one with an operation; in a chain a = b = c every ``=`` is one, and the second begins there, so that none
+    overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
     ``−``, ``\times``, ``\frac{}{}``, *times* or *of* between numbers, and up to 3 words after a number as its unit
     (``5 red apples * 2 = 10``). A percentage may be meant as a hundredth or as a plain number. A decimal or percentage
     alone on its side may be rounded: it must be the value to the digits shown (10/3 = 3.33), or its beginning where
@@ -66,19 +72,22 @@ def equations(text: str) -> Iterator[bool]:
     them; what goes on over a line's end. A division by zero is false.
     """
     marks = [mark.span() for mark in islice(_RELATION.finditer(text), MAX_EQUATIONS)]
-    budget, first, left = MAX_PARTS, None, None
+    budget, first, left, known = MAX_PARTS, None, None, 0  # known: the end of the last equation
     for place in range(len(marks) + 1):  # the i-th gap is between the relations i - 1 and i
         start = marks[place - 1][1] if place else 0
         end = marks[place][0] if place < len(marks) else len(text)
         head, tail, whole = _sides(text, start, end)
         if place:
-            first = _runs(head, budget)
-            verdict = _compare(left, first.at_start(whole))
+            first = _runs(head, budget, start)
+            right = first.at_start(whole)
+            verdict = _compare(left, right)
             budget -= first.read
             if verdict is not None:
-                yield verdict
+                begin = left[0].start if left[0].start >= known else marks[place - 1][0]
+                known = right[-1].end
+                yield begin, known, verdict
         if place < len(marks):
-            last = first if first is not None and whole else _runs(tail, budget)
+            last = first if first is not None and whole else _runs(tail, budget, end - len(tail))
             budget -= 0 if last is first else last.read
             left = last.at_end(whole)
         if budget <= 0:
@@ -94,7 +103,13 @@ def _sides(text: str, start: int, end: int) -> tuple[str, str, bool]:
     return head[: head.find("\n") + 1] or head, at_beginning + tail[max(0, tail.rfind("\n")) :], False
 
 
-Part = tuple[str, str]  # kind and text
+class Part(NamedTuple):
+    """A number, sign or parenthesis: its kind, its text, and the characters that it was written as."""
+
+    kind: str
+    text: str
+    start: int
+    end: int
 
 
 @dataclass
@@ -119,7 +134,7 @@ class _Runs:
         if run is None or not run.starts or not run.sound or (run.ends and not whole):
             return None
         depth = 0
-        for place, (kind, _) in enumerate(run.parts):
+        for place, (kind, *_) in enumerate(run.parts):
             depth += {"open": 1, "close": -1}.get(kind, 0)
             if depth < 0:  # closes what opened before the =
                 return run.parts[:place]
@@ -138,18 +153,27 @@ class _Runs:
         return run.parts if depth == 0 else None
 
 
-def _plain(text: str) -> str:
-    """Rewrite typographic and LaTeX spellings as ASCII arithmetic."""
-    text = text.translate(_SPELLINGS).replace("{,}", ",")
+def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Rewrite typographic and LaTeX spellings as ASCII arithmetic; return also what each character was written as."""
+    text, places = text.translate(_SPELLINGS), [(at, at + 1) for at in range(len(text))]
+    rewrites = [(_COMMA, lambda m: ",")] if "{,}" in text else []
     if "\\" in text:
-        text = _LATEX.sub(lambda m: "*" if m[1] else "/" if m[2] else (m[3] or " ").replace("$", " "), text)
-        for _ in range(3):
-            text = _FRACTION.sub(r"((\1)/(\2))", text)
-    return _STARS.sub("", _BULLET.sub("\n", text))
+        rewrites += [(_LATEX, lambda m: "*" if m[1] else "/" if m[2] else (m[3] or " ").replace("$", " "))]
+        rewrites += [(_FRACTION, lambda m: f"(({m[1]})/({m[2]}))")] * 3
+    for pattern, written in (*rewrites, (_BULLET, lambda m: "\n"), (_STARS, lambda m: "")):
+        pieces, kept, at = [], [], 0
+        for match in pattern.finditer(text):
+            start, end = match.span()
+            pieces += [text[at:start], written(match)]
+            kept += places[at:start] + [(places[start][0], places[end - 1][1])] * len(pieces[-1])
+            at = end
+        if at:
+            text, places = "".join((*pieces, text[at:])), kept + places[at:]
+    return text, places
 
 
-def _runs(text: str, budget: int) -> _Runs:
-    """Read a text into runs, ``budget`` parts at most."""
+def _runs(text: str, budget: int, begin: int) -> _Runs:
+    """Read a text that begins at the character ``begin`` into runs, ``budget`` parts at most."""
     found: list[_Run] = []
     run: _Run | None = None
     before, read = "", 0  # the last word, if nothing came after it; how many parts
@@ -165,9 +189,11 @@ def _runs(text: str, budget: int) -> _Runs:
         run = None
 
     first = True  # nothing but space so far
-    for match in _PART.finditer(_plain(text)):
+    text, places = _plain(text)
+    for match in _PART.finditer(text):
         kind = "number" if match["number"] else match.lastgroup
         value, blank = match[kind], bool(match["space"])
+        span = begin + places[match.start(kind)][0], begin + places[match.end() - 1][1]
         if value == "of" and (run is None or run.units or run.parts[-1][0] not in ("number", "close")):
             kind = "word"  # 3 out of 5
         read += 1
@@ -180,7 +206,7 @@ def _runs(text: str, budget: int) -> _Runs:
                 close()
                 run = _Run([], not spoilt, first)
             marks = ("…" if match["more"] else "") + ("%" if match["percent"] else "")
-            run.parts.append(("number", match["number"] + marks))
+            run.parts.append(Part("number", match["number"] + marks, *span))
             glued = match["glued"] or "units"
             run.sound &= len(match["number"]) <= MAX_DIGITS and len(glued) > 1 and glued.isalpha()
             run.units = 0
@@ -191,14 +217,14 @@ def _runs(text: str, budget: int) -> _Runs:
                     close()
                     run = _Run([], apart and (blank or not before) and before not in _SPOILERS, first)
                 else:
-                    run.parts.append(("operator", "*"))
+                    run.parts.append(Part("operator", "*", *span))
             elif run is None:
                 run = _Run([], (blank or not before) and before not in _SPOILERS, first)
-            run.parts.append(("open", "("))
+            run.parts.append(Part("open", "(", *span))
             run.units = 0
         elif kind == "close":
             if run is not None and last in ("number", "close"):
-                run.parts.append(("close", ")"))
+                run.parts.append(Part("close", ")", *span))
                 run.units = 0
             else:
                 close()
@@ -211,7 +237,7 @@ def _runs(text: str, budget: int) -> _Runs:
             elif last == "open":
                 run.sound &= sign in "+-"
             run.sound &= sign not in ("**", "^")
-            run.parts.append(("operator", sign))
+            run.parts.append(Part("operator", sign, *span))
             run.units = 0
         elif kind == "word":
             if run is not None:
@@ -240,7 +266,7 @@ def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
     """Say whether two expressions are equal; None if one is missing or neither has an operation."""
     if left is None or right is None:
         return None
-    percent = any(value.endswith("%") for kind, value in (*left, *right) if kind == "number")
+    percent = any(value.endswith("%") for kind, value, *_ in (*left, *right) if kind == "number")
     verdicts = []
     for hundredth in (Fraction(1, 100), Fraction(1)) if percent else (Fraction(1),):
         a, b = _evaluate(left, hundredth), _evaluate(right, hundredth)
@@ -266,7 +292,7 @@ def _evaluate(parts: list[Part], hundredth: Fraction) -> _Value | None:
     values: list[Fraction | None] = []
     signs: list[str] = []
     operations, numbers, operand_next = 0, 0, True
-    for kind, text in parts:
+    for kind, text, *_ in parts:
         if kind == "number":
             value = Fraction(text.rstrip("…%").replace(",", ""))
             values.append(value * hundredth if text.endswith("%") else value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mlx_traces.config import ScoreConfig, TracesConfig
 from mlx_traces.records import Problem, Score, Trace
 from mlx_traces.tasks import Task, get_task, task_of
-from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, first_thought
+from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, Pair, first_thought_span
 from mlx_traces.traces.equations import faithfulness
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
@@ -152,7 +152,15 @@ def thought_of(completion: str, tags: str) -> str | None:
 
     The style's own tags are tried first, then all of ``thoughts.TAGS``.
     """
-    return completion if tags == "none" else first_thought(completion, (STYLES[tags].thought, *TAGS))
+    span = thought_span(completion, tags)
+    return span and completion[slice(*span)]
+
+
+def thought_span(completion: str, tags: str, own: Pair | None = None) -> tuple[int, int] | None:
+    """Return the thought's first character and the one after its last; ``own`` are the model's tags, tried last."""
+    if tags == "none":
+        return 0, len(completion)
+    return first_thought_span(completion, (STYLES[tags].thought, *TAGS, *filter(None, [own])))
 
 
 # ---------------------------------------------------------------------------------------------- structure

@@ -96,7 +96,7 @@ def countdown_traces(
     operands: tuple[int, int] = (3, 4),
     prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
     skipped: Counter | None = None,
-    give_up: float = 0.0,
+    give_up: Sequence[float] = (),
 ) -> Iterator[Trace]:
     """Yield the solver's traces of ``count`` generated problems, one for every prompt.
 
@@ -107,7 +107,7 @@ def countdown_traces(
         operands: fewest and most numbers of a problem.
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
-        give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
+        give_up: probabilities that the solver gives up, as in ``search_trace``; its answer is then its nearest try.
     """
     draw = random.Random(f"{seed} give up")
     for nums, target in countdown.generate(split, count, seed, operands):

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +126,7 @@ class Stage:
 
     name: str
     sequences: int
-    give_up: float
+    give_up: Sequence[float]
     learning_rate: float
 
 

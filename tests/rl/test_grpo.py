@@ -613,7 +613,7 @@ def test_overlong_completions_cost():
     planned = evaluator.Plan(build(EvalConfig, {"max_tokens": 12}), task, task.prompts["thinking"], "answer", [])
     problem = task.parse({"nums": [1, 2], "target": 3}, "")
     group = [made(0, range(n)).completion for n in (8, 10)]
-    ((short, long),) = rollouts.scored(planned, [problem], [group], {}, config)
+    ((short, long),) = rollouts.scored(wrap(make_tokenizer()), planned, [problem], [group], {}, config)
     assert (short.reward, long.reward) == (0, -0.5) and long.parts["overlong"] == -0.5
 
 

@@ -293,7 +293,7 @@ def test_a_longer_search_leads_to_shorter_ones_and_stops_at_its_bound():
 def test_who_gives_up_says_so_and_answers_the_nearest_try():
     draw, ends, dead_ends = random.Random(1), 0, 0
     for nums, target in generate("train", 300, 5, (3, 3)):
-        thought, expression = search_trace(nums, target, 0.5, draw)
+        thought, expression = search_trace(nums, target, [0.5], draw)
         tried = [int(step[-1]) for line in thought.split("\n") for step in EQUATION.findall(line)[1:]]
         near = re.search(r" no\nnear (\d+)$", thought)
         dead_ends += thought.count(" no\n")
@@ -305,7 +305,7 @@ def test_who_gives_up_says_so_and_answers_the_nearest_try():
         assert int(near[1]) == nearest != target
         assert check(expression, nums, nearest) == "correct"
     assert 0.4 < ends / dead_ends < 0.6
-    assert search_trace([42, 36, 33], 27, 1.0, draw)[0].endswith("78 - 33 = 45 no\nnear 45")
+    assert search_trace([42, 36, 33], 27, [1.0], draw)[0].endswith("78 - 33 = 45 no\nnear 45")
 
 
 @pytest.mark.parametrize(

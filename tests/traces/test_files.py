@@ -296,8 +296,8 @@ def test_a_countdown_trace_word_for_word():
 
 def test_a_solver_that_gives_up_does_so_in_thoughts_only_and_the_same_way_each_time():
     styles = (countdown.PROMPTS["direct"], countdown.PROMPTS["thinking"])
-    made = list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, give_up=0.5))
-    assert made == list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, give_up=0.5))
+    made = list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, give_up=[0.5]))
+    assert made == list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, give_up=[0.5]))
     given_up = [one for one in made if "no\nnear " in one.completion]
     assert len(given_up) > 10 and {one.prompt for one in given_up} == {"thinking"}
     for one in made:

@@ -1,0 +1,71 @@
+"""Which characters of a completion's text each of its tokens wrote, for any tokenizer that decodes. No MLX."""
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from mlx_traces.engine.sampling import decode
+from mlx_traces.models.loading import LoadedModel
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    """Return the text that each token writes after another one, by id; replacement characters for a part of one."""
+    before = tokenizer.encode("1", add_special_tokens=False)[-1:]
+    start = len(decode(tokenizer, before))
+    return {token: decode(tokenizer, [*before, token])[start:] for token in {*ids}}
+
+
+def token_offsets(
+    loaded: LoadedModel, ids: Sequence[int], text: str, known: Mapping[int, str] | None = None
+) -> np.ndarray:
+    """Return (T, 2) int64: the first character of ``text`` that each token wrote any of, and the one after the last.
+
+    The ids are decoded, never encoded again. Where the tokens' pieces do not add up to the text (a character of several
+    tokens, a decoder that looks at the neighbours), the tokens up to there are decoded and compared, by bisection.
+    Each token that holds a part of a character has the whole character. A token that is not in the text (a stop token,
+    a sign that the text leaves out, what follows a stop string) has an empty range.
+
+    Args:
+        loaded: has the tokenizer, and the signs that the text leaves out.
+        ids: of the completion, its stop token included.
+        text: as in `Rollout`.
+        known: `pieces` of these tokens at least; default: made here.
+    """
+    ids, tokenizer, known = list(ids), loaded.tokenizer, known or pieces(loaded.tokenizer, ids)
+    parts = [decode(tokenizer, ids[:1]), *(known[token] for token in ids[1:])]
+    whole = decode(tokenizer, ids)
+    starts, ends = np.zeros(len(ids) + 1, np.int64), np.zeros(len(ids) + 1, np.int64)
+    starts[-1] = ends[-1] = len(whole)
+
+    def fill(low: int, high: int) -> None:
+        """Find where the tokens between ``low`` and ``high`` meet; ``starts`` and ``ends`` are known at these two."""
+        own = parts[low:high]
+        if ends[low] == starts[low] and "".join(own) == whole[starts[low] : starts[high]]:
+            starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])
+        elif high - low > 1:
+            middle = (low + high) // 2
+            before = decode(tokenizer, ids[:middle])
+            same = len(before)
+            if not whole.startswith(before):
+                same = next(at for at, pair in enumerate(zip_longest(before, whole)) if pair[0] != pair[1])
+            starts[middle], ends[middle] = same, same + (len(before) > same and same < len(whole))
+            fill(low, middle)
+            fill(middle, high)
+
+    fill(0, len(ids))
+    found = np.stack([starts[:-1], ends[1:]], axis=1)  # a token ends where the next begins, or a character further
+    return np.minimum(_kept_places(loaded, ids, whole)[found], len(text))
+
+
+def _kept_places(loaded: LoadedModel, ids: Sequence[int], whole: str) -> np.ndarray:
+    """Return, for each place in the exact text, its place in the text without the signs, as `text_of` makes it."""
+    places = np.arange(len(whole) + 1)
+    for token in {*ids} & loaded.signs.keys():
+        kept, at, sign = np.ones(len(whole), int), 0, loaded.signs[token]
+        while sign and (at := whole.find(sign, at)) >= 0:
+            kept[at : at + len(sign)] = 0
+            at += len(sign)
+        places, whole = np.concatenate([[0], np.cumsum(kept)])[places], whole.replace(sign, "")
+    return places
