@@ -22,7 +22,7 @@ from mlx_traces.evaluation import completion
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.records import Problem
+from mlx_traces.records import Problem, Stepped
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import rollouts
 from mlx_traces.runtime.device import Backend
@@ -269,6 +269,18 @@ def write_training(path, steps=6, num_steps=10, finished=False, **identity):
 
 def capitals(completions):
     return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]
+
+
+def halves(completions):
+    """Give both halves of a text the share of capital letters in them, as steps of one kind."""
+    found = []
+    for text in completions:
+        spans, middle = [], len(text) // 2
+        for start, end in ((0, middle), (middle, len(text))):
+            if start < end:
+                spans.append((start, end, sum(c.isupper() for c in text[start:end]) / (end - start)))
+        found.append(Stepped(0.5 if text else None, {"capitals": spans}))
+    return found
 
 
 def level(completions):

@@ -190,15 +190,15 @@ def _run(
     while left:
         at_once = min(budget.size(rows), len(left))
         asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
-        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
-        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
+        with budget.trying(at_once, advice=ONE_ROW), limits():
             if axes != 0:
                 stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
             else:
                 stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
-            for place, rollout in stream:
-                done.add(left[place])
-                yield left[place], rollout
+            with blas.threads_for(loaded.model, at_once, distributed.world().size()):
+                for place, rollout in stream:
+                    done.add(left[place])
+                    yield left[place], rollout
         stream = None  # its arrays are not needed where it is tried again
         left = [index for index in left if index not in done]
         loaded.notes += [line for line in budget.notes if line not in loaded.notes]

@@ -29,7 +29,7 @@ class Split:
 
     ``head_module`` returns the current head, which a context may have swapped; ``None`` if there is no module.
     ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows may
-    continue from, 0 if they may not (`gradients.split` finds out). ``room`` knows what fits in the memory.
+    continue from, 0 if they may not (`forward.split` finds out). ``room`` knows what fits in the memory.
     """
 
     trunk: Callable[[mx.array], mx.array]

@@ -1,7 +1,7 @@
 """Which characters of a completion's text each of its tokens wrote, for any tokenizer that decodes. No MLX."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,10 @@ def token_offsets(
     starts, ends = np.zeros(len(ids) + 1, np.int64), np.zeros(len(ids) + 1, np.int64)
     starts[-1] = ends[-1] = len(whole)
 
+    def common(text: str) -> tuple[int, int]:
+        """Return how many characters begin both this text and the whole, and how many this one has."""
+        return bisect_left(range(len(text)), True, key=lambda at: not whole.startswith(text[: at + 1])), len(text)
+
     def fill(low: int, high: int) -> None:
         """Find where the tokens between ``low`` and ``high`` meet; ``starts`` and ``ends`` are known at these two."""
         own = parts[low:high]
@@ -46,11 +50,12 @@ def token_offsets(
             starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])
         elif high - low > 1:
             middle = (low + high) // 2
-            before = decode(tokenizer, ids[:middle])
-            same = len(before)
-            if not whole.startswith(before):
-                same = next(at for at, pair in enumerate(zip_longest(before, whole)) if pair[0] != pair[1])
-            starts[middle], ends[middle] = same, same + (len(before) > same and same < len(whole))
+            same, written = common(decode(tokenizer, ids[:middle]))
+            for place in range(middle - 1, max(low, middle - 4), -1) if same < written else ():
+                # A part of a character may spoil those before it (SentencePiece's bytes); it has at most three tokens.
+                same = max(same, common(decode(tokenizer, ids[:place]))[0])
+            same = min(max(same, starts[low]), starts[high])
+            starts[middle], ends[middle] = same, same + (same < min(written, len(whole)))
             fill(low, middle)
             fill(middle, high)
 

@@ -15,7 +15,7 @@ from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.models import names
 from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score, strata_of
-from mlx_traces.runtime.provenance import fingerprint, now
+from mlx_traces.runtime.provenance import fingerprint, now, resolved_config
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import as_asked
 from mlx_traces.tasks.prompts import Prompt, columns_of
@@ -31,15 +31,13 @@ class Source:
     """Where completions come from: the engine with a loaded model, or a server.
 
     ``identity`` is added to the run's identity, ``details`` to ``run.json``. ``notes`` are lines for the user; the list
-    may grow while completions come. ``model`` is the folder of a loaded model, None for a server. ``memory`` returns
-    the peak in 1e9 bytes, None if it is not known.
+    may grow while completions come. ``memory`` returns the peak in 1e9 bytes, None if it is not known.
     """
 
     generate: Generate
     identity: dict[str, Any]
     details: dict[str, Any]
     notes: list[str]
-    model: Path | None = None
     memory: Callable[[], float | None] = lambda: None
 
 
@@ -90,6 +88,11 @@ class Plan:
     def wanted(self) -> list[tuple[Problem, int]]:
         """The completions to sample, in order: (problem, sample) pairs."""
         return [(problem, sample) for problem in self.problems for sample in range(self.config.samples)]
+
+    def resolved(self, model: Path | None = None) -> dict[str, Any]:
+        """Return every setting as it is used and fingerprints, for ``run.json``; ``model`` is a loaded one's folder."""
+        settings = {**self.config.model_dump(mode="json"), "prompt": self.prompt.name, "extractor": self.extractor}
+        return resolved_config(settings, model, self.config.adapter, problems=[problem.id for problem in self.problems])
 
     def shown(self) -> str:
         """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""

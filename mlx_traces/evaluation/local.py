@@ -27,20 +27,15 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
     with distributed.at_work(path, resume) as (folder, stop):
         config = loading.of_its_day(planned.config, folder.identity)
         loaded = loading.load(config.model, config.adapter, **config.load_arguments())
-        config = config.sized(distributed.sizes(loaded.backend))
-        planned = replace(planned, config=config)
         device.reset_peak_memory()
-        source = Source(
-            completions_of(loaded, planned, stop=stop),
-            identity_of(loaded),
-            ({"own_tags": loaded.own_tags} if loaded.own_tags else {})
-            | {"backend": asdict(loaded.backend), "rows": config.rows, "ranks": distributed.world().size()},
-            loaded.notes,
-            loaded.path,
-            device.peak_memory_gb,
-        )
         with adapters.merged(loaded.model, loaded.backend):
-            yield planned, folder, source
+            config = config.sized(distributed.sizes(loaded.backend))
+            planned = replace(planned, config=config)
+            details = {"own_tags": loaded.own_tags} if loaded.own_tags else {}
+            details |= {"backend": asdict(loaded.backend), "rows": config.rows, "ranks": distributed.world().size()}
+            details |= planned.resolved(loaded.path)
+            completions, memory = completions_of(loaded, planned, stop=stop), device.peak_memory_gb
+            yield planned, folder, Source(completions, identity_of(loaded), details, loaded.notes, memory)
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, Any]:

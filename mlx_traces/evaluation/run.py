@@ -15,7 +15,7 @@ from mlx_traces.records import EvalResult
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.progress import progress as shown_progress
-from mlx_traces.runtime.provenance import provenance, resolved_config
+from mlx_traces.runtime.provenance import provenance
 from mlx_traces.tasks import GRADER
 from mlx_traces.text import clean
 
@@ -62,7 +62,6 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         import_mlx()  # if it is missing, this says so in one line
         from mlx_traces.evaluation.local import opened  # an evaluation by a server does without MLX
     with opened(planned, path, resume) as (planned, folder, source):
-        config = planned.config
         identity = planned.identity() | source.identity
         samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]
         done = {(row["id"], row["sample"]) for row in samples}
@@ -73,10 +72,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             old = f"{len(samples):,} samples were graded by version {clean(rules)[:20]} of the graders' rules"
             notes.append(f"{old}, the others by version {GRADER}; mlx-traces verify says where they differ")
         completions = source.generate(todo)  # refuses bad requests before anything is written
-        settings = {**config.model_dump(mode="json"), "prompt": planned.prompt.name, "extractor": planned.extractor}
-        ids = [problem.id for problem in planned.problems]
-        read = resolved_config(settings, source.model, config.adapter, problems=ids)
-        folder.begin(identity, {**provenance(), "grader": GRADER, **source.details, **read})
+        folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
         before = max((row["elapsed"] for row in samples), default=0.0)
         start = perf_counter()
         with progress_bar(progress, len(wanted), samples) as advance:

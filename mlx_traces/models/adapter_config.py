@@ -32,21 +32,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no such adapter folder")
     if (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{folder}: a PEFT adapter; only mlx_lm's format ({CONFIG} and {WEIGHTS}) is read")
+    where = folder / CONFIG
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"{folder}: not an adapter folder, {name} is missing")
-    config = parse_json(text_of(folder / CONFIG), str(folder / CONFIG), several_lines=True)
+    config = parse_json(text_of(where), str(where), several_lines=True)
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: expected a JSON object, not a {type(config).__name__}")
+        raise UserError(f"{where}: expected a JSON object, not a {type(config).__name__}")
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
-        raise UserError(f"{folder / CONFIG}: 'fine_tune_type' is {choices(KINDS)}, not {_shown(kind)}")
-    if kind != "full":
-        _check_settings(config, f"{folder / CONFIG}")
-    return config
-
-
-def _check_settings(config: dict[str, Any], where: str) -> None:
+        raise UserError(f"{where}: 'fine_tune_type' is {choices(KINDS)}, not {_shown(kind)}")
+    if kind == "full":
+        return config
     for name in ("num_layers", "lora_parameters"):
         if name not in config:
             raise UserError(f"{where}: {name!r} is missing; is this mlx_lm's format?")
@@ -65,6 +62,7 @@ def _check_settings(config: dict[str, Any], where: str) -> None:
         if not right(value):
             found = "it is missing" if value is None else f"not {_shown(value)}"
             raise UserError(f"{where}: {name!r} must be {what}, {found}")
+    return config
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """LoRA and DoRA adapters in mlx_lm's format: attach, train, save, switch off, and sample with them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,8 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
     """Let a model with an adapter sample at the speed of its base while the context lasts.
 
     * A dense layer with an adapter becomes one with the adapter added in. The sum is computed in float32 and rounded
-      once to the weights' type, so log-probabilities are as near to float32's as with the adapter apart.
+      once to the weights' type, so log-probabilities are as near to float32's as with the adapter apart. On a GPU all
+      layers' sums are one compiled function.
     * On CUDA, where products with 4-bit weights take several times as long as dense ones, quantized layers become dense
       too, with an adapter or without, in the type of their scales.
     * A linear layer that is not made dense keeps its weights, and one more product adds its adapter (`LowRank`):
@@ -209,13 +210,15 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
         backend: where it runs; without one, copies fit, and quantized layers stay quantized.
     """
     dense, low_rank = _layers_to_change(model, backend)
-    changed = {name: _dense(layer) for name, layer in dense.items()}
+    on_gpu = backend is not None and backend.name != "cpu"
+    changed = dict(zip(dense, _dense([*dense.values()], compiled=on_gpu), strict=True))
     changed |= {name: LowRank(layer) for name, layer in low_rank.items()}
     before, outer = [*dense.items(), *low_rank.items()], getattr(model, _WEIGHED, None)
     weighed = sampling_bytes(model, backend)
     device.clear_grown_cache()
-    for layer in changed.values():  # one after the other: of the float32 sums only one is there at a time
-        mx.eval(layer.parameters())
+    mx.eval([changed[name].weight for name in dense])
+    for name in low_rank:  # one after the other: DoRA's float32 sums are there one at a time
+        mx.eval(changed[name].parameters())
     model.update_modules(tree_unflatten(list(changed.items())))
     setattr(model, _WEIGHED, weighed)
     try:
@@ -275,9 +278,9 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.get("linear", layer.get("embedding", layer)) if isinstance(layer, ADAPTED) else layer
 
 
-def _type_of(base: nn.Module) -> mx.Dtype:
+def _type_of(base: dict[str, Any]) -> mx.Dtype:
     """Return the type of a layer's weights; of quantized ones, that of their scales, or bfloat16 for whole numbers."""
-    dtype = base.get("scales", base.weight).dtype
+    dtype = base.get("scales", base["weight"]).dtype
     return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
 
@@ -287,44 +290,70 @@ def _dense_bytes(layer: nn.Module) -> int:
     return numbers * _type_of(base).size
 
 
-def _dense(layer: nn.Module) -> nn.Module:
-    """Return a frozen dense layer of a layer's weights and bias; none are drawn, as MLX's constructors do."""
-    base = _base(layer)
-    kind = DENSE[type(base)]
-    made = kind.__new__(kind)
-    nn.Module.__init__(made)
-    weight = _summed(layer)
-    if "m" in layer:
-        weight = weight * _gain(layer, weight)[:, None]
-    made.weight = weight.astype(_type_of(base))
-    if "bias" in base:
-        made.bias = base.bias
-    return made.freeze()
+def _dense(layers: Sequence[nn.Module], compiled: bool) -> list[nn.Module]:
+    """Return frozen dense layers of some layers' weights and biases; none are drawn, as MLX's constructors do."""
+    weights = (_compiled if compiled else _dense_weights)([_parts(layer) for layer in layers])
+    made = []
+    for base, weight in zip(map(_base, layers), weights, strict=True):
+        dense = DENSE[type(base)].__new__(DENSE[type(base)])
+        nn.Module.__init__(dense)
+        dense.weight = weight
+        if "bias" in base:
+            dense.bias = base.bias
+        made.append(dense.freeze())
+    return made
 
 
-def _summed(layer: nn.Module) -> mx.array:
-    """Return a layer's weights with its adapter's product added, (out, in) or (experts, out, in), in float32."""
+def _parts(layer: nn.Module) -> dict[str, Any]:
+    """Return a layer's weights, of an adapter too, and their constants, as `_summed` takes them."""
     base = _base(layer)
-    weight = base.weight
+    parts = {"weight": base.weight}
     if "scales" in base:
-        numbers = [base.scales, base.get("biases")]
-        if base.mode == "affine":  # their own 16 bits would round the weights
+        parts |= {name: base[name] for name in ("scales", "biases") if base.get(name) is not None}
+        parts |= {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    if isinstance(layer, ADAPTED):
+        left, right = layer.lora_a, layer.lora_b  # of an embedding
+        if isinstance(layer, LoRASwitchLinear):
+            left, right = right, left
+        elif "linear" in layer:
+            left, right = right.T, left.T
+        parts |= {"left": left, "right": right, "scale": float(layer.scale)}
+    return parts | ({"m": layer.m} if "m" in layer else {})
+
+
+def _dense_weights(layers: list[dict[str, Any]]) -> list[mx.array]:
+    """Return the dense weights of layers given by their `_parts`, one layer's float32 sums held at a time."""
+    weights: list[mx.array] = []
+    for parts in layers:
+        if weights:  # or the sums of many layers would be computed first
+            parts = {**parts, "weight": mx.depends(parts["weight"], weights[-1])}
+        weight = _summed(parts)
+        if "m" in parts:
+            weight = weight * _gain(parts["m"], weight)[:, None]
+        weights.append(weight.astype(_type_of(parts)))
+    return weights
+
+
+_compiled = mx.compile(_dense_weights)  # traced once for the layers of a model
+
+
+def _summed(parts: dict[str, Any]) -> mx.array:
+    """Return a layer's weights with its adapter's product added, (out, in) or (experts, out, in), in float32."""
+    weight = parts["weight"]
+    if "scales" in parts:
+        numbers = [parts["scales"], parts.get("biases")]
+        if parts["mode"] == "affine":  # their own 16 bits would round the weights
             numbers = [array.astype(mx.float32) for array in numbers]
-        weight = mx.dequantize(weight, *numbers, group_size=base.group_size, bits=base.bits, mode=base.mode)
-    if not isinstance(layer, ADAPTED):
+        weight = mx.dequantize(weight, *numbers, **{name: parts[name] for name in ("group_size", "bits", "mode")})
+    if "left" not in parts:
         return weight
-    left, right = layer.lora_a, layer.lora_b  # of an embedding
-    if isinstance(layer, LoRASwitchLinear):
-        left, right = right, left
-    elif "linear" in layer:
-        left, right = right.T, left.T
-    weight, left, right = (array.astype(mx.float32) for array in (weight, left, right))
-    return mx.addmm(weight, left, right, alpha=float(layer.scale))
+    weight, left, right = (array.astype(mx.float32) for array in (weight, parts["left"], parts["right"]))
+    return mx.addmm(weight, left, right, alpha=parts["scale"])
 
 
-def _gain(layer: nn.Module, summed: mx.array) -> mx.array:
-    """Return DoRA's (out,) factors: what gives each row the norm that it has learned (arXiv 2402.09353, equation 5)."""
-    return layer.m / mx.linalg.norm(summed, axis=-1)
+def _gain(m: mx.array, summed: mx.array) -> mx.array:
+    """Return DoRA's (out,) factors: what gives rows the learned norms ``m`` (arXiv 2402.09353, equation 5)."""
+    return m / mx.linalg.norm(summed, axis=-1)
 
 
 class LowRank(nn.Module):
@@ -339,7 +368,7 @@ class LowRank(nn.Module):
         self.linear, dtype = layer.linear, _type_of(layer.linear)
         self.a, b = layer.lora_a.astype(dtype), layer.scale * layer.lora_b
         if "m" in layer:
-            gain = _gain(layer, _summed(layer))
+            gain = _gain(layer.m, _summed(_parts(layer)))
             b, self.gain = gain * b, gain.astype(dtype)
             self.rest = ((1 - gain) * self.linear.get("bias", mx.array(0.0))).astype(dtype)
         self.b = b.astype(dtype)

@@ -19,14 +19,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_traces.config import GRPOConfig
-from mlx_traces.engine import batching
+from mlx_traces.engine import batching, forward
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.rl import losses, steps, trainer
 from mlx_traces.rl.rollouts import Group, Row, steps_of
 from mlx_traces.rl.trainer import Learner, Result
-from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.optimizer import make_optimizer
@@ -47,7 +46,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
 
 def start(loaded: LoadedModel, config: GRPOConfig) -> Learner:
     """Return what is trained, the model's adapter, and its optimizer, AdamW."""
-    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else forward.split(loaded.model)
     reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
     updates = config.num_steps * config.updates_per_batch * config.minibatches
     return Learner(loaded.model, trunk_and_head, make_optimizer(config, updates), reference)
@@ -139,18 +138,13 @@ def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOC
 
 def logprobs_of(halves: Split, rows: Sequence[Row], config: GRPOConfig) -> Iterator[tuple[Row, np.ndarray]]:
     """Yield each row with the float32 log-probabilities of its completion, computed as in `gradient`."""
-    own = [rows[index] for index in distributed.share(len(rows))]
-    found: list[Any] = [None] * len(own)
 
-    def read(states: mx.array, targets: mx.array) -> mx.array:
-        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[0]
+    def read(states: mx.array, targets: mx.array) -> tuple[mx.array]:
+        return head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)[:1]
 
-    for indices, flat in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
-        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
-        for index, values in zip(indices, np.split(np.array(flat), ends), strict=True):
-            found[index] = values.tolist()
-    for row, values in zip(rows, distributed.gather(found), strict=True):
-        yield row, np.array(values, np.float32)
+    found = forward.by_row(halves, [row.example for row in rows], config.micro_tokens, read)
+    for row, (values,) in zip(rows, found, strict=True):
+        yield row, values
 
 
 def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) -> dict[str, float]:

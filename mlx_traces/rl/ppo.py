@@ -5,8 +5,8 @@ the last token, which is the stop token if the completion ended by itself. ``kl_
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
 step's tokens. What single steps of a completion earn (`steps`) is a part of the reward after a step's last token, or is
-added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from ``epochs`` times, in ``minibatches``
-parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
+added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from
+``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
 the task. ``overlong: mask`` leaves such completions out, for the value head too.
@@ -27,7 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_traces.config import PPOConfig
-from mlx_traces.engine import batching
+from mlx_traces.engine import batching, forward
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
@@ -35,7 +35,6 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.rl import losses, steps, trainer
 from mlx_traces.rl.rollouts import Group, Row
 from mlx_traces.rl.trainer import Learner, Result
-from mlx_traces.runtime import distributed
 from mlx_traces.train import gradients, loop
 from mlx_traces.train.gradients import checkpointed
 from mlx_traces.train.optimizer import make_optimizer, of_parts
@@ -83,7 +82,7 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
     warmup = config.value_warmup_steps
     if warmup >= config.num_steps:
         raise UserError(f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}")
-    trunk_and_head = split(loaded.model) if config.checkpoint_layers else gradients.split(loaded.model)
+    trunk_and_head = split(loaded.model) if config.checkpoint_layers else forward.split(loaded.model)
     reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
     module = ActorCritic(loaded.model, trunk_and_head)
     updates = config.epochs * config.minibatches
@@ -124,20 +123,15 @@ def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: 
 def _read_all(
     module: ActorCritic, halves: Split, rows: Sequence[Row], config: PPOConfig
 ) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
-    """Yield each row with its log-probabilities and values, computed as in `gradient`; each rank reads its part."""
-    own = [rows[index] for index in distributed.share(len(rows))]
-    found: list[Any] = [None] * len(own)
+    """Yield each row with its log-probabilities and values, computed as in `gradient`."""
 
     def read(states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         logprobs, _ = head_logprobs(halves, states, targets, config.temperature, config.logits_mb, False, False)
         return logprobs, module.value(states)
 
-    for indices, arrays in gradients.each(halves, [row.example for row in own], config.micro_tokens, read):
-        ends = np.cumsum([own[index].example.count for index in indices])[:-1]
-        for index, *both in zip(indices, *(np.split(np.array(array), ends) for array in arrays), strict=True):
-            found[index] = [array.tolist() for array in both]
-    for row, arrays in zip(rows, distributed.gather(found), strict=True):
-        yield row, *(np.array(values, np.float32) for values in arrays)
+    found = forward.by_row(halves, [row.example for row in rows], config.micro_tokens, read)
+    for row, arrays in zip(rows, found, strict=True):
+        yield row, *arrays
 
 
 def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:

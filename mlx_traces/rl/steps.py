@@ -60,6 +60,9 @@ def checked(name: str, stepped: Stepped, length: int, number: Callable[[Any], fl
     for kind, spans in stepped.steps.items():
         if not isinstance(kind, str) or not kind.replace("_", "").replace("-", "").isalnum() or len(kind) > 40:
             raise UserError(f"reward {name}: {str(kind)[:40]!r} is not the name of a kind of steps; use letters and _")
+        if not isinstance(spans, Sequence):
+            what = f"an {type(spans).__name__}" if type(spans) is int else f"a {type(spans).__name__}"
+            raise UserError(f"reward {name}: the steps of {kind!r} are {what}, not a list of spans")
         own = []
         for span in spans:
             try:

@@ -36,7 +36,7 @@ WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of i
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
 LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
 LOGITS_NARROW = 1.25  # beside them, where the model's own logits and their slope are of 16 bits
-AT_ONCE = 2  # micro-batches under way on a GPU (`gradients.Queue`)
+AT_ONCE = 2  # micro-batches under way on a GPU (`forward.Queue`)
 ADAM = 2.0  # averages of each trained number
 GRADIENTS = 2.0  # a micro-batch's, and their sum
 

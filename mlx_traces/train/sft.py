@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_traces.config import SFTConfig
-from mlx_traces.engine import batching, generation
+from mlx_traces.engine import batching, forward, generation
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.engine.sampling import Request, SamplingParams, decode
@@ -62,7 +62,7 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
         logprobs, _ = head_logprobs(halves, states, targets, logits_mb=config.logits_mb, slopes=False, entropies=False)
         return logprobs.sum()
 
-    total = -sum(part.item() for _, part in gradients.each(halves, own, config.micro_tokens, read))
+    total = -sum(part.item() for _, part in forward.each(halves, own, config.micro_tokens, read))
     return sum(distributed.gather([total])) / sum(example.count for example in rows)
 
 

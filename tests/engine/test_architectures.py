@@ -16,7 +16,7 @@ from factories import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig, GRPOConfig
-from mlx_traces.engine import generation
+from mlx_traces.engine import forward, generation
 from mlx_traces.engine.batching import Example, pad
 from mlx_traces.engine.logprobs import head_logprobs
 from mlx_traces.errors import UserError
@@ -226,7 +226,7 @@ def test_the_gradient_is_the_plain_one(architecture):
     shaken = [(name, array + 0.05 * mx.random.normal(array.shape)) for name, array in arrays(model)]
     model.load_weights(shaken, strict=False)
     model.train()
-    halves = gradients.split(model)
+    halves = forward.split(model)
     assert halves.frozen_head == (halves.trunk is not model) == (architecture not in WHOLE)
     assert halves.trunk(mx.array([[1, 2]])).shape[-1] == (128 if architecture in WHOLE else 64)
 

@@ -1,4 +1,4 @@
-"""LoRA's forward pass while it trains: in the activations' 16 bits, and in float32 exactly mlx_lm's."""
+"""LoRA's and DoRA's forward pass while they train: in the activations' 16 bits, in float32 exactly mlx_lm's."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from factories import make_model
 from mlx.utils import tree_flatten
+from mlx_lm.tuner import dora as their_dora
 from mlx_lm.tuner import lora as theirs
 
 from mlx_traces.config import AdapterConfig
@@ -30,8 +31,7 @@ def started(dtype, bits=None, **settings):
 def plain(model):
     """Give the layers mlx_lm's own forward pass."""
     for module in model.modules():
-        if type(module) is lora.LoRALinear:
-            module.__class__ = theirs.LoRALinear
+        module.__class__ = {own: base for base, own in lora.OWN.items()}.get(type(module), type(module))
     return model
 
 
@@ -66,45 +66,54 @@ def products(model, dtype):
     return found.count(dtype)
 
 
+KINDS = {"lora": lora.LoRALinear, "dora": lora.DoRALinear}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-def test_in_16_bits_the_products_are_too_and_the_gradients_float32(dtype, bits):
-    model = started(dtype, bits)
-    layers = [module for module in model.modules() if type(module) is lora.LoRALinear]
-    assert len(layers) == 2 * 7 and type(model.layers[0].mlp.up_proj) is lora.LoRALinear
-    assert products(model, mx.float32) == 0 < products(plain(started(dtype, bits)), mx.float32)
+def test_in_16_bits_the_products_are_too_and_the_gradients_float32(dtype, bits, kind):
+    model = started(dtype, bits, kind=kind)
+    layers = [module for module in model.modules() if type(module) is KINDS[kind]]
+    assert len(layers) == 2 * 7 and type(model.layers[0].mlp.up_proj) is KINDS[kind]
+    assert products(model, mx.float32) == 0 < products(plain(started(dtype, bits, kind=kind)), mx.float32)
     loss, grads = loss_and_gradient(model)
     assert {array.dtype for array in grads.values()} == {mx.float32}
     assert {array.dtype for _, array in tree_flatten(model.trainable_parameters())} == {mx.float32}
-    expected_loss, expected = loss_and_gradient(plain(started(mx.float32, bits)))
-    _, promoted = loss_and_gradient(plain(started(dtype, bits)))
+    expected_loss, expected = loss_and_gradient(plain(started(mx.float32, bits, kind=kind)))
+    _, promoted = loss_and_gradient(plain(started(dtype, bits, kind=kind)))
     assert loss == pytest.approx(expected_loss, rel=0.03)
     # The base's own rounding is there anyway; the low-rank products add little to it.
     assert apart(grads, expected) < max(0.02, 1.5 * apart(promoted, expected))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_in_float32_it_is_exactly_mlx_lms(bits):
-    loss, grads = loss_and_gradient(started(mx.float32, bits))
-    expected_loss, expected = loss_and_gradient(plain(started(mx.float32, bits)))
+def test_in_float32_it_is_exactly_mlx_lms(bits, kind):
+    loss, grads = loss_and_gradient(started(mx.float32, bits, kind=kind))
+    expected_loss, expected = loss_and_gradient(plain(started(mx.float32, bits, kind=kind)))
     assert loss == expected_loss and all(mx.array_equal(grads[name], expected[name]).item() for name in expected)
 
 
-def test_a_new_adapter_changes_nothing_and_drops_out():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_drops_out(kind):
     model = make_model()
     model.set_dtype(mx.bfloat16)
     before = model(IDS)
-    adapters.start(model, AdapterConfig(rank=4, dropout=0.5))
-    assert mx.array_equal(model(IDS), before).item()
+    adapters.start(model, AdapterConfig(rank=4, dropout=0.5, kind=kind))
+    rounding = 0 if kind == "lora" else 0.2  # DoRA adds the bias after it has scaled the rest
+    assert mx.allclose(model(IDS), before, rtol=0, atol=rounding).item()
     model.train()
     layer = model.layers[0].mlp.up_proj
+    x = mx.random.normal((4, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    assert mx.array_equal(layer(x), layer.linear(x)).item()
     layer.lora_b = mx.ones_like(layer.lora_b)
-    x = mx.ones((4, 64), mx.bfloat16)
     assert not mx.array_equal(layer(x), layer(x)).item()
 
 
 def test_only_the_models_own_layers_change():
-    call = theirs.LoRALinear.__call__
-    started(mx.bfloat16)
+    calls = theirs.LoRALinear.__call__, their_dora.DoRALinear.__call__
+    started(mx.bfloat16), started(mx.bfloat16, kind="dora")
     other = theirs.LoRALinear.from_base(nn.Linear(8, 8))
-    assert theirs.LoRALinear.__call__ is call and type(other) is theirs.LoRALinear
+    assert (theirs.LoRALinear.__call__, their_dora.DoRALinear.__call__) == calls
+    assert type(other) is theirs.LoRALinear

@@ -26,10 +26,11 @@ RL = {
     **ASKED,
     **{"adapter": ADAPTER, "num_steps": 3, "prompts_per_step": 5, "group_size": 4, "micro_tokens": 512, "warmup": 0},
     **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 5}},
+    **{"rewards": {"correct": 1.0, "equations": 0.0, "steps": 0.0}, "step_weight": 1.0},
 }
 SETTINGS = {
     "grpo": {**RL, "kl_coef": 0.01},
-    "ppo": {**RL, "kl_coef": 0.01, "epochs": 1, "value_warmup_steps": 1},
+    "ppo": {**RL, "kl_coef": 0.01, "epochs": 1, "value_warmup_steps": 1, "supervision": "cumulative"},
     "sft": {"batch_size": 5, "micro_tokens": 200, "learning_rate": 5e-5, "warmup": 0, "eval_every": 1},
     "eval": {**ASKED, "adapter": ADAPTER, "limit": 19, "rows": 2},
     "generate": {**ASKED, "limit": 5, "samples": 4, "temperature": 1.0, "rows": 2},

@@ -9,6 +9,7 @@ from factories import make_model
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig
+from mlx_traces.engine import forward
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
@@ -44,7 +45,7 @@ def groups(lengths, size=3, seed=0, rest=9):
 
 
 def measured(model, rows, budget, shares, halves=None):
-    halves = halves or (gradients.split(model) if shares else split(model))
+    halves = halves or (forward.split(model) if shares else split(model))
     draws = [np.random.default_rng(i).normal(size=row.count) for i, row in enumerate(rows)]
     weights = [mx.array(draw.astype(np.float32)) for draw in draws]
 
@@ -80,19 +81,19 @@ def test_a_prompt_that_asks_for_nothing_is_seen(monkeypatch):
     """The prompts' share of the gradient is not small: without it the comparison above fails."""
     model, rows = lora(), groups((12, 9, 14, 7))
     whole = measured(model, rows, 64, False)[1]
-    monkeypatch.setattr(gradients.Prompts, "pull_back", lambda *_: iter(()))
+    monkeypatch.setattr(forward.Prompts, "pull_back", lambda *_: iter(()))
     assert distance(whole, measured(model, rows, 64, True)[1]) > 0.01
 
 
 def test_each_prompt_is_read_once_where_that_saves_tokens(monkeypatch):
     model, read = lora(), []
-    whole = gradients.Prompts._read
+    whole = forward.Prompts._read
 
     def counted(self, halves, chunk):
         read.append(len(self.ids[chunk]))
         return whole(self, halves, chunk)
 
-    monkeypatch.setattr(gradients.Prompts, "_read", counted)
+    monkeypatch.setattr(forward.Prompts, "_read", counted)
     measured(model, groups((12, 9, 14, 7)), 4096, True)
     assert read == [2, 4, 4]  # to try it out on two rows; once forward; once more for the gradient
     read.clear()
@@ -104,8 +105,8 @@ def test_states_without_a_gradient():
     model, rows = lora(), groups((12, 9, 14, 7))
     found = {}
     for shares in (False, True):
-        halves = gradients.split(model) if shares else split(model)
-        for indices, (states, targets) in gradients.each(halves, rows, 64, lambda *micro: micro):
+        halves = forward.split(model) if shares else split(model)
+        for indices, (states, targets) in forward.each(halves, rows, 64, lambda *micro: micro):
             ends = np.cumsum([rows[index].count for index in indices])[:-1]
             for index, own, ids in zip(
                 indices, np.split(np.array(states), ends), np.split(np.array(targets), ends), strict=True
@@ -119,9 +120,9 @@ def test_states_without_a_gradient():
 
 def test_models_are_asked_whether_they_can(monkeypatch):
     model = lora()
-    assert gradients.split(model).caches == len(model.layers)
-    monkeypatch.setattr(gradients._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
-    assert not gradients.split(model).caches
+    assert forward.split(model).caches == len(model.layers)
+    monkeypatch.setattr(forward._Continued, "make_mask", lambda self, N, **_: None)  # every token sees every other
+    assert not forward.split(model).caches
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
@@ -129,19 +130,19 @@ def test_models_are_asked_whether_they_can(monkeypatch):
 def test_rounding_is_let_pass_and_keys_that_are_lost_are_not(name, dtype, monkeypatch):
     model = make_model() if name == "tiny" else loading.load(name, dtype="float32").model
     model.set_dtype(dtype)
-    states, begin = gradients.Prompts.states, gradients._Continued.__init__
+    states, begin = forward.Prompts.states, forward._Continued.__init__
 
     def rounded(self, *given):  # as another order of summation moves a real model's
         found, tokens = states(self, *given)
         share = 1e-3 if dtype == mx.float32 else 0.03
         return found * (1 + share * mx.random.normal(found.shape)).astype(dtype), tokens
 
-    monkeypatch.setattr(gradients.Prompts, "states", rounded)
-    assert gradients.split(model).caches == len(model.layers)
+    monkeypatch.setattr(forward.Prompts, "states", rounded)
+    assert forward.split(model).caches == len(model.layers)
     monkeypatch.setattr(
-        gradients._Continued, "__init__", lambda self, keys, *given: begin(self, mx.zeros_like(keys), *given)
+        forward._Continued, "__init__", lambda self, keys, *given: begin(self, mx.zeros_like(keys), *given)
     )
-    assert not gradients.split(model).caches
+    assert not forward.split(model).caches
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -193,7 +194,7 @@ def steps_of_grpo(steps=70, seed=0, micro_tokens=8192):
                 rows.append(Example("", own + (1,) * count, (False,) * prompt + (True,) * count))
             real += prompt
         real += sum(row.count - 1 for row in rows)  # the last token of a prompt is the first one's query
-        gradients.each(halves, rows, micro_tokens, lambda states, targets: states)
+        forward.each(halves, rows, micro_tokens, lambda states, targets: states)
     return trunk.shapes, 1 - real / sum(rows * queries for rows, queries, _ in trunk.shapes)
 
 
@@ -211,7 +212,7 @@ def test_steps_have_few_shapes_on_cuda(monkeypatch):
 def test_a_gpu_is_not_waited_for_and_has_two_micro_batches_at_most(shares, monkeypatch):
     model, rows = lora(), groups((12, 9, 14, 7))
     expected = measured(model, rows, 30, shares)
-    events, submit, wait, halves = [], mx.async_eval, mx.eval, gradients.split(model) if shares else split(model)
+    events, submit, wait, halves = [], mx.async_eval, mx.eval, forward.split(model) if shares else split(model)
 
     def noted(kind, call):
         def inner(*arrays):
@@ -264,7 +265,7 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monke
 def test_what_does_not_fit_is_remembered_and_told():
     model, rows = lora(), groups((12, 9, 14, 7))
     halves = split(model)
-    read = [states.shape[0] for _, (states, _) in gradients.each(halves, rows, 4096, lambda *micro: micro)]
+    read = [states.shape[0] for _, (states, _) in forward.each(halves, rows, 4096, lambda *micro: micro)]
     assert halves.room.metrics() == {} and len(read) == 1
     asked = []
 
@@ -274,7 +275,7 @@ def test_what_does_not_fit_is_remembered_and_told():
             raise RuntimeError("[metal::malloc] out of memory")
         return targets
 
-    found = gradients.each(halves, rows, 4096, take)
+    found = forward.each(halves, rows, 4096, take)
     assert asked[:2] == [read[0]] * 2 and sum(asked[2:]) == read[0] and len(asked) > 3  # the same once more, then half
     assert sorted(row for indices, _ in found for row in indices) == [*range(len(rows))]
     metrics, told = halves.room.metrics(), "[metal::malloc] out of memory"
@@ -284,7 +285,7 @@ def test_what_does_not_fit_is_remembered_and_told():
         f"memory ran out ({told}); once more with {2 * most} tokens in a micro-batch, MLX's cache cleared",
         f"memory ran out again ({told}): at most {most} tokens in a micro-batch from here on",
     ]
-    assert len(gradients.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
+    assert len(forward.each(halves, rows, 4096, lambda *micro: micro)) == len(found)  # from then on
 
 
 def test_memory_that_does_not_hold_one_row_is_told_in_a_line(monkeypatch):

@@ -1,0 +1,260 @@
+"""Forward passes over rows, micro-batch by micro-batch, with the prompt of several rows read once for all of them.
+
+Rows of a group repeat their prompt, which for short completions is half of the work or more. Where it pays, the prompts
+are read first, and each row continues from its prompt's keys and values. The result is that of whole rows, up to
+float32's rounding; `train.gradients` takes gradients through both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from mlx_traces.engine import batching, logprobs
+from mlx_traces.engine.batching import Example
+from mlx_traces.engine.logprobs import Split
+from mlx_traces.runtime import device, distributed
+
+LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
+
+Arrays = list[mx.array]
+
+
+def split(model: nn.Module) -> Split:
+    """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
+    halves, caches = logprobs.split(model), make_prompt_cache(model)
+    if not all(type(cache) is KVCache for cache in caches):
+        return halves
+    able = replace(halves, caches=len(caches))
+    return able if _right(model, able) else halves
+
+
+def _right(model: nn.Module, halves: Split) -> bool:
+    """Try it on two rows, long enough that the prompt changes the logits by more than the rounding of 16 bits."""
+    rows = [
+        Example("", logprobs.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
+        for prompt, rest in ((32, 16), (24, 9))
+    ]
+    training = model.training
+    model.eval()
+    try:
+        prompts = Prompts(halves, rows)
+        found, _ = prompts.states(halves, prompts.read(halves, 64, Queue()), [0, 1])
+        wanted, _ = whole(halves, rows, [0, 1])
+        return logprobs.alike(found, wanted)
+    except (ValueError, TypeError, AttributeError):  # a trunk that takes no such cache
+        return False
+    finally:
+        model.train(training)
+
+
+class Queue:
+    """Compute arrays, on a GPU without waiting, so that the host prepares the next ones meanwhile.
+
+    At most two calls are under way at a time; with more, their memory would add up.
+    """
+
+    def __init__(self) -> None:
+        self.before: mx.array | None = None
+
+    def compute(self, *arrays: Any) -> None:
+        """Compute trees of arrays."""
+        if device.select() == "cpu":
+            mx.eval(arrays)
+            return
+        mx.async_eval(arrays)
+        if self.before is not None:
+            mx.eval(self.before)
+        self.before = tree_flatten(arrays)[0][1]  # computed when all arrays of its call are
+
+
+def each(
+    halves: Split,
+    examples: Sequence[Example],
+    micro_tokens: int,
+    take: Callable[[mx.array, mx.array], Any],
+) -> list[tuple[list[int], Any]]:
+    """Return the indices of each micro-batch's rows, and what ``take`` makes of its states and tokens.
+
+    ``take`` gets the (N, D) states that N trained tokens are drawn from and the (N,) tokens, row by row; it returns a
+    tree of arrays. If memory runs out, it is called again for all rows, in smaller batches.
+    """
+    prompts = shared(halves, examples)
+
+    def all_of_them(tokens: int) -> list[tuple[list[int], Any]]:
+        done, queue = [], Queue()
+        memory = prompts.read(halves, tokens, queue) if prompts else None
+        for indices in micro_batches(prompts.rest if prompts else [len(example.ids) for example in examples], tokens):
+            given = prompts.states(halves, memory, indices) if prompts else whole(halves, examples, indices)
+            done.append((indices, take(*given)))
+            queue.compute(done[-1][1])
+        mx.eval(done)
+        return done
+
+    return halves.room.fit(micro_tokens, lengths_read(examples, prompts), all_of_them)
+
+
+def by_row(
+    halves: Split,
+    examples: Sequence[Example],
+    micro_tokens: int,
+    take: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
+) -> list[list[np.ndarray]]:
+    """Return for each row what ``take`` makes of its states and tokens; each rank reads its part of the rows.
+
+    ``take`` returns arrays with a number for each token; a row has its part of each of them, in float32.
+    """
+    own = [examples[index] for index in distributed.share(len(examples))]
+    found: list[Any] = [None] * len(own)
+    for indices, arrays in each(halves, own, micro_tokens, take):
+        arrays, start = [np.array(array) for array in arrays], 0
+        for index in indices:
+            end = start + own[index].count
+            found[index], start = [array[start:end].tolist() for array in arrays], end
+    return [[np.array(values, np.float32) for values in row] for row in distributed.gather(found)]
+
+
+class Prompts:
+    """The different prompts of some rows: all that stands before a row's first trained token.
+
+    What was read of them is a list of arrays, each with a row for each prompt: the keys and values of every layer,
+    (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D). P and L are those of
+    `batching.padded_shape`.
+    """
+
+    def __init__(self, halves: Split, examples: Sequence[Example]):
+        starts = [max(1, example.trained.index(True, 1)) for example in examples]
+        found: dict[tuple[int, ...], int] = {}
+        self.examples = examples
+        self.owner = [
+            found.setdefault(example.ids[:start], len(found)) for example, start in zip(examples, starts, strict=True)
+        ]
+        self.lengths = np.array([len(ids) for ids in found], np.int32)
+        self.rest = [len(example.ids) - start for example, start in zip(examples, starts, strict=True)]
+        count, _, longest = batching.padded_shape(device.select(), len(found), 1, int(self.lengths.max()))
+        self.ids, self.ends = np.zeros((count, longest), np.int32), np.zeros(count, np.int32)
+        for row, ids in enumerate(found):
+            self.ids[row, : len(ids)], self.ends[row] = ids, len(ids) - 1
+
+    @property
+    def saved(self) -> float:
+        """The share of the rows' tokens that is saved; a prompt token costs 4/3, as `pull_back` reads it again."""
+        every = sum(len(example.ids) for example in self.examples)
+        return 1 - (sum(self.rest) + 4 / 3 * self.lengths.sum()) / every
+
+    def read(self, halves: Split, micro_tokens: int, queue: Queue) -> Arrays:
+        """Read all prompts, ``micro_tokens`` at a time; without a gradient."""
+        parts = []
+        for chunk in self._chunks(micro_tokens):
+            parts.append(self._read(halves, chunk))
+            queue.compute(parts[-1])
+        return [mx.concatenate(arrays) for arrays in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
+    def states(self, halves: Split, memory: Arrays, indices: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Return the (N, D) states and (N,) trained tokens of some rows, from what was read of their prompts."""
+        owners = [self.owner[index] for index in indices]
+        width, most = max(self.rest[index] for index in indices), int(self.lengths[owners].max())
+        count, width, most = batching.padded_shape(device.select(), len(indices), width, most)
+        owners += owners[:1] * (count - len(indices))
+        rows, lengths = mx.array(owners), self.lengths[owners]
+        ids, trained = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+        for row, index in enumerate(indices):
+            example, rest = self.examples[index], self.rest[index]
+            ids[row, :rest], trained[row, :rest] = example.ids[-rest:], example.trained[-rest:]
+        states = memory[-1][rows][:, None]
+        if width > 1:
+            kept = [(keys[rows, :, :most], values[rows, :, :most]) for keys, values in _pairs(memory)]
+            hidden = halves.trunk(mx.array(ids[:, :-1]), cache=[_Continued(*pair, lengths) for pair in kept])
+            states = mx.concatenate([states, hidden], axis=1)
+        index = mx.array(np.flatnonzero(trained))
+        return states.reshape(-1, states.shape[-1])[index], mx.array(ids.reshape(-1))[index]
+
+    def pull_back(self, model: nn.Module, halves: Split, asked: Arrays, micro_tokens: int) -> Iterator[Any]:
+        """Yield parts of the parameters' gradient: that of the prompts' keys and values, taken through the prompts."""
+        for chunk in self._chunks(micro_tokens):
+
+            def product(chunk: slice = chunk) -> mx.array:  # its gradient takes theirs through the prompts
+                read = self._read(halves, chunk)
+                return sum((array * pull[chunk]).sum() for array, pull in zip(read, asked, strict=True))
+
+            yield nn.value_and_grad(model, product)()[1]
+
+    def _chunks(self, micro_tokens: int) -> list[slice]:
+        count, length = self.ids.shape
+        parts = micro_batches([length] * count, micro_tokens)
+        return [slice(part[0], part[-1] + 1) for part in parts]
+
+    def _read(self, halves: Split, chunk: slice) -> Arrays:
+        caches = [_Read() for _ in range(halves.caches)]
+        hidden = halves.trunk(mx.array(self.ids[chunk]), cache=caches)
+        last = hidden[mx.arange(len(hidden)), mx.array(self.ends[chunk])]
+        return [array for cache in caches for array in (cache.keys, cache.values)] + [last]
+
+
+class _Read:
+    """The cache of a layer that reads from the start, behind the interface of mlx_lm's: it keeps what it is given."""
+
+    offset = 0
+
+    def make_mask(self, N: int, **_: Any) -> str | None:
+        return "causal" if N > 1 else None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class _Continued:
+    """The cache of a layer whose rows go on from (R, heads, L, size) keys and values, ``lengths`` of them a row's."""
+
+    def __init__(self, keys: mx.array, values: mx.array, lengths: np.ndarray):
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.uniform = (lengths == keys.shape[2]).all()
+        self.offset = int(lengths[0]) if self.uniform else mx.array(lengths)
+
+    def make_mask(self, N: int, **_: Any) -> mx.array | str | None:
+        if self.uniform:
+            return "causal" if N > 1 else None
+        before = np.arange(self.keys.shape[2])[None] < self.lengths[:, None]  # (R, L)
+        own = np.tril(np.ones((N, N), bool))
+        rows = len(self.lengths)
+        mask = [np.broadcast_to(before[:, None], (rows, N, before.shape[1])), np.broadcast_to(own, (rows, N, N))]
+        return mx.array(np.concatenate(mask, axis=2)[:, None])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+
+
+def shared(halves: Split, examples: Sequence[Example]) -> Prompts | None:
+    """Return the prompts if they are to be read once."""
+    if not halves.caches or not examples:
+        return None
+    prompts = Prompts(halves, examples)
+    return prompts if prompts.saved >= LEAST_SAVED else None
+
+
+def lengths_read(examples: Sequence[Example], prompts: Prompts | None) -> list[int]:
+    """Return the tokens of each row that is read: whole ones, or prompts and what follows them."""
+    if prompts is None:
+        return [len(example.ids) for example in examples]
+    return [*prompts.rest, *prompts.lengths.tolist()]
+
+
+def whole(halves: Split, examples: Sequence[Example], indices: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """Return the (N, D) states and (N,) trained tokens of some rows, each read as a whole."""
+    ids, positions = batching.pad([examples[index] for index in indices], device.select())
+    return logprobs.token_states(halves, mx.array(ids), positions)
+
+
+def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Split rows of these lengths into batches of at most ``micro_tokens`` tokens on this device; see `batching`."""
+    return batching.micro_batches(range(len(lengths)), lengths, micro_tokens, device.select())
+
+
+def _pairs(memory: Arrays) -> Iterator[tuple[mx.array, mx.array]]:
+    return zip(memory[:-1:2], memory[1:-1:2], strict=True)

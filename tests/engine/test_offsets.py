@@ -1,0 +1,145 @@
+"""Characters of tokens: against tokenizers whose tokens' bytes are known, however the text is cut into tokens."""
+
+from dataclasses import replace
+
+import numpy as np
+from factories import wrap
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from mlx_traces.engine.offsets import pieces, token_offsets
+from mlx_traces.engine.sampling import decode, text_of
+from mlx_traces.models import loading
+
+WORDS = ("hello", " 49", " - 25", " = 24", "é", "語", "🙂", "\n<", " yes", "think")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<think>", "</think>")
+
+
+def letters():
+    """Return GPT-2's letter of each byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = (byte for byte in range(256) if byte not in plain)
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + at) for at, byte in enumerate(rest)}
+
+
+def byte_level():
+    """Return a tokenizer of all bytes and some words, and the bytes of each id."""
+    own = [*(bytes([byte]) for byte in range(256)), *(word.encode() for word in WORDS), "語".encode()[1:] + b"\xf0\x9f"]
+    spelled = ["".join(letters()[byte] for byte in piece) for piece in own]
+    bpe = Tokenizer(models.BPE({token: at for at, token in enumerate(spelled)}, []))
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[0]), own
+
+
+def sentence_piece():
+    """Return a tokenizer as Llama 2's: words with a low line for a space, dropped at the beginning, and bytes."""
+    own = [f"<0x{byte:02X}>" for byte in range(256)] + [f"▁{word.strip()}" for word in WORDS] + ["▁", "1", "a", "▁4"]
+    bpe = Tokenizer(models.BPE({token: at for at, token in enumerate(["<unk>", *own])}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(steps)
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[0])
+    written = [b"", *(bytes([byte]) for byte in range(256)), *(piece.replace("▁", " ").encode() for piece in own[256:])]
+    return tokenizer, written
+
+
+BYTES, OF_BYTES = byte_level()
+LLAMA, OF_LLAMA = sentence_piece()
+
+
+def of_pieces(written, ids, dropped=0):
+    """Return (T, 2) by counting bytes: the characters that hold any byte of each token."""
+    whole = b"".join(written[token] for token in ids)[dropped:]
+    of_byte = [at for at, letter in enumerate(whole.decode()) for _ in letter.encode()]
+    found, start = [], -dropped
+    for token in ids:
+        end = start + len(written[token])
+        own = of_byte[max(0, start) : max(0, end)]
+        place = of_byte[start] if 0 <= start < len(of_byte) else len(whole.decode())
+        found.append((own[0], own[-1] + 1) if own else (place if start > 0 else 0,) * 2)
+        start = end
+    return np.array(found)
+
+
+def cut(text, written, draw):
+    """Cut a text's bytes into tokens at random: any tokens that spell it."""
+    rest, ids = text.encode(), []
+    while rest:
+        fits = [token for token, piece in enumerate(written) if piece and rest.startswith(piece)]
+        ids.append(draw(st.sampled_from(fits)))
+        rest = rest[len(written[ids[-1]]) :]
+    return ids
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.lists(st.sampled_from([*WORDS, "x", "é語🙂", " ", "\ufffd", "1 + 1 = 2"]), min_size=1, max_size=8))
+def test_any_cut_of_a_text_into_tokens(data, words):
+    text = "".join(words)
+    ids = cut(text, OF_BYTES, data.draw)
+    loaded = wrap(BYTES)
+    assert decode(loaded.tokenizer, ids) == text
+    found = token_offsets(loaded, ids, text)
+    if "\ufffd" not in text:  # its own bytes cannot be told from a part of a character
+        assert found.tolist() == of_pieces(OF_BYTES, ids).tolist()
+    assert (found[:, 0] <= found[:, 1]).all() and (np.diff(found, axis=0) >= 0).all() and found[-1, 1] == len(text)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.data(), st.lists(st.sampled_from(["hello", " 49", " = 24", "é", "語🙂", " ", "a", "1"]), min_size=1, max_size=8)
+)
+def test_a_tokenizer_that_drops_the_first_space(data, words):
+    ids = cut(" " + "".join(words), OF_LLAMA, data.draw)
+    loaded = wrap(LLAMA)
+    text = decode(loaded.tokenizer, ids)
+    written = b"".join(OF_LLAMA[token] for token in ids).decode()
+    assert text == written.removeprefix(" ")
+    assert token_offsets(loaded, ids, text).tolist() == of_pieces(OF_LLAMA, ids, len(written) - len(text)).tolist()
+
+
+@given(st.lists(st.integers(0, len(OF_BYTES) + len(SPECIAL) - 1), max_size=24))
+@settings(deadline=None, max_examples=150)
+def test_what_is_no_text_at_all_is_in_order_and_within(ids):
+    loaded = wrap(BYTES)
+    text = text_of(loaded, ids)
+    found = token_offsets(loaded, ids, text)
+    assert found.shape == (len(ids), 2) and (found >= 0).all() and (found <= len(text)).all()
+    assert (found[:, 0] <= found[:, 1]).all() and (np.diff(found, axis=0) >= 0).all()
+
+
+def test_tokens_that_are_not_in_the_text_have_no_characters():
+    loaded = wrap(BYTES)
+    vocabulary = BYTES.get_vocab()
+    sign, opening, closing, stop = (vocabulary[token] for token in ("<|im_start|>", *SPECIAL[2:], "<|endoftext|>"))
+    words = [OF_BYTES.index(word.encode()) for word in (" 49", " = 24", "語")]
+    ids = [opening, words[0], sign, words[1], closing, words[2], stop]
+    text = text_of(loaded, ids[:-1])
+    assert text == "<think> 49 = 24</think>語"
+    spans = [text[start:end] for start, end in token_offsets(loaded, ids, text)]
+    assert spans == ["<think>", " 49", "", " = 24", "</think>", "語", ""]
+    # What follows a stop string is in the ids and not in the text; a token that began before it has its part.
+    spans = [text[start:end] for start, end in token_offsets(loaded, ids, text[:12])]
+    assert spans == ["<think>", " 49", "", " =", "", "", ""]
+    assert token_offsets(loaded, [], "").shape == (0, 2)
+
+
+def test_a_long_completion_is_decoded_a_few_times_only(monkeypatch):
+    loaded, counted = wrap(BYTES), []
+    ids = [OF_BYTES.index(b" 49")] * 4000
+    ids[1000:1000] = list("語🙂".encode())
+    known = pieces(loaded.tokenizer, ids)
+    monkeypatch.setattr("mlx_traces.engine.offsets.decode", lambda *args: counted.append(len(args[1])) or decode(*args))
+    text = decode(loaded.tokenizer, ids)
+    assert token_offsets(loaded, ids, text, known).tolist() == of_pieces(OF_BYTES, ids).tolist()
+    assert len(counted) < 60
+
+
+def test_the_embedded_model_s_numbers(monkeypatch):
+    loaded = replace(wrap(BYTES), tokenizer=loading.load("nano").tokenizer)
+    text = "49 - 25 = 24, 24 + 22 = 46 yes\n</think>\n<answer>(49 - 25) + 22</answer>"
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    spans = [text[start:end] for start, end in token_offsets(loaded, ids, text)]
+    assert "".join(spans) == text and spans == [decode(loaded.tokenizer, [token]) for token in ids]
