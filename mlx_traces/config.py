@@ -662,7 +662,8 @@ class NanoConfig(OptimizerConfig):
         [0.12], description="Probabilities that its teacher gives up after the first no, the second, and so on."
     )
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
-    policy_give_up: list[Fraction01] = Field([0.6, 0.85, 0.95], description="The same in the second stage.")
+    policy_direct_share: Fraction01 = Field(0.15, description="Share of its sequences in the direct prompt.")
+    policy_give_up: list[Fraction01] = Field([0.6, 0.85, 0.95], description="As give_up, in the second stage.")
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak rate of the first stage.")

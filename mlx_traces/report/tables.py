@@ -69,7 +69,9 @@ def to_terminal(frame: pd.DataFrame) -> Table:
     )
     table.add_column("model", overflow="fold")
     table.add_column("prompt", max_width=8, overflow="fold")
-    for heading in ("accuracy %", "correct", "difference", "p\nHolm", "tokens\nspeed", "cut\noff"):
+    equations = has_equations(frame)
+    last = "cut off\ntrue eq." if equations else "cut\noff"
+    for heading in ("accuracy %", "correct", "difference", "p\nHolm", "tokens\nspeed", last):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
         name = model_name(row["model"], row["adapter"])
@@ -91,7 +93,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
             difference,
             p,
             f"{whole(row['tokens_per_answer'])}\n{whole(row['tokens_per_second'])}/s",
-            f"{percent(row['truncated'])} %",
+            f"{percent(row['truncated'])} %" + (f"\n{_share(row['true_equations'])}" if equations else ""),
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -110,6 +112,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "95 % interval",
         "p",
         "p (Holm)",
+        *(["true equations"] if (equations := has_equations(frame)) else []),
         "tokens/answer",
         "tokens/s",
         "cut off",
@@ -129,6 +132,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
             "–" if none else interval(row["diff_low"], row["diff_high"]),
             p_text(row["p_value"]),
             p_text(row["p_holm"]),
+            *([_share(row["true_equations"])] if equations else []),
             whole(row["tokens_per_answer"]),
             whole(row["tokens_per_second"]),
             f"{percent(row['truncated'])} %",
@@ -139,6 +143,15 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
 
 
+def has_equations(frame: pd.DataFrame) -> bool:
+    """Whether a comparison says how many equations in the thoughts are true."""
+    return "true_equations" in frame and bool(frame["true_equations"].notna().any())
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f"{percent(value)} %"
+
+
 def to_csv(frame: pd.DataFrame) -> str:
     """Return any frame as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
     safe = frame.map(csv_cell).rename(columns=csv_cell)
@@ -146,9 +159,12 @@ def to_csv(frame: pd.DataFrame) -> str:
 
 
 def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None."""
-    rows = frame.to_dict("records")
-    return {"rows": [{key: None if row[key] != row[key] else row[key] for key in JSON_KEYS} for row in rows]}
+    """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None.
+
+    Also ``true_equations``, if the comparison has it.
+    """
+    rows, keys = frame.to_dict("records"), (*JSON_KEYS, *(["true_equations"] if "true_equations" in frame else []))
+    return {"rows": [{key: None if row[key] != row[key] else row[key] for key in keys} for row in rows]}
 
 
 def strata_table(runs: Sequence[Run]) -> Table | None:
@@ -199,11 +215,13 @@ def _caption(frame: pd.DataFrame) -> str:
     several = frame["samples_per_problem"].max() > 1
     if several:
         text += " (samples of a problem clustered)"
+    end = ". True equations: of those in the thoughts, by exact computation." if has_equations(frame) else "."
     if frame["diff"].isna().all():
-        return text + "."
+        return text + end
     base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
     test = "sign-flip permutation" if several else "McNemar"
-    return f"{text}, paired bootstrap for the difference in points to {base}; p: exact {test} test, then Holm-adjusted."
+    text += f", paired bootstrap for the difference in points to {base}"
+    return f"{text}; p: exact {test} test, then Holm-adjusted{end}"
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:

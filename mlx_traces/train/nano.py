@@ -122,10 +122,11 @@ def number_features(count: int, size: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages of training: how many sequences, how often their teacher gives up, at which rate."""
+    """One of the two stages: how many sequences, how many of them direct, when their teacher gives up, which rate."""
 
     name: str
     sequences: int
+    direct_share: float
     give_up: Sequence[float]
     learning_rate: float
 
@@ -133,8 +134,14 @@ class Stage:
 def stages(config: NanoConfig) -> tuple[Stage, Stage]:
     """Return the stages of a build, in order."""
     return (
-        Stage("arithmetic", config.sequences, config.give_up, config.learning_rate),
-        Stage("policy", config.policy_sequences, config.policy_give_up, config.policy_learning_rate),
+        Stage("arithmetic", config.sequences, config.direct_share, config.give_up, config.learning_rate),
+        Stage(
+            "policy",
+            config.policy_sequences,
+            config.policy_direct_share,
+            config.policy_give_up,
+            config.policy_learning_rate,
+        ),
     )
 
 
@@ -172,7 +179,7 @@ def examples(
     made = []
     for number in range(start, min(start + CHUNK, stage.sequences)):
         nums, target = pool[number % len(pool)]
-        style = PROMPTS["direct" if draw.random() < config.direct_share else "thinking"]
+        style = PROMPTS["direct" if draw.random() < stage.direct_share else "thinking"]
         if (example := solved(style, nums, target, stage.give_up, draw)) is not None:
             prompt = tokenizer.apply_chat_template(example[0], add_generation_prompt=True, tokenize=False)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)

@@ -1,13 +1,14 @@
 """nano: its tokenizer, its making, and what it is supposed to be able to do."""
 
 import json
+import math
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mlx_traces.config import NanoConfig
+from mlx_traces.config import CompareConfig, NanoConfig
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading, names
 from mlx_traces.tasks.countdown import PROMPTS, generate, parse
@@ -63,7 +64,7 @@ def test_examples_are_from_the_training_split_and_end_elsewhere_in_each_pass(tok
         assert len(completions) > 0.98 * stage.sequences
         thoughts = [text for text in completions if "<think>" in text]
         assert all(all(equations(text)) for text in thoughts)
-        assert 0 < len(completions) - len(thoughts) < 0.1 * len(completions)
+        assert abs(len(completions) - len(thoughts) - stage.direct_share * len(completions)) < 30
         given_up[stage.name] = sum("near " in text for text in thoughts) / sum(text.count(" no\n") for text in thoughts)
         texts[stage.name] = completions
     assert 0.06 < given_up["arithmetic"] < 0.2 and 0.55 < given_up["policy"] < 0.75
@@ -78,7 +79,9 @@ def test_a_chunk_depends_on_nothing_but_its_place(tokenizer, pool, monkeypatch):
 
 def test_only_completion_tokens_are_trained(tokenizer, pool):
     stop = tokenizer.eos_token_id
-    for ids, mask in nano.batches(NanoConfig(sequences=32), nano.Stage("arithmetic", 32, [0.1], 1), pool, 0, tokenizer):
+    for ids, mask in nano.batches(
+        NanoConfig(sequences=32), nano.Stage("arithmetic", 32, 0.1, [0.1], 1), pool, 0, tokenizer
+    ):
         for row, counted in zip(ids.tolist(), mask.tolist(), strict=True):
             start = row.index(tokenizer.convert_tokens_to_ids("assistant\n")) + 1
             end = max(i for i, token in enumerate(row) if token == stop)
@@ -203,29 +206,33 @@ def test_the_package_stays_small():
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
 
 
-def test_the_shipped_adapters_are_in_the_comparison_without_arguments_and_better_than_the_base(monkeypatch, tmp_path):
-    """They fit nano, mlx_lm puts them on too, and each answers more of 150 problems than nano in its prompt."""
+def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path):
+    """The shipped adapters fit nano, mlx_lm puts them on too, each round answers more than the one before, truly."""
     from mlx_lm import load
 
-    from mlx_traces.evaluation import evaluator, local
-    from mlx_traces.models import loading, names
     from mlx_traces.pipelines import compare
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
-    evals = compare.default_evals()
-    assert [(settings.adapter is None, settings.prompt) for settings in evals[:2]] == [
-        (True, "direct"),
-        (True, "thinking"),
-    ]
-    shown = [(Path(settings.adapter).name, settings.prompt) for settings in evals[2:]]
-    assert shown == list(compare.TRAINED)
-
-    def correct(settings):
-        settings = settings.model_copy(update={"limit": 150})
-        loaded = loading.load("nano", settings.adapter)
-        return sum(row["correct"] for row in local.measure(loaded, evaluator.plan(settings)))
-
-    base = {settings.prompt: correct(settings) for settings in evals[:2]}
+    evals = [settings.model_copy(update={"limit": 150}) for settings in compare.default_evals()]
+    shown = [(settings.adapter and Path(settings.adapter).name, settings.prompt) for settings in evals]
+    assert shown == [(None, "direct"), (None, "thinking"), *((name, "thinking") for name in compare.TRAINED)]
+    frame, *_ = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path)))
+    direct, thinking, epoch1, epoch2, *round3 = frame["accuracy"]
+    assert direct < thinking - 0.1 and thinking < epoch1 < epoch2 < min(round3)
+    assert min(round3) > 0.85 and min(round3) > thinking + 0.25
+    assert math.isnan(frame["true_equations"][0]) and frame["true_equations"][1:].min() > 0.97
     for settings in evals[2:]:
-        assert correct(settings) > base[settings.prompt]
         load(str(names.resolve("nano")[0]), adapter_path=settings.adapter)
+
+
+def test_the_share_of_true_equations_is_that_of_the_thoughts():
+    from mlx_traces.evaluation.comparison import Run
+    from mlx_traces.pipelines.compare import true_equations
+
+    def share(*completions):
+        made = object.__new__(Run)  # only its samples are read
+        object.__setattr__(made, "samples", [{"completion": text} for text in completions])
+        return true_equations(made)
+
+    assert share("<think>\n1 + 1 = 2, 2 + 2 = 5</think> 3 = 4 - 2", "<think>2 * 2 = 4") == 2 / 3
+    assert math.isnan(share("1 + 1 = 2", "<think>none</think>"))
