@@ -539,10 +539,13 @@ class RawConfig(Config):
     prompts: list[str] | None = Field(None, description="Prompt styles; default: the prompt of the rounds.")
     split: str = Field("train", description="Split of the data.")
     data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
-    give_up: list[Fraction01] = Field(
-        [],
+    give_up: Fraction01 = Field(
+        0.0, exclude_if=not_, description="Probability that the solver of Countdown gives up after a no."
+    )
+    content: Annotated[float, Field(ge=0)] = Field(
+        0.0,
         exclude_if=not_,
-        description="Probabilities that the solver of Countdown gives up after the first no, the second, and so on.",
+        description="Distance from the target that contents the solver of Countdown every other time; 0: none does.",
     )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
@@ -658,12 +661,11 @@ class NanoConfig(OptimizerConfig):
     problems: Positive = Field(85_000, description="Different training problems; each is seen several times.")
     direct_share: Fraction01 = Field(0.035, description="Share of the sequences in the direct prompt.")
     sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
-    give_up: list[Fraction01] = Field(
-        [0.12], description="Probabilities that its teacher gives up after the first no, the second, and so on."
-    )
+    give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
-    policy_direct_share: Fraction01 = Field(0.15, description="Share of its sequences in the direct prompt.")
-    policy_give_up: list[Fraction01] = Field([0.6, 0.85, 0.95], description="As give_up, in the second stage.")
+    policy_content: Annotated[float, Field(ge=0)] = Field(
+        20.0, description="Distance from the target that contents its teacher every other time."
+    )
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak rate of the first stage.")

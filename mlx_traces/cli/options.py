@@ -210,7 +210,7 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
     if literal is not None:
         choices = [str(value) for value in get_args(literal)]
         return click.option(flag, name, type=click.Choice(choices), default=None, help=text)
-    if any(get_origin(part) is list for part in (field.annotation, *types)):
+    if any(get_origin(part) is list for part in types):
         return click.option(flag, name, multiple=True, help=text + "  Repeat for more.")
     if get_origin(field.annotation) is tuple:
         return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)

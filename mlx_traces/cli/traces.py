@@ -20,7 +20,8 @@ from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
-GIVE_UP = "Probability that the solver gives up after its first no.  Repeat for the second, and so on."
+GIVE_UP = "Probability that the solver gives up after a no."
+CONTENT = "Distance from the target that contents the solver every other time; it then gives up.  [default: 0, none]"
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -90,7 +91,8 @@ def data_countdown(
 @data_group.command("countdown-traces")
 @generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
-@click.option("--give-up", type=click.FloatRange(0, 1), multiple=True, help=GIVE_UP)
+@click.option("--give-up", type=click.FloatRange(0, 1), default=0.0, show_default=True, help=GIVE_UP)
+@click.option("--content", type=click.FloatRange(0), default=0.0, help=CONTENT)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
     count: int,
@@ -98,7 +100,8 @@ def data_countdown_traces(
     seed: int,
     operands: tuple[int, int],
     prompts: tuple[str, ...],
-    give_up: tuple[float, ...],
+    give_up: float,
+    content: float,
     out: str,
 ) -> None:
     """Write a solver's traces of Countdown problems.
@@ -111,9 +114,10 @@ def data_countdown_traces(
 
     styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
-    config |= {"give_up": list(give_up)} if give_up else {}
+    config |= {"give_up": give_up} if give_up else {}
+    config |= {"content": content} if content else {}
     skipped = Counter()
-    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up)
+    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up, content)
     _write(out, made, "solver", config, skipped, seed)
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations, islice
 
@@ -41,7 +41,7 @@ Term = tuple[int, str]  # a value and the expression that made it
 
 
 def search_trace(
-    nums: Sequence[int], target: int, give_up: Sequence[float] = (), draw: random.Random | None = None
+    nums: Sequence[int], target: int, gives_up: Callable[[int], bool] | None = None
 ) -> tuple[str, str] | None:
     """Write an exhaustive search for ``target``, up to its end, as (thought, expression).
 
@@ -54,15 +54,14 @@ def search_trace(
     Args:
         nums: the given numbers.
         target: to reach.
-        give_up: the probabilities of ending the search after the first ``no``, the second, and so on; the last one
-            holds from there on. A search that ends so names the nearest value found, the first of those equally near
-            (``near 52``), and the expression is that of this value, a wrong answer. Empty: never.
-        draw: decides when to give up; it must be given if ``give_up`` is.
+        gives_up: says after each ``no``, by the distance of the nearest value found, whether the search ends. It then
+            names that value, the first of those equally near (``near 52``), and the expression is that of this value,
+            a wrong answer. None: never.
 
     Returns:
         ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
     """
-    written, nearest, dead_ends = [], None, 0
+    written, nearest = [], None
     for line, tried in islice(_lines([(n, str(n)) for n in nums], target), TRACE_LINES):
         hit = bool(tried) and tried[-1][0] == target
         written.append(line if not tried else f"{line} yes" if hit else f"{line} no")
@@ -70,10 +69,31 @@ def search_trace(
             return "\n".join(written), _bare(tried[-1])
         if tried:
             nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
-            dead_ends += 1
-            if give_up and draw.random() < give_up[min(dead_ends, len(give_up)) - 1]:
+            if gives_up and gives_up(abs(nearest[0] - target)):
                 return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
     return None
+
+
+def impatience(give_up: float, content: float, draw: random.Random) -> Callable[[int], bool] | None:
+    """Return the ``gives_up`` of a search: at random, and where its nearest value is near enough.
+
+    Args:
+        give_up: the probability of giving up after any ``no``.
+        content: the distance from the target that contents the solver every other time, 1 / 2 ** (distance / content)
+            in general; 0 if nothing but the target does.
+        draw: decides.
+
+    Returns:
+        ``None`` if the solver never gives up.
+    """
+    if not give_up and not content:
+        return None
+
+    def gives_up(distance: int) -> bool:
+        near_enough = 0.5 ** (distance / content) if content else 0.0
+        return draw.random() < 1 - (1 - give_up) * (1 - near_enough)
+
+    return gives_up
 
 
 def _lines(terms: list[Term], target: int, opening: str = "") -> Iterator[tuple[str, list[Term]]]:
@@ -109,21 +129,17 @@ def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
 
 
 def solved(
-    prompt: Prompt,
-    nums: list[int],
-    target: int,
-    give_up: Sequence[float] = (),
-    draw: random.Random | None = None,
+    prompt: Prompt, nums: list[int], target: int, gives_up: Callable[[int], bool] | None = None
 ) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without one
-    the solver searches all the same, and gives up as ``search_trace`` says.
+    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Only with a
+    thought does the solver give up, as ``search_trace`` says.
     """
-    if (found := search_trace(nums, target, give_up, draw)) is None:
+    thinks = "<think>" in prompt.user + prompt.prefill
+    if (found := search_trace(nums, target, gives_up if thinks else None)) is None:
         return None
     thought, expression = found
-    thinks = "<think>" in prompt.user + prompt.prefill
     opening = f"{opening_line(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
     problem = countdown.parse({"nums": nums, "target": target}, "solver")
     return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"

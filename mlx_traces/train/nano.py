@@ -12,7 +12,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from mlx_traces.config import NanoConfig
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.runtime.files import put_in_place, scratch_folder
 from mlx_traces.tasks.countdown import PROMPTS, generate
-from mlx_traces.tasks.solver import TRACE_LIMIT, solved
+from mlx_traces.tasks.solver import TRACE_LIMIT, impatience, solved
 from mlx_traces.train import checkpoints
 from mlx_traces.train.optimizer import make_optimizer
 
@@ -122,26 +122,20 @@ def number_features(count: int, size: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages: how many sequences, how many of them direct, when their teacher gives up, which rate."""
+    """One of the two stages of training: how many sequences, when their teacher gives up, at which rate."""
 
     name: str
     sequences: int
-    direct_share: float
-    give_up: Sequence[float]
+    give_up: float
+    content: float
     learning_rate: float
 
 
 def stages(config: NanoConfig) -> tuple[Stage, Stage]:
     """Return the stages of a build, in order."""
     return (
-        Stage("arithmetic", config.sequences, config.direct_share, config.give_up, config.learning_rate),
-        Stage(
-            "policy",
-            config.policy_sequences,
-            config.policy_direct_share,
-            config.policy_give_up,
-            config.policy_learning_rate,
-        ),
+        Stage("arithmetic", config.sequences, config.give_up, 0, config.learning_rate),
+        Stage("policy", config.policy_sequences, 0, config.policy_content, config.policy_learning_rate),
     )
 
 
@@ -176,11 +170,12 @@ def examples(
     no example.
     """
     draw = random.Random(f"{config.seed} {stage.name} {start}")
+    gives_up = impatience(stage.give_up, stage.content, draw)
     made = []
     for number in range(start, min(start + CHUNK, stage.sequences)):
         nums, target = pool[number % len(pool)]
-        style = PROMPTS["direct" if draw.random() < stage.direct_share else "thinking"]
-        if (example := solved(style, nums, target, stage.give_up, draw)) is not None:
+        style = PROMPTS["direct" if draw.random() < config.direct_share else "thinking"]
+        if (example := solved(style, nums, target, gives_up)) is not None:
             prompt = tokenizer.apply_chat_template(example[0], add_generation_prompt=True, tokenize=False)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
             made.append((prompt_ids + tokenizer.encode(example[1] + STOP, add_special_tokens=False), len(prompt_ids)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import thoughts
 from mlx_traces.tasks.countdown import MAX_EXPRESSION, TASK, check, generate, hub_part, load, parse, split_of
-from mlx_traces.tasks.solver import TRACE_LIMIT, TRACE_LINES, search_trace, solutions
+from mlx_traces.tasks.solver import TRACE_LIMIT, TRACE_LINES, impatience, search_trace, solutions
 
 
 def every_expression(numbers):
@@ -291,9 +291,9 @@ def test_a_longer_search_leads_to_shorter_ones_and_stops_at_its_bound():
 
 
 def test_who_gives_up_says_so_and_answers_the_nearest_try():
-    draw, ends, dead_ends = random.Random(1), 0, 0
+    gives_up, ends, dead_ends = impatience(0.5, 0, random.Random(1)), 0, 0
     for nums, target in generate("train", 300, 5, (3, 3)):
-        thought, expression = search_trace(nums, target, [0.5], draw)
+        thought, expression = search_trace(nums, target, gives_up)
         tried = [int(step[-1]) for line in thought.split("\n") for step in EQUATION.findall(line)[1:]]
         near = re.search(r" no\nnear (\d+)$", thought)
         dead_ends += thought.count(" no\n")
@@ -305,7 +305,16 @@ def test_who_gives_up_says_so_and_answers_the_nearest_try():
         assert int(near[1]) == nearest != target
         assert check(expression, nums, nearest) == "correct"
     assert 0.4 < ends / dead_ends < 0.6
-    assert search_trace([42, 36, 33], 27, [1.0], draw)[0].endswith("78 - 33 = 45 no\nnear 45")
+    assert search_trace([42, 36, 33], 27, lambda distance: distance == 18)[0].endswith("78 - 33 = 45 no\nnear 45")
+
+
+def test_who_is_content_with_little_gives_up_when_near():
+    gives_up = impatience(0, 20, random.Random(1))
+    for distance, share in ((1, 0.966), (20, 0.5), (60, 0.125)):
+        assert sum(gives_up(distance) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.03)
+    both = impatience(0.5, 20, random.Random(1))
+    assert sum(both(20) for _ in range(2000)) / 2000 == pytest.approx(0.75, abs=0.03)
+    assert impatience(0, 0, random.Random(1)) is None
 
 
 @pytest.mark.parametrize(

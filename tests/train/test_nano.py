@@ -64,10 +64,10 @@ def test_examples_are_from_the_training_split_and_end_elsewhere_in_each_pass(tok
         assert len(completions) > 0.98 * stage.sequences
         thoughts = [text for text in completions if "<think>" in text]
         assert all(all(equations(text)) for text in thoughts)
-        assert abs(len(completions) - len(thoughts) - stage.direct_share * len(completions)) < 30
+        assert 0 < len(completions) - len(thoughts) < 0.1 * len(completions)
         given_up[stage.name] = sum("near " in text for text in thoughts) / sum(text.count(" no\n") for text in thoughts)
         texts[stage.name] = completions
-    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.55 < given_up["policy"] < 0.75
+    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.4 < given_up["policy"] < 0.8
     assert texts["arithmetic"][:300] != texts["arithmetic"][300:600]  # the second pass
 
 
@@ -80,7 +80,7 @@ def test_a_chunk_depends_on_nothing_but_its_place(tokenizer, pool, monkeypatch):
 def test_only_completion_tokens_are_trained(tokenizer, pool):
     stop = tokenizer.eos_token_id
     for ids, mask in nano.batches(
-        NanoConfig(sequences=32), nano.Stage("arithmetic", 32, 0.1, [0.1], 1), pool, 0, tokenizer
+        NanoConfig(sequences=32), nano.Stage("arithmetic", 32, 0.1, 0, 1), pool, 0, tokenizer
     ):
         for row, counted in zip(ids.tolist(), mask.tolist(), strict=True):
             start = row.index(tokenizer.convert_tokens_to_ids("assistant\n")) + 1
@@ -180,8 +180,8 @@ def test_a_build_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch
         assert not (tmp_path / "deep" / "a").exists()
     with pytest.raises(UserError, match="a.unfinished exists; pass --resume to continue it, or remove it"):
         nano.build(settings)
-    with pytest.raises(UserError, match=r"a.unfinished: give_up was \[0.12\] when it began, now it is \[0.5\]; remove"):
-        nano.build(settings.model_copy(update={"give_up": [0.5]}), True)
+    with pytest.raises(UserError, match=r"a.unfinished: give_up was 0.12 when it began, now it is 0.5; remove"):
+        nano.build(settings.model_copy(update={"give_up": 0.5}), True)
     resumed = nano.build(settings, True, stop)
     assert [path.name for path in resumed.parent.iterdir()] == ["a"]
     one, two = (mx.load(str(folder / "model.safetensors")) for folder in (whole, resumed))
