@@ -36,6 +36,9 @@ def generate(
     stop: Sequence[str] = (),
     stop_in_thoughts: bool = False,
     thinking: bool | None = None,
+    think_tokens: int | None = None,
+    think_at_least: int = 0,
+    think_more: str = "Wait",
     rows: int | None = None,
     seed: int = 0,
     logprobs: bool = False,
@@ -53,6 +56,9 @@ def generate(
         stop: texts that end a completion, after its thought.
         stop_in_thoughts: let them end it within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.
+        think_tokens: budget of a thought, in tokens; then it is closed, and ``max_tokens`` bounds the answer alone.
+        think_at_least: tokens of thought before which ``think_more`` replaces the thought's end.
+        think_more: text that continues a thought that would end too early.
         rows: batch size of decoding; default: as ``mlx-traces eval`` has it on this device, 32 on a CPU.
         seed: prompt number i is sampled with ``seed + i``, whatever else is in the batch.
         logprobs: also keep each token's float32 log-probability, in nats.
@@ -65,7 +71,11 @@ def generate(
     rendered = [loaded.render_turns(messages, thinking=thinking) for messages in turns]
     requests = [Request(prompt.ids, seed + i, prompt.opened) for i, prompt in enumerate(rendered)]
     params = SamplingParams(
-        max_tokens, temperature, top_p, top_k, min_p, tuple(stop), stop_in_thoughts=stop_in_thoughts
+        *(max_tokens, temperature, top_p, top_k, min_p, tuple(stop)),
+        stop_in_thoughts=stop_in_thoughts,
+        think_tokens=think_tokens,
+        think_at_least=think_at_least,
+        think_more=think_more,
     )
     with merged(loaded.model, loaded.backend):
         rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows

@@ -83,6 +83,35 @@ class LoadConfig(Config):
         return {name: getattr(self, name) for name in LoadConfig.model_fields}
 
 
+class ThinkingConfig(Config):
+    """Bounds on the thought of a completion; see `engine.thinking`."""
+
+    think_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
+    )
+    think_at_least: Annotated[int, Field(ge=0)] = Field(
+        0, exclude_if=not_, description="Tokens of thought before which think_more replaces the thought's end."
+    )
+    think_more: Annotated[str, Field(min_length=1)] = Field(
+        "Wait", exclude_if="Wait".__eq__, description="Text that continues a thought that would end too early."
+    )
+
+    @field_validator("think_at_least")
+    @classmethod
+    def _within_budget(cls, value: int, info: ValidationInfo) -> int:
+        budget = info.data.get("think_tokens")
+        if budget is not None and value > budget:
+            raise ValueError(f"{value} is above think_tokens ({budget}), where thoughts end; lower it")
+        return value
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a completion, its thought included."""
+        return self.max_tokens + (self.think_tokens or 0)
+
+
 class ProblemConfig(Config):
     """Which problems, in which prompt, graded by which extractor."""
 
@@ -117,7 +146,7 @@ class EndpointConfig(Config):
     api_key_env: str | None = Field(None, description="Name of the environment variable that holds the server's key.")
 
 
-class AnswerConfig(LoadConfig, ProblemConfig):
+class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
     """A model, the problems it answers, and how it samples."""
 
     # These do not decide what is sampled, up to floating-point ties; every extractor judges every sample.
@@ -181,7 +210,7 @@ class OptimizerConfig(Config):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
-class ValidationConfig(ProblemConfig):
+class ValidationConfig(ProblemConfig, ThinkingConfig):
     """Held-out problems that each validation of a training answers greedily: always the same ones."""
 
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
@@ -260,7 +289,7 @@ class JudgeConfig(Config):
     judge_failures: Fraction01 = Field(0.2, description="Stop if more than this share of the replies cannot be read.")
 
 
-class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig):
+class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig, ThinkingConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
     MAY_CHANGE = frozenset({*_OF_A_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
@@ -554,7 +583,7 @@ class RawConfig(Config):
 
 
 class Round3Config(Config):
-    """The third round: GRPO or PPO, whichever has settings."""
+    """The third round: GRPO or PPO, whichever has settings; with both, each starts where the second round ends."""
 
     grpo: GRPOConfig | None = Field(None, description="Settings of `mlx-traces grpo`.")
     ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
@@ -576,12 +605,15 @@ class RoundsConfig(TrackingConfig):
         SFTSettings(), description="SFT on the raw traces; null: none, start with the model's own traces."
     )
     generate: GenerateConfig = GenerateConfig()
-    score: ScoreConfig = ScoreConfig()
+    score: ScoreConfig = Field(
+        ScoreConfig(), description="Scores of the model's own traces, and of the answers in the comparison."
+    )
     filter: FilterConfig = FilterConfig()
     epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
     round3: Round3Config | None = Field(
         None,
-        description="GRPO or PPO after that; its KL reference is the adapter that it starts from, unless it names one.",
+        description="GRPO or PPO after that, or both beside each other; the KL reference is the adapter that it starts "
+        "from, unless it names one.",
     )
     compare: EvalConfig = EvalConfig()
     data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
@@ -631,6 +663,11 @@ class CompareConfig(ComparedConfig):
     runs: list[str] = Field(default_factory=list, description="Run folders.")
     evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
     extractor: str | None = Field(None, description="Compare all runs by this extractor.")
+    quality: ScoreConfig | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Also compare the quality of the answers, scored by these settings; {} takes those of score.",
+    )
 
 
 class StudyConfig(ComparedConfig):
@@ -642,6 +679,10 @@ class StudyConfig(ComparedConfig):
     )
     models: Annotated[list[StudyModel], Field(min_length=1)] = Field(
         ..., description="Models, in the order of the tables."
+    )
+    budgets: list[Annotated[int, Field(ge=0)] | None] = Field(
+        default_factory=list,
+        description="Values of think_tokens, each used with every model and prompt; null: no budget.",
     )
     pairs: Literal["all", "baseline"] = Field(
         "all", description="Test every pair of rows, or each row against the baseline."

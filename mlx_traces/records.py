@@ -40,16 +40,20 @@ class Rollout:
     them, without the stop token, without special tokens (thinking tags excepted), and up to a stop string.
     ``finish_reason`` is ``"stop"`` or ``"length"``. On request, per completion token and in nats: ``logprobs`` under
     the sampling distribution, ``model_logprobs`` under the model's own at temperature 1. ``stop_string`` is the one
-    that ended the completion, None if none did.
+    that ended the completion, None if none did. ``forced`` are the places of the tokens that were not drawn but put
+    there, to close a thought or to keep it open; their log-probabilities are None. ``forced_text`` has their first and
+    last character in the text, the last one left out.
     """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     text: str
     finish_reason: str
-    logprobs: tuple[float, ...] | None = None
-    model_logprobs: tuple[float, ...] | None = None
+    logprobs: tuple[float | None, ...] | None = None
+    model_logprobs: tuple[float | None, ...] | None = None
     stop_string: str | None = None
+    forced: tuple[int, ...] = ()
+    forced_text: tuple[tuple[int, int], ...] = ()
 
 
 Span = tuple[int, int, float]  # first character, the one after the last, value
@@ -85,7 +89,7 @@ class Score:
         return self.verdict == "correct"
 
 
-LISTS = ("messages", "completion_ids", "logprobs", "not_learned")  # fields of a trace
+LISTS = ("messages", "completion_ids", "logprobs", "not_learned", "forced")  # fields of a trace
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Trace:
     template's variables when the completion was sampled; ``stop_string`` ended it.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
-    distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None.
+    distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None. ``forced``
+    are the places of the tokens that were put there and not drawn; they have no log-probability (None).
     Scored ones have the headline ``verdict`` of the task's grader, named ``scores`` from 0 to 1 (None where one does
     not apply) and the combined ``score``.
     """
@@ -115,7 +120,7 @@ class Trace:
     source: str = ""
     sample: int = 0
     completion_ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
+    logprobs: tuple[float | None, ...] | None = None
     finish_reason: str | None = None
     verdict: str | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
@@ -124,6 +129,7 @@ class Trace:
     thinking: bool | None = None
     template_args: dict[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
+    forced: tuple[int, ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return this trace as a JSON object, without fields that are not known."""
@@ -167,7 +173,8 @@ class EvalResult:
     model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens if the
     server does not count them. ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for
     the other extractors. ``stopped`` counts the completions that a stop string ended, ``stopped_in_thoughts`` those of
-    them whose thought was open.
+    them whose thought was open. ``forced`` counts those whose thought was closed by its budget, ``think_tokens``, or
+    kept open up to ``think_at_least``; with a budget ``max_tokens`` is the answer's.
     """
 
     run: str
@@ -200,3 +207,6 @@ class EvalResult:
     notes: list[str]
     stopped: int = 0
     stopped_in_thoughts: int = 0
+    think_tokens: int | None = None
+    think_at_least: int = 0
+    forced: int = 0

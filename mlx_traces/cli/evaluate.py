@@ -50,6 +50,9 @@ def summary(result: EvalResult) -> list[str]:
     stopped = f"{result.stopped:,} of {result.total_questions:,} by a stop string"
     if result.stopped_in_thoughts:
         stopped += f", {result.stopped_in_thoughts:,} of them in a thought"
+    bounds = [f"at least {result.think_at_least:,}"] if result.think_at_least else []
+    bounds += [] if result.think_tokens is None else [f"at most {result.think_tokens:,}"]
+    thought = bounds and f"{' and '.join(bounds)} tokens, forced in {result.forced:,} of {result.total_questions:,}"
     speed = [f"{result.wall_seconds:.1f} s"]
     if result.mean_tokens is not None:
         speed.insert(0, f"{result.tokens_per_second:.0f} tokens/s, {result.mean_tokens:.0f} tokens an answer")
@@ -70,6 +73,7 @@ def summary(result: EvalResult) -> list[str]:
         f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
         f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",
         *([f"  stopped      {stopped}"] if result.stopped else []),
+        *([f"  thought      {thought}"] if thought else []),
         f"  speed        {', '.join(speed)}",
     ]
     return [*lines, *(f"  note         {note}" for note in result.notes)]

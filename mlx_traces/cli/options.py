@@ -119,13 +119,28 @@ SECTIONS = {  # of a command's help, most used options first; the others come un
         *("task", "data", "valid", "valid_share", "split", "limit", "prompt", "prompts", "shots", "thinking"),
         *("extractor",),
     ),
-    "Sampling": ("max_tokens", "temperature", "samples", "group_size", "top_p", "top_k", "min_p", "rows"),
+    "Sampling": (
+        *("max_tokens", "think_tokens", "think_at_least", "temperature", "samples", "group_size", "top_p", "top_k"),
+        *("min_p", "rows"),
+    ),
     "Training": (
         *("num_steps", "epochs", "prompts_per_step", "batch_size", "learning_rate", "rewards", "loss", "advantage"),
         *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
     ),
     "Output": (
-        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "resume", "as_json", "report_to"),
+        *(
+            "config_file",
+            "out",
+            "runs_dir",
+            "baseline",
+            "format_",
+            "extractors",
+            "quality",
+            "scoring",
+            "resume",
+            "as_json",
+            "report_to",
+        ),
     ),
 }
 

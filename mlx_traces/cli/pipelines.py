@@ -8,7 +8,8 @@ import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, note_unused, settings_options
 from mlx_traces.cli.train import training_bar
-from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, StudyConfig, read_config
+from mlx_traces.config import CompareConfig, EvalConfig, RoundsConfig, ScoreConfig, StudyConfig, build, read_config
+from mlx_traces.errors import UserError
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.tasks import get_task
 from mlx_traces.text import clean
@@ -28,6 +29,15 @@ FORMATS = ("table", "markdown", "csv", "json")
     "--format", "format_", type=click.Choice(FORMATS), default="table", help="Printed form.  [default: table]"
 )
 @click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
+@click.option("--quality", is_flag=True, help="Also compare the answers' form, structure, faithfulness and length.")
+@click.option(
+    "--score",
+    "scoring",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="With --quality: a setting of `score`, as in tags=none, model=MODEL (perplexity), judge=MODEL.  "
+    "Repeat for more.",
+)
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],
@@ -39,6 +49,8 @@ def compare_command(
     runs_dir: str | None,
     format_: str,
     extractors: bool,
+    quality: bool,
+    scoring: tuple[str, ...],
     settings: dict,
 ) -> None:
     """Compare models or runs in one table with paired statistics. Evaluates what is missing.
@@ -53,26 +65,42 @@ def compare_command(
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
     given = {name: value for name, value in overrides.items() if value is not None}
     asked = read_config(CompareConfig, config_file, given)
+    if quality or scoring:
+        known = asked.quality.model_dump(exclude_unset=True) if asked.quality else {}
+        scores = build(ScoreConfig, known | dict(map(_setting, scoring)), "--score")
+        asked = asked.model_copy(update={"quality": scores})
     config = compare.requested(asked, runs, models, prompts, settings)
     note_unused(config)
+    if config.quality and format_ == "csv":
+        click.echo("note: --format csv has no quality; --out writes it as quality.csv", err=True)
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
-    frame, collected = compare.compared(config, progress=True, say=lambda line: click.echo(line, err=True))
+    frame, collected, scored = compare.compared(config, progress=True, say=lambda line: click.echo(line, err=True))
     for line in comparison.differences(collected):
         click.echo(f"note: {line}", err=True)
     if format_ == "json":
-        click.echo(json.dumps(tables.to_json(frame), indent=1))
+        scores = {} if scored is None else {"quality": tables.records(scored)}
+        click.echo(json.dumps(tables.to_json(frame) | scores, indent=1))
     elif format_ == "csv":
         click.echo(tables.to_csv(frame), nl=False)
     elif format_ == "markdown":
-        click.echo(tables.to_markdown(frame))
+        click.echo(tables.to_markdown(frame) + ("" if scored is None else f"\n{tables.quality_markdown(scored)}"))
     else:
         by_extractor = tables.extractors_table(collected) if extractors else None
-        for table in (tables.to_terminal(frame), tables.strata_table(collected), by_extractor):
+        scores = None if scored is None else tables.quality_table(scored)
+        for table in (tables.to_terminal(frame), tables.strata_table(collected), by_extractor, scores):
             if table is not None:
                 console().print(table)
     if config.out:
         click.echo(f"written to {config.out}", err=True)
+
+
+def _setting(item: str) -> tuple[str, str]:
+    """Split NAME=VALUE."""
+    name, sign, value = item.partition("=")
+    if not sign:
+        raise UserError(f"--score {item}: give NAME=VALUE, as in tags=none")
+    return name, value
 
 
 @click.command("verify")
@@ -159,8 +187,9 @@ def rounds_command(
     if dry_run:
         click.echo("\n".join(estimate.lines(config)))
         return
-    frame, runs, page = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
-    console().print(tables.to_terminal(frame))
-    for line in rounds.gains(runs):
+    done = rounds.run(config, lambda line: click.echo(line, err=True), training_bar, progress=True)
+    console().print(tables.to_terminal(done.frame))
+    for line in rounds.gains(done.runs, done.pairs):
         click.echo(line)
-    click.echo(f"report: {page}")
+    console().print(tables.quality_table(done.quality))
+    click.echo(f"report: {done.page}")

@@ -57,7 +57,7 @@ def sft_command(config_file: str | None, out: str, resume: bool, settings: dict)
 
 _CONFIG = "CONFIG is a YAML file of these settings, or the name of a shipped one. Options win over it."
 _REWARD = (
-    "A reward and its weight: correct, gated, format, flash, judge, ..., or your own module:function. Repeat for "
+    "A reward and its weight: correct, gated, equations, format, judge, ..., or your own module:function. Repeat for "
     "more.  [default: correct=1]"
 )
 
@@ -134,6 +134,7 @@ def fuse_command(**arguments: Any) -> None:
 
 SHOWN = (
     *(("reward/mean", "reward {:.3f}"), ("rollout/length", "length {:.0f}"), ("rollout/finished", "finished {:.0%}")),
+    *(("steps/equations", "true equations {:.0%}"), ("steps/claims", "true claims {:.0%}")),
     *(("rollout/zero_std_groups", "level groups {:.0%}"), ("policy/kl_ref", "KL {:.3f}")),
     ("value/explained_variance", "value explains {:.0%}"),
     *(("policy/entropy", "entropy {:.2f}"), ("time/sample", "sampling {:.1f} s"), ("time/update", "update {:.1f} s")),

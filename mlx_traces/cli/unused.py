@@ -43,6 +43,7 @@ _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
         lambda c: not _examples(c) and not (c.prompt or "").endswith((".yaml", ".yml")),
         "for a prompt without stop strings",
     ),
+    ((), ("think_more",), lambda c: not c.think_at_least, "without think_at_least"),
     ((ScoreConfig,), ("thinking",), lambda c: c.model is None, "without model"),
     ((), _SELECTED, lambda c: c.eval_task is None, "without eval_task"),
     ((), ("prefer",), lambda c: c.per_problem is None, "without per_problem"),
@@ -75,7 +76,7 @@ def unused(config: Config) -> Iterator[str]:
                 if isinstance(config, FilterConfig) and names is _SELECTED:
                     raise UserError(f"{line}; name its task with --eval-task, or leave {name} out")
                 yield line
-    inner = getattr(config, "evals", ())
+    inner = (*getattr(config, "evals", ()), getattr(config, "quality", None))
     if isinstance(config, RoundsConfig):
         inner = (config.score, config.filter, config.epoch1, config.epoch2)
     yield from (line for one in inner if one is not None for line in unused(one))

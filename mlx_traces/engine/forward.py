@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_traces.engine import batching, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
-from mlx_traces.runtime import device, distributed
+from mlx_traces.runtime import blas, device, distributed
 
 LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
 
@@ -96,7 +96,8 @@ def each(
         mx.eval(done)
         return done
 
-    return halves.room.fit(micro_tokens, lengths_read(examples, prompts), all_of_them)
+    with blas.threads_for(halves, micro_tokens, distributed.world().size()):
+        return halves.room.fit(micro_tokens, lengths_read(examples, prompts), all_of_them)
 
 
 def by_row(

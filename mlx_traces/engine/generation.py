@@ -35,6 +35,7 @@ from mlx_traces.engine.sampling import (
     stop_ids,
     uniforms_of,
 )
+from mlx_traces.engine.thinking import NONE, State, Thinking
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters
 from mlx_traces.models.convert import weight_name
@@ -53,6 +54,7 @@ WAVE = 8  # new rows join when an eighth of the slots is free
 DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.6, 2.0, 10.5
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
 ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
+CHOICES = ("forced", "guard", "more")  # what stands in place of a drawn token, an entry for each slot
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
@@ -126,9 +128,9 @@ def generate(
         length = len(request.prompt_ids)
         if not length:
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
-        if loaded.context is not None and length + settings.max_tokens > loaded.context:
+        if loaded.context is not None and length + settings.longest > loaded.context:
             raise UserError(
-                f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.max_tokens} more pass "
+                f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more pass "
                 f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
             )
     if not requests:
@@ -154,7 +156,7 @@ def rows_that_fit(
     hidden = config.get("hidden_size") or 0
     size = config.get("head_dim") or hidden // heads
     itemsize = adapters.activation_bytes(loaded.model)
-    length = max(len(r.prompt_ids) + p.max_tokens for r, p in zip(requests, params, strict=True)) + STEP
+    length = max(len(r.prompt_ids) + p.longest for r, p in zip(requests, params, strict=True)) + STEP
     layers = len(loaded.model.layers)
     row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
     row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * (config.get("vocab_size") or 0))
@@ -244,6 +246,29 @@ class _Step:
         return _Step(self.number, *(None if part is None else part[rows] for part in parts))
 
 
+class _Closers:
+    """Which tokens would end a thought, by the state of its reader; looked up on the device."""
+
+    def __init__(self, loaded: LoadedModel):
+        size = 1 + max(loaded.tokenizer.get_vocab().values())
+        self.size = max(size, loaded.config.get("vocab_size") or 0)
+        self.rows: dict[State, int] = {}
+        self.table: Any = None  # (states, vocabulary) on the device
+
+    def row_of(self, thought: Thinking) -> int:
+        """Return the table's row for the thought's state; a new state is added."""
+        if thought.state not in self.rows:
+            self.rows[thought.state] = len(self.rows)
+            own = np.zeros((1, self.size), bool)
+            own[0, [*thought.reader.closers(thought.state), *thought.stop_ids]] = True
+            self.table = mx.array(own) if self.table is None else mx.concatenate([self.table, mx.array(own)])
+        return self.rows[thought.state]
+
+    def hold(self, rows: np.ndarray, tokens: Any) -> Any:
+        """Return (R,) whether each token is in its row of the table."""
+        return self.table[mx.array(rows), mx.clip(tokens, 0, self.size - 1)]
+
+
 class _Engine:
     """The state of one run: slots on the device, and what each slot works on."""
 
@@ -262,7 +287,7 @@ class _Engine:
         self.pending = deque(
             sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         )
-        longest = max(settings.max_tokens for settings in params)
+        longest = max(settings.longest for settings in params)
         self.endings: dict[int, Ending] = {}  # of the requests that are worked on
         self.request_of = np.full(rows, -1)  # what each slot works on; -1 for nothing
         self.joined = np.zeros(rows, np.int64)  # the first step that was a slot's own
@@ -272,7 +297,12 @@ class _Engine:
         self.logprobs = np.zeros((rows, longest, 2), np.float32) if logprobs else None
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
+        self.forced = np.full(rows, NONE, np.int32)  # the token that has to stand next in each row's completion
+        self.guard = np.full(rows, NONE, np.int32)  # which of the `closers` tell the tokens that must not
+        self.more = np.zeros(rows, np.int32)  # what stands there in place of one of those
+        self.closers = _Closers(loaded)
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
+        self.bounded = any(settings.think_tokens is not None or settings.think_at_least for settings in params)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.candidates = CANDIDATES
@@ -313,7 +343,7 @@ class _Engine:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
         self._make_room()
-        read = self.tokens
+        read = self._chosen()
         if self.fused is None:
             logits = self.loaded.model(read[:, None], cache=self.caches)[:, -1]
         else:
@@ -326,6 +356,29 @@ class _Engine:
         self.usage.steps += 1
         self.usage.row_steps += len(self.joined)
         return step
+
+    def _chosen(self) -> Any:
+        """Return the tokens that the next step reads: those drawn, or those that stand in their place."""
+        begun, tokens = (self.request_of >= 0) & (self.joined < self.steps), self.tokens
+        if (guarded := begun & (self.guard != NONE)).any():
+            ends = self.closers.hold(np.maximum(self.guard, 0), tokens)
+            tokens = mx.where(mx.array(guarded) & ends, mx.array(self.more), tokens)
+        if (forced := begun & (self.forced != NONE)).any():
+            tokens = mx.where(mx.array(forced), mx.array(self.forced), tokens)
+        return tokens
+
+    def _choose(self, row: int, drawn: int) -> int:
+        """Return the token that stands in a row's next place, and prepare for the one after it."""
+        thought = self.endings[int(self.request_of[row])].thought
+        if thought is None:
+            return drawn
+        token = thought.take(drawn)
+        self._prepare(row, thought)
+        return token
+
+    def _prepare(self, row: int, thought: Thinking) -> None:
+        self.limit[row], self.forced[row] = thought.limit, thought.next
+        self.guard[row] = self.closers.row_of(thought) if thought.kept_open else NONE
 
     def _draw(self, logits: Any, number: int, read: Any) -> _Step:
         """Draw the tokens of a step, each row by its own random number for it."""
@@ -397,6 +450,8 @@ class _Engine:
         rows = np.flatnonzero((self.request_of >= 0) & (self.joined <= step.number))
         place = self.age[rows]
         refuse_no_token(self.loaded, drawn[rows])
+        for row in rows.tolist() if self.bounded else ():
+            drawn[row] = self._choose(row, int(drawn[row]))
         self.ids[rows, place] = drawn[rows]
         if step.logprobs is not None:
             self.logprobs[rows, place] = np.array(step.logprobs)[rows]
@@ -423,7 +478,7 @@ class _Engine:
         rows = mx.array(keep)
         for cache in self.caches:
             cache.keep(rows)
-        for name in ("request_of", "joined", "age", "limit", "ids", "uniforms", "settings"):
+        for name in (*("request_of", "joined", "age", "limit", "ids", "uniforms", "settings"), *CHOICES):
             setattr(self, name, getattr(self, name)[keep])
         if self.logprobs is not None:
             self.logprobs = self.logprobs[keep]
@@ -450,11 +505,15 @@ class _Engine:
         for slot, index in taken:
             request, settings = self.requests[index], self.params[index]
             self.request_of[slot], self.joined[slot], self.age[slot] = index, self.steps, 0
-            self.limit[slot] = settings.max_tokens
-            self.endings[index] = Ending(self.loaded, request, settings)
+            self.limit[slot] = settings.longest
+            ending = self.endings[index] = Ending(self.loaded, request, settings)
+            self.forced[slot] = self.guard[slot] = NONE
+            if ending.thought is not None:
+                self.more[slot] = (*ending.thought.more, 0)[0]
+                self._prepare(slot, ending.thought)
             self.settings[slot] = settings_of(settings)
             self.window.start[slot] = self.window.write - len(request.prompt_ids) + 1
-            self.uniforms[slot, : settings.max_tokens] = uniforms_of(request, settings)
+            self.uniforms[slot, : settings.longest] = uniforms_of(request, settings)
         self.window.start[self.request_of < 0] = self.window.write
         self._settle()
         last = [self.requests[index].prompt_ids[-1] for _, index in taken]

@@ -7,8 +7,8 @@ head that is not trained and a loss that is not known yet).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class Split:
     ``head_module`` returns the current head, which a context may have swapped; ``None`` if there is no module.
     ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows may
     continue from, 0 if they may not (`forward.split` finds out). ``room`` knows what fits in the memory.
+    ``layers`` are the model's.
     """
 
     trunk: Callable[[mx.array], mx.array]
@@ -38,6 +39,7 @@ class Split:
     frozen_head: bool
     caches: int = 0
     room: MemoryBudget = field(default_factory=lambda: MemoryBudget("micro_tokens", "tokens in a micro-batch"))
+    layers: Sequence[nn.Module] = ()
 
 
 def split(model: nn.Module) -> Split:
@@ -51,7 +53,7 @@ def split(model: nn.Module) -> Split:
     model.eval()  # dropout would make the halves differ from the model
     found = _halves(model) or _rest(model) or Split(model, lambda logits: logits, lambda: None, False)
     model.train(training)
-    return found
+    return replace(found, layers=model.layers)
 
 
 def _halves(model: nn.Module) -> Split | None:

@@ -123,7 +123,7 @@ def _batched(
     try:
         uids = batch.insert(
             [list(requests[index].prompt_ids) for index in order],
-            [params[index].max_tokens for index in order],
+            [params[index].longest for index in order],
             samplers=samplers,
         )
         rows_of = dict(zip(uids, zip(order, samplers, strict=True), strict=True))
@@ -185,6 +185,8 @@ class RowSampler:
         self.count += 1
         token, own = draw(logits.astype(mx.float32), np.array([number]), self.settings, self.wanted)
         self.ahead.append(own)
+        if self.ending.thought is not None and (drawn := token.item()) >= 0:  # waits for it: the next one depends on it
+            token = mx.array([self.ending.thought.take(drawn)])
         return token if own is None else mx.depends([token], [own])[0]  # computed with it, or the logits would stay
 
     def take(self, loaded: LoadedModel, token: int) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_traces.engine.logprobs import blocks
+from mlx_traces.engine.thinking import Thinking, reader_of
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
@@ -35,6 +36,9 @@ class SamplingParams:
     token. A completion also ends with any of the ``stop_tokens`` (ids, or tokens as the vocabulary writes them), which
     is kept like the model's own stop token, and before any of the strings in ``stop``, those within a thought left out
     unless ``stop_in_thoughts``.
+
+    With ``think_tokens`` a thought is closed after so many tokens, and ``max_tokens`` bounds what is not thought, the
+    closing tag included. Before ``think_at_least`` tokens it is kept open by ``think_more``. See `engine.thinking`.
     """
 
     max_tokens: int = 512
@@ -45,6 +49,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int | str, ...] = ()
     stop_in_thoughts: bool = False
+    think_tokens: int | None = None
+    think_at_least: int = 0
+    think_more: str = "Wait"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a completion, its thought included."""
+        return self.max_tokens + (self.think_tokens or 0)
 
     def check(self) -> None:
         """Raise UserError for a setting outside its range."""
@@ -60,6 +72,14 @@ class SamplingParams:
             raise UserError(f"min_p must be from 0 to 1, not {self.min_p}")
         if "" in self.stop:
             raise UserError("a stop string is empty; it would end every completion at once")
+        if (self.think_tokens or 0) < 0 or self.think_at_least < 0:
+            raise UserError("think_tokens and think_at_least must be 0 or above")
+        if self.think_tokens is not None and self.think_at_least > self.think_tokens:
+            raise UserError(
+                f"think_at_least {self.think_at_least} is above think_tokens {self.think_tokens}, where thoughts end"
+            )
+        if self.think_at_least and not self.think_more:
+            raise UserError("think_more is empty; think_at_least continues a thought with it")
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,15 @@ class Ending:
         # A model's own stop strings stand for the token that ends its turn, so they count in thoughts too.
         self.always = frozenset(self.stops if params.stop_in_thoughts else loaded.stop_strings)
         self.seen, self.thinking = 0, False  # tokens that were looked at for tags, and whether a thought was open there
+        self.thought = self._bounds()
+
+    def _bounds(self) -> Thinking | None:
+        params, tokenizer = self.params, self.loaded.tokenizer
+        if params.think_tokens is None and not params.think_at_least:
+            return None
+        more = tokenizer.encode(params.think_more, add_special_tokens=False) if params.think_at_least else ()
+        reader, bounds = reader_of(tokenizer, self.loaded.own_tags), (params.think_tokens, params.think_at_least, more)
+        return Thinking(reader, self.request.opened, params.max_tokens, *bounds, self.stop_ids)
 
     def rollout(self, ids: list[int], logprobs: np.ndarray | None = None) -> Rollout | None:
         """Return the rollout of ``ids`` if its newest token ended it, else None.
@@ -113,14 +142,28 @@ class Ending:
             ids: tokens drawn so far, at least one.
             logprobs: (len(ids), 2) of the tokens, as ``draw`` returns them.
         """
-        at_stop, at_limit = ids[-1] in self.stop_ids, len(ids) >= self.params.max_tokens
+        limit = self.thought.limit if self.thought else self.params.max_tokens
+        at_stop, at_limit = ids[-1] in self.stop_ids, len(ids) >= limit
         cut, stop = (None, None) if at_stop else self._find_stop(ids)
         if not (at_stop or at_limit) and stop is None:
             return None
         text = text_of(self.loaded, ids[:-1] if at_stop else ids, cut)
         reason = "length" if stop is None and not at_stop else "stop"
-        columns = (None, None) if logprobs is None else (tuple(column) for column in logprobs.T.tolist())
-        return Rollout(self.request.prompt_ids, tuple(ids), text, reason, *columns, stop)
+        forced = [place for place in self.thought.forced if place < len(ids)] if self.thought else []
+        columns = [None, None] if logprobs is None else logprobs.T.tolist()
+        for column in filter(None, columns):
+            for place in forced:
+                column[place] = None
+        columns = (column and tuple(column) for column in columns)
+        spans = self._spans(ids, forced, len(text))
+        return Rollout(self.request.prompt_ids, tuple(ids), text, reason, *columns, stop, tuple(forced), spans)
+
+    def _spans(self, ids: list[int], forced: list[int], length: int) -> tuple[tuple[int, int], ...]:
+        """Return the first and the last character, this one left out, of each run of forced tokens in the text."""
+        first = [place for place in forced if place - 1 not in forced]
+        last = [place + 1 for place in forced if place + 1 not in forced]
+        ends = [len(text_of(self.loaded, ids[:place])) for place in (*first, *last)]
+        return tuple((min(a, length), min(b, length)) for a, b in zip(ends, ends[len(first) :], strict=False))
 
     def _find_stop(self, ids: list[int]) -> tuple[int | None, str | None]:
         """Return where in the text the first stop string starts, and which, if the newest token completed one.
@@ -149,11 +192,11 @@ class Ending:
 
 
 def uniforms_of(request: Request, params: SamplingParams) -> np.ndarray:
-    """Return (max_tokens,) float32 in [0, 1), the random numbers of one completion: Philox keyed by its seed."""
+    """Return (longest,) float32 in [0, 1), the random numbers of one completion: Philox keyed by its seed."""
     if not params.temperature:
-        return np.zeros(params.max_tokens, np.float32)
+        return np.zeros(params.longest, np.float32)
     stream = np.random.Generator(np.random.Philox(key=request.seed))
-    return stream.random(params.max_tokens, np.float32)
+    return stream.random(params.longest, np.float32)
 
 
 def settings_of(params: SamplingParams) -> np.ndarray:

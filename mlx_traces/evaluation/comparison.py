@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,6 +145,8 @@ class _Result(BaseModel, strict=True):
     timestamp: str | None = _TEXT
     max_tokens: float | None = _FIGURE
     temperature: float | None = _FIGURE
+    think_tokens: int | None = _COUNT
+    think_at_least: int | None = _COUNT
     pass_at_k: _Shares | None = _SHARES
     maj_at_k: _Shares | None = _SHARES
 
@@ -205,7 +207,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
             {
                 "model": run.result["model"],
                 "adapter": run.result.get("adapter") or None,
-                "prompt": run.result["prompt"],
+                "prompt": prompt_of(run.result),
                 **overall,
                 **comparison,
                 "tokens_per_answer": math.nan if None in tokens else sum(tokens) / len(tokens),
@@ -276,7 +278,14 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 def label(run: Run) -> str:
     """Return a run's short name: ``model+adapter_prompt``, folders by their last part."""
-    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(run.result['prompt'])}"
+    return f"{model_name(run.result['model'], run.result.get('adapter'))}_{clean(prompt_of(run.result))}"
+
+
+def prompt_of(result: Mapping[str, Any]) -> str:
+    """Return the prompt's name, with the bounds on the thought if there are any: ``thinking ≥8 ≤64``."""
+    least, budget = result.get("think_at_least"), result.get("think_tokens")
+    bounds = [f"≥{least}" if least else "", "" if budget is None else f"≤{budget}"]
+    return " ".join(filter(None, (result["prompt"], *bounds)))
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -48,6 +48,10 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     for key, what in (("template_args", "variables of the chat template differ"), ("stop_in_thoughts", STOPS)):
         if any(each.get(key) for each in settings.values()):
             lines += line_of(what, {name: text(each.get(key) or "unset") for name, each in settings.items()})
+    for key in ("think_tokens", "think_at_least", "think_more"):
+        if any(each.get(key) is not None for each in settings.values()):
+            values = {name: "unset" if each.get(key) is None else text(each[key]) for name, each in settings.items()}
+            lines += line_of(f"{key} differs", values)
     lines += line_of("date in the prompts differs", {name: text(each.get("date")) for name, each in settings.items()})
     prompts = {name: part(each, "prompt") for name, each in settings.items()}
     lines += namesakes(

@@ -175,6 +175,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
     stop = completion.stop_string
     ended = {"stop_string": stop, "in_thought": after_last(completion.whole)[1]} if stop else {}
     columns = {name: problem.columns[name] for name in planned.task.sample_columns if name in problem.columns}
+    forced = completion.rollout.forced_text if completion.rollout else ()
     return {
         "id": problem.id,
         "sample": sample,
@@ -192,7 +193,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
         "correct": headline.correct,
         "verdict": headline.verdict,
         "stratum": problem.stratum,
-    } | {name: value for name, value in (("notes", notes), ("columns", columns)) if value}
+    } | {name: value for name, value in (("forced", forced), ("notes", notes), ("columns", columns)) if value}
 
 
 def strictly_correct(planned: Plan, problem: Problem, response: str) -> bool:
@@ -255,6 +256,9 @@ def summarize(
         notes=[*notes],
         stopped=sum("stop_string" in row for row in samples),
         stopped_in_thoughts=sum(row.get("in_thought") is True for row in samples),
+        think_tokens=config.think_tokens,
+        think_at_least=config.think_at_least,
+        forced=sum("forced" in row for row in samples),
     )
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.engine.thinking import NONE, reader_of
+from mlx_traces.errors import UserError
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
 from mlx_traces.models import adapters, loading
+from mlx_traces.models.chat import Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.tasks.thoughts import OPENERS, TAGS
 
 
 @contextmanager
@@ -69,10 +73,15 @@ def completions_of(
         min_p=config.min_p,
         stop=planned.prompt.stop,
         stop_in_thoughts=config.stop_in_thoughts,
+        think_tokens=config.think_tokens,
+        think_at_least=config.think_at_least,
+        think_more=config.think_more,
     )
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
         prompts = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
+        if prompts and (config.think_tokens is not None or config.think_at_least):
+            refuse_without_thought(loaded, planned, prompts[0])
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(prompt.ids, seed, prompt.opened) for prompt, seed in zip(prompts, seeds, strict=True)]
 
@@ -89,6 +98,22 @@ def completions_of(
         )
 
     return completions
+
+
+def refuse_without_thought(loaded: LoadedModel, planned: Plan, prompt: Rendered) -> None:
+    """Raise UserError if a budget of thought would bound nothing: no thought is open or asked for, or it is closed."""
+    setting = "think_tokens" if planned.config.think_tokens is not None else "think_at_least"
+    reader, where = reader_of(loaded.tokenizer, loaded.own_tags), f"{loaded.name}, prompt {planned.prompt.name}"
+    if reader.begun(prompt.opened)[0] != NONE:
+        return
+    if prompt.closed:
+        raise UserError(f"{setting}: {where}: the chat template leaves no thought to bound; pass --thinking")
+    asked = prompt.text.lower()
+    if loaded.tokenizer.think_end is None and not any(opening.lower() in asked for opening in OPENERS):
+        raise UserError(
+            f"{setting}: {where}: neither the model nor the prompt has a tag for thoughts; pass a prompt that asks for "
+            f"one (--prompt thinking), or open one with --prefill {TAGS[0][0]!r}"
+        )
 
 
 def _shared(
@@ -113,6 +138,7 @@ def _shared(
         mine = [(index, asdict(rollout)) for index, rollout in sampled([part[i] for i in distributed.share(len(part))])]
         for index, fields in distributed.gather(mine):
             lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            lists |= {"forced_text": tuple(map(tuple, fields["forced_text"]))}
             yield index, Rollout(**fields | lists)
         if stop and stop():
             return

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 _CHUNK = 1 << 20  # bootstrap draws held at once: 8 MB of indices and 8 MB of values
+_UNITS = 1 << 15  # of `sign_flip_of_reals`: its time and memory are those of sign_flip with so many
 
 
 def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -139,6 +140,23 @@ def sign_flip(differences: ArrayLike) -> float:
     return min(1.0, float(chance[np.abs(sums) >= abs(total)].sum()))
 
 
+def sign_flip_of_reals(differences: ArrayLike) -> float:
+    """Exact two-sided p-value of the paired sign-flip permutation test on real differences, rounded to integers.
+
+    The unit of rounding is a 32,768th of the sum of their sizes, so the sum that is tested is off by at most P / 65,536
+    of that. Rounding turns with the sign, so under the hypothesis of `sign_flip` the p-value is as valid as there.
+
+    Args:
+        differences: (P,) differences of one model's mean to the other's, for each problem.
+
+    Returns:
+        The p-value; 1.0 when all differences are 0.
+    """
+    values = np.round(np.asarray(differences, dtype=float), 12)
+    total = np.abs(values).sum()
+    return sign_flip(np.rint(values / (total / _UNITS))) if total else 1.0
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for their number (Holm 1979), which holds whatever their dependence.
 
@@ -193,6 +211,41 @@ def paired_bootstrap(
             chunk[:] = differences.take(rng.integers(a.size, size=(len(chunk), a.size))).mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def paired_ratio(
+    a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of ``a`` divided by the mean of ``b``, with its percentile bootstrap interval, problems drawn as pairs.
+
+    As in `paired_bootstrap` a problem is drawn with the results of both models. Resamples in which neither has
+    anything say nothing about the ratio and are left out.
+
+    Args:
+        a: (P,) per-problem mean of one model, such as its share of correct samples; none below 0.
+        b: (P,) the same of the baseline, problems in the same order.
+        resamples: number of redrawn data sets.
+        level: share of such intervals that hold the true value.
+        seed: seed of the draws.
+
+    Returns:
+        (ratio, low, high). An end is infinite if the baseline has nothing in so many resamples; all are NaN if neither
+        model has anything.
+
+    Raises:
+        ValueError: if the arrays do not pair up or are empty.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"paired_ratio needs two arrays of one length, not {a.shape} and {b.shape}")
+    if not (a.any() or b.any()):
+        return math.nan, math.nan, math.nan
+    kinds, counts = np.unique(np.round(np.stack([a, b], axis=1), 12), axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(a.size, counts / a.size, size=resamples) @ kinds
+    share = (drawn := drawn[drawn.any(axis=1)])[:, 0] / drawn.sum(axis=1)  # from 0 to 1, as ratios are not
+    ends = [a.sum() / (a.sum() + b.sum()), *np.quantile(share, [(1 - level) / 2, (1 + level) / 2])]
+    ratio, low, high = (float(end / (1 - end)) if end < 1 else math.inf for end in ends)
+    return ratio, low, high
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

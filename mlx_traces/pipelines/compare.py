@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_traces.config import CompareConfig, ComparedConfig, EvalConfig, StudyTask, build, shipped
 from mlx_traces.errors import UserError
@@ -248,20 +248,38 @@ def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
     run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
-def compared(
-    config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None
-) -> "tuple[pd.DataFrame, list[Run]]":
-    """Carry out a comparison; return table and runs, and write the files into ``config.out`` if it is set.
+class Compared(NamedTuple):
+    """A comparison: its table, its runs, and the quality of their answers if that was asked for."""
 
-    ``say`` is that of `collect`.
+    frame: "pd.DataFrame"
+    runs: list[Run]
+    quality: "pd.DataFrame | None"
+
+
+def compared(
+    config: CompareConfig,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> Compared:
+    """Carry out a comparison, and write the files into ``config.out`` if it is set.
+
+    ``say`` is that of `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
+    with the baseline.
     """
+    from mlx_traces.pipelines import quality
     from mlx_traces.report import export
 
     runs = collect(config, progress, say)
     frame = comparison.compare_runs(runs, config.baseline or 0).assign(true_equations=list(map(true_equations, runs)))
+    scored = None
+    if config.quality is not None:
+        base = comparison.baseline_index(runs, config.baseline or 0)
+        against = [(row, base) for row in range(len(runs)) if row != base] if pairs is None else pairs
+        scored = quality.compare_quality(runs, config.quality, against)
     if config.out:
-        export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"))
-    return frame, runs
+        export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"), scored)
+    return Compared(frame, runs, scored)
 
 
 def true_equations(run: Run) -> float:
@@ -307,4 +325,4 @@ def compare(
     config = (config or CompareConfig()).model_copy(update={k: v for k, v in changes.items() if v is not None})
     models, prompts = ([names] if isinstance(names, str) else list(names) for names in (model, prompt))
     config = requested(config, [str(path) for path in runs], models, prompts, settings)
-    return compared(config, progress)[0]
+    return compared(config, progress).frame

@@ -165,14 +165,14 @@ class Outlook:
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
         tokens, memory_gb = self._asked(planned, config.samples, config.memory_limit)
-        told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.max_tokens)}"
+        told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.longest)}"
         return Forecast(times * tokens, memory_gb, told)
 
     def _asked(self, planned: Plan, samples: int, limit: float | None = None) -> tuple[int, float]:
         """Return most tokens, and memory, of problems that are answered so often."""
         config, completions = planned.config, samples * len(planned.problems)
-        sizes = self._prompt(planned), config.max_tokens, config.rows, completions
-        return completions * config.max_tokens, memory.of_sampling(
+        sizes = self._prompt(planned), config.longest, config.rows, completions
+        return completions * config.longest, memory.of_sampling(
             self.loaded, *sizes, limit, memory.buffers_of_a_draw(config)
         )
 
@@ -215,7 +215,7 @@ class Outlook:
         drawn = self.plan["generated"].recipe
         planned = evaluator.plan(drawn.model_copy(update={"adapter": None}))
         most = len(planned.problems) * min(drawn.samples, self.config.filter.per_problem or drawn.samples)
-        return most, self._prompt(planned) + drawn.max_tokens, f"{most:,} traces at most,"
+        return most, self._prompt(planned) + drawn.longest, f"{most:,} traces at most,"
 
     def _reinforcement(self, config: RLConfig) -> Forecast:
         planned, _, _ = rollouts.prepare(config.model_copy(update={"adapter": None}))
@@ -232,8 +232,8 @@ class Outlook:
         backend = self.loaded.backend
         config = memory.fitted(config, backend, lambda one: memory.of_reinforcement(self.loaded, one, prompt))
         found = memory.of_reinforcement(self.loaded, config, prompt)
-        tokens = completions * config.max_tokens + answered
-        return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.max_tokens)}{words}")
+        tokens = completions * config.longest + answered
+        return self._training(tokens, found, answering_gb, f"{steps}, {_each(config.longest)}{words}")
 
     def _training(self, tokens: int, found: Estimate, answering_gb: float, told: str) -> Forecast:
         return Forecast(tokens, max(found.peak, answering_gb), told, memory.fits(found, self.loaded.backend))

@@ -1,7 +1,8 @@
 """Training in rounds, from raw traces to the table and the report.
 
-Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 GRPO or PPO. The
-base model and the adapter of every round answer the same problems. Each round may be left out.
+Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 GRPO, PPO, or both as
+two arms from the same start. The base model and the adapter of every round answer the same problems, and the quality of
+their answers is compared too. Each round may be left out.
 
 Every stage's output is named by a hash of its settings and of all stages before it. So finished stages are not
 repeated, an interrupted one is continued, and changed settings make new files beside the old ones.
@@ -10,7 +11,7 @@ repeated, an interrupted one is continued, and changed settings make new files b
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -108,11 +109,18 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
         kept = add("filtered", processed, config.filter, config.filter, lambda *given: make_filtered(scored, *given))
         second = filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept), **told)
         start = str(add("epoch2", runs, config.epoch2, second, lambda *given: make_sft(*given, show)) / "adapter")
-    if config.round3 is not None:
-        settings = config.round3.grpo or config.round3.ppo
+    arms, shared = arms_of(config), len(before)
+    for name, settings in arms.items():
+        del before[shared:]  # an arm's name does not depend on the other arm
         third = filled(type(settings), settings, model=spec, adapter=start, **ask, **told)
-        add("round3", runs, settings, third, lambda *given: make_rl(*given, show))
+        stage = f"round3-{name}" if len(arms) > 1 else "round3"
+        add(stage, runs, settings, third, lambda *given: make_rl(*given, show))
     return plan
+
+
+def arms_of(config: RoundsConfig) -> dict[str, RLConfig]:
+    """Return the settings of the third round by algorithm; two of them are two arms from the same start."""
+    return {name: own for name in ("grpo", "ppo") if (own := getattr(config.round3, name, None))}
 
 
 def digests_of(settings: RLConfig) -> list[str]:
@@ -141,10 +149,9 @@ def check_settings(config: RoundsConfig) -> None:
     filled_in = [("generate", config.generate, {"model", "adapter", "task", "prompt"})]
     filled_in += [("compare", config.compare, {"model", "adapter", "task"})]
     if config.round3 is not None:
-        given = [(f"round3.{name}", own) for name in ("grpo", "ppo") if (own := getattr(config.round3, name))]
-        if len(given) != 1:
-            raise UserError("round3: give grpo or ppo, one of them; as in {grpo: {num_steps: 100}}")
-        filled_in += [(name, own, {"model", "adapter", "task", "prompt"}) for name, own in given]
+        if not (arms := arms_of(config)):
+            raise UserError("round3: give grpo, ppo or both; as in {grpo: {num_steps: 100}}")
+        filled_in += [(f"round3.{name}", own, {"model", "adapter", "task", "prompt"}) for name, own in arms.items()]
     for name, settings, own in filled_in:
         if given := sorted(own & settings.model_fields_set):
             raise UserError(f"{name}.{given[0]}: the rounds fill this in; set it at the top, or leave it out")
@@ -241,11 +248,16 @@ def make_filtered(source: Path, config: FilterConfig, out: Path) -> list[str]:
 
 
 class Outcome(NamedTuple):
-    """The result of the rounds: the comparison's table, its runs, and the report's file."""
+    """The result of the rounds: the comparison's table, its runs, the report's file, and the quality of the answers.
+
+    ``pairs`` are the (later, earlier) rows whose answers are compared, in accuracy and in quality.
+    """
 
     frame: Any
     runs: list[comparison.Run]
     page: Path
+    quality: Any
+    pairs: list[tuple[int, int]]
 
 
 def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: bool = False) -> Outcome:
@@ -275,7 +287,8 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             files.discard_unfinished(stage.out)
         for line in stage.make():
             say(f"{stage.name}: {line}")
-    frame, runs = compare.compared(compared, progress)
+    pairs = pairs_of(plan)
+    frame, runs, quality = compare.compared(compared, progress, pairs=pairs)
     made = [
         {"name": stage.name, "out": str(stage.out), "config": stage.recipe.model_dump(mode="json")} for stage in plan
     ]
@@ -285,7 +298,8 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         write_atomic(file, to_json(about))
     trained = [stage.out for stage in trainings(plan)]
     answered = [Path(config.runs_dir) / run.name for run in runs]
-    return Outcome(frame, runs, page.write([*answered, *trained], Path(compared.out) / "report.html")[0])
+    file = page.write([*answered, *trained], Path(compared.out) / "report.html", quality=quality)[0]
+    return Outcome(frame, runs, file, quality, pairs)
 
 
 def check(plan: list[Stage], compared: CompareConfig) -> None:
@@ -312,12 +326,10 @@ def check(plan: list[Stage], compared: CompareConfig) -> None:
                 f"{stage.name}: {shared} of its {len(learned)} problems are the comparison's; "
                 f"choose another split or data for one of them{parts}"
             )
-    third = plan[-1].recipe
-    if not isinstance(third, RLConfig) or plan[-1].finished:
-        return
-    weights = {name: weight for name, weight in third.rewards.items() if name != "judge" or not third.judge}
-    if weights:  # the judge itself is not loaded
-        rewards.load(weights, list(learned[0].columns))
+        if isinstance(recipe := stage.recipe, RLConfig) and not stage.finished:
+            weights = {name: weight for name, weight in recipe.rewards.items() if name != "judge" or not recipe.judge}
+            if weights:  # the judge itself is not loaded
+                rewards.load(weights, list(learned[0].columns))
 
 
 def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
@@ -373,16 +385,27 @@ def comparison_of(config: RoundsConfig, plan: list[Stage]) -> CompareConfig:
         for folder in folders
     ]
     out = Path(config.runs_dir) / f"{config.name}-comparison"
-    return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out))
+    return CompareConfig(evals=evals, runs_dir=config.runs_dir, out=str(out), quality=config.score)
 
 
-def gains(runs: list[comparison.Run]) -> list[str]:
-    """Compare each round with the one before, by the comparison's paired test (`comparison.paired`); a line for each.
+def pairs_of(plan: list[Stage]) -> list[tuple[int, int]]:
+    """Return the (later, earlier) rows to compare: each round with the one it continues, arms with each other too.
+
+    Row 0 is the base model.
+    """
+    trained = trainings(plan)
+    last = sum(isinstance(stage.recipe, SFTConfig) for stage in trained)  # the row that round 3 starts from
+    arms = range(last + 1, len(trained) + 1)
+    return [*((row, row - 1) for row in range(1, last + 1)), *((row, last) for row in arms), *pairwise(arms[::-1])]
+
+
+def gains(runs: list[comparison.Run], pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """Compare the (later, earlier) pairs of rounds by the comparison's paired test (`comparison.paired`); a line each.
 
     Won and lost are problems that the later round answered right more often, or less often.
     """
     lines = []
-    for before, after in pairwise(runs):
+    for after, before in ((runs[later], runs[earlier]) for later, earlier in pairs):
         pair = comparison.paired(after, before)
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(

@@ -260,14 +260,10 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "task": part.name,
         "protocol": tables.protocol_line(part.comparison),
         "runs": [run.name for run in part.runs],
-        "summary": _records(part.summary),
+        "summary": tables.records(part.summary),
         "comparison": tables.to_json(part.comparison)["rows"],
-        "strata": [] if strata is None else _records(strata),
-        "pairs": _records(pairs_frame(part.pairs)) if part.pairs else [],
-        "bits": [_records(frame) for frame in part.bits],
+        "strata": [] if strata is None else tables.records(strata),
+        "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
+        "bits": [tables.records(frame) for frame in part.bits],
         "notes": part.notes,
     }
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]

@@ -199,8 +199,9 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
     lines += [f"{name}: sample {number} is there {n} times" for (name, number), n in counts.items() if n > 1]
     lines += [
         f"{row['id']}: {row['tokens']} tokens, and max_tokens is {config.max_tokens}"
+        + (f", think_tokens {config.think_tokens}" if config.think_tokens is not None else "")
         for row in samples
-        if row["tokens"] is not None and not 0 <= row["tokens"] <= config.max_tokens
+        if row["tokens"] is not None and not 0 <= row["tokens"] <= config.longest
     ]
     if _digest(list(golds.items())) == digest:
         return lines

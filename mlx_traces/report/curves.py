@@ -30,9 +30,13 @@ METRICS = (
     Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
+    Metric("steps/equations", "True equations", share=True, better=1),
+    Metric("steps/claims", "True claims", share=True, better=1),
+    Metric("steps/numbers", "Equations of the given numbers", share=True, better=1),
     Metric("loss", "Loss"),
     Metric("rollout/length", "Tokens a completion"),
     Metric("rollout/finished", "Finished completions", share=True, better=1),
+    Metric("rollout/forced", "Thoughts closed or kept open", share=True),
     Metric("policy/entropy", "Entropy, nats a token"),
     Metric("policy/kl_ref", "KL to the reference"),
     Metric("policy/kl_old", "KL of the step's updates"),
@@ -49,6 +53,7 @@ METRICS = (
 )
 TITLES = {
     "reward/": "Reward: ",
+    "steps/": "Steps: ",
     "policy/": "Policy: ",
     "valid/": "Held-out ",
     "value/": "Value: ",

@@ -17,17 +17,23 @@ if TYPE_CHECKING:
 
 
 def write_all(
-    runs: Sequence[comparison.Run], frame: pd.DataFrame, out: Path, config: dict[str, Any] | None = None
+    runs: Sequence[comparison.Run],
+    frame: pd.DataFrame,
+    out: Path,
+    config: dict[str, Any] | None = None,
+    quality: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write a comparison to a folder: table.md, .csv and .json, per_question.csv, results.json, accuracy.png.
 
-    Also provenance.json: versions, every setting, and each run's ``run.json`` by the run's label.
+    Also quality.csv, if there is such a table, and provenance.json: versions, every setting, and each run's
+    ``run.json`` by the run's label.
 
     Args:
         runs: the compared runs.
         frame: from `comparison.compare_runs`.
         out: the folder, created if needed; the files of an earlier comparison in it are replaced.
         config: all settings of the command that made the table.
+        quality: the quality of the answers, from `quality.compare_quality`.
 
     Returns:
         The files.
@@ -38,6 +44,8 @@ def write_all(
     markdown = tables.to_markdown(frame)
     if (strata := comparison.strata(runs)) is not None:
         markdown += f"\n{tables.cells_to_markdown(tables.parts_cells(strata))}"
+    if quality is not None:
+        markdown += f"\n{tables.quality_markdown(quality)}"
     if warnings := comparison.differences(runs):
         markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
     abouts = [{"run": run.name, **run.about} for run in runs]
@@ -51,6 +59,8 @@ def write_all(
             {**provenance(), "config": config, "runs": dict(zip(comparison.labels(runs), abouts, strict=True))}
         ),
     }
+    if quality is not None:
+        texts["quality.csv"] = tables.to_csv(quality)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

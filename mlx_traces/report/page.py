@@ -42,6 +42,7 @@ def write(
     out: str | Path,
     png: str | Path | None = None,
     baseline: str | None = None,
+    quality: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -53,6 +54,7 @@ def write(
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
+        quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
 
     Returns:
         The files: the page first.
@@ -70,7 +72,7 @@ def write(
         for i, run in enumerate(given)
         if run not in given[:i]
     ]
-    page = Page()
+    page = Page(quality)
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
     html = render(sections, records)
     out = Path(out)
@@ -130,8 +132,9 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
 class Page:
     """The sections of a page and the figures in them; a figure is drawn once for the page and once for a PNG."""
 
-    def __init__(self) -> None:
+    def __init__(self, quality: pd.DataFrame | None = None) -> None:
         self.pictures: dict[str, Callable[[], Figure]] = {}
+        self.quality = quality
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
         """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
@@ -227,6 +230,10 @@ class Page:
                         note,
                     )
                 )
+        quality = None
+        if self.quality is not None and set(self.quality["run"]) <= {run.name for run in runs}:
+            headings, cells = tables.quality_cells(self.quality)
+            quality = {"headings": headings, "rows": cells, "note": tables.quality_caption(self.quality)}
         task = clean(runs[0].result.get("task") or "task")
         task = task[:1].upper() + task[1:]
         return {
@@ -238,6 +245,7 @@ class Page:
             "rows": rows,
             "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
             "several": several,
+            "quality": quality,
             "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
@@ -464,7 +472,7 @@ def _chosen(record: Record, most: int) -> list[dict[str, Any]]:
 
 def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
     """Return one sample for the page; keys without a value are left out."""
-    thought, solution = thoughts.parts(str(row.get("completion", "")))
+    thought, solution = thoughts.parts(marked(str(row.get("completion", "")), row.get("forced")))
     rewards = row.get("rewards")
     parts = {clean(name): value for name, value in rewards.items()} if isinstance(rewards, dict) else {}
     verdict = row.get("verdict")
@@ -485,11 +493,27 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
         "gold": _text(row.get("gold")),
         "tokens": _figure(row.get("tokens")),
         "cut": row.get("finish_reason") == "length" or None,
+        "forced": bool(row.get("forced")) or None,
         "reward": _figure(row.get("reward")),
         "rewards": {name: _figure(value) for name, value in parts.items()} or None,
         "stratum": _text(row.get("stratum")),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def marked(text: str, forced: Any) -> str:
+    """Return a completion in which the text that was put there, not sampled, stands in brackets: ``⟦Wait⟧``.
+
+    Where that closed the thought, the brackets say so, before the tag.
+    """
+    spans = forced if isinstance(forced, list | tuple) else ()
+    spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
+    for start, end in sorted(spans, reverse=True):
+        put = text[start:end]
+        closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
+        inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
+        text = f"{text[:start]}{f'⟦{put}⟧' if closed is None else inner}{text[end:]}"
+    return text
 
 
 def _figure(value: Any) -> float | None:

@@ -163,8 +163,13 @@ def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
     Also ``true_equations``, if the comparison has it.
     """
-    rows, keys = frame.to_dict("records"), (*JSON_KEYS, *(["true_equations"] if "true_equations" in frame else []))
-    return {"rows": [{key: None if row[key] != row[key] else row[key] for key in keys} for row in rows]}
+    keys = (*JSON_KEYS, *(["true_equations"] if "true_equations" in frame else []))
+    return {"rows": [{key: row[key] for key in keys} for row in records(frame)]}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return any frame as plain data; missing values are None."""
+    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def strata_table(runs: Sequence[Run]) -> Table | None:
@@ -320,6 +325,70 @@ def bits_table(frame: pd.DataFrame, title: str) -> Table:
     cells = [["\n".join(fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows]
     names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
     return grid(title, names, cells)
+
+
+def quality_cells(frame: pd.DataFrame) -> Cells:
+    """Lay out `quality.compare_quality`: a row with each run's name, then a row for each measure.
+
+    Scores are from 0 to 100. A mean stands over its number of problems, a difference over its interval, Holm's p-value
+    over the number of paired problems. Without any pair there are means alone.
+    """
+    tested = bool(frame["paired"].any())
+    headings = [""]
+    for kind in frame["answers"].unique():
+        headings += [f"mean,\n{kind}", *["difference", "p\nHolm"] * tested]
+    rows: list[list[str]] = []
+    for (name, against), block in frame.groupby([frame["label"], frame["against"].fillna("")], sort=False):
+        rows.append([f"{name}\nagainst {against}" if against else name, *[""] * (len(headings) - 1)])
+        for measure, kinds in block.groupby("measure", sort=False):
+            cells = [cell for row in kinds.to_dict("records") for cell in _quality(row)[: 3 if tested else 1]]
+            rows.append([measure, *cells])
+    return headings, rows
+
+
+def _quality(row: dict[str, Any]) -> list[str]:
+    def text(value: float, signed: bool = False) -> str:
+        return percent(value / (100 if row["measure"] == "tokens" else 1), signed)
+
+    mean = f"{text(row['mean'])}\n({row['problems']:,})" if row["problems"] else "–"
+    if not row["paired"]:
+        return [mean, "–", "–"]
+    ends = f"[{text(row['diff_low'])}, {text(row['diff_high'])}]"
+    return [mean, f"{text(row['diff'], signed=True)}\n{ends}", f"{p_text(row['p_holm'])}\n({row['paired']:,})"]
+
+
+def quality_caption(frame: pd.DataFrame) -> str:
+    """Return the line that says how to read the quality of answers."""
+    text = (
+        "Means over problems (their number) of all and of correct answers: tokens, and scores of `mlx-traces score` "
+        "from 0 to 100 (faithfulness: true equations; repetition: 100 where nothing is repeated)."
+    )
+    tests = [str(int((part["paired"] > 0).sum())) for _, part in frame.groupby("answers", sort=False)]
+    if set(tests) == {"0"}:
+        return text
+    return (
+        f"{text} Differences are over the problems where both runs have a value (for correct answers: both are right), "
+        f"95 % paired bootstrap; p: exact sign-flip test, Holm-adjusted over {' and '.join(tests)} tests."
+    )
+
+
+def quality_table(frame: pd.DataFrame) -> Table:
+    """Lay out the quality of answers for a terminal of 80 columns."""
+    headings, rows = quality_cells(frame)
+    table = grid("quality of the answers", headings, [], quality_caption(frame))
+    table.show_lines = False
+    for name, *cells in rows:
+        heads = not any(cells)
+        if heads:
+            table.add_section()
+        lines = [line for part in name.split("\n") for line in fold(part, 15)]
+        table.add_row(Text("\n".join(lines), style="bold" if heads else ""), *map(Text, cells))
+    return table
+
+
+def quality_markdown(frame: pd.DataFrame) -> str:
+    """Return the quality of answers as Markdown."""
+    return f"{cells_to_markdown(quality_cells(frame))}\n{_escape_markdown(quality_caption(frame))}\n"
 
 
 def cells_to_markdown(cells: Cells) -> str:

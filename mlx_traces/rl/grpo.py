@@ -90,7 +90,7 @@ def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
         )
     for rollout, advantage in zip(rollouts, of_each, strict=True):
         example = rollout.example(learned=not (rollout.cut_off and config.overlong == "mask"))
-        rows.append(Row(example, np.array(rollout.completion.rollout.logprobs, np.float32), advantage))
+        rows.append(Row(example, rollout.sampler, advantage[rollout.drawn] if np.ndim(advantage) else advantage))
     return rows
 
 
@@ -99,7 +99,7 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
     if not rows:
         return []
     mask = batching.padded([np.ones(row.example.count, np.float32) for row in rows])
-    weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.max_tokens))
+    weights = np.array(losses.token_weights(mask, config.loss, max_tokens=config.longest))
     for row, own in zip(rows, weights, strict=True):
         row.weights = own[: row.example.count]
     return [row for row in rows if row.example.count and (np.any(row.advantage) or config.kl_coef)]

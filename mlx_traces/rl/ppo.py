@@ -96,17 +96,22 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
-    rows, places = [], []
+    rows, places, drawn = [], [], []
     for rollout in (rollout for group in groups for rollout in group):
-        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None or not rollout.ids:
+        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None or not rollout.drawn.any():
             continue
-        sampler = np.array(rollout.completion.rollout.logprobs, np.float32)
-        rows.append(Row(rollout.example(), sampler, reward=rollout.reward))
+        rows.append(Row(rollout.example(), rollout.sampler, reward=rollout.reward))
         places.append(rollout.steps)
+        drawn.append(rollout.drawn)
     if config.step_weight:  # groups may have a single completion, so all of them are compared
         put = steps.spread if config.supervision == "local" else steps.at_ends
-        for row, own, earned in zip(rows, places, steps.credits_of(places), strict=True):
-            row.credit = (config.step_weight * put(own, earned, row.example.count)).astype(np.float32)
+        for row, own, earned, there in zip(rows, places, steps.credits_of(places), drawn, strict=True):
+            earned = config.step_weight * put(own, earned, len(there))
+            if config.supervision == "cumulative":  # at a token that was not drawn it falls to the one before
+                earned = np.bincount(np.maximum(there.cumsum() - 1, 0), earned)
+            else:
+                earned = earned[there]
+            row.credit = earned.astype(np.float32)
     return rows
 
 

@@ -145,7 +145,7 @@ def score(
         UserError: naming the function, if one fails or does not return a number or None for each completion; if more
             than the share ``judge_failures`` of the judge's replies cannot be read.
     """
-    settings = ScoreConfig(tags=tags, length_limit=planned.config.max_tokens)
+    settings = ScoreConfig(tags=tags, length_limit=planned.config.longest)
     known: dict[str, list[Value]] = {}
     if set(weights) & {*TEXT, "gated"}:
         texts = [_text_scores(planned, *sample, settings) for sample in samples]
@@ -200,7 +200,8 @@ def _checked_steps(planned: Plan, problem: Problem, completion: Completion, name
     if name == "equations":
         found = {name: [(start, end, float(true)) for start, end, true in equations.checked(thought)]}
     else:
-        found = planned.task.steps(problem, thought)
+        of_task = Stepped(None, planned.task.steps(problem, thought))
+        found = steps.checked(name, of_task, len(thought), lambda one: _number(name, one)).steps
     found = {kind: [(begin + start, begin + end, value) for start, end, value in own] for kind, own in found.items()}
     values = [value for own in found.values() for *_, value in own]
     return Stepped(sum(values) / len(values) if values else None, found)

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -51,10 +52,22 @@ class ScoredCompletion:
         """The exact sampled ids, the stop token included."""
         return self.completion.rollout.completion_ids
 
+    @cached_property
+    def drawn(self) -> np.ndarray:
+        """(T,) bool, which tokens the policy drew; the others were put there, to bound the thought."""
+        found = np.ones(len(self.ids), bool)
+        found[list(self.completion.rollout.forced)] = False
+        return found
+
+    @property
+    def sampler(self) -> np.ndarray:
+        """The float32 log-probabilities of the tokens that were drawn, as they were."""
+        return np.array(self.completion.rollout.logprobs, np.float32)[self.drawn]
+
     def example(self, learned: bool = True) -> Example:
-        """Return prompt and completion as a row to learn from: every token of the completion, or none."""
+        """Return prompt and completion as a row to learn from: every token that was drawn, or none."""
         prompt = self.completion.rollout.prompt_ids
-        return Example(self.problem.id, prompt + self.ids, (False,) * len(prompt) + (learned,) * len(self.ids))
+        return Example(self.problem.id, prompt + self.ids, (False,) * len(prompt) + (*(self.drawn & learned).tolist(),))
 
     @property
     def cut_off(self) -> bool:
@@ -67,7 +80,7 @@ Group = list[ScoredCompletion]
 
 @dataclass
 class Row:
-    """A scored completion as it is learned from; arrays have a float32 for each of its completion tokens.
+    """A scored completion as it is learned from; arrays have a float32 for each of its tokens that were drawn.
 
     ``sampler`` holds the log-probabilities of sampling, ``old`` the policy's before the step's first update (if the
     algorithm needs them), ``reference`` those of the reference (if there is one). ``advantage`` is one number for all
@@ -127,8 +140,8 @@ def scored(
     totals = [rewards.total(part, config.rewards) for part in parts]
     if config.overlong == "penalty":
         lengths = mx.array([len(one.rollout.completion_ids) for _, one in pairs])
-        slope = min(config.overlong_tokens, config.max_tokens)
-        for i, penalty in enumerate(losses.overlong_penalty(lengths, config.max_tokens, slope).tolist()):
+        slope = min(config.overlong_tokens, config.longest)
+        for i, penalty in enumerate(losses.overlong_penalty(lengths, config.longest, slope).tolist()):
             parts[i] |= {"overlong": penalty}
             totals[i] = None if totals[i] is None else totals[i] + penalty
     found = zip(pairs, parts, totals, places, strict=True)
@@ -195,9 +208,9 @@ def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
     for problem in planned.problems:
         length = len(loaded.render(planned.prompt, problem, config.thinking).ids)
         longest = max(longest, length)
-        if room is not None and length + config.max_tokens > room:
+        if room is not None and length + config.longest > room:
             raise UserError(
-                f"problem {problem.id}: its prompt has {length} tokens; {config.max_tokens} more pass the model's "
+                f"problem {problem.id}: its prompt has {length} tokens; {config.longest} more pass the model's "
                 f"context of {room}; lower max_tokens or leave it out of the data"
             )
     return longest
@@ -276,9 +289,11 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
         applied = [value for value in values if value is not None]
         row[f"reward/{name}"] = sum(applied) / len(applied) if applied else None
     row |= steps.figures([rollout.steps for rollout in rollouts])
+    forced = sum(not rollout.drawn.all() for rollout in rollouts)
     return row | {
         "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
         "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
+        **({"rollout/forced": forced / count} if forced else {}),
         "rollout/zero_std_groups": sum(not informative(group) for group in groups) / len(groups),
         "rollout/groups": len(groups),
         "tokens": sum(len(rollout.ids) for rollout in rollouts),
@@ -302,6 +317,7 @@ def shown_of(groups: Sequence[Group], task: Task, step: int, seed: int) -> Itera
             "completion": rollout.completion.rollout.text,
             "finish_reason": rollout.completion.rollout.finish_reason,
             "tokens": len(rollout.ids),
+            **({"forced": spans} if (spans := rollout.completion.rollout.forced_text) else {}),
             "reward": rollout.reward,
             "rewards": rollout.parts,
             **({"steps": [step[:4] for step in rollout.steps]} if rollout.steps else {}),

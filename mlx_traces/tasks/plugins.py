@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import MOST_NAME, UserError, typed_line, unknown
-from mlx_traces.records import Problem, Score
+from mlx_traces.records import Problem, Score, Span
 from mlx_traces.tasks import TASKS, Task
 from mlx_traces.tasks.prompts import Prompt
 
@@ -74,7 +74,8 @@ def load(name: str) -> Task:
     if not isinstance(task, Task):
         what = "there is none" if task is None else f"it is a {type(task).__name__}"
         raise UserError(f"{file}: {attribute or 'TASK'} must be a mlx_traces.tasks.Task; {what}")
-    for field, (kind, what) in _KINDS.items():
+    own = {"steps": (Callable, "a function")} if task.steps is not None else {}
+    for field, (kind, what) in (_KINDS | own).items():
         if not isinstance(value := getattr(task, field), kind):
             raise UserError(f"{file}: {attribute}.{field} must be {what}, not {str(value)[:60]!r}")
     if not task.extractors or not all(isinstance(own, str) for own in task.extractors):
@@ -141,7 +142,13 @@ def _guarded(task: Task, file: str) -> Task:
             raise wrong("same", f" for {extracted[:40]!r}", "a text", text)
         return text
 
-    return replace(task, parse=parse, load=load, grade=grade, same=same)
+    def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
+        found = call("steps", f" on {problem.id}", problem, thought)
+        if not isinstance(found, dict):
+            raise wrong("steps", f" for {problem.id}", "a dict with a list of (start, end, value) for each kind", found)
+        return found
+
+    return replace(task, parse=parse, load=load, grade=grade, same=same, steps=task.steps and steps)
 
 
 def _is_problem(value: Any) -> bool:

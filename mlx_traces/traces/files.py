@@ -22,7 +22,7 @@ NUMBER = (int, float)
 FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("task", "prompt", "source", "finish_reason", "stop_string", "verdict"), ("a text", (str,))),
     **dict.fromkeys(("columns", "scores"), ("an object", (dict,))),
-    **dict.fromkeys(("completion_ids", "logprobs", "not_learned"), ("a list of numbers", (list,))),
+    **dict.fromkeys(("completion_ids", "logprobs", "not_learned", "forced"), ("a list of numbers", (list,))),
     "sample": ("a whole number", (int,)),
     "score": ("a number", NUMBER),
 }
@@ -40,8 +40,10 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
         for name, (kind, types) in FIELDS.items():
             if row.get(name) is not None and (not isinstance(row[name], types) or isinstance(row[name], bool)):
                 raise UserError(f"{where}: {name!r} must be {kind}, not {type(row[name]).__name__}")
-        for name in ("completion_ids", "logprobs"):
-            if not all(isinstance(value, NUMBER) for value in row.get(name) or ()):
+        forced = {place for place in row.get("forced") or () if type(place) is int}
+        for name in ("completion_ids", "logprobs", "forced"):
+            missing = [place for place, value in enumerate(row.get(name) or ()) if not isinstance(value, NUMBER)]
+            if missing and not (name == "logprobs" and forced.issuperset(missing)):
                 raise UserError(f"{where}: {name!r} must be a list of numbers")
         turns = len(row["messages"]) if isinstance(row["messages"], list) else 0
         if not all(type(value) is int and 0 <= value < turns for value in row.get("not_learned") or ()):

@@ -168,10 +168,11 @@ def _traces(
                 source=source,
                 sample=sample,
                 completion_ids=rollout.completion_ids,
-                logprobs=tuple(round(value, 5) for value in rollout.logprobs or ()),
+                logprobs=tuple(value and round(value, 5) for value in rollout.logprobs or ()),
                 finish_reason=rollout.finish_reason,
                 verdict=planned.task.grade(problem, text)[planned.extractor].verdict,
                 thinking=config.thinking,
                 template_args=config.template_args or {},
                 stop_string=rollout.stop_string,
+                forced=rollout.forced or None,
             )

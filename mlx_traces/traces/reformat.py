@@ -109,6 +109,7 @@ def reformat(
             completion=completion,
             source=f"{trace.source}, rewritten by {config.model}".lstrip(", ") if config.model else trace.source,
             completion_ids=None,
+            forced=None,
             logprobs=None,
             verdict="correct",
             scores={},

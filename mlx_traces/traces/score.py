@@ -122,6 +122,7 @@ def own_probability(trace: Trace) -> float | None:
 
     None without log-probabilities, and if all are 0, as greedy sampling stores them.
     """
-    if not trace.logprobs or not any(trace.logprobs):
+    drawn = [value for value in trace.logprobs or () if value is not None]
+    if not any(drawn):
         return None
-    return min(1.0, math.exp(sum(trace.logprobs) / len(trace.logprobs)))
+    return min(1.0, math.exp(sum(drawn) / len(drawn)))

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_traces.engine import forward
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
-from mlx_traces.runtime import distributed
+from mlx_traces.runtime import blas, distributed
 from mlx_traces.train import optimizer
 
 LossOf = Callable[[mx.array, mx.array, list[int]], tuple[mx.array, dict[str, mx.array]]]
@@ -44,7 +44,8 @@ def accumulate(
     def part(tokens: int) -> tuple[float, Any, Counter]:
         return _accumulate(model, halves, rows, prompts, tokens, shifted)
 
-    loss, grads, sums = halves.room.fit(micro_tokens, forward.lengths_read(rows, prompts), part)
+    with blas.threads_for(halves, micro_tokens, distributed.world().size()):
+        loss, grads, sums = halves.room.fit(micro_tokens, forward.lengths_read(rows, prompts), part)
     return distributed.total_step(loss, grads, sums, model.trainable_parameters())
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ValidationConfig
+from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ThinkingConfig, ValidationConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
@@ -182,11 +182,15 @@ class Training:
 
 
 def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
-    """Return the settings of the validation; its thinking switch is the training's, unless it sets its own."""
+    """Return the settings of the validation; thinking switch and budget are the training's, unless it sets its own."""
     asked = config.evaluate
-    if asked is None or asked.thinking is not None:
-        return asked
-    return asked.model_copy(update={"thinking": config.thinking})
+    if asked is None:
+        return None
+    names = [
+        name for name in ThinkingConfig.model_fields if hasattr(config, name) and name not in asked.model_fields_set
+    ]
+    names += ["thinking"] if asked.thinking is None else []
+    return asked.model_copy(update={name: getattr(config, name) for name in names})
 
 
 def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:

@@ -201,11 +201,11 @@ def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Es
 
 def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> dict[str, Any]:
     """Return what `estimate` takes for `of_reinforcement`."""
-    fit = _rows_that_fit(loaded, prompt, config.max_tokens, config.memory_limit)
+    fit = _rows_that_fit(loaded, prompt, config.longest, config.memory_limit)
     completions = config.prompts_per_step * config.group_size
     return {
-        "length": prompt + config.max_tokens,
-        "learned": config.max_tokens,
+        "length": prompt + config.longest,
+        "learned": config.longest,
         "micro_tokens": config.micro_tokens,
         "sequences": completions,
         "logits_mb": config.logits_mb,

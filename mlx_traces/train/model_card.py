@@ -41,7 +41,15 @@ METHODS = {
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",
 }
-TOLD = ("loss", "valid/", "reward/", "rollout/", "policy/", "value/")  # metrics about the adapter, not the machine
+TOLD = (
+    "loss",
+    "valid/",
+    "reward/",
+    "steps/",
+    "rollout/",
+    "policy/",
+    "value/",
+)  # metrics about the adapter, not the machine
 FILES = (  # settings that name one
     *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
     *("judge", "judge_prompt", "judge_cache"),

@@ -19,6 +19,7 @@ from mlx_traces.engine import fused
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
+from mlx_traces.models.loading import load
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 KINDS = {
@@ -275,18 +276,86 @@ def test_a_cpu_takes_it_for_small_products_alone(monkeypatch):
     assert fused.step_of(model, "cpu") is None and fused.step_of(model, "cuda") is not None
 
 
-@pytest.mark.real_model
-def test_a_real_model_answers_the_same(real_model, monkeypatch):
-    from mlx_traces.models.loading import load
+def float64(array):
+    return np.array(array.astype(mx.float32)).astype(np.float64)
 
+
+def linear64(module, x):
+    return x @ float64(module.weight).T + (float64(module.bias) if "bias" in module else 0)
+
+
+def norm64(module, x):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + module.eps) * float64(module.weight)
+
+
+def turned64(rope, x):
+    half = rope.dims // 2
+    turns = 1 / float64(rope._freqs) if "_freqs" in rope else rope.base ** (-np.arange(half) / half)
+    angles = np.arange(x.shape[1])[:, None] * turns
+    a, b, cos, sin = x[..., :half], x[..., half:], np.cos(angles), np.sin(angles)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def logprobs64(model, ids):
+    """Return the log-probability of each token but the first, in nats, all computed in float64 by the formulas."""
+    h = float64(model.model.embed_tokens.weight)[list(ids)]
+    for layer in model.layers:
+        attention, mlp, x = layer.self_attn, layer.mlp, norm64(layer.input_layernorm, h)
+        q, k, v = (
+            linear64(part, x).reshape(len(ids), -1, attention.rope.dims).swapaxes(0, 1)
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if "q_norm" in attention:
+            q, k = norm64(attention.q_norm, q), norm64(attention.k_norm, k)
+        k, v = (np.repeat(part, len(q) // len(part), axis=0) for part in (turned64(attention.rope, k), v))
+        scores = turned64(attention.rope, q) @ k.swapaxes(1, 2) * attention.scale
+        scores = np.exp(np.where(np.tri(len(ids), dtype=bool), scores, -np.inf))
+        out = scores / scores.sum(axis=-1, keepdims=True) @ v
+        h = h + linear64(attention.o_proj, out.swapaxes(0, 1).reshape(len(ids), -1))
+        x = norm64(layer.post_attention_layernorm, h)
+        gate = linear64(mlp.gate_proj, x)
+        h = h + linear64(mlp.down_proj, gate / (1 + np.exp(-gate)) * linear64(mlp.up_proj, x))
+    head = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    logits = norm64(model.model.norm, h) @ float64(head.weight).T
+    return (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[np.arange(len(ids) - 1), ids[1:]]
+
+
+def from_float64(loaded, rollouts):
+    """Return how far rollouts' log-probabilities are from float64: the root of the mean square, and the most."""
+    apart = [
+        np.array(rollout.model_logprobs)
+        - logprobs64(loaded.model, rollout.prompt_ids + rollout.completion_ids)[len(rollout.prompt_ids) - 1 :]
+        for rollout in rollouts
+    ]
+    apart = np.concatenate(apart)
+    return np.sqrt((apart**2).mean()), np.abs(apart).max()
+
+
+@pytest.mark.parametrize("kind", ["nano", *KINDS])
+def test_the_step_is_as_near_to_float64_as_the_modules_are(kind, monkeypatch):
+    """Neither is right to the last bit of float32: their sums have other orders."""
+    loaded = load("nano") if kind == "nano" else loaded_as(make(kind))
+    joined = sampled(loaded)
+    assert getattr(loaded.model, fused.PROVED + "cpu")
+    monkeypatch.setattr(fused, "step_of", lambda *_: None)
+    modules = sampled(loaded)
+    assert [r.completion_ids for r in joined] == [r.completion_ids for r in modules]
+    (own, most), (theirs, _) = from_float64(loaded, joined), from_float64(loaded, modules)
+    assert 0 < own < 1.2 * theirs and most < 1e-4, (own, theirs, most)
+
+
+@pytest.mark.real_model
+def test_a_real_model_answers_the_same_and_as_near_to_float64(real_model, monkeypatch):
     monkeypatch.setattr(fused, "SMALL", 2**40)
     loaded, found = load(str(real_model)), []
-    requests = [Request(tuple(range(100, 100 + size))) for size in (5, 9, 14)]
+    requests = [Request(tuple(range(100, 100 + size)), size) for size in (5, 9, 14)]
     for real in (True, False):
         if not real:
             monkeypatch.setattr(fused, "step_of", lambda *_: None)
-        found.append(dict(generate(loaded, requests, SamplingParams(12), 2, logprobs=True)))
+        found.append(dict(generate(loaded, requests, SamplingParams(12, temperature=1.0), 2, logprobs=True)))
     assert getattr(loaded.model, fused.PROVED + "cpu")
     for index, own in found[0].items():
         assert own.completion_ids == found[1][index].completion_ids
         np.testing.assert_allclose(own.model_logprobs, found[1][index].model_logprobs, atol=5e-5)
+    (own, most), (theirs, _) = (from_float64(loaded, rollouts.values()) for rollouts in found)
+    assert 0 < own < 1.3 * theirs and most < 1e-4, (own, theirs, most)

@@ -505,7 +505,7 @@ def test_mlx_lms_server_and_our_engine_say_the_same(real, tmp_path):
         for prompt in ("direct", "thinking")
         for where in ({}, {"endpoint": address})
     ]
-    frame, runs = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path / "runs")))
+    frame, runs, _ = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path / "runs")))
     for local, served in (runs[:2], runs[2:]):
         for one, two in zip(local.samples, served.samples, strict=True):
             same = ("id", "completion", "tokens", "finish_reason", "verdicts", "extractions")

@@ -132,6 +132,66 @@ def test_sign_flip_rejects_as_often_as_it_says():
     assert 0.03 < np.mean(np.array(ps) <= 0.05) < 0.065
 
 
+def test_sign_flip_of_reals_is_scipys_permutation_test_and_sign_flip_on_integers():
+    rng = np.random.default_rng(3)
+    for size in (9, 13):
+        values = rng.normal(0.4, 1, size)
+        expected = scipy.stats.permutation_test(
+            (values, np.zeros(size)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
+        ).pvalue
+        assert stats.sign_flip_of_reals(values) == pytest.approx(expected, abs=0.003)  # rounded to a 32,768th
+    values = rng.integers(-3, 4, 60)
+    assert stats.sign_flip_of_reals(values / 128) == pytest.approx(stats.sign_flip(values), rel=0.02)
+    assert stats.sign_flip_of_reals([0.0, 1e-17, -1e-16]) == 1.0  # what rounding leaves is no difference
+    one_sided = stats.sign_flip_of_reals(rng.random(40) + 0.1)
+    assert one_sided == pytest.approx(2 * 0.5**40, rel=1e-9)
+
+
+def test_sign_flip_of_reals_is_fast_and_rejects_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    ps = [stats.sign_flip_of_reals(rng.standard_t(3, 40)) for _ in range(400)]
+    assert np.mean(np.array(ps) <= 0.05) == pytest.approx(0.05, abs=0.025)
+    values, start = rng.normal(size=3000), time.process_time()
+    stats.sign_flip_of_reals(values)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_paired_ratio_is_scipys_percentile_bootstrap(samples):
+    rng = np.random.default_rng(2)
+    hard = rng.random(400)
+    a, b = (rng.binomial(samples, np.clip(hard * share, 0, 1)) / samples for share in (1.2, 0.4))
+    ratio, low, high = stats.paired_ratio(a, b)
+    expected = scipy.stats.bootstrap(
+        (a, b), lambda x, y, axis: x.mean(axis=axis) / y.mean(axis=axis), paired=True, method="percentile", rng=3
+    ).confidence_interval
+    assert ratio == pytest.approx(a.mean() / b.mean())
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.05 * (high - low))
+    turned = stats.paired_ratio(b, a)
+    assert (1 / turned[2], 1 / turned[1]) == pytest.approx((low, high), rel=0.02)
+
+
+def test_paired_ratio_of_nothing():
+    assert all(np.isnan(stats.paired_ratio([0, 0], [0, 0])))
+    ratio, low, high = stats.paired_ratio([1, 1, 0], [0, 0, 0])
+    assert (ratio, low, high) == (np.inf, np.inf, np.inf)
+    assert stats.paired_ratio([0, 0, 0], [1, 1, 0]) == (0, 0, 0)
+    ratio, low, high = stats.paired_ratio([1] * 9 + [0] * 90, [1] + [0] * 98)
+    assert ratio == pytest.approx(9) and 1 < low < 9 and high == np.inf  # a third of the resamples have no baseline
+    with pytest.raises(ValueError, match="one length"):
+        stats.paired_ratio([1, 0], [1])
+
+
+def test_paired_ratio_covers():
+    rng = np.random.default_rng(7)
+    covered = 0
+    for i in range(400):
+        kind = rng.choice(4, size=200, p=[0.1, 0.2, 0.05, 0.65])  # both, a alone, b alone, neither
+        _, low, high = stats.paired_ratio(kind < 2, (kind == 0) | (kind == 2), resamples=1000, seed=i)
+        covered += low <= 2 <= high
+    assert 0.91 < covered / 400 < 0.98
+
+
 def test_holm_of_a_worked_example():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([]) == []

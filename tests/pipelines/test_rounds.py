@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
-from mlx_traces.config import EvalConfig, RoundsConfig, build, read_config
+from mlx_traces.config import EvalConfig, RoundsConfig, build, find_config, read_config
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
@@ -52,9 +52,9 @@ def made(said):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("rounds"), []
-    frame, runs, page = rounds.run(config_in(folder), said.append, quiet)
-    assert page == folder / "runs" / "try-comparison" / "report.html" and "epoch2" in page.read_text()
-    return folder, said, frame, runs
+    done = rounds.run(config_in(folder), said.append, quiet)
+    assert done.page == folder / "runs" / "try-comparison" / "report.html" and "epoch2" in done.page.read_text()
+    return folder, said, done.frame, done.runs
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
     assert weights[0] != weights[1]
     assert [run.result["adapter"] for run in outcome.runs][2:] == [str(s.out / "adapter") for s in (before, stage)]
     assert len({tuple(row["id"] for row in run.samples) for run in outcome.runs}) == 1 and len(outcome.frame) == 4
-    assert len(rounds.gains(outcome.runs)) == 3
+    assert len(rounds.gains(outcome.runs, outcome.pairs)) == 3 and outcome.pairs == [(1, 0), (2, 1), (3, 2)]
     page = outcome.page.read_text()
     assert all(name in page for name in ("epoch1", "epoch2", "round3", "reinforcement learning"))
     rounds.run(config, again.append, quiet)
@@ -120,6 +120,74 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
     longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
     left = [s.name for s in rounds.stages(config_in(folder, round3=longer), quiet) if not s.finished]
     assert left == ["round3"]
+
+
+def test_the_quality_of_answers_is_compared_between_the_rounds(third):
+    outcome = third[1]
+    found = outcome.quality[outcome.quality["answers"] == "all"]
+    names = list(outcome.frame["label"])
+    assert list(found["label"].unique()) == names
+    assert list(found.drop_duplicates("label")["against"].fillna("")) == ["", *names[:-1]]  # each with the one before
+    tokens = found[found["measure"] == "tokens"].set_index("label")["mean"]
+    assert list(tokens[names]) == pytest.approx(list(outcome.frame["tokens_per_answer"]))
+    assert "Quality of the answers" in outcome.page.read_text()
+    assert (outcome.page.parent / "quality.csv").exists()
+    assert "| faithfulness |" in (outcome.page.parent / "table.md").read_text()
+
+
+def test_two_arms_of_the_third_round_start_alike_and_are_compared_with_each_other(finished):
+    plan = rounds.stages(config_in(finished[0], round3={**GRPO, **PPO}), quiet)
+    arms, (second,) = plan[-2:], [stage for stage in plan if stage.name == "epoch2"]
+    assert [stage.name for stage in arms] == ["round3-grpo", "round3-ppo"]
+    assert {stage.recipe.adapter for stage in arms} == {str(second.out / "adapter")} and second.finished
+    assert rounds.pairs_of(plan) == [(1, 0), (2, 1), (3, 2), (4, 2), (4, 3)]
+    slower = {**GRPO, "ppo": {**PPO["ppo"], "learning_rate": 1e-6}}
+    changed = rounds.stages(config_in(finished[0], round3=slower), quiet)[-2:]
+    assert changed[0].out == arms[0].out and changed[1].out != arms[1].out  # an arm's name is its own
+
+
+@pytest.mark.parametrize("model", ["nano", "tiny"])
+def test_the_shipped_rounds_with_scores_after_sky_t1(model, tmp_path, tiny_folder):
+    """Both arms run on tiny budgets, with every reward and one start."""
+    file = {"nano": "rounds_countdown_nano_sky", "tiny": "rounds_gsm8k_qwen_sky"}[model]
+    shipped = read_config(RoundsConfig, find_config(file), {}).model_dump(exclude_unset=True)
+    arms = shipped["round3"]
+    assert (
+        arms["ppo"]["rewards"]
+        == arms["grpo"]["rewards"]
+        == {"gated": 1, "faithfulness": 0.3, "flash": 0.1, "correct": 0}
+    )
+    sizes = [arm["num_steps"] * arm["prompts_per_step"] * arm["group_size"] for arm in arms.values()]
+    assert sizes[0] == sizes[1]  # as many rollouts
+    for arm in arms.values():
+        arm |= {"num_steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 48, "rows": 4, "limit": 4}
+        arm |= {"evaluate": {**arm["evaluate"], "limit": 2, "max_tokens": 16}}
+    shipped |= {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "epoch2": None}
+    shipped["compare"] |= {"limit": 4, "max_tokens": 48}
+    if model == "nano":
+        shipped["raw"]["count"] = 24
+    else:
+        rows = [
+            json.dumps({"question": f"{i} and 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"}) for i in range(30)
+        ]
+        (tmp_path / "q.jsonl").write_text("\n".join(rows))
+        data = {"data": str(tmp_path / "q.jsonl")}
+        shipped |= {"model": str(tiny_folder), "epoch1": None}
+        for part, split in ((shipped["compare"], "test[20:]"), *((arm, "train[:10]") for arm in arms.values())):
+            part |= {**data, "split": split}
+        for arm in arms.values():
+            arm["evaluate"] |= {**data, "split": "train[10:20]"}
+    config = build(RoundsConfig, shipped)
+    assert sum("round3-" in line for line in estimate.lines(config)) == 4
+    outcome = rounds.run(config, lambda line: None, quiet)
+    assert len(outcome.runs) == 3 + (model == "nano") and outcome.pairs[-1] == (
+        len(outcome.runs) - 1,
+        len(outcome.runs) - 2,
+    )
+    last = rounds.gains(outcome.runs, outcome.pairs)[-1]
+    assert re.search(r"sky-round3-ppo-\w+/adapter_thinking against \S+sky-round3-grpo-\w+/adapter_thinking: ", last)
+    metrics = [json.loads(line) for line in next((tmp_path / "runs").glob("*-ppo-*/metrics.jsonl")).open()]
+    assert any("reward/gated" in row for row in metrics)
 
 
 def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatch):
@@ -248,7 +316,7 @@ def test_gains_are_paired():
         result = {"model": name, "adapter": None, "prompt": "thinking"}
         return Run(name, result, [{"id": str(i), "correct": bool(c)} for i, c in enumerate(outcomes)])
 
-    (line,) = rounds.gains([run("one", [1, 0, 0, 0, 0, 0, 0]), run("two", [0, 1, 1, 1, 1, 1, 1])])
+    (line,) = rounds.gains([run("one", [1, 0, 0, 0, 0, 0, 0]), run("two", [0, 1, 1, 1, 1, 1, 1])], [(1, 0)])
     assert "two_thinking against one_thinking: +71.4 points, 6 won, 1 lost of 7, exact McNemar 0.125" in line
 
 
@@ -267,7 +335,7 @@ def test_gains_count_every_sample_of_a_problem():
         sum(sign * change for sign, change in zip(signs, changes, strict=True)) for signs in product((1, -1), repeat=4)
     ]
     p = sum(abs(total) >= 5 for total in sums) / 16
-    (line,) = rounds.gains([run("one", samples(0, 0, 1, 2)), run("two", samples(2, 2, 3, 1))])
+    (line,) = rounds.gains([run("one", samples(0, 0, 1, 2)), run("two", samples(2, 2, 3, 1))], [(1, 0)])
     assert f"two_thinking against one_thinking: +41.7 points, 3 won, 1 lost of 4, exact sign-flip {p:.3f}" in line
 
 
@@ -280,8 +348,9 @@ def test_gains_count_every_sample_of_a_problem():
         ({"raw": {"file": "nowhere.jsonl"}}, "raw.file: nowhere.jsonl does not exist"),
         ({"compare": {"extractor": "best"}}, "unknown extractor of countdown 'best'"),
         ({"prompt": "slow"}, "unknown prompt of countdown 'slow'"),
-        ({"round3": {}}, "round3: give grpo or ppo, one of them"),
-        ({"round3": {**GRPO, **PPO}}, "round3: give grpo or ppo, one of them"),
+        ({"round3": {}}, "round3: give grpo, ppo or both"),
+        ({"round3": {**GRPO, "ppo": {**STEPS, "rewards": {"corect": 1}}}}, "unknown reward 'corect'"),
+        ({"round3": {"grpo": {**STEPS, "rewards": {"corect": 1}}, **PPO}}, "unknown reward 'corect'"),
         ({"round3": {"grpo": {"adapter": "x"}}}, "round3.grpo.adapter: the rounds fill this in"),
         ({"round3": {"ppo": {"prompt": "direct"}}}, "round3.ppo.prompt: the rounds fill this in"),
         ({"round3": {"grpo": {"rewards": {"corect": 1}}}}, "unknown reward 'corect': .*; did you mean 'correct'"),

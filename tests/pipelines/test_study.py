@@ -382,7 +382,7 @@ def test_compare_and_study_read_one_shape_and_make_the_same_runs(tiny_folder, tm
     asked = config.model_dump(include={"tasks", "models", "runs_dir"}, exclude_unset=True)
     asked["models"].append({"model": "nano", "adapter": "./none", "label": "later", "optional": True})
     said = []
-    frame, _ = compare.compared(build(CompareConfig, {**asked, "baseline": "own_boxed"}), say=said.append)
+    frame, *_ = compare.compared(build(CompareConfig, {**asked, "baseline": "own_boxed"}), say=said.append)
     assert said[0] == "later is left out: there is no adapter in ./none yet"
     assert len(said) == 2 and said[1].startswith("converting ")
     (part,) = study.run(config)

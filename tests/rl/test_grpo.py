@@ -125,9 +125,12 @@ def plainly(model, rows, config):
         *((kind, True, 0.0, False) for kind in losses.KINDS if kind != "dapo"),
     ],
 )
-def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased):
+@pytest.mark.parametrize("by_token", [False, True])
+def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_coef, unbiased, by_token):
+    if by_token and kind == "gspo":
+        kind = "dapo"  # gspo has one advantage a row
     config = settings_of(loss=kind, kl_coef=kl_coef, unbiased_kl=unbiased, clip_eps_high=0.28, micro_tokens=40)
-    rows = some_rows(config, off_policy=off_policy)
+    rows = some_rows(config, off_policy=off_policy, by_token=by_token)
     model = lora()
     loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
     expected, expected_grads = plainly(model, rows, config)
@@ -138,13 +141,14 @@ def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_co
         assert sums["clip_low"] > 0 and sums["clip_high"] > 0
 
 
-def test_split_order_and_padding_change_nothing():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_split_order_and_padding_change_nothing(by_token):
     model = lora()
     halves = logprobs.split(model)
     results = []
     for micro, order in ((9999, 1), (40, 1), (1, 1), (9999, -1), (60, -1)):
         config = settings_of(micro_tokens=micro, kl_coef=0.1)
-        rows = some_rows(config, off_policy=True)[::order]
+        rows = some_rows(config, off_policy=True, by_token=by_token)[::order]
         results.append(grpo.gradient(model, halves, rows, config))
     for loss, grads, sums in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)

@@ -22,6 +22,7 @@ from mlx_traces.evaluation import completion
 from mlx_traces.models import adapters
 from mlx_traces.records import Problem
 from mlx_traces.rl import grpo, rollouts
+from mlx_traces.rl.steps import Step
 
 STOP = 3
 TEMPERATURE = 0.6
@@ -166,6 +167,65 @@ def test_outcomes_and_probabilities(bandit, steps):
 def test_the_mean_sampled_gradient_is_the_exact_one(bandit, steps, loss, advantage, factor):
     config = settings_of(loss=loss, advantage=advantage)
     assert farthest(sampled_gradients(bandit, steps, config), bandit.exact(), factor) < LIMIT
+
+
+# ---------------------------------------------------------------------------------- values of steps
+
+WEIGHT = 0.6
+VALUES = np.random.default_rng(7).normal(0, 1.5, (2, len(PROMPTS), len(OUTCOMES)))
+
+
+def steps_of(prompt, outcome):
+    """Return an outcome's steps: its first token, whose value depends on that alone, and its last one."""
+    last, place = len(outcome) - 1, OUTCOMES.index(outcome)
+    opening = next(at for at, other in enumerate(OUTCOMES) if other[0] == outcome[0])
+    first = Step("first", 0, 1, VALUES[0, prompt, opening], 0, 1)
+    return first, Step("last", last, last + 1, VALUES[1, prompt, place], last, last + 1)
+
+
+def with_steps(steps, shift=0):
+    """Return the rollouts with their steps, ``shift`` tokens off (held within the completion)."""
+
+    def stepped(rollout):
+        prompt, most = int(rollout.problem.id), len(rollout.ids) - 1
+        own = [step._replace(first=min(most, max(0, step.first + shift))) for step in steps_of(prompt, rollout.ids)]
+        return replace(rollout, steps=tuple(step._replace(stop=step.first + 1) for step in own))
+
+    return [[[stepped(rollout) for rollout in group] for group in groups] for groups in steps]
+
+
+def exact_with_steps(bandit, supervision):
+    """Return the gradient by enumeration: of the reward, plus that of each step's value at the tokens it counts for.
+
+    A step's value is compared with the mean of its kind's. ``cumulative`` is the gradient of the expected sum of reward
+    and weighed values; ``local`` counts a value for the step's own tokens only.
+    """
+    total = bandit.exact()
+    for i, prompt in enumerate(PROMPTS):
+        found = [steps_of(i, outcome) for outcome in OUTCOMES]
+        means = [sum(bandit.probabilities[i, j] * own[k].value for j, own in enumerate(found)) for k in range(2)]
+        for j, outcome in enumerate(OUTCOMES):
+            factors = np.zeros(len(outcome))
+            for step, mean in zip(found[j], means, strict=True):
+                begin = 0 if supervision == "cumulative" else step.first
+                factors[begin : step.stop] += WEIGHT * (step.value - mean)
+            share = bandit.probabilities[i, j] / len(PROMPTS)
+            slope = nn.value_and_grad(
+                bandit.model,
+                lambda p=prompt, o=outcome, f=factors: (bandit.logprobs(p, o) * mx.array(f, mx.float32)).sum(),
+            )()[1]
+            for name, array in tree_flatten(slope):
+                total[name] = total[name] + share * np.array(array, np.float64)
+    return total
+
+
+@pytest.mark.parametrize("supervision", ["local", "cumulative"])
+def test_the_mean_gradient_with_values_of_steps_is_the_exact_one(bandit, steps, supervision):
+    config = settings_of(advantage="none", step_weight=WEIGHT, supervision=supervision)
+    exact, factor = exact_with_steps(bandit, supervision), 1 - 1 / SIZE  # a mean includes a completion's own value
+    assert farthest(sampled_gradients(bandit, with_steps(steps), config), exact, factor) < LIMIT
+    # Steps that end a token too early are seen. (A token too late would only add noise to a cumulative sum.)
+    assert farthest(sampled_gradients(bandit, with_steps(steps[:60], shift=-1), config), exact, factor) > 2 * LIMIT
 
 
 def test_all_weights_trained_the_head_included(bandit, steps):

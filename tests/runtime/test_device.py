@@ -11,12 +11,15 @@ import mlx.core as mx
 import pytest
 from factories import make_model, make_tokenizer, wrap
 
-from mlx_traces.config import EvalConfig, GRPOConfig, ValidationConfig
+from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
+from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
+from mlx_traces.models import adapters
 from mlx_traces.runtime import blas, device, hub
+from mlx_traces.train import gradients
 
 BILLION = 10**9
 
@@ -280,6 +283,24 @@ def test_threads_that_were_asked_for_stay(library, monkeypatch, name):
     monkeypatch.delenv(name)
     with blas.threads_for(make_model(), 1):
         pass
+
+
+@pytest.mark.parametrize(("hidden", "tokens", "expected"), [(128, 512, 1), (128, 1024, 1), (896, 512, 4)])
+def test_training_uses_one_thread_for_products_as_small_as_nanos(library, hidden, tokens, expected):
+    """At the micro-batches of a CPU; the other size is that of a 0.5B model."""
+    feed_forward = {128: 384, 896: 4864}[hidden]
+    model = make_model(hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=1)
+    halves, used = gradients.split(model), []
+    examples = [Example("", (1, 2, 3, 4), (False, False, True, True))] * 2
+
+    def take(states, targets):
+        used.append(library.threads)
+        return states.sum()
+
+    gradients.each(halves, examples, tokens, take)
+    adapters.start(model, AdapterConfig(rank=2))
+    gradients.accumulate(model, halves, examples, tokens, lambda states, *_: (take(states, None), {}))
+    assert set(used) == {expected} and library.threads == 4
 
 
 def test_sampling_a_small_model_uses_one_thread(library):

@@ -37,6 +37,7 @@
     const top = make("div", "top");
     top.append(make("span", "badge verdict", row.verdict.replaceAll("_", " ")));
     if (row.cut) top.append(make("span", "badge", "cut off"));
+    if (row.forced) top.append(make("span", "badge", "thought bounded"));
     if (data.runs.length > 1) top.append(make("span", "", data.runs[row.run]));
     if (row.step !== undefined) top.append(make("span", "", "step " + row.step));
     if (row.kind) top.append(make("span", "", row.kind));

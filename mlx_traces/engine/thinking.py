@@ -1,0 +1,182 @@
+"""Bounds on a thought: a budget that ends it, and a least length that keeps it open (budget forcing, arXiv 2501.19393).
+
+A completion is read token by token by a small machine of its own. It knows whether a thought is open and how long it
+is. After ``think_tokens`` tokens of thought the closing tag is put in place of what the model draws. A closing tag or a
+stop token that comes before ``think_at_least`` tokens is replaced by a continuation, ``Wait``. The machine depends on
+the completion alone, so a batch has the tokens that each row has by itself.
+
+The next step reads a token before the host knows it, but the host then knows all tokens before that one. So it knows
+what has to stand there, and which tokens would close the thought there: that is enough to choose as the token is read.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import Any
+
+from mlx_traces.tasks.thoughts import FINAL, SKY, TAGS, Pair
+
+NONE = -1  # in place of a token that has to stand somewhere
+AHEAD = 256  # GPT-2 writes the byte number n of those that are not printable as the character 256 + n
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_UNPRINTED = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(AHEAD + i): byte for i, byte in enumerate(_UNPRINTED)}
+
+State = tuple[int, bytes]  # number of the pair whose thought is open, or NONE; the end of the text that may begin a tag
+
+
+class Pieces(dict):
+    """The bytes that each token of a tokenizer stands for; those of a character that several tokens spell, too."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> bytes:
+        text = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        written = str(self.tokenizer.convert_ids_to_tokens(token))
+        if re.fullmatch("<0x[0-9A-F]{2}>", written):  # SentencePiece's
+            found = bytes([int(written[3:5], 16)])
+        elif "\ufffd" in text and set(written) <= BYTE_OF.keys():
+            found = bytes(BYTE_OF[character] for character in written)
+        else:  # decoded alone, a token of SentencePiece loses its space
+            found = (" " * (written.startswith("▁") and not text.startswith(" ")) + text).encode()
+        self[token] = found
+        return found
+
+
+class Reader:
+    """Finds thinking tags in a text that comes token by token, as `tasks.thoughts` finds them in a whole one."""
+
+    def __init__(self, tokenizer: Any, own: Pair | None):
+        self.tokenizer, self.pieces = tokenizer, Pieces(tokenizer)
+        self.tags = (*filter(None, [own]), *TAGS)
+        self.pairs = [tuple(tag.lower().encode() for tag in pair) for pair in self.tags]
+        self.openings = [opening for opening, _ in self.pairs]
+        self.moves: dict[tuple[State, int], State] = {}
+        self.enders: dict[State, list[int]] = {}
+
+    def begun(self, opened: str) -> State:
+        """Return the state after the beginning of the assistant's turn that the prompt has."""
+        return self._read((NONE, b""), opened.encode(), self.openings)
+
+    def after(self, state: State, token: int) -> State:
+        """Return the state after another token."""
+        if (state, token) not in self.moves:  # UNTAGGED, the last one, opens a thought at the start of a turn only
+            self.moves[state, token] = self._read(state, self.pieces[token], self.openings[:-1])
+        return self.moves[state, token]
+
+    def _read(self, state: State, piece: bytes, openings: list[bytes]) -> State:
+        pair, text = state[0], state[1] + piece.lower()
+        while True:
+            tags = openings if pair == NONE else [self.pairs[pair][1]]
+            places = ((text.find(tag), -len(tag), number) for number, tag in enumerate(tags))
+            at, size, number = min((place for place in places if place[0] >= 0), default=(-1, 0, 0))
+            if at < 0:
+                break
+            pair, text = number if pair == NONE else NONE, text[at - size :]
+        ends = (text[-size:] for size in range(min(len(text), max(map(len, tags)) - 1), 0, -1))
+        return pair, next((end for end in ends if any(tag.startswith(end) for tag in tags)), b"")
+
+    def closes(self, state: State, token: int) -> bool:
+        """Whether a token completes the closing tag of the thought that is open in ``state``."""
+        return self.pairs[state[0]][1] in state[1] + self.pieces[token].lower()
+
+    def closers(self, state: State) -> list[int]:
+        """Return the tokens that do so; the first time for a tag this reads the vocabulary."""
+        if state not in self.enders:
+            last = self.pairs[state[0]][1][-1:].decode(errors="ignore")  # empty for a byte that is no character
+            some = (token for text, token in self.tokenizer.get_vocab().items() if last in text)
+            self.enders[state] = [token for token in some if self.closes(state, token)]
+        return self.enders[state]
+
+    def closing(self, state: State) -> list[int]:
+        """Return the tokens that close the thought that is open in ``state``, with the line feeds of its kind of tag.
+
+        Reasoning models leave an empty line after ``</think>``. A model without that tag in its vocabulary was told of
+        it, and the form of this project's traces has none.
+        """
+        closing = self.tags[state[0]][1]
+        text = {
+            TAGS[0][1]: f"\n{closing}\n" + "\n" * (self.tokenizer.think_end == closing),
+            SKY[1]: f"\n\n{closing}\n\n",
+            FINAL: f"<|end|><|start|>assistant{FINAL}",
+            TAGS[-1][1]: f"\n{closing}\n",
+        }.get(closing, closing)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+@lru_cache(maxsize=2)
+def reader_of(tokenizer: Any, own: Pair | None) -> Reader:
+    """Return the reader of a model's tokenizer and its own tags; the last two are kept."""
+    return Reader(tokenizer, own)
+
+
+class Thinking:
+    """The bounds on the thoughts of one completion.
+
+    ``forced`` has the places of the tokens that were not drawn. ``limit`` is the most tokens of the completion: with a
+    budget ``max_tokens`` of them lie outside of thoughts.
+
+    Args:
+        reader: of the model's tokenizer.
+        opened: the beginning of the assistant's turn that the prompt has.
+        max_tokens: of the answer, or without a budget of the whole completion.
+        budget: tokens of thought after which it is closed; None for no bound. Several thoughts share it.
+        least: tokens of thought before which it is not closed.
+        more: tokens that continue a thought.
+        stop_ids: tokens that end the completion, and in a thought would end that.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        opened: str,
+        max_tokens: int,
+        budget: int | None,
+        least: int = 0,
+        more: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
+    ):
+        self.reader, self.state = reader, reader.begun(opened)
+        self.max_tokens, self.budget, self.least = max_tokens, budget, least
+        self.more, self.stop_ids = list(more), stop_ids
+        self.limit = max_tokens + (budget or 0)
+        self.length = self.thought = self.outside = 0  # tokens so far, those in thoughts, those that are not
+        self.queue: list[int] = []  # what has to come next
+        self.closing = False  # whether that closes the thought
+        self.forced: list[int] = []
+        self._bound()
+
+    @property
+    def next(self) -> int:
+        """The token that has to stand at the next place, or NONE."""
+        return self.queue[0] if self.queue else NONE
+
+    @property
+    def kept_open(self) -> bool:
+        """Whether the next token must not end the thought; ``more`` stands in place of one that would."""
+        return self.state[0] != NONE and not self.queue and self.thought < self.least
+
+    def take(self, token: int) -> int:
+        """Take the token that was drawn for the next place; return the one that stands there."""
+        if self.kept_open and (token in self.stop_ids or self.reader.closes(self.state, token)):
+            self.queue = self.more.copy()
+        if self.queue:
+            token = self.queue.pop(0)
+            self.forced.append(self.length)
+        inside = self.state[0] != NONE and not self.closing
+        self.length += 1
+        self.thought += inside
+        self.outside += not inside or self.budget is None
+        self.state = self.reader.after(self.state, token)
+        if self.closing and not self.queue:  # also where the tokenizer reads its own tag otherwise
+            self.closing, self.state = False, (NONE, b"")
+        if self.outside == self.max_tokens:
+            self.limit = min(self.limit, self.length)
+        self._bound()
+        return token
+
+    def _bound(self) -> None:
+        """Begin to close the thought if its budget is used up."""
+        if self.budget is not None and self.state[0] != NONE and not self.closing and self.thought >= self.budget:
+            self.queue, self.closing = self.reader.closing(self.state), True

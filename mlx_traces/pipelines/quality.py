@@ -1,0 +1,163 @@
+"""The quality of stored answers: the scores of `traces.quality`, paired on the same problems.
+
+Samples hold all that the scores read, so nothing is generated. MLX is loaded only for perplexities and a judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_traces.config import ScoreConfig
+from mlx_traces.errors import UserError
+from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation.comparison import Run
+from mlx_traces.pipelines import verify
+from mlx_traces.records import Problem, Trace
+from mlx_traces.tasks import Task, get_task, is_known
+from mlx_traces.tasks.prompts import Prompt
+from mlx_traces.tasks.thoughts import usual
+from mlx_traces.traces import score
+from mlx_traces.traces.quality import last_turn, own_words, text_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURES = ("format", "structure", "faithfulness", "repetition", "tokens")
+RESAMPLES = 2_000  # of each bootstrap: there are ten tests a row, and most of their values are distinct
+
+Scores = Mapping[str, float | None]
+
+
+def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Score the answers of runs, and compare the runs of each pair on the problems where both have a value.
+
+    Every figure is a mean over problems, of all answers and of the correct ones alone; the value of a problem is the
+    mean of its answers. The interval is the paired bootstrap's with 2,000 resamples, the p-value that of the exact
+    sign-flip test (`stats.sign_flip_of_reals`), Holm's adjustment is over all differences of all answers, and over all
+    of correct answers.
+
+    Args:
+        runs: runs over the same problems.
+        config: tags; the models for perplexity and judge, which are scores only if they are named.
+        pairs: (later, earlier) places of the runs to compare; a run without a pair has its means alone.
+
+    Returns:
+        One row for each run or pair, kind of ``answers`` (``all`` or ``correct``) and ``measure``: ``run``, ``label``,
+        ``against`` (the earlier run's label, or None), ``mean`` of the run over ``problems``; ``diff``, ``diff_low``,
+        ``diff_high``, ``p_value`` and ``p_holm`` over ``paired`` problems. NaN where there is no value.
+
+    Raises:
+        UserError: if a model cannot be loaded, or too many of the judge's replies cannot be read.
+    """
+    measures = [*MEASURES, *(name for name, asked in (("perplexity", config.model), ("judge", config.judge)) if asked)]
+    names, scores = comparison.labels(runs), scores_of(runs, config)
+    alone = [(place, None) for place in range(len(runs)) if place not in {later for later, _ in pairs}]
+    rows: list[dict[str, Any]] = []
+    for answers in ("all", "correct"):
+        found = [
+            {name: by_problem(run, own, name, answers == "correct") for name in measures}
+            for run, own in zip(runs, scores, strict=True)
+        ]
+        block = [
+            {
+                "run": runs[place].name,
+                "label": names[place],
+                "against": None if base is None else names[base],
+                "answers": answers,
+                "measure": name,
+                "mean": float(np.mean(list(own.values()))) if (own := found[place][name]) else math.nan,
+                "problems": len(own),
+                **tested(own, {} if base is None else found[base][name]),
+            }
+            for place, base in sorted([*alone, *pairs], key=lambda pair: pair[0])
+            for name in measures
+        ]
+        known = [row for row in block if row["paired"]]
+        for row, adjusted in zip(known, stats.holm([row["p_value"] for row in known]), strict=True):
+            row["p_holm"] = adjusted
+        rows += block
+    return comparison.frame(rows)
+
+
+def tested(own: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float | int]:
+    """Compare two runs' values on the problems where both have one."""
+    shared = [name for name in own if name in other]
+    figures = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan) | {"paired": len(shared)}
+    if not shared:
+        return figures
+    a, b = (np.array([values[name] for name in shared]) for values in (own, other))
+    change = stats.paired_bootstrap(a, b, resamples=RESAMPLES)
+    figures |= zip(("diff", "diff_low", "diff_high"), change, strict=True)
+    return figures | {"p_value": stats.sign_flip_of_reals(a - b)}
+
+
+def by_problem(run: Run, scores: Sequence[Scores], measure: str, correct_only: bool) -> dict[str, float]:
+    """Return the mean of a measure over each problem's answers; problems without a value are left out."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row, own in zip(run.samples, scores, strict=True):
+        if own[measure] is not None and (row["correct"] or not correct_only):
+            found[row["id"]].append(own[measure])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def scores_of(runs: Sequence[Run], config: ScoreConfig) -> list[list[Scores]]:
+    """Return the scores of each sample of each run, by name; each model is loaded once."""
+    answers = [answer for run in runs for answer in answers_of(run)]
+    traces, problems = [trace for trace, _ in answers], [problem for _, problem in answers]
+    by_models = iter(score.model_scores(traces, problems, config, {}))
+    own = iter(traces)
+    return [[text_scores_of(row, next(own), config) | next(by_models) for row in run.samples] for run in runs]
+
+
+def text_scores_of(row: Mapping[str, Any], trace: Trace, config: ScoreConfig) -> dict[str, float | None]:
+    """Return the scores of a sample that follow from its text, and its length in tokens."""
+    tokens = row.get("tokens")
+    return text_scores(own_words(trace), trace.finish_reason, tokens, config, last_turn(trace)) | {"tokens": tokens}
+
+
+def answers_of(run: Run) -> list[tuple[Trace, Problem | None]]:
+    """Return a run's samples as traces, each with its problem.
+
+    Runs of earlier versions, and those of a task that is not loaded, do not hold all of a prompt: the turn is then the
+    question alone, and the problem None.
+    """
+    identity, name = run.about.get("identity") or {}, run.result.get("task")
+    task = get_task(name) if is_known(name) else None
+    try:
+        prompt = Prompt(**identity["prompt"]) if task else None
+    except (KeyError, TypeError):
+        prompt = None
+    return [_answer(run, row, task, prompt, identity) for row in run.samples]
+
+
+def _answer(
+    run: Run, row: Mapping[str, Any], task: Task | None, prompt: Prompt | None, identity: Mapping[str, Any]
+) -> tuple[Trace, Problem | None]:
+    problem, opened = None, row.get("opened")
+    turns = [{"role": "user", "content": row.get("question", "")}]
+    own_tags = tags if verify.is_pair(tags := run.about.get("own_tags")) else None
+    if task and prompt:
+        try:
+            problem = verify.problem_of(task, row, run.name)
+            turns = prompt.messages(problem)
+        except UserError:
+            problem = None
+        if opened is None and problem:
+            opened = verify.opened_of(prompt, problem, row.get("prompt", ""), (own_tags or ())[:1])
+    trace = Trace(
+        id=row["id"],
+        messages=tuple(turns),
+        completion=usual((opened or "") + row.get("completion", ""), own_tags),
+        task=task.name if task else "",
+        prompt=prompt.name if prompt else "",
+        sample=row.get("sample", 0),
+        finish_reason=row.get("finish_reason"),
+        thinking=identity.get("thinking"),
+        template_args=identity.get("template_args") or {},
+    )
+    return trace, problem
