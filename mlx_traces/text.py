@@ -65,6 +65,15 @@ def interval(low: float, high: float) -> str:
     return f"[{percent(low)}, {percent(high)}]"
 
 
+def times(ratio: float) -> str:
+    """Format a ratio: ``6.40``, from 10 on ``12.5``; a dash if there is none, ``∞`` where it has no end."""
+    if math.isnan(ratio):
+        return "–"
+    if math.isinf(ratio):
+        return "∞"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.1f}"
+
+
 def p_text(p: float) -> str:
     """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash if there is none."""
     if math.isnan(p):

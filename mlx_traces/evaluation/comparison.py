@@ -244,7 +244,8 @@ def paired(one: Run, two: Run) -> dict[str, float | int]:
 
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
-        ``diff``, ``diff_low``, ``diff_high`` and ``p_value`` of ``one`` minus ``two``.
+        ``diff``, ``diff_low``, ``diff_high`` and ``p_value`` of ``one`` minus ``two``; ``ratio``, ``ratio_low`` and
+        ``ratio_high`` of their accuracies (`stats.paired_ratio`).
 
     Raises:
         UserError: if a run has no or uneven samples, or the problems differ.
@@ -255,7 +256,9 @@ def paired(one: Run, two: Run) -> dict[str, float | int]:
     samples_a, samples_b = (len(next(iter(outcome.values()))) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    return counts | tested(a, samples_a, b, samples_b)
+    ratio = stats.paired_ratio(a / samples_a, b / samples_b)
+    ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
+    return counts | tested(a, samples_a, b, samples_b) | ratios
 
 
 def differences(runs: Sequence[Run]) -> list[str]:

@@ -5,6 +5,7 @@ Frames hold fractions; texts and rendered tables hold percent and points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
-from mlx_traces.text import interval, p_text, percent
+from mlx_traces.text import interval, p_text, percent, times
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +29,9 @@ class Pair:
 
     ``wins`` are problems that ``a`` answered right and ``b`` did not (with several samples: right more often),
     ``losses`` the reverse. ``diff`` is a's accuracy minus b's, ``low`` and ``high`` its 95 % interval (paired
-    bootstrap), all fractions. ``p_holm`` is adjusted over the ``family`` pairs tested together. ``cut_a`` and ``cut_b``
-    are the shares of answers that were cut off at the token cap.
+    bootstrap), all fractions. ``ratio`` is a's accuracy divided by b's, ``ratio_low`` and ``ratio_high`` its 95 %
+    interval (paired bootstrap); NaN if unknown or both are 0. ``p_holm`` is adjusted over the ``family`` pairs tested
+    together. ``cut_a`` and ``cut_b`` are the shares of answers that were cut off at the token cap.
     """
 
     a: str
@@ -45,12 +47,21 @@ class Pair:
     family: int
     cut_a: float = 0.0
     cut_b: float = 0.0
+    ratio: float = math.nan
+    ratio_low: float = math.nan
+    ratio_high: float = math.nan
 
     def swapped(self) -> Pair:
         """Return the same pair seen from ``b``."""
         turned = {"a": self.b, "b": self.a, "wins": self.losses, "losses": self.wins}
         ends = {"diff": -self.diff, "low": -self.high, "high": -self.low}
-        return replace(self, **turned, **ends, cut_a=self.cut_b, cut_b=self.cut_a)
+        ratios = {"ratio": self.ratio, "ratio_low": self.ratio_high, "ratio_high": self.ratio_low}
+        ratios = {name: _inverse(value) for name, value in ratios.items()}
+        return replace(self, **turned, **ends, **ratios, cut_a=self.cut_b, cut_b=self.cut_a)
+
+
+def _inverse(ratio: float) -> float:
+    return ratio if math.isnan(ratio) else 1 / ratio if ratio else math.inf
 
 
 def summary(runs: Sequence[Run]) -> pd.DataFrame:
@@ -112,6 +123,9 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
             family=len(tested),
             cut_a=comparison.cut_off(runs[j]),
             cut_b=comparison.cut_off(runs[i]),
+            ratio=figures["ratio"],
+            ratio_low=figures["ratio_low"],
+            ratio_high=figures["ratio_high"],
         )
         for (i, j, figures), p_holm in zip(tested, adjusted, strict=True)
     ]
@@ -129,9 +143,12 @@ def sentence(pair: Pair) -> str:
         pair = pair.swapped()
     p, p_holm = (f"= {text}".replace("= <", "< ") for text in map(p_text, (pair.p, pair.p_holm)))
     tested = f"p {p}" + (f"; after Holm over {pair.family} pairs {p_holm}" if pair.family > 1 else "")
-    change = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)} on {pair.problems:,} problems"
-    counts = f"{pair.wins:,} won and {pair.losses:,} lost"
+    points = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)}"
+    change, counts = f"{points} on {pair.problems:,} problems", f"{pair.wins:,} won and {pair.losses:,} lost"
     if pair.p_holm < LEVEL:
+        if math.isfinite(pair.ratio):
+            often = f"{times(pair.ratio)} times as often [{times(pair.ratio_low)}, {times(pair.ratio_high)}]"
+            change = f"{points}, {often}, on {pair.problems:,} problems"
         text = f"{pair.a} is right more often than {pair.b}: {change}, {counts} ({tested})."
     else:
         reach = max(abs(pair.low), abs(pair.high), stats.wilson(0, pair.problems)[1])
@@ -144,6 +161,49 @@ def sentence(pair: Pair) -> str:
     cut = [(pair.a, pair.cut_a), (pair.b, pair.cut_b)]
     cut = [f"{percent(share)} % of {name}" for name, share in cut if share >= CUT_OFF]
     return f"{text} Cut off at the token cap: {' and '.join(cut)}." if cut else text
+
+
+def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
+    """Return what was done and what the tests show of it, in three sentences.
+
+    Args:
+        runs: runs over the same problems.
+        found: the pairs of them that were tested.
+        protocol: what the figures depend on, in words.
+    """
+    rows = sorted(summary(runs).to_dict("records"), key=lambda row: row["success_rate"])
+    problems = len(comparison.outcomes_of(runs[0]))
+    text = f"{len(runs):,} {'run' if len(runs) == 1 else 'runs'} on the same {problems:,} problems ({protocol})."
+    ends = [
+        f"{percent(row['success_rate'])} % {interval(row['ci_low'], row['ci_high'])} ({row['model']})"
+        for row in (rows[0], rows[-1])
+    ]
+    text += f" Success rates are from {ends[0]} to {ends[1]}." if len(runs) > 1 else f" The success rate is {ends[0]}."
+    if not found:
+        return text
+    differ = sum(pair.p_holm < LEVEL for pair in found)
+    of = f"Of {len(found)} pairs tested" if len(found) > 1 else "Of the one pair tested"
+    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (exact paired test, p after Holm below {LEVEL:g})"
+    open_ = f"; in the other {len(found) - differ} no difference is shown" if 0 < differ < len(found) else ""
+    return f"{text} {of}, {shown}{open_}."
+
+
+def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> list[str]:
+    """Return the sentences on the pairs that differ in one thing: first the prompt, then the model; at most ``most``.
+
+    Where more pairs do, the last point counts them.
+    """
+    kinds = {
+        name: (run.result["model"], run.result.get("adapter"), run.result["prompt"])
+        for name, run in zip(comparison.labels(runs), runs, strict=True)
+    }
+    same = [[x == y for x, y in zip(kinds[pair.a], kinds[pair.b], strict=True)] for pair in found]
+    prompts = [pair for pair, (model, adapter, _) in zip(found, same, strict=True) if model and adapter]
+    models = [pair for pair, (*_, prompt) in zip(found, same, strict=True) if prompt and pair not in prompts]
+    chosen = [*prompts, *models] or list(found)
+    left = len(chosen) - most
+    more = [f"{left} more pairs that differ in one thing are in the table of pairs."] if left > 0 else []
+    return [*map(sentence, chosen[:most]), *more]
 
 
 def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -200,12 +200,25 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
             write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    page.write([run for part in parts for run in part.runs], config.out)
+    fronts = [page.Front(part.name, *front_of(part), ALONE) for part in parts]
+    page.write([run for part in parts for run in part.runs], config.out, title=config.name, fronts=fronts)
+
+
+def front_of(part: Part) -> tuple[str, list[str]]:
+    """Return a part's abstract and key points."""
+    protocol = tables.protocol_line(part.comparison)
+    return evaluation_pairs.abstract(part.runs, part.pairs, protocol), evaluation_pairs.key_points(
+        part.runs, part.pairs
+    )
 
 
 def to_markdown(name: str, part: Part) -> str:
-    """Return a part as a Markdown page: summary, comparison, strata, pairs with their sentences, bits, notes."""
-    sections = [("Summary", cells_to_markdown(summary_cells(part.summary)))]
+    """Return a part as a Markdown page: abstract, key points, then tables, the sentence on each pair, notes."""
+    abstract, points = front_of(part)
+    sections = [("Abstract", f"{abstract}\n")]
+    if points:
+        sections.append(("Key points", "".join(f"* {point}\n" for point in points) + f"\n{ALONE}\n"))
+    sections.append(("Summary", cells_to_markdown(summary_cells(part.summary))))
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", cells_to_markdown(tables.parts_cells(strata))))
@@ -228,7 +241,7 @@ def to_terminal(part: Part) -> list[Table | str]:
         tables.strata_table(part.runs),
     ]
     if part.pairs:
-        shown.append(tables.grid("pairs", *pairs_cells(part.pairs)))
+        shown.append(tables.pairs_table(part.pairs))
         shown += [*said(part), ALONE]
     for frame in part.bits:
         shown += [bits_table(frame, "bits"), ran_as(frame)]
@@ -255,8 +268,11 @@ def ran_as(frame: pd.DataFrame) -> str:
 def as_json(name: str, part: Part) -> dict[str, Any]:
     """Return a part as plain data; missing values are None."""
     strata = comparison.strata(part.runs)
+    abstract, points = front_of(part)
     return {
         "study": name,
+        "abstract": abstract,
+        "key_points": points,
         "task": part.name,
         "protocol": tables.protocol_line(part.comparison),
         "runs": [run.name for run in part.runs],

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,18 @@ MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
 OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
 TEMPLATES = Path(__file__).parent / "templates"
+# What only a picture in a file of its own needs: the namespace, and colours where the page's variables are not set.
+_STANDALONE = re.compile(r""" xmlns="[^"]*"|(?<=var)(\(--\w+), \#[0-9a-f]{6}""")
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a page of a study says first: the name of the part, its abstract, its key points, and their limits."""
+
+    name: str
+    abstract: str
+    points: list[str]
+    limits: str
 
 
 def write(
@@ -43,6 +56,8 @@ def write(
     png: str | Path | None = None,
     baseline: str | None = None,
     quality: pd.DataFrame | None = None,
+    title: str | None = None,
+    fronts: Sequence[Front] = (),
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -55,6 +70,8 @@ def write(
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
         quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
+        title: of the page; default: the number of runs and their tasks.
+        fronts: what stands before everything else.
 
     Returns:
         The files: the page first.
@@ -74,7 +91,7 @@ def write(
     ]
     page = Page(quality)
     sections = [*page.comparisons(records, baseline), *page.trainings(records)]
-    html = render(sections, records)
+    html = render(sections, records, title, fronts)
     out = Path(out)
     file = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     try:
@@ -93,8 +110,13 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str:
-    """Fill in the page's template. The page is named by the tasks of its runs."""
+def render(
+    sections: Sequence[dict[str, Any]],
+    records: Sequence[Record],
+    title: str | None = None,
+    fronts: Sequence[Front] = (),
+) -> str:
+    """Fill in the page's template. Without a title the page is named by the tasks of its runs."""
     environment = Environment(
         loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
@@ -111,13 +133,22 @@ def render(sections: Sequence[dict[str, Any]], records: Sequence[Record]) -> str
     }
     tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
     names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
-    title = f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
+    title = (
+        clean(title)
+        if title
+        else f"{len(records)} run{'s' if len(records) > 1 else ''}" + (f" on {', '.join(names)}" if names else "")
+    )
+    pipeline = ""
+    if any(record.kind != EVALUATION for record in records):
+        pipeline = _STANDALONE.sub(r"\1", (TEMPLATES / "pipeline.svg").read_text(encoding="utf-8"))
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = embedded(records)
     page = environment.get_template("report.html").render(
         title=title,
         sections=sections,
+        fronts=fronts,
+        pipeline=pipeline,
         runs=[_provenance(record) for record in records],
         traces=shown,
         left_out=shown["total"] - len(shown["rows"]),

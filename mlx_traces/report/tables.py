@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
 from mlx_traces.evaluation.pairs import Pair, sentence
-from mlx_traces.text import clean, fold, interval, p_text, percent, visible, whole
+from mlx_traces.text import clean, fold, interval, p_text, percent, times, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,11 @@ def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return any frame as plain data; missing values are None."""
-    return [{key: None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")]
+    missing = (None, math.inf, -math.inf)  # and NaN, which differs from itself
+    return [
+        {key: None if value != value or value in missing else value for key, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
 
 
 def strata_table(runs: Sequence[Run]) -> Table | None:
@@ -276,7 +280,7 @@ def summary_cells(frame: pd.DataFrame) -> Cells:
 
 
 def pairs_cells(found: Sequence[Pair]) -> Cells:
-    """Lay out pairs: the two runs, wins, losses, difference with its interval, p, Holm's p."""
+    """Lay out pairs: the two runs, wins, losses, difference and ratio with their intervals, p, Holm's p."""
     rows = [
         [
             f"{pair.a}\nagainst {pair.b}",
@@ -284,12 +288,19 @@ def pairs_cells(found: Sequence[Pair]) -> Cells:
             f"{pair.losses:,}",
             percent(pair.diff, signed=True),
             interval(pair.low, pair.high),
+            times(pair.ratio),
+            f"[{times(pair.ratio_low)}, {times(pair.ratio_high)}]",
             p_text(pair.p),
             p_text(pair.p_holm),
         ]
         for pair in found
     ]
-    return ["pair", "won", "lost", "difference", "95 % interval", "p", "p (Holm)"], rows
+    return ["pair", "won", "lost", "difference", "95 % interval", "ratio", "95 % interval", "p", "p (Holm)"], rows
+
+
+def pairs_table(found: Sequence[Pair]) -> Table:
+    """Lay out pairs for a terminal of 80 columns; intervals stand below their values."""
+    return stacked("pairs", pairs_cells(found), ((1, 2), (3, 4), (5, 6), (7, 8)))
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:
@@ -320,11 +331,21 @@ def bits_cells(frame: pd.DataFrame) -> Cells:
 
 def bits_table(frame: pd.DataFrame, title: str) -> Table:
     """Lay out ``bits_frame`` for a terminal of 100 columns; intervals stand below their values."""
-    headings, rows = bits_cells(frame)
-    stacked = ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12))
-    cells = [["\n".join(fold(row[0], 24)), *("\n".join(row[i] for i in places) for places in stacked)] for row in rows]
-    names = [headings[0], *("\n".join(headings[i] for i in places if i not in (8, 10)) for places in stacked)]
-    return grid(title, names, cells)
+    return stacked(title, bits_cells(frame), ((1, 2), (3,), (4, 5), (6,), (7, 8), (9, 10), (11, 12)))
+
+
+def stacked(title: str, cells: Cells, places: Sequence[tuple[int, ...]]) -> Table:
+    """Lay out cells for a terminal: each of ``places`` is a column whose cells stand below each other."""
+    headings, rows = cells
+    lines = [
+        [
+            "\n".join(line for part in row[0].split("\n") for line in fold(part, 24)),
+            *("\n".join(row[i] for i in column) for column in places),
+        ]
+        for row in rows
+    ]
+    names = ["\n".join(headings[i] for i in column if "interval" not in headings[i]) for column in places]
+    return grid(title, [headings[0], *names], lines)
 
 
 def quality_cells(frame: pd.DataFrame) -> Cells:

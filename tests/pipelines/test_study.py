@@ -1,6 +1,7 @@
 """Studies: tables and sentences against hand-computed values, conversions, and every kind of model end to end."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,51 @@ def test_every_pair_by_hand_with_holm():
     assert [pair.p_holm for pair in found] == pytest.approx([3 * p, 1, 3 * p])  # 3 p, then max(3 p, 2 p)
     assert {pair.family for pair in found} == {3} and {pair.cut_a for pair in found} == {1 / 8}
     assert found[0].low < 0.5 < found[0].high and (found[2].low, found[2].high) == (-found[0].high, -found[0].low)
+
+
+def test_ratios_stand_beside_differences():
+    found = pairs.pairs(three_runs())
+    assert [pair.ratio for pair in found] == pytest.approx([3, 1, 1 / 3])  # 6, 2 and 2 of 8
+    assert found[0].ratio_low < 3 < found[0].ratio_high
+    turned = replace(CLEAR, ratio=2.0, ratio_low=1.25, ratio_high=4.0).swapped()
+    assert (turned.ratio, turned.ratio_low, turned.ratio_high) == (0.5, 0.25, 0.8)
+    none = pairs.pairs([make_run("none", [0] * 8), make_run("some", BASE)])[0]
+    assert none.ratio == math.inf and none.swapped().ratio == 0
+    text = rendered(tables.pairs_table([*found, none]), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    for piece in ("ratio", "3.00", "0.33", "∞", "[∞, ∞]", "+50.0", "against nano_plain"):
+        assert piece in text, text
+    assert tables.records(tables.pairs_frame([none]))[0]["ratio"] is None  # JSON has no infinity
+    assert "| 3.00 | [" in tables.cells_to_markdown(tables.pairs_cells(found))
+
+
+def test_the_sentence_has_a_ratio_where_a_difference_is_shown():
+    """As in the study that this follows: 627 against 98 of 1,000 is 6.4 times."""
+    pair = replace(CLEAR, ratio=627 / 98, ratio_low=5.3, ratio_high=12.04)
+    assert "+10.0 points [7.3, 12.8], 6.40 times as often [5.30, 12.0], on 1,000 problems" in pairs.sentence(pair)
+    assert pairs.sentence(pair.swapped()) == pairs.sentence(pair)
+    for other in (replace(pair, p_holm=0.06), replace(pair, ratio=math.inf)):
+        assert "times as often" not in pairs.sentence(other)
+
+
+def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
+    clear = [[1] * 40 + [0] * 40, [1] * 10 + [0] * 70, [1] * 41 + [0] * 39]
+    runs = [make_run("a", clear[0]), make_run("b", clear[1], prompt="direct"), make_run("c", clear[2], adapter="sft")]
+    found = pairs.pairs(runs)
+    assert pairs.abstract(runs, found, "gsm8k, greedy") == (
+        "3 runs on the same 80 problems (gsm8k, greedy). Success rates are from 12.5 % [6.9, 21.5] (nano_direct) to "
+        "51.2 % [40.5, 61.9] (nano+sft_plain). Of 3 pairs tested, 2 differ (exact paired test, p after Holm below "
+        "0.05); in the other 1 no difference is shown."
+    )
+    points = pairs.key_points(runs, found)
+    assert len(points) == 2  # direct against the adapter's thinking differs in two things
+    assert points[0].startswith("nano_plain is right more often than nano_direct: +37.5 points")
+    assert points[1].startswith("No difference shown between nano+sft_plain and nano_plain: +1.2 points")
+    few = pairs.key_points(runs, found, most=1)
+    assert few == [points[0], "1 more pairs that differ in one thing are in the table of pairs."]
+    alone = pairs.abstract(runs[:1], [], "x")
+    assert alone == "1 run on the same 80 problems (x). The success rate is 50.0 % [39.3, 60.7] (nano_plain)."
+    assert pairs.key_points(runs[1:], pairs.pairs(runs[1:]))[0].startswith("nano+sft_plain is right more often")
 
 
 def test_pairs_with_the_baseline_alone_are_a_smaller_family():
@@ -322,11 +368,24 @@ def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
     assert header == "model,total_cases,success_rate,correct,incorrect,ci_low,ci_high"
     assert (out / "table.csv").read_text().startswith("model,adapter,prompt,accuracy,correct_count,total_questions,")
     page = (out / "study.md").read_text()
-    for line in ("# tiny: qa", "## Summary", "## Comparison", "## Pairs", "## Bits", "## Notes", *study.said(part)):
+    for line in (
+        "# tiny: qa",
+        "## Abstract",
+        "## Key points",
+        "## Summary",
+        "## Comparison",
+        "## Pairs",
+        "## Bits",
+        "## Notes",
+        *study.said(part),
+    ):
         assert line in page
     assert json.loads((out / "provenance.json").read_text())["config"] == config.model_dump(mode="json")
     stored = json.loads((out / "study.json").read_text())
     assert [row["sentence"] for row in stored["pairs"]] == study.said(part)
+    assert stored["abstract"] in page and all(f"* {point}\n" in page for point in stored["key_points"])
+    html = (out / "report.html").read_text()
+    assert "<h1>tiny</h1>" in html and "<h2>Abstract</h2>" in html and stored["key_points"]
     assert stored["summary"][0]["total_cases"] == 6 and stored["comparison"][0]["p_value"] is None
     assert {"bits", "group_size", "bits_per_weight", "file_mb", "peak_memory_gb", "tokens_per_second"} <= set(
         stored["bits"][0][0]

@@ -136,6 +136,17 @@ def test_hostile_completions_stay_data(tmp_path):
     assert "<script>$a$" in page.text
 
 
+def test_what_a_study_says_first_is_text(tmp_path):
+    fronts = [report_page.Front(name, f"{name} <b>abstract</b>", ["point one"], "limits") for name in ("one", "two")]
+    runs = [write_evaluation(tmp_path / "a", BASE), write_training(tmp_path / "b")]
+    page = Page(write(runs, tmp_path / "page.html", title="A <i>title</i>", fronts=fronts)[0].read_text())
+    assert "A <i>title</i>" in page.text and "one: abstract" in page.text and "two <b>abstract</b>" in page.text
+    assert page.text.index("point one") < page.text.index("Accuracy") and "limits" in page.text
+    assert "the trained model answers the next round" in page.text  # the pipeline, as there is a training
+    alone = Page(write(runs[:1], tmp_path / "alone.html")[0].read_text())
+    assert "the trained model" not in alone.text and "Abstract" not in alone.text
+
+
 def test_many_samples_are_cut_down_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(report_page, "MOST_TRACES", 20)
     runs = [write_evaluation(tmp_path / name, [1, 0] * 20, model=name) for name in "ab"]
