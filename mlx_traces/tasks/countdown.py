@@ -196,7 +196,7 @@ MAX_WAYS = 16  # of making a value of the given numbers; more are not remembered
 _STEP = re.compile(
     r"""
     (?<![0-9.)=+*/-]) (?: (?<![-+*/=(][ ]) | (?<=\n[-*+][ ]) )  # not in the middle of an expression; after a bullet
-    (?P<left> [0-9(] [0-9()+*/ -]{2,80}? ) [ ]?=[ ]? (?P<result> -?[0-9]{1,9} ) (?! [0-9.] | [ ]?[-+*/(] )
+    (?P<left> [0-9(] [0-9()+*/ -]{2,80}? ) [ ]?=[ ]? (?P<result> -?[0-9]{1,9} ) (?! [.]?[0-9] | [ ]?[-+*/(] )
     (?: ,?[ ] (?P<said> yes | no )\b )?
     | \bnear[ ] (?P<near> [0-9]{1,9} )\b
     | (?P<end> \n )

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import thoughts
-from mlx_traces.tasks.countdown import MAX_EXPRESSION, TASK, check, generate, hub_part, load, parse, split_of
+from mlx_traces.tasks.countdown import (
+    MAX_EXPRESSION,
+    MAX_STEPS,
+    TASK,
+    check,
+    generate,
+    hub_part,
+    load,
+    parse,
+    split_of,
+    steps,
+)
 from mlx_traces.tasks.solver import TRACE_LIMIT, TRACE_LINES, impatience, search_trace, solutions
 
 
@@ -410,3 +421,60 @@ def test_bad_requests_for_problems():
 def test_spellings_of_an_expression_are_one_vote():
     found = ["(3 + 2) × 4 = 20", r"\boxed{(3+2) \times 4 = 20}", "4 * (3 + 2)", None]
     assert TASK.votes(found, "20", "tolerant") == ["(3+2)*4=20", "(3+2)*4=20", "4*(3+2)", None]
+
+
+# ---------------------------------------------------------------------------------- steps of a thought
+
+STEPPED = parse({"nums": [49, 25, 22], "target": 46}, "test")
+
+
+@pytest.mark.parametrize(
+    ("thought", "numbers", "claims"),
+    [
+        (
+            "49 + 25 = 74, 74 + 22 = 96, 74 - 22 = 52 no\n49 - 25 = 24, 24 + 22 = 46 yes",
+            [("49 + 25", 1), ("74 + 22", 1), ("74 - 22", 1), ("49 - 25", 1), ("24 + 22", 1)],
+            [("no", 1), ("yes", 1)],
+        ),
+        ("49 + 25 = 74, 74 + 49 = 123 no", [("49 + 25", 1), ("74 + 49", 0)], [("no", 1)]),  # used twice
+        ("49 - 24 = 25, 25 + 21 = 46 yes", [("49 - 24", 0), ("25 + 21", 0)], [("yes", 0)]),  # not given
+        ("49 - 25 = 24, 24 + 22 = 46 no", [("49 - 25", 1), ("24 + 22", 1)], [("no", 0)]),  # it is a hit
+        ("49 - 25 = 24, 24 + 22 = 47 yes", [("49 - 25", 1), ("24 + 22", 1)], [("yes", 0)]),  # false, and another value
+        ("24 + 22 = 46 yes", [("24 + 22", 0)], [("yes", 0)]),  # nothing made 24
+        ("22 + 24 = 46, 49 - 25 = 24", [("22 + 24", 0), ("49 - 25", 1)], []),  # not yet
+        ("49 - 3 = 46 yes", [("49 - 3", 0)], [("yes", 0)]),
+        # the nearest of what was made of all numbers, whichever came first
+        (
+            "49 + 25 = 74, 74 + 22 = 96, 74 - 22 = 52 no\nnear 52",
+            [("49 + 25", 1), ("74 + 22", 1), ("74 - 22", 1)],
+            [("no", 1), ("near 52", 1)],
+        ),
+        ("49 + 25 = 74, 74 + 22 = 96 no\nnear 74", [("49 + 25", 1), ("74 + 22", 1)], [("no", 1), ("near 74", 0)]),
+        ("near 46", [], [("near 46", 0)]),
+        # expressions of more numbers, over several lines, in other words
+        ("So (49 - 25) + 22 = 46, yes", [("(49 - 25) + 22", 1)], [("yes", 1)]),
+        ("First\n- 49 - 25 = 24.\n- 24 + 22 = 46", [("49 - 25", 1), ("24 + 22", 1)], []),
+        ("49 - 25 + 22 = 24 + 22 = 46, x + 25 - 3 = 1, 2.5 * 2 = 5, 2 ** 3 = 8, 49 = 49 yes", [], []),  # not checked
+    ],
+)
+def test_steps_of_a_thought(thought, numbers, claims):
+    found = steps(STEPPED, thought)
+    assert {kind: [(thought[a:b], value) for a, b, value in own] for kind, own in found.items()} == {
+        "numbers": numbers,
+        "claims": claims,
+    }
+
+
+def test_a_given_number_that_is_there_twice_may_be_used_twice():
+    problem = parse({"nums": [5, 5, 7], "target": 17}, "test")
+    assert [value for *_, value in steps(problem, "5 + 5 = 10, 10 + 7 = 17 yes")["numbers"]] == [1, 1]
+    assert [value for *_, value in steps(problem, "7 + 7 = 14")["numbers"]] == [0]
+
+
+def test_steps_of_hostile_thoughts_take_no_time():
+    many = parse({"nums": list(range(1, 17)), "target": 46}, "test")
+    began = time.process_time()
+    for text in ("1+" * 10_000, "(" * 10_000, "-1 + " * 10_000, "1 + 2 - " * 3_000 + "=", "9" * 10_000 + " + 1 = 2"):
+        steps(many, text)
+    found = steps(many, f"{' + '.join(map(str, range(1, 13)))} = 3, " * 600)
+    assert len(found["numbers"]) == MAX_STEPS and time.process_time() - began < 5

@@ -231,6 +231,28 @@ def test_other_functions_that_fail(here):
         load("empty:TASK").load("train", None, 2, 0)
 
 
+def test_steps_of_a_plug_in(here):
+    text = EXAMPLE.replace("    grade=grade,\n", "    grade=grade,\n    steps=steps,\n")
+    write(
+        here, "def steps(problem, thought):\n    return {'ends': [(0, len(thought), 1)]} if thought else 1 / 0\n" + text
+    )
+    task = load("mine:TASK")
+    problem = task.parse({"nums": [1, 2, 3]}, "f:1")
+    assert task.steps(problem, "abc") == {"ends": [(0, 3, 1)]}
+    with pytest.raises(UserError, match=r"mine.py: steps failed on 24-1-2-3 \(ZeroDivisionError: .*line 2\)"):
+        task.steps(problem, "")
+    write(here, text.replace("steps=steps", "steps=3"), "three.py")
+    with pytest.raises(UserError, match=r"three.py: TASK.steps must be a function, not '3'"):
+        load("three:TASK")
+    write(here, text.replace("steps=steps", "steps=lambda problem, thought: [1]"), "list.py")
+    with pytest.raises(
+        UserError, match=r"list.py: steps returned '\[1\]' for 24-1-2-3; it must return a dict with a list"
+    ):
+        load("list:TASK").steps(problem, "x")
+    write(here, EXAMPLE, "none.py")
+    assert load("none:TASK").steps is None
+
+
 def test_a_user_error_of_a_plug_in_is_its_own_line(here):
     text = EXAMPLE.replace("    made = ", "    raise UserError('no network today')\n    made = ")
     write(here, f"from mlx_traces.errors import UserError\n{text}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_traces.config import ScoreConfig, build
 from mlx_traces.errors import UserError
 from mlx_traces.tasks import get_task
-from mlx_traces.traces.equations import MAX_EQUATIONS, equations, faithfulness
+from mlx_traces.traces.equations import MAX_EQUATIONS, checked, equations, faithfulness
 from mlx_traces.traces.quality import (
     combined,
     format_score,
@@ -255,6 +255,22 @@ def test_an_equation_far_into_its_line_and_one_cut_by_the_window():
     assert list(equations("1 + " * 31 + "1 = 32")) == []  # 125 characters on the left: too long to read
     assert list(equations("1 + " * 28 + "1 = 29")) == [True]
     assert list(equations("24000 = " + "1000+" * 30 + "1000")) == []  # what is cut off is no end
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("so 49 + 25 = 74, 74 + 22 = 96 no", ["49 + 25 = 74", "74 + 22 = 96"]),
+        ("2 + 2 = 4 = 1 + 3 = 5, x", ["2 + 2 = 4", "= 1 + 3", "= 5"]),  # a chain
+        (r"so \frac{3}{4} \times 2 = 1.5 and", [r"\frac{3}{4} \times 2 = 1.5"]),
+        (r"and 10{,}000 \div 4 = 2{,}500.", [r"10{,}000 \div 4 = 2{,}500"]),
+        ("- 5 apples × 2 = 10 apples\n- (3 - 1) = 2", ["5 apples × 2 = 10", "(3 - 1) = 2"]),
+        ("go on " * 40 + "2 + 2 = 4 " + "go on " * 40 + "$2 + 2 = $5", ["2 + 2 = 4", "2 + 2 = $5"]),
+        ("1/2 = 50 %, 10/3 = 3.33...", ["1/2 = 50 %", "10/3 = 3.33..."]),
+    ],
+)
+def test_where_an_equation_stands(text, spans):
+    assert [text[start:end] for start, end, _ in checked(text)] == spans
 
 
 def test_faithfulness_is_the_share_that_is_true():
