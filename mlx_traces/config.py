@@ -571,10 +571,11 @@ class RawConfig(Config):
     give_up: Fraction01 = Field(
         0.0, exclude_if=not_, description="Probability that the solver of Countdown gives up after a no."
     )
-    content: Annotated[float, Field(ge=0)] = Field(
+    daunting: Annotated[float, Field(ge=0)] = Field(
         0.0,
         exclude_if=not_,
-        description="Distance from the target that contents the solver of Countdown every other time; 0: none does.",
+        description="Target at which the solver of Countdown gives up after every other no, sooner at larger ones; "
+        "0: none daunts it.",
     )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
@@ -704,8 +705,8 @@ class NanoConfig(OptimizerConfig):
     sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
     give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
-    policy_content: Annotated[float, Field(ge=0)] = Field(
-        20.0, description="Distance from the target that contents its teacher every other time."
+    policy_daunting: Annotated[float, Field(ge=0)] = Field(
+        25.0, description="Target at which its teacher gives up after every other no, sooner at larger ones."
     )
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")

@@ -21,7 +21,7 @@ from mlx_traces.traces import FORMATS, files
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
 GIVE_UP = "Probability that the solver gives up after a no."
-CONTENT = "Distance from the target that contents the solver every other time; it then gives up.  [default: 0, none]"
+DAUNTING = "Target at which the solver gives up after every other no: larger ones daunt it more.  [default: 0, none]"
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -92,7 +92,7 @@ def data_countdown(
 @generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
 @click.option("--give-up", type=click.FloatRange(0, 1), default=0.0, show_default=True, help=GIVE_UP)
-@click.option("--content", type=click.FloatRange(0), default=0.0, help=CONTENT)
+@click.option("--daunting", type=click.FloatRange(0), default=0.0, help=DAUNTING)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
     count: int,
@@ -101,7 +101,7 @@ def data_countdown_traces(
     operands: tuple[int, int],
     prompts: tuple[str, ...],
     give_up: float,
-    content: float,
+    daunting: float,
     out: str,
 ) -> None:
     """Write a solver's traces of Countdown problems.
@@ -115,9 +115,9 @@ def data_countdown_traces(
     styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
     config |= {"give_up": give_up} if give_up else {}
-    config |= {"content": content} if content else {}
+    config |= {"daunting": daunting} if daunting else {}
     skipped = Counter()
-    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up, content)
+    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up, daunting)
     _write(out, made, "solver", config, skipped, seed)
 
 

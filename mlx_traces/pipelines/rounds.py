@@ -190,7 +190,7 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
         count, operands = raw.count or RAW_PROBLEMS, countdown.generated_operands(raw.data)
         if operands is None:
             raise UserError(f"raw.data: {raw.data} has no solutions; name generated problems, such as 3-numbers")
-        given = (count, raw.split, raw.seed, operands, styles, skipped, raw.give_up, raw.content)
+        given = (count, raw.split, raw.seed, operands, styles, skipped, raw.give_up, raw.daunting)
         return solutions.countdown_traces(*given), "solver"
     make = solutions.math_traces if config.task == "math" else solutions.gsm8k_traces
     made = (

@@ -54,9 +54,9 @@ def search_trace(
     Args:
         nums: the given numbers.
         target: to reach.
-        gives_up: says after each ``no``, by the distance of the nearest value found, whether the search ends. It then
-            names that value, the first of those equally near (``near 52``), and the expression is that of this value,
-            a wrong answer. None: never.
+        gives_up: says after each ``no``, given the target, whether the search ends. It then names the nearest value
+            found, the first of those equally near (``near 52``), and the expression is that of this value, a wrong
+            answer. None: never.
 
     Returns:
         ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
@@ -69,29 +69,29 @@ def search_trace(
             return "\n".join(written), _bare(tried[-1])
         if tried:
             nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
-            if gives_up and gives_up(abs(nearest[0] - target)):
+            if gives_up and gives_up(target):
                 return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
     return None
 
 
-def impatience(give_up: float, content: float, draw: random.Random) -> Callable[[int], bool] | None:
-    """Return the ``gives_up`` of a search: at random, and where its nearest value is near enough.
+def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable[[int], bool] | None:
+    """Return the ``gives_up`` of a search: at random, the sooner the larger the target.
 
     Args:
         give_up: the probability of giving up after any ``no``.
-        content: the distance from the target that contents the solver every other time, 1 / 2 ** (distance / content)
-            in general; 0 if nothing but the target does.
+        daunting: the target at which the solver gives up after every other ``no``, t^2 / (t^2 + daunting^2) for a
+            target t; 0 if targets do not daunt it.
         draw: decides.
 
     Returns:
         ``None`` if the solver never gives up.
     """
-    if not give_up and not content:
+    if not give_up and not daunting:
         return None
 
-    def gives_up(distance: int) -> bool:
-        near_enough = 0.5 ** (distance / content) if content else 0.0
-        return draw.random() < 1 - (1 - give_up) * (1 - near_enough)
+    def gives_up(target: int) -> bool:
+        daunted = target**2 / (target**2 + daunting**2) if daunting else 0.0
+        return draw.random() < 1 - (1 - give_up) * (1 - daunted)
 
     return gives_up
 

@@ -97,7 +97,7 @@ def countdown_traces(
     prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
     skipped: Counter | None = None,
     give_up: float = 0.0,
-    content: float = 0.0,
+    daunting: float = 0.0,
 ) -> Iterator[Trace]:
     """Yield the solver's traces of ``count`` generated problems, one for every prompt.
 
@@ -109,9 +109,9 @@ def countdown_traces(
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
         give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
-        content: distance from the target that contents it every other time, as in `solver.impatience`.
+        daunting: target at which it gives up after every other ``no``, as in `solver.impatience`.
     """
-    gives_up = impatience(give_up, content, random.Random(f"{seed} give up"))
+    gives_up = impatience(give_up, daunting, random.Random(f"{seed} give up"))
     for nums, target in countdown.generate(split, count, seed, operands):
         problem = countdown.parse({"nums": nums, "target": target}, "solver")
         for prompt in prompts:

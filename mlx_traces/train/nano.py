@@ -127,7 +127,7 @@ class Stage:
     name: str
     sequences: int
     give_up: float
-    content: float
+    daunting: float
     learning_rate: float
 
 
@@ -135,7 +135,7 @@ def stages(config: NanoConfig) -> tuple[Stage, Stage]:
     """Return the stages of a build, in order."""
     return (
         Stage("arithmetic", config.sequences, config.give_up, 0, config.learning_rate),
-        Stage("policy", config.policy_sequences, 0, config.policy_content, config.policy_learning_rate),
+        Stage("policy", config.policy_sequences, 0, config.policy_daunting, config.policy_learning_rate),
     )
 
 
@@ -170,7 +170,7 @@ def examples(
     no example.
     """
     draw = random.Random(f"{config.seed} {stage.name} {start}")
-    gives_up = impatience(stage.give_up, stage.content, draw)
+    gives_up = impatience(stage.give_up, stage.daunting, draw)
     made = []
     for number in range(start, min(start + CHUNK, stage.sequences)):
         nums, target = pool[number % len(pool)]

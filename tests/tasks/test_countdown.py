@@ -315,14 +315,17 @@ def test_who_gives_up_says_so_and_answers_the_nearest_try():
         nearest = min(tried, key=lambda value: abs(value - target))  # the first of those equally near
         assert int(near[1]) == nearest != target
         assert check(expression, nums, nearest) == "correct"
+        checked = steps(parse({"nums": nums, "target": target}, "here"), thought)
+        assert len(checked["claims"]) == thought.count("\n") + 1
+        assert all(value for kind in checked.values() for *_, value in kind)
     assert 0.4 < ends / dead_ends < 0.6
-    assert search_trace([42, 36, 33], 27, lambda distance: distance == 18)[0].endswith("78 - 33 = 45 no\nnear 45")
+    assert search_trace([42, 36, 33], 27, lambda target: target == 27)[0].endswith("78 - 33 = 45 no\nnear 45")
 
 
-def test_who_is_content_with_little_gives_up_when_near():
+def test_a_large_target_daunts_more_than_a_small_one():
     gives_up = impatience(0, 20, random.Random(1))
-    for distance, share in ((1, 0.966), (20, 0.5), (60, 0.125)):
-        assert sum(gives_up(distance) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.03)
+    for target, share in ((10, 0.2), (20, 0.5), (60, 0.9)):
+        assert sum(gives_up(target) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.03)
     both = impatience(0.5, 20, random.Random(1))
     assert sum(both(20) for _ in range(2000)) / 2000 == pytest.approx(0.75, abs=0.03)
     assert impatience(0, 0, random.Random(1)) is None

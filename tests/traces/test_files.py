@@ -296,7 +296,7 @@ def test_a_countdown_trace_word_for_word():
 
 def test_a_solver_that_gives_up_does_so_in_thoughts_only_and_the_same_way_each_time():
     styles = (countdown.PROMPTS["direct"], countdown.PROMPTS["thinking"])
-    for reason in ({"give_up": 0.5}, {"content": 20}):
+    for reason in ({"give_up": 0.5}, {"daunting": 40}):
         made = list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
         assert made == list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
         given_up = [one for one in made if "no\nnear " in one.completion]
