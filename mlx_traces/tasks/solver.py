@@ -133,13 +133,13 @@ def solved(
 ) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Only with a
-    thought does the solver give up, as ``search_trace`` says.
+    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without one
+    the solver searches all the same, and gives up as ``search_trace`` says.
     """
-    thinks = "<think>" in prompt.user + prompt.prefill
-    if (found := search_trace(nums, target, gives_up if thinks else None)) is None:
+    if (found := search_trace(nums, target, gives_up)) is None:
         return None
     thought, expression = found
+    thinks = "<think>" in prompt.user + prompt.prefill
     opening = f"{opening_line(prompt)}{thought}\n</think>\n" if thinks else prompt.prefill
     problem = countdown.parse({"nums": nums, "target": target}, "solver")
     return prompt.messages(problem), f"{opening}<answer>{expression}</answer>"

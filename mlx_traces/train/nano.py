@@ -175,7 +175,8 @@ def examples(
     for number in range(start, min(start + CHUNK, stage.sequences)):
         nums, target = pool[number % len(pool)]
         style = PROMPTS["direct" if draw.random() < config.direct_share else "thinking"]
-        if (example := solved(style, nums, target, gives_up)) is not None:
+        patient = style.name == "direct" and not stage.daunting  # the first stage's direct answers are all right
+        if (example := solved(style, nums, target, None if patient else gives_up)) is not None:
             prompt = tokenizer.apply_chat_template(example[0], add_generation_prompt=True, tokenize=False)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
             made.append((prompt_ids + tokenizer.encode(example[1] + STOP, add_special_tokens=False), len(prompt_ids)))

@@ -294,16 +294,18 @@ def test_a_countdown_trace_word_for_word():
     assert skipped["no short trace"] > 0
 
 
-def test_a_solver_that_gives_up_does_so_in_thoughts_only_and_the_same_way_each_time():
+def test_a_solver_that_gives_up_does_so_the_same_way_each_time_with_or_without_a_thought():
     styles = (countdown.PROMPTS["direct"], countdown.PROMPTS["thinking"])
     for reason in ({"give_up": 0.5}, {"daunting": 40}):
         made = list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
         assert made == list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
-        given_up = [one for one in made if "no\nnear " in one.completion]
-        assert len(given_up) > 10 and {one.prompt for one in given_up} == {"thinking"}
+        wrong = {"direct": 0, "thinking": 0}
         for one in made:
             verdict = countdown.grade(countdown.parse(one.columns, "here"), one.completion)["answer"].verdict
-            assert verdict == ("wrong_value" if one in given_up else "correct")
+            wrong[one.prompt] += verdict == "wrong_value"
+            if one.prompt == "thinking":
+                assert verdict == ("wrong_value" if "no\nnear " in one.completion else "correct")
+        assert all(10 < count < 40 for count in wrong.values())
 
 
 # ---------------------------------------------------------------------------------- the command line
