@@ -10,9 +10,10 @@ from mlx_traces.runtime import blas as blas
 _LAZY = {
     "evaluate": "mlx_traces.evaluation.run",
     "compare": "mlx_traces.pipelines.compare",
+    "plan_eval": "mlx_traces.evaluation.planning",
     **dict.fromkeys(("generate", "load", "train_grpo", "train_ppo", "train_sft"), "mlx_traces.api"),
 }
-__all__ = ["__version__", "compare", "evaluate", "generate", "load", "train_grpo", "train_ppo", "train_sft"]
+__all__ = ["__version__", *sorted(_LAZY)]
 
 
 def __getattr__(name: str):

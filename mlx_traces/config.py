@@ -170,6 +170,11 @@ class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
     stop_in_thoughts: bool = Field(
         False, exclude_if=not_, description="Let the prompt's stop strings end a completion within its thought too."
     )
+    growing: bool = Field(
+        False,
+        exclude_if=not_,
+        description="Take the problems in a random order (--seed), so that a run goes on with a larger --limit.",
+    )
 
 
 class EvalConfig(AnswerConfig, EndpointConfig):
@@ -337,7 +342,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
-        "think", description="Form of a completion that the rewards format and gated require."
+        "think", description="Form of a completion that format and gated require; where equations and steps look."
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         "keep",
@@ -634,6 +639,9 @@ class StudyModel(Config):
 
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
+    adapters: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None, description="Folders of adapters: several trainings of one recipe, which are one row under its label."
+    )
     label: str | None = Field(None, description="Name in the tables; default: the model's and the adapter's.")
     bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(
         None, description="Bits per weight to convert the model to; default: no conversion."
@@ -654,6 +662,10 @@ class ComparedConfig(Config):
     baseline: str | None = Field(
         None, description="Label or run of the row that others are compared with; default: the first."
     )
+    cluster: str | None = Field(
+        None,
+        description="Column of the data whose equal values mark problems that belong together.",
+    )
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
 
@@ -662,6 +674,9 @@ class CompareConfig(ComparedConfig):
     """Settings of ``mlx-traces compare``: also finished runs, and evaluations that are written out in full."""
 
     runs: list[str] = Field(default_factory=list, description="Run folders.")
+    recipes: dict[str, list[str]] = Field(
+        default_factory=dict, description="Run folders of several trainings of one recipe, by the name of their row."
+    )
     evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
     extractor: str | None = Field(None, description="Compare all runs by this extractor.")
     quality: ScoreConfig | None = Field(
@@ -669,6 +684,10 @@ class CompareConfig(ComparedConfig):
         exclude_if=_is_none,
         description="Also compare the quality of the answers, scored by these settings; {} takes those of score.",
     )
+    stop_when_decided: bool = Field(
+        False, description="Evaluate all rows together, block by block, until every difference is decided or --limit."
+    )
+    block: Positive = Field(50, description="Problems of a block.")
 
 
 class StudyConfig(ComparedConfig):

@@ -210,3 +210,4 @@ class EvalResult:
     think_tokens: int | None = None
     think_at_least: int = 0
     forced: int = 0
+    pass_hat_k: dict[str, float] | None = None  # None: an earlier version did not compute it

@@ -300,8 +300,9 @@ def lora(seed=0, scale=0.1):
     return model
 
 
-def made(reward, ids, finish="stop", prompt=(1, 2, 3)):
-    sampled = Sampled(prompt, tuple(ids), "text", finish, (-1.0,) * len(ids), (-1.0,) * len(ids))
+def made(reward, ids, finish="stop", prompt=(1, 2, 3), forced=()):
+    logprobs = tuple(None if place in forced else -1.0 for place in range(len(ids)))
+    sampled = Sampled(prompt, tuple(ids), "text", finish, logprobs, logprobs, forced=tuple(forced))
     return rollouts.ScoredCompletion(
         Problem("p", {}, "1"), completion.Completion.sampled("", "", sampled), {"correct": reward}, reward
     )

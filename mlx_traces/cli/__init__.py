@@ -10,14 +10,14 @@ from mlx_traces.cli.options import Commands
 from mlx_traces.cli.pipelines import compare_command, rounds_command, study_command, verify_command
 from mlx_traces.cli.report import card_command, push_command, report_command, watch_command
 from mlx_traces.cli.traces import data_group, filter_command, generate_command, reformat_command, score_command
-from mlx_traces.cli.train import fuse_command, grpo_command, plan_command, ppo_command, sft_command
+from mlx_traces.cli.train import fuse_command, grpo_command, plan_group, ppo_command, sft_command
 
 GROUPS = {  # of the root's help
     "Evaluate": (eval_command, compare_command, study_command, grade_command, verify_command),
     "Traces": (data_group, generate_command, score_command, filter_command, reformat_command),
     "Train": (sft_command, grpo_command, ppo_command, rounds_command, fuse_command),
     "Show and share": (report_command, watch_command, card_command, push_command),
-    "Machine and configurations": (doctor_command, plan_command, bench_group, nano_group, configs_command),
+    "Machine and configurations": (doctor_command, plan_group, bench_group, nano_group, configs_command),
 }
 
 

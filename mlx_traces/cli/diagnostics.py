@@ -11,6 +11,7 @@ import click
 from mlx_traces.cli.options import ConfigFile, configured, settings_options
 from mlx_traces.config import GRPOConfig, LoadConfig, NanoConfig, PPOConfig, RLConfig, SFTConfig, build
 from mlx_traces.errors import UserError
+from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.files import to_json
 from mlx_traces.runtime.provenance import provenance
 
@@ -245,7 +246,6 @@ def bench_sft_command(
     """
     config = build(SFTConfig, {**settings, "data": data or ""})
     from mlx_traces.models import loading
-    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces.diagnostics import bench_sft
@@ -343,7 +343,6 @@ def _bench_reinforcement(
     """Time steps of an algorithm and print what was found."""
     config = build(form, {**settings, "prompts_per_step": prompts})
     from mlx_traces.models import loading
-    from mlx_traces.runtime.device import import_mlx
 
     import_mlx()
     from mlx_traces.diagnostics import bench_rl
@@ -388,8 +387,6 @@ def nano_group() -> None:
 @settings_options(NanoConfig)
 def nano_build(config_file: str | None, resume: bool, settings: dict) -> None:
     """Train nano from scratch. Writes it, quantized, as a model folder; takes under an hour on two CPU cores."""
-    from mlx_traces.runtime.device import import_mlx
-
     config = configured(NanoConfig, config_file, settings)
     import_mlx()
     from mlx_traces.runtime.progress import progress

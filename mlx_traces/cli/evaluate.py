@@ -69,6 +69,7 @@ def summary(result: EvalResult) -> list[str]:
             if extractor != result.extractor
         ),
         *(f"  pass@{k:<7} {100 * value:.1f} %" for k, value in result.pass_at_k.items()),
+        *(f"  pass^{k:<7} {100 * value:.1f} %" for k, value in (result.pass_hat_k or {}).items()),
         *(f"  maj@{k:<8} {100 * value:.1f} %" for k, value in result.maj_at_k.items()),
         f"  verdicts     {', '.join(f'{verdict} {count}' for verdict, count in result.verdicts.items())}",
         f"  cut off      {100 * result.truncated:.1f} % at {result.max_tokens} tokens",

@@ -15,6 +15,18 @@ from mlx_traces.tasks import get_task
 from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
+BLOCK = CompareConfig.model_fields["block"].default
+
+
+def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, list[str]]:
+    """Read NAME=RUN,RUN pairs."""
+    found = {}
+    for item in items:
+        name, sign, runs = item.partition("=")
+        if not (name and sign and all(runs.split(","))):
+            raise UserError(f"--recipe {item}: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2")
+        found[name] = runs.split(",")
+    return found
 
 
 @click.command("compare", cls=Sectioned)
@@ -38,6 +50,20 @@ FORMATS = ("table", "markdown", "csv", "json")
     help="With --quality: a setting of `score`, as in tags=none, model=MODEL (perplexity), judge=MODEL.  "
     "Repeat for more.",
 )
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    metavar="NAME=RUN,RUN,...",
+    callback=_recipes,
+    help="Finished runs of several trainings of one recipe: one row, with the variance between trainings.  Repeat for "
+    "more.",
+)
+@click.option("--cluster", help=CompareConfig.model_fields["cluster"].description)
+@click.option("--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description)
+@click.option(
+    "--block", type=int, help=f"{CompareConfig.model_fields['block'].description}  [default: {BLOCK}, with the former]"
+)
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],
@@ -51,6 +77,10 @@ def compare_command(
     extractors: bool,
     quality: bool,
     scoring: tuple[str, ...],
+    recipes: dict[str, list[str]],
+    cluster: str | None,
+    stop_when_decided: bool,
+    block: int | None,
     settings: dict,
 ) -> None:
     """Compare models or runs in one table with paired statistics. Evaluates what is missing.
@@ -62,7 +92,8 @@ def compare_command(
     from mlx_traces.pipelines import compare
     from mlx_traces.report import tables
 
-    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir}
+    overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir, "recipes": recipes or None}
+    overrides |= {"cluster": cluster, "stop_when_decided": stop_when_decided or None, "block": block}
     given = {name: value for name, value in overrides.items() if value is not None}
     asked = read_config(CompareConfig, config_file, given)
     if quality or scoring:

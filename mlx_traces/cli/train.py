@@ -11,7 +11,24 @@ from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig
 from mlx_traces.runtime.device import import_mlx
 
 
-@click.command("plan")
+class Plan(click.Group):
+    """A group whose first word is a configuration of a training, or a subcommand."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        """Find the subcommand: ``training``, if none is named."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["training", *args])
+
+
+@click.group("plan", cls=Plan, context_settings={"ignore_unknown_options": True})
+def plan_group() -> None:
+    """Estimate what a training takes, or a comparison.
+
+    `plan CONFIG` is short for `plan training CONFIG`: the memory of a training. `plan eval` says how many problems a
+    comparison needs.
+    """
+
+
+@plan_group.command("training")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option(
     "--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Kind of training; default: by the file's fields."
@@ -26,6 +43,34 @@ def plan_command(config_file: str, kind: str | None) -> None:
     from mlx_traces.pipelines import estimate
 
     for line in estimate.plan(config_file, kind).lines():
+        click.echo(line)
+
+
+@plan_group.command("eval")
+@click.option("--difference", type=float, help="Smallest difference of two accuracies to see, in points.")
+@click.option(
+    "--from",
+    "runs",
+    type=click.Path(),
+    multiple=True,
+    metavar="RUN [RUN]",
+    help="One or two finished runs like those planned.",
+)
+@click.option("--discordant", type=float, help="Percent of problems that one of two models alone gets right.")
+@click.option("--problems", type=int, help="Number of problems that there are.  [default: that of two runs]")
+@click.option("--power", type=float, default=80, show_default=True, help="Percent of evaluations that are to see it.")
+@click.option("--alpha", type=float, default=5, show_default=True, help="Level of the two-sided test, in percent.")
+@click.option("--holm", type=int, default=1, show_default=True, help="Number of comparisons in the table.")
+@click.argument("second", required=False, type=click.Path())
+def plan_eval_command(runs: tuple[str, ...], second: str | None, **given: Any) -> None:
+    """Say how many problems a comparison needs. Also what finished runs could see.
+
+    The test is McNemar's exact one. --from RUN RUN takes from two finished runs how often one of them alone is right,
+    and their time and tokens; --from RUN the latter.
+    """
+    from mlx_traces.evaluation.planning import plan_eval
+
+    for line in plan_eval(runs=[*runs, *filter(None, [second])], **given).lines():
         click.echo(line)
 
 

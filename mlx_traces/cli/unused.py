@@ -30,7 +30,7 @@ def _validated(config: SFTSettings) -> bool:
     return bool(getattr(config, "valid", None) or config.valid_share or config.evaluate)
 
 
-_TAGGED = {"gated", "format", "structure", "faithfulness"}  # rewards
+_TAGGED = {"gated", "format", "structure", "faithfulness", "equations", "steps"}  # rewards
 _SELECTED = ("eval_data", "eval_split", "eval_limit", "eval_seed", "overlap_words")
 _JUDGED = ("judge_prompt", "judge_max_tokens", "judge_cache", "judge_failures")
 _REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
@@ -53,6 +53,7 @@ _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
     ((RLConfig,), ("eval_every", "patience"), lambda c: c.evaluate is None, "without evaluate"),
     ((SFTSettings,), ("eval_every", "patience"), lambda c: not _validated(c), "without a validation"),
     ((RLConfig,), ("tags",), lambda c: not _TAGGED & c.rewards.keys(), "without a reward that reads them"),
+    ((RLConfig,), ("supervision",), lambda c: not c.step_weight, "without step_weight"),
     ((), ("overlong_tokens",), lambda c: c.overlong != "penalty", "unless overlong is penalty"),
     ((), ("probe_samples",), lambda c: (c.pass_rate_low, c.pass_rate_high) == (0, 1), "without pass_rate_low or _high"),
     ((), ("importance_cap",), lambda c: c.importance == "none", "without importance"),

@@ -27,6 +27,7 @@ from mlx_traces.models.names import NANO
 from mlx_traces.runtime import device
 from mlx_traces.runtime.provenance import provenance
 from mlx_traces.text import clean
+from mlx_traces.train.model_card import last_parts
 
 GSM8K = "eval --task gsm8k --limit 100 --json"
 COUNTDOWN = "eval --task countdown --limit 100 --json"
@@ -141,7 +142,7 @@ def bench_all(
             cores=usable_cores(),
             platform=made["platform"],
         ),
-        model=model,
+        model=shown(model),
         quick=quick,
         started=made["started"],
         versions=made["versions"],
@@ -172,7 +173,7 @@ def bench_all(
 
 def run(planned: Planned, limit: float) -> Step:
     """Run a step in a process of its own for at most ``limit`` seconds; return a failure, do not raise it."""
-    about = {"name": planned.name, "kind": planned.kind, "arguments": [*planned.arguments]}
+    about = {"name": planned.name, "kind": planned.kind, "arguments": [shown(one) for one in planned.arguments]}
     if limit < 1:
         return Step(**about, status="skipped", message="no time was left")
     began, peak, cut = time.monotonic(), None, False
@@ -207,6 +208,11 @@ def run(planned: Planned, limit: float) -> Step:
             return Step(**about, status="done", rows=_rows(out.read_text(errors="replace")))
         except (ValueError, ValidationError):
             return Step(**about, status="failed", message=message or f"ended with {process.returncode}")
+
+
+def shown(argument: str) -> str:
+    """Return an argument for the file, which others read: what is a path on this machine keeps its last parts."""
+    return last_parts(argument) if Path(argument).expanduser().exists() else argument
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

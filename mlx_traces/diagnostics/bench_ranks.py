@@ -2,9 +2,9 @@
 
 The ranks are started here, by ``MLX_RANK`` and ``MLX_HOSTFILE`` over the loopback interface (MLX's ring), as
 ``mlx.launch`` starts them, which keeps a core busy by watching them, and so would stand in the figures. Both runs are
-processes of their own, one after the other. On a CPU the BLAS threads are split: of C cores that this process may use
-one process gets C, each of N ranks C / N, at least one; ``OPENBLAS_NUM_THREADS`` in the environment wins over that, for
-both. Ranks on one GPU share it.
+processes of their own, one after the other. On a CPU each chooses its BLAS threads as always (`blas.threads_for`): a
+small model takes one, a large one all C cores that this process may use, or C / N as one of N ranks.
+``OPENBLAS_NUM_THREADS`` in the environment wins over that, for both. Ranks on one GPU share it.
 """
 
 import json
@@ -33,8 +33,8 @@ class Scaling:
     """A bench's line by one process (``one``) and by several (``several``), as JSON has them.
 
     ``seconds`` are those of the same work: a whole run of generation, an epoch of fine-tuning, a step of reinforcement.
-    ``ratio`` is those of one process over those of ``ranks``: above 1 the ranks are faster. ``threads`` are the BLAS
-    threads of one process, and of each rank.
+    ``ratio`` is those of one process over those of ``ranks``: above 1 the ranks are faster. ``threads`` are the most
+    BLAS threads of one process, and of each rank.
     """
 
     ranks: int
@@ -63,8 +63,9 @@ def scaling(
     cores, found = usable_cores(), []
     for size in (1, count):
         threads = threads_of(size, cores)
-        progress(f"{size} process{'es' if size > 1 else ''}, {threads} BLAS thread{'s' if threads > 1 else ''} each")
-        found.append((threads, _run_bench(arguments, size, threads)))
+        most = f"{'at most ' if threads > 1 else ''}{threads} BLAS thread{'s' if threads > 1 else ''}"
+        progress(f"{size} process{'es' if size > 1 else ''}, {most} each")
+        found.append((threads, _run_bench(arguments, size)))
     (alone, one), (each, several) = found
     lines = [
         Scaling(count, (alone, each), (a["seconds"], b["seconds"]), a["seconds"] / b["seconds"], a, b)
@@ -94,14 +95,14 @@ def usable_cores() -> int:
 
 
 def threads_of(processes: int, cores: int) -> int:
-    """Return the BLAS threads of each of some processes that work side by side; what the environment says wins."""
+    """Return the most BLAS threads of each of some processes side by side; what the environment says wins."""
     given = os.environ.get(THREADS, "")
     return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
 
 
-def _run_bench(arguments: Sequence[str], count: int, threads: int) -> dict[str, Any]:
+def _run_bench(arguments: Sequence[str], count: int) -> dict[str, Any]:
     """Run a bench by some ranks, one being a process alone; return what the first printed."""
-    with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, threads, Path(scratch)) as started:
+    with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, Path(scratch)) as started:
         while any(process.poll() is None for process in started):
             if any(process.returncode for process in started):
                 break  # the others would wait for the lost one
@@ -123,17 +124,13 @@ def _fault(file: Path, rank: int, code: int) -> str:
 
 
 @contextmanager
-def ranks(arguments: Sequence[str], count: int, threads: int, scratch: Path) -> Iterator[list[subprocess.Popen]]:
+def ranks(arguments: Sequence[str], count: int, scratch: Path) -> Iterator[list[subprocess.Popen]]:
     """Start ``mlx-traces`` with some arguments and ``--json`` as ranks of a ring, one being a process alone.
 
     What they write is in ``RANK.out`` and ``RANK.err`` of the folder. Those that still run at the end are ended.
     """
     command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
-    environment = {
-        **os.environ,
-        THREADS: str(threads),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started: list[subprocess.Popen] = []
     if count > 1:
         hosts = scratch / "hosts.json"

@@ -227,13 +227,13 @@ def _blas(backend: str) -> Line:
 
 def attention() -> Line:
     """Return whether attention reads the right keys, for each dtype."""
-    from mlx_traces.engine.attention import misread
+    from mlx_traces.engine.attention import WHOLE, misread
 
     found = {name: misread(getattr(device.import_mlx(), name)) for name in device.DTYPES}
-    told = "; ".join(f"{' and '.join(wrong)} ({name})" for name, wrong in found.items() if wrong)
+    told = "; ".join(f"{' and '.join(map(str, wrong))} ({name})" for name, wrong in found.items() if wrong)
     if not told:
         return Line("attention", f"reads slices of longer buffers rightly in {', '.join(found)}")
-    if any("whole" in what for wrong in found.values() for what in wrong):
+    if any(case.what == WHOLE for wrong in found.values() for case in wrong):
         fix = "do not trust this machine's results in that type: pass another --dtype, or --device cpu"
         return Line("attention", f"misreads {told}", fix, failed=True)
     return Line("attention", f"misreads {told}; sampling works around it")

@@ -29,6 +29,7 @@ from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import NotFinite, Request, SamplingParams
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
+from mlx_traces.models.convert import weight_name
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.models.names import NANO
 from mlx_traces.readers import read_json
@@ -85,7 +86,7 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
     try:
         if stored["nano"] != fingerprint(loaded.path):
             raise UserError("nano's files are not those that the self-test's numbers were made with")
-        dtype = str(loaded.model.model.norm.weight.dtype).rpartition(".")[2]
+        dtype = weight_name(loaded.model.model.norm.weight.dtype)
         allowed = TOLERANCES["float16" if dtype == "float32" and loaded.backend.name != "cpu" else dtype]
         wrong, nats = _generation(loaded, stored["completions"], allowed[0])
         # A model whose outputs are no numbers is not trained.

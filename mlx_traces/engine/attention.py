@@ -6,6 +6,7 @@ buffer, wherever the slice begins. Completions are then noise, without an error.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -36,6 +37,7 @@ class Reading:
 
 
 SLICES = Reading()  # where nothing is misread
+WHOLE, SLICE, FURTHER = "a whole buffer", "a slice", "a slice from further on"
 
 
 def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
@@ -43,9 +45,19 @@ def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
     return buffer[..., low:high, :]
 
 
+class Case(NamedTuple):
+    """A use of attention that is tried: ``what`` it reads, and whether there is a mask."""
+
+    what: str
+    masked: bool
+
+    def __str__(self) -> str:
+        return f"{self.what} {'with' if self.masked else 'without'} a mask"
+
+
 @cache
-def misread(dtype: mx.Dtype) -> tuple[str, ...]:
-    """Return the cases, in words, in which attention of one query is wrong on the default device; empty if in none.
+def misread(dtype: mx.Dtype) -> tuple[Case, ...]:
+    """Return the cases in which attention of one query is wrong on the default device; empty if in none.
 
     The cases are a whole buffer, a slice from a buffer's beginning, and a slice from further on, each without and with
     a mask. Each is compared with the formula, computed step by step in float32.
@@ -55,10 +67,10 @@ def misread(dtype: mx.Dtype) -> tuple[str, ...]:
     wrong = []
     for masked in (False, True):
         mask = mx.arange(KEYS) >= mx.array([0, 50]).reshape(2, 1, 1, 1) if masked else None
-        for what, begin in (("a whole buffer", 0), ("a slice", 0), ("a slice from further on", BEGIN)):
+        for what, begin in ((WHOLE, 0), (SLICE, 0), (FURTHER, BEGIN)):
             own = [slice_of(array, begin, begin + KEYS) for array in (keys, values)]
             wide = [mx.contiguous(array).astype(mx.float32) for array in own]
-            if what == "a whole buffer":
+            if what == WHOLE:
                 own = [mx.contiguous(array) for array in own]
                 mx.eval(own)
             found = mx.fast.scaled_dot_product_attention(queries, *own, scale=SIZE**-0.5, mask=mask)
@@ -66,7 +78,7 @@ def misread(dtype: mx.Dtype) -> tuple[str, ...]:
             scores = scores if mask is None else mx.where(mask, scores, -mx.inf)
             expected = (mx.softmax(scores, axis=-1) @ wide[1]).reshape(2, HEADS, 1, SIZE)
             if not alike(found.astype(mx.float32), expected.astype(dtype).astype(mx.float32)):
-                wrong.append(f"{what} {'with' if masked else 'without'} a mask")
+                wrong.append(Case(what, masked))
     return tuple(wrong)
 
 
@@ -77,11 +89,10 @@ def reading(dtype: mx.Dtype) -> Reading:
         UserError: if attention is wrong even of whole buffers.
     """
     wrong = misread(dtype)
-    if any("whole" in what for what in wrong):
+    kinds = {case.what for case in wrong}
+    if WHOLE in kinds:
         raise UserError(
-            f"this device's attention is wrong in {weight_name(dtype)} ({', '.join(wrong)}), so its results cannot be "
-            "trusted: pass another --dtype, or --device cpu; run mlx-traces doctor for details"
+            f"this device's attention is wrong in {weight_name(dtype)} ({', '.join(map(str, wrong))}), so its results "
+            "cannot be trusted: pass another --dtype, or --device cpu; run mlx-traces doctor for details"
         )
-    return Reading(
-        from_zero="a slice from further on with a mask" in wrong, copied=any(w.startswith("a slice w") for w in wrong)
-    )
+    return Reading(from_zero=Case(FURTHER, True) in wrong, copied=SLICE in kinds)

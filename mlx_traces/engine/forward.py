@@ -169,7 +169,8 @@ class Prompts:
             ids[row, :rest], trained[row, :rest] = example.ids[-rest:], example.trained[-rest:]
         states = memory[-1][rows][:, None]
         if width > 1:
-            kept = [(keys[rows, :, :most], values[rows, :, :most]) for keys, values in _pairs(memory)]
+            pairs = zip(memory[:-1:2], memory[1:-1:2], strict=True)
+            kept = [(keys[rows, :, :most], values[rows, :, :most]) for keys, values in pairs]
             hidden = halves.trunk(mx.array(ids[:, :-1]), cache=[_Continued(*pair, lengths) for pair in kept])
             states = mx.concatenate([states, hidden], axis=1)
         index = mx.array(np.flatnonzero(trained))
@@ -255,7 +256,3 @@ def whole(halves: Split, examples: Sequence[Example], indices: Sequence[int]) ->
 def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Split rows of these lengths into batches of at most ``micro_tokens`` tokens on this device; see `batching`."""
     return batching.micro_batches(range(len(lengths)), lengths, micro_tokens, device.select())
-
-
-def _pairs(memory: Arrays) -> Iterator[tuple[mx.array, mx.array]]:
-    return zip(memory[:-1:2], memory[1:-1:2], strict=True)

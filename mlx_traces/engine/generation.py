@@ -184,7 +184,8 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that did not fit are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    axes = mask_axes(loaded.model) if plain else 0
+    with blas.threads_for(loaded.model, 1):
+        axes = mask_axes(loaded.model) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
@@ -252,17 +253,18 @@ class _Closers:
     def __init__(self, loaded: LoadedModel):
         size = 1 + max(loaded.tokenizer.get_vocab().values())
         self.size = max(size, loaded.config.get("vocab_size") or 0)
-        self.rows: dict[State, int] = {}
+        self.rows: dict[tuple[State, frozenset[int]], int] = {}
         self.table: Any = None  # (states, vocabulary) on the device
 
     def row_of(self, thought: Thinking) -> int:
         """Return the table's row for the thought's state; a new state is added."""
-        if thought.state not in self.rows:
-            self.rows[thought.state] = len(self.rows)
+        key = thought.state, frozenset(thought.stop_ids)
+        if key not in self.rows:
+            self.rows[key] = len(self.rows)
             own = np.zeros((1, self.size), bool)
             own[0, [*thought.reader.closers(thought.state), *thought.stop_ids]] = True
             self.table = mx.array(own) if self.table is None else mx.concatenate([self.table, mx.array(own)])
-        return self.rows[thought.state]
+        return self.rows[key]
 
     def hold(self, rows: np.ndarray, tokens: Any) -> Any:
         """Return (R,) whether each token is in its row of the table."""
@@ -300,7 +302,7 @@ class _Engine:
         self.forced = np.full(rows, NONE, np.int32)  # the token that has to stand next in each row's completion
         self.guard = np.full(rows, NONE, np.int32)  # which of the `closers` tell the tokens that must not
         self.more = np.zeros(rows, np.int32)  # what stands there in place of one of those
-        self.closers = _Closers(loaded)
+        self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.bounded = any(settings.think_tokens is not None or settings.think_at_least for settings in params)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)

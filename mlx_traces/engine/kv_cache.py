@@ -92,7 +92,7 @@ class SlotCache:
             return
         grown = []
         for old, like in ((self.keys, keys), (self.values, values)):
-            shape = (len(self.window.start), like.shape[1], _round_up(capacity) - have, like.shape[3])
+            shape = (len(self.window.start), like.shape[1], -(-capacity // STEP) * STEP - have, like.shape[3])
             new = mx.zeros(shape, like.dtype)
             grown.append(new if old is None else mx.concatenate([old, new], axis=2))
         self.keys, self.values = grown
@@ -179,7 +179,3 @@ def align_right(array: mx.array, lengths: Sequence[int]) -> mx.array:
         return array
     source = np.arange(width)[None] - (width - np.array(lengths))[:, None]
     return mx.take_along_axis(array, mx.array(np.maximum(source, 0))[:, None, :, None], axis=2)
-
-
-def _round_up(capacity: int) -> int:
-    return -(-capacity // STEP) * STEP

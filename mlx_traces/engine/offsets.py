@@ -1,4 +1,4 @@
-"""Which characters of a completion's text each of its tokens wrote, for any tokenizer that decodes. No MLX."""
+"""Which characters of a completion's text each of its tokens wrote, for any tokenizer that decodes."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence

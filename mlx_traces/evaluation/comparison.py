@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import stats
+from mlx_traces.evaluation import power, stats, variance
+from mlx_traces.evaluation.anytime import anytime
 from mlx_traces.evaluation.completion import rehead
 from mlx_traces.evaluation.differences import differences as provenance_differences
 from mlx_traces.readers import is_number
@@ -91,13 +92,15 @@ class Run:
     """A finished evaluation as its run folder holds it.
 
     ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
-    run.json, if there is one: settings, versions, device, fingerprints.
+    run.json, if there is one: settings, versions, device, fingerprints. A run that `recipe` made of several has their
+    number as ``trainings``, and each sample says in ``training`` which of them it is from.
     """
 
     name: str
     result: dict[str, Any]
     samples: list[dict[str, Any]]
     about: dict[str, Any] = field(default_factory=dict)
+    trainings: int = 1
 
     def __post_init__(self) -> None:
         """Raise UserError for a value of another type than an evaluation writes."""
@@ -148,6 +151,7 @@ class _Result(BaseModel, strict=True):
     think_tokens: int | None = _COUNT
     think_at_least: int | None = _COUNT
     pass_at_k: _Shares | None = _SHARES
+    pass_hat_k: _Shares | None = _SHARES
     maj_at_k: _Shares | None = _SHARES
 
 
@@ -166,65 +170,188 @@ def _check(kind: type[BaseModel], row: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: {name!r} must be {what}, not {found}; evaluate it anew") from None
 
 
-def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
+def recipe(name: str, runs: Sequence[Run]) -> Run:
+    """Join runs of several trainings of one recipe, on the same problems, into one run: a row of its own.
+
+    Args:
+        name: the row's name in tables.
+        runs: one run for each training; the first one's settings are shown.
+
+    Raises:
+        UserError: if there are fewer than two, or they differ in problems or in the settings of `PROTOCOL`.
+    """
+    if len({run.name for run in runs}) < len(runs) or len(runs) < 2:
+        raise UserError(f"recipe {clean(name)}: {len(runs)} runs; name two or more, each once")
+    outcomes = [outcomes_of(run) for run in runs]
+    size = len(next(iter(outcomes[0].values())))
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[0], run, outcomes[0], outcome)
+        for key in ("prompt", *PROTOCOL):
+            if run.result.get(key) != runs[0].result.get(key):
+                found = f"{clean(runs[0].result.get(key))} and {clean(run.result.get(key))}"
+                raise UserError(f"recipe {clean(name)}: {key} is {found}; only their training may differ")
+    samples = [
+        row | {"sample": row.get("sample", 0) + size * number, "training": number}
+        for number, run in enumerate(runs)
+        for row in run.samples
+    ]
+    speeds = [speed for run in runs if is_number(speed := run.result.get("tokens_per_second"))]
+    result = {"model": name, "adapter": None, "tokens_per_second": sum(speeds) / len(speeds) if speeds else None}
+    result |= {"pass_at_k": {}, "pass_hat_k": {}, "maj_at_k": {}}
+    about = runs[0].about | {"trainings": [run.name for run in runs]}
+    return Run(runs[0].name, runs[0].result | result, samples, about, len(runs))
+
+
+def shares(run: Run, ids: Sequence[str]) -> np.ndarray:
+    """Return the (trainings, problems) shares of correct completions."""
+    place = {id: i for i, id in enumerate(ids)}
+    counts = np.zeros((run.trainings, len(ids)))
+    for row in run.samples:
+        counts[row.get("training", 0), place[row["id"]]] += row["correct"]
+    return counts * counts.size / len(run.samples)
+
+
+def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[str]:
+    """Return the value of a column for each problem: stored with its samples, or in the data that a run names.
+
+    Raises:
+        UserError: if a problem has no such column there.
+    """
+    found: dict[str, str] = {}
+    for row in (row for run in runs for row in run.samples):
+        value = (row.get("columns") or {}).get(column, row.get(column))
+        if value is not None:
+            found[row["id"]] = str(value)
+    names: set[str] = set()
+    for run in runs if len(found) < len(ids) else ():
+        asked = run.about.get("identity") or {}
+        if not is_known(asked.get("task") or ""):
+            continue
+        try:
+            source = (asked.get(key) for key in ("split", "data", "limit", "seed"))
+            problems = get_task(asked["task"]).load(*source)
+        except UserError:  # the data are not on this machine
+            continue
+        names |= {name for problem in problems for name in problem.columns}
+        found |= {problem.id: str(problem.columns[column]) for problem in problems if column in problem.columns}
+    if missing := [id for id in ids if id not in found]:
+        where = f"the data have {', '.join(sorted(names))}" if names else "the data are not on this machine"
+        raise UserError(f"--cluster {clean(column)}: problem {clean(missing[0])} has no such column; {where}")
+    if len({found[id] for id in ids}) < 2:
+        raise UserError(f"--cluster {clean(column)}: all problems have the same one; name another column")
+    return [found[id] for id in ids]
+
+
+def compare_runs(
+    runs: Sequence[Run], baseline: int | str = 0, cluster: str | None = None, stopped: bool = False
+) -> pd.DataFrame:
     """Compare runs over the same problems with a baseline among them.
 
     The interval of an accuracy is Wilson's, with several samples a problem at their effective number
     (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
     p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
     on the differences of correct counts, which is McNemar's where there is one. Holm's adjustment is over the
-    runs compared with the baseline.
+    runs compared with the baseline. With ``cluster``, several trainings or ``stopped`` see `tested`.
 
     Args:
         runs: at least one run; rows keep their order.
         baseline: index, run name or label of the run that the others are compared with.
+        cluster: column whose equal values mark problems that belong together.
+        stopped: whether the number of problems depends on their results, so that anytime-valid figures are needed.
 
     Returns:
         One row a run: ``JSON_KEYS``, then ``run``, ``label``, ``truncated`` (share of answers cut off), the
-        protocol (task to samples_per_problem) and, where runs have them, ``pass@k`` and ``maj@k``.
+        protocol (task to samples_per_problem), ``test`` (a key of ``tables.TESTS``), ``missed`` (where no difference is
+        shown, the difference that would have been missed half of the time), ``trainings``, ``spread`` (the standard
+        deviation of their accuracies) and, where runs have them, ``pass@k``, ``pass^k`` and ``maj@k``.
         ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
         no difference and no p-value.
 
     Raises:
-        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
+        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline or column.
     """
     names = labels(runs)
     first = baseline_index(runs, baseline)
     outcomes = [outcomes_of(run) for run in runs]
     for run, outcome in zip(runs, outcomes, strict=True):
         require_same_problems(runs[first], run, outcomes[first], outcome)
-    counts = [np.array([sum(outcome[id]) for id in outcomes[first]]) for outcome in outcomes]
-    samples = [len(next(iter(outcome.values()))) for outcome in outcomes]
+    ids = list(outcomes[first])
+    clusters = clusters_of(runs, cluster, ids) if cluster else None
 
     rows: list[dict[str, Any]] = []
     for i, run in enumerate(runs):
-        overall = stats.accuracy(list(outcomes[i].values()))
+        figures, spread = accuracy_of(run, outcomes[i], ids, clusters)
         tokens = [row["tokens"] for row in run.samples]
-        comparison = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
+        found = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
+        found |= {"test": None, "missed": math.nan}
         if i != first:
-            comparison |= tested(counts[i], samples[i], counts[first], samples[first])
+            found |= tested(run, runs[first], outcomes[i], outcomes[first], clusters, stopped)
         rows.append(
             {
                 "model": run.result["model"],
                 "adapter": run.result.get("adapter") or None,
                 "prompt": prompt_of(run.result),
-                **overall,
-                **comparison,
+                **figures,
+                **{key: found[key] for key in ("diff", "diff_low", "diff_high", "p_value", "p_holm")},
                 "tokens_per_answer": math.nan if None in tokens else sum(tokens) / len(tokens),
                 "tokens_per_second": speed if is_number(speed := run.result.get("tokens_per_second")) else None,
                 "run": run.name,
                 "label": names[i],
                 "truncated": cut_off(run),
                 **{key: run.result.get(key) for key in PROTOCOL},
-                "samples_per_problem": samples[i],
-                **{f"pass@{k}": share for k, share in (run.result.get("pass_at_k") or {}).items()},
-                **{f"maj@{k}": share for k, share in (run.result.get("maj_at_k") or {}).items()},
+                "samples_per_problem": len(outcomes[i][ids[0]]),
+                **{key: found[key] for key in ("test", "missed")},
+                "trainings": run.trainings,
+                "spread": spread,
+                **{
+                    f"{sign}{k}": share
+                    for sign, key in (("pass@", "pass_at_k"), ("pass^", "pass_hat_k"), ("maj@", "maj_at_k"))
+                    for k, share in (run.result.get(key) or {}).items()
+                },
             }
         )
     others = [row for i, row in enumerate(rows) if i != first]
     for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
         row["p_holm"] = adjusted
+    for i, row in enumerate(rows):
+        if i != first and not stopped and row["p_holm"] >= stats.LEVEL:
+            row["missed"] = missed(runs[i], runs[first], ids, clusters, stats.LEVEL / len(others))
     return frame(rows)
+
+
+def accuracy_of(
+    run: Run, outcomes: dict[str, list[bool]], ids: Sequence[str], clusters: Sequence[str] | None
+) -> tuple[dict[str, float | int], float]:
+    """Return the figures of ``stats.accuracy``, and the standard deviation of the trainings' accuracies.
+
+    With clusters the interval is Wilson's at the effective number of samples; with several trainings it is that of
+    `variance.estimate`, within 0 and 1.
+    """
+    figures = stats.accuracy(list(outcomes.values()))
+    if run.trainings > 1:
+        found = shares(run, ids)
+        low, high = variance.estimate(found, clusters=clusters).interval()
+        ends = {"ci_low": max(0.0, low), "ci_high": min(1.0, high)}
+        return figures | ends, float(found.mean(axis=1).std(ddof=1))
+    if clusters is not None:
+        groups: dict[str, list[bool]] = {}
+        for id, name in zip(ids, clusters, strict=True):
+            groups.setdefault(name, []).extend(outcomes[id])
+        figures = stats.accuracy(list(groups.values()))
+    return figures, math.nan
+
+
+def missed(one: Run, two: Run, ids: Sequence[str], clusters: Sequence[str] | None, level: float) -> float:
+    """Return the difference of two runs that a test at ``level`` finds half of the time on these problems.
+
+    With one completion a problem it is by the power of McNemar's exact test at the share of discordant problems that
+    was seen; else by the standard error of the difference. NaN if no difference can be found on so few problems.
+    """
+    a, b = shares(one, ids), shares(two, ids)
+    if clusters is None and len(one.samples) == len(two.samples) == len(ids):
+        discordant = float((a != b).mean())
+        return math.nan if (found := power.detectable(len(ids), discordant, 0.5, level)) is None else found
+    return power.detectable_mean(variance.estimate(a, b, clusters).error, 0.5, level)
 
 
 def frame(content: Any) -> pd.DataFrame:
@@ -239,26 +366,26 @@ def cut_off(run: Run) -> float:
     return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
 
 
-def paired(one: Run, two: Run) -> dict[str, float | int]:
+def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
     """Compare two runs problem by problem, as ``compare_runs`` does.
 
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
-        ``diff``, ``diff_low``, ``diff_high`` and ``p_value`` of ``one`` minus ``two``; ``ratio``, ``ratio_low`` and
-        ``ratio_high`` of their accuracies (`stats.paired_ratio`).
+        ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``,
+        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
 
     Raises:
-        UserError: if a run has no or uneven samples, or the problems differ.
+        UserError: if a run has no or uneven samples, the problems differ, or there is no such column.
     """
     outcomes = [outcomes_of(run) for run in (one, two)]
     require_same_problems(one, two, *outcomes)
-    a, b = (np.array([sum(outcome[id]) for id in outcomes[0]]) for outcome in outcomes)
-    samples_a, samples_b = (len(next(iter(outcome.values()))) for outcome in outcomes)
+    (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    ratio = stats.paired_ratio(a / samples_a, b / samples_b)
+    clusters = clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None
+    ratio = (math.nan,) * 3 if cluster else stats.paired_ratio(a / samples_a, b / samples_b)
     ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
-    return counts | tested(a, samples_a, b, samples_b) | ratios
+    return counts | tested(one, two, *outcomes, clusters) | ratios
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -452,15 +579,44 @@ def baseline_index(runs: Sequence[Run], baseline: int | str) -> int:
     raise unknown("baseline", baseline, dict.fromkeys(name for names in called for name in names if name))
 
 
-def tested(a: np.ndarray, samples_a: int, b: np.ndarray, samples_b: int) -> dict[str, float]:
-    """Return difference, interval and p-value of two models on the same problems, from (P,) correct counts.
+def counts_of(outcomes: dict[str, list[bool]], ids: Iterable[str]) -> tuple[np.ndarray, int]:
+    """Return the (P,) correct completions of each problem, and how many completions each has."""
+    return np.array([sum(outcomes[id]) for id in ids]), len(next(iter(outcomes.values())))
 
-    The p-value is McNemar's exact one; with several samples a problem, that of the exact sign-flip test.
+
+def tested(
+    one: Run,
+    two: Run,
+    outcomes_one: dict[str, list[bool]],
+    outcomes_two: dict[str, list[bool]],
+    clusters: Sequence[str] | None = None,
+    stopped: bool = False,
+) -> dict[str, Any]:
+    """Return difference, interval and p-value of two runs on the same problems, and ``test``, how they were computed.
+
+    ``McNemar`` and ``sign-flip`` (several samples a problem): the paired bootstrap and the exact test. ``clusters``:
+    the robust interval of `variance.estimate`, and the exact sign-flip test of the clusters' sums. ``trainings``: both
+    by `variance.estimate`. ``anytime``: both by `anytime.anytime`.
     """
-    change = stats.paired_bootstrap(a / samples_a, b / samples_b)
-    if samples_a == samples_b == 1:
-        p_value = stats.mcnemar(int((a > b).sum()), int((a < b).sum()))
+    ids = list(outcomes_two)
+    (a, samples_a), (b, samples_b) = counts_of(outcomes_one, ids), counts_of(outcomes_two, ids)
+    common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
+    differences = a * (common // samples_a) - b * (common // samples_b)
+    if stopped:
+        *change, p_value = anytime(differences / common)
+        test = "anytime"
+    elif one.trainings > 1 or two.trainings > 1 or clusters is not None:
+        found = variance.estimate(shares(one, ids), shares(two, ids), clusters)
+        change = (found.mean, *found.interval())
+        if one.trainings == two.trainings == 1:
+            sums = np.bincount(np.unique(clusters, return_inverse=True)[1], differences)
+            p_value, test = stats.sign_flip(sums), "clusters"
+        else:
+            p_value, test = found.p, "trainings"
     else:
-        common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
-        p_value = stats.sign_flip(a * (common // samples_a) - b * (common // samples_b))
-    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value}
+        change = stats.paired_bootstrap(a / samples_a, b / samples_b)
+        if samples_a == samples_b == 1:
+            p_value, test = stats.mcnemar(int((a > b).sum()), int((a < b).sum())), "McNemar"
+        else:
+            p_value, test = stats.sign_flip(differences), "sign-flip"
+    return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value, "test": test}

@@ -11,6 +11,7 @@ from mlx_traces.text import clean
 
 LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # of run.json's versions, those that can change a result
 SAMPLING = ("top_p", "top_k", "min_p")  # greedy decoding ignores them
+MORE = ("think_more", "what continues a thought differs")
 STOPS = "whether stop strings end thoughts differs"
 FILES = ("model_files", "revision", "adapter_files")
 
@@ -45,13 +46,9 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     for key in SAMPLING:
         lines += line_of(f"{key} differs", {name: text(each.get(key)) for name, each in drawn.items()})
     lines += line_of("thinking switch differs", {name: text(each.get("thinking")) for name, each in settings.items()})
-    for key, what in (("template_args", "variables of the chat template differ"), ("stop_in_thoughts", STOPS)):
+    for key, what in (("template_args", "variables of the chat template differ"), ("stop_in_thoughts", STOPS), MORE):
         if any(each.get(key) for each in settings.values()):
             lines += line_of(what, {name: text(each.get(key) or "unset") for name, each in settings.items()})
-    for key in ("think_tokens", "think_at_least", "think_more"):
-        if any(each.get(key) is not None for each in settings.values()):
-            values = {name: "unset" if each.get(key) is None else text(each[key]) for name, each in settings.items()}
-            lines += line_of(f"{key} differs", values)
     lines += line_of("date in the prompts differs", {name: text(each.get("date")) for name, each in settings.items()})
     prompts = {name: part(each, "prompt") for name, each in settings.items()}
     lines += namesakes(

@@ -43,13 +43,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation whose settings are complete and checked, with its problems; no model is loaded yet."""
+    """An evaluation whose settings are complete and checked, with its problems; no model is loaded yet.
+
+    The problems of a growing run are the first ones of a sequence; ``source`` then has all that it is drawn from, in
+    the data's order: they decide the run's identity, whatever its size is so far.
+    """
 
     config: AnswerConfig
     task: Task
     prompt: Prompt
     extractor: str
     problems: list[Problem]
+    source: list[Problem] | None = None
+
+    def first(self, count: int) -> "Plan":
+        """Return the plan of a growing run with its first problems only."""
+        config = self.config.model_copy(update={"limit": count})
+        return replace(self, config=config, problems=self.problems[:count])
 
     @property
     def label(self) -> str:
@@ -96,16 +106,18 @@ class Plan:
 
     def shown(self) -> str:
         """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""
-        turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in self.problems]
+        problems = self.source or self.problems
+        turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in problems]
         turns += [[self.task.source]] if self.task.source else []
         return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:12]
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides which completions are sampled; problems and files by their content."""
         config = self.config
-        golds = [[problem.id, problem.gold] for problem in self.problems]
+        golds = [[problem.id, problem.gold] for problem in self.source or self.problems]
         shared = {
             **config.identity(),
+            **({"limit": None} if self.source else {}),
             **{name: AnswerConfig.model_fields[name].default for name in self.idle},
             "prompt": json.loads(json.dumps(asdict(self.prompt))),
             "problems": hashlib.sha256(json.dumps(golds).encode()).hexdigest()[:12],
@@ -150,15 +162,35 @@ def plan(config: AnswerConfig) -> Plan:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be the same at temperature 0; pass --temperature")
-    problems = task.load(config.split, config.data, config.limit, config.seed)
-    leave_out = frozenset(problem.id for problem in problems)  # no problem is its own worked example
+    problems = task.load(config.split, config.data, None if config.growing else config.limit, config.seed)
+    source = problems if config.growing else None
+    if source:
+        problems = sequence(task, config, source)
+    leave_out = frozenset(problem.id for problem in source or problems)  # no problem is its own worked example
     examples = (config.shots, config.seed, config.shots_data, leave_out)
     prompt = task.prompt(config.prompt or task.default_prompt, examples)
     changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
     prompt = replace(prompt, **changes)
     if served:
         endpoint.refuse_prefill(prompt)
-    return Plan(config, task, prompt, extractor, problems)
+    return Plan(config, task, prompt, extractor, problems, source)
+
+
+def sequence(task: Task, config: AnswerConfig, source: list[Problem]) -> list[Problem]:
+    """Return the first problems of a growing run: the source in an order that depends on ids and seed alone.
+
+    A task that generates problems continues with further ones where ``--limit`` is above the source's number.
+    """
+
+    def key(problem: Problem) -> bytes:
+        return hashlib.sha256(f"{config.seed} {problem.id}".encode()).digest()
+
+    ordered = sorted(source, key=key)
+    if config.limit and config.limit > len(source):
+        known = {problem.id for problem in source}
+        more = task.load(config.split, config.data, config.limit, config.seed)
+        ordered += [problem for problem in more if problem.id not in known]
+    return ordered[: config.limit]
 
 
 def sample_seed(seed: int, problem_id: str, sample: int) -> int:
@@ -271,27 +303,27 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
 
 
 def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """Return unbiased pass@k and maj@k for k = 1, 2, 4, ... and the number of samples.
+    """Return unbiased pass@k and pass^k, and maj@k, for k = 1, 2, 4, ... and the number of samples.
 
     The first k completions vote; answers that the grader considers equal are one answer.
     """
     if (n := planned.config.samples) == 1:
-        return {"pass_at_k": {}, "maj_at_k": {}}
+        return {"pass_at_k": {}, "pass_hat_k": {}, "maj_at_k": {}}
     groups: dict[str, list[Sample]] = defaultdict(list)
     for row in samples:
         groups[row["id"]].append(row)
     ks = sorted({1 << i for i in range(n.bit_length())} & set(range(1, n + 1)) | {n})
-    passes = {str(k): 0.0 for k in ks}
-    votes = {str(k): 0.0 for k in ks}
+    passes, hats, votes = ({str(k): 0.0 for k in ks} for _ in range(3))
     for rows in groups.values():
         count = sum(row["correct"] for row in rows)
         answers = planned.task.votes((row["extracted"] for row in rows), rows[0]["gold"], planned.extractor)
         for k in ks:
             passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
+            hats[str(k)] += stats.pass_hat_k(len(rows), count, k) / len(groups)
             winner = stats.majority(answers[:k])
             won = any(row["correct"] for row, answer in zip(rows[:k], answers, strict=False) if answer == winner)
             votes[str(k)] += won / len(groups)
-    return {"pass_at_k": passes, "maj_at_k": votes}
+    return {"pass_at_k": passes, "pass_hat_k": hats, "maj_at_k": votes}
 
 
 def regrade(task: Task, row: dict[str, Any], where: str) -> dict[str, Score]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table of pairs
 CUT_OFF = 0.02  # share of answers cut off at the token cap from which a sentence mentions it
 
 
@@ -89,7 +88,7 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
     return comparison.frame(rows)
 
 
-def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
+def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
     The p-value is McNemar's exact one (with several samples a problem the exact sign-flip test), Holm's adjustment is
@@ -99,6 +98,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     Args:
         runs: runs over the same problems.
         baseline: index of the run that all others are paired with; None pairs everything with everything.
+        cluster: column whose equal values mark problems that belong together.
 
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
@@ -106,7 +106,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
+    tested = [(i, j, comparison.paired(runs[j], runs[i], cluster)) for i, j in chosen]
     adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
@@ -145,7 +145,7 @@ def sentence(pair: Pair) -> str:
     tested = f"p {p}" + (f"; after Holm over {pair.family} pairs {p_holm}" if pair.family > 1 else "")
     points = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)}"
     change, counts = f"{points} on {pair.problems:,} problems", f"{pair.wins:,} won and {pair.losses:,} lost"
-    if pair.p_holm < LEVEL:
+    if pair.p_holm < stats.LEVEL:
         if math.isfinite(pair.ratio):
             often = f"{times(pair.ratio)} times as often [{times(pair.ratio_low)}, {times(pair.ratio_high)}]"
             change = f"{points}, {often}, on {pair.problems:,} problems"
@@ -181,9 +181,9 @@ def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
     text += f" Success rates are from {ends[0]} to {ends[1]}." if len(runs) > 1 else f" The success rate is {ends[0]}."
     if not found:
         return text
-    differ = sum(pair.p_holm < LEVEL for pair in found)
+    differ = sum(pair.p_holm < stats.LEVEL for pair in found)
     of = f"Of {len(found)} pairs tested" if len(found) > 1 else "Of the one pair tested"
-    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (exact paired test, p after Holm below {LEVEL:g})"
+    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (exact paired test, p after Holm below {stats.LEVEL:g})"
     open_ = f"; in the other {len(found) - differ} no difference is shown" if 0 < differ < len(found) else ""
     return f"{text} {of}, {shown}{open_}."
 
@@ -194,7 +194,7 @@ def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> li
     Where more pairs do, the last point counts them.
     """
     kinds = {
-        name: (run.result["model"], run.result.get("adapter"), run.result["prompt"])
+        name: (run.result["model"], run.result.get("adapter"), comparison.prompt_of(run.result))
         for name, run in zip(comparison.labels(runs), runs, strict=True)
     }
     same = [[x == y for x, y in zip(kinds[pair.a], kinds[pair.b], strict=True)] for pair in found]

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from mlx_traces.config import EvalConfig, given
+from mlx_traces.errors import UserError
 from mlx_traces.evaluation import endpoint, server
 from mlx_traces.evaluation.completion import Sample, rehead
 from mlx_traces.evaluation.evaluator import Plan, grade_sample, plan, summarize
@@ -66,6 +67,8 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]
         done = {(row["id"], row["sample"]) for row in samples}
         wanted = planned.wanted
+        if planned.config.growing and (more := len({name for name, _ in done}) - len(planned.problems)) > 0:
+            raise UserError(f"{path} has {more:,} problems more than these; pass a larger --limit")
         todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
         notes = []
         if todo and samples and (rules := folder.about.get("grader", 1)) != GRADER:
@@ -73,6 +76,8 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             notes.append(f"{old}, the others by version {GRADER}; mlx-traces verify says where they differ")
         completions = source.generate(todo)  # refuses bad requests before anything is written
         folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
+        if todo and folder.finished:
+            folder.reopen()
         before = max((row["elapsed"] for row in samples), default=0.0)
         start = perf_counter()
         with progress_bar(progress, len(wanted), samples) as advance:

@@ -15,6 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
+LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table
 _CHUNK = 1 << 20  # bootstrap draws held at once: 8 MB of indices and 8 MB of values
 _UNITS = 1 << 15  # of `sign_flip_of_reals`: its time and memory are those of sign_flip with so many
 
@@ -262,6 +263,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be computed from {c} correct of {n} samples")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """Chance that all of ``k`` samples are correct (pass^k), unbiased from ``n`` of them (arXiv 2406.12045).
+
+    Arguments and errors are those of `pass_at_k`.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass^{k} cannot be computed from {c} correct of {n} samples")
+    return math.comb(c, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[Hashable | None]) -> Hashable | None:

@@ -1,22 +1,23 @@
 """Compare runs: make the missing evaluations, then pair them all in one table."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_traces.config import CompareConfig, ComparedConfig, EvalConfig, StudyTask, build, shipped
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint, evaluator
+from mlx_traces.evaluation import comparison, endpoint, evaluator, stats
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.evaluation.run import run
 from mlx_traces.models import names
-from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
 from mlx_traces.tasks.thoughts import parts
 from mlx_traces.traces.equations import equations
 
@@ -35,13 +36,15 @@ TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
 class Entry:
     """One evaluation: its settings, the conversion that its model needs first, and its name in the tables.
 
-    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``.
+    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``. Entries of one ``recipe`` are
+    several trainings of it, and one row.
     """
 
     config: EvalConfig
     where: str
     conversion: "Conversion | None" = None
     label: str | None = None
+    recipe: tuple[object, ...] | None = None
 
     @property
     def ready(self) -> bool:
@@ -74,8 +77,12 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
         raise UserError(f"tasks: {given!r} is filled in; name it under models or prompts")
     for place, model in enumerate(config.models):
         spec, adapter = names.split_adapter(model.model, model.adapter)
-        if model.optional and adapter and not names.is_folder(adapter):
-            notes.append(f"{model.label or model.model} is left out: there is no adapter in {adapter} yet")
+        if model.adapters and (adapter or not model.label):
+            raise UserError(f"models.{place}: adapters are trainings of one recipe; give them a label, and no adapter")
+        adapters = model.adapters or [adapter]
+        absent = next((folder for folder in adapters if folder and not names.is_folder(folder)), None)
+        if model.optional and absent:
+            notes.append(f"{model.label or model.model} is left out: there is no adapter in {absent} yet")
             continue
         wanted, served = None, bool(model.settings.get("endpoint"))
         if model.bits is not None and (served or task.endpoint):
@@ -83,14 +90,15 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
         if model.bits is not None:
             names.check(spec)
             wanted = convert.conversion(spec, model.bits, model.group_size, Path(config.runs_dir) / "models")
-        for prompt in model.prompts or task.prompts:
+        for prompt, adapter in product(model.prompts or task.prompts, adapters):
             own = {"model": spec, "adapter": adapter, "prompt": prompt}
             if taken := sorted(own.keys() & model.settings.keys()):
                 raise UserError(f"models.{place}.settings: {taken[0]!r} is a field of its own, beside settings")
             # Settings of models that are loaded here do not apply to a model behind a server.
             kept = {name: value for name, value in shared.items() if not (served and name in endpoint.LOCAL)}
             settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
-            found.append(Entry(settings, f"models.{place}", wanted, model.label))
+            recipe = (place, prompt, id(task)) if model.adapters else None
+            found.append(Entry(settings, f"models.{place}", wanted, model.label, recipe))
     if not found:
         raise UserError(f"models: no model is left to evaluate; {'; '.join(notes)}")
     return found, notes
@@ -99,7 +107,8 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
 def plans_of(found: Sequence[Entry]) -> list[Plan]:
     """Check evaluations and load their problems; UserError also if models have different problems."""
     plans = [entry.plan() for entry in found]
-    asked = [{problem.id for problem in planned.problems} for planned in plans]
+    ids = [[problem.id for problem in planned.problems] for planned in plans]
+    asked = [own if planned.source else frozenset(own) for own, planned in zip(ids, plans, strict=True)]
     for entry, planned, own in zip(found, plans, asked, strict=True):
         if own != asked[0]:
             raise UserError(
@@ -117,10 +126,12 @@ def make(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
     apart: bool = False,
+    count: int | None = None,
 ) -> list[Run]:
     """Convert models, and make or finish the missing evaluations; return their runs, in order.
 
-    ``plans`` are from `plans_of`, ``say`` gets a line before each conversion, ``apart`` is that of `obtain`.
+    ``plans`` are from `plans_of`, ``say`` gets a line before each conversion, ``apart`` and ``count`` are those of
+    `obtain`.
 
     Raises:
         UserError: if the input is wrong.
@@ -134,8 +145,24 @@ def make(
     runs = []
     for entry, planned in zip(found, plans, strict=True):
         now = entry.plan() if entry.conversion else planned
-        runs.append(entry.named(obtain(now, Path(runs_dir) / now.label, progress, apart)))
+        runs.append(entry.named(obtain(now, Path(runs_dir) / now.label, progress, apart, count)))
     return runs
+
+
+def rows(found: Sequence[Entry]) -> list[list[int]]:
+    """Return the table's rows: for each the indices of its entries, several where these are trainings of a recipe."""
+    grouped: dict[object, list[int]] = {}
+    for i, entry in enumerate(found):
+        grouped.setdefault(entry.recipe or i, []).append(i)
+    return list(grouped.values())
+
+
+def joined(found: Sequence[Entry], runs: Sequence[Run]) -> list[Run]:
+    """Return a run for each row: the trainings of a recipe joined into one."""
+    return [
+        runs[row[0]] if len(row) == 1 else comparison.recipe(found[row[0]].label or "", [runs[i] for i in row])
+        for row in rows(found)
+    ]
 
 
 def default_evals() -> list[EvalConfig]:
@@ -169,7 +196,8 @@ def requested(
         UserError: for a wrong setting, or one that cannot change a finished run.
     """
     settings, everything, evals, tasks = dict(settings or {}), [*config.runs, *runs], list(config.evals), config.tasks
-    if models or ((prompts or settings) and not (everything or evals or tasks)):
+    finished = everything or config.recipes
+    if models or ((prompts or settings) and not (finished or evals or tasks)):
         crossed = [(model, prompt) for model in models or ["nano"] for prompt in prompts or [None]]
         evals += [build(EvalConfig, {**settings, "model": model, "prompt": prompt}) for model, prompt in crossed]
     elif evals or tasks:
@@ -180,7 +208,7 @@ def requested(
             for eval_ in evals
             for prompt in prompts or [eval_.prompt]
         ]
-    elif everything:
+    elif finished:
         fixed = [*(["prompt"] if prompts else []), *(name for name in settings if name != "extractor")]
         if fixed:
             raise UserError(f"finished runs cannot be given another {fixed[0]}; name a model to evaluate it anew")
@@ -188,6 +216,30 @@ def requested(
         evals = default_evals()
     extractor = settings.get("extractor", config.extractor)
     return config.model_copy(update={"runs": everything, "evals": evals, "tasks": tasks, "extractor": extractor})
+
+
+def asked(config: CompareConfig, say: Callable[[str], None] = lambda line: None) -> tuple[list[Run], list[Entry]]:
+    """Read the named runs, and lay out the evaluations; ``say`` gets a line for each model that is left out.
+
+    Raises:
+        UserError: if the input is wrong.
+    """
+    if config.models and not config.tasks:
+        raise UserError("models: there are no tasks for them; add tasks, as in [{task: countdown, prompts: [direct]}]")
+    judged = (lambda run: by_extractor(run, config.extractor)) if config.extractor else (lambda run: run)
+    collected = [judged(read_run(path)) for path in dict.fromkeys(config.runs)]
+    for name, paths in config.recipes.items():
+        collected.append(comparison.recipe(name, [judged(read_run(path)) for path in paths]))
+    found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
+    for task in config.tasks:
+        own, notes = entries(config, task)
+        found += own
+        for note in notes:
+            say(note)
+    changes = ({"extractor": config.extractor} if config.extractor else {}) | (
+        {"growing": True} if config.stop_when_decided else {}
+    )
+    return collected, [replace(entry, config=entry.config.model_copy(update=changes)) for entry in found]
 
 
 def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None) -> list[Run]:
@@ -199,24 +251,53 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
     """
-    if config.models and not config.tasks:
-        raise UserError("models: there are no tasks for them; add tasks, as in [{task: countdown, prompts: [direct]}]")
-    collected = [read_run(path) for path in dict.fromkeys(config.runs)]
-    found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
-    for task in config.tasks:
-        own, notes = entries(config, task)
-        found += own
-        for note in notes:
-            say(note)
-    if config.extractor:
-        judged = {"extractor": config.extractor}
-        collected = [by_extractor(finished, config.extractor) for finished in collected]
-        found = [replace(entry, config=entry.config.model_copy(update=judged)) for entry in found]
-    made = make(found, plans_of(found), config.runs_dir, say, progress)
+    collected, found = asked(config, say)
+    made = joined(found, make(found, plans_of(found), config.runs_dir, say, progress))
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
 
-def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False) -> Run:
+def until_decided(
+    config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None
+) -> "tuple[pd.DataFrame, list[Run]]":
+    """Evaluate all rows together, block by block, until every difference to the baseline is decided.
+
+    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`:
+    p-values that are valid at any time of stopping remain so for several rows that stop together. The problems come in
+    an order drawn by the seed; a stored run goes on where it ended.
+
+    Returns:
+        The table, with anytime-valid figures and a sentence in ``attrs["stopped"]``, and the runs.
+
+    Raises:
+        UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, or fewer than two rows.
+    """
+    finished, found = asked(config, say)
+    if finished:
+        raise UserError("--stop-when-decided evaluates models block by block; finished runs cannot go on: name models")
+    if config.cluster or any(entry.recipe for entry in found):
+        what = "--cluster" if config.cluster else "several trainings of a recipe"
+        raise UserError(f"--stop-when-decided tests problem by problem, so it does not go with {what}")
+    if len(found) < 2:
+        raise UserError("--stop-when-decided needs two rows or more to compare; name another model or prompt")
+    plans = plans_of(found)
+    budget = len(plans[0].problems)
+    for count in (*range(config.block, budget, config.block), budget):
+        runs = make(found, plans, config.runs_dir, say, progress, count=count)
+        frame = comparison.compare_runs(runs, config.baseline or 0, stopped=True)
+        p_values = frame["p_holm"].dropna()
+        decided = int((p_values <= stats.LEVEL).sum())
+        say(f"{count:,} of {budget:,} problems: {decided} of {len(p_values)} differences decided")
+        if decided == len(p_values):
+            break
+    every = "the difference is" if len(p_values) == 1 else f"all {len(p_values)} differences are"
+    ended = f"Stopped after {count:,} of {budget:,} problems: {every} decided"
+    if decided < len(p_values):
+        ended = f"Ended with the budget of {budget:,} problems: {decided} of {len(p_values)} differences decided"
+    frame.attrs["stopped"] = f"{ended}. Wilson's intervals of the accuracies do not allow for stopping; the others do."
+    return frame, runs
+
+
+def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False, count: int | None = None) -> Run:
     """Return a planned evaluation's run; make or finish it in ``path`` if needed.
 
     Args:
@@ -224,11 +305,18 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
         path: its run folder.
         progress: show a progress bar on stderr.
         apart: evaluate in another process, so that the peak memory is that of this evaluation alone.
+        count: of a growing run, the number of problems to return; all that are stored remain.
 
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
     missing = not RunFolder(path).finished
+    if planned.source:
+        have = {row["id"] for row in lines_so_far(RunFolder(path).samples_path, ("id",))}
+        count = count or len(planned.problems)
+        if missing or len(have) < count:
+            run(planned.first(max(count, len(have))), path, resume=path.exists(), progress=progress)
+        return by_extractor(part(read_run(path), planned.first(count)), planned.extractor)
     if missing and apart:
         settings = planned.config.model_dump(exclude_unset=True)
         try:
@@ -241,6 +329,17 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
     elif missing:
         run(planned, path, resume=path.exists(), progress=progress)
     return by_extractor(read_run(path), planned.extractor)
+
+
+def part(stored: Run, planned: Plan) -> Run:
+    """Return a growing run with the problems of a plan only."""
+    wanted = {problem.id for problem in planned.problems}
+    samples = [row for row in stored.samples if row["id"] in wanted]
+    if len(samples) == len(stored.samples):
+        return stored
+    known = stored.result
+    result = evaluator.summarize(planned, samples, stored.name, known["peak_memory_gb"], known["notes"])
+    return replace(stored, result=known | asdict(result), samples=samples)
 
 
 def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
@@ -270,8 +369,12 @@ def compared(
     from mlx_traces.pipelines import quality
     from mlx_traces.report import export
 
-    runs = collect(config, progress, say)
-    frame = comparison.compare_runs(runs, config.baseline or 0).assign(true_equations=list(map(true_equations, runs)))
+    if config.stop_when_decided:
+        frame, runs = until_decided(config, progress, say)
+    else:
+        runs = collect(config, progress, say)
+        frame = comparison.compare_runs(runs, config.baseline or 0, config.cluster)
+    frame["true_equations"] = [true_equations(one) for one in runs]
     scored = None
     if config.quality is not None:
         base = comparison.baseline_index(runs, config.baseline or 0)
@@ -297,6 +400,10 @@ def compare(
     out: str | Path | None = None,
     runs_dir: str | Path | None = None,
     progress: bool = False,
+    recipes: Mapping[str, Sequence[str | Path]] | None = None,
+    cluster: str | None = None,
+    stop_when_decided: bool | None = None,
+    block: int | None = None,
     config: CompareConfig | None = None,
     **settings: Any,
 ) -> "pd.DataFrame":
@@ -310,19 +417,27 @@ def compare(
         out: folder for the table, the per-question CSV, ``results.json`` and the chart.
         runs_dir: where the run folders of evaluations are kept; default: ``runs``.
         progress: show progress bars on stderr.
+        recipes: finished runs of several trainings of one recipe, by the name of their row.
+        cluster: column of the data whose equal values mark problems that belong together.
+        stop_when_decided: evaluate all rows together, block by block, until every difference is decided.
+        block: problems of a block; default: 50.
         config: a comparison to add all this to, as from a YAML file.
         **settings: other fields of ``EvalConfig``, the same for every model.
 
     Returns:
         One row per run: model, adapter, prompt, accuracy, correct_count, total_questions, ci_low, ci_high, diff,
-        diff_low, diff_high, p_value, p_holm, tokens_per_answer, tokens_per_second, true_equations. Without any
-        argument: nano, direct against thinking, and its adapters.
+        diff_low, diff_high, p_value, p_holm, tokens_per_answer, tokens_per_second, the other columns of
+        `comparison.compare_runs`, and true_equations. Without any argument: nano, direct against thinking, and its
+        adapters.
 
     Raises:
         UserError: if the input is wrong, or the runs are of different problems.
     """
     changes = {"baseline": baseline, "out": out and str(out), "runs_dir": runs_dir and str(runs_dir)}
-    config = (config or CompareConfig()).model_copy(update={k: v for k, v in changes.items() if v is not None})
+    changes |= {"cluster": cluster, "stop_when_decided": stop_when_decided, "block": block}
+    changes |= {"recipes": {name: [*map(str, paths)] for name, paths in recipes.items()} if recipes else None}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = build(CompareConfig, {**(config.model_dump(exclude_unset=True) if config else {}), **changes})
     models, prompts = ([names] if isinstance(names, str) else list(names) for names in (model, prompt))
     config = requested(config, [str(path) for path in runs], models, prompts, settings)
     return compared(config, progress).frame

@@ -17,6 +17,7 @@ from mlx_traces.config import (
     SIZES,
     CompareConfig,
     EvalConfig,
+    FilterConfig,
     GenerateConfig,
     GRPOConfig,
     PPOConfig,
@@ -100,9 +101,11 @@ def _estimates(
         found["comparison"] = outlook.of_comparison(missing, count)
     peak = max((one.memory_gb for one in found.values() if one.memory_gb), default=0.0)
     told = [f"{name}: {one.told}" for name, one in found.items()]
-    told.append(f"in all {peak:.2f} GB at most; {outlook.loaded.backend.description}")
-    warnings = [f"{name}: {one.note}" for name, one in found.items() if one.note]
-    return found, told + [f"note: {line}" for line in [*warnings, *outlook.loaded.notes]]
+    notes = [f"{name}: {one.note}" for name, one in found.items() if one.note]
+    if peak:
+        told.append(f"in all {peak:.2f} GB at most; {outlook.loaded.backend.description}")
+        notes += outlook.loaded.notes
+    return found, told + [f"note: {line}" for line in notes]
 
 
 def _figures(found: Forecast | None) -> tuple[str, str]:
@@ -145,17 +148,17 @@ class Outlook:
         """Return a stage's forecast."""
         if stage.name == "raw":
             return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
-        recipe = stage.recipe.sized(self.loaded.backend.sizes)
+        if isinstance(recipe := stage.recipe, ScoreConfig | FilterConfig):
+            readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
+            read = " and ".join(name for name in readers if name)
+            told = f"every completion is read by {read}, which is not estimated" if read else "no model runs"
+            return Forecast(None, None, told)
+        recipe = recipe.sized(self.loaded.backend.sizes)
         if isinstance(recipe, GenerateConfig):
             return self._sampling(recipe, 1, "")
         if isinstance(recipe, SFTConfig):
             return self._sft(recipe, *(self._given(recipe) if stage.name == "epoch1" else self._own(recipe)))
-        if isinstance(recipe, RLConfig):
-            return self._reinforcement(recipe)
-        readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
-        read = " and ".join(name for name in readers if name)
-        told = f"every completion is read by {read}, which is not estimated" if read else "no model runs"
-        return Forecast(None, None, told)
+        return self._reinforcement(recipe)
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
         """Return the forecast of the evaluations that are missing."""

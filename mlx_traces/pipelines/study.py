@@ -6,23 +6,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from mlx_traces.config import StudyConfig
+from mlx_traces.config import StudyConfig, StudyModel
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, endpoint, evaluator
+from mlx_traces.evaluation import budgets, comparison, endpoint, evaluator
 from mlx_traces.evaluation import pairs as evaluation_pairs
+from mlx_traces.evaluation.budgets import Curve
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
 from mlx_traces.pipelines.compare import Entry
-from mlx_traces.report import export, page, tables
-from mlx_traces.report.tables import bits_cells, bits_table, cells_to_markdown, pairs_cells, pairs_frame, summary_cells
+from mlx_traces.report import export, figures, page, tables
+from mlx_traces.report.tables import (
+    bits_cells,
+    bits_table,
+    budgets_cells,
+    cells_to_markdown,
+    pairs_cells,
+    pairs_frame,
+    summary_cells,
+)
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.run_folder import RunFolder
 
@@ -62,6 +72,29 @@ class Part:
     bits: list[pd.DataFrame]
     notes: list[str]
 
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Accuracy by budget of thought, of each model and prompt that was evaluated with several budgets."""
+        return budgets.curves(self.runs)
+
+
+def budgeted(config: StudyConfig) -> list[StudyModel]:
+    """Return the study's models, each with each of its budgets of thought.
+
+    Raises:
+        UserError: for a model with a budget of its own.
+    """
+    if not config.budgets:
+        return config.models
+    for place, model in enumerate(config.models):
+        if "think_tokens" in model.settings:
+            raise UserError(f"models.{place}.settings: 'think_tokens' is filled in by budgets; leave it out")
+    return [
+        model.model_copy(update={"settings": model.settings | {"think_tokens": budget}})
+        for model in config.models
+        for budget in dict.fromkeys(config.budgets)
+    ]
+
 
 def lay_out(config: StudyConfig) -> list[Layout]:
     """Check the whole study and plan it, task by task; nothing is written.
@@ -70,7 +103,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         UserError: for a wrong setting, a missing model, bad problems, models with different problems, and a baseline
             that is no row of a task.
     """
-    found = []
+    found, config = [], config.model_copy(update={"models": budgeted(config)})
     for place, task in enumerate(config.tasks):
         before = sum(other.task == task.task for other in config.tasks[:place])
         name = f"{task.task}-{before + 1}" if before else task.task
@@ -83,7 +116,8 @@ def lay_out(config: StudyConfig) -> list[Layout]:
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
     """Find the baseline among a task's evaluations before they are made."""
     rows = []
-    for entry, planned in zip(found, plans, strict=True):
+    for i in (row[0] for row in compare.rows(found)):
+        entry, planned = found[i], plans[i]
         about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
         name = planned.label if entry.ready else ""  # a converted model's run is new
         rows.append(entry.named(comparison.Run(name, about, [])))
@@ -138,13 +172,14 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
 def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
-    found = layout.entries
-    frame = comparison.compare_runs(runs, layout.baseline)
-    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
+    found, runs = [layout.entries[row[0]] for row in compare.rows(layout.entries)], compare.joined(layout.entries, runs)
+    frame = comparison.compare_runs(runs, layout.baseline, config.cluster)
+    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None, config.cluster)
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):
-        groups.setdefault((entry.config.model, entry.config.adapter, entry.config.prompt), []).append(i)
+        same = entry.config.model, entry.config.adapter, entry.config.prompt, entry.config.think_tokens
+        groups.setdefault(same, []).append(i)
     several = [group for group in groups.values() if len(group) > 1 and any(found[i].conversion for i in group)]
     bits = [bits_frame([runs[i] for i in group], [about[i] for i in group]) for group in several]
     notes = [*layout.notes, *comparison.differences(runs)]
@@ -178,8 +213,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
     They are those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if they
-    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv`` and ``bits.csv``. ``report.html`` in ``config.out`` itself
-    shows all runs.
+    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with its two figures.
+    ``report.html`` in ``config.out`` itself shows all runs.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -191,11 +226,15 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         export.write_all(part.runs, part.comparison, folder, config.model_dump(mode="json"))
         frames = {"summary": part.summary, "strata": comparison.strata(part.runs)}
         frames |= {"pairs": pairs_frame(part.pairs)} if part.pairs else {}
+        frames |= {"budgets": budgets.frame(part.curves)} if part.curves else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
         try:
             for name, frame in frames.items():
                 if frame is not None:
                     write_atomic(folder / f"{name}.csv", tables.to_csv(frame))
+            for by in ("budget", "tokens") if part.curves else ():
+                picture = figures.budgets(part.curves, by, f"{config.name}: {part.name}")
+                figures.save(picture, folder / f"accuracy-by-{by}.png")
             write_atomic(folder / "study.md", to_markdown(config.name, part))
             write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
         except OSError as error:
@@ -226,6 +265,9 @@ def to_markdown(name: str, part: Part) -> str:
         sentences = "".join(f"* {line}\n" for line in said(part))
         pairs = cells_to_markdown(pairs_cells(part.pairs))
         sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
+    for curve in part.curves:
+        lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
+        sections.append((f"Budgets: {curve.name}", lines))
     for frame in part.bits:
         sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
@@ -243,6 +285,8 @@ def to_terminal(part: Part) -> list[Table | str]:
     if part.pairs:
         shown.append(tables.pairs_table(part.pairs))
         shown += [*said(part), ALONE]
+    for curve in part.curves:
+        shown += [tables.grid(f"budgets: {curve.name}", *budgets_cells(curve)), budgets.sentence(curve)]
     for frame in part.bits:
         shown += [bits_table(frame, "bits"), ran_as(frame)]
     return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
@@ -280,6 +324,7 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "comparison": tables.to_json(part.comparison)["rows"],
         "strata": [] if strata is None else tables.records(strata),
         "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
+        "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],
         "bits": [tables.records(frame) for frame in part.bits],
         "notes": part.notes,
     }

@@ -24,7 +24,7 @@ from mlx_traces.models.names import local_folder
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import EvalResult, Problem, problem_id
 from mlx_traces.runtime.device import import_mlx
-from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing
+from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, best_of, existing
 from mlx_traces.tasks import GRADER, Task, task_of
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import OPENERS, usual
@@ -91,7 +91,7 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
         lines += [
             f"result.json: {name} is {_brief(stored)}, the samples give {_brief(computed)}"
             for key in EvalResult.__dataclass_fields__
-            if key not in NOT_COMPUTED
+            if key not in NOT_COMPUTED and not (key == "pass_hat_k" and result[key] is None)
             for name, stored, computed in _differing(key, result[key], summary[key])
         ]
     rules = about.get("grader", 1)
@@ -208,10 +208,17 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
     try:
         asked = planned.task.load(config.split, config.data, config.limit, config.seed)
     except UserError:  # the data are not on this machine
+        if config.growing:  # its digest is of all of the data
+            return lines
         asked = []
     pairs = [(problem.id, problem.gold) for problem in asked]
     if _digest(pairs) != digest:
         return [*lines, f"the {len(golds):,} problems are not those of run.json, or not in their order"]
+    if config.growing:
+        so_far = config.model_copy(update={"limit": len(golds)})
+        pairs = [(problem.id, problem.gold) for problem in evaluator.sequence(planned.task, so_far, asked)]
+        if pairs == list(golds.items()):
+            return lines
     missing = [name for name, _ in pairs if name not in golds]
     strange = sorted(set(golds) - {name for name, _ in pairs})
     lines += [f"{name}: no sample of this problem" for name in missing]
@@ -305,15 +312,8 @@ def _step_lines(steps: list[Any], last: Any) -> list[str]:
 
 
 def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compute a training's figures from its metrics: the first of the best validations, time and memory.
-
-    A validation is judged by its accuracy, or without one by its loss, as in `loop.Progress`.
-    """
-    best_value, best = None, {}
-    for row in metrics:
-        value = row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
-        if value is not None and (best_value is None or value > best_value):
-            best_value, best = value, row
+    """Compute a training's figures from its metrics: the first of the best validations, time and memory."""
+    best = best_of(metrics) or {}
     start = metrics[0] if metrics and metrics[0]["step"] == 0 else {}
     return {
         "best_step": best.get("step"),

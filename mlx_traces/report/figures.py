@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlx_traces.evaluation import comparison
+from mlx_traces.evaluation.budgets import Curve
 from mlx_traces.report import tables
 from mlx_traces.runtime.files import replacing
 from mlx_traces.text import clean, fold, number, percent
@@ -238,7 +239,22 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure:
+def budgets(found: Sequence[Curve], by: str, title: str = "") -> Figure:
+    """Draw accuracies against the budget of a thought (``budget``) or the tokens of an answer (``tokens``).
+
+    A run without a budget, or whose tokens were not counted, has no place in the figure.
+    """
+    lines = []
+    for i, curve in enumerate(found):
+        points = sorted((p for p in curve.points if getattr(p, by) is not None), key=lambda point: getattr(point, by))
+        columns = ([getattr(point, name) for point in points] for name in (by, "accuracy", "low", "high"))
+        steps, values, low, high = columns
+        lines.append(Line(curve.name, steps, values, i, low, high))
+    across = {"budget": "budget of the thought, in tokens", "tokens": "tokens of an answer, its thought included"}[by]
+    return panel(lines, True, title, across)
+
+
+def panel(lines: Sequence[Line], share: bool = False, title: str = "", across: str = "") -> Figure:
     """Draw curves over steps.
 
     A rough curve is a thin line under its running mean; one with intervals has a dot for each value.
@@ -247,9 +263,13 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "") -> Figure
         lines: one for each run.
         share: the values are fractions, shown in percent.
         title: text above the panel; several lines then have a legend.
+        across: what the steps are, where they are no steps.
     """
     names = [(line.name, line.color) for line in lines]
-    figure, axes = _canvas(150, title, names if len(lines) > 1 else (), PANEL, left=46, right=14, bottom=26, top=8)
+    bottom = 42 if across else 26
+    figure, axes = _canvas(150, title, names if len(lines) > 1 else (), PANEL, left=46, right=14, bottom=bottom, top=8)
+    if across:
+        axes.set_xlabel(across, color=MUTE, fontsize=11)
     unit = 100 if share else 1
     for line in lines:
         shade, values = color(line.color), [unit * value for value in line.values]

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import comparison
+from mlx_traces.evaluation import budgets, comparison
 from mlx_traces.readers import is_number
 from mlx_traces.report import curves, figures, run_view, tables, terminal
 from mlx_traces.report.run_view import EVALUATION, Record
@@ -265,6 +266,7 @@ class Page:
         if self.quality is not None and set(self.quality["run"]) <= {run.name for run in runs}:
             headings, cells = tables.quality_cells(self.quality)
             quality = {"headings": headings, "rows": cells, "note": tables.quality_caption(self.quality)}
+        charts += self.budgets(runs)
         task = clean(runs[0].result.get("task") or "task")
         task = task[:1].upper() + task[1:]
         return {
@@ -281,6 +283,22 @@ class Page:
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
         }
+
+    def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
+        """Return the figures of runs that differ in the budget of a thought, with a sentence on each curve."""
+        found = budgets.curves(runs)
+        said = " ".join(budgets.sentence(curve) for curve in found)
+        told = "; ".join(
+            f"{curve.name}, {budgets.budget_name(point.budget)}: {percent(point.accuracy)} %"
+            for curve in found
+            for point in curve.points
+        )
+        titles = {"budget": "Accuracy by budget of thought", "tokens": "Accuracy by tokens really used"}
+        return [
+            self.picture(f"accuracy-by-{by}", title, told, partial(figures.budgets, found, by), said)
+            for by, title in titles.items()
+            if any(getattr(point, by) is not None for curve in found for point in curve.points)
+        ]
 
     def trainings(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Return a section for the trainings of each kind, at most ``OVERLAID`` in one."""

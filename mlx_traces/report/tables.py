@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mlx_traces.evaluation.budgets import Curve, budget_name
 from mlx_traces.evaluation.comparison import JSON_KEYS, Run, extractors, model_name, strata
 from mlx_traces.evaluation.pairs import Pair, sentence
 from mlx_traces.text import clean, fold, interval, p_text, percent, times, visible, whole
@@ -30,6 +31,13 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 Cells = tuple[list[str], list[list[str]]]  # headings, rows
+TESTS = {  # of a comparison: how the interval of a difference was made, and its p-value
+    "McNemar": ("paired bootstrap", "exact McNemar test"),
+    "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
+    "clusters": ("cluster-robust", "exact sign-flip permutation test of clusters"),
+    "trainings": ("Student's t over trainings and problems", "the same t"),
+    "anytime": ("betting, valid whenever one stops,", "anytime-valid test"),
+}
 
 
 def protocol_line(frame: pd.DataFrame) -> str:
@@ -78,9 +86,11 @@ def to_terminal(frame: pd.DataFrame) -> Table:
         if row["label"] != f"{name}_{clean(row['prompt'])}":
             name += f" ({clean(row['run'])})"
         accuracy = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}"
-        for kind in ("pass", "maj"):
-            if (share := row.get(f"{kind}@{row['samples_per_problem']}", math.nan)) == share:
-                accuracy += f"\n{kind}@{row['samples_per_problem']} {percent(share)} %"
+        for kind in ("pass@", "pass^", "maj@"):
+            if (share := row.get(f"{kind}{row['samples_per_problem']}", math.nan)) == share:
+                accuracy += f"\n{kind}{row['samples_per_problem']} {percent(share)} %"
+        if row["trainings"] > 1:
+            accuracy += f"\n{row['trainings']} trainings\nsd {percent(row['spread'])}"
         difference, p = "baseline", "–"
         if not math.isnan(row["diff"]):
             difference = f"{percent(row['diff'], signed=True)}\n{interval(row['diff_low'], row['diff_high'])}"
@@ -117,7 +127,8 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "tokens/s",
         "cut off",
     ]
-    extra = [name for name in frame.columns if name.startswith(("pass@", "maj@"))]
+    extra = [name for name in frame.columns if name.startswith(("pass@", "pass^", "maj@"))]
+    recipes = ["trainings", "sd"] if frame["trainings"].max() > 1 else []
     lines = []
     for row in frame.to_dict("records"):
         none = math.isnan(row["diff"])
@@ -136,10 +147,11 @@ def to_markdown(frame: pd.DataFrame) -> str:
             whole(row["tokens_per_answer"]),
             whole(row["tokens_per_second"]),
             f"{percent(row['truncated'])} %",
+            *[str(row["trainings"]), "–" if math.isnan(row["spread"]) else percent(row["spread"])][: len(recipes)],
             *("–" if math.isnan(row[name]) else f"{percent(row[name])} %" for name in extra),
         ]
         lines.append(cells)
-    table = markdown([*headings, *extra], lines, left=2)
+    table = markdown([*headings, *recipes, *extra], lines, left=2)
     return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
 
 
@@ -161,10 +173,13 @@ def to_csv(frame: pd.DataFrame) -> str:
 def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None.
 
-    Also ``true_equations``, if the comparison has it.
+    A comparison that knows them also has ``true_equations``, one of recipes ``trainings`` and ``spread``, one that may
+    have stopped early ``stopped``.
     """
-    keys = (*JSON_KEYS, *(["true_equations"] if "true_equations" in frame else []))
-    return {"rows": [{key: row[key] for key in keys} for row in records(frame)]}
+    keys = [*JSON_KEYS, *(("trainings", "spread") if frame["trainings"].max() > 1 else ())]
+    keys += ["true_equations"] if "true_equations" in frame else []
+    rows = [{key: row[key] for key in keys} for row in records(frame)]
+    return {"rows": rows, **({"stopped": said} if (said := frame.attrs.get("stopped")) else {})}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -219,18 +234,28 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
 
 
 def _caption(frame: pd.DataFrame) -> str:
-    """Return the line that says how to read the table."""
+    """Return the lines that say how to read the table, what it could not have seen, and whether it stopped early."""
     text = "95 % intervals: Wilson for an accuracy"
-    several = frame["samples_per_problem"].max() > 1
-    if several:
+    if frame["trainings"].max() > 1:
+        text += " (Student's t over trainings and problems where a row has several trainings)"
+    elif frame["samples_per_problem"].max() > 1:
         text += " (samples of a problem clustered)"
     end = ". True equations: of those in the thoughts, by exact computation." if has_equations(frame) else "."
     if frame["diff"].isna().all():
         return text + end
     base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
-    test = "sign-flip permutation" if several else "McNemar"
-    text += f", paired bootstrap for the difference in points to {base}"
-    return f"{text}; p: exact {test} test, then Holm-adjusted{end}"
+    kinds = [TESTS[name] for name in dict.fromkeys(frame["test"].dropna())]
+    intervals, tests = (" or ".join(dict.fromkeys(each)) for each in zip(*kinds, strict=True))
+    text += f", {intervals} for the difference in points to {base}; p: {tests}, then Holm-adjusted{end}"
+    shown = frame[frame["missed"].notna()].to_dict("records")
+    found = [f"{percent(row['missed'])} points" + (f" ({row['label']})" if len(shown) > 1 else "") for row in shown]
+    if found:
+        problems = shown[0]["total_questions"] // shown[0]["samples_per_problem"]
+        text += (
+            f"\nNo difference shown: with {problems:,} problems a difference below {', '.join(found)} would have been "
+            "missed half of the time or more."
+        )
+    return "\n".join(filter(None, [text, frame.attrs.get("stopped")]))
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
@@ -301,6 +326,23 @@ def pairs_cells(found: Sequence[Pair]) -> Cells:
 def pairs_table(found: Sequence[Pair]) -> Table:
     """Lay out pairs for a terminal of 80 columns; intervals stand below their values."""
     return stacked("pairs", pairs_cells(found), ((1, 2), (3, 4), (5, 6), (7, 8)))
+
+
+def budgets_cells(curve: Curve) -> Cells:
+    """Lay out a curve: a row for each budget, with a bar as long as its accuracy."""
+    most = max(point.high for point in curve.points) or 1
+    rows = [
+        [
+            budget_name(point.budget),
+            f"{percent(point.accuracy)} %",
+            interval(point.low, point.high),
+            whole(point.tokens),
+            f"{percent(point.forced)} %",
+            ("█" * round(20 * point.accuracy / most)).ljust(20, "·"),
+        ]
+        for point in curve.points
+    ]
+    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "accuracy as a bar"], rows
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:

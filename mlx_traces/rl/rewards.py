@@ -151,7 +151,8 @@ def score(
         texts = [_text_scores(planned, *sample, settings) for sample in samples]
         known = {name: [text[name] for text in texts] for name in TEXT}
     if set(weights) & {*RIGHT}:
-        known["correct"] = [float(_verdict(planned, *sample)) for sample in samples]
+        scores = (planned.task.grade(problem, completion.whole) for problem, completion in samples)
+        known["correct"] = [float(score[planned.extractor].correct) for score in scores]
     if "gated" in weights:
         known["gated"] = [c * form for c, form in zip(known["correct"], known["format"], strict=True)]
     if "correct_strict" in weights:
@@ -258,10 +259,6 @@ def total(parts: Parts, weights: Mapping[str, float]) -> float | None:
     if not any(weights[name] for name, value in parts.items() if value is not None):
         return None
     return sum(weights[name] * value for name, value in parts.items() if value is not None)
-
-
-def _verdict(planned: Plan, problem: Problem, completion: Completion) -> bool:
-    return planned.task.grade(problem, completion.whole)[planned.extractor].correct
 
 
 def _text_scores(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:

@@ -142,7 +142,9 @@ def choose(
         weights = "dense" if best and size < share * memory else "quantized"
     if dtype is None and (weights == "dense" or name == "cpu"):
         dtype = best
-    title = f"{_device_name()} ({'CPU' if name == 'cpu' else name.upper() if name == 'cuda' else 'Metal'})"
+    info = import_mlx().device_info()
+    own = str(info.get("device_name") or info.get("architecture") or "unknown device")
+    title = f"{own} ({'CPU' if name == 'cpu' else name.upper() if name == 'cuda' else 'Metal'})"
     kept = "weights as in the folder" if weights == "quantized" else "dense weights"
     description = f"{title}, {memory / _GB:.0f} GB, {kept}{f', {dtype}' if dtype else ''}"
     return Backend(name, weights, dtype, round(memory / _GB, 1), description)
@@ -231,8 +233,3 @@ def clear_grown_cache() -> None:
     mx = import_mlx()
     if mx.get_cache_memory() > CACHE_SHARE / 2 * memory_bytes():
         mx.clear_cache()
-
-
-def _device_name() -> str:
-    info = import_mlx().device_info()
-    return str(info.get("device_name") or info.get("architecture") or "unknown device")

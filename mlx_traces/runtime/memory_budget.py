@@ -116,3 +116,12 @@ class MemoryBudget:
         row = {} if self.most is None else {f"memory/{self.setting}": self.most}
         told, self.told = self.told, []
         return row | ({"memory/message": "; ".join(told)} if told else {})
+
+
+def metrics_of(*budgets: MemoryBudget) -> dict[str, int | str]:
+    """Return the entries of several budgets for one line of metrics, with the messages of all of them."""
+    rows = [budget.metrics() for budget in budgets]
+    told = [row.pop("memory/message") for row in rows if "memory/message" in row]
+    return {name: value for row in rows for name, value in row.items()} | (
+        {"memory/message": "; ".join(told)} if told else {}
+    )

@@ -1,7 +1,7 @@
 """Run folders: settings (``run.json``), samples as they finish (``samples.jsonl``), ``result.json``. No MLX."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
+    def reopen(self) -> None:
+        """Remove the result: a run that gets more samples is not finished until it has them all."""
+        with on_the_way(self.path / "result.json"):
+            (self.path / "result.json").unlink(missing_ok=True)
+
     def log(self, name: str, *rows: dict[str, Any]) -> None:
         """Append rows to a file of JSON lines; once this returns, a killed process does not lose them."""
         path = self.path / name
@@ -230,3 +235,13 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
                 kind = type(step).__name__
                 raise UserError(f"{path}:{number}: 'step' must be a number, not {kind}; the file is damaged")
     return rows
+
+
+def judged(row: Mapping[str, Any]) -> float | None:
+    """Return what a line of metrics is judged by, higher is better: accuracy, else loss, or None without either."""
+    return row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
+
+
+def best_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the line of the best validation, the first of equals; None if there was none."""
+    return max((row for row in rows if judged(row) is not None), key=judged, default=None)

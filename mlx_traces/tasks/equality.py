@@ -228,7 +228,7 @@ def _in_python(match: re.Match) -> str:
 
 def _computed(node: ast.expr) -> complex:
     """Compute a parsed formula in complex floats; KeyError for other syntax than arithmetic."""
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and node.value is not ...:  # three dots are a constant in Python
         return complex(node.value)
     if isinstance(node, ast.UnaryOp):
         return _OPERATIONS[type(node.op)](_computed(node.operand))

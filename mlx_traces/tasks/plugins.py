@@ -84,11 +84,8 @@ def load(name: str) -> Task:
         raise UserError(f"{file}: {attribute}.prompts: {wrong[0]!r} must be a Prompt of that name")
     if task.default_prompt not in task.styles:
         raise UserError(f"{file}: {attribute}.default_prompt: there is no prompt {task.default_prompt!r}")
-    return replace(_guarded(task, file), name=name, source=_digest(file), sample_columns=_columns(task))
-
-
-def _columns(task: Task) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*task.sample_columns, *task.columns, *task.graded_columns)))
+    columns = dict.fromkeys((*task.sample_columns, *task.columns, *task.graded_columns))
+    return replace(_guarded(task, file), name=name, source=_digest(file), sample_columns=tuple(columns))
 
 
 def _digest(file: str) -> str:

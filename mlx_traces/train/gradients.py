@@ -108,17 +108,13 @@ def checkpointed(layers: Sequence[nn.Module], wanted: bool = True) -> Iterator[N
     before = [type(layer) for layer in layers]
     if wanted:
         for layer in layers:
-            layer.__class__ = _checkpointed_class(type(layer), _drops(layer))
+            drops = any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in layer.modules())
+            layer.__class__ = _checkpointed_class(type(layer), drops)
     try:
         yield
     finally:
         for layer, kind in zip(layers, before, strict=True):
             layer.__class__ = kind
-
-
-def _drops(layer: nn.Module) -> bool:
-    """Whether a layer has dropout."""
-    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in layer.modules())
 
 
 def _checkpointed_class(kind: type[nn.Module], drops: bool) -> type[nn.Module]:

@@ -35,10 +35,10 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.runtime import device
+from mlx_traces.runtime import device, memory_budget
 from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.interrupts import Stopped
-from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.runtime.run_folder import RunFolder, judged
 from mlx_traces.tasks.answers import forms_of
 from mlx_traces.tasks.thoughts import usual
 from mlx_traces.train import checkpoints, model_card
@@ -134,7 +134,7 @@ class Training:
         """
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
-        row |= self.room.metrics() | self.loaded.row_budget.metrics()
+        row |= memory_budget.metrics_of(self.room, self.loaded.row_budget)
         self.folder.log("samples.jsonl", *({"step": step, **sample} for sample in samples))
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
@@ -169,7 +169,7 @@ class Training:
                 f"step {self.progress.step}: the validation loss is {loss}; nothing was overwritten. "
                 f"Lower learning_rate ({self.config.learning_rate:g})"
             )
-        if row and self.progress.better(row.get("valid/accuracy", -row.get("valid/loss", 0.0))):
+        if row and self.progress.better(judged(row)):
             keep(self.loaded, self.folder, self.adapter, self.about, {"step": self.progress.step, **row})
         self.folder.log("samples.jsonl", *({"step": self.progress.step, **sample} for sample in shown))
         return row

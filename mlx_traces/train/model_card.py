@@ -26,7 +26,7 @@ from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
 from mlx_traces.runtime.provenance import fingerprint
-from mlx_traces.runtime.run_folder import RunFolder, existing
+from mlx_traces.runtime.run_folder import RunFolder, best_of, existing
 from mlx_traces.tasks import TASKS, gsm8k, math
 from mlx_traces.text import clean, interval, percent
 from mlx_traces.traces.files import manifest_path
@@ -214,9 +214,8 @@ def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
     """
     folder = RunFolder(run)
     rows = folder.metrics if folder.begun else []
-    judged = [row for row in rows if "valid/accuracy" in row or "valid/loss" in row]
-    if judged:  # the first of the best, as `loop.Training` keeps it; an unfinished run has no result that names it
-        return max(judged, key=lambda row: row.get("valid/accuracy", -row.get("valid/loss", 0.0))), True
+    if best := best_of(rows):  # an unfinished run has no result that names it
+        return best, True
     return (rows[-1] if rows else {}), False
 
 

@@ -202,6 +202,16 @@ def test_bench_times_one_process_and_two(monkeypatch):
     assert "1 process, 1 BLAS thread each" in result.stderr and "2 processes" in result.stderr
 
 
+def test_ranks_choose_their_own_threads(monkeypatch, tmp_path):
+    """A number in the environment would be final, and a small model's products would wait for each other."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(bench_ranks, "COMMAND", "import os; print(os.environ.get('OPENBLAS_NUM_THREADS'))")
+    for count in (1, 2):
+        with bench_ranks.ranks([], count, tmp_path) as started:
+            assert [process.wait(30) for process in started] == [0] * count
+        assert [(tmp_path / f"{rank}.out").read_text() for rank in range(count)] == ["None\n"] * count
+
+
 def test_what_ranks_cannot_do_is_said_before_anything_is_timed(monkeypatch):
     result = CliRunner().invoke(main, ["bench", "sft", "--ranks", "2", "--against", "mlx-lm"])
     assert result.exit_code == 1 and "leave out --against" in result.output

@@ -91,10 +91,13 @@ DOCTOR = Planned("doctor", "doctor", ("doctor", "--json"), 30)
 LINE = {"what": "python", "value": "3.12", "fix": None, "failed": False}
 
 
-def test_a_step_ends_with_its_rows_its_time_and_its_memory(command):
+def test_a_step_ends_with_its_rows_its_time_and_its_memory(command, tmp_path):
     command(f"import json; held = bytearray(80_000_000); print(json.dumps([{LINE!r}]))")
     found = run(DOCTOR, 30)
     assert (found.status, found.rows, found.arguments) == ("done", [LINE], ["doctor", "--json"])
+    (tmp_path / "runs").mkdir()
+    planned = Planned("sft", "sft", ("bench", "sft", "--data", str(tmp_path / "runs")), 30)
+    assert run(planned, 0).arguments == ["bench", "sft", "--data", "runs"]  # others read the file
     assert found.found[0].what == "python" and 0 < found.seconds < 30 and 0.08 < found.memory_gb < 2
 
 

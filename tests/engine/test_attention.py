@@ -14,7 +14,7 @@ from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 
-FURTHER = "a slice from further on with{} a mask".format
+FURTHER, SLICE = "a slice from further on", "a slice"
 
 
 class Device:
@@ -76,13 +76,14 @@ class Wrong(Device):
 
 FAULTS = {
     Device: ((), Reading(), []),
-    FromZero: ((FURTHER("out"),), Reading(), []),
-    MaskedFromZero: ((FURTHER("out"), FURTHER("")), Reading(from_zero=True), ["read from their buffer's beginning"]),
+    FromZero: (((FURTHER, False),), Reading(), []),
+    MaskedFromZero: (
+        ((FURTHER, False), (FURTHER, True)),
+        Reading(from_zero=True),
+        ["read from their buffer's beginning"],
+    ),
     Packed: (
-        tuple(
-            f"a slice{rest} a mask"
-            for rest in (" without", " from further on without", " with", " from further on with")
-        ),
+        ((SLICE, False), (FURTHER, False), (SLICE, True), (FURTHER, True)),
         Reading(from_zero=True, copied=True),
         ["copied for each step"],
     ),
@@ -97,6 +98,7 @@ def test_the_probe_says_what_is_misread(kind, dtype, monkeypatch):
     assert attention.misread(dtype) == wrong and attention.reading(dtype) == way
     line = doctor.attention()
     assert not line.failed and ("works around" in line.value) == bool(wrong)
+    assert all(f"{what} {'with' if masked else 'without'} a mask" in line.value for what, masked in wrong)
     attention.misread.cache_clear()
 
 

@@ -109,7 +109,7 @@ def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
         (tmp_path / name).mkdir()
         result = {field.name: 0 for field in columns} | {"model": "nano", "adapter": None, "prompt": "thinking"}
         result |= {"extractor": "answer", "task": "countdown", "split": "test", "timestamp": "x", "run": name}
-        result |= {"pass_at_k": {}, "maj_at_k": {}, "notes": []}
+        result |= {"pass_at_k": {}, "pass_hat_k": {}, "maj_at_k": {}, "notes": []}
         row = {key: "x" for key in SAMPLE_COLUMNS} | {"sample": 0, "tokens": 3, "correct": True}
         row |= {"elapsed": 0.1, "verdicts": {"answer": "correct"}, "extractions": {"answer": "x"}}
         (tmp_path / name / "result.json").write_text(json.dumps(result))

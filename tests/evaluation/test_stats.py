@@ -287,12 +287,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_hit():
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
             assert stats.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+            assert stats.pass_hat_k(n, c, k) == pytest.approx(sum(map(all, subsets)) / len(subsets))
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
 def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(ValueError, match="pass@"):
         stats.pass_at_k(n, c, k)
+    with pytest.raises(ValueError, match="pass\\^"):
+        stats.pass_hat_k(n, c, k)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_runs_of_earlier_versions_are_scored_from_what_they_hold(answered, tmp_p
     old.mkdir()
     lines = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     stripped = [{key: value for key, value in row.items() if key != "opened"} for row in lines]
+    for row in stripped:  # as if the template had opened the thought
+        assert row["completion"].startswith("<think>")
+        row |= {"prompt": row["prompt"] + "<think>", "completion": row["completion"].removeprefix("<think>")}
     (old / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stripped))
     for name in ("result.json", "run.json"):
         (old / name).write_text((folder / name).read_text())

@@ -496,6 +496,13 @@ def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     assert outlook.of(by_name["filtered"]).tokens is None and not list(tmp_path.iterdir())
 
 
+def test_a_stage_without_a_model_is_forecast_without_one(tmp_path, monkeypatch):
+    plan = rounds.stages(config_in(tmp_path), quiet)
+    monkeypatch.setattr(loading, "load", None)
+    outlook = estimate.Outlook(config_in(tmp_path), plan)
+    assert [outlook.of(stage).told for stage in plan if stage.name in ("scored", "filtered")] == ["no model runs"] * 2
+
+
 @pytest.mark.parametrize("stage", ["raw", "generated", "round3"])
 def test_what_is_learned_is_not_what_is_compared(tmp_path, stage):
     """One file has no splits, whatever names are given; the same questions in another file are found too."""

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import pairs
+from mlx_traces.evaluation import budgets, pairs
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
 from mlx_traces.pipelines import compare, study
@@ -393,6 +393,33 @@ def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
     items = study.to_terminal(part)
     text = "".join(item if isinstance(item, str) else rendered(item) for item in items)
     assert "total cases" in text and "success rate" in text and study.said(part)[0] in text
+
+
+def test_budgets_are_used_with_every_model_and_drawn(tiny_folder, tmp_path, questions):
+    task = {"task": "qa", "data": str(questions), "prompts": ["plain"], "max_tokens": 6, "prefill": "<think>\n"}
+    rows = [{"model": str(tiny_folder), "label": name} for name in "ab"]
+    config = config_of(tmp_path, questions, *rows, tasks=[task], budgets=[0, 4, None], pairs="baseline")
+    (part,) = study.run(config)
+    prompts = ["plain ≤0", "plain ≤4", "plain"] * 2
+    assert part.comparison["prompt"].tolist() == prompts
+    assert [run.result["think_tokens"] for run in part.runs] == [0, 4, None] * 2
+    assert [curve.name for curve in part.curves] == ["a_plain", "b_plain"]
+    for budget, run in zip((0, 4), part.runs, strict=False):
+        assert all(row["tokens"] <= 6 + budget for row in run.samples) and any("forced" in row for row in run.samples)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"budgets.csv", "accuracy-by-budget.png", "accuracy-by-tokens.png"} <= names
+    stored = json.loads((tmp_path / "out" / "study.json").read_text())["budgets"]
+    assert [curve["sentence"] for curve in stored] == [budgets.sentence(curve) for curve in part.curves]
+    said = budgets.sentence(part.curves[0])
+    terminal = "".join(item if isinstance(item, str) else rendered(item, 80) for item in study.to_terminal(part))
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (terminal, (tmp_path / "out" / "study.md").read_text(), page):
+        assert said in text
+    assert "budgets: a_plain" in terminal and "Accuracy by budget of thought" in page
+    assert len(list(study.preview(config))) == 6
+    own = config_of(tmp_path, questions, {**rows[0], "settings": {"think_tokens": 3}}, tasks=[task], budgets=[0])
+    with pytest.raises(UserError, match=r"models\.0\.settings: 'think_tokens' is filled in by budgets"):
+        study.run(own)
 
 
 def test_several_tasks_have_a_folder_each_and_strata(tiny_folder, tmp_path, questions):

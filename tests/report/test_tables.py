@@ -16,7 +16,7 @@ import pytest
 from factories import BASE, BETTER, make_run, rendered
 
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation import comparison, power, stats, variance
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.report import export, tables
 from mlx_traces.text import p_text, percent
@@ -209,6 +209,9 @@ def test_terminal_and_markdown_show_pass_at_k():
     assert text.count("pass@2") == 1
     assert "sign-flip" in text
     assert "| pass@2 |" in tables.to_markdown(frame)
+    reliable = comparison.compare_runs([make_run("k", outcomes, pass_hat_k={"2": 1 / 3}, temperature=0.7)])
+    assert "pass^2 33.3 %" in rendered(tables.to_terminal(reliable))
+    assert "| pass^2 |" in tables.to_markdown(reliable)
 
 
 HOSTILE = "org/[red]x[bold] |$a$ <b>\x1b[31m\u202e\n=1+1"
@@ -269,6 +272,56 @@ def test_json_has_exactly_the_documented_keys():
     assert rows[1]["correct_count"] == 6
     alone = tables.to_json(comparison.compare_runs([make_run("x", [1], tokens_per_second=None)]))["rows"][0]
     assert alone["tokens_per_second"] is alone["p_value"] is None
+
+
+def test_a_table_without_a_difference_says_what_it_could_not_see():
+    frame = comparison.compare_runs([make_run("a", [1, 0] * 50), make_run("b", [1, 0] * 45 + [0, 1] * 5, prompt="x")])
+    missed = power.detectable(100, 0.1, 0.5)
+    assert list(frame["missed"])[1] == missed
+    said = f"with 100 problems a difference below {100 * missed:.1f} points would have been missed half of the time"
+    assert f"No difference shown: {said} or more." in tables.to_markdown(frame)
+    two = comparison.compare_runs([make_run("a", [1, 0] * 50), *(make_run(f"b{i}", [0, 1] * 50) for i in "12")])
+    assert two["missed"][1] == power.detectable(100, 1.0, 0.5, 0.025)  # Holm's first step of two
+    shown = comparison.compare_runs([make_run("a", [0] * 50), make_run("b", [1] * 50, prompt="x")])
+    assert shown["missed"].isna().all() and "No difference" not in tables.to_markdown(shown)
+    sampled = comparison.compare_runs([make_run("a", [[1, 0], [0, 0]] * 20), make_run("b", [[0, 1], [0, 0]] * 20)])
+    assert sampled["missed"][1] == 0 or "missed half" in tables.to_markdown(sampled)
+
+
+def test_trainings_of_a_recipe_are_one_row():
+    runs = [make_run(f"g{i}", ([1] * (50 + i) + [0] * 50)[:100]) for i in (0, 4, 8)]
+    joined = comparison.recipe("grpo", runs)
+    base = make_run("base", [1] * 30 + [0] * 70)
+    frame = comparison.compare_runs([base, joined])
+    row = frame.to_dict("records")[1]
+    found = variance.estimate(comparison.shares(joined, [f"p{i}" for i in range(100)]))
+    assert (row["ci_low"], row["ci_high"]) == found.interval() and row["accuracy"] == pytest.approx(0.54)
+    assert (row["trainings"], row["spread"], row["test"]) == (3, pytest.approx(0.04), "trainings")
+    text = " ".join(rendered(tables.to_terminal(frame)).split())
+    assert "3 trainings" in text and "sd 4.0" in text and "Student's t over trainings and problems" in text
+    assert tables.to_json(frame)["rows"][1]["spread"] == pytest.approx(0.04) and "| sd |" in tables.to_markdown(frame)
+    with pytest.raises(UserError, match="recipe grpo: max_tokens is 400 and 9; only their training may differ"):
+        comparison.recipe("grpo", [runs[0], make_run("x", [1] * 100, max_tokens=9)])
+    with pytest.raises(UserError, match="recipe grpo: 1 runs; name two or more, each once"):
+        comparison.recipe("grpo", runs[:1])
+    with pytest.raises(UserError, match="over different problems"):
+        comparison.recipe("grpo", [runs[0], make_run("x", [1] * 9)])
+
+
+def test_problems_of_a_cluster_count_together():
+    a, b = make_run("a", [1, 1, 0, 0] * 10), make_run("b", [1, 1, 1, 0] * 10, prompt="x")
+    for run in (a, b):
+        for i, row in enumerate(run.samples):
+            row["columns"] = {"document": f"d{i // 4}"}
+    frame = comparison.compare_runs([a, b], cluster="document")
+    row = frame.to_dict("records")[1]
+    assert row["test"] == "clusters" and row["p_value"] == pytest.approx(2 / 2**10)  # ten documents, all won
+    assert "cluster-robust for the difference" in tables.to_markdown(frame)
+    assert comparison.paired(b, a, "document")["p_value"] == row["p_value"]
+    with pytest.raises(UserError, match="--cluster page: problem p0 has no such column; the data are not on this"):
+        comparison.compare_runs([a, b], cluster="page")
+    with pytest.raises(UserError, match="--cluster gold: all problems have the same one"):
+        comparison.compare_runs([a, b], cluster="gold")
 
 
 @pytest.mark.parametrize(

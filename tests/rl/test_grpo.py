@@ -36,6 +36,7 @@ from mlx_traces.records import Problem
 from mlx_traces.records import Rollout as Sampled
 from mlx_traces.rl import grpo, losses, ppo, rewards, rollouts, trainer
 from mlx_traces.rl.rollouts import Row
+from mlx_traces.rl.steps import Step
 from mlx_traces.rl.trainer import Learner
 from mlx_traces.runtime import device, run_folder
 from mlx_traces.tasks import get_task
@@ -232,6 +233,70 @@ def test_a_run_with_rewards_that_do_not_apply(settings, tmp_path):
         train(own, tmp_path / config.__name__)
         rows = [row for row in outcome(tmp_path / config.__name__)[1] if "loss" in row]
         assert len(rows) == 2 and all(np.isfinite(row["loss"]) and row["reward/mean"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("step_weight", [0.0, 1.5])
+def test_tokens_that_were_put_there_have_no_gradient(step_weight):
+    """The gradient is that of the drawn tokens alone, each predicted from all that stands before it."""
+    config = settings_of(step_weight=step_weight, temperature=1.0, micro_tokens=30)
+    group = [
+        made(1.0, (5, 6, 7, 8, 9, 10), forced=(0, 1, 3)),
+        made(0.0, (6, 7, 8, 20), forced=(3,)),
+        made(0.5, (9, 8, 7)),
+        made(0.2, (4, 5), forced=(0, 1)),
+    ]
+    steps = [(Step("equation", 0, 1, value, 1, 3),) for value in (1.0, 0.0, 1.0)]
+    group[:3] = [replace(one, steps=own) for one, own in zip(group, steps, strict=False)]
+    rows = grpo.weighed(grpo.rows_of([group], config), config)
+    assert [row.example.count for row in rows] == [3, 3, 3] and all(np.isfinite(row.sampler).all() for row in rows)
+    model = lora()
+    loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
+    whole = grpo.rows_of([[replace(one, completion=drawn_all(one)) for one in group]], config)
+
+    def loss_of():
+        total = mx.array(0.0)
+        for one, row in zip(group[:3], whole, strict=False):
+            ids = mx.array([(1, 2, 3, *one.ids)])
+            logits = model(ids)[0, 2:-1]
+            logs = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True), ids[0, 3:, None], -1)[:, 0]
+            weights = mx.array(np.broadcast_to(row.advantage, len(one.ids)) * one.drawn)
+            total = total - (weights * mx.exp(logs - mx.stop_gradient(logs))).sum()
+        return total / 9
+
+    expected, expected_grads = nn.value_and_grad(model, loss_of)()
+    assert loss == pytest.approx(expected.item(), abs=2e-5) and sums["tokens"] == 9
+    assert_close(grads, expected_grads, 2e-4)
+
+
+def drawn_all(one):
+    rollout = replace(one.completion.rollout, forced=(), logprobs=(-1.0,) * len(one.ids))
+    return replace(one.completion, rollout=rollout)
+
+
+@pytest.mark.parametrize("recipe", [(grpo, GRPOConfig), (ppo, PPOConfig)], ids=["grpo", "ppo"])
+def test_a_run_with_bounded_thoughts(settings, tmp_path, recipe):
+    module, kind = recipe
+    bounds = {"prefill": "<think>\n", "think_tokens": 3, "think_at_least": 2}
+    config = kind(**{**settings, "num_steps": 2, **bounds})
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        rows_of = module.rows_of
+        patch.setattr(module, "rows_of", lambda *given: seen.append(rows_of(*given)) or seen[-1])
+        module.train(config, tmp_path / "out")
+    tokens = wrap(make_tokenizer()).tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    for row in seen[0]:
+        completion = row.example.ids[-len(row.example.trained) + row.example.trained.index(True) :]
+        assert row.example.count == sum(row.example.trained) == len(row.sampler) < len(completion) + 3
+        assert np.isfinite(row.sampler).all()
+    assert any(tokens == list(row.example.ids[i : i + 4]) for row in seen[0] for i in range(len(row.example.ids)))
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("rollout/forced", 0) > 0 for row in metrics)
+    shown = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert any("forced" in row for row in shown)
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    assert identity["think_tokens"] == 3 and identity["evaluate"]["think_tokens"] == 3
+    with pytest.raises(UserError, match="think_tokens"):
+        module.train(config.model_copy(update={"think_tokens": 4}), tmp_path / "out", resume=True)
 
 
 def test_the_stop_token_is_learned():

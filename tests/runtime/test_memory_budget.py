@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_traces.errors import UserError
-from mlx_traces.runtime.memory_budget import WAIT, MemoryBudget
+from mlx_traces.runtime.memory_budget import WAIT, MemoryBudget, metrics_of
 
 TOLD = "[malloc] Unable to allocate 9 bytes."
 LENGTHS = [10, 8, 8, 4]
@@ -31,6 +31,15 @@ def test_what_fits_is_asked_for_and_nothing_is_told():
     budget, device = made(), Device()
     assert [budget.fit(64, LENGTHS, device.work) for _ in range(3)] == [64, 64, 64]
     assert budget.metrics() == {} and not budget.notes
+
+
+def test_a_line_of_metrics_keeps_the_messages_of_both_budgets():
+    budgets = made(), MemoryBudget("rows", "rows at once", backend="metal")
+    for budget in budgets:
+        budget.fit(64, LENGTHS, Device(failing=(1,)).work)
+    assert metrics_of(*budgets) == {"memory/message": f"{TOLD}; {TOLD}"} and metrics_of(*budgets) == {}
+    budgets[1].most = 3
+    assert metrics_of(*budgets) == {"memory/rows": 3}
 
 
 def test_the_same_size_is_tried_once_more_with_the_cache_cleared(monkeypatch):

@@ -16,6 +16,7 @@ from mlx_traces.config import EvalConfig, GenerateConfig, GRPOConfig, PPOConfig,
 from mlx_traces.errors import UserError
 from mlx_traces.runtime import files
 from mlx_traces.runtime.files import held
+from mlx_traces.runtime.run_folder import best_of
 
 HOLD = "import sys, time; from pathlib import Path; from mlx_traces.runtime import files\n"
 HOLD += "with files.held(Path(sys.argv[1])):\n    Path(sys.argv[1] + '.on').touch()\n    time.sleep(600)\n"
@@ -193,3 +194,10 @@ def test_these_settings_alone_may_change_when_a_run_is_continued(config, free):
     stored = config.model_dump(mode="json")
     assert stored.keys() - config.identity().keys() == free
     assert config.identity() == {name: value for name, value in stored.items() if name not in free}
+
+
+def test_the_best_validation_is_the_first_of_equals_by_accuracy_else_by_loss():
+    rows = [{"step": 1}, {"step": 2, "valid/loss": 2.0}, {"step": 3, "valid/loss": 1.0}, {"step": 4, "valid/loss": 1.0}]
+    assert best_of(rows)["step"] == 3 and best_of(rows[:1]) is None
+    accurate = [{**row, "valid/accuracy": value} for row, value in zip(rows, (0.0, 0.5, 0.25, 0.5), strict=True)]
+    assert best_of(accurate)["step"] == 2

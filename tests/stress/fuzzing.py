@@ -42,7 +42,20 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.report import run_view, tables, terminal
 from mlx_traces.report.page import evaluated, render, visible
 from mlx_traces.runtime import run_folder
-from mlx_traces.tasks import TASKS, Task, answers, countdown, get_task, gsm8k, prompts, qa, thoughts
+from mlx_traces.tasks import (
+    TASKS,
+    Task,
+    answers,
+    countdown,
+    equality,
+    get_task,
+    gsm8k,
+    math,
+    numbers,
+    prompts,
+    qa,
+    thoughts,
+)
 from mlx_traces.tasks.data import split_slice
 from mlx_traces.text import clean
 from mlx_traces.traces import files, importing, judge, quality, reformat
@@ -174,7 +187,7 @@ def _split(text: str, count: int) -> list[str]:
 def _found(text: str) -> None:
     for find in (answers.tolerant, answers.last_number, answers.strict, answers.flexible, thoughts.answer_part):
         found = find(text)
-        for task in map(get_task, set(TASKS) - {"math"}) if found else ():  # math's worker bounds its own time
+        for task in map(get_task, set(TASKS) - {"math"}) if found else ():  # math has readers of its own
             task.votes([found], "Apollo 11", task.extractors[0])
     answers.last_boxed(text), answers.last_answer_tag(text), answers.parse_number(text, words=False)
 
@@ -194,6 +207,18 @@ def _checked_countdown(text: str) -> None:
 def _graded_qa(text: str) -> None:
     gold, response = _split(text, 2)
     qa.grade(Problem("p", {}, gold), response)
+
+
+def _graded_math(text: str) -> None:
+    gold, response = _split(text, 2)
+    math.grade(Problem("p", {}, gold[: numbers.MAX_ANSWER]), response)
+
+
+def _compared_math(text: str) -> None:
+    """Its worker bounds a comparison's time and memory itself: what does not end there is ``too_complex``."""
+    gold, answer = _split(text, 2)
+    assert equality.compare(gold[: numbers.MAX_ANSWER], answer) in equality.VERDICTS
+    assert math.same(answer, gold[: numbers.MAX_ANSWER], "strict") is not None
 
 
 def _tags(text: str) -> None:
@@ -357,6 +382,12 @@ RESPONSES = (
     "The final answer is: **1,234**\n\n<|end_of_solution|>",
     "<|channel|>analysis<|message|>Hmm, 10/3 = 3.33...<|end|><|start|>assistant<|channel|>final<|message|>It is 75%.",
 )
+FORMULAS = (
+    *("\\frac{3}{4}", "-1,234.50", "\\left(3, \\frac{\\pi}{2}\\right)", "[0,1) \\cup (2, \\infty)"),
+    *("2x^2 - 3\\sqrt{2}x + 1", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\text{even}"),
+    *("52_8", "75\\%", "\\{1, 2\\}", "1\\frac12", "2^{10}", "1 \\pm i", "x \\in [-2, 7]"),
+    *("10\\text{ cm}^2", "\\binom{5}{2} + 3!", "e^{i\\pi}"),
+)
 QUESTION = {"question": "How many clips?", "answer": "48/2 = 24.\n#### 72"}
 TURNS = [
     {"role": "system", "content": "s"},
@@ -476,6 +507,8 @@ TARGETS = (
         ("25 * 4 - 2", "\\frac{25}{4} \\times (2 - 4) = 98", "**\\boxed{25×4−2}**"),
     ),
     Target("grade qa", _graded_qa, ("Apollo 11" + PART + RESPONSES[2], "75%" + PART + RESPONSES[4])),
+    Target("grade math", _graded_math, tuple(f"{gold}{PART}Thus \\boxed{{{gold}}}." for gold in FORMULAS), 0.1),
+    Target("compare math", _compared_math, tuple(f"{gold}{PART}{gold}" for gold in FORMULAS), 0.1),
     Target("tags", _tags, RESPONSES),
     Target("reformatting", _reformatted, RESPONSES),
     *(

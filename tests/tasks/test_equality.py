@@ -299,6 +299,12 @@ def test_a_worker_that_does_not_start_is_told(monkeypatch, tmp_path):
         equality._worker.cache_clear()
 
 
+def test_three_dots_have_no_value():
+    """Python reads them as a constant; a long search found it."""
+    assert equality.value("...") is None and equality.value("1+...") is None
+    assert equality.compare("e^{i\\pi}", "...+1") in equality.VERDICTS
+
+
 def test_without_math_verify_one_line_says_what_to_install(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"answer": "1", "completion": "1"}\n')
     code = (

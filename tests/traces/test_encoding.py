@@ -1,6 +1,7 @@
 """Which tokens of a trace are learned, by the text around them."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Trace
 from mlx_traces.tasks.thoughts import usual
 from mlx_traces.traces import encoding
+from mlx_traces.traces.score import own_probability
 
 OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 STRIPPING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] | trim }}")
@@ -211,6 +213,19 @@ def test_a_trace_of_ones_own_is_learned_by_its_tokens():
     assert encoding.encode(loaded, replace(trace, completion="It is ST"), ends).ids[-3:] == (s, t, end)  # a prefill
     for other in ({"completion": "STO"}, {"completion_ids": (10**6, end)}, {"completion_ids": ("S", end)}):
         assert encoding.encode(loaded, replace(trace, **other), ends).ids[-2:] != (t, end)  # another tokenizer's
+
+
+def test_what_was_put_into_a_thought_is_not_learned():
+    loaded = wrap(make_tokenizer())
+    ids = loaded.tokenizer.encode("<think>\nab\n</think>\n\n5<|im_end|>", add_special_tokens=False)
+    forced = tuple(range(4, 8))
+    trace = Trace("t", tuple(ONE), "<think>\nab\n</think>\n\n5", completion_ids=tuple(ids), forced=forced)
+    trace = replace(trace, finish_reason="stop", logprobs=tuple(None if i in forced else -1.0 for i in range(len(ids))))
+    example = encoding.encode(loaded, trace, encoding.turn_end(loaded))
+    learned = example.trained[-len(ids) :]
+    assert [place for place, own in enumerate(learned) if not own] == list(forced)
+    again = Trace.from_row(json.loads(json.dumps(trace.to_row())), "f:1")
+    assert again == trace and own_probability(again) == pytest.approx(math.exp(-1))
 
 
 CHANNELS = EACH + "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>" + END

@@ -14,7 +14,7 @@ from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split, head_logprobs, split
 from mlx_traces.errors import UserError
 from mlx_traces.models import adapters, loading
-from mlx_traces.runtime import device
+from mlx_traces.runtime import device, distributed
 from mlx_traces.train import gradients
 
 
@@ -116,6 +116,29 @@ def test_states_without_a_gradient():
     assert len(found) == len(rows)
     for whole, shared in found.values():
         np.testing.assert_allclose(shared, whole, atol=1e-5)
+
+
+def test_what_ranks_read_is_put_together_row_by_row(monkeypatch):
+    """Each rank reads its part of the rows; all have every row's numbers afterwards, in the rows' order."""
+    model, rows = lora(), groups((12, 9, 14))
+    halves = forward.split(model)
+
+    def read(states, targets):
+        return targets.astype(mx.float32), states.sum(axis=-1)
+
+    whole = forward.by_row(halves, rows, 64, read)
+    for row, (targets, sums) in zip(rows, whole, strict=True):
+        assert targets.tolist() == [i for i, t in zip(row.ids, row.trained, strict=True) if t]
+        assert len(sums) == row.count and sums.dtype == targets.dtype == np.float32
+    parts, sent = (range(0, 4), range(4, 9)), []
+    monkeypatch.setattr(distributed, "gather", lambda own: sent.append(own) or own)
+    for part in parts:
+        monkeypatch.setattr(distributed, "share", lambda count, part=part: part)
+        forward.by_row(halves, rows, 64, read)
+    monkeypatch.setattr(distributed, "gather", lambda own: sent[0] + own)
+    for found, expected in zip(forward.by_row(halves, rows, 64, read), whole, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_models_are_asked_whether_they_can(monkeypatch):

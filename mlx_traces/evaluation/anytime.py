@@ -1,0 +1,73 @@
+"""A test and an interval of a mean difference that stay valid however often one looks, and whenever one stops. No MLX.
+
+Testing by betting (Waudby-Smith and Ramdas, JRSS B 86, 2024; arXiv 2010.09686): a gambler bets on the differences x of
+one problem after another, each from -1 to 1. If their mean is m or less, her wealth, the product of 1 + b (x - m) for a
+bet b >= 0, is a nonnegative supermartingale, and so is its mean over bets that were weighted beforehand (Robbins 1970).
+By Ville's inequality it ever reaches 2 / alpha with a probability of at most alpha / 2. The same holds from above.
+
+With one completion a problem, differences are -1, 0 and 1. Against m = 0 the wealth is then a mixture of likelihood
+ratios of the discordant problems: a McNemar test that may be looked at all the time.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Weights of the bets u against a mean of 0: a discordant problem is a win with probability (1 + u) / 2, which has the
+# distribution Beta(_SHAPE, _SHAPE). Fixed, since bets that depended on the budget would not let a sequence be extended.
+_SHAPE = 2.0
+_BETS = (np.arange(64) + 0.5) / 64
+_LOG_WEIGHTS = (_SHAPE - 1) * np.log1p(-(_BETS**2))
+_LOG_WEIGHTS -= np.log(np.exp(_LOG_WEIGHTS).sum())
+
+
+def log_wealth(values: np.ndarray, counts: np.ndarray, mean: float) -> float:
+    """Return the logarithm of the wealth against "the mean is ``mean`` or less"; it falls as ``mean`` rises.
+
+    Args:
+        values: (V,) distinct differences, -1 to 1.
+        counts: (V,) how often each was seen.
+        mean: above -1 and below 1.
+    """
+    bets = _BETS / (1 + abs(mean))  # so that no bet can lose more than everything
+    gains = np.log1p(bets[:, None] * (values - mean)) @ counts + _LOG_WEIGHTS
+    top = gains.max()
+    return float(top + np.log(np.exp(gains - top).sum()))
+
+
+def anytime(differences: ArrayLike, level: float = 0.95) -> tuple[float, float, float, float]:
+    """Return the mean difference, its anytime-valid interval, and the anytime-valid p-value of "no difference".
+
+    They are those of the differences so far, in whatever order and blocks these came; each holds at any time of
+    stopping that depends on nothing but the differences seen. The interval excludes 0 where the p-value is at most
+    ``1 - level``. The problems are to be drawn at random, or in an order drawn at random.
+
+    Args:
+        differences: (P,) for each problem the share of correct completions of one model minus the other's.
+        level: of the interval.
+
+    Returns:
+        (difference, low, high, p).
+
+    Raises:
+        ValueError: if there are none, or one is not from -1 to 1.
+    """
+    x = np.asarray(differences, dtype=float)
+    if x.ndim != 1 or not x.size or not (np.abs(x) <= 1).all():
+        raise ValueError("anytime takes one or more differences from -1 to 1")
+    values, counts = np.unique(np.round(x, 12), return_counts=True)
+    wall = math.log(2 / (1 - level))
+    low = _lower_end(values, counts, wall)
+    high = -_lower_end(-values[::-1], counts[::-1], wall)
+    wealth = max(log_wealth(values, counts, 0.0), log_wealth(-values, counts, 0.0))
+    return float(x.mean()), low, high, min(1.0, 2 * math.exp(-wealth))
+
+
+def _lower_end(values: np.ndarray, counts: np.ndarray, wall: float) -> float:
+    """Return the largest mean against which the wealth reaches the wall; -1 if there is none."""
+    low, high = -1.0, float(values @ counts / counts.sum())  # against the mean itself no bet gains
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_wealth(values, counts, middle) >= wall else (low, middle)
+    return low

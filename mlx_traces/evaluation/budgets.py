@@ -1,0 +1,126 @@
+"""Accuracy against the budget of a thought: curves of a model's runs, and where more thinking stops paying. No MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation.comparison import Run
+from mlx_traces.evaluation.pairs import Pair, pairs
+from mlx_traces.text import clean, interval, p_text, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a curve: its budget (None: no bound), accuracy with Wilson's 95 % interval, tokens an answer.
+
+    ``tokens`` are those really used, thought and answer (None if a server did not count); ``forced`` is the share of
+    completions whose thought was closed or kept open.
+    """
+
+    budget: int | None
+    accuracy: float
+    low: float
+    high: float
+    tokens: float | None
+    forced: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A model's runs in one prompt, the smallest budget first, on the same problems.
+
+    ``pairs`` has every two of them, the larger budget as ``a``; Holm's adjustment is over these.
+    """
+
+    name: str
+    points: list[Point]
+    pairs: list[Pair]
+
+
+def curves(runs: Sequence[Run]) -> list[Curve]:
+    """Return the curves among runs of the same problems: those of runs that differ in the budget.
+
+    Raises:
+        UserError: if the problems differ, or a run has no or uneven samples.
+    """
+    groups: dict[tuple[str, str], dict[int | None, Run]] = {}
+    for run in runs:
+        unbounded = {**run.result, "think_tokens": None}
+        name = comparison.model_name(unbounded["model"], unbounded.get("adapter"))
+        group = groups.setdefault((name, clean(comparison.prompt_of(unbounded))), {})
+        group.setdefault(run.result.get("think_tokens"), run)
+    found = []
+    for names, group in groups.items():
+        if len(group) > 1:
+            own = [group[budget] for budget in sorted(group, key=lambda budget: (budget is None, budget))]
+            found.append(Curve("_".join(names), [_point(run) for run in own], pairs(own)))
+    return found
+
+
+def _point(run: Run) -> Point:
+    share = stats.accuracy(list(comparison.outcomes_of(run).values()))
+    tokens = [row["tokens"] for row in run.samples]
+    return Point(
+        run.result.get("think_tokens"),
+        share["accuracy"],
+        share["ci_low"],
+        share["ci_high"],
+        None if None in tokens else sum(tokens) / len(tokens),
+        sum(bool(row.get("forced")) for row in run.samples) / len(run.samples),
+    )
+
+
+def budget_name(budget: int | None) -> str:
+    """Return a budget as text."""
+    return "no budget" if budget is None else f"{budget:,} tokens"
+
+
+def sentence(curve: Curve) -> str:
+    """State where more thinking stops paying, and no more than the tests allow.
+
+    That is at the smallest budget than which no larger one is right significantly more often (Holm's adjustment, over
+    all pairs of the curve). For the best of the larger ones the sentence gives the gain that its interval leaves open.
+    """
+    size = len(curve.points)
+    places = [(low, high) for low in range(size) for high in range(low + 1, size)]
+    pair = dict(zip(places, curve.pairs, strict=True))
+    names = [budget_name(point.budget) for point in curve.points]
+
+    def shown(low: int, high: int) -> bool:
+        return pair[low, high].p_holm < stats.LEVEL
+
+    def gains(low: int) -> list[int]:
+        return [high for high in range(low + 1, size) if shown(low, high) and pair[low, high].diff > 0]
+
+    def told(low: int, high: int) -> str:
+        one = pair[low, high]
+        p = f"= {p_text(one.p_holm)}".replace("= <", "< ")
+        after = f" after Holm over {one.family} pairs" if one.family > 1 else ""
+        change = f"{percent(one.diff, signed=True)} points {interval(one.low, one.high)}"
+        return f"{change} on {one.problems:,} problems, p {p}{after}"
+
+    stop = next(low for low in range(size) if not gains(low))
+    text = f"{curve.name}: no thinking beyond {names[0]} is shown to pay"
+    if stop:
+        better = gains(stop - 1)
+        most = stop if stop in better else max(better, key=lambda high: curve.points[high].accuracy)
+        text = f"{curve.name}: thinking beyond {names[stop - 1]} pays, {names[most]} {told(stop - 1, most)}"
+    if stop == size - 1:
+        return f"{text}; {names[stop]} is the largest budget that was tried."
+    best = max(range(stop + 1, size), key=lambda high: curve.points[high].accuracy)
+    room = max(pair[stop, best].high, stats.wilson(0, pair[stop, best].problems)[1])
+    text += f"; beyond {names[stop]} no gain is shown" if stop else ""
+    text += f": {names[best]} {told(stop, best)}; a gain of up to {percent(room)} points is compatible."
+    worse = [high for high in range(stop + 1, size) if shown(stop, high) and pair[stop, high].diff < 0]
+    return text + "".join(f" With {names[high]} it is right less often ({told(stop, high)})." for high in worse)
+
+
+def frame(found: Sequence[Curve]) -> pd.DataFrame:
+    """Return the points of curves as rows: ``curve``, then the fields of a `Point`."""
+    return comparison.frame([{"curve": curve.name, **vars(point)} for curve in found for point in curve.points])

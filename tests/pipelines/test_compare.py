@@ -1,0 +1,174 @@
+"""Comparisons that stop when decided, go on, and group trainings; a rule answers in a model's place."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+from click.testing import CliRunner
+
+import mlx_traces
+from mlx_traces.cli import main
+from mlx_traces.config import CompareConfig, EvalConfig, StudyModel, StudyTask
+from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator, local
+from mlx_traces.evaluation.completion import Completion
+from mlx_traces.evaluation.evaluator import Source
+from mlx_traces.pipelines import compare, verify
+from mlx_traces.runtime.interrupts import Stopped
+from mlx_traces.runtime.run_folder import RunFolder
+
+ROWS = 200
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Return the (prompt, number) of each problem asked, as they are: `boxed` knows all, `plain` the even ones."""
+    rows = [{"question": f"question {i}", "answer": str(i), "document": i // 4} for i in range(ROWS)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+
+    @contextmanager
+    def opened(planned, path, resume):
+        folder = RunFolder(path)
+        folder.refuse(resume)
+
+        def generate(todo):
+            for index, (problem, _) in enumerate(todo):
+                number = int(problem.gold)
+                found.append((planned.prompt.name, number))
+                right = planned.prompt.name == "boxed" or number % 2 == 0
+                yield index, Completion("?", "", f"\\boxed{{{number if right else -1}}}", 3, "stop")
+
+        yield planned, folder, Source(generate, {}, {}, [])
+
+    monkeypatch.setattr(local, "opened", opened)
+    monkeypatch.setattr("mlx_traces.evaluation.run.import_mlx", lambda: None)
+    return found
+
+
+def settings(tmp_path, **more):
+    shared = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "model": "nano", "prompt": ["plain", "boxed"]}
+    return shared | {"runs_dir": tmp_path / "runs", "stop_when_decided": True, "block": 10} | more
+
+
+def test_it_stops_when_the_difference_is_decided_and_goes_on_from_there(tmp_path, asked):
+    frame = mlx_traces.compare(**settings(tmp_path))
+    count = int(frame["total_questions"][0])
+    assert count % 10 == 0 and 10 < count < 100 and list(frame["total_questions"]) == [count, count]
+    assert frame["p_holm"][1] <= 0.05 and frame["diff_low"][1] > 0 and frame["test"][1] == "anytime"
+    said = frame.attrs["stopped"]
+    assert said.startswith(f"Stopped after {count} of {ROWS} problems: the difference is decided.")
+    numbers = [number for prompt, number in asked if prompt == "plain"]
+    assert sorted(asked) == sorted([(prompt, n) for n in numbers for prompt in ("plain", "boxed")])
+    assert numbers != sorted(numbers) and len(set(numbers)) == count  # a seeded order, each problem once
+    assert [prompt for prompt, _ in asked[:20]] == ["plain"] * 10 + ["boxed"] * 10  # block by block, all rows together
+    for run in (tmp_path / "runs").iterdir():
+        assert verify.verify(run) == (f"{count} samples, verdicts and figures agree", [])
+
+    before = list(asked)
+    again = mlx_traces.compare(**settings(tmp_path, block=count))  # other blocks, the same sequence: nothing is asked
+    assert asked == before and again["p_value"][1] == frame["p_value"][1]
+    longer = mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, growing=True, limit=count + 7))
+    assert len(asked) == len(before) + 14 and longer["test"][1] == "McNemar"
+    shorter = mlx_traces.compare(**settings(tmp_path, block=count))  # what is stored beyond does not count
+    assert asked[len(before) + 14 :] == [] and list(shorter["total_questions"]) == [count, count]
+    assert shorter["p_value"][1] == frame["p_value"][1]
+
+
+def test_an_interrupted_block_is_finished_and_the_budget_ends_it(tmp_path, asked, monkeypatch):
+    whole = evaluator.grade_sample
+
+    def dies(planned, problem, *rest):
+        if len(asked) == 25:
+            raise Stopped("stopped")
+        return whole(planned, problem, *rest)
+
+    monkeypatch.setattr("mlx_traces.evaluation.run.grade_sample", dies)
+    same = {"limit": 30, "prompt": ["plain", "thinking"]}  # the two do equally well
+    with pytest.raises(Stopped):
+        mlx_traces.compare(**settings(tmp_path, **same))
+    frame = mlx_traces.compare(**settings(tmp_path, **same))
+    assert len(asked) == 61 and list(frame["total_questions"]) == [
+        30,
+        30,
+    ]  # only the one that was under way is repeated
+    assert frame.attrs["stopped"].startswith("Ended with the budget of 30 problems: 0 of 1 differences decided.")
+    assert (frame["p_value"][1], frame["diff"][1]) == (1.0, 0.0)
+
+
+def test_the_command_says_that_it_stopped(tmp_path, asked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "compare --task qa --data qa.jsonl --prompt plain --prompt boxed --stop-when-decided --block 25 --format json"
+    )
+    done = CliRunner().invoke(main, words.split())
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["stopped"].startswith("Stopped after ")
+    assert "25 of 200 problems: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"prompt": "plain"}, "needs two rows or more to compare"),
+        ({"cluster": "document"}, "problem by problem, so it does not go with --cluster"),
+        ({"block": 0}, "block: must be at least 1"),
+    ],
+)
+def test_what_cannot_stop_is_refused(tmp_path, asked, more, said):
+    with pytest.raises(UserError, match=said):
+        mlx_traces.compare(**settings(tmp_path, **more))
+    assert asked == []
+
+
+def test_rows_on_different_problems_cannot_stop_together(tmp_path, asked):
+    shared = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "model": "nano"}
+    evals = [EvalConfig(**shared, prompt="plain", seed=seed) for seed in (0, 1)]  # another order
+    config = CompareConfig(evals=evals, stop_when_decided=True, runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match=r"evals.1: its 200 problems of qa are not the 200 of evals.0"):
+        compare.compared(config)
+    mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, limit=5))
+    runs = [str(path) for path in (tmp_path / "runs").iterdir()]
+    with pytest.raises(UserError, match="finished runs cannot go on: name models"):
+        mlx_traces.compare(*runs, stop_when_decided=True)
+
+
+def test_a_growing_run_takes_a_larger_limit_and_no_smaller_one(tmp_path, asked):
+    shared = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompt": "plain", "growing": True}
+    out = tmp_path / "run"
+    assert mlx_traces.evaluate(out=out, limit=20, **shared).total_questions == 20
+    assert mlx_traces.evaluate(out=out, limit=30, resume=True, **shared).total_questions == 30
+    assert len(asked) == len(set(asked)) == 30
+    with pytest.raises(UserError, match="has 10 problems more than these; pass a larger --limit"):
+        mlx_traces.evaluate(out=out, limit=20, resume=True, **shared)
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "another", "answer": "1"}) + "\n")
+    with pytest.raises(UserError, match="was started with other settings"):
+        mlx_traces.evaluate(out=out, resume=True, **shared)
+
+
+def test_a_generated_sequence_grows_too():
+    few, many = (evaluator.plan(EvalConfig(growing=True, limit=limit)) for limit in (30, 700))
+    ids = [problem.id for problem in many.problems]
+    assert len(ids) == 700 and [problem.id for problem in few.problems] == ids[:30]
+    assert few.label == many.label != evaluator.plan(EvalConfig(limit=30)).label
+
+
+def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_path, asked, monkeypatch):
+    monkeypatch.setattr("mlx_traces.models.names.check", lambda *_: None)
+    for name in ("s0", "s1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapters.safetensors").write_text(name)
+    adapters = [str(tmp_path / name) for name in ("s0", "s1")]
+    models = [StudyModel(model="nano"), StudyModel(model="nano", adapters=adapters, label="grpo")]
+    task = StudyTask(task="qa", data=str(tmp_path / "qa.jsonl"), limit=40, prompts=["plain"])
+    config = CompareConfig(tasks=[task], models=models, runs_dir=str(tmp_path / "runs"), cluster="document")
+    frame, _ = compare.compared(config)
+    assert list(frame["trainings"]) == [1, 2] and list(frame["total_questions"]) == [40, 80]
+    assert frame["label"][1] == "grpo_plain" and frame["test"][1] == "trainings"
+    with pytest.raises(UserError, match=r"models.0: adapters are trainings of one recipe; give them a label"):
+        compare.collect(CompareConfig(tasks=[task], models=[StudyModel(model="nano", adapters=adapters)]))
+    runs = ",".join(str(path) for path in (tmp_path / "runs").iterdir())
+    shown = CliRunner().invoke(main, ["compare", "--recipe", f"all={runs}", "--format", "csv"])
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[1].startswith("all,")
+    wrong = CliRunner().invoke(main, ["compare", "--recipe", "all"])
+    assert "Error: --recipe all: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2" in wrong.output
