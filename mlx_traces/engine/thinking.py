@@ -61,9 +61,10 @@ class Reader:
 
     def after(self, state: State, token: int) -> State:
         """Return the state after another token."""
-        if (state, token) not in self.moves:  # UNTAGGED, the last one, opens a thought at the start of a turn only
-            self.moves[state, token] = self._read(state, self.pieces[token], self.openings[:-1])
-        return self.moves[state, token]
+        found = self.moves.get((state, token))
+        if found is None:  # UNTAGGED, the last one, opens a thought at the start of a turn only
+            found = self.moves[state, token] = self._read(state, self.pieces[token], self.openings[:-1])
+        return found
 
     def _read(self, state: State, piece: bytes, openings: list[bytes]) -> State:
         pair, text = state[0], state[1] + piece.lower()
@@ -79,7 +80,7 @@ class Reader:
 
     def closes(self, state: State, token: int) -> bool:
         """Whether a token completes the closing tag of the thought that is open in ``state``."""
-        return self.pairs[state[0]][1] in state[1] + self.pieces[token].lower()
+        return self.after(state, token)[0] != state[0]
 
     def closers(self, state: State) -> list[int]:
         """Return the tokens that do so; the first time for a tag this reads the vocabulary."""
@@ -166,14 +167,17 @@ class Thinking:
             self.forced.append(self.length)
         inside = self.state[0] != NONE and not self.closing
         self.length += 1
-        self.thought += inside
-        self.outside += not inside or self.budget is None
+        if inside:
+            self.thought += 1
+        if not inside or self.budget is None:
+            self.outside += 1
+            if self.outside == self.max_tokens:
+                self.limit = min(self.limit, self.length)
         self.state = self.reader.after(self.state, token)
         if self.closing and not self.queue:  # also where the tokenizer reads its own tag otherwise
             self.closing, self.state = False, (NONE, b"")
-        if self.outside == self.max_tokens:
-            self.limit = min(self.limit, self.length)
-        self._bound()
+        if self.thought == self.budget:
+            self._bound()
         return token
 
     def _bound(self) -> None:

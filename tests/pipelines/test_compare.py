@@ -162,7 +162,7 @@ def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_
     models = [StudyModel(model="nano"), StudyModel(model="nano", adapters=adapters, label="grpo")]
     task = StudyTask(task="qa", data=str(tmp_path / "qa.jsonl"), limit=40, prompts=["plain"])
     config = CompareConfig(tasks=[task], models=models, runs_dir=str(tmp_path / "runs"), cluster="document")
-    frame, _ = compare.compared(config)
+    frame = compare.compared(config)[0]
     assert list(frame["trainings"]) == [1, 2] and list(frame["total_questions"]) == [40, 80]
     assert frame["label"][1] == "grpo_plain" and frame["test"][1] == "trainings"
     with pytest.raises(UserError, match=r"models.0: adapters are trainings of one recipe; give them a label"):

@@ -136,6 +136,8 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
         "51.2 % [40.5, 61.9] (nano+sft_plain). Of 3 pairs tested, 2 differ (exact paired test, p after Holm below "
         "0.05); in the other 1 no difference is shown."
     )
+    adjusted = pairs.abstract(runs, [replace(found[0], p=0.01, p_holm=0.06)], "x")
+    assert "Of the one pair tested, 0 differ (" in adjusted  # Holm's p counts
     points = pairs.key_points(runs, found)
     assert len(points) == 2  # direct against the adapter's thinking differs in two things
     assert points[0].startswith("nano_plain is right more often than nano_direct: +37.5 points")
