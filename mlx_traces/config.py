@@ -92,10 +92,10 @@ class ThinkingConfig(Config):
         description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
     )
     think_at_least: Annotated[int, Field(ge=0)] = Field(
-        0, exclude_if=not_, description="Tokens of thought before which think_more replaces the thought's end."
+        0, exclude_if=not_, description="Least tokens of a thought; a thought that ends sooner goes on with think_more."
     )
     think_more: Annotated[str, Field(min_length=1)] = Field(
-        "Wait", exclude_if="Wait".__eq__, description="Text that continues a thought that would end too early."
+        "Wait", exclude_if="Wait".__eq__, description="Text that replaces the end of a thought below think_at_least."
     )
 
     @field_validator("think_at_least")
@@ -332,17 +332,17 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     step_weight: Annotated[float, Field(ge=0)] = Field(
         0.0,
         exclude_if=not_,
-        description="Weight of the values that a reward (equations, steps, your own) gives to single steps of a "
+        description="Weight of the values that rewards (equations, steps, your own) give to single steps of a "
         "completion; 0: only whole completions are rewarded.",
     )
     supervision: Literal["local", "cumulative"] = Field(
         "local",
         exclude_if=lambda value: value == "local",
-        description="Where a step's value counts: at the step's own tokens (local), or at its own and all earlier ones "
+        description="Tokens that a step's value counts for: those of the step (local), or also all earlier ones "
         "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
-        "think", description="Form of a completion that format and gated require; where equations and steps look."
+        "think", description="Form that format and gated require; equations and steps read the thought in its tags."
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         "keep",
@@ -612,7 +612,7 @@ class RoundsConfig(TrackingConfig):
     )
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = Field(
-        ScoreConfig(), description="Scores of the model's own traces, and of the answers in the comparison."
+        ScoreConfig(), description="How the model's own traces, and the answers in the comparison, are scored."
     )
     filter: FilterConfig = FilterConfig()
     epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
@@ -664,7 +664,7 @@ class ComparedConfig(Config):
     )
     cluster: str | None = Field(
         None,
-        description="Column of the data whose equal values mark problems that belong together.",
+        description="Column of the data; problems with an equal value in it form one cluster in the statistics.",
     )
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
@@ -687,7 +687,7 @@ class CompareConfig(ComparedConfig):
     stop_when_decided: bool = Field(
         False, description="Evaluate all rows together, block by block, until every difference is decided or --limit."
     )
-    block: Positive = Field(50, description="Problems of a block.")
+    block: Positive = Field(50, description="Problems per block of stop_when_decided.")
 
 
 class StudyConfig(ComparedConfig):
