@@ -276,10 +276,10 @@ class Page:
             "protocol": protocol,
             "summary": _summary(rows, baseline) if several else "",
             "rows": rows,
-            "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
+            "at_k": [key for key in frame.columns if key.startswith(tables.AT_K) and key[-2:] not in ("@1", "^1")],
             "several": several,
             "quality": quality,
-            "warnings": comparison.differences(runs),
+            "warnings": [*comparison.differences(runs), *filter(None, [frame.attrs.get("stopped")])],
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
         }

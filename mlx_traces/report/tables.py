@@ -31,6 +31,7 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 Cells = tuple[list[str], list[list[str]]]  # headings, rows
+AT_K = ("pass@", "pass^", "maj@")  # columns of a comparison, each followed by k
 TESTS = {  # of a comparison: how the interval of a difference was made, and its p-value
     "McNemar": ("paired bootstrap", "exact McNemar test"),
     "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
@@ -84,7 +85,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
         if row["label"] != f"{name}_{clean(row['prompt'])}":
             name += f" ({clean(row['run'])})"
         accuracy = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}"
-        for kind in ("pass@", "pass^", "maj@"):
+        for kind in AT_K:
             if (share := row.get(f"{kind}{row['samples_per_problem']}", math.nan)) == share:
                 accuracy += f"\n{kind}{row['samples_per_problem']} {percent(share)} %"
         if row["trainings"] > 1:
@@ -124,7 +125,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "tokens/s",
         "cut off",
     ]
-    extra = [name for name in frame.columns if name.startswith(("pass@", "pass^", "maj@"))]
+    extra = [name for name in frame.columns if name.startswith(AT_K)]
     recipes = ["trainings", "sd"] if frame["trainings"].max() > 1 else []
     lines = []
     for row in frame.to_dict("records"):
