@@ -222,8 +222,10 @@ def requested(
     return config.model_copy(update={"runs": everything, "evals": evals, "tasks": tasks, "extractor": extractor})
 
 
-def asked(config: CompareConfig, say: Callable[[str], None] = lambda line: None) -> tuple[list[Run], list[Entry]]:
-    """Read the named runs, and lay out the evaluations; ``say`` gets a line for each model that is left out.
+def runs_and_entries(
+    config: CompareConfig, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[Run], list[Entry]]:
+    """Read the named runs, and list the evaluations; ``say`` gets a line for each model that is left out.
 
     Raises:
         UserError: if the input is wrong.
@@ -255,7 +257,7 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
     """
-    collected, found = asked(config, say)
+    collected, found = runs_and_entries(config, say)
     made = joined(found, make(found, plans_of(found), config.runs_dir, say, progress))
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
@@ -275,7 +277,7 @@ def until_decided(
     Raises:
         UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, or fewer than two rows.
     """
-    finished, found = asked(config, say)
+    finished, found = runs_and_entries(config, say)
     if finished:
         raise UserError("--stop-when-decided evaluates models block by block; finished runs cannot go on: name models")
     if config.cluster or any(entry.recipe for entry in found):
@@ -352,7 +354,7 @@ def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
 
 
 class Compared(NamedTuple):
-    """A comparison: its table, its runs, and the quality of their answers if that was asked for."""
+    """A comparison: its table, its runs, and the quality of their answers if requested."""
 
     frame: "pd.DataFrame"
     runs: list[Run]

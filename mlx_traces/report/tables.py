@@ -37,7 +37,7 @@ TESTS = {  # of a comparison: how the interval of a difference was made, and its
     "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
     "clusters": ("cluster-robust", "exact sign-flip permutation test of clusters"),
     "trainings": ("Student's t over trainings and problems", "the same t"),
-    "anytime": ("betting, valid whenever one stops,", "anytime-valid test"),
+    "anytime": ("an anytime-valid betting interval", "anytime-valid test"),
 }
 
 
@@ -220,7 +220,7 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
 
 
 def _caption(frame: pd.DataFrame) -> str:
-    """Return the lines that say how to read the table, what it could not have seen, and whether it stopped early."""
+    """Return the lines on how to read the table, the difference that it would have missed, and early stopping."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:
         text += " (Student's t over trainings and problems where a row has several trainings)"

@@ -141,7 +141,7 @@ def test_a_growing_run_takes_a_larger_limit_and_no_smaller_one(tmp_path, asked):
     assert mlx_traces.evaluate(out=out, limit=20, **shared).total_questions == 20
     assert mlx_traces.evaluate(out=out, limit=30, resume=True, **shared).total_questions == 30
     assert len(asked) == len(set(asked)) == 30
-    with pytest.raises(UserError, match="has 10 problems more than these; pass a larger --limit"):
+    with pytest.raises(UserError, match="has 10 more problems than --limit names; pass a larger --limit"):
         mlx_traces.evaluate(out=out, limit=20, resume=True, **shared)
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "another", "answer": "1"}) + "\n")
     with pytest.raises(UserError, match="was started with other settings"):
