@@ -12,7 +12,7 @@ from mlx_traces.runtime.device import import_mlx
 
 
 class Plan(click.Group):
-    """A group whose first word is a configuration of a training, or a subcommand."""
+    """A group whose first argument is a training's configuration or a subcommand."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         """Find the subcommand: ``training``, if none is named."""

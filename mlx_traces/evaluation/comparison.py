@@ -175,7 +175,7 @@ def _check(kind: type[BaseModel], row: dict[str, Any], where: str) -> None:
 
 
 def recipe(name: str, runs: Sequence[Run]) -> Run:
-    """Join runs of several trainings of one recipe, on the same problems, into one run: a row of its own.
+    """Join runs of several trainings of one recipe, on the same problems, into one run: one row of a table.
 
     Args:
         name: the row's name in tables.
@@ -219,7 +219,7 @@ def shares(run: Run, ids: Sequence[str]) -> np.ndarray:
 
 
 def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[str]:
-    """Return the value of a column for each problem: stored with its samples, or in the data that a run names.
+    """Return the value of a column for each problem, from its stored samples or the data of a run.
 
     Raises:
         UserError: if a problem has no such column there.

@@ -267,9 +267,9 @@ def until_decided(
 ) -> "tuple[pd.DataFrame, list[Run]]":
     """Evaluate all rows together, block by block, until every difference to the baseline is decided.
 
-    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`:
-    p-values that are valid at any time of stopping remain so for several rows that stop together. The problems come in
-    an order drawn by the seed; a stored run goes on where it ended.
+    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`.
+    Such p-values remain valid if several rows stop together. The seed determines the order of the problems; a stored
+    run continues where it ended.
 
     Returns:
         The table, with anytime-valid figures and a sentence in ``attrs["stopped"]``, and the runs.
@@ -311,7 +311,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
         path: its run folder.
         progress: show a progress bar on stderr.
         apart: evaluate in another process, so that the peak memory is that of this evaluation alone.
-        count: of a growing run, the number of problems to return; all that are stored remain.
+        count: number of problems to return of a growing run; the stored run keeps all of its problems.
 
     Raises:
         UserError: if the input is wrong, or a process apart dies.
@@ -418,7 +418,7 @@ def compare(
         recipes: finished runs of several trainings of one recipe, by the name of their row.
         cluster: column of the data whose equal values mark problems that belong together.
         stop_when_decided: evaluate all rows together, block by block, until every difference is decided.
-        block: problems of a block; default: 50.
+        block: number of problems of a block; default: 50.
         config: a comparison to add all this to, as from a YAML file.
         **settings: other fields of ``EvalConfig``, the same for every model.
 
