@@ -250,6 +250,19 @@ def test_markdown_table_is_complete():
     ]
 
 
+def test_a_comparison_shows_the_share_of_true_equations_where_it_is_known():
+    frame = comparison.compare_runs(many_runs(3)).assign(true_equations=[math.nan, 0.984, 1.0])
+    text = rendered(tables.to_terminal(frame))
+    assert max(map(len, text.splitlines())) <= 100 and "true eq." in text and "98.4 %" in text
+    lines = tables.to_markdown(frame).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    place = cells[0].index("true equations")
+    assert [row[place] for row in cells[2:]] == ["–", "98.4 %", "100.0 %"]
+    assert [row["true_equations"] for row in tables.to_json(frame)["rows"]] == [None, 0.984, 1.0]
+    nowhere = frame.assign(true_equations=math.nan)
+    assert "true" not in rendered(tables.to_terminal(nowhere)) + tables.to_markdown(nowhere)
+
+
 def test_json_has_exactly_the_documented_keys():
     table = tables.to_json(comparison.compare_runs(three_runs()))
     rows = json.loads(json.dumps(table, allow_nan=False))["rows"]

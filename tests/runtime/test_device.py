@@ -13,6 +13,7 @@ from factories import make_model, make_tokenizer, wrap
 
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
+from mlx_traces.engine import forward
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
@@ -290,14 +291,14 @@ def test_training_uses_one_thread_for_products_as_small_as_nanos(library, hidden
     """At the micro-batches of a CPU; the other size is that of a 0.5B model."""
     feed_forward = {128: 384, 896: 4864}[hidden]
     model = make_model(hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=1)
-    halves, used = gradients.split(model), []
+    halves, used = forward.split(model), []
     examples = [Example("", (1, 2, 3, 4), (False, False, True, True))] * 2
 
     def take(states, targets):
         used.append(library.threads)
         return states.sum()
 
-    gradients.each(halves, examples, tokens, take)
+    forward.each(halves, examples, tokens, take)
     adapters.start(model, AdapterConfig(rank=2))
     gradients.accumulate(model, halves, examples, tokens, lambda states, *_: (take(states, None), {}))
     assert set(used) == {expected} and library.threads == 4
