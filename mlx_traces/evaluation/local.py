@@ -101,7 +101,7 @@ def completions_of(
 
 
 def refuse_without_thought(loaded: LoadedModel, planned: Plan, prompt: Rendered) -> None:
-    """Raise UserError if a budget of thought would bound nothing: no thought is open or asked for, or it is closed."""
+    """Raise UserError if there is no thought to bound: none is open or requested, or the template closes it."""
     setting = "think_tokens" if planned.config.think_tokens is not None else "think_at_least"
     reader, where = reader_of(loaded.tokenizer, loaded.own_tags), f"{loaded.name}, prompt {planned.prompt.name}"
     if reader.begun(prompt.opened)[0] != NONE:
