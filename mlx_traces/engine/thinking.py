@@ -20,6 +20,7 @@ NONE = -1  # in place of a token that has to stand somewhere
 AHEAD = 256  # GPT-2 writes the byte number n of those that are not printable as the character 256 + n
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _UNPRINTED = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's
 BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(AHEAD + i): byte for i, byte in enumerate(_UNPRINTED)}
 
 State = tuple[int, bytes]  # number of the pair whose thought is open, or NONE; the end of the text that may begin a tag
@@ -34,7 +35,7 @@ class Pieces(dict):
     def __missing__(self, token: int) -> bytes:
         text = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         written = str(self.tokenizer.convert_ids_to_tokens(token))
-        if re.fullmatch("<0x[0-9A-F]{2}>", written):  # SentencePiece's
+        if BYTE_TOKEN.fullmatch(written):
             found = bytes([int(written[3:5], 16)])
         elif "\ufffd" in text and set(written) <= BYTE_OF.keys():
             found = bytes(BYTE_OF[character] for character in written)
@@ -86,7 +87,8 @@ class Reader:
         """Return the tokens that do so; the first time for a tag this reads the vocabulary."""
         if state not in self.enders:
             last = self.pairs[state[0]][1][-1:].decode(errors="ignore")  # empty for a byte that is no character
-            some = (token for text, token in self.tokenizer.get_vocab().items() if last in text)
+            vocabulary = self.tokenizer.get_vocab().items()
+            some = (token for text, token in vocabulary if last in text.lower() or BYTE_TOKEN.fullmatch(text))
             self.enders[state] = [token for token in some if self.closes(state, token)]
         return self.enders[state]
 
