@@ -211,7 +211,7 @@ def run(planned: Planned, limit: float) -> Step:
 
 
 def shown(argument: str) -> str:
-    """Return an argument for the file, which others read: what is a path on this machine keeps its last parts."""
+    """Return an argument as the file has it: others read the file, so only the last parts of a path are kept."""
     return last_parts(argument) if Path(argument).expanduser().exists() else argument
 
 
