@@ -92,10 +92,10 @@ class ThinkingConfig(Config):
         description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
     )
     think_at_least: Annotated[int, Field(ge=0)] = Field(
-        0, exclude_if=not_, description="Tokens of thought before which think_more replaces the thought's end."
+        0, exclude_if=not_, description="Least tokens of a thought; a thought that ends sooner goes on with think_more."
     )
     think_more: Annotated[str, Field(min_length=1)] = Field(
-        "Wait", exclude_if="Wait".__eq__, description="Text that continues a thought that would end too early."
+        "Wait", exclude_if="Wait".__eq__, description="Text that replaces the end of a thought below think_at_least."
     )
 
     @field_validator("think_at_least")
@@ -332,17 +332,17 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     step_weight: Annotated[float, Field(ge=0)] = Field(
         0.0,
         exclude_if=not_,
-        description="Weight of the values that a reward (equations, steps, your own) gives to single steps of a "
+        description="Weight of the values that rewards (equations, steps, your own) give to single steps of a "
         "completion; 0: only whole completions are rewarded.",
     )
     supervision: Literal["local", "cumulative"] = Field(
         "local",
         exclude_if=lambda value: value == "local",
-        description="Where a step's value counts: at the step's own tokens (local), or at its own and all earlier ones "
+        description="Tokens that a step's value counts for: those of the step (local), or also all earlier ones "
         "(cumulative).",
     )
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
-        "think", description="Form of a completion that format and gated require; where equations and steps look."
+        "think", description="Form that format and gated require; equations and steps read the thought in its tags."
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         "keep",
@@ -573,6 +573,15 @@ class RawConfig(Config):
     prompts: list[str] | None = Field(None, description="Prompt styles; default: the prompt of the rounds.")
     split: str = Field("train", description="Split of the data.")
     data: str | None = Field(None, description="File or hub data set of the problems; default: the task's own.")
+    give_up: Fraction01 = Field(
+        0.0, exclude_if=not_, description="Probability that the solver of Countdown gives up after a no."
+    )
+    daunting: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        exclude_if=not_,
+        description="Target at which the solver of Countdown gives up after every other no, sooner at larger ones; "
+        "0: none daunts it.",
+    )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
     )
@@ -603,7 +612,7 @@ class RoundsConfig(TrackingConfig):
     )
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = Field(
-        ScoreConfig(), description="Scores of the model's own traces, and of the answers in the comparison."
+        ScoreConfig(), description="How the model's own traces, and the answers in the comparison, are scored."
     )
     filter: FilterConfig = FilterConfig()
     epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
@@ -655,7 +664,7 @@ class ComparedConfig(Config):
     )
     cluster: str | None = Field(
         None,
-        description="Column of the data whose equal values mark problems that belong together.",
+        description="Column of the data; problems with an equal value in it form one cluster in the statistics.",
     )
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
@@ -678,7 +687,7 @@ class CompareConfig(ComparedConfig):
     stop_when_decided: bool = Field(
         False, description="Evaluate all rows together, block by block, until every difference is decided or --limit."
     )
-    block: Positive = Field(50, description="Problems of a block.")
+    block: Positive = Field(50, description="Problems per block of stop_when_decided.")
 
 
 class StudyConfig(ComparedConfig):
@@ -701,7 +710,7 @@ class StudyConfig(ComparedConfig):
     apart: bool = Field(False, description="Evaluate each model in its own process, to measure its own peak memory.")
 
 
-class NanoConfig(Config):
+class NanoConfig(OptimizerConfig):
     """Settings of ``mlx-traces nano build``, the embedded model."""
 
     hidden_size: Positive = Field(128, description="Size of the hidden states.")
@@ -709,12 +718,19 @@ class NanoConfig(Config):
     heads: Positive = Field(2, description="Attention heads of a layer.")
     kv_heads: Positive = Field(1, description="Key-value heads of a layer; must divide the heads.")
     intermediate_size: Positive = Field(384, description="Size of the feed-forward layers.")
-    problems: Positive = Field(26_000, description="Training problems, each seen once.")
-    operands: tuple[int, int] = Field((3, 4), description="Fewest and most numbers of a problem.")
-    direct_share: Fraction01 = Field(0.12, description="Share of the problems in the direct prompt.")
+    operands: tuple[int, int] = Field((3, 3), description="Fewest and most numbers of a problem.")
+    problems: Positive = Field(85_000, description="Different training problems; each is seen several times.")
+    direct_share: Fraction01 = Field(0.035, description="Share of the sequences in the direct prompt.")
+    sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
+    give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
+    policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
+    policy_daunting: Annotated[float, Field(ge=0)] = Field(
+        25.0, description="Target at which its teacher gives up after every other no, sooner at larger ones."
+    )
+    policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak of warm-up and cosine decay.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Steps of linear warm-up.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak rate of the first stage.")
+    warmup: Fraction01 = Field(0.02, description="Fraction of a stage's steps over which its rate rises from 0.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay.")
     bits: Literal[2, 3, 4, 6, 8] = Field(4, description="Bits of a quantized weight.")
     quant_group_size: Literal[32, 64, 128] = Field(64, description="Weights that share a scale.")

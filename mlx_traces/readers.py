@@ -215,8 +215,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+GENERATED = re.compile(r"([0-9])(?:-([0-9]))?-numbers")  # names generated problems, where a file could be named
+
+
 def is_file(data: str) -> bool:
-    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``."""
+    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``, or names generated problems."""
+    if GENERATED.fullmatch(data):
+        return False
     name = data.partition("@")[0]
     try:
         there = Path(data).exists()

@@ -40,9 +40,9 @@ class Rollout:
     them, without the stop token, without special tokens (thinking tags excepted), and up to a stop string.
     ``finish_reason`` is ``"stop"`` or ``"length"``. On request, per completion token and in nats: ``logprobs`` under
     the sampling distribution, ``model_logprobs`` under the model's own at temperature 1. ``stop_string`` is the one
-    that ended the completion, None if none did. ``forced`` are the places of the tokens that were not drawn but put
-    there, to close a thought or to keep it open; their log-probabilities are None. ``forced_text`` has their first and
-    last character in the text, the last one left out.
+    that ended the completion, None if none did. ``forced`` are the places of the tokens that were not drawn but
+    inserted, to close a thought or to keep it open; their log-probabilities are None. ``forced_text`` has the
+    characters of ``text`` that they wrote, as (first, one after the last).
     """
 
     prompt_ids: tuple[int, ...]
@@ -61,7 +61,7 @@ Span = tuple[int, int, float]  # first character, the one after the last, value
 
 @dataclass(frozen=True)
 class Stepped:
-    """A reward's value that also says what single steps of the completion are worth.
+    """A reward's value for a completion, with values for single steps of it.
 
     ``value`` is that of the whole completion, or None where it does not apply. ``steps`` has, by the name of their
     kind, spans ``(start, end, value)`` in characters of the text that was rewarded; those of a kind do not overlap.
@@ -106,7 +106,7 @@ class Trace:
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None. ``forced``
-    are the places of the tokens that were put there and not drawn; they have no log-probability (None).
+    are the places of the tokens that were inserted and not drawn; they have no log-probability (None).
     Scored ones have the headline ``verdict`` of the task's grader, named ``scores`` from 0 to 1 (None where one does
     not apply) and the combined ``score``.
     """
@@ -173,8 +173,8 @@ class EvalResult:
     model behind a server has ``model`` as ``NAME@HOST``; its memory is not known (None), nor are its tokens if the
     server does not count them. ``by_stratum`` and ``extractors`` hold the same figures for parts of the data and for
     the other extractors. ``stopped`` counts the completions that a stop string ended, ``stopped_in_thoughts`` those of
-    them whose thought was open. ``forced`` counts those whose thought was closed by its budget, ``think_tokens``, or
-    kept open up to ``think_at_least``; with a budget ``max_tokens`` is the answer's.
+    them whose thought was open. ``forced`` counts the completions whose thought was closed by its budget,
+    ``think_tokens``, or kept open up to ``think_at_least``; with a budget, ``max_tokens`` bounds the answer alone.
     """
 
     run: str

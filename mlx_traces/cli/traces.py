@@ -20,6 +20,8 @@ from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
+GIVE_UP = "Probability that the solver gives up after a no."
+DAUNTING = "Target at which the solver gives up after every other no: larger ones daunt it more.  [default: 0, none]"
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -89,21 +91,33 @@ def data_countdown(
 @data_group.command("countdown-traces")
 @generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
+@click.option("--give-up", type=click.FloatRange(0, 1), default=0.0, show_default=True, help=GIVE_UP)
+@click.option("--daunting", type=click.FloatRange(0), default=0.0, help=DAUNTING)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
-    count: int, split: str, seed: int, operands: tuple[int, int], prompts: tuple[str, ...], out: str
+    count: int,
+    split: str,
+    seed: int,
+    operands: tuple[int, int],
+    prompts: tuple[str, ...],
+    give_up: float,
+    daunting: float,
+    out: str,
 ) -> None:
     """Write a solver's traces of Countdown problems.
 
-    A trace is a search, step by step, then the answer.
+    A trace is a search with every step that was tried, then the answer. If the solver gives up, the answer is its
+    nearest try, which is wrong.
     """
     from mlx_traces.tasks import countdown
     from mlx_traces.traces import solutions
 
     styles = [countdown.TASK.prompt(name) for name in dict.fromkeys(prompts)]
     config = {"n": count, "split": split, "seed": seed, "operands": list(operands), "prompts": [p.name for p in styles]}
+    config |= {"give_up": give_up} if give_up else {}
+    config |= {"daunting": daunting} if daunting else {}
     skipped = Counter()
-    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped)
+    made = solutions.countdown_traces(count, split, seed, operands, styles, skipped, give_up, daunting)
     _write(out, made, "solver", config, skipped, seed)
 
 

@@ -250,7 +250,7 @@ def bench_rows(
     if data:
         found = read_traces(data)
     else:
-        made = gsm8k_traces("train", str(problems), count, 0) if problems else countdown_traces(count, "train", 0)
+        made = gsm8k_traces("train", str(problems), count, 0) if problems else countdown_traces(2 * count, "train", 0)
         found = ((f"trace {number}", trace) for number, trace in enumerate(made, 1))
     encoded = encoding.encode_all(loaded, islice(found, count), config.max_length, "skip")
     if not encoded.examples:

@@ -178,11 +178,14 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
         runs: one run for each training; the first one's settings are shown.
 
     Raises:
-        UserError: if there are fewer than two, or they differ in problems or in the settings of `PROTOCOL`.
+        UserError: if there are fewer than two runs or problems, or the runs differ in problems or in the settings of
+            `PROTOCOL`.
     """
     if len({run.name for run in runs}) < len(runs) or len(runs) < 2:
         raise UserError(f"recipe {clean(name)}: {len(runs)} runs; name two or more, each once")
     outcomes = [outcomes_of(run) for run in runs]
+    if len(outcomes[0]) < 2:
+        raise UserError(f"recipe {clean(name)}: its runs have one problem; an interval needs two or more")
     size = len(next(iter(outcomes[0].values())))
     for run, outcome in zip(runs, outcomes, strict=True):
         require_same_problems(runs[0], run, outcomes[0], outcome)
@@ -344,14 +347,19 @@ def accuracy_of(
 def missed(one: Run, two: Run, ids: Sequence[str], clusters: Sequence[str] | None, level: float) -> float:
     """Return the difference of two runs that a test at ``level`` finds half of the time on these problems.
 
-    With one completion a problem it is by the power of McNemar's exact test at the share of discordant problems that
-    was seen; else by the standard error of the difference. NaN if no difference can be found on so few problems.
+    With one completion a problem it follows from the power of McNemar's exact test at the observed share of discordant
+    problems, else it is half the width of the interval at that level. NaN if the test can find no difference on so few
+    problems or clusters, or if the differences do not vary.
     """
     a, b = shares(one, ids), shares(two, ids)
-    if clusters is None and len(one.samples) == len(two.samples) == len(ids):
+    single = one.trainings == two.trainings == 1
+    if single and clusters is None and len(one.samples) == len(two.samples) == len(ids) <= power.MOST_DISCORDANT:
         discordant = float((a != b).mean())
         return math.nan if (found := power.detectable(len(ids), discordant, 0.5, level)) is None else found
-    return power.detectable_mean(variance.estimate(a, b, clusters).error, 0.5, level)
+    units = len(ids if clusters is None else set(clusters))
+    if single and 2.0 ** (1 - units) > level:  # the smallest p-value of the sign-flip test
+        return math.nan
+    return variance.estimate(a, b, clusters).reach(1 - level) or math.nan
 
 
 def frame(content: Any) -> pd.DataFrame:

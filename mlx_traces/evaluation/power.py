@@ -179,18 +179,6 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
     return smallest(seen, 1, 100_000) / 1e5 if seen(100_000) else None
 
 
-def detectable_mean(error: float, target: float = 0.8, alpha: float = 0.05) -> float:
-    """Return the smallest difference that a test of a mean finds with the wanted power, by the normal approximation.
-
-    Args:
-        error: standard error of the difference.
-        target: power wanted, between 0 and 1.
-        alpha: level of the two-sided test.
-    """
-    normal = NormalDist()
-    return error * (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(target))
-
-
 def smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
     """Return the smallest number from ``low`` to ``high`` at which something holds that then holds for all larger."""
     while low < high:

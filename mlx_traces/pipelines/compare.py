@@ -1,5 +1,6 @@
 """Compare runs: make the missing evaluations, then pair them all in one table."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,8 @@ from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.evaluation.run import run
 from mlx_traces.models import names
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
+from mlx_traces.tasks.thoughts import parts
+from mlx_traces.traces.equations import equations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,11 +28,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
-# Adapters that come with the repository, each with its prompt.
-TRAINED = (
-    *(("nano-epoch1", "thinking"), ("nano-epoch2", "thinking"), ("nano-epoch2", "direct")),
-    *(("nano-grpo", "direct"), ("nano-ppo", "direct")),
-)
+# Adapters that come with the repository, in the order in which they were made.
+TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,11 @@ def default_evals() -> list[EvalConfig]:
     that this package runs from.
     """
     homes = (Path("adapters"), shipped("adapters"))
-    found = [
-        (prompt, folder)
-        for name, prompt in TRAINED
-        if (folder := next((home / name for home in homes if (home / name).is_dir()), None))
-    ]
-    settings = {"task": "countdown", "limit": DEFAULT_LIMIT, "max_tokens": 256, "rows": 128}
+    found = [next((home / name for home in homes if (home / name).is_dir()), None) for name in TRAINED]
+    settings = {"task": "countdown", "data": "3-numbers", "limit": DEFAULT_LIMIT, "max_tokens": 320, "rows": 256}
     return [
         *(EvalConfig(prompt=prompt, **settings) for prompt in ("direct", "thinking")),
-        *(EvalConfig(prompt=prompt, adapter=str(folder), **settings) for prompt, folder in found),
+        *(EvalConfig(prompt="thinking", adapter=str(folder), **settings) for folder in found if folder),
     ]
 
 
@@ -378,6 +374,7 @@ def compared(
     else:
         runs = collect(config, progress, say)
         frame = comparison.compare_runs(runs, config.baseline or 0, config.cluster)
+    frame["true_equations"] = [true_equations(one) for one in runs]
     scored = None
     if config.quality is not None:
         base = comparison.baseline_index(runs, config.baseline or 0)
@@ -386,6 +383,13 @@ def compared(
     if config.out:
         export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"), scored)
     return Compared(frame, runs, scored)
+
+
+def true_equations(run: Run) -> float:
+    """Return the share of the equations in a run's thoughts that are true, by exact computation; NaN without any."""
+    thoughts = (parts(row.get("opened", "") + row["completion"])[0] for row in run.samples)
+    verdicts = [true for thought in thoughts if thought for true in equations(thought)]
+    return sum(verdicts) / len(verdicts) if verdicts else math.nan
 
 
 def compare(
@@ -422,8 +426,9 @@ def compare(
 
     Returns:
         One row per run: model, adapter, prompt, accuracy, correct_count, total_questions, ci_low, ci_high, diff,
-        diff_low, diff_high, p_value, p_holm, tokens_per_answer, tokens_per_second, and the other columns of
-        `comparison.compare_runs`. Without any argument: nano, direct against thinking.
+        diff_low, diff_high, p_value, p_holm, tokens_per_answer, tokens_per_second, the other columns of
+        `comparison.compare_runs`, and true_equations. Without any argument: nano, direct against thinking, and its
+        adapters.
 
     Raises:
         UserError: if the input is wrong, or the runs are of different problems.

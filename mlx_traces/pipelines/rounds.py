@@ -187,8 +187,11 @@ def raw_traces(config: RoundsConfig, skipped: Counter) -> tuple[Iterator[Trace],
         return (trace for _, trace in files.read_traces(Path(raw.file))), raw.file
     styles = [task.prompt(name) for name in raw.prompts or [config.prompt]]
     if config.task == "countdown":
-        count = raw.count or RAW_PROBLEMS
-        return solutions.countdown_traces(count, raw.split, raw.seed, prompts=styles, skipped=skipped), "solver"
+        count, operands = raw.count or RAW_PROBLEMS, countdown.generated_operands(raw.data)
+        if operands is None:
+            raise UserError(f"raw.data: {raw.data} has no solutions; name generated problems, such as 3-numbers")
+        given = (count, raw.split, raw.seed, operands, styles, skipped, raw.give_up, raw.daunting)
+        return solutions.countdown_traces(*given), "solver"
     make = solutions.math_traces if config.task == "math" else solutions.gsm8k_traces
     made = (
         trace for style in styles for trace in make(raw.split, raw.data, raw.count, raw.seed, style, raw.style, skipped)
@@ -341,7 +344,8 @@ def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
     if recipe.file is not None:
         return [trace for _, trace in files.read_traces(Path(recipe.file))]
     if task.name == "countdown":
-        made = countdown.generate(recipe.split, recipe.count or RAW_PROBLEMS, recipe.seed)
+        operands = countdown.generated_operands(recipe.data) or (3, 4)
+        made = countdown.generate(recipe.split, recipe.count or RAW_PROBLEMS, recipe.seed, operands)
         return [task.parse({"nums": nums, "target": target}, "raw") for nums, target in made]
     return task.load(recipe.split, recipe.data, recipe.count, recipe.seed)
 

@@ -77,7 +77,9 @@ def to_terminal(frame: pd.DataFrame) -> Table:
     )
     table.add_column("model", overflow="fold")
     table.add_column("prompt", max_width=8, overflow="fold")
-    for heading in ("accuracy %", "correct", "difference", "p\nHolm", "tokens\nspeed", "cut\noff"):
+    equations = has_equations(frame)
+    last = "cut off\ntrue eq." if equations else "cut\noff"
+    for heading in ("accuracy %", "correct", "difference", "p\nHolm", "tokens\nspeed", last):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
         name = model_name(row["model"], row["adapter"])
@@ -101,7 +103,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
             difference,
             p,
             f"{whole(row['tokens_per_answer'])}\n{whole(row['tokens_per_second'])}/s",
-            f"{percent(row['truncated'])} %",
+            f"{percent(row['truncated'])} %" + (f"\n{_share(row['true_equations'])}" if equations else ""),
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -120,6 +122,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "95 % interval",
         "p",
         "p (Holm)",
+        *(["true equations"] if (equations := has_equations(frame)) else []),
         "tokens/answer",
         "tokens/s",
         "cut off",
@@ -140,6 +143,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
             "–" if none else interval(row["diff_low"], row["diff_high"]),
             p_text(row["p_value"]),
             p_text(row["p_holm"]),
+            *([_share(row["true_equations"])] if equations else []),
             whole(row["tokens_per_answer"]),
             whole(row["tokens_per_second"]),
             f"{percent(row['truncated'])} %",
@@ -151,6 +155,15 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
 
 
+def has_equations(frame: pd.DataFrame) -> bool:
+    """Whether a comparison says how many equations in the thoughts are true."""
+    return "true_equations" in frame and bool(frame["true_equations"].notna().any())
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f"{percent(value)} %"
+
+
 def to_csv(frame: pd.DataFrame) -> str:
     """Return any frame as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
     safe = frame.map(csv_cell).rename(columns=csv_cell)
@@ -160,9 +173,11 @@ def to_csv(frame: pd.DataFrame) -> str:
 def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None.
 
-    A comparison of recipes also has ``trainings`` and ``spread``, one that may have stopped early ``stopped``.
+    A comparison that knows them also has ``true_equations``, one of recipes ``trainings`` and ``spread``, one that may
+    have stopped early ``stopped``.
     """
     keys = [*JSON_KEYS, *(("trainings", "spread") if frame["trainings"].max() > 1 else ())]
+    keys += ["true_equations"] if "true_equations" in frame else []
     rows = [{key: row[key] for key in keys} for row in records(frame)]
     return {"rows": rows, **({"stopped": said} if (said := frame.attrs.get("stopped")) else {})}
 
@@ -225,12 +240,13 @@ def _caption(frame: pd.DataFrame) -> str:
         text += " (Student's t over trainings and problems where a row has several trainings)"
     elif frame["samples_per_problem"].max() > 1:
         text += " (samples of a problem clustered)"
+    end = ". True equations: of those in the thoughts, by exact computation." if has_equations(frame) else "."
     if frame["diff"].isna().all():
-        return text + "."
+        return text + end
     base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
     kinds = [TESTS[name] for name in dict.fromkeys(frame["test"].dropna())]
     intervals, tests = (" or ".join(dict.fromkeys(each)) for each in zip(*kinds, strict=True))
-    text += f", {intervals} for the difference in points to {base}; p: {tests}, then Holm-adjusted."
+    text += f", {intervals} for the difference in points to {base}; p: {tests}, then Holm-adjusted{end}"
     shown = frame[frame["missed"].notna()].to_dict("records")
     found = [f"{percent(row['missed'])} points" + (f" ({row['label']})" if len(shown) > 1 else "") for row in shown]
     if found:

@@ -4,9 +4,10 @@ A completion is an episode. The state is the text before a token, the action is 
 the last token, which is the stop token if the completion ended by itself. ``kl_coef`` * (log p - log p_ref) is
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
-step's tokens. What single steps of a completion earn (`steps`) is a part of the reward after a step's last token, or is
-added to the advantages of its tokens. Advantages are computed once; the step's rollouts are then learned from
-``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part, so micro-batches change nothing.
+step's tokens. The credits of single steps of a completion (`steps`) are added to the advantages of their tokens
+(``local``), or to the reward after a step's last token (``cumulative``). Advantages are computed once; the step's
+rollouts are then learned from ``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part,
+so micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
 the task. ``overlong: mask`` leaves such completions out, for the value head too.
@@ -96,22 +97,22 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
     """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
-    rows, places, drawn = [], [], []
-    for rollout in (rollout for group in groups for rollout in group):
-        if (rollout.cut_off and config.overlong == "mask") or rollout.reward is None or not rollout.drawn.any():
-            continue
-        rows.append(Row(rollout.example(), rollout.sampler, reward=rollout.reward))
-        places.append(rollout.steps)
-        drawn.append(rollout.drawn)
-    if config.step_weight:  # groups may have a single completion, so all of them are compared
-        put = steps.spread if config.supervision == "local" else steps.at_ends
-        for row, own, earned, there in zip(rows, places, steps.credits_of(places), drawn, strict=True):
-            earned = config.step_weight * put(own, earned, len(there))
-            if config.supervision == "cumulative":  # at a token that was not drawn it falls to the one before
-                earned = np.bincount(np.maximum(there.cumsum() - 1, 0), earned)
-            else:
-                earned = earned[there]
-            row.credit = earned.astype(np.float32)
+    rollouts = [
+        rollout
+        for group in groups
+        for rollout in group
+        if not (rollout.cut_off and config.overlong == "mask") and rollout.reward is not None and rollout.drawn.any()
+    ]
+    rows = [Row(rollout.example(), rollout.sampler, reward=rollout.reward) for rollout in rollouts]
+    if config.step_weight:  # a group may have a single completion, so all completions are compared
+        earned = steps.credits_of([rollout.steps for rollout in rollouts])
+        for row, rollout, values in zip(rows, rollouts, earned, strict=True):
+            if config.supervision == "local":
+                credit = steps.spread(rollout.steps, values, len(rollout.ids))[rollout.drawn]
+            else:  # what falls on a token that was not drawn counts at the drawn one before it
+                at_tokens = steps.at_ends(rollout.steps, values, len(rollout.ids))
+                credit = np.bincount(np.maximum(rollout.drawn.cumsum() - 1, 0), at_tokens)
+            row.credit = (config.step_weight * credit).astype(np.float32)
     return rows
 
 
@@ -171,7 +172,10 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
 
 
 def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
-    """Return the reward after each token: the rollout's own after the last, less the KL penalty, and ended steps'."""
+    """Return the reward after each token: the rollout's reward after its last token, the credits, less the KL term.
+
+    Credits of steps are part of it only if they are ``cumulative``.
+    """
     rewards = -config.kl_coef * (row.old - row.reference) if config.kl_coef else np.zeros_like(row.old)
     rewards[-1] += row.reward
     return rewards + row.credit if config.step_weight and config.supervision == "cumulative" else rewards

@@ -13,9 +13,9 @@ between them, None if all have the same length (after Sky-T1-Flash). Its weight 
 long right completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric;
 without any of the three it grades every completion.
 
-``equations`` and ``steps`` also say what single steps are worth (`records.Stepped`), 1 or 0 each; the value of the
-whole is their mean, None without any. ``equations`` are those of the thought, by the exact checker; what it does not
-understand is no step. ``steps`` are the task's own, if it checks some.
+``equations`` and ``steps`` also give a value, 1 or 0, to single steps of the thought (`records.Stepped`); the
+completion's value is their mean, None without steps. ``equations`` checks every equation that the exact checker
+understands; others are not steps. ``steps`` are the steps that the task itself checks, if it does.
 
 The other rewards are scores of the text (`quality`), for wrong completions too.
 
@@ -33,6 +33,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Plan, strictly_correct
 from mlx_traces.models import loading
 from mlx_traces.records import Problem, Stepped, Trace
-from mlx_traces.rl import steps
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import forms_of
 from mlx_traces.tasks.prompts import Prompt
@@ -74,7 +74,7 @@ def load(
         columns: of the problems.
         config: says which model judges, and how.
         prompt: says which form the answer is to have.
-        task: says whether it checks steps.
+        task: whose steps the reward ``steps`` needs.
 
     Raises:
         UserError: if there is no reward; if one is unknown, cannot be imported, or needs an argument that there is not;
@@ -151,8 +151,8 @@ def score(
         texts = [_text_scores(planned, *sample, settings) for sample in samples]
         known = {name: [text[name] for text in texts] for name in TEXT}
     if set(weights) & {*RIGHT}:
-        scores = (planned.task.grade(problem, completion.whole) for problem, completion in samples)
-        known["correct"] = [float(score[planned.extractor].correct) for score in scores]
+        grades = (planned.task.grade(problem, completion.whole) for problem, completion in samples)
+        known["correct"] = [float(grade[planned.extractor].correct) for grade in grades]
     if "gated" in weights:
         known["gated"] = [c * form for c, form in zip(known["correct"], known["format"], strict=True)]
     if "correct_strict" in weights:
@@ -177,7 +177,7 @@ def score(
 
 
 def apart(parts: Mapping[str, Value]) -> tuple[Parts, list[list[Any]]]:
-    """Return a completion's rewards as plain values, and its steps: kind, start, end and value of each.
+    """Return a completion's rewards as plain values, and its steps as rows of kind, start, end and value.
 
     Raises:
         UserError: if two rewards give values to steps of one kind.
@@ -202,7 +202,7 @@ def _checked_steps(planned: Plan, problem: Problem, completion: Completion, name
         found = {name: [(start, end, float(true)) for start, end, true in equations.checked(thought)]}
     else:
         of_task = Stepped(None, planned.task.steps(problem, thought))
-        found = steps.checked(name, of_task, len(thought), lambda one: _number(name, one)).steps
+        found = _in_order(name, of_task, len(thought)).steps
     found = {kind: [(begin + start, begin + end, value) for start, end, value in own] for kind, own in found.items()}
     values = [value for own in found.values() for *_, value in own]
     return Stepped(sum(values) / len(values) if values else None, found)
@@ -301,8 +301,46 @@ def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[Valu
 
 def _value(name: str, value: Any, length: int) -> Value:
     if isinstance(value, Stepped):
-        return steps.checked(name, value, length, lambda one: _number(name, one))
+        return _in_order(name, value, length)
     return None if value is None else _number(name, value)
+
+
+def _in_order(name: str, stepped: Stepped, length: int) -> Stepped:
+    """Check what a reward says of the steps of ``length`` characters, and sort each kind's steps by their place.
+
+    Raises:
+        UserError: naming the reward, for a span that is not (start, end, value), is empty, is not within the
+            completion or overlaps with another one of its kind; for a value that is not a finite number; for a kind
+            with another name than letters, digits, ``_`` and ``-``, 40 at most.
+    """
+    if not isinstance(stepped.steps, Mapping):
+        raise UserError(f"reward {name}: its steps are a {type(stepped.steps).__name__}, not a dict of spans by kind")
+    found = {}
+    for kind, spans in stepped.steps.items():
+        if not isinstance(kind, str) or not kind.replace("_", "").replace("-", "").isalnum() or len(kind) > 40:
+            raise UserError(f"reward {name}: {str(kind)[:40]!r} is not the name of a kind of steps; use letters and _")
+        if not isinstance(spans, Sequence):
+            what = f"an {type(spans).__name__}" if type(spans) is int else f"a {type(spans).__name__}"
+            raise UserError(f"reward {name}: the steps of {kind!r} are {what}, not a list of spans")
+        own = []
+        for span in spans:
+            try:
+                start, end, value = span
+                start, end = start.__index__(), end.__index__()
+                if value is None:  # a whole completion may have no value; a step must
+                    raise TypeError
+            except (TypeError, ValueError, AttributeError):
+                raise UserError(f"reward {name}: {str(span)[:60]} of {kind!r} is not (start, end, value)") from None
+            if not 0 <= start < end <= length:
+                where = f"({start}, {end}) of {kind!r}"
+                raise UserError(f"reward {name}: step {where} is not within the completion's {length} characters")
+            own.append((start, end, _number(name, value)))
+        own.sort()
+        for one, other in pairwise(own):
+            if one[1] > other[0]:
+                raise UserError(f"reward {name}: steps {one[:2]} and {other[:2]} of {kind!r} overlap")
+        found[kind] = own
+    return Stepped(None if stepped.value is None else _number(name, stepped.value), found)
 
 
 def _number(name: str, value: Any) -> float:

@@ -38,7 +38,7 @@ from mlx_traces.train import loop
 class ScoredCompletion:
     """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies.
 
-    ``steps`` are those that a reward gave values of their own.
+    ``steps`` are those to which a reward gave values of their own.
     """
 
     problem: Problem
@@ -54,14 +54,14 @@ class ScoredCompletion:
 
     @cached_property
     def drawn(self) -> np.ndarray:
-        """(T,) bool, which tokens the policy drew; the others were put there, to bound the thought."""
+        """(T,) bool: true for the tokens that the policy drew, false for those inserted to bound the thought."""
         found = np.ones(len(self.ids), bool)
         found[list(self.completion.rollout.forced)] = False
         return found
 
     @property
     def sampler(self) -> np.ndarray:
-        """The float32 log-probabilities of the tokens that were drawn, as they were."""
+        """The float32 log-probabilities of the drawn tokens, under the distribution that they were drawn from."""
         return np.array(self.completion.rollout.logprobs, np.float32)[self.drawn]
 
     def example(self, learned: bool = True) -> Example:
@@ -84,8 +84,8 @@ class Row:
 
     ``sampler`` holds the log-probabilities of sampling, ``old`` the policy's before the step's first update (if the
     algorithm needs them), ``reference`` those of the reference (if there is one). ``advantage`` is one number for all
-    tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, what its steps
-    earn (``credit``), the value head's ``values`` before the first update, and the ``returns`` that it learns from.
+    tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, the weighted
+    ``credit`` of steps, the value head's ``values`` before the first update, and the ``returns`` that it learns from.
     """
 
     example: Example
@@ -150,7 +150,7 @@ def scored(
 
 
 def informative(group: Group) -> bool:
-    """Whether a group's rewards differ; if not, its advantages are all 0."""
+    """Whether a group's rewards differ; if not, the advantages of its outcomes are all 0."""
     return len({rollout.reward for rollout in group} - {None}) > 1
 
 
@@ -259,7 +259,6 @@ def collect(
     groups: list[Group] = []
     kept: list[Group] = []
     seconds = {"time/sample": 0.0, "time/reward": 0.0}
-    teach = (lambda group: steps.differ(steps_of(group))) if config.step_weight else (lambda _: False)
     stream = drawn(planned.problems, config.seed, progress.drawn)
     for _ in range(1 + resamples):
         began = perf_counter()
@@ -269,7 +268,9 @@ def collect(
         completions = sample(loaded, planned, problems, config.group_size, seed, first)
         sampled = perf_counter()
         groups += scored(loaded, planned, problems, completions, functions, config)
-        kept = [group for group in groups if informative(group) or teach(group)] if resamples else groups
+        kept = groups
+        if resamples:
+            kept = [one for one in groups if informative(one) or (config.step_weight and steps.differ(steps_of(one)))]
         seconds["time/sample"] += sampled - began
         seconds["time/reward"] += perf_counter() - sampled
         if len(kept) == config.prompts_per_step:

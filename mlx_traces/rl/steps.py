@@ -1,26 +1,23 @@
-"""Process supervision: values of single steps of a completion, and the tokens that earn them.
+"""Process supervision: credit for single steps of a completion, and the tokens that get it.
 
-A reward may say of spans of a completion what each is worth (`records.Stepped`): an equation is true or false, a claim
-holds or does not. A step's credit is its value minus the mean over its group's steps of the same kind. A token that
-belongs to two steps has the credit of both.
+A reward may give values to spans of a completion (`records.Stepped`), for example 1 to a true equation and 0 to a false
+one. A step's credit is its value minus the mean over its group's steps of the same kind. A token that belongs to two
+steps has the credit of both.
 
-- ``local``: each token of a step has the step's credit. Nothing else is credited with it, so it teaches which steps to
-  write rather than how many.
+- ``local``: each token of a step has the step's credit. No other token has it, so it teaches which steps to write
+  rather than how many.
 - ``cumulative``: a token has the sum of the credits of all steps that end at it or later (arXiv 2402.03300, section
   4.1.3).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_traces.engine.offsets import pieces, token_offsets
-from mlx_traces.errors import UserError
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models.loading import LoadedModel
-from mlx_traces.records import Stepped
 
 POSITIONS = 5  # the first so many steps of a completion have metrics of their own; later ones share one
 EPS = 1e-4  # added to a standard deviation, as in `losses.group_advantages`
@@ -37,49 +34,7 @@ class Step(NamedTuple):
     stop: int
 
 
-Located = tuple[Step, ...]  # the steps of a completion, as they follow each other
-
-
-def checked(name: str, stepped: Stepped, length: int, number: Callable[[Any], float]) -> Stepped:
-    """Return what a reward returned, each kind's steps in their order.
-
-    Args:
-        name: of the reward, for messages.
-        stepped: what it returned.
-        length: of the completion, in characters.
-        number: returns a finite float or raises UserError.
-
-    Raises:
-        UserError: naming the reward, for a span that is not (start, end, value), is empty, is not within the
-            completion or overlaps with another one of its kind; for a value that is not a finite number; for a kind
-            whose name is no name.
-    """
-    if not isinstance(stepped.steps, Mapping):
-        raise UserError(f"reward {name}: its steps are a {type(stepped.steps).__name__}, not a dict of spans by kind")
-    found = {}
-    for kind, spans in stepped.steps.items():
-        if not isinstance(kind, str) or not kind.replace("_", "").replace("-", "").isalnum() or len(kind) > 40:
-            raise UserError(f"reward {name}: {str(kind)[:40]!r} is not the name of a kind of steps; use letters and _")
-        if not isinstance(spans, Sequence):
-            what = f"an {type(spans).__name__}" if type(spans) is int else f"a {type(spans).__name__}"
-            raise UserError(f"reward {name}: the steps of {kind!r} are {what}, not a list of spans")
-        own = []
-        for span in spans:
-            try:
-                start, end, value = span
-                start, end = start.__index__(), end.__index__()
-            except (TypeError, ValueError, AttributeError):
-                raise UserError(f"reward {name}: {str(span)[:60]} of {kind!r} is not (start, end, value)") from None
-            if not 0 <= start < end <= length:
-                where = f"({start}, {end}) of {kind!r}"
-                raise UserError(f"reward {name}: step {where} is not within the completion's {length} characters")
-            own.append((start, end, number(value)))
-        own.sort()
-        for one, other in pairwise(own):
-            if one[1] > other[0]:
-                raise UserError(f"reward {name}: steps {one[:2]} and {other[:2]} of {kind!r} overlap")
-        found[kind] = own
-    return Stepped(None if stepped.value is None else number(stepped.value), found)
+Located = tuple[Step, ...]  # the steps of a completion, in the order of the text
 
 
 def located(loaded: LoadedModel, completions: Sequence[Completion], steps: Sequence[Sequence]) -> list[Located]:
@@ -87,12 +42,12 @@ def located(loaded: LoadedModel, completions: Sequence[Completion], steps: Seque
 
     Args:
         loaded: the model that sampled.
-        completions: of it.
+        completions: its completions.
         steps: for each completion rows of kind, start, end and value, in characters of the assistant's whole turn.
 
     Returns:
-        For each completion its steps, in characters and tokens of what was sampled. What the prompt already held, and
-        what no token wrote, is left out.
+        For each completion its steps, in characters and tokens of the completion alone. The part of a step that the
+        prompt already held is left out, and so is a step that no token wrote.
     """
     ids = {token for one, own in zip(completions, steps, strict=True) if own for token in one.rollout.completion_ids}
     known = pieces(loaded.tokenizer, ids) if ids else {}
@@ -116,7 +71,7 @@ def credits_of(group: Sequence[Located], scales: Mapping[str, float] | None = No
 
     Args:
         group: the steps of each completion.
-        scales: divide a kind's credits by this.
+        scales: divisor of each kind's credits; default: 1.
     """
     means = {}
     for kind, values in by_kind(group).items():
@@ -142,7 +97,7 @@ def by_kind(group: Iterable[Located]) -> dict[str, list[float]]:
 
 
 def spread(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
-    """Return (T,) float64, at each token the sum of what the steps have earned that it belongs to (``local``)."""
+    """Return (T,) float64: for each token the sum of what the steps around it have earned (``local``)."""
     found = np.zeros(tokens)
     for step, value in zip(own, earned, strict=True):
         found[step.first : step.stop] += value
@@ -150,7 +105,7 @@ def spread(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
 
 
 def at_ends(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
-    """Return (T,) float64, at each token the sum of what the steps have earned whose last token it is."""
+    """Return (T,) float64: for each token the sum of what the steps that end at it have earned."""
     found = np.zeros(tokens)
     for step, value in zip(own, earned, strict=True):
         found[step.stop - 1] += value
@@ -170,12 +125,12 @@ def token_advantages(
 
     Args:
         outcomes: (B,), the advantages of whole completions.
-        steps: of the completions, group by group, B in all.
-        tokens: (B,), the number of each one's tokens.
+        steps: for each group the steps of its completions, B in all.
+        tokens: (B,), the number of tokens of each completion.
         weight: of the steps' credits.
         supervision: ``local`` or ``cumulative``.
         scale: for ``cumulative``: divide the credits by the standard deviation of their kind in the group (``std``, as
-            in the paper) or in the batch (``batch``), plus 1e-4; else not.
+            in the paper) or in the batch (``batch``), plus 1e-4; not divided with any other value.
 
     Returns:
         B arrays, (T,) float32 each.
@@ -200,7 +155,7 @@ def differ(group: Iterable[Located]) -> bool:
 
 
 def figures(completions: Sequence[Located]) -> dict[str, float]:
-    """Return the mean value of each kind's steps, how many a completion has, and the means by their position."""
+    """Return the mean value of each kind's steps, their number per completion, and the means by position."""
     row, count = {}, len(completions)
     for kind, values in sorted(by_kind(completions).items()):
         places: dict[str, list[float]] = {str(place): [] for place in [*range(1, POSITIONS + 1), "later"]}

@@ -24,8 +24,8 @@ class Task:
     compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
     ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
     ``sample_columns`` are kept with each sample of an evaluation, beside question and gold answer, so that it can be
-    graded again. ``steps(problem, thought)`` checks single steps of a thought, if the task can: it returns, by kind,
-    spans (first character, the one after the last, value), value 1 for a step that holds and 0 for one that does not.
+    graded again. ``steps(problem, thought)``, if the task has it, checks single steps of a thought: it returns, by
+    kind, spans (first character, one after the last, value), value 1 for a step that holds and 0 for one that does not.
     ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
     """
 

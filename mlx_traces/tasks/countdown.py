@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.readers import file_rows, is_file
+from mlx_traces.readers import GENERATED, file_rows, is_file
 from mlx_traces.records import Problem, Score, Span
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed
@@ -32,7 +32,10 @@ SPLITS = {
     "test": range(90, 100),
 }  # percent of all sets of numbers
 DEFAULT_COUNT = 500
-INSTEAD = 'pass --data FILE with one {"nums", "target"} object per line, or no --data for generated problems'
+INSTEAD = (
+    'pass --data FILE with one {"nums", "target"} object per line, --data 3-numbers or 3-4-numbers, or no --data, '
+    "for generated problems"
+)
 
 HUB_SETS, HUB_SPLITS = ("/Countdown-Tasks-3to4", "/Countdown-Tasks-3to4-Unique"), ("train", "test")
 TINYZERO_ROWS = 327_680, 1_024  # of the hub sets' one split: the first are train, the next test
@@ -359,17 +362,28 @@ def _is_small_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 10**9
 
 
+def generated_operands(data: str | None) -> tuple[int, int] | None:
+    """Return fewest and most numbers of the generated problems that ``data`` names, None if it names other problems.
+
+    ``3-numbers`` is (3, 3), ``3-4-numbers`` (3, 4), and so is no name at all.
+    """
+    if data is None:
+        return 3, 4
+    match = GENERATED.fullmatch(data)
+    return match and (int(match[1]), int(match[2] or match[1]))
+
+
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
     """Return problems: generated ones, a file's, or a hub set's (``Jiayi-Pan/Countdown-Tasks-3to4``, ``-Unique``).
 
-    Without ``data``, ``generate`` makes ``limit`` (None: 500) problems of the split from ``seed``, beginning at the
-    slice's start; of a slice with an end, such as ``test[:64]``, a random sample of ``limit`` is taken. The hub sets
-    have one split, which ``hub_part`` divides.
+    Without ``data``, or with ``3-numbers`` or the like, ``generate`` makes ``limit`` (None: 500) problems of the split
+    from ``seed``, beginning at the slice's start; of a slice with an end, such as ``test[:64]``, a random sample of
+    ``limit`` is taken. The hub sets have one split, which ``hub_part`` divides.
     """
     name, span = split_slice(split)
-    if data is None:
+    if operands := generated_operands(data):
         stop = span.stop if span.stop is not None else (span.start or 0) + (limit or DEFAULT_COUNT)
-        rows = ({"nums": nums, "target": target} for nums, target in generate(name, stop, seed))
+        rows = ({"nums": nums, "target": target} for nums, target in generate(name, stop, seed, operands))
         return load_rows((("generated", row) for row in islice(rows, span.start, None)), parse, limit, seed, split)
     if is_file(data):
         rows = islice(file_rows(Path(data), TASK.columns), span.start, span.stop)

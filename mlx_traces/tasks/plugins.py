@@ -29,6 +29,7 @@ _KINDS = {  # the type that a field of a task must have, and its name in message
     "prompts": (dict, "a dict of prompts by name"),
     "default_prompt": (str, "the name of a prompt"),
     **dict.fromkeys(("parse", "load", "grade", "same"), (Callable, "a function")),
+    "steps": (Callable | None, "a function"),
 }
 
 
@@ -74,8 +75,7 @@ def load(name: str) -> Task:
     if not isinstance(task, Task):
         what = "there is none" if task is None else f"it is a {type(task).__name__}"
         raise UserError(f"{file}: {attribute or 'TASK'} must be a mlx_traces.tasks.Task; {what}")
-    own = {"steps": (Callable, "a function")} if task.steps is not None else {}
-    for field, (kind, what) in (_KINDS | own).items():
+    for field, (kind, what) in _KINDS.items():
         if not isinstance(value := getattr(task, field), kind):
             raise UserError(f"{file}: {attribute}.{field} must be {what}, not {str(value)[:60]!r}")
     if not task.extractors or not all(isinstance(own, str) for own in task.extractors):

@@ -1,14 +1,16 @@
 """Exact solver for Countdown: the number of solutions, and a search written as a thinking trace. No MLX."""
 
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, islice
 
 from mlx_traces.tasks import countdown
 from mlx_traces.tasks.prompts import Message, Prompt
 
 TRACE_LIMIT = 200  # the largest intermediate result a trace may show
+TRACE_LINES = 32  # of a trace; a search that goes on for longer gives none
 
 
 def solutions(nums: Sequence[int], target: int) -> int:
@@ -38,43 +40,84 @@ def solutions(nums: Sequence[int], target: int) -> int:
 Term = tuple[int, str]  # a value and the expression that made it
 
 
-def search_trace(nums: Sequence[int], target: int) -> tuple[str, str] | None:
-    """Write a systematic search for ``target`` as (thought, expression).
+def search_trace(
+    nums: Sequence[int], target: int, gives_up: Callable[[int], bool] | None = None
+) -> tuple[str, str] | None:
+    """Write an exhaustive search for ``target``, up to its end, as (thought, expression).
 
-    First steps are tried in a fixed order (pairs by position; + - * /, the larger number first). Each line ends with
-    its result: ``49 + 25 = 74, 22 no`` if the two numbers left cannot reach the target, else ``49 - 25 = 24, 24 + 22 =
-    46 yes``. With more than three numbers, the trace starts with the first steps that lead to three (``12 + 7 = 19
-    leaves 30, 4, 19``). A small model can learn to predict a fixed order, but not random wrong attempts.
+    First steps are tried in a fixed order (pairs by position; + - * /, the larger number first). A line has a first
+    step and all the second steps that follow from it, and ends with the verdict: ``49 + 25 = 74, 74 + 22 = 96, 74 - 22
+    = 52 no``, or, at the hit, ``49 - 25 = 24, 24 + 22 = 46 yes``. With more than three numbers, a line of its own leads
+    to fewer (``12 + 7 = 19 leaves 30, 4, 19``). Nothing is left out, so every word follows from those before it: a
+    small model can learn to predict it.
+
+    Args:
+        nums: the given numbers.
+        target: to reach.
+        gives_up: says after each ``no``, given the target, whether the search ends. It then names the nearest value
+            found, the first of those equally near (``near 52``), and the expression is that of this value, a wrong
+            answer. None: never.
 
     Returns:
-        ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``.
+        ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
     """
-    lines: list[str] = []
-    expression = _search([(n, str(n)) for n in nums], target, lines)
-    return None if expression is None else ("\n".join(lines), expression)
+    written, nearest = [], None
+    for line, tried in islice(_lines([(n, str(n)) for n in nums], target), TRACE_LINES):
+        hit = bool(tried) and tried[-1][0] == target
+        written.append(line if not tried else f"{line} yes" if hit else f"{line} no")
+        if hit:
+            return "\n".join(written), _bare(tried[-1])
+        if tried:
+            nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
+            if gives_up and gives_up(target):
+                return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
+    return None
 
 
-def _search(terms: list[Term], target: int, lines: list[str]) -> str | None:
-    """Append the lines of a successful search to ``lines`` and return the expression, or None."""
+def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable[[int], bool] | None:
+    """Return the ``gives_up`` of a search: at random, the sooner the larger the target.
+
+    Args:
+        give_up: the probability of giving up after any ``no``.
+        daunting: the target at which the solver gives up after every other ``no``, t^2 / (t^2 + daunting^2) for a
+            target t; 0 if targets do not daunt it.
+        draw: decides.
+
+    Returns:
+        ``None`` if the solver never gives up.
+    """
+    if not give_up and not daunting:
+        return None
+
+    def gives_up(target: int) -> bool:
+        daunted = target**2 / (target**2 + daunting**2) if daunting else 0.0
+        return draw.random() < 1 - (1 - give_up) * (1 - daunted)
+
+    return gives_up
+
+
+def _lines(terms: list[Term], target: int, opening: str = "") -> Iterator[tuple[str, list[Term]]]:
+    """Yield (line without its verdict, the terms of all numbers that it tries); a hit is the last one."""
     if len(terms) == 2:
-        hit = next((step for step in _steps(*terms) if step[0][0] == target), None)
-        if hit is not None:
-            lines.append(f"{hit[1]} yes")
-        return hit and hit[0][1][1:-1]  # without the outermost parentheses
-    tried: list[str] = []
+        steps = list(_steps(*terms))
+        hit = next((place for place, (term, _) in enumerate(steps) if term[0] == target), len(steps))
+        steps = steps[: hit + 1]
+        yield opening + ", ".join(equation for _, equation in steps), [term for term, _ in steps]
+        return
     for i, j in combinations(range(len(terms)), 2):
         rest = [other for k, other in enumerate(terms) if k not in (i, j)]
         for term, equation in _steps(terms[i], terms[j]):
-            inner: list[str] = []
-            left = [term, *rest] if len(rest) == 1 else [*rest, term]
-            expression = _search(left, target, inner)
             if len(rest) == 1:
-                tried.append(f"{equation}, {inner[0] if inner else f'{rest[0][0]} no'}")
-            if expression is not None:
-                opening = f"{equation} leaves {', '.join(str(value) for value, _ in left)}"
-                lines += tried if len(rest) == 1 else [opening, *inner]
-                return expression
-    return None
+                yield from _lines([term, *rest], target, f"{equation}, ")
+            else:
+                left = [*rest, term]
+                yield f"{equation} leaves {', '.join(str(value) for value, _ in left)}", []
+                yield from _lines(left, target)
+
+
+def _bare(term: Term) -> str:
+    """Return a term's expression without its outermost parentheses."""
+    return term[1][1:-1]
 
 
 def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
@@ -85,12 +128,15 @@ def _steps(a: Term, b: Term) -> Iterator[tuple[Term, str]]:
             yield (value, f"({x_text} {sign} {y_text})"), f"{x} {sign} {y} = {value}"
 
 
-def solved(prompt: Prompt, nums: list[int], target: int) -> tuple[list[Message], str] | None:
+def solved(
+    prompt: Prompt, nums: list[int], target: int, gives_up: Callable[[int], bool] | None = None
+) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill.
+    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without one
+    the solver searches all the same, and gives up as ``search_trace`` says.
     """
-    if (found := search_trace(nums, target)) is None:
+    if (found := search_trace(nums, target, gives_up)) is None:
         return None
     thought, expression = found
     thinks = "<think>" in prompt.user + prompt.prefill

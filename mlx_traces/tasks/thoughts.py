@@ -153,17 +153,11 @@ def still_open(text: str, before: bool) -> bool:
     return thinking or (before and len(part) == len(text))
 
 
-def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> str | None:
-    """Return the first thought, to the end if it stays open, or None.
+def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> tuple[int, int] | None:
+    """Return the first character of a text's first thought and the one after its last; None without tags.
 
-    That is the text after the first opening tag of ``pairs``, else the text before the first closing tag.
+    The thought is the text after the first opening tag of ``pairs``, else the text before the first closing tag.
     """
-    span = first_thought_span(text, pairs)
-    return span and text[slice(*span)]
-
-
-def first_thought_span(text: str, pairs: Sequence[Pair] = TAGS) -> tuple[int, int] | None:
-    """Return the first character of the first thought and the one after its last; see `first_thought`."""
     lower = small(text)
     starts = [lower.find(opening.lower()) for opening, _ in pairs]
     for (opening, closing), start in zip(pairs, starts, strict=True):

@@ -85,7 +85,7 @@ def encode(
     """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
-    is learned by the sampled tokens, without those that were put there to close a thought or to keep it open. A trace
+    is learned by the sampled tokens, without those that were inserted to close a thought or to keep it open. A trace
     without messages is a text, learned from its first token on.
 
     An earlier turn is learned, with its end, where the template writes it as it was. Templates of reasoning models
@@ -127,8 +127,8 @@ def encode(
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
         own = own if stop is not None or trace.finish_reason == "length" else body
-        drawn = [place not in (trace.forced or ()) for place in range(len(own))]
-        return Example(trace.id, (*ids, *own), (*trained, *drawn))
+        forced = {*(trace.forced or ())}
+        return Example(trace.id, (*ids, *own), (*trained, *(place not in forced for place in range(len(own)))))
     answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
     ids, trained = _joined(chat, prompt, answer + ending, spans)
     if stop is not None and ids[-1] != stop:

@@ -60,19 +60,19 @@ def equations(text: str) -> Iterator[bool]:
 def checked(text: str) -> Iterator[tuple[int, int, bool]]:
     r"""Yield each arithmetic equation of a text: its first character, the one after its last, whether it is true.
 
-    It is computed exactly. An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at
-    least one with an operation; in a chain a = b = c every ``=`` is one, and the second begins there, so that none
-    overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
+    An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
+    operation; in a chain a = b = c every ``=`` is one, and the second equation begins at its ``=``, so that equations
+    do not overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
     ``−``, ``\times``, ``\frac{}{}``, *times* or *of* between numbers, and up to 3 words after a number as its unit
     (``5 red apples * 2 = 10``). A percentage may be meant as a hundredth or as a plain number. A decimal or percentage
     alone on its side may be rounded: it must be the value to the digits shown (10/3 = 3.33), or its beginning where
-    ``...`` follows.
+    ``...`` follows. Arithmetic is exact.
 
     Not equations: with a variable, a function or a power; with a number of more than 40 digits or more than 32 of
     them; what goes on over a line's end. A division by zero is false.
     """
     marks = [mark.span() for mark in islice(_RELATION.finditer(text), MAX_EQUATIONS)]
-    budget, first, left, known = MAX_PARTS, None, None, 0  # known: the end of the last equation
+    budget, first, left, last_end = MAX_PARTS, None, None, 0
     for place in range(len(marks) + 1):  # the i-th gap is between the relations i - 1 and i
         start = marks[place - 1][1] if place else 0
         end = marks[place][0] if place < len(marks) else len(text)
@@ -83,9 +83,9 @@ def checked(text: str) -> Iterator[tuple[int, int, bool]]:
             verdict = _compare(left, right)
             budget -= first.read
             if verdict is not None:
-                begin = left[0].start if left[0].start >= known else marks[place - 1][0]
-                known = right[-1].end
-                yield begin, known, verdict
+                begin = left[0].start if left[0].start >= last_end else marks[place - 1][0]
+                last_end = right[-1].end
+                yield begin, last_end, verdict
         if place < len(marks):
             last = first if first is not None and whole else _runs(tail, budget, end - len(tail))
             budget -= 0 if last is first else last.read
@@ -104,7 +104,7 @@ def _sides(text: str, start: int, end: int) -> tuple[str, str, bool]:
 
 
 class Part(NamedTuple):
-    """A number, sign or parenthesis: its kind, its text, and the characters that it was written as."""
+    """A number, sign or parenthesis: its kind, its plain text, and its characters ``start`` to ``end``, exclusive."""
 
     kind: str
     text: str
@@ -154,7 +154,7 @@ class _Runs:
 
 
 def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Rewrite typographic and LaTeX spellings as ASCII arithmetic; return also what each character was written as."""
+    """Rewrite typographic and LaTeX spellings as ASCII arithmetic; return also each character's span in ``text``."""
     text, places = text.translate(_SPELLINGS), [(at, at + 1) for at in range(len(text))]
     rewrites = [(_COMMA, lambda m: ",")] if "{,}" in text else []
     if "\\" in text:

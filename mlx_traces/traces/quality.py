@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mlx_traces.config import ScoreConfig, TracesConfig
 from mlx_traces.records import Problem, Score, Trace
 from mlx_traces.tasks import Task, get_task, task_of
-from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, Pair, first_thought_span
+from mlx_traces.tasks.thoughts import SKY, TAGS, UNTAGGED, Pair, first_thought
 from mlx_traces.traces.equations import faithfulness
 
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
@@ -148,19 +148,19 @@ def _adds(thought: str, prompt: str) -> bool:
 
 
 def thought_of(completion: str, tags: str) -> str | None:
-    """Return the first thought, up to the end if it stays open; None without one; the whole text for tags ``none``.
-
-    The style's own tags are tried first, then all of ``thoughts.TAGS``.
-    """
+    """Return the first thought, up to the end if it stays open; None without one; the whole text for tags ``none``."""
     span = thought_span(completion, tags)
     return span and completion[slice(*span)]
 
 
 def thought_span(completion: str, tags: str, own: Pair | None = None) -> tuple[int, int] | None:
-    """Return the thought's first character and the one after its last; ``own`` are the model's tags, tried last."""
+    """Return the first character of the thought of `thought_of` and the one after its last.
+
+    The style's own tags are tried first, then all of ``thoughts.TAGS``, then the model's (``own``).
+    """
     if tags == "none":
         return 0, len(completion)
-    return first_thought_span(completion, (STYLES[tags].thought, *TAGS, *filter(None, [own])))
+    return first_thought(completion, (STYLES[tags].thought, *TAGS, *filter(None, [own])))
 
 
 # ---------------------------------------------------------------------------------------------- structure

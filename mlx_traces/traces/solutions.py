@@ -1,5 +1,6 @@
 """Make traces from worked solutions, GSM8K's and MATH's, and from a solver's for Countdown."""
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import countdown, gsm8k, math
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.solver import opening_line, solved
+from mlx_traces.tasks.solver import impatience, opening_line, solved
 from mlx_traces.traces.importing import count_skipped
 
 GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
@@ -95,6 +96,8 @@ def countdown_traces(
     operands: tuple[int, int] = (3, 4),
     prompts: Sequence[Prompt] = (countdown.PROMPTS["thinking"],),
     skipped: Counter | None = None,
+    give_up: float = 0.0,
+    daunting: float = 0.0,
 ) -> Iterator[Trace]:
     """Yield the solver's traces of ``count`` generated problems, one for every prompt.
 
@@ -105,11 +108,14 @@ def countdown_traces(
         operands: fewest and most numbers of a problem.
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
+        give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
+        daunting: target at which it gives up after every other ``no``, as in `solver.impatience`.
     """
+    gives_up = impatience(give_up, daunting, random.Random(f"{seed} give up"))
     for nums, target in countdown.generate(split, count, seed, operands):
         problem = countdown.parse({"nums": nums, "target": target}, "solver")
         for prompt in prompts:
-            if (found := solved(prompt, nums, target)) is None:
+            if (found := solved(prompt, nums, target, gives_up)) is None:
                 count_skipped(skipped, "no short trace")
                 break
             yield _task_trace("countdown", problem, prompt, found[1], "solver")

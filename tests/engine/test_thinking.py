@@ -15,8 +15,8 @@ from mlx_traces.engine.sampling import Ending, Request, SamplingParams, decode, 
 from mlx_traces.engine.thinking import NONE, Reader, Thinking
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
-from mlx_traces.models.nano import build_tokenizer
 from mlx_traces.tasks.thoughts import SKY, TAGS, after_last
+from mlx_traces.train.nano import build_tokenizer
 
 LENGTHS = (3, 41, 7, 1, 29, 12, 5, 60, 2, 17, 33, 8)
 

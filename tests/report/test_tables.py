@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import resource
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factories import BASE, BETTER, make_run, rendered
+from scipy.stats import t as student_t
 
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, power, stats, variance
@@ -248,6 +250,19 @@ def test_markdown_table_is_complete():
     ]
 
 
+def test_a_comparison_shows_the_share_of_true_equations_where_it_is_known():
+    frame = comparison.compare_runs(many_runs(3)).assign(true_equations=[math.nan, 0.984, 1.0])
+    text = rendered(tables.to_terminal(frame))
+    assert max(map(len, text.splitlines())) <= 100 and "true eq." in text and "98.4 %" in text
+    lines = tables.to_markdown(frame).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    place = cells[0].index("true equations")
+    assert [row[place] for row in cells[2:]] == ["–", "98.4 %", "100.0 %"]
+    assert [row["true_equations"] for row in tables.to_json(frame)["rows"]] == [None, 0.984, 1.0]
+    nowhere = frame.assign(true_equations=math.nan)
+    assert "true" not in rendered(tables.to_terminal(nowhere)) + tables.to_markdown(nowhere)
+
+
 def test_json_has_exactly_the_documented_keys():
     table = tables.to_json(comparison.compare_runs(three_runs()))
     rows = json.loads(json.dumps(table, allow_nan=False))["rows"]
@@ -271,7 +286,12 @@ def test_a_table_without_a_difference_says_what_it_could_not_see():
     shown = comparison.compare_runs([make_run("a", [0] * 50), make_run("b", [1] * 50, prompt="x")])
     assert shown["missed"].isna().all() and "No difference" not in tables.to_markdown(shown)
     sampled = comparison.compare_runs([make_run("a", [[1, 0], [0, 0]] * 20), make_run("b", [[0, 1], [0, 0]] * 20)])
-    assert sampled["missed"][1] == 0 or "missed half" in tables.to_markdown(sampled)
+    assert math.isnan(sampled["missed"][1]) and "missed half" not in tables.to_markdown(sampled)  # nothing varies
+    sampled = comparison.compare_runs([make_run("a", [[1, 0], [0, 0]] * 20), make_run("b", [[0, 0], [1, 0]] * 20)])
+    student = student_t.ppf(0.975, 39) * 0.5 * math.sqrt(1 / 39)  # differences are half a problem each
+    assert sampled["missed"][1] == pytest.approx(student)
+    one = comparison.compare_runs([make_run("a", [[1, 0]]), make_run("b", [[0, 0]])])
+    assert math.isnan(one["missed"][1])
 
 
 def test_trainings_of_a_recipe_are_one_row():
@@ -288,6 +308,10 @@ def test_trainings_of_a_recipe_are_one_row():
     assert tables.to_json(frame)["rows"][1]["spread"] == pytest.approx(0.04) and "| sd |" in tables.to_markdown(frame)
     with pytest.raises(UserError, match="recipe grpo: max_tokens is 400 and 9; only their training may differ"):
         comparison.recipe("grpo", [runs[0], make_run("x", [1] * 100, max_tokens=9)])
+    alike = comparison.compare_runs([make_run("base", [1] * 50 + [0] * 50), joined]).to_dict("records")[1]
+    assert alike["missed"] == pytest.approx(alike["diff_high"] - alike["diff"]) and alike["p_holm"] > 0.05
+    with pytest.raises(UserError, match="recipe grpo: its runs have one problem"):
+        comparison.recipe("grpo", [make_run(name, [1]) for name in "ab"])
     with pytest.raises(UserError, match="recipe grpo: 1 runs; name two or more, each once"):
         comparison.recipe("grpo", runs[:1])
     with pytest.raises(UserError, match="over different problems"):
@@ -304,6 +328,11 @@ def test_problems_of_a_cluster_count_together():
     assert row["test"] == "clusters" and row["p_value"] == pytest.approx(2 / 2**10)  # ten documents, all won
     assert "cluster-robust for the difference" in tables.to_markdown(frame)
     assert comparison.paired(b, a, "document")["p_value"] == row["p_value"]
+    for run in (a, b):
+        for i, row in enumerate(run.samples):
+            row["columns"]["half"] = i // 20
+    halves = comparison.compare_runs([a, b], cluster="half")  # p is 0.5 or more, whatever the difference
+    assert halves["p_value"][1] == 0.5 and math.isnan(halves["missed"][1])
     with pytest.raises(UserError, match="--cluster page: problem p0 has no such column; the data are not on this"):
         comparison.compare_runs([a, b], cluster="page")
     with pytest.raises(UserError, match="--cluster gold: all problems have the same one"):

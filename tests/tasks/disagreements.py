@@ -1,4 +1,4 @@
-"""Where task math and math-verify's own pipeline judge real completions differently; each line is to be justified.
+"""List the completions that task math and math-verify's own pipeline judge differently.
 
     python -m tests.tasks.disagreements FILE [FILE ...]
 
@@ -21,7 +21,7 @@ from mlx_traces.tasks.thoughts import answer_part
 
 
 def disagreements(file: Path) -> Iterator[str | None]:
-    """Yield for each row None, or a line: its place, the gold answer, and what either one found and said."""
+    """Yield for each row None, or a line: its place, the gold answer, and each side's answer and verdict."""
     for where, row in file_rows(file, ("completion",)):
         gold = str(row["gold"] if "gold" in row else row["answer"])
         own = math.grade(Problem(where, {}, gold), row["completion"])["tolerant"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import time
 from fractions import Fraction
@@ -24,7 +25,7 @@ from mlx_traces.tasks.countdown import (
     split_of,
     steps,
 )
-from mlx_traces.tasks.solver import TRACE_LIMIT, search_trace, solutions
+from mlx_traces.tasks.solver import TRACE_LIMIT, TRACE_LINES, impatience, search_trace, solutions
 
 
 def every_expression(numbers):
@@ -249,23 +250,85 @@ def test_the_solver_agrees_with_brute_force():
     assert solutions([2, 3], 6) == 1 and solutions([2, 3], 5) == 1 and solutions([4, 4], 0) == 2
 
 
-def test_traces_are_true_and_end_in_a_correct_answer():
-    told = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-    found = 0
-    for nums, target in generate("train", 200, 5):
-        trace = search_trace(nums, target)
-        if trace is None:
+EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+
+
+def every_step(a, b):
+    """Return the steps of two numbers as a trace shows them, by the rules alone."""
+    high, low = max(a, b), min(a, b)
+    values = {"+": Fraction(high + low), "-": Fraction(high - low), "*": Fraction(high * low)}
+    if low:
+        values["/"] = Fraction(high, low)
+    return [
+        (str(high), sign, str(low), str(value))
+        for sign, value in values.items()
+        if value.denominator == 1 and value <= TRACE_LIMIT
+    ]
+
+
+def test_a_trace_shows_every_attempt_in_order_and_says_only_what_is_true():
+    lengths = []
+    for nums, target in generate("train", 200, 5, (3, 3)):
+        if (trace := search_trace(nums, target)) is None:
+            assert len(lengths) > 20
             continue
-        found += 1
         thought, expression = trace
         assert check(expression, nums, target) == "correct"
-        for a, sign, b, value in told.findall(thought):
-            a, b, value = int(a), int(b), int(value)
-            assert (a == value * b) if sign == "/" else {"+": a + b, "-": a - b, "*": a * b}[sign] == value
-            assert value <= TRACE_LIMIT
-        assert thought.endswith("yes") and thought.count("yes") == 1
-    assert found > 180
+        lines = thought.split("\n")
+        lengths.append(len(lines))
+        firsts = [
+            (i, first) for i in itertools.combinations(range(3), 2) for first in every_step(*(nums[k] for k in i))
+        ]
+        for number, (line, (pair, first)) in enumerate(zip(lines, firsts, strict=False), 1):
+            rest = next(n for k, n in enumerate(nums) if k not in pair)
+            shown, seconds = EQUATION.findall(line), every_step(int(first[-1]), rest)
+            hit = next((place for place, step in enumerate(seconds) if step[-1] == str(target)), None)
+            assert shown == [first, *seconds[: None if hit is None else hit + 1]]
+            assert line.endswith(" no" if hit is None else " yes") and (hit is None) == (number < len(lines))
+    assert len(lengths) > 190 and 1.5 < sum(lengths) / len(lengths) < 3
     assert search_trace([1, 1, 1], 100) is None
+
+
+def test_a_longer_search_leads_to_shorter_ones_and_stops_at_its_bound():
+    found = [search_trace(nums, target) for nums, target in generate("train", 60, 5, (4, 4))]
+    assert 40 < sum(trace is not None for trace in found) < 60
+    for thought, _ in filter(None, found):
+        assert len(thought.split("\n")) <= TRACE_LINES
+        for line in thought.split("\n"):
+            opening = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+) leaves (\d+), (\d+), (\d+)", line)
+            assert opening or re.fullmatch(rf"({EQUATION.pattern}, )+{EQUATION.pattern} (no|yes)", line)
+            assert opening is None or opening[4] == opening[7]
+    assert any(thought.count("leaves") > 1 for thought, _ in filter(None, found))  # a dead end, then another first step
+
+
+def test_who_gives_up_says_so_and_answers_the_nearest_try():
+    gives_up, ends, dead_ends = impatience(0.5, 0, random.Random(1)), 0, 0
+    for nums, target in generate("train", 300, 5, (3, 3)):
+        thought, expression = search_trace(nums, target, gives_up)
+        tried = [int(step[-1]) for line in thought.split("\n") for step in EQUATION.findall(line)[1:]]
+        near = re.search(r" no\nnear (\d+)$", thought)
+        dead_ends += thought.count(" no\n")
+        if near is None:
+            assert check(expression, nums, target) == "correct" and thought.endswith(" yes")
+            continue
+        ends += 1
+        nearest = min(tried, key=lambda value: abs(value - target))  # the first of those equally near
+        assert int(near[1]) == nearest != target
+        assert check(expression, nums, nearest) == "correct"
+        checked = steps(parse({"nums": nums, "target": target}, "here"), thought)
+        assert len(checked["claims"]) == thought.count("\n") + 1
+        assert all(value for kind in checked.values() for *_, value in kind)
+    assert 0.4 < ends / dead_ends < 0.6
+    assert search_trace([42, 36, 33], 27, lambda target: target == 27)[0].endswith("78 - 33 = 45 no\nnear 45")
+
+
+def test_a_large_target_daunts_more_than_a_small_one():
+    gives_up = impatience(0, 20, random.Random(1))
+    for target, share in ((10, 0.2), (20, 0.5), (60, 0.9)):
+        assert sum(gives_up(target) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.03)
+    both = impatience(0.5, 20, random.Random(1))
+    assert sum(both(20) for _ in range(2000)) / 2000 == pytest.approx(0.75, abs=0.03)
+    assert impatience(0, 0, random.Random(1)) is None
 
 
 @pytest.mark.parametrize(
@@ -308,6 +371,15 @@ def test_slices_of_generated_problems():
     assert len(sample) == 8 and all(problem in everything for problem in sample)
     with pytest.raises(UserError, match=r"^--limit 9 is more than test\[:8\] has: 8 problems$"):
         load("test[:8]", None, 9, 3)
+
+
+def test_generated_problems_have_a_name_that_says_how_many_numbers():
+    assert load("test", "3-4-numbers", 20, 3) == load("test", None, 20, 3)
+    three = load("test", "3-numbers", 20, 3)
+    assert {problem.stratum for problem in three} == {"3 operands"} and len(three) == 20
+    assert load("test[5:8]", "3-numbers", None, 3) == three[5:8]
+    with pytest.raises(UserError, match="operands 1-1 is not a range"):
+        load("test", "1-numbers", 20, 3)
 
 
 def test_hub_sets_are_parted_as_in_tinyzero(monkeypatch):

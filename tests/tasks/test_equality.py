@@ -300,7 +300,7 @@ def test_a_worker_that_does_not_start_is_told(monkeypatch, tmp_path):
 
 
 def test_three_dots_have_no_value():
-    """Python reads them as a constant; a long search found it."""
+    """Python parses them as a constant."""
     assert equality.value("...") is None and equality.value("1+...") is None
     assert equality.compare("e^{i\\pi}", "...+1") in equality.VERDICTS
 

@@ -281,7 +281,7 @@ def test_the_solvers_traces_are_correct_in_every_prompt_style():
 
 def test_a_countdown_trace_word_for_word():
     messages, completion = solver.solved(countdown.PROMPTS["thinking"], [2, 3, 4], 20)
-    thought = "3 + 2 = 5, 5 * 4 = 20 yes"
+    thought = "3 + 2 = 5, 5 + 4 = 9, 5 - 4 = 1, 5 * 4 = 20 yes"
     assert completion == f"<think>\n{thought}\n</think>\n<answer>(3 + 2) * 4</answer>"
     assert messages[0]["content"].startswith("Make 20 from the numbers [2, 3, 4].")
     assert solver.solved(countdown.PROMPTS["direct"], [2, 3, 4], 20)[1] == "<answer>(3 + 2) * 4</answer>"
@@ -290,8 +290,22 @@ def test_a_countdown_trace_word_for_word():
     )
     assert solver.solved(countdown.PROMPTS["direct"], [1, 1, 1], 50) is None
     skipped = Counter()
-    list(solutions.countdown_traces(400, "train", 0, (4, 4), skipped=skipped))
+    list(solutions.countdown_traces(50, "train", 0, (4, 4), skipped=skipped))
     assert skipped["no short trace"] > 0
+
+
+def test_a_solver_that_gives_up_does_so_the_same_way_each_time_with_or_without_a_thought():
+    styles = (countdown.PROMPTS["direct"], countdown.PROMPTS["thinking"])
+    for reason in ({"give_up": 0.5}, {"daunting": 40}):
+        made = list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
+        assert made == list(solutions.countdown_traces(60, "train", 4, (3, 3), styles, **reason))
+        wrong = {"direct": 0, "thinking": 0}
+        for one in made:
+            verdict = countdown.grade(countdown.parse(one.columns, "here"), one.completion)["answer"].verdict
+            wrong[one.prompt] += verdict == "wrong_value"
+            if one.prompt == "thinking":
+                assert verdict == ("wrong_value" if "no\nnear " in one.completion else "correct")
+        assert all(10 < count < 40 for count in wrong.values())
 
 
 # ---------------------------------------------------------------------------------- the command line
