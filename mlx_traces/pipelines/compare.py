@@ -153,7 +153,8 @@ def rows(found: Sequence[Entry]) -> list[list[int]]:
     """Return the table's rows: for each the indices of its entries, several where these are trainings of a recipe."""
     grouped: dict[object, list[int]] = {}
     for i, entry in enumerate(found):
-        grouped.setdefault(entry.recipe or i, []).append(i)
+        key = (entry.recipe, entry.config.think_tokens) if entry.recipe else i  # a budget of thinking is a row too
+        grouped.setdefault(key, []).append(i)
     return list(grouped.values())
 
 
