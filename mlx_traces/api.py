@@ -12,6 +12,7 @@ from typing import Any
 from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, given
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.evaluation.local import refuse_without_thought
 from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
@@ -77,6 +78,8 @@ def generate(
         think_at_least=think_at_least,
         think_more=think_more,
     )
+    for i, prompt in enumerate(rendered):
+        refuse_without_thought(loaded, prompt, f"prompt {i}", params)
     with merged(loaded.model, loaded.backend):
         rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows
         done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))

@@ -438,6 +438,8 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
         (build(GRPOConfig, {"tags": "r1", "rewards": {"correct": 1, "format": 0.1}}), []),
         (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
         (build(ReformatConfig, {"max_tokens": 7}), ["max_tokens 7 changes nothing without model"]),
+        (build(CompareConfig, {"block": 9}), ["block 9 changes nothing without stop_when_decided"]),
+        (build(CompareConfig, {"block": 9, "stop_when_decided": True}), []),
         (build(CompareConfig, {"evals": [{"top_p": 0.5}, {"top_p": 0.5, "temperature": 1}]}), ["top_p 0.5"]),
         (build(RoundsConfig, {"name": "x", "score": {"judge_max_tokens": 3}}), ["judge_max_tokens 3"]),
         (build(RoundsConfig, {"name": "x", "epoch1": {"kind": "full", "rank": 4}}), ["rank 4 changes nothing"]),

@@ -25,6 +25,8 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
         name, sign, runs = item.partition("=")
         if not (name and sign and all(runs.split(","))):
             raise UserError(f"--recipe {item}: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2")
+        if name in found:
+            raise UserError(f"--recipe {name}: named twice; name all its runs at once, as in {name}=RUN,RUN")
         found[name] = runs.split(",")
     return found
 
@@ -61,9 +63,7 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
 )
 @click.option("--cluster", help=CompareConfig.model_fields["cluster"].description)
 @click.option("--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description)
-@click.option(
-    "--block", type=int, help=f"{CompareConfig.model_fields['block'].description}  [default: {BLOCK}, with the former]"
-)
+@click.option("--block", type=int, help=f"With --stop-when-decided: problems of a block.  [default: {BLOCK}]")
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],

@@ -12,7 +12,7 @@ from mlx_traces.runtime.device import import_mlx
 
 
 class Plan(click.Group):
-    """A group whose first word is a configuration of a training, or a subcommand."""
+    """A group whose first argument is a training's configuration or a subcommand."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         """Find the subcommand: ``training``, if none is named."""
@@ -21,10 +21,9 @@ class Plan(click.Group):
 
 @click.group("plan", cls=Plan, context_settings={"ignore_unknown_options": True})
 def plan_group() -> None:
-    """Estimate what a training takes, or a comparison.
+    """Estimate the memory of a training, or the problems that a comparison needs.
 
-    `plan CONFIG` is short for `plan training CONFIG`: the memory of a training. `plan eval` says how many problems a
-    comparison needs.
+    `plan CONFIG` is short for `plan training CONFIG`.
     """
 
 
@@ -47,7 +46,9 @@ def plan_command(config_file: str, kind: str | None) -> None:
 
 
 @plan_group.command("eval")
-@click.option("--difference", type=float, help="Smallest difference of two accuracies to see, in points.")
+@click.option(
+    "--difference", type=float, help="Smallest difference of two accuracies that the test should find, in points."
+)
 @click.option(
     "--from",
     "runs",
@@ -57,16 +58,16 @@ def plan_command(config_file: str, kind: str | None) -> None:
     help="One or two finished runs like those planned.",
 )
 @click.option("--discordant", type=float, help="Percent of problems that one of two models alone gets right.")
-@click.option("--problems", type=int, help="Number of problems that there are.  [default: that of two runs]")
-@click.option("--power", type=float, default=80, show_default=True, help="Percent of evaluations that are to see it.")
+@click.option("--problems", type=int, help="Number of available problems.  [default: that of two runs]")
+@click.option("--power", type=float, default=80, show_default=True, help="Chance that the test finds it, in percent.")
 @click.option("--alpha", type=float, default=5, show_default=True, help="Level of the two-sided test, in percent.")
 @click.option("--holm", type=int, default=1, show_default=True, help="Number of comparisons in the table.")
-@click.argument("second", required=False, type=click.Path())
+@click.argument("second", required=False, metavar="", type=click.Path())
 def plan_eval_command(runs: tuple[str, ...], second: str | None, **given: Any) -> None:
-    """Say how many problems a comparison needs. Also what finished runs could see.
+    """Compute how many problems a comparison needs, or the smallest difference that given problems show.
 
-    The test is McNemar's exact one. --from RUN RUN takes from two finished runs how often one of them alone is right,
-    and their time and tokens; --from RUN the latter.
+    The test is McNemar's exact test. --from RUN RUN reads two finished runs: the share of problems that one of them
+    alone gets right, time and tokens. --from RUN reads time and tokens.
     """
     from mlx_traces.evaluation.planning import plan_eval
 

@@ -142,7 +142,7 @@ def bench_all(
             cores=usable_cores(),
             platform=made["platform"],
         ),
-        model=shown(model),
+        model=last_parts(model),  # others read the file
         quick=quick,
         started=made["started"],
         versions=made["versions"],
@@ -173,7 +173,7 @@ def bench_all(
 
 def run(planned: Planned, limit: float) -> Step:
     """Run a step in a process of its own for at most ``limit`` seconds; return a failure, do not raise it."""
-    about = {"name": planned.name, "kind": planned.kind, "arguments": [shown(one) for one in planned.arguments]}
+    about = {"name": planned.name, "kind": planned.kind, "arguments": [*map(last_parts, planned.arguments)]}
     if limit < 1:
         return Step(**about, status="skipped", message="no time was left")
     began, peak, cut = time.monotonic(), None, False
@@ -208,11 +208,6 @@ def run(planned: Planned, limit: float) -> Step:
             return Step(**about, status="done", rows=_rows(out.read_text(errors="replace")))
         except (ValueError, ValidationError):
             return Step(**about, status="failed", message=message or f"ended with {process.returncode}")
-
-
-def shown(argument: str) -> str:
-    """Return an argument for the file, which others read: what is a path on this machine keeps its last parts."""
-    return last_parts(argument) if Path(argument).expanduser().exists() else argument
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -35,7 +35,10 @@ def split(model: nn.Module) -> Split:
 
 
 def _right(model: nn.Module, halves: Split) -> bool:
-    """Try it on two rows, long enough that the prompt changes the logits by more than the rounding of 16 bits."""
+    """Return whether two rows that continue from their prompts have the states of whole rows.
+
+    They are long enough that the prompt changes the logits by more than the rounding of 16 bits.
+    """
     rows = [
         Example("", logprobs.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
         for prompt, rest in ((32, 16), (24, 9))
@@ -79,7 +82,7 @@ def each(
     micro_tokens: int,
     take: Callable[[mx.array, mx.array], Any],
 ) -> list[tuple[list[int], Any]]:
-    """Return the indices of each micro-batch's rows, and what ``take`` makes of its states and tokens.
+    """Call ``take`` on each micro-batch's states and tokens; return the indices of its rows with the result.
 
     ``take`` gets the (N, D) states that N trained tokens are drawn from and the (N,) tokens, row by row; it returns a
     tree of arrays. If memory runs out, it is called again for all rows, in smaller batches.
@@ -106,9 +109,10 @@ def by_row(
     micro_tokens: int,
     take: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
 ) -> list[list[np.ndarray]]:
-    """Return for each row what ``take`` makes of its states and tokens; each rank reads its part of the rows.
+    """Return ``take``'s numbers row by row, on every rank; each rank reads its part of the rows.
 
-    ``take`` returns arrays with a number for each token; a row has its part of each of them, in float32.
+    ``take`` gets states and tokens as in `each` and returns arrays with a number for each token; a row has its part of
+    each array, in float32.
     """
     own = [examples[index] for index in distributed.share(len(examples))]
     found: list[Any] = [None] * len(own)

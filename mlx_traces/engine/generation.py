@@ -54,7 +54,7 @@ WAVE = 8  # new rows join when an eighth of the slots is free
 DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.6, 2.0, 10.5
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
 ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
-CHOICES = ("forced", "guard", "more")  # what stands in place of a drawn token, an entry for each slot
+CHOICES = ("forced", "guard", "more")  # arrays of what replaces a drawn token, an entry for each slot
 DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
 
 
@@ -299,9 +299,9 @@ class _Engine:
         self.logprobs = np.zeros((rows, longest, 2), np.float32) if logprobs else None
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
-        self.forced = np.full(rows, NONE, np.int32)  # the token that has to stand next in each row's completion
-        self.guard = np.full(rows, NONE, np.int32)  # which of the `closers` tell the tokens that must not
-        self.more = np.zeros(rows, np.int32)  # what stands there in place of one of those
+        self.forced = np.full(rows, NONE, np.int32)  # the next token of each row's completion, if it is forced
+        self.guard = np.full(rows, NONE, np.int32)  # row of the table of `closers` with the tokens that must not come
+        self.more = np.zeros(rows, np.int32)  # the token that replaces one of those
         self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
         self.bounded = any(settings.think_tokens is not None or settings.think_at_least for settings in params)
@@ -360,7 +360,7 @@ class _Engine:
         return step
 
     def _chosen(self) -> Any:
-        """Return the tokens that the next step reads: those drawn, or those that stand in their place."""
+        """Return the tokens that the next step reads: those drawn, or those that replace them."""
         begun, tokens = (self.request_of >= 0) & (self.joined < self.steps), self.tokens
         if (guarded := begun & (self.guard != NONE)).any():
             ends = self.closers.hold(np.maximum(self.guard, 0), tokens)
@@ -370,7 +370,7 @@ class _Engine:
         return tokens
 
     def _choose(self, row: int, drawn: int) -> int:
-        """Return the token that stands in a row's next place, and prepare for the one after it."""
+        """Return the next token of a row's completion, and prepare for the one after it."""
         thought = self.endings[int(self.request_of[row])].thought
         if thought is None:
             return drawn

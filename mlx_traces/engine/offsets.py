@@ -1,4 +1,4 @@
-"""Which characters of a completion's text each of its tokens wrote, for any tokenizer that decodes."""
+"""Map each token of a completion to the characters of its text, for any tokenizer that decodes."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from mlx_traces.models.loading import LoadedModel
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """Return the text that each token writes after another one, by id; replacement characters for a part of one."""
+    """Return the text that each token adds after another one, by id; replacement characters for part of a character."""
     before = tokenizer.encode("1", add_special_tokens=False)[-1:]
     start = len(decode(tokenizer, before))
     return {token: decode(tokenizer, [*before, token])[start:] for token in {*ids}}

@@ -20,6 +20,7 @@ from mlx_traces.tasks.thoughts import after_last, still_open, usual
 # their size. A larger one comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
 DRAWN_AT_ONCE = 2**21
 LONGEST_TAG = 64  # tokens that a tag of a thought may take
+CONTEXT = 8  # tokens before others on which their text may depend
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
 UNSURE = -2  # in place of a token where the filters may keep tokens outside the candidates
 FINE = 32  # tokens of a block of candidates
@@ -159,11 +160,20 @@ class Ending:
         return Rollout(self.request.prompt_ids, tuple(ids), text, reason, *columns, stop, tuple(forced), spans)
 
     def _spans(self, ids: list[int], forced: list[int], length: int) -> tuple[tuple[int, int], ...]:
-        """Return the first and the last character, this one left out, of each run of forced tokens in the text."""
-        first = [place for place in forced if place - 1 not in forced]
-        last = [place + 1 for place in forced if place + 1 not in forced]
-        ends = [len(text_of(self.loaded, ids[:place])) for place in (*first, *last)]
-        return tuple((min(a, length), min(b, length)) for a, b in zip(ends, ends[len(first) :], strict=False))
+        """Return the first character of each run of forced tokens in the text, and the one after its last.
+
+        The tokens between two ends of runs are decoded after `CONTEXT` earlier ones, not after all of them.
+        """
+        places, spans, at, found = {*forced}, [], 0, 0
+        for place in sorted({*forced, *(place + 1 for place in forced)}):
+            if (place in places) != (place - 1 in places):  # a run begins or ends here
+                before = max(0, at - CONTEXT)
+                while before and "\ufffd" in decode(self.loaded.tokenizer, ids[before : before + 1]):
+                    before -= 1  # not within a character
+                found += len(text_of(self.loaded, ids[before:place])) - len(text_of(self.loaded, ids[before:at]))
+                at = place
+                spans.append(min(found, length))
+        return tuple(zip(spans[::2], spans[1::2], strict=True))
 
     def _find_stop(self, ids: list[int]) -> tuple[int | None, str | None]:
         """Return where in the text the first stop string starts, and which, if the newest token completed one.

@@ -1,9 +1,9 @@
 """Bounds on a thought: a budget that ends it, and a least length that keeps it open (budget forcing, arXiv 2501.19393).
 
-A completion is read token by token by a small machine of its own. It knows whether a thought is open and how long it
-is. After ``think_tokens`` tokens of thought the closing tag is put in place of what the model draws. A closing tag or a
-stop token that comes before ``think_at_least`` tokens is replaced by a continuation, ``Wait``. The machine depends on
-the completion alone, so a batch has the tokens that each row has by itself.
+A small state machine reads each completion token by token. It knows whether a thought is open and how long it is. After
+``think_tokens`` tokens of thought the closing tag replaces the tokens that the model draws. A closing tag or a stop
+token that comes before ``think_at_least`` tokens is replaced by a continuation, ``Wait``. The machine depends on the
+completion alone, so a row has the same tokens in a batch as alone.
 
 The next step reads a token before the host knows it, but the host then knows all tokens before that one. So it knows
 what has to stand there, and which tokens would close the thought there: that is enough to choose as the token is read.
@@ -16,10 +16,11 @@ from typing import Any
 
 from mlx_traces.tasks.thoughts import FINAL, SKY, TAGS, Pair
 
-NONE = -1  # in place of a token that has to stand somewhere
+NONE = -1  # no forced token, or no open thought
 AHEAD = 256  # GPT-2 writes the byte number n of those that are not printable as the character 256 + n
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _UNPRINTED = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's
 BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(AHEAD + i): byte for i, byte in enumerate(_UNPRINTED)}
 
 State = tuple[int, bytes]  # number of the pair whose thought is open, or NONE; the end of the text that may begin a tag
@@ -34,7 +35,7 @@ class Pieces(dict):
     def __missing__(self, token: int) -> bytes:
         text = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         written = str(self.tokenizer.convert_ids_to_tokens(token))
-        if re.fullmatch("<0x[0-9A-F]{2}>", written):  # SentencePiece's
+        if BYTE_TOKEN.fullmatch(written):
             found = bytes([int(written[3:5], 16)])
         elif "\ufffd" in text and set(written) <= BYTE_OF.keys():
             found = bytes(BYTE_OF[character] for character in written)
@@ -83,18 +84,19 @@ class Reader:
         return self.after(state, token)[0] != state[0]
 
     def closers(self, state: State) -> list[int]:
-        """Return the tokens that do so; the first time for a tag this reads the vocabulary."""
+        """Return the tokens that complete it; the first call for a state reads the vocabulary."""
         if state not in self.enders:
             last = self.pairs[state[0]][1][-1:].decode(errors="ignore")  # empty for a byte that is no character
-            some = (token for text, token in self.tokenizer.get_vocab().items() if last in text)
+            vocabulary = self.tokenizer.get_vocab().items()
+            some = (token for text, token in vocabulary if last in text.lower() or BYTE_TOKEN.fullmatch(text))
             self.enders[state] = [token for token in some if self.closes(state, token)]
         return self.enders[state]
 
     def closing(self, state: State) -> list[int]:
         """Return the tokens that close the thought that is open in ``state``, with the line feeds of its kind of tag.
 
-        Reasoning models leave an empty line after ``</think>``. A model without that tag in its vocabulary was told of
-        it, and the form of this project's traces has none.
+        Reasoning models leave an empty line after ``</think>``. Where the vocabulary lacks that tag, the prompt asks
+        for it, and the traces of this project have no empty line there.
         """
         closing = self.tags[state[0]][1]
         text = {
@@ -150,7 +152,7 @@ class Thinking:
 
     @property
     def next(self) -> int:
-        """The token that has to stand at the next place, or NONE."""
+        """The token that is forced at the next place, or NONE."""
         return self.queue[0] if self.queue else NONE
 
     @property
@@ -159,7 +161,7 @@ class Thinking:
         return self.state[0] != NONE and not self.queue and self.thought < self.least
 
     def take(self, token: int) -> int:
-        """Take the token that was drawn for the next place; return the one that stands there."""
+        """Read the token that was drawn for the next place; return the one that the completion has there."""
         if self.kept_open and (token in self.stop_ids or self.reader.closes(self.state, token)):
             self.queue = self.more.copy()
         if self.queue:

@@ -1,4 +1,4 @@
-"""A test and an interval of a mean difference that stay valid however often one looks, and whenever one stops. No MLX.
+"""Anytime-valid test and interval of a mean difference: valid after any number of looks, at any stop. No MLX.
 
 Testing by betting (Waudby-Smith and Ramdas, JRSS B 86, 2024; arXiv 2010.09686): a gambler bets on the differences x of
 one problem after another, each from -1 to 1. If their mean is m or less, her wealth, the product of 1 + b (x - m) for a
@@ -6,7 +6,7 @@ bet b >= 0, is a nonnegative supermartingale, and so is its mean over bets that 
 By Ville's inequality it ever reaches 2 / alpha with a probability of at most alpha / 2. The same holds from above.
 
 With one completion a problem, differences are -1, 0 and 1. Against m = 0 the wealth is then a mixture of likelihood
-ratios of the discordant problems: a McNemar test that may be looked at all the time.
+ratios of the discordant problems: a McNemar test that remains valid after every look.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # Weights of the bets u against a mean of 0: a discordant problem is a win with probability (1 + u) / 2, which has the
-# distribution Beta(_SHAPE, _SHAPE). Fixed, since bets that depended on the budget would not let a sequence be extended.
+# distribution Beta(_SHAPE, _SHAPE). Fixed: with bets that depend on the budget, a sequence could not be extended.
 _SHAPE = 2.0
 _BETS = (np.arange(64) + 0.5) / 64
 _LOG_WEIGHTS = (_SHAPE - 1) * np.log1p(-(_BETS**2))
@@ -39,9 +39,9 @@ def log_wealth(values: np.ndarray, counts: np.ndarray, mean: float) -> float:
 def anytime(differences: ArrayLike, level: float = 0.95) -> tuple[float, float, float, float]:
     """Return the mean difference, its anytime-valid interval, and the anytime-valid p-value of "no difference".
 
-    They are those of the differences so far, in whatever order and blocks these came; each holds at any time of
-    stopping that depends on nothing but the differences seen. The interval excludes 0 where the p-value is at most
-    ``1 - level``. The problems are to be drawn at random, or in an order drawn at random.
+    They do not depend on the order or the blocks of the differences. Each is valid at any time of stopping that depends
+    only on the differences so far. The interval excludes 0 if the p-value is at most ``1 - level``. The problems must
+    be drawn at random, or be in a random order.
 
     Args:
         differences: (P,) for each problem the share of correct completions of one model minus the other's.

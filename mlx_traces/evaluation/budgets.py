@@ -84,8 +84,8 @@ def budget_name(budget: int | None) -> str:
 def sentence(curve: Curve) -> str:
     """State where more thinking stops paying, and no more than the tests allow.
 
-    That is at the smallest budget than which no larger one is right significantly more often (Holm's adjustment, over
-    all pairs of the curve). For the best of the larger ones the sentence gives the gain that its interval leaves open.
+    That is the smallest budget that no larger one beats significantly (Holm's adjustment over all pairs of the curve).
+    For the best of the larger ones the sentence gives the largest gain within its interval.
     """
     size = len(curve.points)
     places = [(low, high) for low in range(size) for high in range(low + 1, size)]

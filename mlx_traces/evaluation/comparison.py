@@ -82,6 +82,10 @@ JSON_KEYS = (
     "tokens_per_answer",
     "tokens_per_second",
 )
+GREW = (  # below a table of stored runs that grow, tested at a fixed number of problems
+    "Some of these runs grow block by block. If their results decided where they ended, as with --stop-when-decided, "
+    "these p-values are too small and the intervals of differences too narrow."
+)
 PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
 
 _GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
@@ -171,7 +175,7 @@ def _check(kind: type[BaseModel], row: dict[str, Any], where: str) -> None:
 
 
 def recipe(name: str, runs: Sequence[Run]) -> Run:
-    """Join runs of several trainings of one recipe, on the same problems, into one run: a row of its own.
+    """Join runs of several trainings of one recipe, on the same problems, into one run: one row of a table.
 
     Args:
         name: the row's name in tables.
@@ -215,7 +219,7 @@ def shares(run: Run, ids: Sequence[str]) -> np.ndarray:
 
 
 def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[str]:
-    """Return the value of a column for each problem: stored with its samples, or in the data that a run names.
+    """Return the value of a column for each problem, from its stored samples or the data of a run.
 
     Raises:
         UserError: if a problem has no such column there.
@@ -268,7 +272,7 @@ def compare_runs(
         shown, the difference that would have been missed half of the time), ``trainings``, ``spread`` (the standard
         deviation of their accuracies) and, where runs have them, ``pass@k``, ``pass^k`` and ``maj@k``.
         ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
-        no difference and no p-value.
+        no difference and no p-value. ``attrs["stopped"]`` is `GREW` if growing runs are tested as if of fixed size.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline or column.
@@ -319,7 +323,10 @@ def compare_runs(
     for i, row in enumerate(rows):
         if i != first and not stopped and row["p_holm"] >= stats.LEVEL:
             row["missed"] = missed(runs[i], runs[first], ids, clusters, stats.LEVEL / len(others))
-    return frame(rows)
+    table = frame(rows)
+    if others and not stopped and any((run.about.get("identity") or {}).get("growing") for run in runs):
+        table.attrs["stopped"] = GREW
+    return table
 
 
 def accuracy_of(
@@ -609,15 +616,15 @@ def tested(
     ids = list(outcomes_two)
     (a, samples_a), (b, samples_b) = counts_of(outcomes_one, ids), counts_of(outcomes_two, ids)
     common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
-    differences = a * (common // samples_a) - b * (common // samples_b)
+    changes = a * (common // samples_a) - b * (common // samples_b)
     if stopped:
-        *change, p_value = anytime(differences / common)
+        *change, p_value = anytime(changes / common)
         test = "anytime"
     elif one.trainings > 1 or two.trainings > 1 or clusters is not None:
         found = variance.estimate(shares(one, ids), shares(two, ids), clusters)
         change = (found.mean, *found.interval())
         if one.trainings == two.trainings == 1:
-            sums = np.bincount(np.unique(clusters, return_inverse=True)[1], differences)
+            sums = np.bincount(np.unique(clusters, return_inverse=True)[1], changes)
             p_value, test = stats.sign_flip(sums), "clusters"
         else:
             p_value, test = found.p, "trainings"
@@ -626,5 +633,5 @@ def tested(
         if samples_a == samples_b == 1:
             p_value, test = stats.mcnemar(int((a > b).sum()), int((a < b).sum())), "McNemar"
         else:
-            p_value, test = stats.sign_flip(differences), "sign-flip"
+            p_value, test = stats.sign_flip(changes), "sign-flip"
     return dict(zip(("diff", "diff_low", "diff_high"), change, strict=True)) | {"p_value": p_value, "test": test}

@@ -45,8 +45,8 @@ class Source:
 class Plan:
     """An evaluation whose settings are complete and checked, with its problems; no model is loaded yet.
 
-    The problems of a growing run are the first ones of a sequence; ``source`` then has all that it is drawn from, in
-    the data's order: they decide the run's identity, whatever its size is so far.
+    The problems of a growing run are the first ones of a sequence. ``source`` then has all problems of the sequence, in
+    the data's order; the run's identity depends on them, not on its size so far.
     """
 
     config: AnswerConfig
@@ -100,7 +100,7 @@ class Plan:
         return [(problem, sample) for problem in self.problems for sample in range(self.config.samples)]
 
     def resolved(self, model: Path | None = None) -> dict[str, Any]:
-        """Return every setting as it is used and fingerprints, for ``run.json``; ``model`` is a loaded one's folder."""
+        """Return every resolved setting and fingerprints, for ``run.json``; ``model`` is a loaded model's folder."""
         settings = {**self.config.model_dump(mode="json"), "prompt": self.prompt.name, "extractor": self.extractor}
         return resolved_config(settings, model, self.config.adapter, problems=[problem.id for problem in self.problems])
 
@@ -177,9 +177,9 @@ def plan(config: AnswerConfig) -> Plan:
 
 
 def sequence(task: Task, config: AnswerConfig, source: list[Problem]) -> list[Problem]:
-    """Return the first problems of a growing run: the source in an order that depends on ids and seed alone.
+    """Return the first problems of a growing run: the source in an order that depends only on ids and seed.
 
-    A task that generates problems continues with further ones where ``--limit`` is above the source's number.
+    A task that generates problems adds more if ``--limit`` is above the number of the source's problems.
     """
 
     def key(problem: Problem) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_traces.config import AnswerConfig
 from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.engine.thinking import NONE, reader_of
@@ -80,8 +81,8 @@ def completions_of(
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
         prompts = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
-        if prompts and (config.think_tokens is not None or config.think_at_least):
-            refuse_without_thought(loaded, planned, prompts[0])
+        if prompts:
+            refuse_without_thought(loaded, prompts[0], f"prompt {planned.prompt.name}", config)
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
         requests = [Request(prompt.ids, seed, prompt.opened) for prompt, seed in zip(prompts, seeds, strict=True)]
 
@@ -100,10 +101,17 @@ def completions_of(
     return completions
 
 
-def refuse_without_thought(loaded: LoadedModel, planned: Plan, prompt: Rendered) -> None:
-    """Raise UserError if a budget of thought would bound nothing: no thought is open or asked for, or it is closed."""
-    setting = "think_tokens" if planned.config.think_tokens is not None else "think_at_least"
-    reader, where = reader_of(loaded.tokenizer, loaded.own_tags), f"{loaded.name}, prompt {planned.prompt.name}"
+def refuse_without_thought(
+    loaded: LoadedModel, prompt: Rendered, name: str, bounds: AnswerConfig | SamplingParams
+) -> None:
+    """Raise UserError if there are bounds but no thought: none is open or requested, or the template closes it.
+
+    ``name`` is the prompt's, for the message.
+    """
+    if bounds.think_tokens is None and not bounds.think_at_least:
+        return
+    setting = "think_tokens" if bounds.think_tokens is not None else "think_at_least"
+    reader, where = reader_of(loaded.tokenizer, loaded.own_tags), f"{loaded.name}, {name}"
     if reader.begun(prompt.opened)[0] != NONE:
         return
     if prompt.closed:

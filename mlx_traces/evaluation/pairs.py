@@ -164,12 +164,12 @@ def sentence(pair: Pair) -> str:
 
 
 def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
-    """Return what was done and what the tests show of it, in three sentences.
+    """Summarize runs and the tests of their pairs in three sentences.
 
     Args:
         runs: runs over the same problems.
         found: the pairs of them that were tested.
-        protocol: what the figures depend on, in words.
+        protocol: task, extractor, token cap and decoding, in words (`tables.protocol_line`).
     """
     rows = sorted(summary(runs).to_dict("records"), key=lambda row: row["success_rate"])
     problems = len(comparison.outcomes_of(runs[0]))

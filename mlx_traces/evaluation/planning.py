@@ -1,4 +1,4 @@
-"""``mlx-traces plan eval``: the problems, time and tokens that a comparison takes, and what finished runs could see.
+"""``mlx-traces plan eval``: problems, time and tokens of a comparison, and the differences that runs could detect.
 
 No MLX.
 """
@@ -18,11 +18,11 @@ SHARES = (10.0, 15.0, 25.0)  # percent of discordant pairs that are tried where 
 
 @dataclass(frozen=True)
 class Size:
-    """What a share of discordant pairs, in percent, makes of a plan; differences are in points.
+    """A plan's figures at one share of discordant pairs, in percent; differences are in points.
 
-    ``needed`` are the problems for the difference asked about, ``detectable`` and ``even`` the smallest differences
-    that the given problems show with the wanted power and half of the time; None where that was not asked, or nothing
-    can be shown.
+    ``needed`` is the number of problems for the difference, None without one. ``detectable`` and ``even`` are the
+    smallest differences that the given problems show with the wanted power and half of the time; None without a number
+    of problems, or if they can show none.
     """
 
     discordant: float
@@ -33,11 +33,12 @@ class Size:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """A plan: its sizes by share of discordant pairs, and what runs say.
+    """A plan: its sizes by share of discordant pairs, and figures of finished runs.
 
-    ``problems`` are those that are there: given, or the runs'. ``seconds`` and ``tokens`` are those of the most
-    problems needed, for all runs named; None without runs or where a run lacks them. ``seen`` are wins, losses and
-    problems of two runs, ``span`` the needed problems at the ends of Wilson's interval of their discordant share.
+    ``problems`` is the number of available problems: given, or that of the runs. ``seconds`` and ``tokens`` are
+    estimates of all runs together for the largest number of problems needed; None without runs or where a run lacks
+    them. ``seen`` are wins, losses and problems of two runs, ``span`` the problems needed at the ends of Wilson's
+    interval of their discordant share.
     """
 
     difference: float | None
@@ -52,7 +53,7 @@ class EvalPlan:
     span: tuple[int, int] | None = None
 
     def lines(self) -> list[str]:
-        """Say it in plain lines."""
+        """Return the plan as lines of text."""
         family = f" after Holm over {self.holm} comparisons" if self.holm > 1 else ""
         test = f"exact McNemar test, {self.alpha:g} % level{family}"
         found = []
@@ -67,18 +68,17 @@ class EvalPlan:
             most = "at most " if len(self.sizes) > 1 else ""
             found.append(f"  {most}{duration(self.seconds)}{tokens} at the speed of the runs, one after the other")
         if self.problems is not None:
-            wins, losses, _ = self.seen or (0, 0, 0)
-            runs = f", {wins:,} won and {losses:,} lost" if self.seen else f" ({test})"
+            wins, losses, total = self.seen or (0, 0, 0)
+            runs = f", {wins:,} won and {losses:,} lost" if total == self.problems else f" ({test})"
             found.append(f"with {self.problems:,} problems{runs}:")
-            found += [f"  {self._missed(size)}, at {size.discordant:.3g} % discordant pairs" for size in self.sizes]
+            found += [f"  at {size.discordant:.3g} % discordant pairs {self._missed(size)}" for size in self.sizes]
         return found
 
     def _missed(self, size: Size) -> str:
         if size.even is None:
-            return "no difference can be seen"
-        often = f"{size.even:.1f} points half of the time"
+            return "the test finds no difference"
         full = "" if size.detectable is None else f"{size.detectable:.1f} points {self.wanted:g} % of the time, "
-        return f"a difference is seen from {full}{often}"
+        return f"the test finds {full}{size.even:.1f} points half of the time"
 
 
 def plan_eval(
@@ -94,12 +94,12 @@ def plan_eval(
     """Plan a paired comparison of two accuracies; ``mlx-traces plan eval`` from Python, with the names of its flags.
 
     Args:
-        difference: the smallest difference that is to be seen, in points.
-        runs: one or two finished runs like those planned: two say how often they disagree, each how long it took.
+        difference: the smallest difference that the test should find, in points.
+        runs: one or two finished runs like the planned ones; they give time and tokens, two also the discordant share.
         discordant: percent of the problems that one of the two models alone gets right; default: that of two ``runs``,
             else several are tried.
-        problems: the number of problems that are there; default: that of two ``runs``.
-        power: percent of such evaluations that are to show the difference.
+        problems: the number of available problems; default: that of two ``runs``.
+        power: chance in percent that the test finds the difference.
         alpha: level of the two-sided test, in percent.
         holm: number of comparisons that Holm's adjustment is over. Each is planned at ``alpha / holm``, the level of
             the adjustment's first step, so it has its power whatever the others show.
@@ -160,7 +160,7 @@ def _size(share: float, difference: float | None, problems: int | None, wanted: 
 
 
 def _total(runs: Sequence[Run], key: str, problems: int) -> float | None:
-    """Return a figure of the runs for so many problems, all runs together; None if one lacks it."""
+    """Return the sum of a figure over the runs, scaled to ``problems``; None if a run lacks the figure."""
     each = [run.result.get(key) for run in runs]
     if any(not isinstance(value, int | float) for value in each):
         return None

@@ -88,7 +88,7 @@ def _mean_over_pairs(values: np.ndarray, problems: int, discordant: float) -> fl
 
 
 def _range(problems: int, discordant: float) -> tuple[int, int]:
-    """Return the fewest and most discordant problems that have a probability worth summing."""
+    """Return the range of discordant problems outside of which the probability is negligible."""
     mean, spread = problems * discordant, math.sqrt(problems * discordant * (1 - discordant))
     reach = _TAIL * spread + _TAIL**2
     return max(0, math.floor(mean - reach)), min(problems, math.ceil(mean + reach))
@@ -128,7 +128,7 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
     Args:
         difference: as in `power`, not 0.
         discordant: as in `power`.
-        target: power wanted, between 0 and 1.
+        target: wanted power, between 0 and 1.
         alpha: as in `power`.
 
     Raises:
@@ -161,7 +161,7 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
 def detectable(problems: int, discordant: float, target: float = 0.8, alpha: float = 0.05) -> float | None:
     """Return the smallest difference that the test finds with the wanted power; None if it can find none.
 
-    Where a difference is larger than ``discordant``, as many problems as it needs are taken to differ.
+    For a difference above ``discordant``, the discordant share is taken to be the difference.
 
     Args:
         problems: as in `power`.
@@ -180,7 +180,7 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
 
 
 def smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest number from ``low`` to ``high`` at which something holds that then holds for all larger."""
+    """Return the smallest number from ``low`` to ``high`` that meets a condition which all larger ones meet too."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

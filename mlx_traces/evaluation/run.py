@@ -68,7 +68,7 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
         done = {(row["id"], row["sample"]) for row in samples}
         wanted = planned.wanted
         if planned.config.growing and (more := len({name for name, _ in done}) - len(planned.problems)) > 0:
-            raise UserError(f"{path} has {more:,} problems more than these; pass a larger --limit")
+            raise UserError(f"{path} has {more:,} more problems than --limit names; pass a larger --limit")
         todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
         notes = []
         if todo and samples and (rules := folder.about.get("grader", 1)) != GRADER:

@@ -145,7 +145,7 @@ def sign_flip_of_reals(differences: ArrayLike) -> float:
     """Exact two-sided p-value of the paired sign-flip permutation test on real differences, rounded to integers.
 
     The unit of rounding is a 32,768th of the sum of their sizes, so the sum that is tested is off by at most P / 65,536
-    of that. Rounding turns with the sign, so under the hypothesis of `sign_flip` the p-value is as valid as there.
+    of that. Rounding is symmetric about 0, so the p-value is as valid as that of `sign_flip`.
 
     Args:
         differences: (P,) differences of one model's mean to the other's, for each problem.
@@ -219,8 +219,8 @@ def paired_ratio(
 ) -> tuple[float, float, float]:
     """Mean of ``a`` divided by the mean of ``b``, with its percentile bootstrap interval, problems drawn as pairs.
 
-    As in `paired_bootstrap` a problem is drawn with the results of both models. Resamples in which neither has
-    anything say nothing about the ratio and are left out.
+    As in `paired_bootstrap` a problem is drawn with the results of both models. Resamples in which both means are 0
+    have no ratio and are left out.
 
     Args:
         a: (P,) per-problem mean of one model, such as its share of correct samples; none below 0.
@@ -230,8 +230,8 @@ def paired_ratio(
         seed: seed of the draws.
 
     Returns:
-        (ratio, low, high). An end is infinite if the baseline has nothing in so many resamples; all are NaN if neither
-        model has anything.
+        (ratio, low, high). An end is infinite if the baseline's mean is 0 in the resamples at that end; all are NaN if
+        both models' means are 0.
 
     Raises:
         ValueError: if the arrays do not pair up or are empty.
@@ -242,8 +242,11 @@ def paired_ratio(
     if not (a.any() or b.any()):
         return math.nan, math.nan, math.nan
     kinds, counts = np.unique(np.round(np.stack([a, b], axis=1), 12), axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(a.size, counts / a.size, size=resamples) @ kinds
-    share = (drawn := drawn[drawn.any(axis=1)])[:, 0] / drawn.sum(axis=1)  # from 0 to 1, as ratios are not
+    rng, rows = np.random.default_rng(seed), max(1, _CHUNK // len(kinds))
+    sizes = (min(rows, resamples - start) for start in range(0, resamples, rows))
+    drawn = np.concatenate([rng.multinomial(a.size, counts / a.size, size=size) @ kinds for size in sizes])
+    drawn = drawn[drawn.any(axis=1)]
+    share = drawn[:, 0] / drawn.sum(axis=1)  # from 0 to 1, as ratios are not
     ends = [a.sum() / (a.sum() + b.sum()), *np.quantile(share, [(1 - level) / 2, (1 + level) / 2])]
     ratio, low, high = (float(end / (1 - end)) if end < 1 else math.inf for end in ends)
     return ratio, low, high

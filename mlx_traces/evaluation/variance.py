@@ -79,7 +79,7 @@ def student_p(t: float, freedom: float) -> float:
 
 @lru_cache(maxsize=1024)
 def student_quantile(level: float, freedom: float) -> float:
-    """Return the t that a two-sided test at ``1 - level`` must exceed."""
+    """Return the critical value of Student's t for a two-sided test at ``1 - level``."""
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
@@ -93,8 +93,8 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
     The variance between trainings is that of the two-way crossed analysis of variance (Searle, Casella and McCulloch
     1992): the mean square of the trainings' levels, pooled over the recipes. The one between problems is that of the
     problems' means over the trainings, less the residual that the former holds already; with clusters it is robust
-    (Liang and Zeger 1986, with the factor G / (G - 1)). Of a recipe with one training the variance between trainings
-    is not known: the result is about that training.
+    (Liang and Zeger 1986, with the factor G / (G - 1)). With one training of a recipe the variance between trainings
+    is unknown: the result is about that training.
 
     Args:
         one: (S, P) for each training and problem the share of correct completions.

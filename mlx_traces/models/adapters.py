@@ -305,7 +305,7 @@ def _dense(layers: Sequence[nn.Module], compiled: bool) -> list[nn.Module]:
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
-    """Return a layer's weights, of an adapter too, and their constants, as `_summed` takes them."""
+    """Return a layer's arrays, those of an adapter too, and their constants, as `_summed` takes them."""
     base = _base(layer)
     parts = {"weight": base.weight}
     if "scales" in base:
@@ -352,7 +352,7 @@ def _summed(parts: dict[str, Any]) -> mx.array:
 
 
 def _gain(m: mx.array, summed: mx.array) -> mx.array:
-    """Return DoRA's (out,) factors: what gives rows the learned norms ``m`` (arXiv 2402.09353, equation 5)."""
+    """Return DoRA's (out,) factors, which give rows the learned norms ``m`` (arXiv 2402.09353, equation 5)."""
     return m / mx.linalg.norm(summed, axis=-1)
 
 

@@ -11,14 +11,14 @@ from mlx_lm.tuner import dora, lora
 
 
 class LoRALinear(lora.LoRALinear):
-    """mlx_lm's layer, by products in the activations' type."""
+    """mlx_lm's layer with products in the activations' type."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x) if x.dtype == mx.float32 else _added(self, self.linear(x), x)
 
 
 class DoRALinear(dora.DoRALinear):
-    """mlx_lm's layer, by products in the activations' type; the norms of the adapted weights stay in float32.
+    """mlx_lm's layer with products in the activations' type; the norms of the adapted weights stay in float32.
 
     Rounded to 16 bits, weights would lose a small adapter, and so would their norms. No gradient passes through these
     (arXiv 2402.09353, section 4.3).

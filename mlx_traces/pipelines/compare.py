@@ -153,7 +153,8 @@ def rows(found: Sequence[Entry]) -> list[list[int]]:
     """Return the table's rows: for each the indices of its entries, several where these are trainings of a recipe."""
     grouped: dict[object, list[int]] = {}
     for i, entry in enumerate(found):
-        grouped.setdefault(entry.recipe or i, []).append(i)
+        key = (entry.recipe, entry.config.think_tokens) if entry.recipe else i  # a budget of thinking is a row too
+        grouped.setdefault(key, []).append(i)
     return list(grouped.values())
 
 
@@ -218,8 +219,10 @@ def requested(
     return config.model_copy(update={"runs": everything, "evals": evals, "tasks": tasks, "extractor": extractor})
 
 
-def asked(config: CompareConfig, say: Callable[[str], None] = lambda line: None) -> tuple[list[Run], list[Entry]]:
-    """Read the named runs, and lay out the evaluations; ``say`` gets a line for each model that is left out.
+def runs_and_entries(
+    config: CompareConfig, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[Run], list[Entry]]:
+    """Read the named runs, and list the evaluations; ``say`` gets a line for each model that is left out.
 
     Raises:
         UserError: if the input is wrong.
@@ -251,7 +254,7 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     Raises:
         UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
     """
-    collected, found = asked(config, say)
+    collected, found = runs_and_entries(config, say)
     made = joined(found, make(found, plans_of(found), config.runs_dir, say, progress))
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
@@ -261,9 +264,9 @@ def until_decided(
 ) -> "tuple[pd.DataFrame, list[Run]]":
     """Evaluate all rows together, block by block, until every difference to the baseline is decided.
 
-    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`:
-    p-values that are valid at any time of stopping remain so for several rows that stop together. The problems come in
-    an order drawn by the seed; a stored run goes on where it ended.
+    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`.
+    Such p-values remain valid if several rows stop together. The seed determines the order of the problems; a stored
+    run continues where it ended.
 
     Returns:
         The table, with anytime-valid figures and a sentence in ``attrs["stopped"]``, and the runs.
@@ -271,7 +274,7 @@ def until_decided(
     Raises:
         UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, or fewer than two rows.
     """
-    finished, found = asked(config, say)
+    finished, found = runs_and_entries(config, say)
     if finished:
         raise UserError("--stop-when-decided evaluates models block by block; finished runs cannot go on: name models")
     if config.cluster or any(entry.recipe for entry in found):
@@ -305,7 +308,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
         path: its run folder.
         progress: show a progress bar on stderr.
         apart: evaluate in another process, so that the peak memory is that of this evaluation alone.
-        count: of a growing run, the number of problems to return; all that are stored remain.
+        count: number of problems to return of a growing run; the stored run keeps all of its problems.
 
     Raises:
         UserError: if the input is wrong, or a process apart dies.
@@ -348,7 +351,7 @@ def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
 
 
 class Compared(NamedTuple):
-    """A comparison: its table, its runs, and the quality of their answers if that was asked for."""
+    """A comparison: its table, its runs, and the quality of their answers if requested."""
 
     frame: "pd.DataFrame"
     runs: list[Run]
@@ -420,7 +423,7 @@ def compare(
         recipes: finished runs of several trainings of one recipe, by the name of their row.
         cluster: column of the data whose equal values mark problems that belong together.
         stop_when_decided: evaluate all rows together, block by block, until every difference is decided.
-        block: problems of a block; default: 50.
+        block: number of problems of a block; default: 50.
         config: a comparison to add all this to, as from a YAML file.
         **settings: other fields of ``EvalConfig``, the same for every model.
 

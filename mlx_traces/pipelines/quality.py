@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = ("format", "structure", "faithfulness", "repetition", "tokens")
-RESAMPLES = 2_000  # of each bootstrap: there are ten tests a row, and most of their values are distinct
+RESAMPLES = 2_000  # of each bootstrap: a row has ten, and most of their values are distinct, which takes longer
 
 Scores = Mapping[str, float | None]
 
@@ -43,7 +43,7 @@ def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tu
 
     Args:
         runs: runs over the same problems.
-        config: tags; the models for perplexity and judge, which are scores only if they are named.
+        config: tags, and the models for perplexity and judge; without these models the two scores are left out.
         pairs: (later, earlier) places of the runs to compare; a run without a pair has its means alone.
 
     Returns:
@@ -115,7 +115,7 @@ def scores_of(runs: Sequence[Run], config: ScoreConfig) -> list[list[Scores]]:
 
 
 def text_scores_of(row: Mapping[str, Any], trace: Trace, config: ScoreConfig) -> dict[str, float | None]:
-    """Return the scores of a sample that follow from its text, and its length in tokens."""
+    """Return the scores of a sample's text, and its length in tokens."""
     tokens = row.get("tokens")
     return text_scores(own_words(trace), trace.finish_reason, tokens, config, last_turn(trace)) | {"tokens": tokens}
 

@@ -242,7 +242,7 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
 def budgets(found: Sequence[Curve], by: str, title: str = "") -> Figure:
     """Draw accuracies against the budget of a thought (``budget``) or the tokens of an answer (``tokens``).
 
-    A run without a budget, or whose tokens were not counted, has no place in the figure.
+    Runs without a budget, or without a count of tokens, are left out.
     """
     lines = []
     for i, curve in enumerate(found):
@@ -263,7 +263,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "", across: s
         lines: one for each run.
         share: the values are fractions, shown in percent.
         title: text above the panel; several lines then have a legend.
-        across: what the steps are, where they are no steps.
+        across: label of the horizontal axis; default: none, as for steps.
     """
     names = [(line.name, line.color) for line in lines]
     bottom = 42 if across else 26

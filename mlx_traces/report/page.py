@@ -37,13 +37,13 @@ MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
 OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
 TEMPLATES = Path(__file__).parent / "templates"
-# What only a picture in a file of its own needs: the namespace, and colours where the page's variables are not set.
+# Parts of an SVG that only a file of its own needs: the namespace, and colours used where the page's are unset.
 _STANDALONE = re.compile(r""" xmlns="[^"]*"|(?<=var)(\(--\w+), \#[0-9a-f]{6}""")
 
 
 @dataclass(frozen=True)
 class Front:
-    """What a page of a study says first: the name of the part, its abstract, its key points, and their limits."""
+    """The beginning of a study's page: the name of a part, its abstract, its key points, and their limits."""
 
     name: str
     abstract: str
@@ -276,10 +276,10 @@ class Page:
             "protocol": protocol,
             "summary": _summary(rows, baseline) if several else "",
             "rows": rows,
-            "at_k": [key for key in frame.columns if key.startswith(("pass@", "maj@")) and not key.endswith("@1")],
+            "at_k": [key for key in frame.columns if key.startswith(tables.AT_K) and key[-2:] not in ("@1", "^1")],
             "several": several,
             "quality": quality,
-            "warnings": comparison.differences(runs),
+            "warnings": [*comparison.differences(runs), *filter(None, [frame.attrs.get("stopped")])],
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
         }
@@ -551,9 +551,9 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
 
 
 def marked(text: str, forced: Any) -> str:
-    """Return a completion in which the text that was put there, not sampled, stands in brackets: ``⟦Wait⟧``.
+    """Return a completion with its forced text, which was not sampled, in brackets: ``⟦Wait⟧``.
 
-    Where that closed the thought, the brackets say so, before the tag.
+    A forced end of a thought has a note in brackets before its tag instead.
     """
     spans = forced if isinstance(forced, list | tuple) else ()
     spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]

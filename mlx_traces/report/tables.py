@@ -31,12 +31,13 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 Cells = tuple[list[str], list[list[str]]]  # headings, rows
+AT_K = ("pass@", "pass^", "maj@")  # columns of a comparison, each followed by k
 TESTS = {  # of a comparison: how the interval of a difference was made, and its p-value
     "McNemar": ("paired bootstrap", "exact McNemar test"),
     "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
     "clusters": ("cluster-robust", "exact sign-flip permutation test of clusters"),
     "trainings": ("Student's t over trainings and problems", "the same t"),
-    "anytime": ("betting, valid whenever one stops,", "anytime-valid test"),
+    "anytime": ("an anytime-valid betting interval", "anytime-valid test"),
 }
 
 
@@ -86,7 +87,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
         if row["label"] != f"{name}_{clean(row['prompt'])}":
             name += f" ({clean(row['run'])})"
         accuracy = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}"
-        for kind in ("pass@", "pass^", "maj@"):
+        for kind in AT_K:
             if (share := row.get(f"{kind}{row['samples_per_problem']}", math.nan)) == share:
                 accuracy += f"\n{kind}{row['samples_per_problem']} {percent(share)} %"
         if row["trainings"] > 1:
@@ -127,7 +128,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         "tokens/s",
         "cut off",
     ]
-    extra = [name for name in frame.columns if name.startswith(("pass@", "pass^", "maj@"))]
+    extra = [name for name in frame.columns if name.startswith(AT_K)]
     recipes = ["trainings", "sd"] if frame["trainings"].max() > 1 else []
     lines = []
     for row in frame.to_dict("records"):
@@ -234,7 +235,7 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
 
 
 def _caption(frame: pd.DataFrame) -> str:
-    """Return the lines that say how to read the table, what it could not have seen, and whether it stopped early."""
+    """Return the lines on how to read the table, the difference that it would have missed, and early stopping."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:
         text += " (Student's t over trainings and problems where a row has several trainings)"

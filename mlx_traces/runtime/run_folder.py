@@ -238,7 +238,7 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def judged(row: Mapping[str, Any]) -> float | None:
-    """Return what a line of metrics is judged by, higher is better: accuracy, else loss, or None without either."""
+    """Return the score of a line of metrics, higher is better: accuracy, else minus the loss; None without either."""
     return row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
 
 

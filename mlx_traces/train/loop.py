@@ -182,7 +182,7 @@ class Training:
 
 
 def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
-    """Return the settings of the validation; thinking switch and budget are the training's, unless it sets its own."""
+    """Return the validation's settings; the thinking switch and bounds are the training's, unless it sets its own."""
     asked = config.evaluate
     if asked is None:
         return None

@@ -41,15 +41,8 @@ METHODS = {
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",
 }
-TOLD = (
-    "loss",
-    "valid/",
-    "reward/",
-    "steps/",
-    "rollout/",
-    "policy/",
-    "value/",
-)  # metrics about the adapter, not the machine
+# Metrics about the adapter, not the machine.
+TOLD = ("loss", "valid/", "reward/", "steps/", "rollout/", "policy/", "value/")
 FILES = (  # settings that name one
     *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
     *("judge", "judge_prompt", "judge_cache"),

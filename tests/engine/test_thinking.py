@@ -8,10 +8,10 @@ import pytest
 from factories import make_model, make_tokenizer, wrap
 
 from mlx_traces.diagnostics import bench_graph, graph
-from mlx_traces.engine import generation
+from mlx_traces.engine import generation, sampling
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
-from mlx_traces.engine.sampling import Request, SamplingParams, decode, uniforms_of
+from mlx_traces.engine.sampling import Ending, Request, SamplingParams, decode, text_of, uniforms_of
 from mlx_traces.engine.thinking import NONE, Reader, Thinking
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
@@ -230,8 +230,33 @@ def test_every_tag_is_read_in_any_tokens_and_closed_by_its_own(pair):
 def test_a_tag_that_never_closes_itself_is_closed_once(thinker, monkeypatch):
     """Some tokenizers write a tag otherwise than they read it."""
     monkeypatch.setattr(Reader, "closing", lambda self, state: [7, 8])
-    for rollout in run(thinker, requests(), SamplingParams(18, think_tokens=2)):
-        assert sum(place >= 2 for place in rollout.forced[:2]) == len(rollout.forced[:2])
+    found = [rollout for rollout in run(thinker, requests(), SamplingParams(18, think_tokens=2)) if rollout.forced]
+    assert any(rollout.forced[:2] == (2, 3) for rollout in found)
+    for rollout in found:
+        assert all(rollout.completion_ids[place] == 7 + at % 2 for at, place in enumerate(rollout.forced))
+        assert rollout.forced[2:3] != (rollout.forced[0] + 2,), rollout  # a token is drawn after the tag
+
+
+def test_a_closing_tag_may_end_in_a_letter_of_any_case():
+    tokenizer = wrap(build_tokenizer()).tokenizer
+    reader = Reader(tokenizer, ("<hm>", "</hm"))
+    state = fed(reader, "<hm>", tokenizer.encode("</h", add_special_tokens=False))
+    ends = {token for letter in "mM" for token in tokenizer.encode(letter, add_special_tokens=False)}
+    assert len(ends) == 2 and ends <= {*reader.closers(state)}
+
+
+def test_many_forced_tokens_are_found_in_the_text_without_decoding_it_for_each(monkeypatch):
+    loaded = wrap(build_tokenizer())
+    ids = loaded.tokenizer.encode("24 語🙂 no\n" * 200, add_special_tokens=False)
+    forced, decoded = [place for place in range(len(ids)) if place % 7 in (0, 1, 4)], []
+    ending = Ending(loaded, Request((1,), 0, "<think>"), SamplingParams(len(ids), think_at_least=len(ids)))
+    ending.thought.forced = forced
+    prefixes = [len(text_of(loaded, ids[:place])) for place in range(len(ids) + 1)]
+    monkeypatch.setattr(sampling, "decode", lambda *given: decoded.append(len(given[1])) or decode(*given))
+    found = ending.rollout(ids).forced_text
+    runs = [(at, at + 1 + (at + 1 in forced)) for at in forced if at - 1 not in forced]
+    assert found == tuple((prefixes[first], prefixes[after]) for first, after in runs)
+    assert sum(decoded) < 40 * len(ids)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from factories import call, make_run, make_tokenizer, wrap
 
-from mlx_traces import evaluate
+from mlx_traces import evaluate, generate
 from mlx_traces.cli.evaluate import summary
 from mlx_traces.config import EvalConfig, GRPOConfig, ValidationConfig, build
 from mlx_traces.errors import UserError
@@ -92,11 +92,13 @@ def test_no_thought_to_bound_is_one_line(tmp_path):
     assert (
         told.exit_code == 1 and "--think-tokens and --think-at-least are for a model that is loaded here" in told.output
     )
-    planned = evaluator.plan(EvalConfig(**NANO, think_tokens=4))
+    with pytest.raises(UserError, match="think_at_least: nano, prompt 1: neither the model nor the prompt"):
+        generate("nano", ["Write <think> first.", "hello"], think_at_least=4)
+    bounds = EvalConfig(**NANO, think_tokens=4)
     loaded = wrap(make_tokenizer())  # has the tags of a reasoning model
-    local.refuse_without_thought(loaded, planned, Rendered((), "", ""))
+    local.refuse_without_thought(loaded, Rendered((), "", ""), "prompt 0", bounds)
     with pytest.raises(UserError, match="leaves no thought to bound; pass --thinking"):
-        local.refuse_without_thought(loaded, planned, Rendered((), "", "", closed=True))
+        local.refuse_without_thought(loaded, Rendered((), "", "", closed=True), "prompt 0", bounds)
 
 
 # ------------------------------------------------------------------------------------------ curves

@@ -109,6 +109,8 @@ def test_a_plan_from_two_runs(monkeypatch):
     assert plan.sizes[0].even == pytest.approx(100 * power.detectable(100, 0.2, 0.5))
     shown = CliRunner().invoke(main, ["plan", "eval", "--difference", "5", "--from", *runs])
     assert shown.output.splitlines() == plan.lines() and "with 100 problems, 16 won and 4 lost:" in shown.output
+    more = mlx_traces.plan_eval(problems=500, runs=runs).lines()  # the runs' wins and losses are of 100 problems
+    assert more[0] == "with 500 problems (exact McNemar test, 5 % level):" and "20 % discordant pairs" in more[1]
     three = mlx_traces.plan_eval(difference=5, runs=runs, holm=3)
     assert three.sizes[0].needed == power.problems_needed(0.05, 0.2, alpha=0.05 / 3) > needed
     with pytest.raises(UserError, match="the runs agree on all 100 problems; say by --discordant"):

@@ -10,7 +10,7 @@ import mlx_traces
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, StudyModel, StudyTask
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import evaluator, local
+from mlx_traces.evaluation import comparison, evaluator, local
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Source
 from mlx_traces.pipelines import compare, verify
@@ -70,6 +70,8 @@ def test_it_stops_when_the_difference_is_decided_and_goes_on_from_there(tmp_path
     assert asked == before and again["p_value"][1] == frame["p_value"][1]
     longer = mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, growing=True, limit=count + 7))
     assert len(asked) == len(before) + 14 and longer["test"][1] == "McNemar"
+    stored = mlx_traces.compare(*(tmp_path / "runs").iterdir())  # tested as if their size had been fixed
+    assert stored.attrs["stopped"] == longer.attrs["stopped"] == comparison.GREW
     shorter = mlx_traces.compare(**settings(tmp_path, block=count))  # what is stored beyond does not count
     assert asked[len(before) + 14 :] == [] and list(shorter["total_questions"]) == [count, count]
     assert shorter["p_value"][1] == frame["p_value"][1]
@@ -139,7 +141,7 @@ def test_a_growing_run_takes_a_larger_limit_and_no_smaller_one(tmp_path, asked):
     assert mlx_traces.evaluate(out=out, limit=20, **shared).total_questions == 20
     assert mlx_traces.evaluate(out=out, limit=30, resume=True, **shared).total_questions == 30
     assert len(asked) == len(set(asked)) == 30
-    with pytest.raises(UserError, match="has 10 problems more than these; pass a larger --limit"):
+    with pytest.raises(UserError, match="has 10 more problems than --limit names; pass a larger --limit"):
         mlx_traces.evaluate(out=out, limit=20, resume=True, **shared)
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "another", "answer": "1"}) + "\n")
     with pytest.raises(UserError, match="was started with other settings"):
@@ -172,3 +174,5 @@ def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_
     assert shown.exit_code == 0 and shown.stdout.splitlines()[1].startswith("all,")
     wrong = CliRunner().invoke(main, ["compare", "--recipe", "all"])
     assert "Error: --recipe all: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2" in wrong.output
+    twice = CliRunner().invoke(main, ["compare", "--recipe", f"all={runs}", "--recipe", f"all={runs}"])
+    assert "Error: --recipe all: named twice; name all its runs at once" in twice.output

@@ -147,6 +147,20 @@ def test_what_a_study_says_first_is_text(tmp_path):
     assert "the trained model" not in alone.text and "Abstract" not in alone.text
 
 
+def test_the_page_has_every_figure_at_k_and_says_what_stopping_spoils(tmp_path):
+    shares = {"pass_at_k": {"1": 0.5, "2": 0.75}, "pass_hat_k": {"1": 0.5, "2": 0.25}}
+    fixed, growing = (
+        [write_evaluation(tmp_path / kind / name, BASE, growing=kind == "growing") for name in "ab"]
+        for kind in ("fixed", "growing")
+    )
+    for run in fixed:
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(result | shares))
+    shown = Page(write(fixed, tmp_path / "page.html")[0].read_text()).text
+    assert "pass@2" in shown and "pass^2" in shown and "pass^1" not in shown and comparison.GREW not in shown
+    assert comparison.GREW in Page(write(growing, tmp_path / "page.html")[0].read_text()).text
+
+
 def test_many_samples_are_cut_down_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(report_page, "MOST_TRACES", 20)
     runs = [write_evaluation(tmp_path / name, [1, 0] * 20, model=name) for name in "ab"]

@@ -20,7 +20,7 @@ from mlx_traces.rl import grpo, ppo, rewards, rollouts, steps
 from mlx_traces.rl.steps import Step
 from mlx_traces.tasks import get_task
 
-COUNTDOWN, GSM8K = get_task("countdown"), get_task("gsm8k")
+COUNTDOWN, GSM8K, MATH = get_task("countdown"), get_task("gsm8k"), get_task("math")
 PROBLEM = COUNTDOWN.parse({"nums": [49, 25, 22], "target": 46}, "test")
 THOUGHT = "49 + 25 = 74, 74 + 22 = 97 no\n49 - 25 = 24, 24 + 22 = 46 yes\n"
 
@@ -88,13 +88,18 @@ def test_merged_tokens_and_what_the_prompt_holds():
     assert scored.reward == 1 and scored.parts == {"correct": 0, "x:y": 2}
 
 
-def test_no_thought_no_steps_and_another_task():
-    problem = GSM8K.parse({"question": "How many?", "answer": "#### 6"}, "")
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [(GSM8K, {"question": "How many?", "answer": "#### 6"}), (MATH, {"problem": "How many?", "answer": "6"})],
+    ids=["gsm8k", "math"],
+)
+def test_no_thought_no_steps_and_another_task(task, row):
+    problem = task.parse(row, "")
     text = "2 * 3 = 6 apples, 2 + 2 = 5, x = 3\n</think>\n#### 6"
-    found, scored = steps_of(sampled(text), {"equations": 1.0}, problem=problem, task=GSM8K)
+    found, scored = steps_of(sampled(text), {"equations": 1.0}, problem=problem, task=task)
     assert found["equations"] == [("2 * 3 = 6", "2 * 3 = 6", 1), ("2 + 2 = 5", "2 + 2 = 5", 0)]
     assert scored.parts["equations"] == 0.5
-    found, scored = steps_of(sampled("1 + 1 = 2", ""), {"equations": 1.0}, problem=problem, task=GSM8K)
+    found, scored = steps_of(sampled("1 + 1 = 2", ""), {"equations": 1.0}, problem=problem, task=task)
     assert found == {} and scored.parts["equations"] is None
 
 
