@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlx_traces.config import CompareConfig, NanoConfig
 from mlx_traces.errors import UserError
@@ -109,6 +110,11 @@ def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
     assert model(mx.array([tokenizer.encode("Make 12")])).shape[-1] == len(nano.build_tokenizer())
     with pytest.raises(UserError, match="exists; remove it, or choose another --out"):
         nano.build(NanoConfig(out=str(first), **TINY))
+
+
+def test_the_defaults_of_a_build_are_the_settings_that_made_nano():
+    written = Path(__file__).parents[2] / "configs" / "nano_build_countdown.yaml"
+    assert NanoConfig(**yaml.safe_load(written.read_text())) == NanoConfig()
 
 
 def no_training(*_):
