@@ -68,7 +68,7 @@ def test_examples_are_from_the_training_split_and_end_elsewhere_in_each_pass(tok
         assert 0 < len(completions) - len(thoughts) < 0.1 * len(completions)
         given_up[stage.name] = sum("near " in text for text in thoughts) / sum(text.count(" no\n") for text in thoughts)
         texts[stage.name] = completions
-    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.6 < given_up["policy"] < 0.9
+    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.4 < given_up["policy"] < 0.7
     assert texts["arithmetic"][:300] != texts["arithmetic"][300:600]  # the second pass
 
 
