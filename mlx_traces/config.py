@@ -580,7 +580,7 @@ class RawConfig(Config):
         0.0,
         exclude_if=not_,
         description="Target at which the solver of Countdown gives up after every other no, sooner at larger ones; "
-        "0: none daunts it.",
+        "0: the target does not matter.",
     )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
@@ -589,7 +589,7 @@ class RawConfig(Config):
 
 
 class Round3Config(Config):
-    """The third round: GRPO or PPO, whichever has settings; with both, each starts where the second round ends."""
+    """The third round: GRPO or PPO, whichever has settings; with both, each starts from the second round's adapter."""
 
     grpo: GRPOConfig | None = Field(None, description="Settings of `mlx-traces grpo`.")
     ppo: PPOConfig | None = Field(None, description="Settings of `mlx-traces ppo`.")
@@ -723,11 +723,11 @@ class NanoConfig(OptimizerConfig):
     direct_share: Fraction01 = Field(0.035, description="Share of the sequences in the direct prompt.")
     sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
     give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
-    policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches to give up.")
+    policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches giving up.")
     policy_daunting: Annotated[float, Field(ge=0)] = Field(
-        25.0, description="Target at which its teacher gives up after every other no, sooner at larger ones."
+        30.0, description="Target at which its teacher gives up after every other no, sooner at larger ones."
     )
-    policy_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="Peak rate of the second stage.")
+    policy_learning_rate: Annotated[float, Field(gt=0)] = Field(1.5e-3, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak rate of the first stage.")
     warmup: Fraction01 = Field(0.02, description="Fraction of a stage's steps over which its rate rises from 0.")

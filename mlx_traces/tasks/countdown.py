@@ -191,7 +191,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 # ---------------------------------------------------------------------------------------------- steps of a thought
 
-MAX_STEPS = 500  # equations, claims and line ends of a thought; later ones are not looked at
+MAX_STEPS = 500  # equations, claims and line ends of a thought; later ones are not checked
 MAX_WAYS = 16  # of making a value of the given numbers; more are not remembered
 _STEP = re.compile(
     r"""
@@ -211,8 +211,8 @@ def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
     ``numbers`` are the left sides of equations: each number is given, or the result of an earlier equation, and no
     given one is used twice, whichever way those results were made. ``claims`` are the words after an equation: a
     ``yes`` holds if the equation is true, uses all numbers and makes the target; a ``no`` if no equation of its line
-    does. They are also ``near N``, which holds if N is the nearest to the target of the values that were made of all
-    numbers. Whether an equation is true is not asked for ``numbers``; the reward ``equations`` does that.
+    does. ``near N`` is a claim too: it holds if N is the nearest to the target of the values that were made of all
+    numbers. ``numbers`` ignores whether an equation is true; the reward ``equations`` checks that.
     """
     nums, target = sorted(problem.columns["nums"]), problem.columns["target"]
     ways: dict[int, set[tuple[int, ...]]] = {number: {(number,)} for number in nums}
@@ -365,7 +365,7 @@ def _is_small_int(value: Any) -> bool:
 def generated_operands(data: str | None) -> tuple[int, int] | None:
     """Return fewest and most numbers of the generated problems that ``data`` names, None if it names other problems.
 
-    ``3-numbers`` is (3, 3), ``3-4-numbers`` (3, 4), and so is no name at all.
+    ``3-numbers`` gives (3, 3); ``3-4-numbers`` and None give (3, 4).
     """
     if data is None:
         return 3, 4

@@ -10,7 +10,7 @@ from mlx_traces.tasks import countdown
 from mlx_traces.tasks.prompts import Message, Prompt
 
 TRACE_LIMIT = 200  # the largest intermediate result a trace may show
-TRACE_LINES = 32  # of a trace; a search that goes on for longer gives none
+TRACE_LINES = 32  # the most lines of a trace; a longer search gives none
 
 
 def solutions(nums: Sequence[int], target: int) -> int:
@@ -53,10 +53,10 @@ def search_trace(
 
     Args:
         nums: the given numbers.
-        target: to reach.
-        gives_up: says after each ``no``, given the target, whether the search ends. It then names the nearest value
-            found, the first of those equally near (``near 52``), and the expression is that of this value, a wrong
-            answer. None: never.
+        target: the number to reach.
+        gives_up: called with the target after each ``no``; True ends the search. The last line is then the nearest
+            value (``near 52``; the first of equally near ones), and the expression makes that value, so it is a wrong
+            answer. None: the search never gives up.
 
     Returns:
         ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
@@ -75,13 +75,13 @@ def search_trace(
 
 
 def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable[[int], bool] | None:
-    """Return the ``gives_up`` of a search: at random, the sooner the larger the target.
+    """Return a function for ``gives_up`` of ``search_trace``: it is random, and more often True for larger targets.
 
     Args:
         give_up: the probability of giving up after any ``no``.
-        daunting: the target at which the solver gives up after every other ``no``, t^2 / (t^2 + daunting^2) for a
-            target t; 0 if targets do not daunt it.
-        draw: decides.
+        daunting: the target at which the solver gives up after every other ``no``. For a target t the probability is
+            t^2 / (t^2 + daunting^2); with 0 the target does not matter.
+        draw: source of the random numbers.
 
     Returns:
         ``None`` if the solver never gives up.

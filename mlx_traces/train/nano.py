@@ -1,4 +1,4 @@
-"""``nano``, the embedded model: made from scratch by ``mlx-traces nano build``, on any machine, in under an hour.
+"""``nano``, the embedded model: made from scratch by ``mlx-traces nano build``.
 
 A Qwen2 model of under a million parameters that knows one game, Countdown with three numbers, in two prompt styles. It
 stands in for a language model, so that every loop of this package runs anywhere, offline. It learns in two stages, each
@@ -114,7 +114,7 @@ def build_model(config: NanoConfig, tokenizer) -> tuple[nn.Module, dict[str, Any
 
 
 def number_features(count: int, size: int) -> mx.array:
-    """Return (count, size) float32: n as a point on one circle per period, scaled as embeddings are (0.1 each)."""
+    """Return (count, size) float32: row n has 0.1 cos and 0.1 sin of 2 pi n / p for each period p, then zeros."""
     angles = 2 * math.pi * np.arange(count)[:, None] / np.array(PERIODS)[None, :]
     waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)[:, :size]
     return mx.array(0.1 * np.pad(waves, ((0, 0), (0, size - waves.shape[1]))).astype(np.float32))
@@ -122,7 +122,7 @@ def number_features(count: int, size: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages of training: how many sequences, when their teacher gives up, at which rate."""
+    """One of the two stages of training: its number of sequences, when their teacher gives up, its peak rate."""
 
     name: str
     sequences: int
@@ -165,9 +165,9 @@ def examples(
 ) -> list[tuple[list[int], int]]:
     """Return (token ids, prompt length) of a chunk: sequences ``start`` to ``start + CHUNK`` of a stage.
 
-    A stage passes over the problems again and again; each time the solver gives up elsewhere, and other problems are
-    asked in the prompt ``direct``. A chunk depends on nothing but its arguments. A problem without a short trace gives
-    no example.
+    A stage passes over the problems again and again; each time the solver gives up at other places, and other
+    problems have the prompt ``direct``. A chunk depends on nothing but the arguments. A problem without a short trace
+    gives no example.
     """
     draw = random.Random(f"{config.seed} {stage.name} {start}")
     gives_up = impatience(stage.give_up, stage.daunting, draw)
@@ -188,7 +188,7 @@ def batches(
 ) -> Iterator[tuple[mx.array, mx.array]]:
     """Yield a chunk as (ids (B, T) int32, mask (B, T - 1): 1 where the next token is the completion's).
 
-    Examples of like length are together.
+    A batch has examples of similar length.
     """
     chunk = sorted(examples(config, stage, pool, start, tokenizer), key=lambda example: len(example[0]))
     groups = [chunk[i : i + config.batch_size] for i in range(0, len(chunk), config.batch_size)]
@@ -224,8 +224,8 @@ def check_sizes(config: NanoConfig) -> None:
 def build(config: NanoConfig, resume: bool = False, progress=lambda stage, step, steps, loss: None) -> Path:
     """Train nano and write it, quantized, to ``config.out`` as a folder that ``mlx_lm.load`` reads.
 
-    That folder appears when it is complete. A build that is cut off leaves a checkpoint in a folder beside it, named
-    with ``.unfinished`` at its end; the same settings with ``resume`` continue from there and end with the same model.
+    That folder appears when it is complete. An interrupted build leaves a checkpoint in a folder beside it, whose name
+    ends in ``.unfinished``; the same settings with ``resume`` continue from there and end with the same model.
 
     Raises:
         UserError: before training, if sizes do not fit together, the folder exists or cannot be written, there are

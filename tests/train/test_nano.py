@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlx_traces.config import CompareConfig, NanoConfig
 from mlx_traces.errors import UserError
@@ -67,7 +68,7 @@ def test_examples_are_from_the_training_split_and_end_elsewhere_in_each_pass(tok
         assert 0 < len(completions) - len(thoughts) < 0.1 * len(completions)
         given_up[stage.name] = sum("near " in text for text in thoughts) / sum(text.count(" no\n") for text in thoughts)
         texts[stage.name] = completions
-    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.6 < given_up["policy"] < 0.9
+    assert 0.06 < given_up["arithmetic"] < 0.2 and 0.4 < given_up["policy"] < 0.7
     assert texts["arithmetic"][:300] != texts["arithmetic"][300:600]  # the second pass
 
 
@@ -109,6 +110,11 @@ def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
     assert model(mx.array([tokenizer.encode("Make 12")])).shape[-1] == len(nano.build_tokenizer())
     with pytest.raises(UserError, match="exists; remove it, or choose another --out"):
         nano.build(NanoConfig(out=str(first), **TINY))
+
+
+def test_the_defaults_of_a_build_are_the_settings_that_made_nano():
+    written = Path(__file__).parents[2] / "configs" / "nano_build_countdown.yaml"
+    assert NanoConfig(**yaml.safe_load(written.read_text())) == NanoConfig()
 
 
 def no_training(*_):
