@@ -21,7 +21,7 @@ class Plan(click.Group):
 
 @click.group("plan", cls=Plan, context_settings={"ignore_unknown_options": True})
 def plan_group() -> None:
-    """Estimate the memory of a training, or the problems that a comparison needs.
+    """Estimate a training's memory or a comparison's size.
 
     `plan CONFIG` is short for `plan training CONFIG`.
     """
