@@ -228,12 +228,18 @@ def _wait(process: subprocess.Popen, until: float) -> float | None:
 
 
 def _rows(text: str) -> list[dict[str, Any]]:
-    """Return the rows in the JSON that a command printed; ValueError if it is not JSON or has none."""
+    """Return the rows in the JSON that a command printed; ValueError if it is not JSON or has none.
+
+    Paths of this machine in the words of `doctor` are cut to their last parts, as others read the file.
+    """
     found = json.loads(text)
     if isinstance(found, dict):
         found = found.get("rows", [found])
     if not isinstance(found, list):
         raise ValueError("no rows")
+    for row in found:
+        if isinstance(row, dict) and isinstance(value := row.get("value"), str):
+            row["value"] = " ".join(map(last_parts, value.split(" ")))
     return found
 
 

@@ -95,6 +95,8 @@ def test_a_step_ends_with_its_rows_its_time_and_its_memory(command, tmp_path):
     command(f"import json; held = bytearray(80_000_000); print(json.dumps([{LINE!r}]))")
     found = run(DOCTOR, 30)
     assert (found.status, found.rows, found.arguments) == ("done", [LINE], ["doctor", "--json"])
+    command(f"import json; print(json.dumps([{LINE | {'value': f'7 GB free in {tmp_path}'}!r}]))")
+    assert run(DOCTOR, 30).rows[0]["value"] == f"7 GB free in {tmp_path.name}"
     (tmp_path / "runs").mkdir()
     planned = Planned("sft", "sft", ("bench", "sft", "--data", str(tmp_path / "runs")), 30)
     assert run(planned, 0).arguments == ["bench", "sft", "--data", "runs"]  # others read the file
