@@ -118,7 +118,7 @@ def test_a_plan_from_two_runs(monkeypatch):
     assert more[0] == "with 500 problems (exact McNemar test, 5 % level):" and "20 % discordant pairs" in more[1]
     three = mlx_traces.plan_eval(difference=5, runs=runs, holm=3)
     assert three.sizes[0].needed == power.problems_needed(0.05, 0.2, alpha=0.05 / 3) > needed
-    with pytest.raises(UserError, match="the runs agree on all 100 problems; say by --discordant"):
+    with pytest.raises(UserError, match="the runs agree on all 100 problems; pass --discordant"):
         mlx_traces.plan_eval(difference=5, runs=[runs[0], runs[0]])
     with pytest.raises(UserError, match="two has 2 completions a problem; McNemar's test takes one"):
         mlx_traces.plan_eval(difference=5, runs=["two"])
