@@ -43,7 +43,7 @@ class EvalPlan:
     """
 
     difference: float | None
-    wanted: float
+    power: float
     alpha: float
     holm: int
     problems: int | None
@@ -59,7 +59,7 @@ class EvalPlan:
         test = f"exact McNemar test, {self.alpha:g} % level{family}"
         found = []
         if self.difference is not None:
-            found.append(f"to see a difference of {self.difference:g} points {self.wanted:g} % of the time ({test}):")
+            found.append(f"to see a difference of {self.difference:g} points {self.power:g} % of the time ({test}):")
             found += [f"  {size.needed:,} problems at {size.discordant:.3g} % discordant pairs" for size in self.sizes]
         if self.span:
             low, high = self.span
@@ -78,7 +78,7 @@ class EvalPlan:
     def _missed(self, size: Size) -> str:
         if size.even is None:
             return "the test finds no difference"
-        full = "" if size.detectable is None else f"{size.detectable:.1f} points {self.wanted:g} % of the time, "
+        full = "" if size.detectable is None else f"{size.detectable:.1f} points {self.power:g} % of the time, "
         return f"the test finds {full}{size.even:.1f} points half of the time"
 
 
@@ -112,7 +112,7 @@ def plan_eval(
     if len(runs) > 2:
         raise UserError(f"--from takes one or two runs, not {len(runs)}")
     if holm < 1:
-        raise UserError(f"--holm {holm}: there is one comparison or more")
+        raise UserError(f"--holm {holm}: must be 1 or more")
     stored = [comparison.read_run(path) for path in runs]
     for run in stored:
         if (samples := len(next(iter(comparison.outcomes_of(run).values())))) > 1:
@@ -121,7 +121,7 @@ def plan_eval(
     if seen and problems is None:
         problems = seen[2]
     if difference is None and problems is None:
-        raise UserError("name the --difference to see, or the number of --problems that there are")
+        raise UserError("pass --difference to plan the number of problems, or --problems to plan the difference")
     if discordant is None and seen and seen[0] + seen[1] == 0:
         agree = f"the runs agree on all {seen[2]:,} problems"
         raise UserError(f"{agree}; pass --discordant, the percent on which two models will differ")
