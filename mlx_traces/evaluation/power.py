@@ -15,6 +15,7 @@ from mlx_traces.errors import UserError
 
 MOST_DISCORDANT = 100_000  # discordant problems of the largest plan: a second's work
 MOST_PROBLEMS = 10_000_000  # of the largest plan: its table of logarithms has 80 MB
+_LEAST_ALPHA = 1e-15  # below it 1 - alpha / 2 is rounded to 1
 _TAIL = 9.0  # standard deviations of the binomial distribution that are summed: what is left out is below 1e-17
 
 
@@ -210,5 +211,5 @@ def _check(difference: float, discordant: float, alpha: float) -> None:
             f"{100 * discordant:g} % discordant pairs do not make {100 * abs(difference):g} points of difference: "
             "each point is a problem that one model alone gets right; name more of them"
         )
-    if not 0 < alpha < 1:
-        raise UserError(f"a level of {100 * alpha:g} % is not between 0 and 100")
+    if not _LEAST_ALPHA <= alpha < 1:
+        raise UserError(f"a level of {100 * alpha:g} % is not between {100 * _LEAST_ALPHA:g} and 100")
