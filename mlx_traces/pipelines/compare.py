@@ -268,10 +268,13 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     gets a line for each model that is left out, and before each conversion.
 
     Raises:
-        UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
+        UserError: if the input is wrong; runs, settings, models, problems and the baseline are checked before the first
+            evaluation.
     """
     collected, found = runs_and_entries(config, say)
-    made = joined(found, make(found, plans_of(found), config.runs_dir, say, progress))
+    plans = plans_of(found)
+    comparison.baseline_index([*collected, *outlines(found, plans)], config.baseline or 0)
+    made = joined(found, make(found, plans, config.runs_dir, say, progress))
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
 

@@ -113,11 +113,12 @@ def test_the_command_says_that_it_stopped(tmp_path, asked, monkeypatch):
         ({"prompt": "plain"}, "needs two different rows or more"),
         ({"prompt": ["plain", "plain"]}, "needs two different rows or more"),
         ({"baseline": "nobody"}, "unknown baseline 'nobody'"),
+        ({"baseline": "nobody", "stop_when_decided": None}, "unknown baseline 'nobody'"),
         ({"cluster": "document"}, "problem by problem, so it does not go with --cluster"),
         ({"block": 0}, "block: must be at least 1"),
     ],
 )
-def test_what_cannot_stop_is_refused(tmp_path, asked, more, said):
+def test_what_cannot_be_compared_is_refused_before_the_first_evaluation(tmp_path, asked, more, said):
     with pytest.raises(UserError, match=said):
         mlx_traces.compare(**settings(tmp_path, **more))
     assert asked == []
