@@ -83,6 +83,11 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
 
 
+def p_relation(p: float) -> str:
+    """Format a p-value after the letter p: ``= 0.012``, ``< 1e-4``."""
+    return f"= {p_text(p)}".replace("= <", "< ")
+
+
 def fold(text: str, width: int) -> list[str]:
     """Break a long name into lines, after dashes and spaces and before ``+ADAPTER``."""
     lines = [""]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, pairs
-from mlx_traces.text import clean, interval, p_text, percent
+from mlx_traces.text import clean, interval, p_relation, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,10 +100,9 @@ def sentence(curve: Curve) -> str:
 
     def told(low: int, high: int) -> str:
         one = pair[low, high]
-        p = f"= {p_text(one.p_holm)}".replace("= <", "< ")
         after = f" after Holm over {one.family} pairs" if one.family > 1 else ""
         change = f"{percent(one.diff, signed=True)} points {interval(one.low, one.high)}"
-        return f"{change} on {one.problems:,} problems, p {p}{after}"
+        return f"{change} on {one.problems:,} problems, p {p_relation(one.p_holm)}{after}"
 
     stop = next(low for low in range(size) if not gains(low))
     text = f"{curve.name}: no thinking beyond {names[0]} is shown to pay"

@@ -245,7 +245,7 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
         where = f"the data have {', '.join(sorted(names))}" if names else "the data are not on this machine"
         raise UserError(f"--cluster {clean(column)}: problem {clean(missing[0])} has no such column; {where}")
     if len({found[id] for id in ids}) < 2:
-        raise UserError(f"--cluster {clean(column)}: all problems have the same one; name another column")
+        raise UserError(f"--cluster {clean(column)}: all problems have the same value; name another column")
     return [found[id] for id in ids]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
-from mlx_traces.text import interval, p_text, percent, times
+from mlx_traces.text import interval, p_relation, percent, times
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,8 +141,8 @@ def sentence(pair: Pair) -> str:
     """
     if pair.diff < 0:
         pair = pair.swapped()
-    p, p_holm = (f"= {text}".replace("= <", "< ") for text in map(p_text, (pair.p, pair.p_holm)))
-    tested = f"p {p}" + (f"; after Holm over {pair.family} pairs {p_holm}" if pair.family > 1 else "")
+    adjusted = f"; after Holm over {pair.family} pairs {p_relation(pair.p_holm)}" if pair.family > 1 else ""
+    tested = f"p {p_relation(pair.p)}{adjusted}"
     points = f"{percent(pair.diff, signed=True)} points {interval(pair.low, pair.high)}"
     change, counts = f"{points} on {pair.problems:,} problems", f"{pair.wins:,} won and {pair.losses:,} lost"
     if pair.p_holm < stats.LEVEL:

@@ -11,9 +11,10 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation import power as power_of
 from mlx_traces.evaluation.comparison import Run
+from mlx_traces.readers import is_number
 from mlx_traces.text import clean, duration
 
-SHARES = (10.0, 15.0, 25.0)  # percent of discordant pairs that are tried where nothing says how many there are
+SHARES = (10.0, 15.0, 25.0)  # percent of discordant pairs to plan with if none is given
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Size:
     """A plan's figures at one share of discordant pairs, in percent; differences are in points.
 
     ``needed`` is the number of problems for the difference, None without one. ``detectable`` and ``even`` are the
-    smallest differences that the given problems show with the wanted power and half of the time; None without a number
-    of problems, or if they can show none.
+    smallest differences that the test finds on the given problems with the wanted power and half of the time; None
+    without a number of problems, or if it can find none.
     """
 
     discordant: float
@@ -42,7 +43,7 @@ class EvalPlan:
     """
 
     difference: float | None
-    wanted: float
+    power: float
     alpha: float
     holm: int
     problems: int | None
@@ -58,7 +59,7 @@ class EvalPlan:
         test = f"exact McNemar test, {self.alpha:g} % level{family}"
         found = []
         if self.difference is not None:
-            found.append(f"to see a difference of {self.difference:g} points {self.wanted:g} % of the time ({test}):")
+            found.append(f"to see a difference of {self.difference:g} points {self.power:g} % of the time ({test}):")
             found += [f"  {size.needed:,} problems at {size.discordant:.3g} % discordant pairs" for size in self.sizes]
         if self.span:
             low, high = self.span
@@ -77,7 +78,7 @@ class EvalPlan:
     def _missed(self, size: Size) -> str:
         if size.even is None:
             return "the test finds no difference"
-        full = "" if size.detectable is None else f"{size.detectable:.1f} points {self.wanted:g} % of the time, "
+        full = "" if size.detectable is None else f"{size.detectable:.1f} points {self.power:g} % of the time, "
         return f"the test finds {full}{size.even:.1f} points half of the time"
 
 
@@ -111,7 +112,7 @@ def plan_eval(
     if len(runs) > 2:
         raise UserError(f"--from takes one or two runs, not {len(runs)}")
     if holm < 1:
-        raise UserError(f"--holm {holm}: there is one comparison or more")
+        raise UserError(f"--holm {holm}: must be 1 or more")
     stored = [comparison.read_run(path) for path in runs]
     for run in stored:
         if (samples := len(next(iter(comparison.outcomes_of(run).values())))) > 1:
@@ -120,9 +121,10 @@ def plan_eval(
     if seen and problems is None:
         problems = seen[2]
     if difference is None and problems is None:
-        raise UserError("name the --difference to see, or the number of --problems that there are")
+        raise UserError("pass --difference to plan the number of problems, or --problems to plan the difference")
     if discordant is None and seen and seen[0] + seen[1] == 0:
-        raise UserError(f"the runs agree on all {seen[2]:,} problems; say by --discordant how often others will not")
+        agree = f"the runs agree on all {seen[2]:,} problems"
+        raise UserError(f"{agree}; pass --discordant, the percent on which two models will differ")
     shares = SHARES if discordant is None else (discordant,)
     if discordant is None and seen:
         shares = (100 * (seen[0] + seen[1]) / seen[2],)
@@ -162,7 +164,7 @@ def _size(share: float, difference: float | None, problems: int | None, wanted: 
 def _total(runs: Sequence[Run], key: str, problems: int) -> float | None:
     """Return the sum of a figure over the runs, scaled to ``problems``; None if a run lacks the figure."""
     each = [run.result.get(key) for run in runs]
-    if any(not isinstance(value, int | float) for value in each):
+    if not all(map(is_number, each)):
         return None
     sizes = [1 if key == "mean_tokens" else len(run.samples) for run in runs]
     return sum(value / size for value, size in zip(each, sizes, strict=True)) * problems

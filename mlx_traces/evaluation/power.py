@@ -14,6 +14,8 @@ import numpy as np
 from mlx_traces.errors import UserError
 
 MOST_DISCORDANT = 100_000  # discordant problems of the largest plan: a second's work
+MOST_PROBLEMS = 10_000_000  # of the largest plan: its table of logarithms has 80 MB
+_LEAST_ALPHA = 1e-15  # below it 1 - alpha / 2 is rounded to 1
 _TAIL = 9.0  # standard deviations of the binomial distribution that are summed: what is left out is below 1e-17
 
 
@@ -110,9 +112,10 @@ def power(problems: int, difference: float, discordant: float, alpha: float = 0.
     _check(difference, discordant, alpha)
     if problems < 1:
         raise UserError(f"{problems} problems: power needs one or more")
-    if problems * discordant > MOST_DISCORDANT:
+    if problems > MOST_PROBLEMS or problems * discordant > MOST_DISCORDANT:
         raise UserError(
-            f"{problems:,} problems are too many to plan for: at most {MOST_DISCORDANT:,} may be discordant"
+            f"{problems:,} problems are too many to plan for: at most {MOST_PROBLEMS:,}, of which at most "
+            f"{MOST_DISCORDANT:,} may be discordant"
         )
     most = _range(problems, discordant)[1]
     share = (1 + abs(difference) / discordant) / 2
@@ -132,23 +135,23 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
         alpha: as in `power`.
 
     Raises:
-        UserError: if these are not such numbers, or more than `MOST_DISCORDANT` problems would differ.
+        UserError: if these are not such numbers, or the plan is too large to compute.
     """
     _check(difference, discordant, alpha)
+    _check_target(target)
     if not difference:
         raise UserError("a difference of 0 cannot be found by any number of problems; name one above 0")
-    if not 0 < target < 1:
-        raise UserError(f"a power of {100 * target:g} % is not between 0 and 100")
     share = (1 + abs(difference) / discordant) / 2
     normal = NormalDist()
     z = normal.inv_cdf(1 - alpha / 2) + max(0.0, normal.inv_cdf(target))
-    rough = (z / difference) ** 2 * discordant  # the normal approximation, from above
-    if rough * discordant > MOST_DISCORDANT:
+    rough = z / difference * z / difference * discordant  # the normal approximation, from above; infinite at worst
+    top = 1.2 * rough + 40 / discordant
+    if top > MOST_PROBLEMS or rough * discordant > MOST_DISCORDANT:
         raise UserError(
             f"a difference of {100 * abs(difference):g} points at {100 * discordant:g} % discordant pairs needs about "
             f"{rough:,.0f} problems, more than can be planned for; name a larger difference"
         )
-    top = math.ceil(1.2 * rough + 40 / discordant)
+    top = math.ceil(top)
     values = conditional(_range(top, discordant)[1], share, alpha)
     # From m on, no number of discordant problems has less power than floor[m]. Its mean rises with the problems.
     floor = np.minimum.accumulate(values[::-1])[::-1]
@@ -166,12 +169,18 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
     Args:
         problems: as in `power`.
         discordant: as in `power`; 0 is allowed: two models that never differed.
-        target: power wanted, between 0 and 1.
+        target: wanted power, between 0 and 1.
         alpha: as in `power`.
 
     Returns:
         The difference as a fraction, to 1e-5.
+
+    Raises:
+        UserError: if these are not such numbers, or the plan is too large to compute.
     """
+    _check_target(target)
+    if discordant < 0:
+        raise UserError(f"{100 * discordant:g} % discordant pairs is not between 0 and 100")
 
     def seen(step: int) -> bool:
         return power(problems, step / 1e5, max(discordant, step / 1e5), alpha) >= target
@@ -187,6 +196,11 @@ def smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
+def _check_target(target: float) -> None:
+    if not 0 < target < 1:
+        raise UserError(f"a power of {100 * target:g} % is not between 0 and 100")
+
+
 def _check(difference: float, discordant: float, alpha: float) -> None:
     if not -1 <= difference <= 1:
         raise UserError(f"a difference of {100 * difference:g} points is not between 0 and 100")
@@ -197,5 +211,5 @@ def _check(difference: float, discordant: float, alpha: float) -> None:
             f"{100 * discordant:g} % discordant pairs do not make {100 * abs(difference):g} points of difference: "
             "each point is a problem that one model alone gets right; name more of them"
         )
-    if not 0 < alpha < 1:
-        raise UserError(f"a level of {100 * alpha:g} % is not between 0 and 100")
+    if not _LEAST_ALPHA <= alpha < 1:
+        raise UserError(f"a level of {100 * alpha:g} % is not between {100 * _LEAST_ALPHA:g} and 100")

@@ -17,6 +17,7 @@ from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.evaluation.run import run
 from mlx_traces.models import names
+from mlx_traces.pipelines import quality
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
 from mlx_traces.tasks.thoughts import parts
 from mlx_traces.traces.equations import equations
@@ -158,6 +159,17 @@ def rows(found: Sequence[Entry]) -> list[list[int]]:
     return list(grouped.values())
 
 
+def outlines(found: Sequence[Entry], plans: Sequence[Plan]) -> list[Run]:
+    """Return the table's rows before they are made: runs with names and settings, but without samples."""
+    outlined = []
+    for first, *_ in rows(found):
+        entry, planned = found[first], plans[first]
+        about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
+        name = planned.label if entry.ready else ""  # a converted model's run is new
+        outlined.append(entry.named(Run(name, about, [])))
+    return outlined
+
+
 def joined(found: Sequence[Entry], runs: Sequence[Run]) -> list[Run]:
     """Return a run for each row: the trainings of a recipe joined into one."""
     return [
@@ -229,10 +241,14 @@ def runs_and_entries(
     """
     if config.models and not config.tasks:
         raise UserError("models: there are no tasks for them; add tasks, as in [{task: countdown, prompts: [direct]}]")
-    judged = (lambda run: by_extractor(run, config.extractor)) if config.extractor else (lambda run: run)
-    collected = [judged(read_run(path)) for path in dict.fromkeys(config.runs)]
+
+    def judged(path: str) -> Run:
+        stored = read_run(path)
+        return by_extractor(stored, config.extractor) if config.extractor else stored
+
+    collected = [judged(path) for path in dict.fromkeys(config.runs)]
     for name, paths in config.recipes.items():
-        collected.append(comparison.recipe(name, [judged(read_run(path)) for path in paths]))
+        collected.append(comparison.recipe(name, [judged(path) for path in paths]))
     found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
     for task in config.tasks:
         own, notes = entries(config, task)
@@ -252,10 +268,13 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     gets a line for each model that is left out, and before each conversion.
 
     Raises:
-        UserError: if the input is wrong; runs, settings, models and problems are checked before the first evaluation.
+        UserError: if the input is wrong; runs, settings, models, problems and the baseline are checked before the first
+            evaluation.
     """
     collected, found = runs_and_entries(config, say)
-    made = joined(found, make(found, plans_of(found), config.runs_dir, say, progress))
+    plans = plans_of(found)
+    comparison.baseline_index([*collected, *outlines(found, plans)], config.baseline or 0)
+    made = joined(found, make(found, plans, config.runs_dir, say, progress))
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
 
@@ -272,7 +291,8 @@ def until_decided(
         The table, with anytime-valid figures and a sentence in ``attrs["stopped"]``, and the runs.
 
     Raises:
-        UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, or fewer than two rows.
+        UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, fewer than two rows, or a
+            baseline that is no row.
     """
     finished, found = runs_and_entries(config, say)
     if finished:
@@ -280,13 +300,17 @@ def until_decided(
     if config.cluster or any(entry.recipe for entry in found):
         what = "--cluster" if config.cluster else "several trainings of a recipe"
         raise UserError(f"--stop-when-decided tests problem by problem, so it does not go with {what}")
-    if len(found) < 2:
-        raise UserError("--stop-when-decided needs two rows or more to compare; name another model or prompt")
     plans = plans_of(found)
+    keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
+    distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
+    found, plans = [found[i] for i in distinct], [plans[i] for i in distinct]
+    if len(found) < 2:
+        raise UserError("--stop-when-decided needs two different rows or more; name another model or prompt")
+    baseline = comparison.baseline_index(outlines(found, plans), config.baseline or 0)
     budget = len(plans[0].problems)
     for count in (*range(config.block, budget, config.block), budget):
         runs = make(found, plans, config.runs_dir, say, progress, count=count)
-        frame = comparison.compare_runs(runs, config.baseline or 0, stopped=True)
+        frame = comparison.compare_runs(runs, baseline, stopped=True)
         p_values = frame["p_holm"].dropna()
         decided = int((p_values <= stats.LEVEL).sum())
         say(f"{count:,} of {budget:,} problems: {decided} of {len(p_values)} differences decided")
@@ -369,7 +393,6 @@ def compared(
     ``say`` is that of `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
     with the baseline.
     """
-    from mlx_traces.pipelines import quality
     from mlx_traces.report import export
 
     if config.stop_when_decided:

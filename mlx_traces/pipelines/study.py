@@ -115,14 +115,8 @@ def lay_out(config: StudyConfig) -> list[Layout]:
 
 def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[evaluator.Plan]) -> int:
     """Find the baseline among a task's evaluations before they are made."""
-    rows = []
-    for i in (row[0] for row in compare.rows(found)):
-        entry, planned = found[i], plans[i]
-        about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
-        name = planned.label if entry.ready else ""  # a converted model's run is new
-        rows.append(entry.named(comparison.Run(name, about, [])))
     try:
-        return comparison.baseline_index(rows, config.baseline or 0)
+        return comparison.baseline_index(compare.outlines(found, plans), config.baseline or 0)
     except UserError as error:
         raise UserError(f"{where}: {error}" if len(config.tasks) > 1 else str(error)) from None
 

@@ -27,7 +27,7 @@ from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
 from mlx_traces.tasks import thoughts
-from mlx_traces.text import clean, interval, p_text, percent, visible, whole
+from mlx_traces.text import clean, interval, p_relation, p_text, percent, visible, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,7 +229,7 @@ class Page:
                 {
                     "name": row["name"],
                     "notes": f"{percent(row['diff'], signed=True)} points {interval(row['diff_low'], row['diff_high'])}"
-                    f", p {_is(row['p_value'])}",
+                    f", p {p_relation(row['p_value'])}",
                     "won": row["wins"],
                     "lost": row["losses"],
                 }
@@ -398,11 +398,6 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
     return rows
 
 
-def _is(p: float) -> str:
-    text = p_text(p)
-    return text.replace("<", "< ") if text.startswith("<") else f"= {text}"
-
-
 def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     """Return a sentence: which run is highest, and how it differs from the baseline."""
     best = max(rows, key=lambda row: row["accuracy"])
@@ -414,7 +409,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     return (
         f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
         f"{interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
-        f"{best['losses']:,} lost, Holm-adjusted p {_is(best['p_holm'])}{sure}."
+        f"{best['losses']:,} lost, Holm-adjusted p {p_relation(best['p_holm'])}{sure}."
     )
 
 

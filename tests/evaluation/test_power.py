@@ -78,12 +78,18 @@ def test_the_smallest_detectable_difference_has_the_power_wanted():
         ("--difference 3 --discordant 2", "2 % discordant pairs do not make 3 points of difference: each point is a"),
         ("--difference 3 --discordant 0", "0 % discordant pairs is not above 0 and at most 100"),
         ("--difference 3 --power 100", "a power of 100 % is not between 0 and 100"),
-        ("--difference 3 --alpha 0", "a level of 0 % is not between 0 and 100"),
-        ("--difference 3 --holm 0", "--holm 0: there is one comparison or more"),
+        ("--problems 200 --power 150", "a power of 150 % is not between 0 and 100"),
+        ("--problems 200 --power nan", "a power of nan % is not between 0 and 100"),
+        ("--problems 200 --discordant -5", "-5 % discordant pairs is not between 0 and 100"),
+        ("--difference 0.000001 --discordant 0.000001", "more than can be planned for; name a larger difference"),
+        ("--difference 1e-300 --discordant 1e-300", "more than can be planned for; name a larger difference"),
+        ("--difference 3 --alpha 0", "a level of 0 % is not between 1e-13 and 100"),
+        ("--difference 3 --holm 999999999999999999", "a level of 5e-18 % is not between 1e-13 and 100"),
+        ("--difference 3 --holm 0", "--holm 0: must be 1 or more"),
         ("--difference 0.01 --discordant 50", "more than can be planned for; name a larger difference"),
         ("--problems 0", "0 problems: power needs one or more"),
         ("--problems 9999999999 --discordant 50", "9,999,999,999 problems are too many"),
-        ("", "name the --difference to see, or the number of --problems that there are"),
+        ("", "pass --difference to plan the number of problems, or --problems to plan the difference"),
         ("--difference nan", "a difference of nan points is not between 0 and 100"),
         ("--difference 3 --from nowhere", "nowhere: no such run folder"),
     ],
@@ -113,7 +119,7 @@ def test_a_plan_from_two_runs(monkeypatch):
     assert more[0] == "with 500 problems (exact McNemar test, 5 % level):" and "20 % discordant pairs" in more[1]
     three = mlx_traces.plan_eval(difference=5, runs=runs, holm=3)
     assert three.sizes[0].needed == power.problems_needed(0.05, 0.2, alpha=0.05 / 3) > needed
-    with pytest.raises(UserError, match="the runs agree on all 100 problems; say by --discordant"):
+    with pytest.raises(UserError, match="the runs agree on all 100 problems; pass --discordant"):
         mlx_traces.plan_eval(difference=5, runs=[runs[0], runs[0]])
     with pytest.raises(UserError, match="two has 2 completions a problem; McNemar's test takes one"):
         mlx_traces.plan_eval(difference=5, runs=["two"])

@@ -90,10 +90,8 @@ def test_an_interrupted_block_is_finished_and_the_budget_ends_it(tmp_path, asked
     with pytest.raises(Stopped):
         mlx_traces.compare(**settings(tmp_path, **same))
     frame = mlx_traces.compare(**settings(tmp_path, **same))
-    assert len(asked) == 61 and list(frame["total_questions"]) == [
-        30,
-        30,
-    ]  # only the one that was under way is repeated
+    assert len(asked) == 61  # only the one that was under way is repeated
+    assert list(frame["total_questions"]) == [30, 30]
     assert frame.attrs["stopped"].startswith("Ended with the budget of 30 problems: 0 of 1 differences decided.")
     assert (frame["p_value"][1], frame["diff"][1]) == (1.0, 0.0)
 
@@ -112,15 +110,23 @@ def test_the_command_says_that_it_stopped(tmp_path, asked, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"prompt": "plain"}, "needs two rows or more to compare"),
+        ({"prompt": "plain"}, "needs two different rows or more"),
+        ({"prompt": ["plain", "plain"]}, "needs two different rows or more"),
+        ({"baseline": "nobody"}, "unknown baseline 'nobody'"),
+        ({"baseline": "nobody", "stop_when_decided": None}, "unknown baseline 'nobody'"),
         ({"cluster": "document"}, "problem by problem, so it does not go with --cluster"),
         ({"block": 0}, "block: must be at least 1"),
     ],
 )
-def test_what_cannot_stop_is_refused(tmp_path, asked, more, said):
+def test_what_cannot_be_compared_is_refused_before_the_first_evaluation(tmp_path, asked, more, said):
     with pytest.raises(UserError, match=said):
         mlx_traces.compare(**settings(tmp_path, **more))
     assert asked == []
+
+
+def test_equal_rows_are_one_and_do_not_keep_it_from_stopping(tmp_path, asked):
+    frame = mlx_traces.compare(**settings(tmp_path, prompt=["plain", "boxed", "boxed"]))
+    assert list(frame["prompt"]) == ["plain", "boxed"] and frame["total_questions"][0] < 100
 
 
 def test_rows_on_different_problems_cannot_stop_together(tmp_path, asked):

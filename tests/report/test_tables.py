@@ -335,7 +335,7 @@ def test_problems_of_a_cluster_count_together():
     assert halves["p_value"][1] == 0.5 and math.isnan(halves["missed"][1])
     with pytest.raises(UserError, match="--cluster page: problem p0 has no such column; the data are not on this"):
         comparison.compare_runs([a, b], cluster="page")
-    with pytest.raises(UserError, match="--cluster gold: all problems have the same one"):
+    with pytest.raises(UserError, match="--cluster gold: all problems have the same value"):
         comparison.compare_runs([a, b], cluster="gold")
 
 
