@@ -68,7 +68,7 @@ def search_trace(
         if hit:
             return "\n".join(written), _bare(tried[-1])
         if tried:
-            nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
+            nearest = min([*([nearest] if nearest else []), *tried], key=lambda term: abs(term[0] - target))
             if gives_up and gives_up(target):
                 return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
     return None
