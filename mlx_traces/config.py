@@ -107,6 +107,11 @@ class ThinkingConfig(Config):
         return value
 
     @property
+    def bounded(self) -> bool:
+        """Whether tokens may be inserted into a thought, to close it or to keep it open."""
+        return self.think_tokens is not None or self.think_at_least > 0
+
+    @property
     def longest(self) -> int:
         """The most tokens of a completion, its thought included."""
         return self.max_tokens + (self.think_tokens or 0)
