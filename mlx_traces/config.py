@@ -107,6 +107,11 @@ class ThinkingConfig(Config):
         return value
 
     @property
+    def bounded(self) -> bool:
+        """Whether tokens may be inserted into a thought, to close it or to keep it open."""
+        return self.think_tokens is not None or self.think_at_least > 0
+
+    @property
     def longest(self) -> int:
         """The most tokens of a completion, its thought included."""
         return self.max_tokens + (self.think_tokens or 0)
@@ -579,8 +584,8 @@ class RawConfig(Config):
     daunting: Annotated[float, Field(ge=0)] = Field(
         0.0,
         exclude_if=not_,
-        description="Target at which the solver of Countdown gives up after every other no, sooner at larger ones; "
-        "0: the target does not matter.",
+        description="Target at which the solver of Countdown gives up after a no with probability 0.5, more often "
+        "at larger ones; 0: the target does not matter.",
     )
     style: Literal["think", "plain", "boxed"] = Field(
         "think", description="Where the answers of worked solutions stand: after the thought, after ####, or in a box."
@@ -618,8 +623,8 @@ class RoundsConfig(TrackingConfig):
     epoch2: SFTSettings | None = Field(SFTSettings(), description="SFT on the model's own traces; null: none.")
     round3: Round3Config | None = Field(
         None,
-        description="GRPO or PPO after that, or both beside each other; the KL reference is the adapter that it starts "
-        "from, unless it names one.",
+        description="GRPO, PPO or both after that; the KL reference of each is the adapter that it starts from, unless "
+        "its settings name one.",
     )
     compare: EvalConfig = EvalConfig()
     data_dir: str = Field("data", description="Where raw/, generated/ and processed/ are.")
@@ -682,10 +687,12 @@ class CompareConfig(ComparedConfig):
     quality: ScoreConfig | None = Field(
         None,
         exclude_if=_is_none,
-        description="Also compare the quality of the answers, scored by these settings; {} takes those of score.",
+        description="Compare the quality of the answers too, scored by these settings; {}: the defaults of score.",
     )
     stop_when_decided: bool = Field(
-        False, description="Evaluate all rows together, block by block, until every difference is decided or --limit."
+        False,
+        description="Evaluate all rows together, block by block, until every difference is decided or --limit is "
+        "reached.",
     )
     block: Positive = Field(50, description="Problems per block of stop_when_decided.")
 
@@ -725,7 +732,8 @@ class NanoConfig(OptimizerConfig):
     give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches giving up.")
     policy_daunting: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="Target at which its teacher gives up after every other no, sooner at larger ones."
+        30.0,
+        description="Target at which its teacher gives up after a no with probability 0.5, more often at larger ones.",
     )
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(1.5e-3, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")

@@ -109,7 +109,7 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
         for row, rollout, values in zip(rows, rollouts, earned, strict=True):
             if config.supervision == "local":
                 credit = steps.spread(rollout.steps, values, len(rollout.ids))[rollout.drawn]
-            else:  # what falls on a token that was not drawn counts at the drawn one before it
+            else:  # the credit at an inserted token counts at the drawn token before it, or at the first one
                 at_tokens = steps.at_ends(rollout.steps, values, len(rollout.ids))
                 credit = np.bincount(np.maximum(rollout.drawn.cumsum() - 1, 0), at_tokens)
             row.credit = (config.step_weight * credit).astype(np.float32)

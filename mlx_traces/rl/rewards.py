@@ -53,6 +53,7 @@ TEXT = ("format", "structure", "faithfulness", "length", "repetition")
 RIGHT = ("correct", "correct_strict", "gated")  # say whether a completion is right; the last one that is used decides
 FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
 STEPPED = ("equations", "steps")  # also give values to single steps
+MAX_KINDS = 20  # of a reward's steps in one optimizer step; each kind has metrics
 BUILT_IN = (*RIGHT, *STEPPED, "flash", "judge", *TEXT)
 
 Sample = tuple[Problem, Completion]
@@ -139,11 +140,12 @@ def score(
 ) -> list[dict[str, Value]]:
     """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
 
-    ``length`` is 1 for a short completion, 0 at ``max_tokens``; the others as described above.
+    ``length`` is 1 for a short completion, 0 at the limit of tokens; the others as described above.
 
     Raises:
         UserError: naming the function, if one fails or does not return a number or None for each completion; if more
-            than the share ``judge_failures`` of the judge's replies cannot be read.
+            than the share ``judge_failures`` of the judge's replies cannot be read; if a reward's steps have more than
+            `MAX_KINDS` kinds.
     """
     settings = ScoreConfig(tags=tags, length_limit=planned.config.longest)
     known: dict[str, list[Value]] = {}
@@ -171,6 +173,9 @@ def score(
             values = _placed(_flash([samples[i] for i in right]), right, len(samples))
         else:
             values = _call(name, functions[name], samples) if name in functions else known[name]
+        kinds = {kind for value in values if isinstance(value, Stepped) for kind in value.steps}
+        if len(kinds) > MAX_KINDS:
+            raise UserError(f"reward {name}: its steps have {len(kinds)} kinds, more than {MAX_KINDS}; use fewer names")
         for part, value in zip(parts, values, strict=True):
             part[name] = value
     return parts
@@ -306,12 +311,12 @@ def _value(name: str, value: Any, length: int) -> Value:
 
 
 def _in_order(name: str, stepped: Stepped, length: int) -> Stepped:
-    """Check what a reward says of the steps of ``length`` characters, and sort each kind's steps by their place.
+    """Check a reward's steps of a text of ``length`` characters, and sort each kind's steps by their place.
 
     Raises:
         UserError: naming the reward, for a span that is not (start, end, value), is empty, is not within the
-            completion or overlaps with another one of its kind; for a value that is not a finite number; for a kind
-            with another name than letters, digits, ``_`` and ``-``, 40 at most.
+            completion or overlaps with another one of its kind; for a value that is not a finite number; for the name
+            of a kind with other characters than letters, digits, ``_`` and ``-``, or with more than 40.
     """
     if not isinstance(stepped.steps, Mapping):
         raise UserError(f"reward {name}: its steps are a {type(stepped.steps).__name__}, not a dict of spans by kind")

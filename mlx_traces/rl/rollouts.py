@@ -279,8 +279,8 @@ def collect(
     return groups, kept, seconds
 
 
-def figures(groups: Sequence[Group]) -> dict[str, float]:
-    """Return metrics of a step's rollouts."""
+def figures(groups: Sequence[Group], bounded: bool = False) -> dict[str, float]:
+    """Return metrics of a step's rollouts; with ``rollout/forced`` if their thoughts are ``bounded``."""
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     named = [("mean", [rollout.reward for rollout in rollouts])]
@@ -290,11 +290,11 @@ def figures(groups: Sequence[Group]) -> dict[str, float]:
         applied = [value for value in values if value is not None]
         row[f"reward/{name}"] = sum(applied) / len(applied) if applied else None
     row |= steps.figures([rollout.steps for rollout in rollouts])
-    forced = sum(not rollout.drawn.all() for rollout in rollouts)
+    if bounded:
+        row["rollout/forced"] = sum(not rollout.drawn.all() for rollout in rollouts) / count
     return row | {
         "rollout/length": sum(len(rollout.ids) for rollout in rollouts) / count,
         "rollout/finished": sum(not rollout.cut_off for rollout in rollouts) / count,
-        **({"rollout/forced": forced / count} if forced else {}),
         "rollout/zero_std_groups": sum(not informative(group) for group in groups) / len(groups),
         "rollout/groups": len(groups),
         "tokens": sum(len(rollout.ids) for rollout in rollouts),

@@ -97,7 +97,7 @@ def by_kind(group: Iterable[Located]) -> dict[str, list[float]]:
 
 
 def spread(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
-    """Return (T,) float64: for each token the sum of what the steps around it have earned (``local``)."""
+    """Return (T,) float64: for each token the sum of the credits of the steps that it belongs to (``local``)."""
     found = np.zeros(tokens)
     for step, value in zip(own, earned, strict=True):
         found[step.first : step.stop] += value
@@ -105,7 +105,7 @@ def spread(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
 
 
 def at_ends(own: Located, earned: Sequence[float], tokens: int) -> np.ndarray:
-    """Return (T,) float64: for each token the sum of what the steps that end at it have earned."""
+    """Return (T,) float64: for each token the sum of the credits of the steps that end at it."""
     found = np.zeros(tokens)
     for step, value in zip(own, earned, strict=True):
         found[step.stop - 1] += value
@@ -121,7 +121,7 @@ def token_advantages(
     supervision: str = "local",
     scale: str = "none",
 ) -> list[np.ndarray]:
-    """Return each completion's advantages by token: the outcome's, plus ``weight`` times what its steps earn there.
+    """Return each completion's advantages by token: the outcome's, plus ``weight`` times the steps' credits.
 
     Args:
         outcomes: (B,), the advantages of whole completions.

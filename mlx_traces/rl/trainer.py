@@ -112,7 +112,8 @@ class Run(loop.Training):
         _refuse_broken(self.loaded, step, self.config)
         seconds = {**self.seconds, "time/update": perf_counter() - self.collected}
         shown = rollouts.shown_of(groups, self.planned.task, step, self.config.seed)
-        super().end_step(step, {**rollouts.figures(groups), **learned, **seconds}, shown)
+        metrics = rollouts.figures(groups, self.config.bounded)
+        super().end_step(step, {**metrics, **learned, **seconds}, shown)
 
     def result(self) -> Result:
         """End the training; write ``result.json`` and return its content."""

@@ -68,7 +68,7 @@ def search_trace(
         if hit:
             return "\n".join(written), _bare(tried[-1])
         if tried:
-            nearest = min(*([nearest] if nearest else []), *tried, key=lambda term: abs(term[0] - target))
+            nearest = min([*([nearest] if nearest else []), *tried], key=lambda term: abs(term[0] - target))
             if gives_up and gives_up(target):
                 return "\n".join([*written, f"near {nearest[0]}"]), _bare(nearest)
     return None
@@ -79,8 +79,8 @@ def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable
 
     Args:
         give_up: the probability of giving up after any ``no``.
-        daunting: the target at which the solver gives up after every other ``no``. For a target t the probability is
-            t^2 / (t^2 + daunting^2); with 0 the target does not matter.
+        daunting: the target at which the solver gives up after a ``no`` with probability 0.5. For a target t the
+            probability is t^2 / (t^2 + daunting^2); with 0 the target does not matter.
         draw: source of the random numbers.
 
     Returns:
@@ -133,8 +133,8 @@ def solved(
 ) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without one
-    the solver searches all the same, and gives up as ``search_trace`` says.
+    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without a
+    thought the answer is that of the same search, which gives up as in ``search_trace``.
     """
     if (found := search_trace(nums, target, gives_up)) is None:
         return None

@@ -109,7 +109,7 @@ def countdown_traces(
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
         give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
-        daunting: target at which it gives up after every other ``no``, as in `solver.impatience`.
+        daunting: target at which it gives up after a ``no`` with probability 0.5, as in `solver.impatience`.
     """
     gives_up = impatience(give_up, daunting, random.Random(f"{seed} give up"))
     for nums, target in countdown.generate(split, count, seed, operands):

@@ -30,7 +30,15 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_traces.config import EvalConfig, OptimizerConfig, RLConfig, SFTSettings, ThinkingConfig, ValidationConfig
+from mlx_traces.config import (
+    EvalConfig,
+    OptimizerConfig,
+    RLConfig,
+    SFTSettings,
+    ThinkingConfig,
+    ValidationConfig,
+    build,
+)
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
@@ -194,9 +202,14 @@ def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
 
 
 def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:
-    """Return the evaluation that is made at each validation, with its problems."""
-    settings = validation_of(config)
-    return None if settings is None else evaluator.plan(EvalConfig(model=model, **settings.model_dump()))
+    """Return the evaluation that is made at each validation, with its problems.
+
+    Raises:
+        UserError: if its bounds on thoughts and those of the training contradict each other.
+    """
+    if (settings := validation_of(config)) is None:
+        return None
+    return evaluator.plan(build(EvalConfig, {"model": model, **settings.model_dump()}, "evaluate"))
 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def number_features(count: int, size: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages of training: its number of sequences, when their teacher gives up, its peak rate."""
+    """A stage of training: its number of sequences, how often their teacher gives up, its peak learning rate."""
 
     name: str
     sequences: int
@@ -229,7 +229,7 @@ def build(config: NanoConfig, resume: bool = False, progress=lambda stage, step,
 
     Raises:
         UserError: before training, if sizes do not fit together, the folder exists or cannot be written, there are
-            fewer problems, or an unfinished build is in the way or has other settings.
+            fewer problems, or an unfinished build exists and is not to be resumed or has other settings.
     """
     check_sizes(config)
     out = Path(config.out)
@@ -284,7 +284,7 @@ def _train(config: NanoConfig, pool: list, unfinished: Path, folder: Path, progr
     settings["quantization"] = {"group_size": config.quant_group_size, "bits": config.bits, "mode": "affine"}
     try:
         save_model(folder, model)
-    except RuntimeError as error:  # MLX's word for a disk that is full
+    except RuntimeError as error:  # MLX raises this if the disk is full
         raise OSError(first_line(error)) from None
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     tokenizer.save_pretrained(folder)

@@ -212,6 +212,7 @@ def test_what_is_told_of_completions_without_a_reward():
     groups = [[made(reward, (20, 30)) for reward in group] for group in ((1.0, None, 0.0), (None, 0.5, 0.5))]
     assert [rollouts.informative(group) for group in groups] == [True, False]
     row = rollouts.figures(groups)
+    assert "rollout/forced" not in row and rollouts.figures(groups, bounded=True)["rollout/forced"] == 0
     assert row["reward/mean"] == row["reward/correct"] == 0.5 and row["rollout/zero_std_groups"] == 0.5
     task = evaluator.get_task("qa")
     groups = [[replace(one, problem=Problem("p", {"question": "q"}, "1")) for one in group] for group in groups]
@@ -300,6 +301,9 @@ def test_a_run_with_bounded_thoughts(settings, tmp_path, recipe):
     assert identity["think_tokens"] == 3 and identity["evaluate"]["think_tokens"] == 3
     with pytest.raises(UserError, match="think_tokens"):
         module.train(config.model_copy(update={"think_tokens": 4}), tmp_path / "out", resume=True)
+    lower = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"think_tokens": 1})})
+    with pytest.raises(UserError, match=r"^evaluate: think_at_least: 2 is above think_tokens \(1\)"):
+        module.train(lower, tmp_path / "other")
 
 
 def test_the_stop_token_is_learned():

@@ -312,6 +312,7 @@ def test_figures_by_position():
         ({"a": 3}, "the steps of 'a' are an int, not a list of spans"),
         ({"a b": []}, "'a b' is not the name of a kind of steps"),
         ({3: []}, "'3' is not the name of a kind of steps"),
+        ({f"a{i}": [] for i in range(21)}, "its steps have 21 kinds, more than 20; use fewer names"),
         ([(1, 2, 3)], "its steps are a list, not a dict of spans by kind"),
         ({"equations": [(1, 3, 1)]}, "reward equations has steps of the kind 'equations' too; rename one"),
     ],

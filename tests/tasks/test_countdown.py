@@ -299,6 +299,8 @@ def test_a_longer_search_leads_to_shorter_ones_and_stops_at_its_bound():
             assert opening or re.fullmatch(rf"({EQUATION.pattern}, )+{EQUATION.pattern} (no|yes)", line)
             assert opening is None or opening[4] == opening[7]
     assert any(thought.count("leaves") > 1 for thought, _ in filter(None, found))  # a dead end, then another first step
+    thought, expression = search_trace([50, 49, 48, 47, 46], 27, lambda target: True)  # its first line has one
+    assert thought.endswith("145 - 95 = 50 no\nnear 50") and check(expression, [50, 49, 48, 47, 46], 50) == "correct"
 
 
 def test_who_gives_up_says_so_and_answers_the_nearest_try():
