@@ -70,9 +70,9 @@ def write(
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
-        quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
+        quality: from `quality.compare_quality`; shown with the evaluations of those runs.
         title: of the page; default: the number of runs and their tasks.
-        fronts: what stands before everything else.
+        fronts: parts to show before everything else.
 
     Returns:
         The files: the page first.
@@ -287,15 +287,15 @@ class Page:
     def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
         """Return the figures of runs that differ in the budget of a thought, with a sentence on each curve."""
         found = budgets.curves(runs)
-        said = " ".join(budgets.sentence(curve) for curve in found)
-        told = "; ".join(
+        note = " ".join(budgets.sentence(curve) for curve in found)
+        label = "; ".join(
             f"{curve.name}, {budgets.budget_name(point.budget)}: {percent(point.accuracy)} %"
             for curve in found
             for point in curve.points
         )
         titles = {"budget": "Accuracy by budget of thought", "tokens": "Accuracy by tokens really used"}
         return [
-            self.picture(f"accuracy-by-{by}", title, told, partial(figures.budgets, found, by), said)
+            self.picture(f"accuracy-by-{by}", title, label, partial(figures.budgets, found, by), note)
             for by, title in titles.items()
             if any(getattr(point, by) is not None for curve in found for point in curve.points)
         ]
