@@ -557,12 +557,16 @@ def marked(text: str, forced: Any) -> str:
     """
     spans = forced if isinstance(forced, list | tuple) else ()
     spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
-    for start, end in sorted(spans, reverse=True):
+    parts, done = [], 0
+    for start, end in sorted(spans):
+        if not done <= start <= end:  # only in a damaged file
+            continue
         put = text[start:end]
         closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
         inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
-        text = f"{text[:start]}{f'⟦{put}⟧' if closed is None else inner}{text[end:]}"
-    return text
+        parts += [text[done:start], f"⟦{put}⟧" if closed is None else inner]
+        done = end
+    return "".join([*parts, text[done:]])
 
 
 def _figure(value: Any) -> float | None:
