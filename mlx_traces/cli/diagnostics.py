@@ -398,7 +398,8 @@ def nano_build(config_file: str | None, resume: bool, settings: dict) -> None:
             resume,
             lambda stage, step, steps, loss: shown.update(step, steps, [f"{stage}, loss {loss:.3f}"]),
         )
-    click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown")
+    data = "-".join(map(str, dict.fromkeys(config.operands)))
+    click.echo(f"written to {out}; try: mlx-traces eval --model {out} --task countdown --data {data}-numbers")
 
 
 @nano_group.command("reference")

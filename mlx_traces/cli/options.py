@@ -128,19 +128,8 @@ SECTIONS = {  # of a command's help, most used options first; the others come un
         *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
     ),
     "Output": (
-        *(
-            "config_file",
-            "out",
-            "runs_dir",
-            "baseline",
-            "format_",
-            "extractors",
-            "quality",
-            "scoring",
-            "resume",
-            "as_json",
-            "report_to",
-        ),
+        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "quality", "scoring", "resume"),
+        *("as_json", "report_to"),
     ),
 }
 

@@ -10,7 +10,7 @@ import click
 
 from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, settings_options
 from mlx_traces.cli.train import training_bar
-from mlx_traces.config import FilterConfig, GenerateConfig, ReformatConfig, ScoreConfig
+from mlx_traces.config import FilterConfig, GenerateConfig, RawConfig, ReformatConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, unknown
 from mlx_traces.records import Trace
 from mlx_traces.runtime.device import import_mlx
@@ -20,8 +20,7 @@ from mlx_traces.traces import FORMATS, files
 
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
-GIVE_UP = "Probability that the solver gives up after a no."
-DAUNTING = "Target at which the solver gives up after every other no: larger ones daunt it more.  [default: 0, none]"
+GIVE_UP, DAUNTING = (RawConfig.model_fields[name].description for name in ("give_up", "daunting"))
 SPLIT = "train, valid or test: never a shared set of numbers."
 
 
@@ -92,7 +91,7 @@ def data_countdown(
 @generated_problems
 @click.option("--prompt", "prompts", multiple=True, default=("thinking",), help=STYLE)
 @click.option("--give-up", type=click.FloatRange(0, 1), default=0.0, show_default=True, help=GIVE_UP)
-@click.option("--daunting", type=click.FloatRange(0), default=0.0, help=DAUNTING)
+@click.option("--daunting", type=click.FloatRange(0), default=0.0, show_default=True, help=DAUNTING)
 @click.option("--out", default="data/raw/countdown.jsonl", show_default=True, type=click.Path(), help="File to write.")
 def data_countdown_traces(
     count: int,

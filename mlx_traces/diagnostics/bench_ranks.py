@@ -95,7 +95,7 @@ def usable_cores() -> int:
 
 
 def threads_of(processes: int, cores: int) -> int:
-    """Return the most BLAS threads of each of some processes side by side; what the environment says wins."""
+    """Return the most BLAS threads of each of several processes; ``OPENBLAS_NUM_THREADS`` in the environment wins."""
     given = os.environ.get(THREADS, "")
     return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
 

@@ -180,13 +180,16 @@ class Prompts:
         index = mx.array(np.flatnonzero(trained))
         return states.reshape(-1, states.shape[-1])[index], mx.array(ids.reshape(-1))[index]
 
-    def pull_back(self, model: nn.Module, halves: Split, asked: Arrays, micro_tokens: int) -> Iterator[Any]:
-        """Yield parts of the parameters' gradient: that of the prompts' keys and values, taken through the prompts."""
+    def pull_back(self, model: nn.Module, halves: Split, pulls: Arrays, micro_tokens: int) -> Iterator[Any]:
+        """Yield parts of the parameters' gradient: that through the prompts' arrays.
+
+        ``pulls`` are the gradients with respect to the arrays of `read`.
+        """
         for chunk in self._chunks(micro_tokens):
 
             def product(chunk: slice = chunk) -> mx.array:  # its gradient takes theirs through the prompts
                 read = self._read(halves, chunk)
-                return sum((array * pull[chunk]).sum() for array, pull in zip(read, asked, strict=True))
+                return sum((array * pull[chunk]).sum() for array, pull in zip(read, pulls, strict=True))
 
             yield nn.value_and_grad(model, product)()[1]
 

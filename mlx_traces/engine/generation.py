@@ -193,22 +193,22 @@ def _run(
     while left:
         at_once = min(budget.size(rows), len(left))
         asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
-        with budget.trying(at_once, advice=ONE_ROW), limits():
+        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
+        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
             if axes != 0:
                 stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
             else:
                 stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
-            with blas.threads_for(loaded.model, at_once, distributed.world().size()):
-                for place, rollout in stream:
-                    done.add(left[place])
-                    yield left[place], rollout
+            for place, rollout in stream:
+                done.add(left[place])
+                yield left[place], rollout
         stream = None  # its arrays are not needed where it is tried again
         left = [index for index in left if index not in done]
         loaded.notes += [line for line in budget.notes if line not in loaded.notes]
 
 
 def reading_of(loaded: LoadedModel) -> Reading:
-    """Return how keys and values are passed to this backend's attention; ``loaded.notes`` tell of a slow way.
+    """Return how keys and values are passed to this backend's attention; note a slow way in ``loaded.notes``.
 
     Raises:
         UserError: if attention is wrong even of whole buffers.

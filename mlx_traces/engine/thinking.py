@@ -5,8 +5,8 @@ A small state machine reads each completion token by token. It knows whether a t
 token that comes before ``think_at_least`` tokens is replaced by a continuation, ``Wait``. The machine depends on the
 completion alone, so a row has the same tokens in a batch as alone.
 
-The next step reads a token before the host knows it, but the host then knows all tokens before that one. So it knows
-what has to stand there, and which tokens would close the thought there: that is enough to choose as the token is read.
+A decode step is dispatched before the host has the token that it reads. But the host has all tokens before that one, so
+it knows which token is forced there, or which tokens would close the thought; the device then replaces the drawn token.
 """
 
 import re

@@ -70,9 +70,9 @@ def write(
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
         baseline: name of the run that others are compared with; default: the first of its problems.
-        quality: from `quality.compare_quality`; it stands with the evaluations of those runs.
+        quality: from `quality.compare_quality`; shown with the evaluations of those runs.
         title: of the page; default: the number of runs and their tasks.
-        fronts: what stands before everything else.
+        fronts: parts to show before everything else.
 
     Returns:
         The files: the page first.
@@ -287,15 +287,15 @@ class Page:
     def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
         """Return the figures of runs that differ in the budget of a thought, with a sentence on each curve."""
         found = budgets.curves(runs)
-        said = " ".join(budgets.sentence(curve) for curve in found)
-        told = "; ".join(
+        note = " ".join(budgets.sentence(curve) for curve in found)
+        label = "; ".join(
             f"{curve.name}, {budgets.budget_name(point.budget)}: {percent(point.accuracy)} %"
             for curve in found
             for point in curve.points
         )
         titles = {"budget": "Accuracy by budget of thought", "tokens": "Accuracy by tokens really used"}
         return [
-            self.picture(f"accuracy-by-{by}", title, told, partial(figures.budgets, found, by), said)
+            self.picture(f"accuracy-by-{by}", title, label, partial(figures.budgets, found, by), note)
             for by, title in titles.items()
             if any(getattr(point, by) is not None for curve in found for point in curve.points)
         ]
@@ -552,12 +552,16 @@ def marked(text: str, forced: Any) -> str:
     """
     spans = forced if isinstance(forced, list | tuple) else ()
     spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
-    for start, end in sorted(spans, reverse=True):
+    parts, done = [], 0
+    for start, end in sorted(spans):
+        if not done <= start <= end:  # only in a damaged file
+            continue
         put = text[start:end]
         closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
         inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
-        text = f"{text[:start]}{f'⟦{put}⟧' if closed is None else inner}{text[end:]}"
-    return text
+        parts += [text[done:start], f"⟦{put}⟧" if closed is None else inner]
+        done = end
+    return "".join([*parts, text[done:]])
 
 
 def _figure(value: Any) -> float | None:

@@ -174,13 +174,14 @@ def to_csv(frame: pd.DataFrame) -> str:
 def to_json(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     """Return the comparison as ``{"rows": [...]}``, each row with ``JSON_KEYS``; missing values are None.
 
-    A comparison that knows them also has ``true_equations``, one of recipes ``trainings`` and ``spread``, one that may
-    have stopped early ``stopped``.
+    Rows also have ``true_equations`` if the comparison has them, and ``trainings`` and ``spread`` if it has recipes.
+    The comparison has ``stopped`` if it may have stopped early.
     """
     keys = [*JSON_KEYS, *(("trainings", "spread") if frame["trainings"].max() > 1 else ())]
     keys += ["true_equations"] if "true_equations" in frame else []
     rows = [{key: row[key] for key in keys} for row in records(frame)]
-    return {"rows": rows, **({"stopped": said} if (said := frame.attrs.get("stopped")) else {})}
+    stopped = frame.attrs.get("stopped")
+    return {"rows": rows, **({"stopped": stopped} if stopped else {})}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

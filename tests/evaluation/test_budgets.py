@@ -46,6 +46,9 @@ def test_text_that_was_put_there_is_in_brackets():
     spans = [[10, 14], [17, 27]]
     assert page.marked(text, spans) == "<think>\nab⟦Wait⟧\ncd\n⟦closed here by the budget⟧\n</think>\n5"
     assert page.marked(text, None) == page.marked(text, [[1], "x", [1, None]]) == page.marked(text, 7) == text
+    assert page.marked(text, [[8, 10], [9, 14], [10, 14], [27, 3]]) == text[:8] + "⟦ab⟧⟦Wait⟧" + text[14:]  # damaged
+    many = page.marked("x" * 100_000, [[0, 100_000]] * 10_000)
+    assert many == f"⟦{'x' * 100_000}⟧"
 
 
 def test_runs_without_bounds_are_named_as_before():
