@@ -33,7 +33,7 @@ def resolved(config: AnswerConfig) -> AnswerConfig:
             raise UserError(f"--{name.replace('_', '-')} is for {local if served else remote} --endpoint")
     if not served:
         return config
-    if config.think_tokens is not None or config.think_at_least:
+    if config.bounded:
         raise UserError("--think-tokens and --think-at-least are for a model that is loaded here, not with --endpoint")
     address = normalized(config.endpoint)
     if "model" not in config.model_fields_set or not config.model.strip() or not config.model.isprintable():
