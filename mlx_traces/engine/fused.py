@@ -12,6 +12,7 @@ known here, without other parts, and if its logits on a probe are those of the m
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 
 import mlx.core as mx
@@ -31,6 +32,10 @@ LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
+# Of tanh(x), x times a polynomial in x * x over another, from Eigen's ptanh_float: the highest powers first.
+TOP = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+       1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03)  # fmt: skip
+BOTTOM = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
 
 class Step:
@@ -46,21 +51,21 @@ class Step:
         attention = model.layers[0].self_attn
         heads, groups, size = attention.n_heads, attention.n_kv_heads, attention.rope.dims
         mask, turn = window.mask(), self._turning(attention.rope, window.offset)
-        # A GPU's kernels first copy input that is not contiguous; so there the values are turned too, without use.
-        turned = heads + groups if self.backend == "cpu" else heads + 2 * groups
         h = model.model.embed_tokens(tokens)
+        if self.backend == "cpu":
+            mask = mx.zeros(1, h.dtype) if mask is None else mx.where(mask, 0, mx.finfo(h.dtype).min).astype(h.dtype)
         for layer, cache, (qkv, gate_up) in zip(model.layers, caches, self.joined, strict=True):
             attention = layer.self_attn
             x = qkv(layer.input_layernorm(h)).reshape(rows, heads + 2 * groups, 1, size)
-            qk = x[:, :turned]
+            qk = x  # the values are turned too, without use: input that is not contiguous would first be copied
             if "q_norm" in attention:
-                scales = [attention.q_norm.weight] * heads + [attention.k_norm.weight] * (turned - heads)
+                scales = [attention.q_norm.weight] * heads + [attention.k_norm.weight] * 2 * groups
                 qk = mx.fast.rms_norm(qk, None, attention.q_norm.eps) * mx.stack(scales)[:, None]
             qk = turn(qk)
             keys, values = cache.update_and_fetch(qk[:, heads : heads + groups], x[:, heads + groups :])
             h = _add(h, attention.o_proj, self._attend(qk[:, :heads], keys, values, attention.scale, mask))
             gate, up = mx.split(gate_up(layer.post_attention_layernorm(h)), 2, axis=-1)
-            h = _add(h, layer.mlp.down_proj, swiglu(gate, up))
+            h = _add(h, layer.mlp.down_proj, (_swiglu if self.backend == "cpu" else swiglu)(gate, up))
         h = model.model.norm(h)
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
 
@@ -75,10 +80,11 @@ class Step:
         unit = (mx.arange(rope.dims) < rope.dims // 2).astype(mx.float32)
         unit = mx.broadcast_to(unit, (len(offset), 1, 1, rope.dims))
         cos, sin = mx.split(rope(unit, offset=offset), 2, axis=-1)
+        sin = mx.concatenate([-sin, sin], axis=2)  # of the first half and of the second
 
         def turn(x: mx.array) -> mx.array:
-            a, b = mx.split(x, 2, axis=-1)
-            return mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+            halves = x.reshape(*x.shape[:2], 2, -1)
+            return (halves * cos + halves[:, :, ::-1] * sin).reshape(x.shape).astype(x.dtype)
 
         return turn
 
@@ -87,15 +93,18 @@ class Step:
     ) -> mx.array:
         """Return (R, heads x size) from (R, heads, 1, size) queries and (R, groups, K, size) keys and values.
 
-        Where MLX has no kernel, on a CPU and for a mask on CUDA, the queries of a group are one product.
+        Where MLX has no kernel, on a CPU and for a mask on CUDA, the queries of a group are one product. On a CPU
+        the mask is what the product adds.
         """
         rows, groups, _, size = keys.shape
         if self.backend == "metal" or (self.backend == "cuda" and mask is None):
             out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         else:
-            scores = (queries * scale).reshape(rows, groups, -1, size) @ keys.swapaxes(-1, -2)
-            if mask is not None:
-                scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+            grouped, keys = (rows, groups, -1, size), keys.swapaxes(-1, -2)
+            if self.backend == "cpu":
+                scores = mx.addmm(mask, queries.reshape(grouped), keys, alpha=scale)
+            else:
+                scores = mx.where(mask, (queries * scale).reshape(grouped) @ keys, mx.finfo(queries.dtype).min)
             out = mx.softmax(scores, axis=-1, precise=True) @ values
         return out.reshape(rows, -1)
 
@@ -240,6 +249,22 @@ def _right(model: nn.Module, step: Step) -> bool:
         return all(decodes_right(model, 4, those, step) for those in (rows, rows[:1]))
     finally:
         model.train(training)
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return ``silu(gate) * up`` on a CPU, by Eigen's rational approximation of tanh.
+
+    It is within 3e-7 x max(1, abs(gate)) in float32. MLX's own takes 16 ns a number on x86; this takes 7 for 32 rows of
+    nano and 4 for 128.
+    """
+    x = mx.clip(gate.astype(mx.float32) / 2, -7.9, 7.9)
+    square, top, bottom = x * x, TOP[0], BOTTOM[0]
+    for number in TOP[1:]:
+        top = top * square + number
+    for number in BOTTOM[1:]:
+        bottom = bottom * square + number
+    return (gate * (x * top / bottom / 2 + 0.5) * up).astype(up.dtype)
 
 
 def _add(h: mx.array, linear: nn.Module, x: mx.array) -> mx.array:

@@ -253,9 +253,11 @@ def draw(
         logprobs=logprobs,
         candidates=candidates,
     )
-    divisor = np.where(greedy, 1, np.maximum(temperature, 1e-6))
-    columns = (uniforms, 1 / divisor, *settings[:, 1:].T)
-    given = (*(np.asarray(column, np.float32) for column in columns), greedy, filtered)
+    given: tuple[np.ndarray, ...] = ()
+    if kind.greedy < 1:
+        divisor = np.where(greedy, 1, np.maximum(temperature, 1e-6))
+        columns = (uniforms, 1 / divisor, *settings[:, 1:].T)
+        given = (*(np.asarray(column, np.float32) for column in columns), greedy, filtered)
     tokens, *values = _drawing(kind, not on_cpu)(logits, *map(mx.array, given))
     return tokens, values[0] if logprobs else None
 
@@ -288,24 +290,19 @@ def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
     return mx.compile(drawn) if compiled else drawn
 
 
-def _draw(
-    kind: _Kind,
-    logits: mx.array,
-    uniforms: mx.array,
-    factor: mx.array,
-    top_p: mx.array,
-    min_p: mx.array,
-    top_k: mx.array,
-    greedy: mx.array,
-    filtered: mx.array,
-) -> list[mx.array]:
-    """Return the tokens, and log-probabilities if they are wanted; see `draw`. All but the logits are (R,)."""
+def _draw(kind: _Kind, logits: mx.array, *given: mx.array) -> list[mx.array]:
+    """Return the tokens, and log-probabilities if they are wanted; see `draw`.
+
+    ``given``, (R,) each: uniforms, factor, top_p, min_p, top_k, greedy, filtered; nothing where all rows are greedy, as
+    a small model's draw is short beside moving them to the device.
+    """
     best, greatest = _likeliest(logits) if kind.greedy else (None, None)
     if kind.greedy == 1:
         if not kind.logprobs:
             return [mx.where(mx.isfinite(greatest), best, NO_TOKEN)]
         own = greatest.astype(mx.float32) - _total(logits.astype(mx.float32))
         return [mx.where(mx.isfinite(own), best, NO_TOKEN), mx.stack([mx.zeros_like(own), own], axis=-1)]
+    uniforms, factor, top_p, min_p, top_k, greedy, filtered = given
     wide = logits.astype(mx.float32)
     if kind.filtered < 1:
         scaled = wide if kind.plain else wide * factor[:, None]

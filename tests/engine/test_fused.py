@@ -360,3 +360,15 @@ def test_a_real_model_answers_the_same_within_float32s_rounding(real_model, monk
         np.testing.assert_allclose(own.model_logprobs, found[1][index].model_logprobs, atol=5e-5)
     for rollouts in found:  # of the step and of the modules
         assert 0 < from_float64(loaded, rollouts.values())[1] < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(mx.float32, 3e-7), (mx.float16, 1e-3)])
+def test_the_cpus_gate_is_float64s_within_rounding(dtype, most):
+    gate = mx.array([*np.linspace(-100, 100, 20001), 0, 3e4, -3e4]).astype(dtype)
+    wide = np.array(gate, np.float64)
+    with np.errstate(over="ignore"):
+        wanted = wide / (1 + np.exp(-wide))
+    found = fused._swiglu(gate, mx.ones_like(gate))
+    assert found.dtype == dtype
+    assert (np.abs(np.array(found, np.float64) - wanted) <= most * np.maximum(1, np.abs(wide))).all()
+    assert mx.isnan(fused._swiglu(mx.array([mx.nan]), mx.ones(1))).all()
