@@ -113,9 +113,10 @@ def generate(
         usage: is filled in as the engine runs.
 
     Raises:
-        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
-            or a prompt that leaves no room for ``max_tokens`` in the model's context; as it runs, if the model's
-            outputs are not finite numbers, or a single row does not fit in the memory.
+        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1, bounds on
+            a thought where there will be none, or a prompt that leaves no room for ``max_tokens`` in the model's
+            context; as it runs, if the model's outputs are not finite numbers, or a single row does not fit in the
+            memory.
     """
     requests = list(requests)
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
@@ -128,6 +129,10 @@ def generate(
         length = len(request.prompt_ids)
         if not length:
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
+        if settings.bound and request.thoughtless:
+            raise UserError(
+                f"{settings.bound}: {loaded.name}, prompt {index + 1} of {len(requests)}: {request.thoughtless}"
+            )
         if loaded.context is not None and length + settings.longest > loaded.context:
             raise UserError(
                 f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more pass "
@@ -184,27 +189,26 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that did not fit are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    with blas.threads_for(loaded.model, 1):
+    with blas.threads_for(loaded.model, rows, distributed.world().size()):
         axes = mask_axes(loaded.model) if plain else 0
-    if axes is None:
-        _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
-        rows = 1
-    left, budget = list(range(len(requests))), loaded.row_budget
-    while left:
-        at_once = min(budget.size(rows), len(left))
-        asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
-        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
-        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
-            if axes != 0:
-                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
-            else:
-                stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
-            for place, rollout in stream:
-                done.add(left[place])
-                yield left[place], rollout
-        stream = None  # its arrays are not needed where it is tried again
-        left = [index for index in left if index not in done]
-        loaded.notes += [line for line in budget.notes if line not in loaded.notes]
+        if axes is None:
+            _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
+            rows = 1
+        left, budget = list(range(len(requests))), loaded.row_budget
+        while left:
+            at_once = min(budget.size(rows), len(left))
+            asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
+            with budget.trying(at_once, advice=ONE_ROW), limits():
+                if axes != 0:
+                    stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
+                else:
+                    stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
+                for place, rollout in stream:
+                    done.add(left[place])
+                    yield left[place], rollout
+            stream = None  # its arrays are not needed where it is tried again
+            left = [index for index in left if index not in done]
+            loaded.notes += [line for line in budget.notes if line not in loaded.notes]
 
 
 def reading_of(loaded: LoadedModel) -> Reading:
@@ -304,7 +308,7 @@ class _Engine:
         self.more = np.zeros(rows, np.int32)  # the token that replaces one of those
         self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
-        self.bounded = any(settings.think_tokens is not None or settings.think_at_least for settings in params)
+        self.bounded = any(settings.bound for settings in params)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.candidates = CANDIDATES

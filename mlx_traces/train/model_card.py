@@ -24,8 +24,7 @@ from mlx_traces.models import adapter_config, names
 from mlx_traces.readers import is_file, is_number, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
-from mlx_traces.runtime.fingerprints import doubt
-from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.runtime.fingerprints import doubt, fingerprint
 from mlx_traces.runtime.run_folder import RunFolder, best_of, existing
 from mlx_traces.tasks import TASKS, gsm8k, math
 from mlx_traces.text import clean, interval, percent

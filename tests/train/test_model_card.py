@@ -16,7 +16,7 @@ from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import run
 from mlx_traces.rl import grpo
-from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.train import fuse, model_card, sft
 
 ROOT = Path(__file__).parents[2]
