@@ -88,6 +88,13 @@ def test_the_shipped_adapters_have_cards_that_say_what_was_measured():
         assert card.data.model_name == name and "n = 1,000" in card.data.eval_results[0].metric_name
 
 
+def test_generated_problems_are_called_so(tmp_path):
+    told = {"3-numbers": "from generated problems (`3-numbers`),", str(tmp_path / "own.jsonl"): "from the data of `"}
+    for data, expected in told.items():
+        (line,) = model_card._data_lines({"task": "countdown", "data": data}, "grpo")
+        assert expected in line
+
+
 def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     file = tmp_path / "traces.jsonl"
     asked = [[{"role": "user", "content": f"{i}+1"}] for i in range(6)]
