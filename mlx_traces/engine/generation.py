@@ -189,26 +189,27 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that did not fit are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    with blas.threads_for(loaded.model, rows, distributed.world().size()):
+    with blas.threads_for(loaded.model, 1):
         axes = mask_axes(loaded.model) if plain else 0
-        if axes is None:
-            _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
-            rows = 1
-        left, budget = list(range(len(requests))), loaded.row_budget
-        while left:
-            at_once = min(budget.size(rows), len(left))
-            asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
-            with budget.trying(at_once, advice=ONE_ROW), limits():
-                if axes != 0:
-                    stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
-                else:
-                    stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
-                for place, rollout in stream:
-                    done.add(left[place])
-                    yield left[place], rollout
-            stream = None  # its arrays are not needed where it is tried again
-            left = [index for index in left if index not in done]
-            loaded.notes += [line for line in budget.notes if line not in loaded.notes]
+    if axes is None:
+        _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
+        rows = 1
+    left, budget = list(range(len(requests))), loaded.row_budget
+    while left:
+        at_once = min(budget.size(rows), len(left))
+        asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
+        threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
+        with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
+            if axes != 0:
+                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
+            else:
+                stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
+            for place, rollout in stream:
+                done.add(left[place])
+                yield left[place], rollout
+        stream = None  # its arrays are not needed where it is tried again
+        left = [index for index in left if index not in done]
+        loaded.notes += [line for line in budget.notes if line not in loaded.notes]
 
 
 def reading_of(loaded: LoadedModel) -> Reading:

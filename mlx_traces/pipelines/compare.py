@@ -296,7 +296,9 @@ def until_decided(
     """
     finished, found = runs_and_entries(config, say)
     if finished:
-        raise UserError("--stop-when-decided evaluates models block by block; finished runs cannot go on: name models")
+        raise UserError(
+            "--stop-when-decided evaluates models block by block and cannot continue finished runs; name models"
+        )
     if config.cluster or any(entry.recipe for entry in found):
         what = "--cluster" if config.cluster else "several trainings of a recipe"
         raise UserError(f"--stop-when-decided tests problem by problem, so it does not go with {what}")
