@@ -12,7 +12,6 @@ from typing import Any
 from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, given
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
-from mlx_traces.evaluation.local import refuse_without_thought
 from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
@@ -69,8 +68,8 @@ def generate(
     """
     loaded = load(model) if isinstance(model, str) else model
     turns = [[{"role": "user", "content": p}] if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts]
-    rendered = [loaded.render_turns(messages, thinking=thinking) for messages in turns]
-    requests = [Request(prompt.ids, seed + i, prompt.opened) for i, prompt in enumerate(rendered)]
+    rendered = [loaded.chat.prompt(messages, thinking=thinking) for messages in turns]
+    requests = [Request.of(prompt, seed + i) for i, prompt in enumerate(rendered)]
     params = SamplingParams(
         *(max_tokens, temperature, top_p, top_k, min_p, tuple(stop)),
         stop_in_thoughts=stop_in_thoughts,
@@ -78,8 +77,6 @@ def generate(
         think_at_least=think_at_least,
         think_more=think_more,
     )
-    for i, prompt in enumerate(rendered):
-        refuse_without_thought(loaded, prompt, f"prompt {i}", params)
     with merged(loaded.model, loaded.backend):
         rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows
         done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))

@@ -92,7 +92,7 @@ class ThinkingConfig(Config):
         description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
     )
     think_at_least: Annotated[int, Field(ge=0)] = Field(
-        0, exclude_if=not_, description="Least tokens of a thought; a thought that ends sooner goes on with think_more."
+        0, exclude_if=not_, description="Least tokens of a thought; think_more continues one that would end sooner."
     )
     think_more: Annotated[str, Field(min_length=1)] = Field(
         "Wait", exclude_if="Wait".__eq__, description="Text that replaces the end of a thought below think_at_least."
@@ -178,7 +178,7 @@ class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
     growing: bool = Field(
         False,
         exclude_if=not_,
-        description="Take the problems in a random order (--seed), so that a run goes on with a larger --limit.",
+        description="Take the problems in a random order (--seed), so that a run can continue with a larger --limit.",
     )
 
 

@@ -34,7 +34,7 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.models.names import NANO
 from mlx_traces.readers import read_json
 from mlx_traces.runtime.files import to_json, write_atomic
-from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.runtime.provenance import provenance
 from mlx_traces.tasks import countdown
 from mlx_traces.traces import encoding
 from mlx_traces.traces.solutions import countdown_traces
@@ -84,7 +84,7 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
     stored = load_reference() if stored is None else stored
     loaded = loading.load(NANO) if loaded is None else loaded
     try:
-        if stored["nano"] != fingerprint(loaded.path):
+        if stored["nano"] != loaded.fingerprints["model"]:
             raise UserError("nano's files are not those that the self-test's numbers were made with")
         dtype = weight_name(loaded.model.model.norm.weight.dtype)
         allowed = TOLERANCES["float16" if dtype == "float32" and loaded.backend.name != "cpu" else dtype]
@@ -209,7 +209,7 @@ def reference() -> dict[str, Any]:
     return {
         "made_by": "mlx-traces nano reference",
         "versions": made["versions"],
-        "nano": fingerprint(loaded.path),
+        "nano": loaded.fingerprints["model"],
         "training": {name: round(value, 7) for name, value in step_of(loaded).items()},
         "completions": completions,
     }

@@ -113,9 +113,10 @@ def generate(
         usage: is filled in as the engine runs.
 
     Raises:
-        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1,
-            or a prompt that leaves no room for ``max_tokens`` in the model's context; as it runs, if the model's
-            outputs are not finite numbers, or a single row does not fit in the memory.
+        UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1, bounds on
+            a thought where there will be none, or a prompt that leaves no room for ``max_tokens`` in the model's
+            context; as it runs, if the model's outputs are not finite numbers, or a single row does not fit in the
+            memory.
     """
     requests = list(requests)
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
@@ -128,6 +129,10 @@ def generate(
         length = len(request.prompt_ids)
         if not length:
             raise UserError(f"prompt {index + 1} of {len(requests)} is empty")
+        if settings.bound and request.thoughtless:
+            raise UserError(
+                f"{settings.bound}: {loaded.name}, prompt {index + 1} of {len(requests)}: {request.thoughtless}"
+            )
         if loaded.context is not None and length + settings.longest > loaded.context:
             raise UserError(
                 f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more pass "
@@ -304,7 +309,7 @@ class _Engine:
         self.more = np.zeros(rows, np.int32)  # the token that replaces one of those
         self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
-        self.bounded = any(settings.think_tokens is not None or settings.think_at_least for settings in params)
+        self.bounded = any(settings.bound for settings in params)
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.candidates = CANDIDATES

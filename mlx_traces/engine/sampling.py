@@ -12,6 +12,7 @@ import numpy as np
 from mlx_traces.engine.logprobs import blocks
 from mlx_traces.engine.thinking import Thinking, reader_of
 from mlx_traces.errors import UserError
+from mlx_traces.models.chat import Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.tasks.thoughts import after_last, still_open, usual
@@ -55,6 +56,11 @@ class SamplingParams:
     think_more: str = "Wait"
 
     @property
+    def bound(self) -> str:
+        """The name of the setting that bounds thoughts, empty if none does."""
+        return "think_tokens" if self.think_tokens is not None else "think_at_least" if self.think_at_least else ""
+
+    @property
     def longest(self) -> int:
         """The most tokens of a completion, its thought included."""
         return self.max_tokens + (self.think_tokens or 0)
@@ -87,12 +93,19 @@ class SamplingParams:
 class Request:
     """A prompt to complete once; ``seed`` is that of this row's own random stream.
 
-    ``opened`` is the beginning of the assistant's turn that the prompt already has, such as an open thought.
+    ``opened`` is the beginning of the assistant's turn that the prompt already has, such as an open thought;
+    ``thoughtless`` is that of `Rendered`.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int = 0
     opened: str = ""
+    thoughtless: str = ""
+
+    @classmethod
+    def of(cls, prompt: Rendered, seed: int = 0) -> "Request":
+        """Return the request to complete a rendered prompt."""
+        return cls(prompt.ids, seed, prompt.opened, prompt.thoughtless)
 
 
 def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
@@ -130,7 +143,7 @@ class Ending:
 
     def _bounds(self) -> Thinking | None:
         params, tokenizer = self.params, self.loaded.tokenizer
-        if params.think_tokens is None and not params.think_at_least:
+        if not params.bound:
             return None
         more = tokenizer.encode(params.think_more, add_special_tokens=False) if params.think_at_least else ()
         reader, bounds = reader_of(tokenizer, self.loaded.own_tags), (params.think_tokens, params.think_at_least, more)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.models import names
 from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score, strata_of
-from mlx_traces.runtime.provenance import fingerprint, now, resolved_config
+from mlx_traces.runtime.fingerprints import fingerprint
+from mlx_traces.runtime.provenance import now
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.tasks.answers import as_asked
 from mlx_traces.tasks.prompts import Prompt, columns_of
@@ -31,13 +33,15 @@ class Source:
     """Where completions come from: the engine with a loaded model, or a server.
 
     ``identity`` is added to the run's identity, ``details`` to ``run.json``. ``notes`` are lines for the user; the list
-    may grow while completions come. ``memory`` returns the peak in 1e9 bytes, None if it is not known.
+    may grow while completions come. ``files`` are the fingerprints of a loaded model. ``memory`` returns the peak in
+    1e9 bytes, None if it is not known.
     """
 
     generate: Generate
     identity: dict[str, Any]
     details: dict[str, Any]
     notes: list[str]
+    files: Mapping[str, str | None] | None = None
     memory: Callable[[], float | None] = lambda: None
 
 
@@ -99,10 +103,19 @@ class Plan:
         """The completions to sample, in order: (problem, sample) pairs."""
         return [(problem, sample) for problem in self.problems for sample in range(self.config.samples)]
 
-    def resolved(self, model: Path | None = None) -> dict[str, Any]:
-        """Return every resolved setting and fingerprints, for ``run.json``; ``model`` is a loaded model's folder."""
-        settings = {**self.config.model_dump(mode="json"), "prompt": self.prompt.name, "extractor": self.extractor}
-        return resolved_config(settings, model, self.config.adapter, problems=[problem.id for problem in self.problems])
+    @cached_property
+    def files(self) -> dict[str, str | None]:
+        """The fingerprints of a model that is a folder and of the adapter, for the identity; read once."""
+        folder, adapter = names.local_folder(self.config.model), self.config.adapter
+        return {
+            "model_files": fingerprint(folder) if folder else None,
+            "adapter_files": fingerprint(Path(adapter)) if adapter else None,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every resolved setting, as plain JSON."""
+        return {**self.config.model_dump(mode="json"), "prompt": self.prompt.name, "extractor": self.extractor}
 
     def shown(self) -> str:
         """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""
@@ -126,13 +139,11 @@ class Plan:
         }
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
-        folder = names.local_folder(config.model)
         stops = self.prompt.chat and self.prompt.stop and not config.stop_in_thoughts
         return {
             **shared,
             **({"stops": "after thoughts"} if stops else {}),
-            "model_files": fingerprint(folder) if folder else None,
-            "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
+            **self.files,
         }
 
 

@@ -6,20 +6,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import AnswerConfig
 from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
-from mlx_traces.engine.thinking import NONE, reader_of
-from mlx_traces.errors import UserError
 from mlx_traces.evaluation.completion import Completion, Sample
 from mlx_traces.evaluation.evaluator import Generate, Plan, Source, grade_sample, sample_seed
 from mlx_traces.models import adapters, loading
-from mlx_traces.models.chat import Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Problem, Rollout
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.run_folder import RunFolder
-from mlx_traces.tasks.thoughts import OPENERS, TAGS
 
 
 @contextmanager
@@ -38,9 +33,9 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
             planned = replace(planned, config=config)
             details = {"own_tags": loaded.own_tags} if loaded.own_tags else {}
             details |= {"backend": asdict(loaded.backend), "rows": config.rows, "ranks": distributed.world().size()}
-            details |= planned.resolved(loaded.path)
             completions, memory = completions_of(loaded, planned, stop=stop), device.peak_memory_gb
-            yield planned, folder, Source(completions, identity_of(loaded), details, loaded.notes, memory)
+            source = Source(completions, identity_of(loaded), details, loaded.notes, loaded.fingerprints, memory)
+            yield planned, folder, source
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -81,10 +76,8 @@ def completions_of(
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:
         prompts = [loaded.render(planned.prompt, problem, config.thinking) for problem, _ in todo]
-        if prompts:
-            refuse_without_thought(loaded, prompts[0], f"prompt {planned.prompt.name}", config)
         seeds = [sample_seed(config.seed, problem.id, sample) for problem, sample in todo]
-        requests = [Request(prompt.ids, seed, prompt.opened) for prompt, seed in zip(prompts, seeds, strict=True)]
+        requests = [Request.of(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
         def sampled(indices: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
             """Complete some of the requests."""
@@ -99,29 +92,6 @@ def completions_of(
         )
 
     return completions
-
-
-def refuse_without_thought(
-    loaded: LoadedModel, prompt: Rendered, name: str, bounds: AnswerConfig | SamplingParams
-) -> None:
-    """Raise UserError if there are bounds but no thought: none is open or requested, or the template closes it.
-
-    ``name`` is the prompt's, for the message.
-    """
-    if bounds.think_tokens is None and not bounds.think_at_least:
-        return
-    setting = "think_tokens" if bounds.think_tokens is not None else "think_at_least"
-    reader, where = reader_of(loaded.tokenizer, loaded.own_tags), f"{loaded.name}, {name}"
-    if reader.begun(prompt.opened)[0] != NONE:
-        return
-    if prompt.closed:
-        raise UserError(f"{setting}: {where}: the chat template leaves no thought to bound; pass --thinking")
-    asked = prompt.text.lower()
-    if loaded.tokenizer.think_end is None and not any(opening.lower() in asked for opening in OPENERS):
-        raise UserError(
-            f"{setting}: {where}: neither the model nor the prompt has a tag for thoughts; pass a prompt that asks for "
-            f"one (--prompt thinking), or open one with --prefill {TAGS[0][0]!r}"
-        )
 
 
 def _shared(

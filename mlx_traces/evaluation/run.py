@@ -1,6 +1,6 @@
 """Evaluate: carry out a plan, with completions from the engine or a server, in a run folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,10 @@ from mlx_traces.records import EvalResult
 from mlx_traces.runtime.device import import_mlx
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.progress import progress as shown_progress
-from mlx_traces.runtime.provenance import provenance
 from mlx_traces.tasks import GRADER
 from mlx_traces.text import clean
+
+Show = Callable[[Sequence[Sample], int], None]
 
 
 def evaluate(
@@ -47,11 +48,14 @@ def evaluate(
         UserError: if the input is wrong.
     """
     planned = plan(given(EvalConfig, config, settings))
-    return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, progress)
+    with progress_bar(progress) as show:
+        return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, show)
 
 
-def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
+def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda samples, total: None) -> EvalResult:
     """Carry out a plan in the run folder ``path``.
+
+    ``show`` is called with the samples that are finished already and the number of all, then with each new sample.
 
     Raises:
         UserError: if the input is wrong.
@@ -75,18 +79,19 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
             old = f"{len(samples):,} samples were graded by version {clean(rules)[:20]} of the graders' rules"
             notes.append(f"{old}, the others by version {GRADER}; mlx-traces verify says where they differ")
         completions = source.generate(todo)  # refuses bad requests before anything is written
-        folder.begin(identity, {**provenance(), "grader": GRADER, **source.details})
+        ids = {"problems": [problem.id for problem in planned.problems]}
+        folder.begin(identity, planned.settings, source.files, ids, grader=GRADER, **source.details)
         if todo and folder.finished:
             folder.reopen()
         before = max((row["elapsed"] for row in samples), default=0.0)
         start = perf_counter()
-        with progress_bar(progress, len(wanted), samples) as advance:
-            for index, completion in completions:
-                row = grade_sample(planned, *todo[index], completion)
-                row["elapsed"] = round(before + perf_counter() - start, 3)
-                folder.log(folder.samples_path.name, row)
-                samples.append(row)
-                advance(row)
+        show(samples, len(wanted))
+        for index, completion in completions:
+            row = grade_sample(planned, *todo[index], completion)
+            row["elapsed"] = round(before + perf_counter() - start, 3)
+            folder.log(folder.samples_path.name, row)
+            samples.append(row)
+            show([row], len(wanted))
         if len(samples) < len(wanted):
             raise Stopped(f"stopped after {len(samples):,} of {len(wanted):,} completions")
         order = {(problem.id, sample): place for place, (problem, sample) in enumerate(wanted)}
@@ -97,20 +102,23 @@ def run(planned: Plan, path: Path, resume: bool, progress: bool) -> EvalResult:
 
 
 @contextmanager
-def progress_bar(show: bool, total: int, samples: list[Sample]) -> Iterator[Callable[[Sample], None]]:
-    """Yield a function to call with each finished sample; if ``show``, it updates the progress on stderr."""
-    if not show:
-        yield lambda row: None
+def progress_bar(wanted: bool) -> Iterator[Show]:
+    """Yield the ``show`` of `run` that keeps the progress on stderr up to date, or does nothing unless ``wanted``."""
+    if not wanted:
+        yield lambda samples, total: None
         return
-    correct, tokens, start = sum(row["correct"] for row in samples), 0, perf_counter()
-    done = len(samples)
+    begun = done = correct = tokens = 0
     with shown_progress("eval") as shown:
-        shown.update(done, total)
 
-        def advance(row: Sample) -> None:
-            nonlocal correct, tokens, done
-            correct, tokens, done = correct + row["correct"], tokens + (row["tokens"] or 0), done + 1
-            speed = tokens / (perf_counter() - start)
+        def show(samples: Sequence[Sample], total: int) -> None:
+            nonlocal begun, done, correct, tokens
+            done, correct = done + len(samples), correct + sum(row["correct"] for row in samples)
+            if not begun:
+                begun = perf_counter()
+                shown.update(done, total)
+                return
+            tokens += sum(row["tokens"] or 0 for row in samples)
+            speed = tokens / (perf_counter() - begun)
             shown.update(done, total, [f"{100 * correct / done:.1f} % correct", f"{speed:.0f} tokens/s"])
 
-        yield advance
+        yield show

@@ -90,7 +90,7 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
                 server.notes.append("a server applies stop strings within thoughts too")
             if known and config.model not in known:
                 server.notes.append(f"the server's list of models does not name {config.model}")
-            yield planned, RunFolder(path), Source(generate, {}, details | planned.resolved(), server.notes)
+            yield planned, RunFolder(path), Source(generate, {}, details, server.notes)
         finally:
             server.close()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.tasks.prompts import Message
-from mlx_traces.tasks.thoughts import OPENERS, TAGS, Pair, closing_of, own_pair
+from mlx_traces.tasks.thoughts import OPENERS, TAGS, Pair, after_last, closing_of, own_pair, usual
 from mlx_traces.text import clean
 
 SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")  # names of the thinking switch
@@ -30,7 +30,8 @@ class Rendered:
     first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` + completion.
     ``turn`` is all that the template writes after the last message, the head of the assistant's turn included, and
     ``closed`` says that it closes a thought there. ``messages`` are the turns as the template got them, a system
-    message perhaps moved.
+    message perhaps moved. ``thoughtless`` says why the completion will have no thought, for an error; it is empty where
+    there may be one.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +40,7 @@ class Rendered:
     turn: str = ""
     closed: bool = False
     messages: tuple[Message, ...] = ()
+    thoughtless: str = ""
 
 
 @dataclass
@@ -184,7 +186,28 @@ class Chat:
             text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
         if prefill and not self.tokenizer.has_chat_template:
             text += " "
-        return Rendered(self.ids(text + prefill), text + prefill, opened + prefill, turn, closed, tuple(messages))
+        text, opened = text + prefill, opened + prefill
+        thoughtless = self._thoughtless(text, opened, closed)
+        return Rendered(self.ids(text), text, opened, turn, closed, tuple(messages), thoughtless)
+
+    def plain(self, text: str, prefill: str = "") -> Rendered:
+        """Return a text that no template frames, as the model reads it; ``prefill`` is its end."""
+        ids = tuple(self.tokenizer.encode(text))
+        return Rendered(ids, text, prefill, thoughtless=self._thoughtless(text, prefill, closed=False))
+
+    def _thoughtless(self, text: str, opened: str, closed: bool) -> str:
+        """Say why a completion will have no thought: none is open or requested, or the template closes it."""
+        if after_last(usual(opened, self.own_tags))[1]:
+            return ""
+        if closed:
+            return "the chat template leaves no thought to bound; pass --thinking"
+        asked = text.lower()
+        if self.tokenizer.think_end is not None or any(opening.lower() in asked for opening in OPENERS):
+            return ""
+        return (
+            "neither the model nor the prompt has a tag for thoughts; pass a prompt that asks for one "
+            f"(--prompt thinking), or open one with --prefill {TAGS[0][0]!r}"
+        )
 
     def _settled(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
         """Render; a system message that the template refuses or drops is put before the first question."""

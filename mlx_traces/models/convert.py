@@ -17,7 +17,8 @@ from mlx_lm.utils import compute_bits_per_weight, dequantize_model, load_model, 
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import names
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
-from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.runtime.fingerprints import fingerprint
+from mlx_traces.runtime.provenance import provenance
 
 
 @dataclass(frozen=True)

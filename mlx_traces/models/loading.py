@@ -17,9 +17,9 @@ from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.names import GET_ANEW, name_parts, resolve
 from mlx_traces.records import Problem
 from mlx_traces.runtime.device import Backend, choose
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.memory_budget import MemoryBudget
-from mlx_traces.runtime.provenance import fingerprint
-from mlx_traces.tasks.prompts import Message, Prompt, as_text
+from mlx_traces.tasks.prompts import Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
 
 # What a base model's chat template ends a turn with, where its configuration names only the end of a text.
@@ -63,14 +63,20 @@ class LoadedModel:
         """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
         return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str | None]:
+        """The fingerprints of its files, ``model``, and of its adapter's, ``adapter``; None without one. Read once."""
+        adapter = fingerprint(Path(self.adapter)) if self.adapter else None
+        return {"model": fingerprint(self.path), "adapter": adapter}
+
     def about(self) -> dict[str, Any]:
         """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
         return {
             "name": self.name,
             "revision": self.revision,
-            "fingerprint": fingerprint(self.path),
+            "fingerprint": self.fingerprints["model"],
             "adapter": self.adapter,
-            "adapter_fingerprint": fingerprint(Path(self.adapter)) if self.adapter else None,
+            "adapter_fingerprint": self.fingerprints["adapter"],
             "backend": asdict(self.backend),
         }
 
@@ -95,14 +101,9 @@ class LoadedModel:
         ``thinking`` sets the template's switch; ``None`` leaves it at the template's own default.
         """
         messages = prompt.messages(problem)
-        if not prompt.chat:
-            text = as_text(messages) + prompt.prefill
-            return Rendered(tuple(self.tokenizer.encode(text)), text, prompt.prefill)
-        return self.render_turns(messages, prompt.prefill, thinking)
-
-    def render_turns(self, messages: list[Message], prefill: str = "", thinking: bool | None = None) -> Rendered:
-        """Render a conversation by the chat template, up to the assistant's next turn."""
-        return self.chat.prompt(messages, prefill, thinking)
+        if prompt.chat:
+            return self.chat.prompt(messages, prompt.prefill, thinking)
+        return self.chat.plain(as_text(messages) + prompt.prefill, prompt.prefill)
 
     @cached_property
     def chat(self) -> Chat:

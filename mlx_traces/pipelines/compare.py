@@ -15,7 +15,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator, stats
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
-from mlx_traces.evaluation.run import run
+from mlx_traces.evaluation.run import evaluate, progress_bar, run
 from mlx_traces.models import names
 from mlx_traces.pipelines import quality
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
@@ -296,7 +296,9 @@ def until_decided(
     """
     finished, found = runs_and_entries(config, say)
     if finished:
-        raise UserError("--stop-when-decided evaluates models block by block; finished runs cannot go on: name models")
+        raise UserError(
+            "--stop-when-decided evaluates models block by block and cannot continue finished runs; name models"
+        )
     if config.cluster or any(entry.recipe for entry in found):
         what = "--cluster" if config.cluster else "several trainings of a recipe"
         raise UserError(f"--stop-when-decided tests problem by problem, so it does not go with {what}")
@@ -337,25 +339,25 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
     Raises:
         UserError: if the input is wrong, or a process apart dies.
     """
-    missing = not RunFolder(path).finished
+    missing, wanted = not RunFolder(path).finished, planned
     if planned.source:
         have = {row["id"] for row in lines_so_far(RunFolder(path).samples_path, ("id",))}
         count = count or len(planned.problems)
-        if missing or len(have) < count:
-            run(planned.first(max(count, len(have))), path, resume=path.exists(), progress=progress)
-        return by_extractor(part(read_run(path), planned.first(count)), planned.extractor)
-    if missing and apart:
+        missing, wanted = missing or len(have) < count, planned.first(max(count, len(have)))
+    if missing and apart and not planned.source:
         settings = planned.config.model_dump(exclude_unset=True)
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(_evaluate, settings, path, progress).result()
+                pool.submit(evaluate, out=path, resume=path.exists(), progress=progress, **settings).result()
         except BrokenProcessPool:
             raise UserError(
                 f"{path}: the process that evaluated it died, perhaps for lack of memory; try fewer rows"
             ) from None
     elif missing:
-        run(planned, path, resume=path.exists(), progress=progress)
-    return by_extractor(read_run(path), planned.extractor)
+        with progress_bar(progress) as show:
+            run(wanted, path, path.exists(), show)
+    stored = read_run(path)
+    return by_extractor(part(stored, planned.first(count)) if planned.source else stored, planned.extractor)
 
 
 def part(stored: Run, planned: Plan) -> Run:
@@ -367,11 +369,6 @@ def part(stored: Run, planned: Plan) -> Run:
     known = stored.result
     result = evaluator.summarize(planned, samples, stored.name, known["peak_memory_gb"], known["notes"])
     return replace(stored, result=known | asdict(result), samples=samples)
-
-
-def _evaluate(settings: dict[str, Any], path: Path, progress: bool) -> None:
-    """Evaluate in another process."""
-    run(evaluator.plan(build(EvalConfig, settings)), path, resume=path.exists(), progress=progress)
 
 
 class Compared(NamedTuple):

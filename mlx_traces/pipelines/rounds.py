@@ -42,7 +42,8 @@ from mlx_traces.records import Problem, Trace
 from mlx_traces.report import page
 from mlx_traces.rl import grpo, ppo, rewards, rollouts
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
-from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.runtime.fingerprints import fingerprint
+from mlx_traces.runtime.provenance import provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k, math
 from mlx_traces.text import p_text, percent

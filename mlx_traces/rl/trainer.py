@@ -25,7 +25,6 @@ from mlx_traces.rl import rewards, rollouts
 from mlx_traces.rl.rollouts import Group
 from mlx_traces.runtime import device, distributed
 from mlx_traces.runtime.fingerprints import fingerprint
-from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.train import loop, memory, tracking
 
@@ -171,11 +170,18 @@ class Setup:
         config, loaded, held_out = self.config, self.loaded, self.held_out
         found = memory.of_reinforcement(loaded, config, self.longest)
         self.notes += filter(None, [memory.fits(found, loaded.backend)])
-        asked = {"problems": [problem.id for problem in self.planned.problems]}
-        asked["held_out"] = [problem.id for problem in held_out.problems] if held_out else []
-        read = resolved_config(config.model_dump(mode="json"), loaded.path, config.adapter, **asked)
-        ran = {"backend": asdict(loaded.backend), "ranks": distributed.world().size()}
-        self.folder.begin(self.identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *self.notes]})
+        self.folder.begin(
+            self.identity,
+            config.model_dump(mode="json"),
+            loaded.fingerprints,
+            {
+                "problems": [problem.id for problem in self.planned.problems],
+                "held_out": [problem.id for problem in held_out.problems] if held_out else [],
+            },
+            backend=asdict(loaded.backend),
+            ranks=distributed.world().size(),
+            notes=[*loaded.notes, *self.notes],
+        )
 
 
 @contextmanager

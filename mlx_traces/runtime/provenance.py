@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.runtime.fingerprints import fingerprint
-
 PACKAGES = ("mlx-traces", "mlx", "mlx-lm", "transformers", "numpy")
 
 
@@ -25,22 +23,6 @@ def provenance() -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": now(),
     }
-
-
-def resolved_config(
-    config: dict[str, Any], model: Path | None, adapter: str | Path | None, **ids: Iterable[str]
-) -> dict[str, Any]:
-    """Return every setting as it was used, and fingerprints of the inputs, for ``run.json``.
-
-    Args:
-        config: the settings with all defaults filled in; plain JSON.
-        model: the model's folder, of a hub model that of its download; None for a model behind a server.
-        adapter: the adapter's folder.
-        **ids: the ids of problems or traces, in order, each list under the name of its use.
-    """
-    fingerprints = {"model": model and fingerprint(Path(model)), "adapter": adapter and fingerprint(Path(adapter))}
-    fingerprints |= {name: ids_digest(listed) for name, listed in ids.items()}
-    return {"config": config, "fingerprints": fingerprints}
 
 
 def ids_digest(ids: Iterable[str]) -> str | None:

@@ -10,6 +10,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.readers import is_number, parse_row, read_json, read_jsonl
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.fingerprints import doubt
+from mlx_traces.runtime.provenance import ids_digest, provenance
 
 SAMPLE_COLUMNS = (
     *("id", "sample", "question", "tokens", "finish_reason", "extracted", "extractions", "verdicts", "gold", "correct"),
@@ -113,13 +114,31 @@ class RunFolder:
                 "choose another --out"
             )
 
-    def begin(self, identity: dict[str, Any], details: dict[str, Any]) -> None:
-        """Make the folder and write ``run.json``: the identity, and details such as versions and device."""
+    def begin(
+        self,
+        identity: dict[str, Any],
+        config: dict[str, Any],
+        files: Mapping[str, str | None] | None = None,
+        ids: Mapping[str, Iterable[str]] | None = None,
+        **details: Any,
+    ) -> None:
+        """Make the folder and write ``run.json``, which says how the run is made.
+
+        Args:
+            identity: what decides the result.
+            config: every setting as it is used; plain JSON.
+            files: fingerprints of the loaded ``model`` and its ``adapter``; None for a model behind a server.
+            ids: the ids of problems or traces, in order, each list under the name of its use.
+            **details: further entries, such as the device.
+        """
         if self.begun:
             return
+        digests = {name: ids_digest(listed) for name, listed in (ids or {}).items()}
+        about = {"identity": identity, **provenance(), **details, "config": config}
+        about["fingerprints"] = {"model": None, "adapter": None, **(files or {}), **digests}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "run.json", to_json({"identity": identity, **details}))
+            write_atomic(self.path / "run.json", to_json(about))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 

@@ -14,7 +14,6 @@ from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.readers import read_jsonl
 from mlx_traces.records import Problem, Trace
-from mlx_traces.runtime.provenance import fingerprint
 from mlx_traces.tasks.prompts import Prompt, load_prompt
 from mlx_traces.tasks.thoughts import answer_part
 from mlx_traces.traces.quality import last_turn
@@ -89,7 +88,7 @@ def replies(
         keys.append(key)
         fits = loaded.context is None or len(rendered.ids) + max_tokens <= loaded.context
         if fits and key not in cache.replies:
-            requests[key] = sampling.Request(rendered.ids, opened=rendered.opened)
+            requests[key] = sampling.Request.of(rendered)
     asked, params = list(requests), sampling.SamplingParams(max_tokens=max_tokens, stop=prompt.stop)
     if asked:
         with adapters.merged(loaded.model, loaded.backend):
@@ -101,8 +100,8 @@ def replies(
 
 def identity_of(loaded: Any) -> list[str | None]:
     """Return the names of a model and its adapter, then the fingerprints of their files."""
-    own = fingerprint(Path(loaded.adapter)) if loaded.adapter else None
-    return [loaded.name, loaded.adapter, loaded.revision or fingerprint(loaded.path), own]
+    files = loaded.fingerprints
+    return [loaded.name, loaded.adapter, loaded.revision or files["model"], files["adapter"]]
 
 
 # ---------------------------------------------------------------------------------- a judge

@@ -20,7 +20,8 @@ from mlx_traces.errors import UserError, choices, first_line
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.convert import GROUP, LEFT_BEHIND, add_up, own_dtype, weight_name
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
-from mlx_traces.runtime.provenance import fingerprint, provenance
+from mlx_traces.runtime.fingerprints import fingerprint
+from mlx_traces.runtime.provenance import provenance
 from mlx_traces.traces import encoding
 from mlx_traces.traces.files import read_traces, source_of
 from mlx_traces.train import model_card, sft

@@ -44,7 +44,6 @@ from mlx_traces.evaluation import evaluator, local
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import device, memory_budget
-from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.run_folder import RunFolder, judged
 from mlx_traces.tasks.answers import forms_of
@@ -220,8 +219,7 @@ def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mappin
         "evaluate": held_out and held_out.model_dump(mode="json"),
         **own,
         **loaded.shown(),
-        "model_files": fingerprint(loaded.path),
-        "adapter_files": fingerprint(Path(config.adapter)) if config.adapter else None,
+        **{f"{name}_files": digest for name, digest in loaded.fingerprints.items()},
         "weights": loaded.backend.weights,
         "dtype": loaded.backend.dtype,
     }

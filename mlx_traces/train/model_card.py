@@ -24,10 +24,9 @@ from mlx_traces.models import adapter_config, names
 from mlx_traces.readers import is_file, is_number, read_json
 from mlx_traces.runtime import hub
 from mlx_traces.runtime.files import on_the_way, write_atomic
-from mlx_traces.runtime.fingerprints import doubt
-from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.runtime.fingerprints import doubt, fingerprint
 from mlx_traces.runtime.run_folder import RunFolder, best_of, existing
-from mlx_traces.tasks import TASKS, gsm8k, math
+from mlx_traces.tasks import TASKS, countdown, gsm8k, math
 from mlx_traces.text import clean, interval, percent
 from mlx_traces.traces.files import manifest_path
 
@@ -333,6 +332,8 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
         known = _own_set(task, training.get("split", "train"))
         own = f"the data set {code(known)}" if known else "generated problems" if task in TASKS else "its own problems"
         source = own if data is None else f"the data of {code(last_parts(data))}"
+        if task == "countdown" and isinstance(data, str) and countdown.generated_operands(data):
+            source = f"generated problems ({code(data)})"
         prompt = training.get("prompt")
         yield f"Problems of the task {code(task)}, from {source}, graded by the task's own checker" + (
             f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."

@@ -29,7 +29,6 @@ from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace, problem_id
 from mlx_traces.runtime import distributed
-from mlx_traces.runtime.provenance import provenance, resolved_config
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.traces import encoding, filtering
 from mlx_traces.traces.files import read_traces
@@ -232,16 +231,20 @@ def _begin(
     longest = max(len(example.ids) for example in data.train)
     config = memory.fitted(config, loaded.backend, lambda config: memory.of_sft(loaded, config, longest))
     data.notes.extend(filter(None, [memory.fits(memory.of_sft(loaded, config, longest), loaded.backend)]))
-    read = resolved_config(
+    folder.begin(
+        identity,
         config.model_dump(mode="json"),
-        loaded.path,
-        config.adapter,
-        traces=[example.id for example in data.train],
-        valid=[example.id for example in data.valid],
-        held_out=[problem.id for problem in data.held_out.problems] if data.held_out else [],
+        loaded.fingerprints,
+        {
+            "traces": [example.id for example in data.train],
+            "valid": [example.id for example in data.valid],
+            "held_out": [problem.id for problem in data.held_out.problems] if data.held_out else [],
+        },
+        backend=asdict(loaded.backend),
+        steps=last,
+        ranks=distributed.world().size(),
+        notes=[*loaded.notes, *data.notes],
     )
-    ran = {"backend": asdict(loaded.backend), "steps": last, "ranks": distributed.world().size()}
-    folder.begin(identity, {**provenance(), **read, **ran, "notes": [*loaded.notes, *data.notes]})
     return config, adapter
 
 

@@ -18,7 +18,6 @@ from mlx_traces.models.names import resolve
 from mlx_traces.records import EvalResult
 from mlx_traces.runtime import fingerprints
 from mlx_traces.runtime.fingerprints import doubt, fingerprint
-from mlx_traces.runtime.provenance import resolved_config
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder
 
 ABOUT = {
@@ -122,18 +121,24 @@ def test_a_comparison_reads_it_from_run_folders_and_keeps_it(tmp_path):
 
 
 def test_fingerprints_change_with_a_weight_an_adapter_and_a_problem(tmp_path):
+    model, adapter, places = tmp_path / "nano", tmp_path / "adapter", iter(range(99))
 
-    model, adapter = tmp_path / "nano", tmp_path / "adapter"
+    def begun(*given):
+        folder = RunFolder(tmp_path / f"run-{next(places)}")
+        folder.begin({}, *given)
+        return folder.about
+
     shutil.copytree(resolve("nano")[0], model)
     adapter.mkdir()
     (adapter / "adapters.safetensors").write_bytes(b"x")
 
     def now(*ids):
-        return resolved_config({"seed": 3}, model, adapter, problems=ids, held_out=[])["fingerprints"]
+        files = {"model": fingerprint(model), "adapter": fingerprint(adapter)}
+        return begun({"seed": 3}, files, {"problems": ids, "held_out": []})["fingerprints"]
 
     first = now("a", "b")
     assert first == now("a", "b") and first["held_out"] is None
-    assert resolved_config({"seed": 3}, None, None)["fingerprints"] == {"model": None, "adapter": None}
+    assert begun({"seed": 3})["fingerprints"] == {"model": None, "adapter": None}
     other = now("b", "a")
     assert {key for key in first if first[key] != other[key]} == {"problems"}
     content = bytearray((model / "model.safetensors").read_bytes())

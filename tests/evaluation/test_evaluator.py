@@ -15,9 +15,11 @@ import mlx_traces
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run, per_question, read_run
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import grade_sample, plan, sample_seed, summarize
+from mlx_traces.models import loading
 from mlx_traces.pipelines.compare import requested
 from mlx_traces.pipelines.verify import verify
 from mlx_traces.tasks import get_task
@@ -110,6 +112,16 @@ def test_a_run_of_an_older_version_is_not_mixed_with_this_ones_rules(tmp_path):
     assert re.match("2 samples were graded by version 1 of the graders' rules, the oth", *resumed(grader=1).notes)
     free = plan(EvalConfig(**settings, stop_in_thoughts=True)).identity()
     assert "stops" not in free | plan(EvalConfig(**SMALL)).identity()
+
+
+def test_a_plan_and_a_model_read_their_files_once(monkeypatch):
+    read = []
+    for module in (evaluator, loading):
+        monkeypatch.setattr(module, "fingerprint", lambda folder: read.append(folder.name) or f"of {folder.name}")
+    planned, loaded = plan(EvalConfig(**SMALL, adapter="adapters/nano-grpo")), loading.load("nano")
+    assert planned.label and planned.identity() == planned.identity()
+    assert planned.identity()["adapter_files"] == "of nano-grpo" and loaded.about()["fingerprint"] == "of nano"
+    assert loaded.about() == loaded.about() and sorted(read) == ["nano", "nano", "nano-grpo"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])

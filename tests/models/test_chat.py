@@ -94,6 +94,17 @@ def test_the_switch_has_other_names():
             rendered, notes = render(template, thinking=thinking)
             assert rendered.text.endswith(end) and notes == []
             assert rendered.closed == (end == "</think>")
+            assert ("leaves no thought to bound; pass --thinking" in rendered.thoughtless) == rendered.closed
+
+
+def test_a_prompt_says_why_no_thought_can_come():
+    tagless = loading.load("nano")
+    assert tagless.render(PLAIN, PROBLEM).thoughtless.startswith("neither the model nor the prompt has a tag")
+    assert tagless.render(replace(PLAIN, chat=False), PROBLEM).thoughtless.startswith("neither the model nor")
+    for free in (replace(PLAIN, prefill="<think>"), replace(PLAIN, chat=False, user="Use <THINK>. {question}")):
+        assert tagless.render(free, PROBLEM).thoughtless == ""
+    assert render(R1)[0].thoughtless == "" and render(CHATML)[0].thoughtless == ""  # the model has the tags
+    assert render(QWEN3, replace(PLAIN, prefill="<think>"), thinking=False)[0].thoughtless == ""  # opened again
 
 
 def test_a_variable_of_the_template():

@@ -79,7 +79,7 @@ def answered(tmp_path_factory):
     """A run of nano, and the prompts and problems that it was made with."""
     folder = tmp_path_factory.mktemp("answered") / "run"
     planned = evaluator.plan(EvalConfig(task="countdown", prompt="thinking", limit=12, max_tokens=64))
-    run.run(planned, folder, resume=False, progress=False)
+    run.run(planned, folder)
     return planned, folder
 
 

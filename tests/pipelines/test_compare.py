@@ -137,7 +137,7 @@ def test_rows_on_different_problems_cannot_stop_together(tmp_path, asked):
         compare.compared(config)
     mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, limit=5))
     runs = [str(path) for path in (tmp_path / "runs").iterdir()]
-    with pytest.raises(UserError, match="finished runs cannot go on: name models"):
+    with pytest.raises(UserError, match="cannot continue finished runs; name models"):
         mlx_traces.compare(*runs, stop_when_decided=True)
 
 

@@ -41,7 +41,7 @@ def run_of(folder, config, answers, prompt_end="\nA:", own_tags=None):
             row = evaluator.grade_sample(planned, problem, number, completion)
             rows.append(row | {"elapsed": float(place)})
     run = RunFolder(folder)
-    run.begin(planned.identity(), {"grader": GRADER} | ({"own_tags": own_tags} if own_tags else {}))
+    run.begin(planned.identity(), {}, grader=GRADER, **({"own_tags": own_tags} if own_tags else {}))
     run.finish(rows, asdict(evaluator.summarize(planned, rows, folder.name, 0.1, [])))
     return folder
 

@@ -65,12 +65,14 @@ def test_the_live_line_of_a_training_fits_the_terminal(terminal, name):
 @pytest.mark.parametrize("terminal", [80, 60], indirect=True)
 def test_the_live_line_of_an_evaluation_fits_the_terminal(terminal):  # eval's, compare's and study's
     width, file = terminal
-    with run.progress_bar(True, 13_190, []) as advance:
+    row = {"correct": True, "tokens": 900}
+    with run.progress_bar(True) as show:
+        show([row | {"correct": False}] * 5, 13_190)  # of a run that continues
         for _ in range(20):
-            advance({"correct": True, "tokens": 900})
+            show([row], 13_190)
     last = file.lines()[-1]
     assert max(map(len, file.lines())) <= width
-    assert re.match(rf"eval{' ─+' if width == 80 else ''}  20/13,190  .* left  100.0 % correct", last), last
+    assert re.match(rf"eval{' ─+' if width == 80 else ''}  25/13,190  .* left  80.0 % correct", last), last
 
 
 def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
@@ -88,8 +90,9 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
 
 
 def test_a_short_command_prints_no_progress_in_a_log(capsys):
-    with run.progress_bar(True, 2, []) as advance:
-        advance({"correct": True, "tokens": None})
+    with run.progress_bar(True) as show:
+        show([], 2)
+        show([{"correct": True, "tokens": None}], 2)
     assert capsys.readouterr().err == "" and progress.EVERY == 30
 
 

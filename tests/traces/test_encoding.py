@@ -285,7 +285,7 @@ def test_a_completion_that_was_cut_off_has_no_end_to_learn():
 def test_prompt_tokens_are_those_of_sampling():
     loaded = wrap(make_tokenizer())
     for messages in (ONE, CHAT):
-        rendered = loaded.render_turns([dict(turn) for turn in messages])
+        rendered = loaded.chat.prompt([dict(turn) for turn in messages])
         example = encoding.encode(loaded, Trace("t", tuple(messages), "STOP"), encoding.turn_end(loaded))
         assert example.ids[: len(rendered.ids)] == rendered.ids
         # The completion's tokens are its own: no merge across the border.
@@ -304,7 +304,7 @@ def test_first_token_of_the_text_is_kept_in_a_chat_without_template():
     for messages in (ONE, CHAT):
         example = encoding.encode(loaded, Trace("t", tuple(messages), " 4"), encoding.turn_end(loaded))
         assert example.ids[0] == start and example.ids.count(start) == 1
-        prompt = loaded.render_turns([dict(turn) for turn in messages]).ids
+        prompt = loaded.chat.prompt([dict(turn) for turn in messages]).ids
         assert example.ids[: len(prompt)] == prompt and sum(example.trained[len(prompt) :]) == len(example.ids) - len(
             prompt
         )

@@ -54,7 +54,7 @@ def test_the_ids_are_the_text_and_the_logprobs_the_models(whole):
     loaded = loading.load("nano")
     assert trace.completion_ids[-1] in loaded.stop_ids
     assert loaded.tokenizer.decode(list(trace.completion_ids[:-1])) == trace.completion
-    prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
+    prompt = loaded.chat.prompt([dict(turn) for turn in trace.messages]).ids
     logits = loaded.model(mx.array([prompt + trace.completion_ids]))[0, len(prompt) - 1 : -1]
     expected = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
     for row, token, logprob in zip(expected, trace.completion_ids, trace.logprobs, strict=True):
@@ -69,7 +69,7 @@ def test_a_generated_trace_is_learned_as_it_was_sampled(tmp_path):
     generate.generate(config, out)
     for trace in rows(out):
         assert (trace.thinking, trace.template_args) == (True, {"effort": 1})
-        prompt = loaded.render_turns([dict(turn) for turn in trace.messages]).ids
+        prompt = loaded.chat.prompt([dict(turn) for turn in trace.messages]).ids
         example = encoding.encode(loaded, trace, encoding.turn_end(loaded))
         assert example.ids == (*prompt, *trace.completion_ids)
         assert example.trained == (*[False] * len(prompt), *[True] * len(trace.completion_ids))

@@ -16,7 +16,7 @@ from mlx_traces.config import EvalConfig, GRPOConfig, SFTConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import run
 from mlx_traces.rl import grpo
-from mlx_traces.runtime.provenance import fingerprint
+from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.train import fuse, model_card, sft
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,13 @@ def test_the_shipped_adapters_have_cards_that_say_what_was_measured():
         assert found == {"thinking": accuracy}
         assert card.data.license == "mit" and "base_model" not in card.data.to_dict()  # nano is not on the hub
         assert card.data.model_name == name and "n = 1,000" in card.data.eval_results[0].metric_name
+
+
+def test_generated_problems_are_called_so(tmp_path):
+    told = {"3-numbers": "from generated problems (`3-numbers`),", str(tmp_path / "own.jsonl"): "from the data of `"}
+    for data, expected in told.items():
+        (line,) = model_card._data_lines({"task": "countdown", "data": data}, "grpo")
+        assert expected in line
 
 
 def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):

@@ -557,7 +557,7 @@ def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
 
     def today(*names, **arguments):
         loaded = load(*names, **arguments)
-        shown.append(loaded.render_turns(ONE).text[:6])
+        shown.append(loaded.chat.prompt(ONE).text[:6])
         return loaded
 
     monkeypatch.setattr(loading, "load", today)
