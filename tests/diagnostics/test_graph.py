@@ -24,8 +24,6 @@ from mlx_traces.diagnostics.bench_graph import GraphRow
 from mlx_traces.diagnostics.graph import Count, Stored
 from mlx_traces.models import loading
 
-pytestmark = pytest.mark.xdist_group("graph")  # the counts are made once
-
 DECODE = ("bare", "mlx-lm", "greedy", "temperature-1", "temperature-0.7", "top-p", "adapter-merged")
 
 
