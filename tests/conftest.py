@@ -21,8 +21,17 @@ from mlx.utils import tree_flatten
 from mlx_traces.models.loading import LoadedModel
 
 assert mlx_traces
+SLOW = (  # files in which tests take the longest: they begin first, so that no worker is left alone with one
+    "test_distributed", "test_grpo", "test_rounds", "test_ppo", "test_memory", "test_thinking", "test_evaluator",
+    "test_sft", "test_generation", "test_fused", "test_study", "test_faults", "test_bench", "test_grpo_bandit",
+)  # fmt: skip
 settings.register_profile("suite", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
         if counted:
             take(read(arrays, calls, vocabulary))
         calls.clear()
-        return [array for array in _live() if id(array) not in before] if counted else []
+        return [each for each in gc.get_objects() if type(each) is mx.array] if counted else []
 
     def attend(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **given: Any) -> mx.array:
         if fuses_attention(backend, q, k, mask, training=bool(slopes[0])):
@@ -168,7 +168,6 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
 
         return transformed
 
-    before = {id(array): array for array in _live()}
     decomposed = mx.fast.scaled_dot_product_attention
     norms = dict.fromkeys(("rms_norm", "layer_norm"), lambda x, *weights, **_: one_kernel(x, *weights))
     rope = {"rope": lambda x, dims, *, offset, freqs=None, **_: one_kernel(x, offset, freqs)}
@@ -179,13 +178,19 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
         patched(device, select=lambda *_: backend),
         patched(mx.fast, **norms, **rope, scaled_dot_product_attention=attend),
         compiled_calls(lambda call: None if slopes[0] else calls.append(call)),
+        frozen(),
     ):
         yield
 
 
-def _live() -> list[mx.array]:
-    """Return all arrays of this process."""
-    return [each for each in gc.get_objects() if type(each) is mx.array]
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Let ``gc.get_objects`` return only the objects made since, which takes no time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

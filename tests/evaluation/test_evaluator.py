@@ -24,8 +24,6 @@ from mlx_traces.pipelines.compare import requested
 from mlx_traces.pipelines.verify import verify
 from mlx_traces.tasks import get_task
 
-pytestmark = pytest.mark.xdist_group("evaluator")  # one worker makes what its tests share
-
 SMALL = {"task": "countdown", "limit": 24, "max_tokens": 128}
 
 

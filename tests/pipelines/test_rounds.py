@@ -19,8 +19,6 @@ from mlx_traces.pipelines import estimate, rounds
 from mlx_traces.rl import trainer
 from mlx_traces.traces.files import manifest_path, read_traces
 
-pytestmark = pytest.mark.xdist_group("rounds")  # one worker makes what its tests share
-
 TINY = {
     "name": "try",
     "raw": {"count": 24},  # 22 traces: two searches are too long

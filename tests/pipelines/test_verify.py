@@ -22,8 +22,6 @@ from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces import files
 from mlx_traces.train import sft
 
-pytestmark = pytest.mark.xdist_group("verify")  # one worker makes what its tests share
-
 QUESTIONS = [("6 apples and 7?", "13"), ("Capital of France?", "Paris"), ("6 apples and 7?", "13"), ("2 * 21?", "42")]
 
 

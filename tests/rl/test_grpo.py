@@ -532,7 +532,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
     grpo.train(config, tmp_path / "counted")
     assert_same_outcome(tmp_path / "counted", expected)
     count = len(moments)
-    for place in [1, *range(6, count - 2, 7 if not changes else 13 if "kl_coef" in changes else 23), count - 3, count]:
+    for place in [1, *range(6, count - 2, 17 if not changes else 29), count - 3, count]:
         out, wanted = tmp_path / str(place), place
         moments.clear()
         with pytest.raises(Killed):

@@ -28,7 +28,7 @@ STOP = 3
 TEMPERATURE = 0.6
 PROMPTS = ((0, 1), (2, 2, 1))
 OUTCOMES = ((STOP,), *product(range(STOP), range(STOP + 1)))
-STEPS, SIZE = 150, 16
+STEPS, SIZE = 100, 16
 LIMIT = 4.5  # standard errors
 
 

@@ -20,8 +20,6 @@ from hub_server import TOKEN, Hub, Repository
 from mlx.utils import tree_flatten
 from packaging.version import Version
 
-pytestmark = pytest.mark.xdist_group("hub")  # one worker makes what its tests share
-
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 AGAIN = "repeat the command: what is whole is kept"
 GOES_ON = Version(version("huggingface_hub")) >= Version("1.20")  # by itself, where an answer ends too early

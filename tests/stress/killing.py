@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("MLX_TRACES_KILLS", "3"))  # of a suite's run; more for a longer one
+KILLS = int(os.environ.get("MLX_TRACES_KILLS", "1"))  # of a suite's run; more for a longer one
 POLL = 0.005  # seconds between two looks at a folder
 
 

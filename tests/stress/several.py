@@ -21,11 +21,11 @@ from mlx_traces.traces import files, generate, solutions
 from mlx_traces.train import sft
 
 ADAPTER = str(Path(__file__).parents[2] / "adapters/nano-epoch1")
-ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 32}
+ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
 RL = {
     **{**ASKED, "data": "3-numbers", "max_tokens": 48, "temperature": 1.5},  # so that a group's rewards differ
-    **{"adapter": ADAPTER, "num_steps": 3, "prompts_per_step": 5, "group_size": 4, "micro_tokens": 512, "warmup": 0},
-    **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 5}},
+    **{"adapter": ADAPTER, "num_steps": 3, "prompts_per_step": 3, "group_size": 4, "micro_tokens": 512, "warmup": 0},
+    **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 3}},
     **{"rewards": {"correct": 1.0, "equations": 0.0, "steps": 0.0}, "step_weight": 1.0},
 }
 SETTINGS = {

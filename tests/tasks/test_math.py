@@ -25,8 +25,6 @@ from mlx_traces.traces.quality import format_score
 from mlx_traces.traces.solutions import math_traces
 
 pytest.importorskip("math_verify")
-pytestmark = pytest.mark.xdist_group("equality")
-
 ROWS = [
     {
         "problem": "A square has a diagonal of length $2\\sqrt{6}$. What is the length of its side in simplest form?",

@@ -13,8 +13,6 @@ from mlx_traces.tasks import get_task
 from mlx_traces.traces import generate
 from mlx_traces.traces.files import manifest_of, manifest_path, read_traces
 
-pytestmark = pytest.mark.xdist_group("generation")  # one worker makes what its tests share
-
 CONFIG = GenerateConfig(limit=6, samples=3, max_tokens=96, rows=8, prompt="thinking")
 
 
