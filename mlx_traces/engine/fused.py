@@ -5,6 +5,8 @@ so every output is the same sum as before. An adapter that is kept apart is join
 q and k, and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU
 waits for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
 
+On a CPU MLX's sigmoid is slow, so prompts too are read with the step's; and large weights are not joined.
+
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
 modules, and joined again after a weight was replaced. The step is used only if all modules of a model are of the kinds
 known here, without other parts, and if its logits on a probe are those of the modules; otherwise the modules are used.
@@ -19,6 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
 
 from mlx_traces.engine.kv_cache import SlotCache, decodes_right
@@ -27,7 +31,7 @@ from mlx_traces.models.adapters import LowRank
 
 KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
 PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
-SMALL = 2**21  # numbers of a layer's gate and up below which a CPU gains: 10 to 25 %, and 3 % with larger products
+SMALL = 2**21  # numbers of a layer's gate and up below which joining gains on a CPU: 10 to 25 %, or else 3 %
 LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}, {"q_norm", "k_norm"}
@@ -43,7 +47,8 @@ class Step:
 
     def __init__(self, model: nn.Module, backend: str):
         self.model, self.backend = model, backend
-        self.joined = [tuple(_join(modules) for modules in _to_join(layer)) for layer in model.layers]
+        join = _call_each if backend == "cpu" and _largest(model) > SMALL else _join
+        self.joined = [tuple(join(modules) for modules in _to_join(layer)) for layer in model.layers]
 
     def __call__(self, tokens: mx.array, caches: Sequence[SlotCache]) -> mx.array:
         """Return the (R, V) logits after one token of each row, (R,), and add its keys and values to the caches."""
@@ -68,6 +73,15 @@ class Step:
             h = _add(h, layer.mlp.down_proj, (_swiglu if self.backend == "cpu" else swiglu)(gate, up))
         h = model.model.norm(h)
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
+
+    def read(self, tokens: mx.array, caches: Sequence[KVCache]) -> None:
+        """Add the keys and values of prompts' tokens, (k, L), to mlx_lm's caches, on a CPU: only the gate is other."""
+        h = self.model.model.embed_tokens(tokens)
+        mask = create_attention_mask(h, caches[0])
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            h = h + layer.self_attn(layer.input_layernorm(h), mask, cache)
+            x, mlp = layer.post_attention_layernorm(h), layer.mlp
+            h = h + mlp.down_proj(_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
 
     def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
         """Return the rotary embedding of (R, heads, 1, size) at the rows' positions, (R,), as a function.
@@ -113,7 +127,7 @@ def step_of(model: nn.Module, backend: str) -> Step | None:
     """Return the fused step of a model on a backend (``"cpu"``, ``"metal"``, ``"cuda"``), None to call the modules."""
     way = f"{PROVED}{backend}_low_rank" if any(type(part) is LowRank for part in model.modules()) else PROVED + backend
     proved = getattr(model, way, None)
-    if proved is False or not known(model) or (backend == "cpu" and _largest(model) > SMALL):
+    if proved is False or not known(model):
         return None
     step = Step(model, backend)
     if proved is None:
@@ -234,6 +248,11 @@ def _join(modules: Sequence[nn.Module]) -> nn.Module:
     joined.b = mx.concatenate([mx.pad(b, [(0, 0), (before, after)]) for b, before, after in places])
     mx.eval(joined.a, joined.b)
     return joined
+
+
+def _call_each(modules: Sequence[nn.Module]) -> Callable[[mx.array], mx.array]:
+    """Return what `_join` returns without joined weights: that takes seconds once the weights are gigabytes."""
+    return lambda x: mx.concatenate([module(x) for module in modules], axis=-1)
 
 
 def _largest(model: nn.Module) -> int:

@@ -576,7 +576,11 @@ class _Engine:
             cache.offset = keys.shape[2]
         piece = max(1, budget // len(tokens))
         for at in range(0, tokens.shape[1], piece):
-            self.loaded.model(mx.array(tokens[:, at : at + piece]), cache=caches)
+            part = mx.array(tokens[:, at : at + piece])
+            if self.fused is not None and self.loaded.backend.name == "cpu":
+                self.fused.read(part, caches)
+            else:
+                self.loaded.model(part, cache=caches)
             mx.eval([cache.state[:2] for cache in caches])  # the logits are never computed
         self.usage.prompt_tokens += tokens.size
         return [cache.keys_and_values() for cache in caches]

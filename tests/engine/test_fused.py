@@ -12,6 +12,7 @@ import pytest
 from factories import broken, make_config, make_tokenizer, randomized, wrap
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import llama, qwen2
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 from mlx_traces.config import AdapterConfig
@@ -270,10 +271,29 @@ def test_broken_weights_say_nothing_of_a_model():
     assert fused.step_of(model, "cpu") is None and not hasattr(model, fused.PROVED + "cpu")
 
 
-def test_a_cpu_takes_it_for_small_products_alone(monkeypatch):
+def test_a_cpu_joins_small_weights_alone(monkeypatch):
     model = make("qwen2")
     monkeypatch.setattr(fused, "SMALL", 2 * 64 * 128 - 1)
-    assert fused.step_of(model, "cpu") is None and fused.step_of(model, "cuda") is not None
+    apart, gate = sampled(loaded_as(model)), model.layers[0].mlp.gate_proj
+    assert fused.step_of(model, "cpu") is not None and not hasattr(gate, fused.KEPT)
+    assert fused.step_of(model, "cuda") is not None and hasattr(gate, fused.KEPT)
+    monkeypatch.setattr(fused, "step_of", lambda *_: None)
+    for own, expected in zip(apart, sampled(loaded_as(model)), strict=True):
+        assert own.completion_ids == expected.completion_ids
+        np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cpu_reads_prompts_as_the_modules_do(kind):
+    model, tokens = make(kind), mx.array(np.random.default_rng(3).integers(0, 98, (3, 21)))
+    own, expected = make_prompt_cache(model), make_prompt_cache(model)
+    for part in (tokens[:, :13], tokens[:, 13:]):
+        fused.step_of(model, "cpu").read(part, own)
+        model(part, cache=expected)
+    for one, other in zip(own, expected, strict=True):
+        assert one.offset == 21
+        for found, wanted in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * mx.abs(wanted).max().item())
 
 
 def float64(array):
@@ -347,7 +367,6 @@ def test_the_step_is_as_near_to_float64_as_the_modules_are(kind, monkeypatch):
 
 @pytest.mark.real_model
 def test_a_real_model_answers_the_same_within_float32s_rounding(real_model, monkeypatch):
-    monkeypatch.setattr(fused, "SMALL", 2**40)
     loaded, found = load(str(real_model)), []
     requests = [Request(tuple(range(100, 100 + size))) for size in (5, 9, 14)]
     for real in (True, False):
