@@ -185,7 +185,7 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Let ``gc.get_objects`` return only the objects made since, which takes no time."""
+    """Let ``gc.get_objects`` return only the objects that are made from here on, which takes no time."""
     gc.freeze()
     try:
         yield

@@ -5,7 +5,8 @@ so every output is the same sum as before. An adapter that is kept apart is join
 q and k, and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU
 waits for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
 
-On a CPU MLX's sigmoid is slow, so prompts too are read with the step's; and large weights are not joined.
+On a CPU MLX's sigmoid is slow, so the step has a gate of its own there, and prompts are read with it too. Large weights
+are not joined there: joining takes seconds and gains little.
 
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
 modules, and joined again after a weight was replaced. The step is used only if all modules of a model are of the kinds
@@ -31,12 +32,12 @@ from mlx_traces.models.adapters import LowRank
 
 KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
 PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
-SMALL = 2**21  # numbers of a layer's gate and up below which joining gains on a CPU: 10 to 25 %, or else 3 %
+SMALL = 2**21  # numbers of a layer's gate and up below which joining gains 10 to 25 % on a CPU; above, 3 %
 LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
-# Of tanh(x), x times a polynomial in x * x over another, from Eigen's ptanh_float: the highest powers first.
+# tanh(x) is about x * TOP(x * x) / BOTTOM(x * x), as in Eigen's ptanh_float. The highest powers come first.
 TOP = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
        1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03)  # fmt: skip
 BOTTOM = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
@@ -46,7 +47,7 @@ class Step:
     """A model's decode step with joined weights."""
 
     def __init__(self, model: nn.Module, backend: str):
-        self.model, self.backend = model, backend
+        self.model, self.backend, self.gate = model, backend, _swiglu if backend == "cpu" else swiglu
         join = _call_each if backend == "cpu" and _largest(model) > SMALL else _join
         self.joined = [tuple(join(modules) for modules in _to_join(layer)) for layer in model.layers]
 
@@ -70,18 +71,18 @@ class Step:
             keys, values = cache.update_and_fetch(qk[:, heads : heads + groups], x[:, heads + groups :])
             h = _add(h, attention.o_proj, self._attend(qk[:, :heads], keys, values, attention.scale, mask))
             gate, up = mx.split(gate_up(layer.post_attention_layernorm(h)), 2, axis=-1)
-            h = _add(h, layer.mlp.down_proj, (_swiglu if self.backend == "cpu" else swiglu)(gate, up))
+            h = _add(h, layer.mlp.down_proj, self.gate(gate, up))
         h = model.model.norm(h)
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
 
     def read(self, tokens: mx.array, caches: Sequence[KVCache]) -> None:
-        """Add the keys and values of prompts' tokens, (k, L), to mlx_lm's caches, on a CPU: only the gate is other."""
+        """Add the keys and values of prompts' tokens, (k, L), to mlx_lm's caches: the modules, with the step's gate."""
         h = self.model.model.embed_tokens(tokens)
         mask = create_attention_mask(h, caches[0])
         for layer, cache in zip(self.model.layers, caches, strict=True):
             h = h + layer.self_attn(layer.input_layernorm(h), mask, cache)
             x, mlp = layer.post_attention_layernorm(h), layer.mlp
-            h = h + mlp.down_proj(_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+            h = h + mlp.down_proj(self.gate(mlp.gate_proj(x), mlp.up_proj(x)))
 
     def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
         """Return the rotary embedding of (R, heads, 1, size) at the rows' positions, (R,), as a function.
@@ -108,7 +109,7 @@ class Step:
         """Return (R, heads x size) from (R, heads, 1, size) queries and (R, groups, K, size) keys and values.
 
         Where MLX has no kernel, on a CPU and for a mask on CUDA, the queries of a group are one product. On a CPU
-        the mask is what the product adds.
+        the mask is a number for each position, which the product adds.
         """
         rows, groups, _, size = keys.shape
         if self.backend == "metal" or (self.backend == "cuda" and mask is None):
@@ -251,7 +252,7 @@ def _join(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def _call_each(modules: Sequence[nn.Module]) -> Callable[[mx.array], mx.array]:
-    """Return what `_join` returns without joined weights: that takes seconds once the weights are gigabytes."""
+    """Return a module that gives what `_join`'s gives, without joined weights: each module is called."""
     return lambda x: mx.concatenate([module(x) for module in modules], axis=-1)
 
 

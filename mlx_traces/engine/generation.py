@@ -577,10 +577,10 @@ class _Engine:
         piece = max(1, budget // len(tokens))
         for at in range(0, tokens.shape[1], piece):
             part = mx.array(tokens[:, at : at + piece])
-            if self.fused is not None and self.loaded.backend.name == "cpu":
-                self.fused.read(part, caches)
-            else:
+            if self.fused is None:
                 self.loaded.model(part, cache=caches)
+            else:
+                self.fused.read(part, caches)
             mx.eval([cache.state[:2] for cache in caches])  # the logits are never computed
         self.usage.prompt_tokens += tokens.size
         return [cache.keys_and_values() for cache in caches]
