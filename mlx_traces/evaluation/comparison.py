@@ -186,7 +186,7 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
             `PROTOCOL`.
     """
     if len({run.name for run in runs}) < len(runs) or len(runs) < 2:
-        raise UserError(f"recipe {clean(name)}: {len(runs)} run{'s' * (len(runs) != 1)}; name two or more, each once")
+        raise UserError(f"recipe {clean(name)}: name two or more runs, each once (got {len(runs)})")
     outcomes = [outcomes_of(run) for run in runs]
     if len(outcomes[0]) < 2:
         raise UserError(f"recipe {clean(name)}: its runs have one problem; an interval needs two or more")

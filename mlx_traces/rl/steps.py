@@ -3,7 +3,8 @@
 A reward may give values to spans of a completion (`records.Stepped`), for example 1 to a true equation and 0 to a false
 one. A step's credit is its value minus the mean over its group's steps of the same kind. A token that belongs to two
 steps has the credit of both. In GRPO the steps of a cut-off completion that ``overlong: mask`` leaves out count in
-these means, as its reward counts in the group's mean reward: only its tokens are left out. PPO leaves out all three.
+these means, as its reward counts in the group's mean reward: only its tokens are left out. PPO leaves out the whole
+completion.
 
 - ``local``: each token of a step has the step's credit. No other token has it, so it teaches which steps to write
   rather than how many.

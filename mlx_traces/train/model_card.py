@@ -331,9 +331,12 @@ def _data_lines(training: Mapping[str, Any], method: str) -> Iterator[str]:
         task = training.get("task") or "countdown"
         known = _own_set(task, training.get("split", "train"))
         own = f"the data set {code(known)}" if known else "generated problems" if task in TASKS else "its own problems"
-        source = own if data is None else f"the data of {code(last_parts(data))}"
-        if task == "countdown" and isinstance(data, str) and countdown.generated_operands(data):
+        if data is None:
+            source = own
+        elif task == "countdown" and countdown.generated_operands(str(data)):
             source = f"generated problems ({code(data)})"
+        else:
+            source = f"the data of {code(last_parts(data))}"
         prompt = training.get("prompt")
         yield f"Problems of the task {code(task)}, from {source}, graded by the task's own checker" + (
             f", in the prompt {code(last_parts(prompt))}." if isinstance(prompt, str) else "."
