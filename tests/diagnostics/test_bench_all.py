@@ -101,9 +101,9 @@ def test_a_step_ends_with_its_rows_its_time_and_its_memory(command, tmp_path):
     (tmp_path / "runs").mkdir()
     planned = Planned("sft", "sft", ("bench", "sft", "--data", str(tmp_path / "runs")), 30)
     assert run(planned, 0).arguments == ["bench", "sft", "--data", "runs"]  # others read the file
-    # On Linux a process's peak begins with that of the process that started it: here other tests may have run.
+    # On Linux a process's peak is at least the memory of the process that started it, and other tests ran in this one.
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    assert found.found[0].what == "python" and 0 < found.seconds < 30 and 0.08 < found.memory_gb < 2 + own
+    assert found.found[0].what == "python" and 0 < found.seconds < 30 and 0.08 < found.memory_gb <= max(2, own)
 
 
 def test_what_hangs_is_cut_with_all_that_it_started(command, tmp_path):

@@ -91,7 +91,7 @@ def test_every_batch_has_the_tokens_that_a_loop_over_whole_texts_has(thinker, bo
     closing = thinker.tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
     expected = [by_text(thinker, request, params, closing, "</think>") for request in asked]
     assert any(forced for _, forced in expected)
-    for rows in (3, 32):
+    for rows in (1, 3, 32):
         found = run(thinker, asked, params, rows)
         assert [(rollout.completion_ids, rollout.forced) for rollout in found] == expected, rows
     for rollout in found:
