@@ -39,6 +39,7 @@ def generate(
     think_tokens: int | None = None,
     think_at_least: int = 0,
     think_more: str = "Wait",
+    think_then: str = "",
     rows: int | None = None,
     seed: int = 0,
     logprobs: bool = False,
@@ -59,6 +60,7 @@ def generate(
         think_tokens: budget of a thought, in tokens; then it is closed, and ``max_tokens`` bounds the answer alone.
         think_at_least: tokens of thought before which ``think_more`` replaces the thought's end.
         think_more: text that continues a thought that would end too early.
+        think_then: text that the answer begins with once ``think_tokens`` closed the thought.
         rows: batch size of decoding; default: as ``mlx-traces eval`` has it on this device, 32 on a CPU.
         seed: prompt number i is sampled with ``seed + i``, whatever else is in the batch.
         logprobs: also keep each token's float32 log-probability, in nats.
@@ -76,6 +78,7 @@ def generate(
         think_tokens=think_tokens,
         think_at_least=think_at_least,
         think_more=think_more,
+        think_then=think_then,
     )
     with merged(loaded.model, loaded.backend):
         rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows

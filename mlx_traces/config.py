@@ -97,6 +97,9 @@ class ThinkingConfig(Config):
     think_more: Annotated[str, Field(min_length=1)] = Field(
         "Wait", exclude_if="Wait".__eq__, description="Text that replaces the end of a thought below think_at_least."
     )
+    think_then: str = Field(
+        "", exclude_if=not_, description="Text that the answer begins with once think_tokens closed the thought."
+    )
 
     @field_validator("think_at_least")
     @classmethod

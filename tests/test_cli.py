@@ -420,6 +420,11 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
         (build(EvalConfig, {"stop_in_thoughts": True}), ["stop_in_thoughts True changes nothing for a prompt without"]),
         (build(EvalConfig, {"stop_in_thoughts": True, "prompt": "mine.yaml"}), []),
         (build(EvalConfig, {"task": "gsm8k", "prompt": "fewshot-chat", "stop_in_thoughts": True}), []),
+        (
+            build(EvalConfig, {"think_then": "So", "think_more": "Hm"}),
+            ["think_more Hm", "think_then So changes nothing"],
+        ),
+        (build(EvalConfig, {"think_then": "So", "think_tokens": 0}), []),
         (build(ScoreConfig, {"thinking": True}), ["thinking True changes nothing without model"]),
         (build(ScoreConfig, {"thinking": True, "model": "nano"}), []),
         (build(GRPOConfig, {"shots": 3, "overlong_tokens": 4, "importance_cap": 3}), ["shots", "overl", "importance_"]),

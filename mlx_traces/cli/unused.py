@@ -44,6 +44,7 @@ _NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
         "for a prompt without stop strings",
     ),
     ((), ("think_more",), lambda c: not c.think_at_least, "without think_at_least"),
+    ((), ("think_then",), lambda c: c.think_tokens is None, "without think_tokens"),
     ((), ("block",), lambda c: not c.stop_when_decided, "without stop_when_decided"),
     ((ScoreConfig,), ("thinking",), lambda c: c.model is None, "without model"),
     ((), _SELECTED, lambda c: c.eval_task is None, "without eval_task"),

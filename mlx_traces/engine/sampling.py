@@ -40,7 +40,8 @@ class SamplingParams:
     unless ``stop_in_thoughts``.
 
     With ``think_tokens`` a thought is closed after so many tokens, and ``max_tokens`` bounds what is not thought, the
-    closing tag included. Before ``think_at_least`` tokens it is kept open by ``think_more``. See `engine.thinking`.
+    closing tag included; the answer then begins with ``think_then``, which counts too. Before ``think_at_least`` tokens
+    a thought is kept open by ``think_more``. See `engine.thinking`.
     """
 
     max_tokens: int = 512
@@ -54,6 +55,7 @@ class SamplingParams:
     think_tokens: int | None = None
     think_at_least: int = 0
     think_more: str = "Wait"
+    think_then: str = ""
 
     @property
     def bound(self) -> str:
@@ -147,7 +149,7 @@ class Ending:
             return None
         more = tokenizer.encode(params.think_more, add_special_tokens=False) if params.think_at_least else ()
         reader, bounds = reader_of(tokenizer, self.loaded.own_tags), (params.think_tokens, params.think_at_least, more)
-        return Thinking(reader, self.request.opened, params.max_tokens, *bounds, self.stop_ids)
+        return Thinking(reader, self.request.opened, params.max_tokens, *bounds, self.stop_ids, params.think_then)
 
     def rollout(self, ids: list[int], logprobs: np.ndarray | None = None) -> Rollout | None:
         """Return the rollout of ``ids`` if its newest token ended it, else None.

@@ -1,9 +1,10 @@
 """Bounds on a thought: a budget that ends it, and a least length that keeps it open (budget forcing, arXiv 2501.19393).
 
 A small state machine reads each completion token by token. It knows whether a thought is open and how long it is. After
-``think_tokens`` tokens of thought the closing tag replaces the tokens that the model draws. A closing tag or a stop
-token that comes before ``think_at_least`` tokens is replaced by a continuation, ``Wait``. The machine depends on the
-completion alone, so a row has the same tokens in a batch as alone.
+``think_tokens`` tokens of thought the closing tag replaces the tokens that the model draws. ``think_then``, in that
+paper "Final Answer:", may follow it. A closing tag or a stop token that comes before ``think_at_least`` tokens is
+replaced by a continuation, ``Wait``. The machine depends on the completion alone, so a row has the same tokens in a
+batch as alone.
 
 A decode step is dispatched before the host has the token that it reads. But the host has all tokens before that one, so
 it knows which token is forced there, or which tokens would close the thought; the device then replaces the drawn token.
@@ -92,8 +93,10 @@ class Reader:
             self.enders[state] = [token for token in some if self.closes(state, token)]
         return self.enders[state]
 
-    def closing(self, state: State) -> list[int]:
+    def closing(self, state: State, then: str = "") -> list[int]:
         """Return the tokens that close the thought that is open in ``state``, with the line feeds of its kind of tag.
+
+        ``then`` follows them.
 
         Reasoning models leave an empty line after ``</think>``. Where the vocabulary lacks that tag, the prompt asks
         for it, and the traces of this project have no empty line there.
@@ -105,7 +108,7 @@ class Reader:
             FINAL: f"<|end|><|start|>assistant{FINAL}",
             TAGS[-1][1]: f"\n{closing}\n",
         }.get(closing, closing)
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text + then, add_special_tokens=False))
 
 
 @lru_cache(maxsize=2)
@@ -128,6 +131,7 @@ class Thinking:
         least: tokens of thought before which it is not closed.
         more: tokens that continue a thought.
         stop_ids: tokens that end the completion, and in a thought would end that.
+        then: text that follows the tag that the budget brings.
     """
 
     def __init__(
@@ -139,10 +143,11 @@ class Thinking:
         least: int = 0,
         more: Sequence[int] = (),
         stop_ids: Collection[int] = (),
+        then: str = "",
     ):
         self.reader, self.state = reader, reader.begun(opened)
         self.max_tokens, self.budget, self.least = max_tokens, budget, least
-        self.more, self.stop_ids = list(more), stop_ids
+        self.more, self.stop_ids, self.then = list(more), stop_ids, then
         self.limit = max_tokens + (budget or 0)
         self.length = self.thought = self.outside = 0  # tokens so far, those in thoughts, those that are not
         self.queue: list[int] = []  # what has to come next
@@ -185,4 +190,4 @@ class Thinking:
     def _bound(self) -> None:
         """Begin to close the thought if its budget is used up."""
         if self.budget is not None and self.state[0] != NONE and not self.closing and self.thought >= self.budget:
-            self.queue, self.closing = self.reader.closing(self.state), True
+            self.queue, self.closing = self.reader.closing(self.state, self.then), True

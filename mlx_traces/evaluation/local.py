@@ -72,6 +72,7 @@ def completions_of(
         think_tokens=config.think_tokens,
         think_at_least=config.think_at_least,
         think_more=config.think_more,
+        think_then=config.think_then,
     )
 
     def completions(todo: list[tuple[Problem, int]]) -> Iterator[tuple[int, Completion]]:

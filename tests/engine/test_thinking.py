@@ -81,6 +81,7 @@ BOUNDS = [
     {"think_tokens": 20, "think_at_least": 9},
     {"think_tokens": 6, "think_at_least": 6, "think_more": "Wait, wait"},
     {"think_at_least": 12},
+    {"think_tokens": 7, "think_then": "So:"},
 ]
 
 
@@ -88,7 +89,7 @@ BOUNDS = [
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_every_batch_has_the_tokens_that_a_loop_over_whole_texts_has(thinker, bounds, opened):
     asked, params = requests(opened)[:8], SamplingParams(12, **bounds)
-    closing = thinker.tokenizer.encode("\n</think>\n\n", add_special_tokens=False)
+    closing = thinker.tokenizer.encode("\n</think>\n\n" + params.think_then, add_special_tokens=False)
     expected = [by_text(thinker, request, params, closing, "</think>") for request in asked]
     assert any(forced for _, forced in expected)
     for rows in (1, 3, 32):
@@ -97,7 +98,8 @@ def test_every_batch_has_the_tokens_that_a_loop_over_whole_texts_has(thinker, bo
     for rollout in found:
         shown = "".join(rollout.text[start:stop] for start, stop in rollout.forced_text)
         put = decode(thinker.tokenizer, [rollout.completion_ids[place] for place in rollout.forced])
-        assert shown == put and set(put) <= set("\n</think>" + params.think_more)
+        assert shown == put and set(put) <= set("\n</think>" + params.think_more + params.think_then)
+        assert put.endswith(params.think_then) or len(rollout.forced) < len(closing)
 
 
 def test_a_tag_of_several_tokens_is_found_where_it_ends(thinker, monkeypatch):
@@ -229,7 +231,7 @@ def test_every_tag_is_read_in_any_tokens_and_closed_by_its_own(pair):
 
 def test_a_tag_that_never_closes_itself_is_closed_once(thinker, monkeypatch):
     """Some tokenizers write a tag otherwise than they read it."""
-    monkeypatch.setattr(Reader, "closing", lambda self, state: [7, 8])
+    monkeypatch.setattr(Reader, "closing", lambda self, state, then: [7, 8])
     found = [rollout for rollout in run(thinker, requests(), SamplingParams(18, think_tokens=2)) if rollout.forced]
     assert any(rollout.forced[:2] == (2, 3) for rollout in found)
     for rollout in found:

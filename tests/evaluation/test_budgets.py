@@ -76,6 +76,7 @@ def test_a_result_from_before_budgets_is_read(tmp_path):
         ({"think_at_least": 9, "think_tokens": 8}, "think_at_least: 9 is above think_tokens"),
         ({"think_tokens": -1}, "think_tokens: must be at least 0"),
         ({"think_more": ""}, "think_more: "),
+        ({"think_then": 3}, "think_then: "),
     ],
 )
 def test_bad_settings_are_one_line(settings, message):

@@ -61,6 +61,7 @@ def changed(*path, to):
             True,
             "whether stop strings end thoughts differs: unset in a; True in b",
         ),
+        (("identity", "think_then"), "So", "what follows a closed thought differs: unset in a; So in b"),
         (("identity", "date"), "2025-02-01", "date in the prompts differs: 2025-01-31 in a; 2025-02-01 in b"),
         (("identity", "prompt", "user"), "{question}", "prompt thinking is another one (its user) in a than in b"),
         (("identity", "prompt", "prefill"), "x", "prompt thinking is another one (its prefill) in a than in b"),
