@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_traces.engine.offsets import pieces, token_offsets
+from mlx_traces.engine.offsets import token_offsets
+from mlx_traces.engine.thinking import Pieces
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models.loading import LoadedModel
 
@@ -51,14 +52,12 @@ def located(loaded: LoadedModel, completions: Sequence[Completion], steps: Seque
         For each completion its steps, in characters and tokens of the completion alone. The part of a step that the
         prompt already held is left out, and so is a step that no token wrote.
     """
-    ids = {token for one, own in zip(completions, steps, strict=True) if own for token in one.rollout.completion_ids}
-    known = pieces(loaded.tokenizer, ids) if ids else {}
-    found = []
+    found, pieces = [], Pieces(loaded.tokenizer)
     for completion, own in zip(completions, steps, strict=True):
         places = []
         if own:
             rollout, before = completion.rollout, len(completion.opened)
-            starts, ends = token_offsets(loaded, rollout.completion_ids, rollout.text, known).T
+            starts, ends = token_offsets(loaded, rollout.completion_ids, rollout.text, pieces).T
             for kind, start, end, value in own:
                 start, end = max(0, start - before), end - before
                 first, stop = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
