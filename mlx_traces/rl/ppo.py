@@ -47,7 +47,7 @@ def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callab
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)
         for step in run.steps():
-            groups, kept = run.collect(step)  # a group of equal rewards teaches too: the values
+            groups, kept = run.collect(step)  # PPO keeps groups of equal reward too
             rows = rows_of(kept, config)
             metrics = learn(learner, rows, step, config)
             run.end_step(step, groups, metrics)  # logs, validates, keeps the best adapter, saves

@@ -149,7 +149,7 @@ class Run(loop.Training):
 
 @dataclass
 class Setup:
-    """A run before its first step: the model with its adapter on, the problems, and the rewards."""
+    """A run before its first step: model with adapter, problems, rewards; ``longest`` prompt in tokens."""
 
     name: str
     config: RLConfig
