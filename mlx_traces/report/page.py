@@ -557,9 +557,14 @@ def marked(text: str, forced: Any) -> str:
         if not done <= start <= end:  # only in a damaged file
             continue
         put = text[start:end]
-        closed = next((tag.start() for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
-        inner = put if closed is None else f"{put[:closed].rstrip()}\n⟦closed here by the budget⟧\n{put[closed:]}"
-        parts += [text[done:start], f"⟦{put}⟧" if closed is None else inner]
+        closed = next((tag for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)
+        if closed is None:
+            shown = f"⟦{put}⟧"
+        else:  # what follows the tag is the text of think_then, after line feeds
+            then = put[closed.end() :].lstrip()
+            after = put[closed.start() : len(put) - len(then)] + (f"⟦{then}⟧" if then else "")
+            shown = f"{put[: closed.start()].rstrip()}\n⟦closed here by the budget⟧\n{after}"
+        parts += [text[done:start], shown]
         done = end
     return "".join([*parts, text[done:]])
 

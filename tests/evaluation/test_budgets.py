@@ -44,6 +44,8 @@ def test_text_that_was_put_there_is_in_brackets():
     text = "<think>\nabWait\ncd\n</think>\n5"
     spans = [[10, 14], [17, 27]]
     assert page.marked(text, spans) == "<think>\nab⟦Wait⟧\ncd\n⟦closed here by the budget⟧\n</think>\n5"
+    then = text[:-1] + "<answer>5</answer>"
+    assert page.marked(then, [[17, 35]]) == text[:17] + "\n⟦closed here by the budget⟧\n</think>\n⟦<answer>⟧5</answer>"
     assert page.marked(text, None) == page.marked(text, [[1], "x", [1, None]]) == page.marked(text, 7) == text
     assert page.marked(text, [[8, 10], [9, 14], [10, 14], [27, 3]]) == text[:8] + "⟦ab⟧⟦Wait⟧" + text[14:]  # damaged
     many = page.marked("x" * 100_000, [[0, 100_000]] * 10_000)
