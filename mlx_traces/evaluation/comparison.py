@@ -1,4 +1,4 @@
-"""Stored runs read and compared on the same problems."""
+"""Read stored runs, and compare runs on the same problems."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Plan:
     source: list[Problem] | None = None
 
     def first(self, count: int) -> "Plan":
-        """Return the plan of a growing run with its first problems only."""
+        """Return the plan of a growing run with its first ``count`` problems only."""
         config = self.config.model_copy(update={"limit": count})
         return replace(self, config=config, problems=self.problems[:count])
 

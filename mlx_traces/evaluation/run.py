@@ -46,6 +46,7 @@ def evaluate(
 
     Raises:
         UserError: if the input is wrong.
+        Stopped: after Ctrl-C; finished samples are kept.
     """
     planned = plan(given(EvalConfig, config, settings))
     with progress_bar(progress) as show:
@@ -59,7 +60,7 @@ def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda sam
 
     Raises:
         UserError: if the input is wrong.
-        Stopped: after Ctrl-C; what was finished is kept.
+        Stopped: after Ctrl-C; finished samples are kept.
     """
     if endpoint.behind(planned.config):
         opened = server.opened
