@@ -55,13 +55,13 @@ def generate(
         top_k: sample from the k most probable tokens; 0: from all.
         min_p: drop tokens below this fraction of the top token's probability.
         stop: texts that end a completion, after its thought.
-        stop_in_thoughts: let them end it within its thought too.
+        stop_in_thoughts: let these texts end a completion within its thought too.
         thinking: the template's thinking switch; ``None`` leaves it at its default.
         think_tokens: budget of a thought, in tokens; then it is closed, and ``max_tokens`` bounds the answer alone.
-        think_at_least: tokens of thought before which ``think_more`` replaces the thought's end.
-        think_more: text that continues a thought that would end too early.
-        think_then: text that the answer begins with once ``think_tokens`` closed the thought.
-        rows: batch size of decoding; default: as ``mlx-traces eval`` has it on this device, 32 on a CPU.
+        think_at_least: minimum length of a thought, in tokens; ``think_more`` replaces an earlier end.
+        think_more: text that continues a thought below ``think_at_least``.
+        think_then: text that begins the answer after ``think_tokens`` has closed the thought.
+        rows: batch size of decoding; default: that of ``mlx-traces eval`` on this device, 32 on a CPU.
         seed: prompt number i is sampled with ``seed + i``, whatever else is in the batch.
         logprobs: also keep each token's float32 log-probability, in nats.
 

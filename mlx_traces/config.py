@@ -1,4 +1,4 @@
-"""Every setting, defined once: a pydantic model per command, for the command line, YAML files and Python calls."""
+"""Every setting, defined once: one pydantic model per command, for the command line, YAML files and Python calls."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,22 @@ from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]  # each is defined in rl/losses.py
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-MOST_WHOLE = 10**18  # bound of a whole number; Python refuses to print one of thousands of digits
+MOST_WHOLE = 10**18  # bound of whole numbers; Python refuses to print one of thousands of digits
 
 
 def _is_none(value: Any) -> bool:
     return value is None
 
 
-_MORE = "a large GPU takes more by itself"
-SIZES = ("rows", "micro_tokens", "logits_mb")  # settings that depend on the device where they are not set
+_MORE = "the default is higher on a large GPU"
+SIZES = ("rows", "micro_tokens", "logits_mb")  # settings whose defaults depend on the device
 
 
 class Config(BaseModel):
     """Base of all settings: unknown fields are refused, values are immutable.
 
-    A setting that was added in a later version is not stored while it has its default (``exclude_if``), so runs that
-    were begun without it keep their names and can be continued.
+    A setting that a later version added is not stored while it has its default (``exclude_if``), so older runs keep
+    their names and can be continued.
     """
 
     model_config = ConfigDict(
@@ -38,16 +38,16 @@ class Config(BaseModel):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide a run's result, as JSON has them: all but those in ``MAY_CHANGE``.
+        """Return the settings that decide a run's result, as JSON values: all but those in ``MAY_CHANGE``.
 
-        A run adds its files, by their content: `evaluator.Plan.identity` and `loop.identity_of`.
+        `evaluator.Plan.identity` and `loop.identity_of` add hashes of the run's files.
         """
         return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE))
 
     def sized(self, sizes: Mapping[str, int]) -> Self:
-        """Return the settings with a device's ``sizes`` where they are larger than a default; set values stay.
+        """Return the settings with defaults raised to a device's ``sizes``; values that were set are kept.
 
-        The defaults are a CPU's; ``{}`` keeps them. Nested settings are sized too.
+        The defaults are those of a CPU; ``{}`` keeps them. Nested settings are sized too.
         """
         values = dict(self)
         for name, field in type(self).model_fields.items():
@@ -62,7 +62,7 @@ class LoadConfig(Config):
     """How a model is loaded, and the variables of its chat template."""
 
     weights: Literal["quantized", "dense"] | None = Field(
-        None, description="Keep quantized weights, or expand them; default: the faster one here."
+        None, description="Keep quantized weights, or expand them to dense ones; default: the faster one here."
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Type of dense weights; default: the device's."
@@ -70,7 +70,7 @@ class LoadConfig(Config):
     device: Literal["gpu", "cpu"] | None = Field(None, description="Device; default: the GPU, if there is one.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     template_args: dict[str, Any] | None = Field(
-        None, exclude_if=_is_none, description="Another variable of the chat template, as in reasoning_effort=high."
+        None, exclude_if=_is_none, description="A variable of the chat template, as in reasoning_effort=high."
     )
     date: Date | None = Field(
         None,
@@ -92,13 +92,13 @@ class ThinkingConfig(Config):
         description="Budget of a thought, in tokens; then it is closed, and max_tokens bounds the answer alone.",
     )
     think_at_least: Annotated[int, Field(ge=0)] = Field(
-        0, exclude_if=not_, description="Least tokens of a thought; think_more continues one that would end sooner."
+        0, exclude_if=not_, description="Minimum length of a thought, in tokens; think_more replaces an earlier end."
     )
     think_more: Annotated[str, Field(min_length=1)] = Field(
         "Wait", exclude_if="Wait".__eq__, description="Text that replaces the end of a thought below think_at_least."
     )
     think_then: str = Field(
-        "", exclude_if=not_, description="Text that the answer begins with once think_tokens closed the thought."
+        "", exclude_if=not_, description="Text that begins the answer after think_tokens has closed the thought."
     )
 
     @field_validator("think_at_least")
@@ -116,7 +116,7 @@ class ThinkingConfig(Config):
 
     @property
     def longest(self) -> int:
-        """The most tokens of a completion, its thought included."""
+        """The maximum length of a completion in tokens, thought included."""
         return self.max_tokens + (self.think_tokens or 0)
 
 
@@ -208,7 +208,7 @@ class AdapterConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout rate of the adapter's inputs.")
     layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train only the last N layers; -1: all.")
     targets: list[str] | None = Field(
-        None, description="Layers' modules that get an adapter, as in self_attn.q_proj; default: every linear one."
+        None, description="Modules of a layer that get an adapter, as in self_attn.q_proj; default: all linear ones."
     )
 
 
@@ -219,12 +219,12 @@ class OptimizerConfig(Config):
     warmup: Fraction01 = Field(0.05, description="Fraction of the steps over which the learning rate rises from 0.")
     final_rate: Fraction01 = Field(0.0, description="Final learning rate, as a fraction of the peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
-    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="Decay rates of AdamW's two averages.")
+    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="Decay rates of AdamW's two moving averages.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
 class ValidationConfig(ProblemConfig, ThinkingConfig):
-    """Held-out problems that each validation of a training answers greedily: always the same ones."""
+    """Held-out problems that the model answers greedily at each validation of a training; always the same ones."""
 
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
     limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
@@ -239,19 +239,19 @@ class TrackingConfig(Config):
     """A tracking client that also gets a training's metrics."""
 
     report_to: Literal["trackio", "wandb"] | None = Field(
-        None, description="Also send every line of metrics to this client, which must be installed."
+        None, description="Also send the metrics to this client, which must be installed."
     )
 
 
-# Where a training runs, what it reports, and how a step is split into micro-batches, which changes only rounding (and
-# the masks of dropout).
-_OF_A_TRAINING = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
+# Settings that do not decide a training's result: where it runs, what it reports, and how a step is split into
+# micro-batches, which changes only rounding and the masks of dropout.
+_NO_RESULT = {"device", "save_every", "report_to", "micro_tokens", "logits_mb", "checkpoint_layers"}
 
 
 class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     """Settings of SFT other than model and data."""
 
-    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "data", "valid"})  # the last two by their content
+    MAY_CHANGE = frozenset({*_NO_RESULT, "data", "valid"})  # the last two by their content
 
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the problems whose traces are kept for the validation loss, if there is no --valid."
@@ -261,7 +261,7 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     micro_tokens: Positive = Field(512, description=f"Token limit of a forward pass, padding included; {_MORE}.")
     max_length: Positive = Field(2048, description="Maximum length of a sequence, prompt included, in tokens.")
     over_long: Literal["skip", "cut", "refuse"] = Field(
-        "skip", description="Longer sequences: leave them out, cut off their end (the answer), or stop."
+        "skip", description="Longer sequences: leave them out (skip), cut off the end (cut), or stop (refuse)."
     )
     thinking: bool | None = Field(
         None, exclude_if=_is_none, description="Set the template's thinking switch; default: as each trace was made."
@@ -305,7 +305,7 @@ class JudgeConfig(Config):
 class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, JudgeConfig, ProblemConfig, ThinkingConfig):
     """Settings that GRPO and PPO share: a task's training problems, rollouts, rewards, updates."""
 
-    MAY_CHANGE = frozenset({*_OF_A_TRAINING, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
+    MAY_CHANGE = frozenset({*_NO_RESULT, "rows", "memory_limit", "data", "judge_cache"})  # data by its content
 
     model: str = Field("nano", description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of an adapter to train on; default: a new one.")
@@ -396,12 +396,12 @@ class GRPOConfig(RLConfig):
 
     advantage: Literal["std", "batch", "none", "rloo", "mean"] = Field(
         "std",
-        description="Reward minus its group's mean, divided by the group's (std) or the batch's (batch) deviation, or "
-        "not divided (none); minus the mean of the others (rloo); or minus the mean of all rewards (mean).",
+        description="Reward minus its group's mean, divided by the standard deviation of the group (std) or the batch "
+        "(batch), or not divided (none); minus the mean of the others (rloo); or minus the mean of all rewards (mean).",
     )
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Draw up to this many more times to replace groups of equal rewards (DAPO's dynamic sampling).",
+        description="Replace groups of equal rewards by new problems, at most this many times a step (DAPO).",
     )
     loss: Loss = Field("dapo", description="Loss type: how ratios are clipped and tokens averaged.")
     clip_eps: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="Lower clip bound, below a ratio of 1.")
@@ -417,7 +417,7 @@ class GRPOConfig(RLConfig):
     )
     importance: Literal["none", "token", "sequence"] = Field(
         "none",
-        description="Truncated importance weights per token or sequence, to correct for the sampler's probabilities.",
+        description="Weights per token or sequence that correct for differences between sampler and trainer.",
     )
     importance_cap: Annotated[float, Field(gt=0)] = Field(2.0, description="Upper bound of those weights.")
     updates_per_batch: Positive = Field(1, description="Passes over each batch of rollouts.")
@@ -426,8 +426,8 @@ class GRPOConfig(RLConfig):
     @field_validator("loss", mode="before")
     @classmethod
     def _no_bnpo(cls, value: Any) -> Any:
-        if value == "bnpo":  # a mean over micro-batches, which change nothing here
-            raise ValueError("bnpo is dapo where a step is one mean over its tokens, as here; set dapo")
+        if value == "bnpo":  # a mean over the tokens of each micro-batch
+            raise ValueError("bnpo equals dapo here, since a step's loss is one mean over its tokens; set dapo")
         return value
 
     @field_validator("loss")
@@ -444,7 +444,7 @@ class PPOConfig(RLConfig):
     group_size: Positive = Field(4, description="Rollouts per problem.")
     gamma: Fraction01 = Field(1.0, description="Discount of a token.")
     gae_lambda: Fraction01 = Field(
-        0.95, description="Lambda of the advantages: 0 uses the values alone, 1 the received rewards."
+        0.95, description="Lambda of the advantages: 0 trusts the next token's value, 1 uses the actual rewards."
     )
     whiten: bool = Field(True, description="Scale the advantages to mean 0 and variance 1 over the batch's tokens.")
     epochs: Positive = Field(2, description="Passes over each batch of rollouts.")
@@ -463,7 +463,7 @@ class PPOConfig(RLConfig):
     )
     entropy_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of an entropy bonus.")
     kl_coef: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="KL penalty on the reward, per nat of log p - log p_ref of a token."
+        0.0, description="Weight of the KL penalty in the reward, per nat of a token's log p - log p_ref."
     )
     reference: str | None = Field(None, description=_REFERENCE)
 
@@ -474,7 +474,7 @@ class TracesConfig(Config):
     task: str | None = Field(
         None,
         exclude_if=_is_none,
-        description="Task of the traces; needed for a plug-in only, whose code runs if you name it here.",
+        description="Task of the traces; needed only for a plug-in, whose code runs if you name it here.",
     )
 
 
@@ -483,7 +483,7 @@ class ScoreConfig(TracesConfig, LoadConfig, JudgeConfig):
 
     tags: Literal["think", "r1", "sky-t1", "none"] = Field(
         "think",
-        description="Form of a trace: <think> then <answer>, <think> then text, Sky-T1's thought and solution, or any.",
+        description="Form: <think>, then <answer> (think) or text (r1); Sky-T1's tags (sky-t1); or any (none).",
     )
     length_limit: Positive = Field(
         2048, description="Length at which the length score is 0, in tokens (in words if tokens are unknown)."
@@ -512,7 +512,7 @@ class ReformatConfig(TracesConfig, LoadConfig):
         "sky-t1", description="Form to write: Sky-T1's thought and solution, or <think> and what follows it."
     )
     model: str | None = Field(
-        None, description="Model that rewrites the traces; default: none, only tags change, by rule."
+        None, description="Model that rewrites the traces; default: none, and only the tags are changed, by rules."
     )
     model_prompt: str | None = Field(
         None, description="FILE.yaml with your instruction for the model, {question} and {trace} in it."
@@ -528,7 +528,7 @@ class ReformatConfig(TracesConfig, LoadConfig):
 
 
 class FilterConfig(TracesConfig):
-    """Settings of ``mlx-traces filter``: its rules, in the order in which they are applied."""
+    """Settings of ``mlx-traces filter``: its rules, in the order of application."""
 
     correct_only: bool = Field(True, description="Drop wrong traces; those that no task can judge stay.")
     well_formed: bool = Field(False, description="Drop traces whose format score is below 1.")
@@ -609,7 +609,7 @@ class RoundsConfig(TrackingConfig):
     name: str = Field(
         ...,
         pattern=r"^\w[\w .+-]{0,79}$",
-        description="Begins the names of all files and folders, so it has no /.",
+        description="Prefix of the names of all files and folders, so it has no /.",
     )
     model: str = Field("nano", description="nano, a folder, or a hub id.")
     task: str = Field("countdown", description="Task: gsm8k, countdown, math, or your own module:TASK with raw.file.")
@@ -648,7 +648,7 @@ class StudyModel(Config):
     model: str = Field(..., description="nano, a folder, or a hub id; MODEL@REVISION and MODEL+ADAPTER work.")
     adapter: str | None = Field(None, description="Folder of a LoRA adapter.")
     adapters: Annotated[list[str], Field(min_length=2)] | None = Field(
-        None, description="Folders of adapters: several trainings of one recipe, which are one row under its label."
+        None, description="Folders of adapters: several trainings of one recipe, shown as one row under the label."
     )
     label: str | None = Field(None, description="Name in the tables; default: the model's and the adapter's.")
     bits: Literal[16, 8, 6, 5, 4, 3, 2] | None = Field(
@@ -679,13 +679,13 @@ class ComparedConfig(Config):
 
 
 class CompareConfig(ComparedConfig):
-    """Settings of ``mlx-traces compare``: also finished runs, and evaluations that are written out in full."""
+    """Settings of ``mlx-traces compare``: also finished runs, and single evaluations."""
 
     runs: list[str] = Field(default_factory=list, description="Run folders.")
     recipes: dict[str, list[str]] = Field(
         default_factory=dict, description="Run folders of several trainings of one recipe, by the name of their row."
     )
-    evals: list[EvalConfig] = Field(default_factory=list, description="Evaluations, made if they are missing.")
+    evals: list[EvalConfig] = Field(default_factory=list, description="Single evaluations; missing ones are made.")
     extractor: str | None = Field(None, description="Compare all runs by this extractor.")
     quality: ScoreConfig | None = Field(
         None,
@@ -701,7 +701,7 @@ class CompareConfig(ComparedConfig):
 
 
 class StudyConfig(ComparedConfig):
-    """Settings of ``mlx-traces study``: also a sentence about every pair."""
+    """Settings of ``mlx-traces study``: also budgets of thought, and a test of every pair."""
 
     name: str = Field(..., description="Title of the study.")
     tasks: Annotated[list[StudyTask], Field(min_length=1)] = Field(
@@ -732,11 +732,11 @@ class NanoConfig(OptimizerConfig):
     problems: Positive = Field(85_000, description="Different training problems; each is seen several times.")
     direct_share: Fraction01 = Field(0.035, description="Share of the sequences in the direct prompt.")
     sequences: Positive = Field(230_000, description="Sequences of the first stage, which teaches arithmetic.")
-    give_up: Fraction01 = Field(0.12, description="Probability that its teacher gives up after a no.")
+    give_up: Fraction01 = Field(0.12, description="Probability that the teacher gives up after a no.")
     policy_sequences: Positive = Field(14_000, description="Sequences of the second stage, which teaches giving up.")
     policy_daunting: Annotated[float, Field(ge=0)] = Field(
         30.0,
-        description="Target at which its teacher gives up after a no with probability 0.5, more often at larger ones.",
+        description="Target at which the teacher gives up after a no with probability 0.5, more often at larger ones.",
     )
     policy_learning_rate: Annotated[float, Field(gt=0)] = Field(1.5e-3, description="Peak rate of the second stage.")
     batch_size: Positive = Field(16, description="Sequences of an optimizer step.")
@@ -756,7 +756,7 @@ def shipped(folder: Literal["adapters", "configs"]) -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """Find a configuration by its path or name, ``.yaml`` or not: here, in ``configs/``, or one of those shipped.
+    """Find a configuration by its path or name, with or without ``.yaml``: here, in ``configs/``, or a shipped one.
 
     Raises:
         UserError: if there is none.
@@ -793,7 +793,7 @@ def read_config(kind: type[Config], path: str | Path | None, overrides: dict[str
     """
     content: dict[str, Any] = {}
     if path is not None:
-        from mlx_traces.yaml_files import read_yaml  # --help does without PyYAML
+        from mlx_traces.yaml_files import read_yaml  # --help does not need PyYAML
 
         content = read_yaml(Path(path))
     return build(kind, {**content, **overrides}, str(path) if path else "")
@@ -803,7 +803,7 @@ _WHOLE, _NUMBER, _SWITCH, _TEXT, _LIST, _MAPPING = (
     f"must be {what}"
     for what in ("a whole number", "a number", "true or false", "a text", "a list", "a mapping, 'name: value' lines")
 )
-_MESSAGES = {  # our messages for pydantic's errors; pydantic's own change from version to version
+_MESSAGES = {  # our messages for pydantic's errors; pydantic's own differ between versions
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",

@@ -1,9 +1,9 @@
-"""The one exception that means "the input is wrong"; anything else is a bug and keeps its traceback."""
+"""The exception for wrong input. Any other exception is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
 
-MOST_NAME = 100  # characters of an unknown name that are looked at and shown
+MOST_NAME = 100  # characters of an unknown name that are compared and shown
 
 
 class UserError(Exception):
@@ -33,7 +33,7 @@ def unknown(what: str, name: str, names: Iterable[str]) -> UserError:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, with the error's type where the message alone says little."""
+    """Return the first line of an error's message, with the error's type if the message alone says little."""
     line = (str(error).strip().splitlines() or [""])[0][:200]
     telling = line and not isinstance(error, (KeyError, TypeError, AttributeError, IndexError, AssertionError))
     return line if telling else f"{type(error).__name__}: {line}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""Text, JSON and tables of files from anywhere: UTF-8, with or without a byte-order mark, and strict JSON. No MLX."""
+"""Read text, JSON and tables from any source: UTF-8, with or without a byte-order mark, and strict JSON. No MLX."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from mlx_traces.errors import UserError, first_line
 
-MOST_DEPTH = 30  # values within each other, in a row and in a YAML file
+MOST_DEPTH = 30  # nested values, in a row and in a YAML file
 
 MARK = "\ufeff"  # byte-order mark
 _OTHER_MARKS = {
@@ -20,13 +20,13 @@ _OTHER_MARKS = {
     b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
-}  # the longer ones first
+}  # longer marks first, as UTF-32's begins with UTF-16's
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*')
 
 
 @contextmanager
 def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file for reading, after its byte-order mark if it has one.
+    """Open a text file for reading, past its byte-order mark if it has one.
 
     Raises:
         UserError: if it cannot be read, or is not UTF-8; the message names UTF-16 and UTF-32.
@@ -34,7 +34,7 @@ def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with path.open("rb") as file:
             head = file.peek(4)[:4]
-            zeros = tuple(byte == 0 for byte in head)  # of two letters of UTF-16 without a mark
+            zeros = tuple(byte == 0 for byte in head)  # alternate in UTF-16 letters without a mark
             without_mark = "UTF-16" if zeros in ((False, True, False, True), (True, False, True, False)) else None
             if encoding := next((_OTHER_MARKS[mark] for mark in _OTHER_MARKS if head.startswith(mark)), without_mark):
                 raise UserError(f"{path}: is {encoding}; save it as UTF-8")
@@ -72,8 +72,8 @@ def parse_json(text: str, where: str, several_lines: bool = False, finite: bool 
 
     Args:
         text: the JSON.
-        where: its place, for messages.
-        several_lines: whether it is a whole file; messages then add the line to the place.
+        where: its place, for error messages.
+        several_lines: whether it is a whole file; messages then name the line too.
         finite: refuse ``NaN``, ``Infinity`` and numbers beyond a float's range, which are not JSON.
 
     Raises:
@@ -93,7 +93,7 @@ def parse_json(text: str, where: str, several_lines: bool = False, finite: bool 
 
 
 def _place_of_not_finite(text: str) -> int:
-    """Return the index of the first number that is not finite, texts in quotes aside."""
+    """Return the index of the first number that is not finite, outside of quoted texts."""
     for token in _TOKEN.finditer(text):
         if token[0][0] != '"':
             try:
@@ -114,8 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 Row = dict[str, Any]
-TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # files that the `datasets` package reads, and its name for them
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", *TABLES)  # of files, never of hub data sets
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # files that `datasets` reads, and its name for them
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", *TABLES)  # of files, not of hub data sets
 
 
 def read_jsonl(path: Path, columns: Sequence[str] = (), finite: bool = True) -> Iterator[tuple[str, Row]]:
@@ -135,7 +135,7 @@ def file_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Ro
     """Yield (place, row) of a file of rows: JSON lines, a .json list, Parquet or Arrow.
 
     Raises:
-        UserError: as `read_jsonl` does; the place in a list or table is ``file[index]``.
+        UserError: as `read_jsonl`; the place in a list or table is ``file[index]``.
     """
     suffix = path.suffix.lower()
     if suffix in TABLES:
@@ -159,15 +159,15 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
         yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
     except UserError:
         raise
-    except Exception as error:  # the readers of tables raise a dozen unrelated types
+    except Exception as error:  # the readers of tables raise many unrelated types
         raise UserError(f"{path}: not a {kind} file ({first_line(error)[:80]})") from None
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Return a row's value as a JSON value, its texts without a byte-order mark at their start.
+    """Return a row's value as a JSON value; a byte-order mark at the start of a text is removed.
 
-    NaN, a table's mark of a missing number, becomes None; dates become text. Values more than ``MOST_DEPTH`` deep stay
-    as they are.
+    NaN, which marks a missing number in a table, becomes None; dates become text. Values nested more than
+    ``MOST_DEPTH`` deep are not changed.
     """
     if isinstance(value, str):
         return value.lstrip(MARK)
@@ -187,7 +187,7 @@ def parse_row(line: str, where: str, columns: Sequence[str], finite: bool = True
 
 
 def _checked(row: Any, where: str, columns: Sequence[str], halves: bool = True) -> Row:
-    """Check a row's type and columns and, if it may have ``halves`` of surrogate pairs, that UTF-8 can write it."""
+    """Check a row's type and columns; with ``halves`` also that UTF-8 can write it (no unpaired surrogate)."""
     if halves:
         try:
             json.dumps(row, ensure_ascii=False).encode()
@@ -205,7 +205,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def listed(columns: Iterable[str]) -> str:
-    """List names of columns in one line."""
+    """List column names on one line."""
     names = (name if name.isprintable() else repr(name) for name in map(str, columns))
     return ", ".join(name[:60] for name in names) or "no columns"
 
@@ -215,16 +215,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-GENERATED = re.compile(r"([0-9])(?:-([0-9]))?-numbers")  # names generated problems, where a file could be named
+GENERATED = re.compile(r"([0-9])(?:-([0-9]))?-numbers")  # generated problems, given in place of a file
 
 
 def is_file(data: str) -> bool:
-    """Whether ``data`` names a file; if not, it is a hub data set ``owner/name``, or names generated problems."""
+    """Whether ``data`` names a file; otherwise it is a hub data set ``owner/name`` or generated problems."""
     if GENERATED.fullmatch(data):
         return False
     name = data.partition("@")[0]
     try:
         there = Path(data).exists()
-    except OSError:  # too long for a name
+    except OSError:  # a name that is too long
         there = True
     return there or name.count("/") != 1 or name.startswith((".", "/", "~")) or data.lower().endswith(SUFFIXES)

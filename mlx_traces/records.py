@@ -20,8 +20,8 @@ def strata_of(stratum: str) -> list[str]:
 class Problem:
     """One question of a task.
 
-    ``id`` is derived from the content, so a problem has the same id whatever its source and place in it; runs are
-    paired by it. ``columns`` is the task's row (``question`` and ``answer``, or ``nums`` and ``target``). ``gold`` is
+    ``id`` is derived from the content, so it does not depend on the problem's source or place there; runs are paired
+    by it. ``columns`` is the task's row (``question`` and ``answer``, or ``nums`` and ``target``). ``gold`` is
     the answer as text. ``stratum`` names the part of the data set that results are split by, or is empty; several parts
     are separated by ``; ``.
     """
@@ -40,9 +40,9 @@ class Rollout:
     them, without the stop token, without special tokens (thinking tags excepted), and up to a stop string.
     ``finish_reason`` is ``"stop"`` or ``"length"``. On request, per completion token and in nats: ``logprobs`` under
     the sampling distribution, ``model_logprobs`` under the model's own at temperature 1. ``stop_string`` is the one
-    that ended the completion, None if none did. ``forced`` are the places of the tokens that were not drawn but
-    inserted, to close a thought or to keep it open; their log-probabilities are None. ``forced_text`` has the
-    characters of ``text`` that they wrote, as (first, one after the last).
+    that ended the completion, None if none did. ``forced`` are the indices of the tokens that were inserted, not
+    sampled, to close a thought or to keep it open; their log-probabilities are None. ``forced_text`` has the spans
+    (start, end) of ``text`` that they wrote.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,15 +56,15 @@ class Rollout:
     forced_text: tuple[tuple[int, int], ...] = ()
 
 
-Span = tuple[int, int, float]  # first character, the one after the last, value
+Span = tuple[int, int, float]  # start and end (exclusive) in characters, value
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """A reward's value for a completion, with values for single steps of it.
+    """A reward's value for a completion, and its values for single steps of the completion.
 
-    ``value`` is that of the whole completion, or None where it does not apply. ``steps`` has, by the name of their
-    kind, spans ``(start, end, value)`` in characters of the text that was rewarded; those of a kind do not overlap.
+    ``value`` is that of the whole completion, or None where the reward does not apply. ``steps`` maps a kind of step to
+    spans ``(start, end, value)`` in characters of the rewarded text; spans of one kind do not overlap.
     """
 
     value: float | None
@@ -100,13 +100,13 @@ class Trace:
     ``completion`` is the assistant's last turn, without the stop token. ``id`` is the problem's, so traces of one
     problem share it, or a hash of the conversation. ``task`` names the grader and ``columns`` is its row; both are
     empty for a conversation that no task can judge. ``prompt`` is the prompt style's name, ``source`` names the
-    trace's origin, ``sample`` numbers the traces of one problem. ``not_learned`` has the indices of assistant's
+    trace's origin, ``sample`` numbers the traces of one problem. ``not_learned`` has the indices of the assistant's
     ``messages`` that training leaves out of the loss. ``thinking`` (None: unset) and ``template_args`` are the chat
     template's variables when the completion was sampled; ``stop_string`` ended it.
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None. ``forced``
-    are the places of the tokens that were inserted and not drawn; they have no log-probability (None).
+    are the indices of the tokens that were inserted, not sampled; their log-probability is None.
     Scored ones have the headline ``verdict`` of the task's grader, named ``scores`` from 0 to 1 (None where one does
     not apply) and the combined ``score``.
     """
@@ -132,7 +132,7 @@ class Trace:
     forced: tuple[int, ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """Return this trace as a JSON object, without fields that are not known."""
+        """Return this trace as a JSON object, without unknown values."""
         needed = ("id", "messages", "completion")
         return {name: value for name, value in asdict(self).items() if name in needed or value not in (None, "", {})}
 

@@ -21,15 +21,15 @@ def clean(text: Any) -> str:
     spaced = " ".join(str(text).split())
     if spaced.isprintable():
         return spaced
-    return spaced.translate(dict.fromkeys(_acting()))
+    return spaced.translate(dict.fromkeys(_replacements()))
 
 
 @cache
-def _acting() -> dict[int, str]:
+def _replacements() -> dict[int, str]:
     """Return a visible replacement for each control, direction and surrogate character, by its code.
 
-    Unicode has none of them outside of these two ranges. Line ends, tabs, the joiner of emoji and the soft hyphen
-    stand for themselves.
+    Unicode has such characters only in these two ranges. Line ends, tabs, the joiner of emoji and the soft hyphen are
+    mapped to themselves.
     """
     codes = (*range(0x20000), *range(0xE0000, 0xE1000))
     shown = {code: f"⟨U+{code:04X}⟩" for code in codes if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs")}
@@ -38,24 +38,24 @@ def _acting() -> dict[int, str]:
 
 
 def visible(text: str) -> str:
-    """Replace control and direction characters by visible ones without effect: ``␛[31m``, ``⟨U+202E⟩``."""
-    return text if text.isprintable() else text.translate(_acting())
+    """Replace control and direction characters by visible, harmless ones: ``␛[31m``, ``⟨U+202E⟩``."""
+    return text if text.isprintable() else text.translate(_replacements())
 
 
 def inert(json_text: str) -> str:
     r"""Write control and direction characters in a JSON text as ``\u`` escapes, which JSON reads as the same."""
-    return json_text.translate({code: f"\\u{code:04x}" for code in _acting() if code < 0x10000 and code != 0x0A})
+    return json_text.translate({code: f"\\u{code:04x}" for code in _replacements() if code < 0x10000 and code != 0x0A})
 
 
 def number(value: float) -> str:
-    """Write a number with three digits: ``0.0123``, ``12,345``, ``4.1e-13``."""
+    """Write a number with three significant digits, or as a whole number from 1,000 on: ``0.0123``, ``12,345``."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def percent(share: float, signed: bool = False) -> str:
-    """Format a fraction in percent with one decimal and without its sign ``%``; zero has no sign."""
+    """Format a fraction as a percentage with one decimal, without ``%``; zero has no plus or minus."""
     text = f"{100 * share:{'+' if signed else ''}.1f}"
     return "0.0" if float(text) == 0 else text
 
@@ -66,7 +66,7 @@ def interval(low: float, high: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """Format a ratio: ``6.40``, from 10 on ``12.5``; a dash if there is none, ``∞`` where it has no end."""
+    """Format a ratio: ``6.40``, from 10 on ``12.5``; a dash for NaN, ``∞`` for infinity."""
     if math.isnan(ratio):
         return "–"
     if math.isinf(ratio):
@@ -75,7 +75,7 @@ def times(ratio: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash if there is none."""
+    """Format a p-value: ``0.012``, ``0.0004``, ``<1e-4``; a dash for NaN."""
     if math.isnan(p):
         return "–"
     if p < 1e-4:
@@ -89,7 +89,7 @@ def p_relation(p: float) -> str:
 
 
 def fold(text: str, width: int) -> list[str]:
-    """Break a long name into lines, after dashes and spaces and before ``+ADAPTER``."""
+    """Break a long name into lines: after a space or one of ``-_/``, and before ``+ADAPTER``."""
     lines = [""]
     for part in re.findall(r"[+]?[^-_/ +]*[-_/ ]*", text):
         if lines[-1] and len(lines[-1] + part.rstrip()) > width:
@@ -99,5 +99,5 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def whole(number: float | None) -> str:
-    """Format a number without decimals; a dash if there is none."""
+    """Format a number without decimals; a dash for None or NaN."""
     return "–" if number is None or math.isnan(number) else f"{number:,.0f}"

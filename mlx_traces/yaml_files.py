@@ -1,4 +1,4 @@
-"""YAML files from anywhere, within bounds of size, depth and time. No MLX."""
+"""Read YAML files from any source, with bounds on size, depth and time. No MLX."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from mlx_traces.errors import MOST_NAME, UserError
 from mlx_traces.readers import MOST_DEPTH, text_of
 
 MOST_BYTES, MOST_VALUES = 1_000_000, 5_000  # of a YAML file
-# In base 60 too, whose parsing takes quadratic time.
+# Numbers in base 60 (1:30:00) included: parsing them takes quadratic time.
 _LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[xb][0-9a-fA-F_]+|\.?[0-9][0-9_:.]*)")
 
 
@@ -33,7 +33,7 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
             line, key = twice
             raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
         content = yaml.load(text, loader)
-    # For a wrong date, or a tag that does not fit its text, PyYAML raises whatever its code runs into.
+    # For a wrong date, or a tag that does not fit its text, PyYAML raises errors of many types.
     except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}{_place(text, getattr(error, 'problem_mark', None))}") from None
     if not isinstance(content, dict):
@@ -42,7 +42,7 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
 
 
 def _place(text: str, mark: Any) -> str:
-    """Say where a text stops being YAML, and what to check; PyYAML's own messages change from version to version."""
+    """Say where a text stops being YAML, and what to check; PyYAML's own messages differ between versions."""
     if mark is None:
         return ": not YAML: a control character, or a value that is not what it looks like (as 2001-99-99); quote it"
     line = next(iter(text.splitlines()[mark.line : mark.line + 1]), "")
@@ -69,13 +69,13 @@ def _twice(top: Any) -> tuple[int, str] | None:
 
 
 def _sprawl(events: Iterable[Any]) -> str:
-    """Say which bound a YAML file exceeds with its aliases expanded; 50 characters of text count as a value.
+    """Say which bound a YAML file exceeds once its aliases are expanded; every 50 characters of text count as a value.
 
-    This bounds the values that are built although aliases may nest, and refuses a value that contains itself.
+    So nested aliases cannot build more values than that, and a value that contains itself is refused.
     """
     deep = f"more than {MOST_DEPTH} values within each other"
-    sizes: dict[str, int] = {}  # of the value that an anchor names
-    around: list[tuple[str | None, int]] = [(None, 0)]  # the collections that are open: anchor, size so far
+    sizes: dict[str, int] = {}  # of each anchor's value
+    around: list[tuple[str | None, int]] = [(None, 0)]  # open collections: anchor, size so far
     for event in events:
         anchor, size = getattr(event, "anchor", None), 1
         if isinstance(event, yaml.CollectionStartEvent):

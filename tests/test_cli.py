@@ -251,7 +251,7 @@ def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_
     file = tmp_path / "mine.yaml"
     for kind, content, message in (
         (SFTConfig, "epochs: 2\n", r"mine.yaml: data is missing \(File of .*README.md\): add 'data: ...' there"),
-        (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Begins the names .*: add 'name: ...' there"),
+        (RoundsConfig, "task: countdown\n", r"mine.yaml: name is missing \(Prefix of .*: add 'name: ...' there"),
         (StudyConfig, "name: x\ntasks: [{}]\nmodels: [{bits: 4}]\n", r"mine.yaml: models.0.model is missing \(nano,"),
         (StudyConfig, "name: x\ntasks: []\nmodels: [{model: nano}]\n", "tasks: needs 1 or more, not"),
         (SFTConfig, "data: x\nbetas: [0.9]\n", "mine.yaml: betas.1 is missing: the list is too short"),
