@@ -12,7 +12,7 @@ from mlx_traces.cli.report import card_command, push_command, report_command, wa
 from mlx_traces.cli.traces import data_group, filter_command, generate_command, reformat_command, score_command
 from mlx_traces.cli.train import fuse_command, grpo_command, plan_group, ppo_command, sft_command
 
-GROUPS = {  # of the root's help
+GROUPS = {  # sections of the root's help
     "Evaluate": (eval_command, compare_command, study_command, grade_command, verify_command),
     "Traces": (data_group, generate_command, score_command, filter_command, reformat_command),
     "Train": (sft_command, grpo_command, ppo_command, rounds_command, fuse_command),
@@ -22,7 +22,7 @@ GROUPS = {  # of the root's help
 
 
 class Root(Commands):
-    """The root group; its help lists the commands by what they are for."""
+    """The root group; its help lists the commands by purpose."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, group by group."""

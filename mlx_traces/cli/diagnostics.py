@@ -18,7 +18,7 @@ from mlx_traces.runtime.provenance import provenance
 NOT_BENCHED = (
     *("adapter", "data", "valid", "valid_share", "epochs", "over_long", "checkpoint_layers", "eval_every", "evaluate"),
     *("patience", "save_every", "betas", "warmup", "final_rate", "weight_decay", "report_to", "thinking"),
-)  # settings of sft that change no step's cost, or that the peer has no like of
+)  # settings of sft that do not change the cost of a step, or that the peer lacks
 
 NOT_BENCHED_RL = (
     *("adapter", "num_steps", "prompts_per_step", "max_resamples", "pass_rate_low", "pass_rate_high", "probe_samples"),
@@ -33,39 +33,39 @@ def bench_group() -> None:
 
 
 class Ranked(click.Command):
-    """A bench that ``--ranks`` repeats: the same command by one process, then by several ranks on this machine."""
+    """A bench with ``--ranks``: one process runs the command, then several ranks on this machine share it."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        text = "Time one process, then so many that share the work, on this machine; print both and the ratio."
+        text = "Time one process, then this many that share its work on this machine; print both and their ratio."
         self.params.append(click.Option(["--ranks"], type=click.IntRange(2), help=text))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments as they were given: other processes get them too."""
+        """Keep the arguments as given, to pass them to other processes."""
         ctx.meta["given"] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the bench here, or leave it to other processes."""
+        """Run the bench here, or with ``--ranks`` in other processes."""
         ranks = ctx.params.pop("ranks")
         if ranks is None:
             return super().invoke(ctx)
         if ctx.params.get("against"):
-            raise UserError("--ranks times our own work alone; leave out --against")
+            raise UserError("--ranks does not time a peer; leave out --against")
         from mlx_traces.diagnostics import bench_ranks
 
         arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
-        found, about = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
+        results, about = bench_ranks.scaling(arguments, ranks, lambda line: click.echo(line, err=True))
         if ctx.params["as_json"]:
-            click.echo(to_json({**about, **provenance(), "rows": [asdict(line) for line in found]}), nl=False)
+            click.echo(to_json({**about, **provenance(), "rows": [asdict(line) for line in results]}), nl=False)
             return None
-        for line in found:
+        for line in results:
             click.echo(bench_ranks.text_of(line))
         return None
 
 
 def _without_ranks(arguments: list[str]) -> list[str]:
-    """Return arguments without ``--ranks`` and its value, and without ``--json``, which the other processes get."""
+    """Return arguments without ``--ranks`` and its value, and without ``--json``, which `bench_ranks` adds."""
     kept, left = [], iter(arguments)
     for argument in left:
         if argument == "--ranks":
@@ -76,25 +76,25 @@ def _without_ranks(arguments: list[str]) -> list[str]:
 
 
 def _print(lines: Sequence[dict[str, Any]], config: dict[str, Any], loaded: Any) -> None:
-    """Print what was measured as JSON, with what it was measured on: versions, device, every setting, the model."""
+    """Print measurements as JSON, with versions, device, every setting and the model."""
     about = {**provenance(), "config": config, "model": loaded.about()}
     click.echo(to_json({**about, "rows": list(lines)}), nl=False)
 
 
 def _by(ranks: int) -> str:
-    """Say how many processes there were, if several."""
+    """Return the number of processes as text, if there are several."""
     return f", {ranks} ranks" if ranks > 1 else ""
 
 
 @bench_group.command("generate", cls=Ranked)
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
-@click.option("--rows", default="32", show_default=True, help="Completions decoded at once; several as in 32,128.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest completion.")
-@click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="How many prompts.")
+@click.option("--rows", default="32", show_default=True, help="Batch sizes of decoding, as in 32,128.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens per completion.")
+@click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Number of prompts.")
 @click.option("--prompts", type=click.Path(), help="File of GSM8K-like questions.  [default: Countdown problems]")
-@click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to measure in the same run, with our weights.")
-@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of each, in turn.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to time in the same run, on the same weights.")
+@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights by its own defaults.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Number of timed runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows and provenance as JSON.")
 @settings_options(LoadConfig)
 def bench_generate_command(
@@ -119,10 +119,10 @@ def bench_generate_command(
     from mlx_traces.models import loading
 
     loaded = loading.load(model, **settings)
-    asked = bench_generate.bench_prompts(loaded, Path(prompts) if prompts else None, count)
+    texts = bench_generate.bench_prompts(loaded, Path(prompts) if prompts else None, count)
     lines = bench_generate.bench_generate(
         loaded,
-        asked,
+        texts,
         [int(part) for part in rows.split(",")],
         max_tokens,
         against,
@@ -131,8 +131,8 @@ def bench_generate_command(
         lambda line: click.echo(line, err=True),
     )
     if as_json:
-        asked_for = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats}
-        config = {**build(LoadConfig, settings).model_dump(mode="json"), **asked_for, "as_shipped": as_shipped}
+        arguments = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats}
+        config = {**build(LoadConfig, settings).model_dump(mode="json"), **arguments, "as_shipped": as_shipped}
         _print([asdict(line) for line in lines], config, loaded)
         return
     where = f"{model}, {loaded.backend.description}{_by(lines[0].ranks)}"
@@ -153,7 +153,7 @@ def bench_generate_command(
 
 @bench_group.command("graph")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
-@click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Completions decoded at once.")
+@click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Batch size of decoding.")
 @click.option(
     "--backend",
     type=click.Choice(["metal", "cuda"]),
@@ -169,14 +169,14 @@ def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> N
     """
     from mlx_traces.diagnostics import bench_graph
 
-    found = bench_graph.bench_graph(model, rows, backend)
+    counts = bench_graph.bench_graph(model, rows, backend)
     if as_json:
-        lines = [asdict(row) for row in found]
+        lines = [asdict(row) for row in counts]
         click.echo(to_json({"rows": lines, "model": model, "rows_at_once": rows, "backend": backend}), nl=False)
         return
     click.echo(f"{model}, {rows} rows, counted for {backend}; a pass is rows x vocabulary float32 numbers")
     click.echo(f"{'':<45}{'operations':>11}{'kernels':>8}{'GB':>8}{'passes':>8}")
-    for row in found:
+    for row in counts:
         name = f"{row.what}, {row.variant}{', log-probabilities' if row.logprobs else ''}"
         numbers = f"{row.primitives:>11,}{row.kernels:>8,}{row.gb:>8.2f}{row.vocabulary_passes:>8.1f}"
         click.echo(f"{name:<45}{numbers}")
@@ -185,13 +185,13 @@ def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> N
 @bench_group.command("all")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file; an existing one is replaced.")
 @click.option("--model", help="nano, a folder, or a hub id.  [default: a 4-bit Qwen2.5 of 0.5B; nano on a CPU]")
-@click.option("--quick", is_flag=True, help="Fewer and shorter steps, with nano unless --model says otherwise.")
+@click.option("--quick", is_flag=True, help="Fewer and shorter steps; the default model is nano.")
 @click.option("--data", type=click.Path(), help="File of GSM8K-like problems.  [default: the hub's, else Countdown]")
-@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Limit of all steps.")
+@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Time limit in all.")
 def bench_all_command(out: Path, model: str | None, quick: bool, data: str | None, minutes: float) -> None:
     """Run every bench on this machine.
 
-    Each runs in a process of its own. All results go into one file, for `bench show`.
+    Each bench runs in its own process. One file holds all results; `bench show` prints it.
     """
     from mlx_traces.diagnostics import bench_all, bench_file
 
@@ -224,10 +224,10 @@ def bench_show_command(files: tuple[Path, ...], png: Path | None, markdown: bool
 @bench_group.command("sft", cls=Ranked)
 @click.option("--data", type=click.Path(), help="File of traces.  [default: traces of Countdown's solver]")
 @click.option("--problems", type=click.Path(), help="File of GSM8K-like problems, whose solutions become traces.")
-@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="How many traces.")
-@click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to measure in the same run, with our weights.")
-@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed epochs of each, in turn.")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of traces.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to time in the same run, on the same weights.")
+@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights by its own defaults.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Number of timed epochs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the row and its provenance as JSON.")
 @settings_options(SFTConfig, *NOT_BENCHED, batch_size=8)
 def bench_sft_command(
@@ -263,9 +263,9 @@ def bench_sft_command(
     adapters.start(model, config)
     estimated = memory.of_sft(replace(loaded, model=model), config, max(len(row.ids) for row in rows)).peak
     if as_json:
-        asked_for = {"problems": problems, "count": count, "repeats": repeats, "as_shipped": as_shipped}
+        arguments = {"problems": problems, "count": count, "repeats": repeats, "as_shipped": as_shipped}
         row = asdict(line) | {"estimated_memory_gb": estimated}
-        _print([row], {**config.model_dump(mode="json"), **asked_for}, loaded)
+        _print([row], {**config.model_dump(mode="json"), **arguments}, loaded)
         return
     where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
     click.echo(f"{where}; {line.examples} traces, {line.batch_size} a step")
@@ -285,7 +285,7 @@ def bench_sft_command(
 
 
 def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Callable:
-    """Add the options that the benches of reinforcement share."""
+    """Add the options that the benches of GRPO and PPO share."""
     options = (
         click.option("--prompts", type=click.IntRange(1), default=8, show_default=True, help="Problems per step."),
         click.option("--against", type=click.Choice([peer]), help=of_peer),
@@ -294,7 +294,7 @@ def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Cal
             type=click.IntRange(0),
             default=3,
             show_default=True,
-            help="Timed steps of each after the first, which is the warm-up; 0 times the first.",
+            help="Number of timed steps, after a warm-up step; 0: time that step.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the row and its provenance as JSON."),
         settings_options(form, *NOT_BENCHED_RL),
@@ -309,9 +309,9 @@ def _reinforcement_options(form: type[RLConfig], peer: str, of_peer: str) -> Cal
 
 
 @bench_group.command("grpo", cls=Ranked)
-@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights as its user gets them.")
-@click.option("--every-row", is_flag=True, help="Learn from every rollout: rewards that all differ, not the grader's.")
-@_reinforcement_options(GRPOConfig, "mlx-lm-lora", "Peer to measure in the same run, our weights.")
+@click.option("--as-shipped", is_flag=True, help="Let the peer load the weights by its own defaults.")
+@click.option("--every-row", is_flag=True, help="Train on every rollout: distinct rewards replace the grader's.")
+@_reinforcement_options(GRPOConfig, "mlx-lm-lora", "Peer to time in the same run, on the same weights.")
 def bench_grpo_command(as_shipped: bool, every_row: bool, **given: Any) -> None:
     """Time steps of GRPO.
 
@@ -340,7 +340,7 @@ def _bench_reinforcement(
     as_shipped: bool = False,
     every_row: bool = False,
 ) -> None:
-    """Time steps of an algorithm and print what was found."""
+    """Time steps of GRPO or PPO and print the results."""
     config = build(form, {**settings, "prompts_per_step": prompts})
     from mlx_traces.models import loading
 
@@ -354,12 +354,12 @@ def _bench_reinforcement(
         loaded, config, against, as_shipped, repeats, every_row, lambda line: click.echo(line, err=True)
     )
     if as_json:
-        asked_for = {"repeats": repeats, "as_shipped": as_shipped, "every_row": every_row}
-        _print([asdict(line)], {**config.model_dump(mode="json"), **asked_for}, loaded)
+        arguments = {"repeats": repeats, "as_shipped": as_shipped, "every_row": every_row}
+        _print([asdict(line)], {**config.model_dump(mode="json"), **arguments}, loaded)
         return
     sizes = f"{line.prompts} x {line.group_size} x {line.max_tokens}"
     where = f"{config.model}, {loaded.backend.description}{_by(line.ranks)}"
-    click.echo(f"{where}; {sizes} (problems, rollouts of each, most tokens)")
+    click.echo(f"{where}; {sizes} (problems, rollouts of each, maximum tokens)")
     click.echo(
         f"{line.seconds:8.2f} s a step (sampling {line.sample_seconds:.2f}, update {line.update_seconds:.2f})  "
         f"{line.tokens_per_second:8.1f} tokens/s  {line.peak_memory_gb:.2f} GB ({line.estimated_memory_gb:.2f} "
@@ -383,10 +383,10 @@ def nano_group() -> None:
 
 @nano_group.command("build")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
-@click.option("--resume", is_flag=True, help="Continue a build that was cut off.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted build.")
 @settings_options(NanoConfig)
 def nano_build(config_file: str | None, resume: bool, settings: dict) -> None:
-    """Train nano from scratch. Writes it, quantized, as a model folder; takes under an hour on two CPU cores."""
+    """Train nano from scratch. Writes a quantized model; takes under an hour on two CPU cores."""
     config = configured(NanoConfig, config_file, settings)
     import_mlx()
     from mlx_traces.runtime.progress import progress
@@ -407,7 +407,7 @@ def nano_build(config_file: str | None, resume: bool, settings: dict) -> None:
 def nano_reference(out: Path) -> None:
     """Write the reference numbers of doctor's self-test.
 
-    They are those of nano in float32 on this CPU. Repeat this after every build of nano:
+    They are computed with nano in float32 on this CPU. Repeat this after every build of nano:
     --out mlx_traces/assets/selftest.json.
     """
     from mlx_traces.diagnostics import selftest
@@ -419,12 +419,12 @@ def nano_reference(out: Path) -> None:
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
-@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step against stored numbers.")
+@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step, as a self-test.")
 def doctor_command(as_json: bool, self_test: bool) -> None:
     """Check this machine, and print a fix for each fault.
 
     Checks versions, device, memory, BLAS speed, disk and hub, and compares generation and a training step of the
-    embedded model with stored numbers. The exit status is 1 if commands would fail or results cannot be trusted.
+    embedded model with stored results. The exit status is 1 if commands would fail or results cannot be trusted.
     """
     from mlx_traces.diagnostics import doctor
 

@@ -20,7 +20,7 @@ from mlx_traces.text import inert
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--out", type=click.Path(), help="Run folder.  [default: in --runs-dir, named by the settings]")
 @click.option("--runs-dir", default="runs", show_default=True, type=click.Path(), help="Where run folders are kept.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished samples are kept.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; its finished samples are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a summary.")
 @settings_options(EvalConfig)
 def eval_command(
@@ -41,7 +41,7 @@ def eval_command(
 
 
 def summary(result: EvalResult) -> list[str]:
-    """Return the result of an evaluation as lines; a server gives no memory and not always its tokens."""
+    """Return the result of an evaluation as lines; a server's memory is unknown, and sometimes its token counts."""
 
     def share(figures: dict) -> str:
         accuracy, low, high = (100 * figures[key] for key in ("accuracy", "ci_low", "ci_high"))
@@ -89,8 +89,8 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     """Grade completions from any source.
 
     FILE is JSON lines, a .json list, Parquet or Arrow, with `completion` and the task's columns. Each row is printed
-    with `correct`, `verdict` and `extracted`, and with a `note` if its answer can be read in two ways. A summary goes
-    to stderr.
+    with `correct`, `verdict` and `extracted`, and with a `note` if two readings of its answer are allowed. A
+    summary goes to stderr.
     """
     from mlx_traces.evaluation import evaluator, stats
 

@@ -1,4 +1,4 @@
-"""Options derived from the settings, and a click group whose errors are one line."""
+"""Options derived from the settings, and a click group that prints an error as one line."""
 
 import errno
 import json
@@ -22,14 +22,14 @@ from mlx_traces.text import clean
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that several ranks can share
+SHARED = ("eval", "generate", "sft", "grpo", "ppo", "bench")  # commands that can run on several ranks
 
 
 class Commands(click.Group):
-    """A group of commands: a UserError prints as one line, and Ctrl-C says how to continue."""
+    """A group of commands that prints a UserError as one line, and after Ctrl-C how to continue."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Of several ranks (``mlx.launch``) the first one prints, the others print only errors."""
+        """Run the command. Of several ranks (``mlx.launch``) only the first prints; the others print errors alone."""
         rank = os.environ.get("MLX_RANK", "0")
         try:
             with _silent(rank != "0"):
@@ -46,22 +46,22 @@ class Commands(click.Group):
         except click.MissingParameter as error:
             raise click.ClickException(_missing(error)) from None
         except KeyboardInterrupt:
-            click.echo("\nstopped; what was finished is kept: repeat the command, eval with --resume", err=True)
+            click.echo("\nstopped; finished parts are kept; repeat the command (eval: with --resume)", err=True)
             ctx.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # the reader of our output, such as `head`, closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise  # not the disk's fault
+                raise  # not the disk's doing
             file = error.filename or "the output"
             if error.filename is None:  # stdout: writing the rest at exit would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            told = f"{clean(file)} cannot be written ({error.strerror}); make room, then repeat the command"
-            raise click.ClickException(told) from None
+            message = f"{clean(file)} cannot be written ({error.strerror}); make room, then repeat the command"
+            raise click.ClickException(message) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
-        """Find the command; refuse one that several ranks cannot share."""
+        """Find the command; refuse one that cannot run on several ranks."""
         name, command, rest = super().resolve_command(ctx, args)
         if "MLX_RANK" in os.environ and ctx.parent is None and name not in SHARED and "--help" not in rest:
             raise UserError(f"{name} runs in one process; mlx.launch can start {choices(SHARED)}")
@@ -77,7 +77,7 @@ def _again(ctx: click.Context) -> str:
 
 
 def _missing(error: click.MissingParameter) -> str:
-    """Return the line for a missing argument: how to call the command, with a shipped configuration if it takes one."""
+    """Return the message for a missing argument: how to call the command, if possible with a shipped configuration."""
     ctx, param = error.ctx, error.param
     if ctx is None or param is None:
         return error.format_message()
@@ -104,7 +104,7 @@ def _silent(wanted: bool) -> Iterator[None]:
 
 
 class ConfigFile(click.ParamType):
-    """A configuration's file, by path or by name."""
+    """A configuration file, by path or by name."""
 
     name = "path"
 
@@ -113,7 +113,7 @@ class ConfigFile(click.ParamType):
         return str(find_config(value))
 
 
-SECTIONS = {  # of a command's help, most used options first; the others come under More
+SECTIONS = {  # of a command's help, most used options first; all other options come under More
     "Model": ("model", "models", "adapter", "weights", "dtype", "device"),
     "Task and data": (
         *("task", "data", "valid", "valid_share", "split", "limit", "prompt", "prompts", "shots", "thinking"),
@@ -135,7 +135,7 @@ SECTIONS = {  # of a command's help, most used options first; the others come un
 
 
 class Sectioned(click.Command):
-    """A command whose help has its options in the ``SECTIONS``."""
+    """A command whose help sorts its options into the ``SECTIONS``."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
@@ -150,14 +150,14 @@ class Sectioned(click.Command):
 
 
 def console() -> "Console":
-    """Return a console on stdout, as wide as the terminal; 100 columns without one."""
+    """Return a console on stdout, as wide as the terminal, or 100 columns if there is none."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def configured(kind: type[Config], path: str | None, given: dict[str, Any]) -> Any:
-    """Read a file's settings, which ``given`` ones override; note on stderr those that change nothing."""
+    """Read a file's settings, overridden by those ``given``; note on stderr those that change nothing."""
     config = read_config(kind, path, given)
     note_unused(config)
     return config
@@ -170,7 +170,7 @@ def note_unused(config: Config) -> None:
 
 
 def settings_options(kind: type[Config], *leave_out: str, **defaults: Any) -> Callable:
-    """Add an option for every field of the settings; the function gets those that were given, as ``settings``.
+    """Add an option for every field of the settings; the function gets the given values as ``settings``.
 
     ``defaults`` replace the settings' own defaults.
     """
@@ -223,7 +223,7 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
 
 
 def _template_args(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value that is JSON is read as such, so ``true`` and ``512`` are not texts."""
+    """Read NAME=VALUE pairs; a JSON value keeps its type, so ``true`` is a boolean and ``512`` a number."""
     given = {}
     for item in items:
         name, sign, value = item.partition("=")

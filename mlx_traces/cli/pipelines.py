@@ -36,14 +36,14 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
 @click.option("--model", "models", multiple=True, help="Model to evaluate: MODEL or MODEL+ADAPTER.  Repeat for more.")
 @click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model.  Repeat for more.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, tasks, models, baseline, out.")
-@click.option("--baseline", help="Run to compare the others with, by name or label.  [default: the first]")
-@click.option("--out", type=click.Path(), help="Folder for table, CSVs, results.json and chart.")
+@click.option("--baseline", help="Run that others are compared with, by name or label.  [default: the first]")
+@click.option("--out", type=click.Path(), help="Folder for the table, CSV files, results.json and a chart.")
 @click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
 @click.option(
-    "--format", "format_", type=click.Choice(FORMATS), default="table", help="Printed form.  [default: table]"
+    "--format", "format_", type=click.Choice(FORMATS), default="table", help="Output format.  [default: table]"
 )
 @click.option("--extractors", is_flag=True, help="Also print the accuracy by every extractor.")
-@click.option("--quality", is_flag=True, help="Also compare the answers' form, structure, faithfulness and length.")
+@click.option("--quality", is_flag=True, help="Also compare the form, structure, true equations and length of answers.")
 @click.option(
     "--score",
     "scoring",
@@ -58,12 +58,11 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
     multiple=True,
     metavar="NAME=RUN,RUN,...",
     callback=_recipes,
-    help="Finished runs of several trainings of one recipe: one row, with the variance between trainings.  Repeat for "
-    "more.",
+    help="Several trainings of one recipe: finished runs, shown as one row with their variance.  Repeat for more.",
 )
 @click.option("--cluster", help=CompareConfig.model_fields["cluster"].description)
 @click.option("--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description)
-@click.option("--block", type=int, help=f"With --stop-when-decided: problems of a block.  [default: {BLOCK}]")
+@click.option("--block", type=int, help=f"With --stop-when-decided: problems per block.  [default: {BLOCK}]")
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],
@@ -85,8 +84,8 @@ def compare_command(
 ) -> None:
     """Compare models or runs in one table with paired statistics. Evaluates what is missing.
 
-    RUNS are finished run folders. Without any argument: nano on 500 held-out Countdown problems, direct and thinking,
-    alone and with its shipped adapters.
+    RUNS are finished run folders. Without any argument the command compares nano on 500 held-out Countdown problems:
+    direct, thinking, and thinking with its shipped adapters.
     """
     from mlx_traces.evaluation import comparison
     from mlx_traces.pipelines import compare
@@ -95,15 +94,15 @@ def compare_command(
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir, "recipes": recipes or None}
     overrides |= {"cluster": cluster, "stop_when_decided": stop_when_decided or None, "block": block}
     given = {name: value for name, value in overrides.items() if value is not None}
-    asked = read_config(CompareConfig, config_file, given)
+    requested = read_config(CompareConfig, config_file, given)
     if quality or scoring:
-        known = asked.quality.model_dump(exclude_unset=True) if asked.quality else {}
+        known = requested.quality.model_dump(exclude_unset=True) if requested.quality else {}
         scores = build(ScoreConfig, known | dict(map(_setting, scoring)), "--score")
-        asked = asked.model_copy(update={"quality": scores})
-    config = compare.requested(asked, runs, models, prompts, settings)
+        requested = requested.model_copy(update={"quality": scores})
+    config = compare.requested(requested, runs, models, prompts, settings)
     note_unused(config)
     if config.quality and format_ == "csv":
-        click.echo("note: --format csv has no quality; --out writes it as quality.csv", err=True)
+        click.echo("note: --format csv leaves out the quality; --out writes quality.csv", err=True)
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)
     frame, collected, scored = compare.compared(config, progress=True, say=lambda line: click.echo(line, err=True))
@@ -136,11 +135,11 @@ def _setting(item: str) -> tuple[str, str]:
 
 @click.command("verify")
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--task", help="The runs' task, if it is a plug-in module:TASK; without this its code does not run.")
+@click.option("--task", help="Task of the runs, if it is a plug-in module:TASK; its code runs only if named here.")
 def verify_command(runs: tuple[str, ...], task: str | None) -> None:
     """Check finished runs and files of traces.
 
-    RUNS are folders of evaluations and of trainings (sft, grpo, ppo), or files of traces. Grades every stored
+    RUNS are run folders of evaluations and trainings (sft, grpo, ppo), or files of traces. Grades every stored
     completion again and recomputes the figures. For a training, checks its steps, its best step and its adapter. The
     exit status is 1 if anything differs.
     """
@@ -166,13 +165,13 @@ def verify_command(runs: tuple[str, ...], task: str | None) -> None:
 @click.command("study")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--out", type=click.Path(), help="Folder of the tables.  [default: tables/ and CONFIG's name]")
-@click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are.  [default: runs]")
-@click.option("--dry-run", is_flag=True, help="List the evaluations and which are finished; make nothing.")
+@click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are kept.  [default: runs]")
+@click.option("--dry-run", is_flag=True, help="List the evaluations, and which are finished; run none.")
 def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
     """Evaluate every model in every prompt, and test every pair.
 
-    Models that need other bits are converted first. Repeat the command after an interruption, or with more models in
-    CONFIG: finished evaluations are not repeated.
+    Models with `bits` are converted first. After an interruption, or with more models in CONFIG, repeat the command:
+    finished evaluations are not repeated.
     """
     folders = {"out": out, "runs_dir": runs_dir}
     config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
@@ -198,7 +197,7 @@ def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_r
 @click.option(
     "--report-to", type=click.Choice(["trackio", "wandb"]), help="Also send every training's metrics to this client."
 )
-@click.option("--dry-run", is_flag=True, help="List the stages, with tokens and memory of those to make; make nothing.")
+@click.option("--dry-run", is_flag=True, help="List the stages, with estimates of tokens and memory; run none.")
 def rounds_command(
     config_file: str, data_dir: str | None, runs_dir: str | None, report_to: str | None, dry_run: bool
 ) -> None:

@@ -16,7 +16,7 @@ from mlx_traces.cli.options import console
     "--out", default="report.html", show_default=True, type=click.Path(), help="HTML file; an existing one is replaced."
 )
 @click.option("--png", type=click.Path(), help="Folder for the figures as PNG files too.")
-@click.option("--baseline", help="Run to compare the others with, by name.  [default: the first of its problems]")
+@click.option("--baseline", help="Run to compare with, by name.  [default: the first on the same problems]")
 def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: str | None) -> None:
     """Write runs as one HTML page. It has comparisons, curves, accuracy by difficulty, and traces to browse.
 
@@ -34,8 +34,7 @@ def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: s
 def card_command(adapter: str, runs: tuple[str, ...]) -> None:
     """Rewrite the model card of an adapter, and add evaluations.
 
-    A training writes the first card. This command adds figures that were measured later, of the adapter and of its
-    base model.
+    A training writes the first card. This command adds later evaluations of the adapter and of its base model.
     """
     from mlx_traces.train import model_card
 
@@ -46,7 +45,7 @@ def card_command(adapter: str, runs: tuple[str, ...]) -> None:
 @click.argument("adapter", type=click.Path())
 @click.argument("name", metavar="USER/NAME")
 @click.option("--public", is_flag=True, help="Let everybody see it; without this a new repository is private.")
-@click.option("--dry-run", is_flag=True, help="List what would be uploaded, and end.")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded; upload nothing.")
 def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
     """Upload an adapter and its model card to the hub, as USER/NAME.
 
@@ -60,20 +59,20 @@ def push_command(adapter: str, name: str, public: bool, dry_run: bool) -> None:
     sizes = upload.sizes()
     for file, size in sizes.items():
         click.echo(f"{size:>15,}  {file}")
-    told = f"{sum(sizes.values()):,} bytes in {len(sizes)} files, {upload.what} {name}"
+    total = f"{sum(sizes.values()):,} bytes in {len(sizes)} files, {upload.what} {name}"
     if dry_run:
-        click.echo(f"{told}, {'public' if public else 'private'}: nothing was uploaded (--dry-run)")
+        click.echo(f"{total}, {'public' if public else 'private'}: nothing was uploaded (--dry-run)")
         return
     address = push.push(upload, name, public, lambda line: click.echo(line, err=True))
-    click.echo(f"{told}: {address}")
+    click.echo(f"{total}: {address}")
 
 
 @click.command("watch")
 @click.argument("run", type=click.Path())
-@click.option("--once", is_flag=True, help="Print once and end; the default if the output is not a terminal.")
+@click.option("--once", is_flag=True, help="Print once and exit; the default if the output is not a terminal.")
 @click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between updates.")
 def watch_command(run: str, once: bool, every: float) -> None:
-    """Show a run's curves in the terminal. Goes on until the run is finished."""
+    """Show a run's curves in the terminal. Updates them until the run is finished."""
     from mlx_traces.report import run_view, terminal
 
     record, screen = run_view.read(run), console()

@@ -21,7 +21,7 @@ from mlx_traces.traces import FORMATS, files
 OPERANDS = "Numbers per problem.  [default: 3 4]"
 STYLE = "Prompt style.  Repeat for more.  [default: thinking]"
 GIVE_UP, DAUNTING = (RawConfig.model_fields[name].description for name in ("give_up", "daunting"))
-SPLIT = "train, valid or test: never a shared set of numbers."
+SPLIT = "train, valid or test; no two share a set of numbers."
 
 
 @click.group("data")
@@ -30,13 +30,13 @@ def data_group() -> None:
 
 
 def generated_problems(command: Callable) -> Callable:
-    """Add the options that say which Countdown problems are generated."""
+    """Add the options that choose the generated Countdown problems."""
     for option in (
         click.option("--operands", nargs=2, type=int, default=(3, 4), metavar="LOW HIGH", help=OPERANDS),
-        click.option("--seed", default=0, show_default=True, help="The same seed gives the same problems."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the problems."),
         click.option("--split", default="train", show_default=True, help=SPLIT),
         click.option(
-            "--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="How many problems."
+            "--n", "count", type=click.IntRange(1), default=1000, show_default=True, help="Number of problems."
         ),
     ):
         command = option(command)
@@ -73,7 +73,7 @@ def data_countdown(
 ) -> None:
     """Write solvable Countdown problems.
 
-    A row has nums, target, and the number of solutions as a measure of difficulty.
+    A row has nums, target and solutions: how many there are, as a measure of difficulty.
     """
     from mlx_traces.tasks import countdown, solver
 
@@ -105,8 +105,8 @@ def data_countdown_traces(
 ) -> None:
     """Write a solver's traces of Countdown problems.
 
-    A trace is a search with every step that was tried, then the answer. If the solver gives up, the answer is its
-    nearest try, which is wrong.
+    A trace is a search with every step that the solver tried, then the answer. If the solver gives up, the answer is
+    its nearest try, which is wrong.
     """
     from mlx_traces.tasks import countdown
     from mlx_traces.traces import solutions
@@ -128,10 +128,12 @@ def worked_solutions(task: str, source: str, styles: str) -> Callable:
             click.option(
                 "--out", default=f"data/raw/{task}.jsonl", show_default=True, type=click.Path(), help="File to write."
             ),
-            click.option("--prompt", help="Prompt style.  [default: the one that asks for --style]"),
+            click.option("--prompt", help="Prompt style.  [default: the one that fits --style]"),
             click.option("--style", default="think", show_default=True, help=f"Where the answer stands: {styles}."),
             click.option("--seed", default=0, show_default=True, help="Seed of the sample."),
-            click.option("--limit", type=click.IntRange(1), help="Take a seeded sample of so many problems."),
+            click.option(
+                "--limit", type=click.IntRange(1), help="Number of problems, drawn by --seed.  [default: all]"
+            ),
             click.option("--data", help=f"File or hub data set.  [default: {source}]"),
             click.option(
                 "--split", default="train", show_default=True, help="train, test, or a part as in 'train[:1000]'."
@@ -174,7 +176,7 @@ def _write_solutions(
     prompt: str | None,
     **config: Any,
 ) -> None:
-    """Write a task's worked solutions as traces in a style; without ``prompt`` in the style's own prompt."""
+    """Write a task's worked solutions as traces in a style; default prompt: the style's own."""
     if style not in styles:
         raise unknown("style", style, styles)
     asked = task.prompt(prompt or styles[style])
@@ -190,7 +192,7 @@ def _write_solutions(
     "--format",
     "form",
     required=True,
-    help=f"What a row is: {choices(FORMATS)}; Sky-T1's are sharegpt.",
+    help=f"Format of a row: {choices(FORMATS)}; Sky-T1 uses sharegpt.",
 )
 @click.option(
     "--task",
@@ -200,12 +202,12 @@ def _write_solutions(
     "--style",
     default="think",
     show_default=True,
-    help="Tags to write: think or sky-t1; keep leaves those that are there.",
+    help="Tags to write: think or sky-t1; keep: leave the tags as they are.",
 )
 @click.option(
     "--split", default="train", show_default=True, help="Split of a hub data set; a slice as in 'train[:1000]'."
 )
-@click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: count them]")
+@click.option("--strict", is_flag=True, help="Refuse turns with fields that are not imported.  [default: drop them]")
 @click.option("--out", type=click.Path(), help="File to write.  [default: data/raw/NAME.jsonl]")
 def data_import(data: str, form: str, task: str | None, style: str, split: str, strict: bool, out: str | None) -> None:
     """Import traces from a file or a hub data set.
@@ -243,15 +245,15 @@ def _write(
 
 @click.command("score")
 @click.argument("source", metavar="IN", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/x.jsonl.")
+@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as in data/processed/x.jsonl.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @click.option("--mix", "mix", multiple=True, metavar="NAME=WEIGHT", help="Weight of a component.  Repeat for more.")
 @settings_options(ScoreConfig, "mix")
 def score_command(source: str, out: str, config_file: str | None, mix: tuple[str, ...], settings: dict) -> None:
     """Score the traces of IN.
 
-    The scores are correctness, form, structure, faithfulness, length, repetition, and on request a model's perplexity
-    and the grade of a judge.
+    The scores are correctness, form, structure, faithfulness, length, repetition, and if requested the perplexity
+    under a model and the grade of a judge.
     """
     from mlx_traces.traces import score
 
@@ -271,11 +273,11 @@ def score_command(source: str, out: str, config_file: str | None, mix: tuple[str
 
 @click.command("filter")
 @click.argument("source", metavar="IN", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/y.jsonl.")
+@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as in data/processed/y.jsonl.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(FilterConfig)
 def filter_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
-    """Keep the traces of IN that pass the rules. Prints how many traces each rule removed."""
+    """Keep the traces of IN that pass the rules. Prints the number of traces that each rule removed."""
     from mlx_traces.traces import filtering
 
     report = filtering.filter_file(Path(source), Path(out), configured(FilterConfig, config_file, settings))
@@ -285,7 +287,7 @@ def filter_command(source: str, out: str, config_file: str | None, settings: dic
 
 @click.command("reformat")
 @click.argument("source", metavar="IN", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as data/processed/z.jsonl.")
+@click.option("--out", required=True, type=click.Path(), help="JSON-lines file to write, as in data/processed/z.jsonl.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file of these settings; options win over it.")
 @settings_options(ReformatConfig)
 def reformat_command(source: str, out: str, config_file: str | None, settings: dict) -> None:
@@ -300,7 +302,7 @@ def reformat_command(source: str, out: str, config_file: str | None, settings: d
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Print a small table, numbers to the right."""
+    """Print a small table, its numbers right-aligned."""
     from rich.table import Table
 
     table = Table(*head[:1])
@@ -316,10 +318,10 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 @click.option(
     "--out", default="data/generated/traces.jsonl", show_default=True, type=click.Path(), help="File to write."
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted run; finished completions are kept.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; its finished completions are kept.")
 @settings_options(GenerateConfig)
 def generate_command(config_file: str | None, out: str, resume: bool, settings: dict) -> None:
-    """Sample completions of training problems as traces. They keep their log-probabilities."""
+    """Sample completions of training problems as traces. Keeps their log-probabilities."""
     config = configured(GenerateConfig, config_file, settings)
     import_mlx()
     from mlx_traces.evaluation import evaluator
@@ -336,5 +338,5 @@ def generate_command(config_file: str | None, out: str, resume: bool, settings: 
             show({"step": seen, "correct": 100 * correct / seen}, total)
 
         counts = generate.generate(config, out, resume, advance)
-    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    click.echo(f"{told}; in {out}", err=True)
+    totals = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    click.echo(f"{totals}; in {out}", err=True)

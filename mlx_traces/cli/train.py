@@ -12,10 +12,10 @@ from mlx_traces.runtime.device import import_mlx
 
 
 class Plan(click.Group):
-    """A group whose first argument is a training's configuration or a subcommand."""
+    """A group whose first argument is a subcommand or a training's configuration."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
-        """Find the subcommand: ``training``, if none is named."""
+        """Find the subcommand; default: ``training``."""
         return super().resolve_command(ctx, args if args[0] in self.commands else ["training", *args])
 
 
@@ -30,12 +30,12 @@ def plan_group() -> None:
 @plan_group.command("training")
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option(
-    "--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Kind of training; default: by the file's fields."
+    "--kind", type=click.Choice(("sft", "grpo", "ppo")), help="Kind of training; default: decided by the file's fields."
 )
 def plan_command(config_file: str, kind: str | None) -> None:
     """Estimate the memory of a training. Also prints the largest settings that fit.
 
-    CONFIG is a YAML file of sft, grpo or ppo, or the name of a shipped one. The model is loaded from this disk; nothing
+    CONFIG is a YAML file for sft, grpo or ppo, or the name of a shipped one. The model must be on this machine; nothing
     is trained, downloaded or written.
     """
     import_mlx()
@@ -55,10 +55,10 @@ def plan_command(config_file: str, kind: str | None) -> None:
     type=click.Path(),
     multiple=True,
     metavar="RUN [RUN]",
-    help="One or two finished runs like those planned.",
+    help="One or two finished runs, similar to the planned ones.",
 )
-@click.option("--discordant", type=float, help="Percent of problems that one of two models alone gets right.")
-@click.option("--problems", type=int, help="Number of available problems.  [default: that of two runs]")
+@click.option("--discordant", type=float, help="Percent of the problems that only one of the two models gets right.")
+@click.option("--problems", type=int, help="Number of available problems.  [default: that of the two runs]")
 @click.option("--power", type=float, default=80, show_default=True, help="Chance that the test finds it, in percent.")
 @click.option("--alpha", type=float, default=5, show_default=True, help="Level of the two-sided test, in percent.")
 @click.option("--holm", type=int, default=1, show_default=True, help="Number of comparisons in the table.")
@@ -66,8 +66,8 @@ def plan_command(config_file: str, kind: str | None) -> None:
 def plan_eval_command(runs: tuple[str, ...], second: str | None, **given: Any) -> None:
     """Compute how many problems a comparison needs, or the smallest difference that given problems show.
 
-    The test is McNemar's exact test. --from RUN RUN reads two finished runs: the share of problems that one of them
-    alone gets right, time and tokens. --from RUN reads time and tokens.
+    The test is McNemar's exact test. --from RUN reads time and tokens of a finished run; --from RUN RUN also reads the
+    share of problems that only one of the two runs gets right.
     """
     from mlx_traces.evaluation.planning import plan_eval
 
@@ -137,9 +137,9 @@ def reinforcement_command(name: str, kind: type[RLConfig], what: str) -> click.C
         if result.accuracy is not None:
             best += f", held-out accuracy {100 * result.accuracy_before:.1f} % -> {100 * result.accuracy:.1f} %"
         click.echo(f"{_steps(result)} in {result.seconds:.0f} s{best}; adapter in {result.adapter}")
-        spent = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
+        times = f"sampling {result.sample_seconds:.0f} s, updates {result.update_seconds:.0f} s"
         click.echo(
-            f"{spent}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True
+            f"{times}, {result.tokens_per_second:.0f} tokens/s, {result.peak_memory_gb:.2f} GB at most", err=True
         )
 
     return command
@@ -181,8 +181,8 @@ def fuse_command(**arguments: Any) -> None:
 SHOWN = (
     *(("reward/mean", "reward {:.3f}"), ("rollout/length", "length {:.0f}"), ("rollout/finished", "finished {:.0%}")),
     *(("steps/equations", "true equations {:.0%}"), ("steps/claims", "true claims {:.0%}")),
-    *(("rollout/zero_std_groups", "level groups {:.0%}"), ("policy/kl_ref", "KL {:.3f}")),
-    ("value/explained_variance", "value explains {:.0%}"),
+    *(("rollout/zero_std_groups", "equal rewards {:.0%}"), ("policy/kl_ref", "KL {:.3f}")),
+    ("value/explained_variance", "explained variance {:.0%}"),
     *(("policy/entropy", "entropy {:.2f}"), ("time/sample", "sampling {:.1f} s"), ("time/update", "update {:.1f} s")),
     *(("loss", "loss {:.4f}"), ("correct", "{:.1f} % correct"), ("tokens_per_second", "{:.0f} tokens/s")),
     ("memory/peak_gb", "{:.2f} GB"),
@@ -191,7 +191,7 @@ SHOWN = (
 
 @contextmanager
 def training_bar(name: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Yield a function that takes each line of metrics and the number of steps, and shows the progress on stderr."""
+    """Yield a function that shows progress on stderr; it takes a line of metrics and the number of steps."""
     from mlx_traces.runtime.progress import progress
 
     with progress(name) as shown:

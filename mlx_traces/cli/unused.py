@@ -26,7 +26,7 @@ def _examples(config: Any) -> bool:
 
 
 def _validated(config: SFTSettings) -> bool:
-    """Whether a fine-tuning has a validation; settings of the rounds have no ``valid``."""
+    """Whether SFT has a validation; its settings in `rounds` have no ``valid``."""
     return bool(getattr(config, "valid", None) or config.valid_share or config.evaluate)
 
 
@@ -34,7 +34,7 @@ _TAGGED = {"gated", "format", "structure", "faithfulness", "equations", "steps"}
 _SELECTED = ("eval_data", "eval_split", "eval_limit", "eval_seed", "overlap_words")
 _JUDGED = ("judge_prompt", "judge_max_tokens", "judge_cache", "judge_failures")
 _REWRITTEN = ("model_prompt", "max_tokens", "cache", "rows", "memory_limit")
-_NO = (  # recipes (any, if empty), fields, whether they change nothing, and why
+_NO = (  # classes of settings (empty: all), fields, whether they change nothing, and why
     ((), ("top_p", "top_k", "min_p"), lambda c: c.temperature == 0, "at temperature 0 (greedy)"),
     ((AnswerConfig, RLConfig), ("shots", "shots_data"), lambda c: not _examples(c), "for a prompt without examples"),
     (
@@ -68,10 +68,10 @@ def unused(config: Config) -> Iterator[str]:
     """Yield a line for each setting that was given, differs from its default, and changes nothing.
 
     Raises:
-        UserError: for a filter's settings of evaluation problems without ``eval_task``: no problem would be left out.
+        UserError: for a filter's ``eval_...`` settings without ``eval_task``, as no problem would be left out.
     """
-    for recipes, names, idle, why in _NO:
-        for name in names if not recipes or isinstance(config, recipes) else ():
+    for kinds, names, idle, why in _NO:
+        for name in names if not kinds or isinstance(config, kinds) else ():
             field = type(config).model_fields.get(name)
             given = name in config.model_fields_set and field and getattr(config, name) != field.default
             if given and idle(config):
