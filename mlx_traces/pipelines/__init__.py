@@ -1,1 +1,1 @@
-"""Several steps as one command: compare, study and rounds; estimate their cost; verify their figures."""
+"""Several steps as one command: compare, study and rounds; estimate what these take; verify their results."""

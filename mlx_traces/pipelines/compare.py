@@ -1,4 +1,4 @@
-"""Compare runs: make the missing evaluations, then pair them all in one table."""
+"""Compare runs: make the missing evaluations, then put all runs in one table of paired differences."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_LIMIT = 500  # problems of the comparison that runs without arguments
-# Adapters that come with the repository, in the order in which they were made.
+# Adapters that come with the package, in the order of their making.
 TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
 
 
@@ -37,8 +37,8 @@ TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
 class Entry:
     """One evaluation: its settings, the conversion that its model needs first, and its name in the tables.
 
-    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``. Entries of one ``recipe`` are
-    several trainings of it, and one row.
+    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``. Entries with the same
+    ``recipe`` are trainings of one recipe, and one row.
     """
 
     config: EvalConfig
@@ -53,19 +53,19 @@ class Entry:
         return self.conversion is None or self.conversion.path.is_dir()
 
     def plan(self) -> Plan:
-        """Check the evaluation and load its problems; before the conversion with the unconverted model."""
+        """Check the evaluation and load its problems; before a conversion, with the unconverted model."""
         converted = {"model": str(self.conversion.path)} if self.conversion and self.ready else {}
         return evaluator.plan(self.config.model_copy(update=converted))
 
     def named(self, made: Run) -> Run:
-        """Return a run under its name in the tables."""
+        """Return a run with its name in the tables."""
         if self.label:
             return replace(made, result=made.result | {"model": self.label, "adapter": None})
         return replace(made, result=made.result | {"model": self.conversion.label}) if self.conversion else made
 
 
 def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[str]]:
-    """Lay out the evaluations of one task, models by prompts; also return notes on models that are left out.
+    """List the evaluations of one task, for each model and prompt; also return notes on models that are left out.
 
     Raises:
         UserError: for a wrong setting, or one that models or prompts fill in.
@@ -75,7 +75,7 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
     found, notes = [], []
     shared = task.model_dump(exclude_unset=True, exclude={"prompts"})
     for given in (name for name in ("model", "adapter", "prompt") if name in shared):
-        raise UserError(f"tasks: {given!r} is filled in; name it under models or prompts")
+        raise UserError(f"tasks: {given!r} is filled in; name it under models, or in prompts")
     for place, model in enumerate(config.models):
         spec, adapter = names.split_adapter(model.model, model.adapter)
         if model.adapters and (adapter or not model.label):
@@ -154,7 +154,7 @@ def rows(found: Sequence[Entry]) -> list[list[int]]:
     """Return the table's rows: for each the indices of its entries, several where these are trainings of a recipe."""
     grouped: dict[object, list[int]] = {}
     for i, entry in enumerate(found):
-        key = (entry.recipe, entry.config.think_tokens) if entry.recipe else i  # a budget of thinking is a row too
+        key = (entry.recipe, entry.config.think_tokens) if entry.recipe else i  # each budget of thought is a row
         grouped.setdefault(key, []).append(i)
     return list(grouped.values())
 
@@ -301,7 +301,9 @@ def until_decided(
         )
     if config.cluster or any(entry.recipe for entry in found):
         what = "--cluster" if config.cluster else "several trainings of a recipe"
-        raise UserError(f"--stop-when-decided tests problem by problem, so it does not go with {what}")
+        raise UserError(
+            f"--stop-when-decided tests problem by problem, so it does not go with {what}; leave out one of them"
+        )
     plans = plans_of(found)
     keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
     distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
@@ -361,7 +363,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
 
 
 def part(stored: Run, planned: Plan) -> Run:
-    """Return a growing run with the problems of a plan only."""
+    """Return the part of a growing run that answers a plan's problems."""
     wanted = {problem.id for problem in planned.problems}
     samples = [row for row in stored.samples if row["id"] in wanted]
     if len(samples) == len(stored.samples):
@@ -387,7 +389,7 @@ def compared(
 ) -> Compared:
     """Carry out a comparison, and write the files into ``config.out`` if it is set.
 
-    ``say`` is that of `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
+    ``say`` is as in `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
     with the baseline.
     """
     from mlx_traces.report import export
@@ -440,11 +442,11 @@ def compare(
         out: folder for the table, the per-question CSV, ``results.json`` and the chart.
         runs_dir: where the run folders of evaluations are kept; default: ``runs``.
         progress: show progress bars on stderr.
-        recipes: finished runs of several trainings of one recipe, by the name of their row.
+        recipes: finished runs of several trainings of one recipe, by the name of their common row.
         cluster: column of the data whose equal values mark problems that belong together.
         stop_when_decided: evaluate all rows together, block by block, until every difference is decided.
-        block: number of problems of a block; default: 50.
-        config: a comparison to add all this to, as from a YAML file.
+        block: problems per block; default: 50.
+        config: a comparison to extend by these arguments, as from a YAML file.
         **settings: other fields of ``EvalConfig``, the same for every model.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What the rounds, or one training, will take, told before they begin: problems, most tokens, and memory.
+"""Estimate what the rounds, or one training, will take before they begin: problems, maximum tokens, and memory.
 
-All of it follows from the settings, the model's sizes and the data; nothing is trained, downloaded or written. Memory
-is ``memory``'s estimate.
+The estimates follow from the settings, the model's sizes and the data; nothing is trained, downloaded or written.
+`train.memory` estimates memory.
 """
 
 import math
@@ -43,15 +43,15 @@ from mlx_traces.train import loop, memory
 from mlx_traces.train.memory import Estimate, Most
 from mlx_traces.yaml_files import read_yaml
 
-READ = 2_000  # traces whose longest stands for all
-LARGEST_PROBED = 256  # problems likewise
+READ = 2_000  # traces that are read to find the longest
+LARGEST_PROBED = 256  # problems whose prompts are measured to find the longest
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a stage will take, at most: tokens sampled and trained on, and memory in 1e9 bytes. None: no model runs.
+    """Upper bounds for a stage: tokens sampled and trained on, and memory in 1e9 bytes; None if no model runs.
 
-    ``told`` says what they follow from, ``note`` what does not fit.
+    ``told`` says what they are computed from, ``note`` what does not fit.
     """
 
     tokens: int | None
@@ -61,13 +61,13 @@ class Forecast:
 
 
 def lines(config: RoundsConfig) -> list[str]:
-    """Return the plan as lines: a table of the stages, and what the estimates follow from.
+    """Return the plan as lines: a table of the stages, and what the estimates are computed from.
 
     Raises:
-        UserError: if the settings are wrong. Where they are right and the rounds would end with an error all the same,
-            as without the data, the last line says so.
+        UserError: if the settings are wrong. The last line has any other error that the rounds would end with, such as
+            missing data.
     """
-    plan = rounds.stages(config, nullcontext)  # no bar is shown
+    plan = rounds.stages(config, nullcontext)  # without progress bars
     compared = rounds.comparison_of(config, plan)
     found: dict[str, Forecast] = {}
     missing, notes = compared.evals, []
@@ -80,7 +80,9 @@ def lines(config: RoundsConfig) -> list[str]:
     ends = [(stage.name, stage.out, stage.finished) for stage in plan]
     ends.append(("comparison", Path(compared.out or ""), not missing))
     rows = [("stage", "state", "tokens at most", "memory", "output")]
-    rows += [(name, "there" if there else "to make", *_figures(found.get(name)), str(out)) for name, out, there in ends]
+    rows += [
+        (name, "finished" if done else "to make", *_figures(found.get(name)), str(out)) for name, out, done in ends
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     table = ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
     return [*table, *([""] if notes else []), *notes]
@@ -89,7 +91,7 @@ def lines(config: RoundsConfig) -> list[str]:
 def _estimates(
     config: RoundsConfig, plan: list[Stage], missing: Sequence[EvalConfig], count: int
 ) -> tuple[dict[str, Forecast], list[str]]:
-    """Return the forecasts of what is left, by stage, and the lines that belong to them."""
+    """Return the estimates of the unfinished stages, by name, and lines that explain them."""
     left, spec = [stage for stage in plan if not stage.finished], names.split_adapter(config.model)[0]
     if not left and not missing:
         return {}, []
@@ -114,18 +116,18 @@ def _figures(found: Forecast | None) -> tuple[str, str]:
 
 
 def _missing(compared: CompareConfig) -> list[EvalConfig]:
-    """Return the comparison's evaluations that are not there."""
+    """Return the comparison's unfinished evaluations."""
 
-    def there(settings: EvalConfig) -> bool:
+    def finished(settings: EvalConfig) -> bool:
         if settings.adapter and not Path(settings.adapter).is_dir():
             return False
         return RunFolder(Path(compared.runs_dir) / evaluator.plan(settings).label).finished
 
-    return [settings for settings in compared.evals if not there(settings)]
+    return [settings for settings in compared.evals if not finished(settings)]
 
 
 class Outlook:
-    """The forecasts of a plan's stages; models and traces are read once, when they are first needed."""
+    """The estimates of a plan's stages; models and traces are read once, when they are first needed."""
 
     def __init__(self, config: RoundsConfig, plan: Sequence[Stage]) -> None:
         self.config, self.plan = config, {stage.name: stage for stage in plan}
@@ -138,16 +140,16 @@ class Outlook:
 
     @cached_property
     def raw(self) -> list[Trace]:
-        """The first stage's traces, as they are or would be."""
+        """The first stage's traces, read from its file or made in memory."""
         stage = self.plan["raw"]
         if stage.finished:
             return [trace for _, trace in read_traces(stage.out)]
         return list(rounds.raw_traces(self.config, Counter())[0])
 
     def of(self, stage: Stage) -> Forecast:
-        """Return a stage's forecast."""
+        """Return a stage's estimate."""
         if stage.name == "raw":
-            return Forecast(None, None, f"{len(self.raw):,} traces; made just now to count them, and dropped")
+            return Forecast(None, None, f"{len(self.raw):,} traces, counted in memory")
         if isinstance(recipe := stage.recipe, ScoreConfig | FilterConfig):
             readers = [recipe.model, recipe.judge] if isinstance(recipe, ScoreConfig) else []
             read = " and ".join(name for name in readers if name)
@@ -161,18 +163,18 @@ class Outlook:
         return self._reinforcement(recipe)
 
     def of_comparison(self, missing: Sequence[EvalConfig], count: int) -> Forecast:
-        """Return the forecast of the evaluations that are missing."""
+        """Return the estimate of the missing evaluations."""
         settings = missing[0].sized(self.loaded.backend.sizes)
         return self._sampling(settings, len(missing), f"{len(missing)} of {count} evaluations, each of ")
 
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
-        planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # which may not be there yet
-        tokens, memory_gb = self._asked(planned, config.samples, config.memory_limit)
+        planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # it may not exist yet
+        tokens, memory_gb = self._answering(planned, config.samples, config.memory_limit)
         told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.longest)}"
         return Forecast(times * tokens, memory_gb, told)
 
-    def _asked(self, planned: Plan, samples: int, limit: float | None = None) -> tuple[int, float]:
-        """Return most tokens, and memory, of problems that are answered so often."""
+    def _answering(self, planned: Plan, samples: int, limit: float | None = None) -> tuple[int, float]:
+        """Return the maximum tokens and the memory of ``samples`` answers to each problem of a plan."""
         config, completions = planned.config, samples * len(planned.problems)
         sizes = self._prompt(planned), config.longest, config.rows, completions
         return completions * config.longest, memory.of_sampling(
@@ -180,16 +182,16 @@ class Outlook:
         )
 
     def _prompt(self, planned: Plan) -> int:
-        """Return the most tokens of a prompt, of some of the problems."""
+        """Return the length of the longest prompt in tokens, among the first problems."""
         some = planned.problems[:LARGEST_PROBED]
         return max(len(self.loaded.render(planned.prompt, problem, planned.config.thinking).ids) for problem in some)
 
     def _held_out(self, config: RLConfig | SFTConfig, times: int) -> tuple[int, float, str]:
-        """Return most tokens, memory, and words, of the problems that are answered at validations."""
+        """Return maximum tokens, memory, and a description of the validations' answers."""
         planned = loop.held_out_plan(self.spec, config)
         if planned is None:
             return 0, 0.0, ""
-        tokens, memory_gb = self._asked(planned, 1)
+        tokens, memory_gb = self._answering(planned, 1)
         return times * tokens, memory_gb, f", {times} validations of {len(planned.problems):,} problems"
 
     def _sft(self, config: SFTConfig, count: int, longest: int, words: str) -> Forecast:
@@ -203,14 +205,14 @@ class Outlook:
         return self._training(count * longest * config.epochs + sampled, found, answering_gb, told)
 
     def _given(self, config: SFTConfig) -> tuple[int, int, str]:
-        """Return the number of the raw traces, the tokens of the longest, and words."""
+        """Return the number of raw traces, the tokens of the longest, and a description."""
         if not self.raw:
             raise UserError(f"{config.data}: no traces to train on")
         longest, _ = _longest_trace(self.loaded, ((trace.id, trace) for trace in self.raw), config)
         return len(self.raw), longest, f"{len(self.raw):,} traces"
 
     def _own(self, config: SFTConfig) -> tuple[int, int, str]:
-        """The same of the traces that the filter will have kept, at most."""
+        """Return the same for the filtered traces; upper bounds if the filter has not run yet."""
         stage = self.plan["filtered"]
         if stage.finished:
             kept = list(read_traces(stage.out))
@@ -258,7 +260,7 @@ def _ready(config: SFTConfig | RLConfig, model: str, adapter: str | None) -> Loa
 
 
 def _longest_trace(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], config: SFTConfig) -> tuple[int, int]:
-    """Return the tokens of the longest of some traces that are trained on, and how many these are."""
+    """Return the tokens of the longest trace to train on, and the number of such traces, among the first `READ`."""
     found = encoding.encode_all(loaded, islice(traces, READ), config.max_length, config.over_long, config.thinking)
     if not found.examples:
         raise UserError(f"{config.data}: no traces to train on; raise max_length ({config.max_length})")
@@ -266,7 +268,7 @@ def _longest_trace(loaded: LoadedModel, traces: Iterable[tuple[str, Trace]], con
 
 
 KINDS = {"sft": SFTConfig, "grpo": GRPOConfig, "ppo": PPOConfig}
-NO_CONTEXT = 1 << 17  # tokens, of a model that states no limit
+NO_CONTEXT = 1 << 17  # tokens; for a model that states no limit
 PARTS = {
     "weights": "weights and adapter",
     "optimizer": "optimizer",
@@ -282,9 +284,9 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """The estimate, what it was made from in words, what does not fit (None: all does), and the largest settings.
+    """The estimate, a description of its inputs (``told``), what does not fit (None: all fits), the largest settings.
 
-    ``sizes`` are the batches' settings, in words: those of the file and those of the device.
+    ``sizes`` describes the settings of batches: those of the file and those of the device.
     """
 
     estimate: Estimate
@@ -295,14 +297,14 @@ class Planned:
     most: dict[str, Most]
 
     def lines(self) -> list[str]:
-        """Say it all in a table of text; parts that take nothing are left out."""
+        """Return the estimate as lines of text; parts without memory are left out."""
         found, values = self.estimate, asdict(self.estimate)
         parts = [f"  {label:<20} {values[name]:8.3f} GB" for name, label in PARTS.items() if values[name]]
         sampling = f"sampling {found.sampling:.3f} GB, " if found.rows else ""
-        peak = f"  most: {sampling}update {found.update:.3f} GB; the device has {self.memory_gb:g} GB"
+        peak = f"  peak: {sampling}update {found.update:.3f} GB; the device has {self.memory_gb:g} GB"
         rows = f"{found.rows} rows, " if found.rows else ""
         plural = "" if found.micro_rows == 1 else "s"
-        alone = f"  taken: {rows}micro-batches of {found.micro_rows} sequence{plural}"
+        alone = f"  batches: {rows}micro-batches of {found.micro_rows} sequence{plural}"
         sizes = f"  {self.sizes}"
         return [self.told, *parts, peak, sizes, alone, f"  {self.fault or 'it fits'}", *map(self._largest, self.most)]
 
@@ -315,10 +317,10 @@ class Planned:
 
 
 def kinds_of(path: Path) -> list[str]:
-    """Return the recipes of training that have all fields of a file, and need no other.
+    """Return the kinds of training whose settings have all fields of a file, and require no others.
 
     Raises:
-        UserError: if the file cannot be read, or there is none.
+        UserError: if the file cannot be read, or no kind fits.
     """
     given, every = read_yaml(path).keys(), choices(KINDS)
     known = [name for settings in KINDS.values() for name in settings.model_fields]
@@ -330,25 +332,25 @@ def kinds_of(path: Path) -> list[str]:
         needed = {name for name, field in settings.model_fields.items() if field.is_required()}
         found += [kind] if needed <= given <= settings.model_fields.keys() else []
     if not found:
-        raise UserError(f"{path}: its fields fit none of {every}; --kind says what one of them misses")
+        raise UserError(f"{path}: its fields fit none of {every}; --kind KIND says what that kind misses")
     return found
 
 
 def plan(path: str | Path, kind: str | None = None) -> Planned:
-    """Foresee a training's memory; ``mlx-traces plan`` from Python. Nothing is trained, downloaded or written.
+    """Estimate a training's memory; ``mlx-traces plan`` from Python. Nothing is trained, downloaded or written.
 
     Args:
         path: the YAML file of ``sft``, ``grpo`` or ``ppo``.
-        kind: which of them; default: the one that has the file's fields.
+        kind: which of these; default: the one whose settings have the file's fields.
 
     Raises:
-        UserError: if the configuration is wrong, or its model or problems are not here.
+        UserError: if the configuration is wrong, or its model or problems are not on this machine.
     """
     if kind is not None and kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     kinds = [kind] if kind else kinds_of(Path(path))
     config, *others = [read_config(KINDS[kind], path, {}) for kind in kinds]
-    # GRPO and PPO take the same memory where what they share is the same.
+    # GRPO and PPO take the same memory if their shared settings are equal.
     shared = [one.model_dump(include={*RLConfig.model_fields}) for one in (config, *others)]
     if any(one != shared[0] for one in shared):
         raise UserError(f"{path}: its fields fit {' and '.join(kinds)} alike; pass --kind")

@@ -1,6 +1,6 @@
 """The quality of stored answers: the scores of `traces.quality`, paired on the same problems.
 
-Samples hold all that the scores read, so nothing is generated. MLX is loaded only for perplexities and a judge.
+The scores are computed from stored samples; nothing is generated. MLX is loaded only for perplexity and a judge.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = ("format", "structure", "faithfulness", "repetition", "tokens")
-RESAMPLES = 2_000  # of each bootstrap: a row has ten, and most of their values are distinct, which takes longer
+RESAMPLES = 2_000  # per bootstrap; few, as a row needs ten, and distinct values make them slow
 
 Scores = Mapping[str, float | None]
 
@@ -38,13 +38,13 @@ def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tu
 
     Every figure is a mean over problems, of all answers and of the correct ones alone; the value of a problem is the
     mean of its answers. The interval is the paired bootstrap's with 2,000 resamples, the p-value that of the exact
-    sign-flip test (`stats.sign_flip_of_reals`), Holm's adjustment is over all differences of all answers, and over all
-    of correct answers.
+    sign-flip test (`stats.sign_flip_of_reals`), Holm's adjustment covers all differences of one kind of
+    ``answers``.
 
     Args:
         runs: runs over the same problems.
         config: tags, and the models for perplexity and judge; without these models the two scores are left out.
-        pairs: (later, earlier) places of the runs to compare; a run without a pair has its means alone.
+        pairs: (later, earlier) indices of the runs to compare; a run without a pair has only its means.
 
     Returns:
         One row for each run or pair, kind of ``answers`` (``all`` or ``correct``) and ``measure``: ``run``, ``label``,
@@ -123,7 +123,7 @@ def text_scores_of(row: Mapping[str, Any], trace: Trace, config: ScoreConfig) ->
 def answers_of(run: Run) -> list[tuple[Trace, Problem | None]]:
     """Return a run's samples as traces, each with its problem.
 
-    Runs of earlier versions, and those of a task that is not loaded, do not hold all of a prompt: the turn is then the
+    Without the task's code, and in runs of earlier versions, the prompt cannot be rebuilt: the turn is then the
     question alone, and the problem None.
     """
     identity, name = run.about.get("identity") or {}, run.result.get("task")

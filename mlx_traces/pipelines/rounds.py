@@ -1,10 +1,10 @@
 """Training in rounds, from raw traces to the table and the report.
 
-Round 1 is SFT on raw traces, round 2 SFT on the model's own traces, scored and filtered, round 3 GRPO, PPO, or both as
-two arms from the same start. The base model and the adapter of every round answer the same problems, and the quality of
-their answers is compared too. Each round may be left out.
+Round 1 is SFT on raw traces. Round 2 is SFT on the model's own traces, scored and filtered. Round 3 is GRPO, PPO, or
+both as two arms from the same start. Each round may be left out. The base model and the adapter of every round answer
+the same problems; their accuracy and the quality of their answers are compared.
 
-Every stage's output is named by a hash of its settings and of all stages before it. So finished stages are not
+The name of a stage's output contains a hash of its settings and of all stages before it. So finished stages are not
 repeated, an interrupted one is continued, and changed settings make new files beside the old ones.
 """
 
@@ -50,16 +50,16 @@ from mlx_traces.text import p_text, percent
 from mlx_traces.traces import files, filtering, generate, score, solutions
 from mlx_traces.train import loop, sft, tracking
 
-NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that change no output
+NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that do not change an output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
 SOLVED = ("countdown", "gsm8k", "math")  # tasks whose problems come with worked solutions
 
-Show = Callable[[str], Any]  # maps a stage's name to a context whose value takes a line of metrics and a total
+Show = Callable[[str], Any]  # from a stage's name to a context manager; its value takes a line of metrics and a total
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the rounds: its name, its output, its recipe's complete settings, and the function that makes it."""
+    """One step of the rounds: name, output, complete settings (``recipe``), and the function that makes the output."""
 
     name: str
     out: Path
@@ -97,35 +97,35 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
 
     data, runs, start = Path(config.data_dir), Path(config.runs_dir), adapter
     processed = data / "processed"
-    ask = {"task": config.task, "prompt": config.prompt}
-    told = {"report_to": config.report_to} if config.report_to else {}
+    problems = {"task": config.task, "prompt": config.prompt}
+    tracker = {"report_to": config.report_to} if config.report_to else {}
     if config.epoch1 is not None:
         raw = add("raw", data / "raw", config.raw, config.raw, lambda _, out: make_raw(config, out))
-        first = filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw), **told)
+        first = filled(SFTConfig, config.epoch1, model=spec, adapter=adapter, data=str(raw), **tracker)
         start = str(add("epoch1", runs, config.epoch1, first, lambda *given: make_sft(*given, show)) / "adapter")
     if config.epoch2 is not None:
-        drawn = filled(GenerateConfig, config.generate, model=spec, adapter=start, **ask)
+        drawn = filled(GenerateConfig, config.generate, model=spec, adapter=start, **problems)
         own = add("generated", data / "generated", config.generate, drawn, lambda *given: make_generated(*given, show))
         scored = add("scored", processed, config.score, config.score, lambda *given: make_scored(own, *given))
         kept = add("filtered", processed, config.filter, config.filter, lambda *given: make_filtered(scored, *given))
-        second = filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept), **told)
+        second = filled(SFTConfig, config.epoch2, model=spec, adapter=start, data=str(kept), **tracker)
         start = str(add("epoch2", runs, config.epoch2, second, lambda *given: make_sft(*given, show)) / "adapter")
     arms, shared = arms_of(config), len(before)
     for name, settings in arms.items():
         del before[shared:]  # an arm's name does not depend on the other arm
-        third = filled(type(settings), settings, model=spec, adapter=start, **ask, **told)
+        third = filled(type(settings), settings, model=spec, adapter=start, **problems, **tracker)
         stage = f"round3-{name}" if len(arms) > 1 else "round3"
         add(stage, runs, settings, third, lambda *given: make_rl(*given, show))
     return plan
 
 
 def arms_of(config: RoundsConfig) -> dict[str, RLConfig]:
-    """Return the settings of the third round by algorithm; two of them are two arms from the same start."""
+    """Return the settings of the third round by algorithm; two algorithms are two arms from the same start."""
     return {name: own for name in ("grpo", "ppo") if (own := getattr(config.round3, name, None))}
 
 
 def digests_of(settings: RLConfig) -> list[str]:
-    """Digest the files that GRPO and PPO read beside the problems: reward functions, rubric, reference."""
+    """Hash the files that GRPO and PPO read apart from the problems: reward functions, rubric, reference."""
     paths = [_module_file(name.partition(":")[0]) for name in settings.rewards if ":" in name]
     paths += [Path(settings.judge_prompt)] if settings.judge_prompt else []
     folder = settings.reference and Path(settings.reference)
@@ -167,7 +167,7 @@ def check_settings(config: RoundsConfig) -> None:
 
 
 def filled(kind: type[Config], settings: Config, **values: Any) -> Any:
-    """Add the values that the rounds know to a recipe's settings; fields that were not set stay unset."""
+    """Add the values that the rounds fill in to a recipe's settings; fields that were not set stay unset."""
     return build(kind, {**settings.model_dump(exclude_unset=True), **values})
 
 
@@ -271,7 +271,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         progress: show the evaluations' progress bars.
 
     Raises:
-        UserError: if the input is wrong; finished stages stay.
+        UserError: if the input is wrong; finished stages are kept.
     """
     plan = stages(config, show)
     compared = comparison_of(config, plan)
@@ -281,7 +281,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             say(f"note: {note}")
     for stage in plan:
         if stage.finished:
-            say(f"{stage.name}: {stage.out} is there")
+            say(f"{stage.name}: {stage.out} is finished")
             continue
         say(f"{stage.name}: making {stage.out}")
         if stage.out.suffix == ".jsonl":
@@ -334,7 +334,7 @@ def check(plan: list[Stage], compared: CompareConfig) -> None:
 
 
 def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
-    """Return a stage's problems: those in its file of traces, if it exists, else those that it will have."""
+    """Return a stage's problems: those in its file of traces, if it exists, else those that it will use."""
     recipe = stage.recipe
     if isinstance(recipe, RLConfig):  # its adapter may not exist yet
         return rollouts.prepare(recipe.model_copy(update={"adapter": None}))[0].problems
@@ -352,7 +352,7 @@ def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
 
 
 def check_adapters(trained: list[Stage]) -> None:
-    """Refuse a round whose settings differ from the adapter that it continues; `adapters.start` would do so later."""
+    """Refuse a round whose settings differ from the adapter that it continues, before `adapters.start` does."""
     first = trained[0].recipe
     if first.adapter is None:
         fields = ("kind", "layers") if first.kind == "full" else ("kind", "layers", "rank", "scale", "dropout")
@@ -401,9 +401,9 @@ def pairs_of(plan: list[Stage]) -> list[tuple[int, int]]:
 
 
 def gains(runs: list[comparison.Run], pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Compare the (later, earlier) pairs of rounds by the comparison's paired test (`comparison.paired`); a line each.
+    """Compare each (later, earlier) pair of rounds by the comparison's paired test (`comparison.paired`); a line each.
 
-    Won and lost are problems that the later round answered right more often, or less often.
+    Won (lost) are the problems that the later round answered right more (less) often.
     """
     lines = []
     for after, before in ((runs[later], runs[earlier]) for later, earlier in pairs):

@@ -1,6 +1,6 @@
 """Studies: every model in every prompt on the same problems, and a test of each pair.
 
-`compare` makes the evaluations.
+`compare` makes the missing evaluations.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ALONE = (
-    "Each row is one model answering once, greedily or from one seed: nothing here speaks of another training run, "
-    "prompt or token cap. Intervals of differences are each 95 % by themselves; the p-values after Holm allow for all "
+    "Each row is one model answering once, greedily or from one seed: it says nothing about another training run, "
+    "prompt or token cap. Each interval of a difference covers 95 % by itself; the p-values after Holm allow for all "
     "pairs of a table."
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The plan of one task of a study: its evaluations, the baseline's number, and notes on what is left out."""
+    """The plan of one task of a study: its evaluations, the baseline's row, and notes on models that are left out."""
 
     name: str
     entries: list[Entry]
@@ -61,7 +61,7 @@ class Layout:
 class Part:
     """The runs of one task of a study, in the tables' order, with their tables.
 
-    ``bits`` has a frame for every model and prompt that was evaluated at several bits.
+    ``bits`` has a data frame for every model and prompt that was evaluated at several bits.
     """
 
     name: str
@@ -122,7 +122,7 @@ def _baseline(config: StudyConfig, where: str, found: list[Entry], plans: list[e
 
 
 def preview(config: StudyConfig) -> Iterator[str]:
-    """Yield a line for each evaluation and conversion, finished or to make; make nothing.
+    """Yield a line for each evaluation and conversion, finished or not; run none.
 
     Raises:
         UserError: as `lay_out` does.
@@ -134,17 +134,17 @@ def preview(config: StudyConfig) -> Iterator[str]:
             wanted = entry.conversion
             if wanted is not None and wanted.path not in converted:
                 converted.add(wanted.path)
-                yield f"{'there     ' if entry.ready else 'to convert'} {wanted.path}"
+                yield f"{'finished  ' if entry.ready else 'to convert'} {wanted.path}"
             if not entry.ready:
                 yield f"to make    {planned.task.name}, {wanted.label}, {planned.prompt.name}, once it is converted"
                 continue
             path = Path(config.runs_dir) / planned.label
-            state = "there     " if RunFolder(path).finished else "to finish " if path.exists() else "to make   "
+            state = "finished  " if RunFolder(path).finished else "to finish " if path.exists() else "to make   "
             yield f"{state} {path}"
 
 
 def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, progress: bool = False) -> list[Part]:
-    """Carry a study out: convert, evaluate what is missing, compute, and write the files of `write`.
+    """Run a study: convert models, make missing evaluations, compute the tables, and write the files (`write`).
 
     Args:
         config: the study.
@@ -180,15 +180,15 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     for model in dict.fromkeys(entry.conversion.model for entry in found if entry.conversion):
         if stored := convert.origin(model):
             notes.append(
-                f"{model} comes with {stored['bits']}-bit weights: the 16-bit model is what those expand to, rounded "
-                "once, so the table says what further rounding costs, not what the first one has cost already; for "
-                "that, start from a model's 16-bit weights"
+                f"{model} comes with {stored['bits']}-bit weights, and its 16-bit model is these weights expanded: the "
+                "table shows the cost of rounding once more, not of the first rounding; for that, start from a model's "
+                "16-bit weights"
             )
     return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, bits, notes)
 
 
 def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
-    """Describe a run's weights: on disk, and in the computation."""
+    """Describe a run's weights, on disk and as computed with."""
     stored = RunFolder(Path(config.runs_dir) / made.name).about
     folder = entry.conversion.path if entry.conversion else None
     loaded = not endpoint.behind(entry.config)
@@ -206,8 +206,8 @@ def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
 def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
-    They are those of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if they
-    have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with its two figures.
+    These are the files of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if
+    they have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with two figures.
     ``report.html`` in ``config.out`` itself shows all runs.
 
     Raises:
@@ -246,7 +246,7 @@ def front_of(part: Part) -> tuple[str, list[str]]:
 
 
 def to_markdown(name: str, part: Part) -> str:
-    """Return a part as a Markdown page: abstract, key points, then tables, the sentence on each pair, notes."""
+    """Return a part as a Markdown page: abstract, key points, tables, a sentence on each pair, notes."""
     abstract, points = front_of(part)
     sections = [("Abstract", f"{abstract}\n")]
     if points:
@@ -287,7 +287,7 @@ def to_terminal(part: Part) -> list[Table | str]:
 
 
 def said(part: Part) -> list[str]:
-    """Return the sentence on each pair."""
+    """Return a sentence on each pair."""
     return [sentence(pair) for pair in part.pairs]
 
 

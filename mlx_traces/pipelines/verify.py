@@ -1,6 +1,6 @@
 """Check stored runs: grade their completions again, recompute their figures, check their files.
 
-MLX is loaded only for adapters.
+Only the check of an adapter loads MLX.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from mlx_traces.text import clean
 from mlx_traces.traces import files
 from mlx_traces.traces.quality import problem_of as problem_of_trace
 
-SHOWN = 10  # lines of differences of a run
-NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # of a result, but not in its samples
-FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # of metrics.jsonl
+SHOWN = 10  # maximum lines of differences per run
+NOT_COMPUTED = ("run", "timestamp", "peak_memory_gb", "notes")  # fields of a result that do not follow from its samples
+FIGURES = ("valid/accuracy", "valid/loss", "time/total", "memory/peak_gb")  # fields of metrics.jsonl
 
 
 def verify(path: str | Path) -> tuple[str, list[str]]:
@@ -44,8 +44,8 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
         A clause that says what agrees, and a line for each difference.
 
     Raises:
-        UserError: if the folder is no finished run, a file in it cannot be read, or a file of traces has changed since
-            its manifest was written.
+        UserError: if the folder is not a finished run, a file in it cannot be read, or a file of traces has changed
+            since its manifest was written.
     """
     if str(path).endswith(".jsonl"):
         return verify_traces(Path(path))
@@ -59,7 +59,7 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
 
 
 def shown(lines: list[str]) -> list[str]:
-    """Return at most `SHOWN` lines; the last one then counts the others."""
+    """Return at most `SHOWN` lines; of more, the last line counts the rest."""
     if len(lines) <= SHOWN:
         return lines
     return [*lines[: SHOWN - 1], f"and {len(lines) - SHOWN + 1:,} more"]
@@ -69,7 +69,7 @@ def shown(lines: list[str]) -> list[str]:
 
 
 def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
-    """Grade every sample of an evaluation again, and compute its figures again."""
+    """Grade every sample of an evaluation again, and recompute its figures."""
     result = comparison.read_run(folder.path).result
     planned = _plan(folder, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
@@ -128,7 +128,7 @@ def regraded(
     """Grade a sample again, from its question, gold answer and completion alone.
 
     ``own_tags`` are the model's own tags around a thought, from ``run.json``. Samples of older versions lack
-    ``opened``, what the turn held before the completion; it is read from their prompt.
+    ``opened``, the beginning of the assistant's turn before the completion; it is read from their prompt.
     """
     problem = problem_of(planned.task, row, where)
     opened = row.get("opened")
@@ -164,7 +164,7 @@ def problem_of(task: Task, row: dict[str, Any], where: str) -> Problem:
 
 
 def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = ()) -> str:
-    """Read from a prompt what the assistant's turn holds before the completion: an opened thought, a prefill."""
+    """Read the beginning of the assistant's turn from a prompt: an opened thought, a prefill."""
     try:
         asked = prompt.messages(problem)[-1]["content"].strip()
     except UserError:  # samples lack a column of the prompt
@@ -175,7 +175,7 @@ def opened_of(prompt: Prompt, problem: Problem, text: str, own: Sequence[str] = 
 
 
 def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Describe the first difference of a stored sample and the one graded now; no line if there is none."""
+    """Describe the first difference between a stored sample and the same sample graded now, if there is one."""
     name = row["id"] if not row["sample"] else f"{row['id']} sample {row['sample']}"
     for key in ("verdicts", "extractions"):
         for extractor in dict.fromkeys((*new[key], *row[key])):
@@ -189,14 +189,14 @@ def _verdict_lines(row: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], digest: str) -> list[str]:
-    """List the samples that are missing, repeated, or of other problems than those of ``run.json``."""
+    """List the samples that are missing, repeated, or not of the problems of ``run.json``."""
     config, lines = planned.config, []
     golds = {row["id"]: row["gold"] for row in samples}
     counts = Counter((row["id"], row["sample"]) for row in samples)
     wanted = {(name, number) for name in golds for number in range(config.samples)}
     lines += [f"{name}: sample {number} is missing" for name, number in sorted(wanted - set(counts))]
-    lines += [f"{name}: sample {number} is one too many" for name, number in sorted(set(counts) - wanted)]
-    lines += [f"{name}: sample {number} is there {n} times" for (name, number), n in counts.items() if n > 1]
+    lines += [f"{name}: sample {number} is unexpected" for name, number in sorted(set(counts) - wanted)]
+    lines += [f"{name}: sample {number} occurs {n} times" for (name, number), n in counts.items() if n > 1]
     lines += [
         f"{row['id']}: {row['tokens']} tokens, and max_tokens is {config.max_tokens}"
         + (f", think_tokens {config.think_tokens}" if config.think_tokens is not None else "")
@@ -227,7 +227,7 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
 
 
 def _digest(pairs: list[tuple[str, str]]) -> str:
-    """Return what `evaluator.Plan.identity` calls ``problems``."""
+    """Return the hash that `evaluator.Plan.identity` calls ``problems``."""
     return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()[:12]
 
 
@@ -302,7 +302,7 @@ def verify_training(folder: RunFolder, identity: dict[str, Any], result: dict[st
 
 
 def _step_lines(steps: list[Any], last: Any) -> list[str]:
-    """Describe the first gap in the steps 1, 2, ..., ``last``; a validation before them is step 0."""
+    """Describe the first gap in the steps 1, 2, ..., ``last``; step 0 is a validation before training."""
     wanted = list(range(0 if steps[:1] == [0] else 1, last + 1)) if isinstance(last, int) else []
     for place, step in enumerate(steps):
         if place >= len(wanted) or step != wanted[place]:
@@ -326,11 +326,11 @@ def figures_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _adapter_lines(folder: Path, identity: dict[str, Any]) -> list[str]:
-    """Say what is wrong with an adapter; it is also loaded on its model, if that is nano or a folder."""
+    """Describe what is wrong with an adapter; load it on its model too, if that is nano or a folder."""
     try:
         adapter_config.read_config(folder)
         try:
-            with safe_open(folder / adapter_config.WEIGHTS, "numpy") as file:  # checks its length
+            with safe_open(folder / adapter_config.WEIGHTS, "numpy") as file:  # checks the file's length
                 names = list(file.keys())
         except SafetensorError as error:
             return [f"{adapter_config.WEIGHTS}: damaged ({first_line(error)})"]

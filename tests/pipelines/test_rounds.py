@@ -445,7 +445,7 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
     assert result.exit_code == 0, result.output
     assert tree(folder) == before and [path.name for path in tmp_path.iterdir()] == ["rounds.yaml"]
     said = result.output.splitlines()
-    assert column(said, 1) == {**dict.fromkeys(NAMES, "there"), "round3": "to make", "comparison": "to make"}
+    assert column(said, 1) == {**dict.fromkeys(NAMES, "finished"), "round3": "to make", "comparison": "to make"}
     assert column(said, 3)["round3"].endswith(" GB") and column(said, 3)["epoch1"] == "–"
     assert column(said, 2)["round3"] == f"{3 * 2 * 4 * 64:,}" and column(said, 2)["comparison"] == f"{8 * 96}"
     assert "round3: 3 steps of 2 problems x 4, at most 64 tokens each" in said
@@ -458,7 +458,7 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
 def test_a_dry_run_of_what_is_there_measures_nothing(finished, monkeypatch):
     monkeypatch.setattr(loading, "load", None)
     said = estimate.lines(config_in(finished[0]))
-    assert set(column(said, 1).values()) == {"there"} and "" not in said
+    assert set(column(said, 1).values()) == {"finished"} and "" not in said
 
 
 def test_a_dry_run_of_a_model_that_is_not_here_downloads_nothing(tmp_path, monkeypatch):

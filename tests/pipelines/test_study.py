@@ -343,7 +343,7 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
     ]  # fmt: skip
     assert len(part.bits) == 2 and part.bits[0]["bits"].tolist() == [4, 8]  # one for each prompt
     assert any("comes with 4-bit weights" in note for note in part.notes)
-    assert all(line.startswith("there") for line in study.preview(config))
+    assert all(line.startswith("finished") for line in study.preview(config))
 
     study.run(config, said.append)
     assert len(made) == 4 and len(said) == 1  # nothing is made again

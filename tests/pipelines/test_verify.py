@@ -164,7 +164,7 @@ def test_a_missing_a_doubled_and_a_moved_sample_are_found(countdown):
     found = call(countdown).output
     assert f"{name}: no sample of this problem" in found and "total_questions is 12, the samples give 11" in found
     (countdown / "samples.jsonl").write_text(whole + whole.splitlines(True)[7])
-    assert f"{name}: sample 0 is there 2 times" in call(countdown).output
+    assert f"{name}: sample 0 occurs 2 times" in call(countdown).output
     (countdown / "samples.jsonl").write_text("".join(reversed(whole.splitlines(True))))
     assert verify.verify(countdown)[1] == ["the samples are not in the order of the problems"]
 
