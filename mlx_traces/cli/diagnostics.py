@@ -89,7 +89,9 @@ def _by(ranks: int) -> str:
 @bench_group.command("generate", cls=Ranked)
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--rows", default="32", show_default=True, help="Batch sizes of decoding, as in 32,128.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens per completion.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens per completion."
+)
 @click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Number of prompts.")
 @click.option("--prompts", type=click.Path(), help="File of GSM8K-like questions.  [default: Countdown problems]")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to time in the same run, on the same weights.")
@@ -187,7 +189,7 @@ def bench_graph_command(model: str, rows: int, backend: str, as_json: bool) -> N
 @click.option("--model", help="nano, a folder, or a hub id.  [default: a 4-bit Qwen2.5 of 0.5B; nano on a CPU]")
 @click.option("--quick", is_flag=True, help="Fewer and shorter steps; the default model is nano.")
 @click.option("--data", type=click.Path(), help="File of GSM8K-like problems.  [default: the hub's, else Countdown]")
-@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Time limit in all.")
+@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0), help="Time limit of all benches.")
 def bench_all_command(out: Path, model: str | None, quick: bool, data: str | None, minutes: float) -> None:
     """Run every bench on this machine.
 
@@ -419,7 +421,7 @@ def nano_reference(out: Path) -> None:
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
-@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step, as a self-test.")
+@click.option("--self-test/--no-self-test", default=True, help="Generate and train a step against stored results.")
 def doctor_command(as_json: bool, self_test: bool) -> None:
     """Check this machine, and print a fix for each fault.
 
