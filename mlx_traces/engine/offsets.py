@@ -11,7 +11,7 @@ from mlx_traces.models.loading import LoadedModel
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """Return the text that each token adds after another one, by id; replacement characters for part of a character."""
+    """Return, by id, the text that each token adds after another one; U+FFFD stands for a part of a character."""
     before = tokenizer.encode("1", add_special_tokens=False)[-1:]
     start = len(decode(tokenizer, before))
     return {token: decode(tokenizer, [*before, token])[start:] for token in {*ids}}
@@ -20,18 +20,18 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
 def token_offsets(
     loaded: LoadedModel, ids: Sequence[int], text: str, known: Mapping[int, str] | None = None
 ) -> np.ndarray:
-    """Return (T, 2) int64: the first character of ``text`` that each token wrote any of, and the one after the last.
+    """Return (T, 2) int64: where each token's characters begin and end in ``text``, the end exclusive.
 
     The ids are decoded, never encoded again. Where the tokens' pieces do not add up to the text (a character of several
     tokens, a decoder that looks at the neighbours), the tokens up to there are decoded and compared, by bisection.
     Each token that holds a part of a character has the whole character. A token that is not in the text (a stop token,
-    a sign that the text leaves out, what follows a stop string) has an empty range.
+    a sign that the text leaves out, one after a stop string) has an empty range.
 
     Args:
-        loaded: has the tokenizer, and the signs that the text leaves out.
+        loaded: the model; its tokenizer, and the ``signs`` that the text leaves out.
         ids: of the completion, its stop token included.
         text: as in `Rollout`.
-        known: `pieces` of these tokens at least; default: made here.
+        known: `pieces` of at least these tokens; default: computed here.
     """
     ids, tokenizer, known = list(ids), loaded.tokenizer, known or pieces(loaded.tokenizer, ids)
     parts = [decode(tokenizer, ids[:1]), *(known[token] for token in ids[1:])]
@@ -40,11 +40,11 @@ def token_offsets(
     starts[-1] = ends[-1] = len(whole)
 
     def common(text: str) -> tuple[int, int]:
-        """Return how many characters begin both this text and the whole, and how many this one has."""
+        """Return the length of this text's common prefix with the whole, and the length of this text."""
         return bisect_left(range(len(text)), True, key=lambda at: not whole.startswith(text[: at + 1])), len(text)
 
     def fill(low: int, high: int) -> None:
-        """Find where the tokens between ``low`` and ``high`` meet; ``starts`` and ``ends`` are known at these two."""
+        """Fill ``starts`` and ``ends`` between the tokens ``low`` and ``high``, where they are known."""
         own = parts[low:high]
         if ends[low] == starts[low] and "".join(own) == whole[starts[low] : starts[high]]:
             starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])
