@@ -17,8 +17,8 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.tasks.thoughts import after_last, still_open, usual
 
-# Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps those that were freed, up to 32 MiB, for the next of
-# their size. A larger one comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
+# Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps freed buffers, 32 MiB in all, for reuse. A larger one
+# comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
 DRAWN_AT_ONCE = 2**21
 LONGEST_TAG = 64  # tokens that a tag of a thought may take
 CONTEXT = 8  # number of earlier tokens on which a token's text may depend
