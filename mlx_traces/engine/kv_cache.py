@@ -133,7 +133,7 @@ def mask_axes(model: nn.Module) -> int | None:
     """
     if not hasattr(model, KEPT):
         rows = [logprobs.probe(model, 24), logprobs.probe(model, 3)] * 4
-        rows.pop()  # seven rows: as many as key-value heads, a mask of four axes would be taken for one by head
+        rows.pop()  # seven; with as many rows as key-value heads, a mask of four axes would be taken for one by head
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))

@@ -39,9 +39,9 @@ class SamplingParams:
     is kept like the model's own stop token. It ends before any of the strings in ``stop``; within a thought they count
     only with ``stop_in_thoughts``.
 
-    ``think_tokens`` is the most tokens of thought. With it, ``max_tokens`` bounds the rest, which includes the closing
-    tag and ``think_then``, the text with which the answer then begins. A thought that would end before
-    ``think_at_least`` tokens goes on with ``think_more``. See `engine.thinking`.
+    ``think_tokens`` is the most tokens of thought, and ``max_tokens`` then bounds the rest. A closing tag that this
+    budget brings counts as rest, as does ``think_then``, which follows it and begins the answer. A thought that would
+    end before ``think_at_least`` tokens goes on with ``think_more``. See `engine.thinking`.
     """
 
     max_tokens: int = 512
