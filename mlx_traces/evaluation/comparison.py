@@ -1,4 +1,4 @@
-"""Stored runs read and compared on the same problems."""
+"""Read stored runs, and compare runs on the same problems."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def read_run(path: str | Path) -> Run:
 
 
 def interned(value: Any, depth: int = 2) -> Any:
-    """Return a sample with equal texts, completions apart, stored once for all samples and runs.
+    """Return a sample whose texts, except completions, are stored once for all samples and runs.
 
-    Keys, ids, questions and prompts repeat from run to run; this halves the memory of twenty runs. A sample is an
-    object of texts and of objects of texts; what lies deeper than ``depth`` objects stays as it is.
+    Keys, ids, questions and prompts repeat from run to run; this halves the memory of twenty runs. Values nested deeper
+    than ``depth`` objects stay as they are.
     """
     if type(value) is str:
         return sys.intern(value)
@@ -222,7 +222,7 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
     """Return the value of a column for each problem, from its stored samples or the data of a run.
 
     Raises:
-        UserError: if a problem has no such column there.
+        UserError: if a problem has no such column there, or all problems have the same value.
     """
     found: dict[str, str] = {}
     for row in (row for run in runs for row in run.samples):
@@ -231,12 +231,12 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
             found[row["id"]] = str(value)
     names: set[str] = set()
     for run in runs if len(found) < len(ids) else ():
-        asked = run.about.get("identity") or {}
-        if not is_known(asked.get("task") or ""):
+        identity = run.about.get("identity") or {}
+        if not is_known(identity.get("task") or ""):
             continue
         try:
-            source = (asked.get(key) for key in ("split", "data", "limit", "seed"))
-            problems = get_task(asked["task"]).load(*source)
+            source = (identity.get(key) for key in ("split", "data", "limit", "seed"))
+            problems = get_task(identity["task"]).load(*source)
         except UserError:  # the data are not on this machine
             continue
         names |= {name for problem in problems for name in problem.columns}
@@ -257,8 +257,8 @@ def compare_runs(
     The interval of an accuracy is Wilson's, with several samples a problem at their effective number
     (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
     p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
-    on the differences of correct counts, which is McNemar's where there is one. Holm's adjustment is over the
-    runs compared with the baseline. With ``cluster``, several trainings or ``stopped`` see `tested`.
+    on the differences of correct counts, which equals McNemar's with one sample. Holm's adjustment is over the
+    runs compared with the baseline. `tested` has the methods for ``cluster``, several trainings and ``stopped``.
 
     Args:
         runs: at least one run; rows keep their order.
@@ -272,7 +272,7 @@ def compare_runs(
         shown, the difference that would have been missed half of the time), ``trainings``, ``spread`` (the standard
         deviation of their accuracies) and, where runs have them, ``pass@k``, ``pass^k`` and ``maj@k``.
         ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
-        no difference and no p-value. ``attrs["stopped"]`` is `GREW` if growing runs are tested as if of fixed size.
+        no difference and no p-value. ``attrs["stopped"]`` is `GREW` if growing runs are tested as runs of fixed size.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline or column.
@@ -580,18 +580,18 @@ def require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two:
 
 
 def baseline_index(runs: Sequence[Run], baseline: int | str) -> int:
-    """Find the baseline by index, or the first run whose name, label or model's name it is; UserError if none is."""
+    """Return the index of the baseline: an index, or a run's name, label or model's name; UserError if none matches."""
     if not runs:
         raise UserError("there are no runs to compare; name at least one run folder")
     if isinstance(baseline, int):
         if not -len(runs) <= baseline < len(runs):
             raise UserError(f"baseline {baseline}: there are {len(runs)} runs, counted from 0")
         return baseline % len(runs)
-    called = [(run.name, name, label(run), run.result["model"]) for run, name in zip(runs, labels(runs), strict=True)]
-    for names in zip(*called, strict=True):
+    known = [(run.name, name, label(run), run.result["model"]) for run, name in zip(runs, labels(runs), strict=True)]
+    for names in zip(*known, strict=True):
         if baseline in names:
             return names.index(baseline)
-    raise unknown("baseline", baseline, dict.fromkeys(name for names in called for name in names if name))
+    raise unknown("baseline", baseline, dict.fromkeys(name for names in known for name in names if name))
 
 
 def counts_of(outcomes: dict[str, list[bool]], ids: Iterable[str]) -> tuple[np.ndarray, int]:
@@ -607,7 +607,7 @@ def tested(
     clusters: Sequence[str] | None = None,
     stopped: bool = False,
 ) -> dict[str, Any]:
-    """Return difference, interval and p-value of two runs on the same problems, and ``test``, how they were computed.
+    """Return difference, interval and p-value of two runs on the same problems, and ``test``, the method.
 
     ``McNemar`` and ``sign-flip`` (several samples a problem): the paired bootstrap and the exact test. ``clusters``:
     the robust interval of `variance.estimate`, and the exact sign-flip test of the clusters' sums. ``trainings``: both

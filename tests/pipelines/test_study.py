@@ -190,7 +190,7 @@ def test_the_sentence_on_no_difference_says_what_is_still_possible():
     lucky = replace(CLEAR, p=0.01, p_holm=0.15)
     text = pairs.sentence(lucky)
     assert text.startswith("No difference shown between thinking and direct: +10.0 points [7.3, 12.8]")
-    assert text.endswith("a difference of up to 12.8 points is compatible, and so, after Holm, is none.")
+    assert text.endswith("a difference of up to 12.8 points is compatible; after Holm, none is compatible too.")
     assert pairs.sentence(replace(lucky, p_holm=0.0501)).startswith("No difference")
     assert pairs.sentence(replace(lucky, p_holm=0.0499)).startswith("thinking is right more often")
 

@@ -80,16 +80,16 @@ def test_a_comparison_two_trainings_and_a_lone_evaluation(tmp_path):
     row = frame.to_dict("records")[1]
     assert "Countdown: 2 runs on the same problems" in page.text and "Countdown: nano" in page.text
     assert f"+50.0 points {text.interval(row['diff_low'], row['diff_high'])} over nano (thinking)" in page.text
-    assert "5 won and 1 lost, Holm-adjusted p = 0.219: within what chance may do" in page.text
+    assert "5 won and 1 lost, Holm-adjusted p = 0.219, not significant." in page.text
     assert "75.0 %[40.9, 92.9]" in page.text
     assert "Reinforcement learning: 2 runs" in page.text and "step 6 of 10" in page.text
     assert page.text.count("not finished") == 1 and "25.0 % → 50.0 %" in page.text
     for title in ("Accuracy by difficulty", "Accuracy by extractor", "Problems won and lost", "Held-out accuracy"):
         assert title in page.text
     assert (
-        "All extractors judge alike, as correct or not: nano_thinking 25.0 %, nano+sft-01_thinking 75.0 %" in page.text
+        "all extractors judge the same, correct or not: nano_thinking 25.0 %, nano+sft-01_thinking 75.0 %." in page.text
     )
-    assert "Not drawn, the same at every step: Entropy, nats a token 0.5" in page.text
+    assert "Constant, so not drawn: Entropy, nats a token 0.5" in page.text
     data = page.data
     assert data["runs"] == ["base", "rl", "better", "alone", "rl2"] and data["total"] == len(data["rows"]) == 22
     assert data["rows"][0] == {
