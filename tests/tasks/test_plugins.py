@@ -163,7 +163,7 @@ BAD = [
         EXAMPLE.replace(' columns=("nums",)', ' columns="nums"'),
         r"mine.py: TASK.columns must be a tuple of names, not 'nums'",
     ),
-    (EXAMPLE.replace('extractors=("answer",)', "extractors=()"), r"mine.py: TASK.extractors must name one way"),
+    (EXAMPLE.replace('extractors=("answer",)', "extractors=()"), r"mine.py: TASK.extractors must name one extractor"),
     (EXAMPLE.replace('{"thinking":', '{"other":'), r"mine.py: TASK.prompts: 'other' must be a Prompt of that name"),
     (
         EXAMPLE.replace('default_prompt="thinking"', 'default_prompt="x"'),
