@@ -19,7 +19,7 @@ from mlx_lm import batch_generate
 
 from mlx_traces.engine.generation import Usage, generate
 from mlx_traces.engine.sampling import Request, SamplingParams
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, unknown
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
 from mlx_traces.tasks import get_task
@@ -96,7 +96,7 @@ def bench_generate(
     if against and distributed.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against not in (None, *PEERS):
-        raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
+        raise unknown("peer", str(against), PEERS)
     peer_model, tokenizer, weights = loaded.model, loaded.tokenizer, "same"
     if against and as_shipped:
         (peer_model, tokenizer), weights = mlx_lm.load(str(loaded.path))[:2], "as shipped"

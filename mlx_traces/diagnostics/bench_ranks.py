@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import blas
 from mlx_traces.text import clean
 
 COMMAND = "from mlx_traces.cli import main; main()"
-THREADS = "OPENBLAS_NUM_THREADS"
 PATIENCE = 0.05  # seconds between two checks whether the ranks have ended
 
 
@@ -95,9 +95,9 @@ def usable_cores() -> int:
 
 
 def threads_of(processes: int, cores: int) -> int:
-    """Return the most BLAS threads of each of several processes; ``OPENBLAS_NUM_THREADS`` in the environment wins."""
-    given = os.environ.get(THREADS, "")
-    return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
+    """Return the most BLAS threads of each of several processes; a number in the environment (`blas.GIVEN`) wins."""
+    given = (os.environ.get(name, "") for name in blas.GIVEN)
+    return next((int(text) for text in given if text.isdecimal() and int(text)), max(1, cores // processes))
 
 
 def _run_bench(arguments: Sequence[str], count: int) -> dict[str, Any]:
