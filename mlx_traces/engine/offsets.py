@@ -1,50 +1,75 @@
 """Map each token of a completion to the characters of its text, for any tokenizer that decodes."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mlx_traces.engine.sampling import decode
+from mlx_traces.engine.thinking import Pieces
 from mlx_traces.models.loading import LoadedModel
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """Return the text that each token adds after another one, by id; replacement characters for part of a character."""
-    before = tokenizer.encode("1", add_special_tokens=False)[-1:]
-    start = len(decode(tokenizer, before))
-    return {token: decode(tokenizer, [*before, token])[start:] for token in {*ids}}
+def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pieces | None = None) -> np.ndarray:
+    """Return (T, 2) int64: where each token's characters begin and end in ``text``, the end exclusive.
 
-
-def token_offsets(
-    loaded: LoadedModel, ids: Sequence[int], text: str, known: Mapping[int, str] | None = None
-) -> np.ndarray:
-    """Return (T, 2) int64: the first character of ``text`` that each token wrote any of, and the one after the last.
-
-    The ids are decoded, never encoded again. Where the tokens' pieces do not add up to the text (a character of several
-    tokens, a decoder that looks at the neighbours), the tokens up to there are decoded and compared, by bisection.
-    Each token that holds a part of a character has the whole character. A token that is not in the text (a stop token,
-    a sign that the text leaves out, what follows a stop string) has an empty range.
+    The ids are decoded, never encoded again. Each token that holds a part of a character has the whole character. A
+    token that is not in the text (a stop token, a sign that the text leaves out, one after a stop string) has an
+    empty range.
 
     Args:
-        loaded: has the tokenizer, and the signs that the text leaves out.
+        loaded: the model; its tokenizer, and the ``signs`` that the text leaves out.
         ids: of the completion, its stop token included.
         text: as in `Rollout`.
-        known: `pieces` of these tokens at least; default: made here.
+        pieces: of the tokenizer, to share between completions; default: made here.
     """
-    ids, tokenizer, known = list(ids), loaded.tokenizer, known or pieces(loaded.tokenizer, ids)
-    parts = [decode(tokenizer, ids[:1]), *(known[token] for token in ids[1:])]
-    whole = decode(tokenizer, ids)
+    ids, whole = list(ids), decode(loaded.tokenizer, list(ids))
+    data = [(pieces or Pieces(loaded.tokenizer))[token] for token in ids]
+    found = _by_bytes(data, whole)
+    found = _by_bisection(loaded.tokenizer, ids, data, whole) if found is None else found
+    return np.minimum(_kept_places(loaded, ids, whole)[found], len(text))
+
+
+def _by_bytes(data: Sequence[bytes], whole: str) -> np.ndarray | None:
+    """Return (T, 2) if the tokens' bytes, perhaps without a first space, add up to the text; else None."""
+    joined = b"".join(data)
+    decoded = joined.decode("utf-8", "replace")
+    dropped = int(decoded != whole and decoded[:1] == " ")
+    if decoded[dropped:] != whole:
+        return None
+    joined = joined[dropped:]
+    first = np.frombuffer(joined, np.uint8) & 0xC0 != 0x80  # bytes that begin a character
+    at = 0
+    while at < len(joined):
+        try:
+            str(memoryview(joined)[at:], "utf-8")
+            break
+        except UnicodeDecodeError as error:  # these bytes together are a replacement character
+            first[at + error.start : at + error.end] = False
+            first[at + error.start], at = True, at + error.end
+    character = np.append(np.cumsum(first) - 1, len(whole))
+    ends = np.maximum(np.cumsum([len(piece) for piece in data], dtype=np.int64) - dropped, 0)
+    starts = np.append(0, ends)[:-1]
+    stops = np.where(ends > starts, character[ends - 1] + 1, character[starts])
+    return np.stack([character[starts], stops], axis=1)
+
+
+def _by_bisection(tokenizer: Any, ids: list[int], data: Sequence[bytes], whole: str) -> np.ndarray:
+    """Return (T, 2) for a decoder that looks at the neighbours of a token.
+
+    Where the tokens' texts do not add up to the whole one, the tokens up to there are decoded and compared with it.
+    """
+    parts = [decode(tokenizer, ids[:1]), *(piece.decode("utf-8", "replace") for piece in data[1:])]
     starts, ends = np.zeros(len(ids) + 1, np.int64), np.zeros(len(ids) + 1, np.int64)
     starts[-1] = ends[-1] = len(whole)
 
     def common(text: str) -> tuple[int, int]:
-        """Return how many characters begin both this text and the whole, and how many this one has."""
+        """Return the length of this text's common prefix with the whole, and the length of this text."""
         return bisect_left(range(len(text)), True, key=lambda at: not whole.startswith(text[: at + 1])), len(text)
 
     def fill(low: int, high: int) -> None:
-        """Find where the tokens between ``low`` and ``high`` meet; ``starts`` and ``ends`` are known at these two."""
+        """Fill ``starts`` and ``ends`` between the tokens ``low`` and ``high``, where they are known."""
         own = parts[low:high]
         if ends[low] == starts[low] and "".join(own) == whole[starts[low] : starts[high]]:
             starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])
@@ -60,8 +85,7 @@ def token_offsets(
             fill(middle, high)
 
     fill(0, len(ids))
-    found = np.stack([starts[:-1], ends[1:]], axis=1)  # a token ends where the next begins, or a character further
-    return np.minimum(_kept_places(loaded, ids, whole)[found], len(text))
+    return np.stack([starts[:-1], ends[1:]], axis=1)  # a token ends where the next begins, or a character further
 
 
 def _kept_places(loaded: LoadedModel, ids: Sequence[int], whole: str) -> np.ndarray:

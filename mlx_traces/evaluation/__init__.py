@@ -1,1 +1,1 @@
-"""Completions graded and stored as runs; statistics of runs on the same problems."""
+"""Grade completions, store them as runs, and compare runs on the same problems."""

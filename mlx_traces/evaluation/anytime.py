@@ -2,8 +2,8 @@
 
 Testing by betting (Waudby-Smith and Ramdas, JRSS B 86, 2024; arXiv 2010.09686): a gambler bets on the differences x of
 one problem after another, each from -1 to 1. If their mean is m or less, her wealth, the product of 1 + b (x - m) for a
-bet b >= 0, is a nonnegative supermartingale, and so is its mean over bets that were weighted beforehand (Robbins 1970).
-By Ville's inequality it ever reaches 2 / alpha with a probability of at most alpha / 2. The same holds from above.
+bet b >= 0, is a nonnegative supermartingale, and so is its mean over bets with weights fixed in advance (Robbins 1970).
+By Ville's inequality the probability that it ever reaches 2 / alpha is at most alpha / 2. The same holds from above.
 
 With one completion a problem, differences are -1, 0 and 1. Against m = 0 the wealth is then a mixture of likelihood
 ratios of the discordant problems: a McNemar test that remains valid after every look.
@@ -45,7 +45,7 @@ def anytime(differences: ArrayLike, level: float = 0.95) -> tuple[float, float, 
 
     Args:
         differences: (P,) for each problem the share of correct completions of one model minus the other's.
-        level: of the interval.
+        level: coverage of the interval.
 
     Returns:
         (difference, low, high, p).
@@ -57,17 +57,17 @@ def anytime(differences: ArrayLike, level: float = 0.95) -> tuple[float, float, 
     if x.ndim != 1 or not x.size or not (np.abs(x) <= 1).all():
         raise ValueError("anytime takes one or more differences from -1 to 1")
     values, counts = np.unique(np.round(x, 12), return_counts=True)
-    wall = math.log(2 / (1 - level))
-    low = _lower_end(values, counts, wall)
-    high = -_lower_end(-values[::-1], counts[::-1], wall)
+    threshold = math.log(2 / (1 - level))
+    low = _lower_end(values, counts, threshold)
+    high = -_lower_end(-values[::-1], counts[::-1], threshold)
     wealth = max(log_wealth(values, counts, 0.0), log_wealth(-values, counts, 0.0))
     return float(x.mean()), low, high, min(1.0, 2 * math.exp(-wealth))
 
 
-def _lower_end(values: np.ndarray, counts: np.ndarray, wall: float) -> float:
-    """Return the largest mean against which the wealth reaches the wall; -1 if there is none."""
+def _lower_end(values: np.ndarray, counts: np.ndarray, threshold: float) -> float:
+    """Return the largest mean against which the log wealth reaches the threshold; -1 if there is none."""
     low, high = -1.0, float(values @ counts / counts.sum())  # against the mean itself no bet gains
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if log_wealth(values, counts, middle) >= wall else (low, middle)
+        low, high = (middle, high) if log_wealth(values, counts, middle) >= threshold else (low, middle)
     return low

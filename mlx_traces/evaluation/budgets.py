@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a curve: its budget (None: no bound), accuracy with Wilson's 95 % interval, tokens an answer.
+    """One run of a curve: its budget (None: no bound) and its accuracy with Wilson's 95 % interval.
 
-    ``tokens`` are those really used, thought and answer (None if a server did not count); ``forced`` is the share of
-    completions whose thought was closed or kept open.
+    ``tokens`` is the mean length of a completion, its thought included (None if a server did not count); ``forced`` is
+    the share of completions whose thought was closed or kept open.
     """
 
     budget: int | None
@@ -35,7 +35,7 @@ class Point:
 class Curve:
     """A model's runs in one prompt, the smallest budget first, on the same problems.
 
-    ``pairs`` has every two of them, the larger budget as ``a``; Holm's adjustment is over these.
+    ``pairs`` are all pairs of them, the larger budget as ``a``; Holm's adjustment is over these.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Curve:
 
 
 def curves(runs: Sequence[Run]) -> list[Curve]:
-    """Return the curves among runs of the same problems: those of runs that differ in the budget.
+    """Return a curve for each model and prompt that has runs with different budgets.
 
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
@@ -58,13 +58,13 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     found = []
     for names, group in groups.items():
         if len(group) > 1:
-            own = [group[budget] for budget in sorted(group, key=lambda budget: (budget is None, budget))]
-            found.append(Curve("_".join(names), [_point(run) for run in own], pairs(own)))
+            ordered = [group[budget] for budget in sorted(group, key=lambda budget: (budget is None, budget))]
+            found.append(Curve("_".join(names), [_point(run) for run in ordered], pairs(ordered)))
     return found
 
 
 def _point(run: Run) -> Point:
-    share = stats.accuracy(list(comparison.outcomes_of(run).values()))
+    share, _ = comparison.accuracy_of(run)
     tokens = [row["tokens"] for row in run.samples]
     return Point(
         run.result.get("think_tokens"),
@@ -85,20 +85,20 @@ def sentence(curve: Curve) -> str:
     """State where more thinking stops paying, and no more than the tests allow.
 
     That is the smallest budget that no larger one beats significantly (Holm's adjustment over all pairs of the curve).
-    For the best of the larger ones the sentence gives the largest gain within its interval.
+    For the most accurate larger budget the sentence gives the largest gain that its interval leaves open.
     """
     size = len(curve.points)
     places = [(low, high) for low in range(size) for high in range(low + 1, size)]
     pair = dict(zip(places, curve.pairs, strict=True))
     names = [budget_name(point.budget) for point in curve.points]
 
-    def shown(low: int, high: int) -> bool:
+    def significant(low: int, high: int) -> bool:
         return pair[low, high].p_holm < stats.LEVEL
 
     def gains(low: int) -> list[int]:
-        return [high for high in range(low + 1, size) if shown(low, high) and pair[low, high].diff > 0]
+        return [high for high in range(low + 1, size) if significant(low, high) and pair[low, high].diff > 0]
 
-    def told(low: int, high: int) -> str:
+    def evidence(low: int, high: int) -> str:
         one = pair[low, high]
         after = f" after Holm over {one.family} pairs" if one.family > 1 else ""
         change = f"{percent(one.diff, signed=True)} points {interval(one.low, one.high)}"
@@ -109,15 +109,15 @@ def sentence(curve: Curve) -> str:
     if stop:
         better = gains(stop - 1)
         most = stop if stop in better else max(better, key=lambda high: curve.points[high].accuracy)
-        text = f"{curve.name}: thinking beyond {names[stop - 1]} pays, {names[most]} {told(stop - 1, most)}"
+        text = f"{curve.name}: thinking beyond {names[stop - 1]} pays, {names[most]} {evidence(stop - 1, most)}"
     if stop == size - 1:
         return f"{text}; {names[stop]} is the largest budget that was tried."
     best = max(range(stop + 1, size), key=lambda high: curve.points[high].accuracy)
     room = max(pair[stop, best].high, stats.wilson(0, pair[stop, best].problems)[1])
     text += f"; beyond {names[stop]} no gain is shown" if stop else ""
-    text += f": {names[best]} {told(stop, best)}; a gain of up to {percent(room)} points is compatible."
-    worse = [high for high in range(stop + 1, size) if shown(stop, high) and pair[stop, high].diff < 0]
-    return text + "".join(f" With {names[high]} it is right less often ({told(stop, high)})." for high in worse)
+    text += f": {names[best]} {evidence(stop, best)}; a gain of up to {percent(room)} points is compatible."
+    worse = [high for high in range(stop + 1, size) if significant(stop, high) and pair[stop, high].diff < 0]
+    return text + "".join(f" With {names[high]} it is right less often ({evidence(stop, high)})." for high in worse)
 
 
 def frame(found: Sequence[Curve]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A completion as it is graded, whether the engine sampled it or a server; and its line of ``samples.jsonl``."""
+"""A completion to be graded, from the engine or from a server, and its line of ``samples.jsonl``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,21 +31,21 @@ class Completion:
 
     @classmethod
     def sampled(cls, prompt: str, opened: str, rollout: Rollout, own_tags: thoughts.Pair | None = None) -> "Completion":
-        """Return a rollout of the engine as it is graded."""
+        """Make a completion from a rollout of the engine."""
         tokens, stop = len(rollout.completion_ids), rollout.stop_string
         return cls(prompt, opened, rollout.text, tokens, rollout.finish_reason, stop, own_tags, rollout)
 
     @property
     def whole(self) -> str:
-        """The assistant's whole turn, its thought between tags that graders know."""
+        """The assistant's whole turn, its thought between tags that the graders know."""
         return thoughts.usual(self.opened + self.text, self.own_tags)
 
 
 def rehead(row: Sample, extractor: str) -> Sample:
-    """Return a sample with another extractor as its headline; all extractors have already judged it.
+    """Return a sample with the stored verdict of another extractor as its headline.
 
     Raises:
-        UserError: if this one has not.
+        UserError: if that extractor has not judged it.
     """
     if extractor not in row["verdicts"]:
         raise unknown("extractor of this run", extractor, row["verdicts"])

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_traces.runtime.fingerprints import doubt
 from mlx_traces.text import clean
 
-LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # of run.json's versions, those that can change a result
+LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # those of run.json that can change a result
 SAMPLING = ("top_p", "top_k", "min_p")  # greedy decoding ignores them
 MORE = ("think_more", "what continues a thought differs")
 THEN = ("think_then", "what follows a closed thought differs")
@@ -20,8 +20,8 @@ FILES = ("model_files", "revision", "adapter_files")
 def differences(abouts: Mapping[str, Any]) -> list[str]:
     """Return a line for each thing that differs between runs, with the names of the runs.
 
-    Left out are the entries that a table itself shows (model, adapter, the prompt's name) and the settings of
-    `comparison.PROTOCOL`. A run that does not store an entry is not compared by it.
+    It ignores what a table itself shows (model, adapter, the prompt's name), the settings of `comparison.PROTOCOL`, and
+    entries that a run does not store.
 
     Args:
         abouts: the content of each run's ``run.json``, by the run's name; empty if there is none.
@@ -29,8 +29,8 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     known = {name: about for name, about in abouts.items() if isinstance(about, dict) and about}
     settings = {name: part(about, "identity") for name, about in known.items()}
     versions = {name: versions_of(about) for name, about in known.items()}
-    moved = [library for library in LIBRARIES if len({each[library] for each in versions.values()} - {None}) > 1]
-    shown = {name: ", ".join(f"{key} {each[key]}" for key in moved if each[key]) for name, each in versions.items()}
+    changed = [library for library in LIBRARIES if len({each[library] for each in versions.values()} - {None}) > 1]
+    shown = {name: ", ".join(f"{key} {each[key]}" for key in changed if each[key]) for name, each in versions.items()}
     lines = line_of("versions differ", shown)
     graders = {name: f"version {text(about.get('grader', 1))}" for name, about in known.items()}
     lines += line_of("graders' rules differ", graders)
@@ -86,8 +86,8 @@ def namesakes(what: str, named: Mapping[str, str], contents: Mapping[str, dict[s
 
     Args:
         what: the kind of thing: prompt, model.
-        named: its name in each run, by the run's name; empty if the run has none.
-        contents: its content in each run.
+        named: the thing's name in each run, by the run's name; empty if the run has none.
+        contents: the thing's content in each run.
     """
     lines = []
     for shown in dict.fromkeys(filter(None, named.values())):

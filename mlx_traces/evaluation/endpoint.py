@@ -23,7 +23,7 @@ def resolved(config: AnswerConfig) -> AnswerConfig:
     """Return the settings with the server's address in its normal form; nothing is sent yet.
 
     Raises:
-        UserError: for a bad address, no model's name, and settings that make no sense with a server, or without one.
+        UserError: for a bad address, a missing model name, and settings that do not go with a server, or need one.
     """
     served = behind(config)
     local, remote = "a model that is loaded here; leave it out with", "a server; name its address with"
@@ -70,7 +70,7 @@ def key(config: EvalConfig) -> str | None:
     """Return the server's key, from the environment variable that the settings name; None if they name none.
 
     Raises:
-        UserError: if there is no such variable, or what it holds cannot be sent.
+        UserError: if the variable is missing or empty, or its value is not printable ASCII.
     """
     if config.api_key_env is None:
         return None
@@ -78,7 +78,7 @@ def key(config: EvalConfig) -> str | None:
     if not value:
         raise UserError(f"--api-key-env {clean(config.api_key_env)[:80]}: no such environment variable, or it is empty")
     if not value.isascii() or not value.isprintable():
-        raise UserError(f"--api-key-env {clean(config.api_key_env)[:80]}: its value cannot be a key")
+        raise UserError(f"--api-key-env {clean(config.api_key_env)[:80]}: not printable ASCII; set it to the key alone")
     return value
 
 
@@ -97,7 +97,7 @@ def named(config: EvalConfig) -> str:
 
 
 def loopback(address: str) -> bool:
-    """Whether an address is this machine's own."""
+    """Whether an address is on the loopback interface."""
     host = urlsplit(address).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -1,4 +1,4 @@
-"""The evaluator: problems in, a run folder and an EvalResult out."""
+"""Plan an evaluation, grade its completions, and summarize them as an EvalResult."""
 
 import hashlib
 import json
@@ -33,8 +33,8 @@ class Source:
     """Where completions come from: the engine with a loaded model, or a server.
 
     ``identity`` is added to the run's identity, ``details`` to ``run.json``. ``notes`` are lines for the user; the list
-    may grow while completions come. ``files`` are the fingerprints of a loaded model. ``memory`` returns the peak in
-    1e9 bytes, None if it is not known.
+    may grow while completions come. ``files`` are the fingerprints of a loaded model. ``memory`` returns the peak
+    memory in GB (1e9 bytes), None if it is unknown.
     """
 
     generate: Generate
@@ -61,7 +61,7 @@ class Plan:
     source: list[Problem] | None = None
 
     def first(self, count: int) -> "Plan":
-        """Return the plan of a growing run with its first problems only."""
+        """Return the plan of a growing run with its first ``count`` problems only."""
         config = self.config.model_copy(update={"limit": count})
         return replace(self, config=config, problems=self.problems[:count])
 
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def model(self) -> str:
-        """The model's name in results: with its server's, where it is behind one."""
+        """The model's name in results, with the host if a server answers."""
         return endpoint.named(self.config) if endpoint.behind(self.config) else self.config.model
 
     @property
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the user: a split's name without effect, a prompt that shows the answer."""
+        """Lines for the user: a split name without effect, a prompt that shows the answer."""
         gold = [name for name in columns_of(self.prompt.user) if name in self.task.gold_columns]
         shows = [f"the prompt {self.prompt.name} shows the model the answer ({{{', '.join(gold)}}})"] if gold else []
         return split_notes(self.config) + shows
@@ -118,7 +118,7 @@ class Plan:
         return {**self.config.model_dump(mode="json"), "prompt": self.prompt.name, "extractor": self.extractor}
 
     def shown(self) -> str:
-        """Return a digest of the problems, their turns of the chat and the gold answers, 12 hexadecimal digits."""
+        """Return a digest of the problems' ids, gold answers and chat messages, 12 hexadecimal digits."""
         problems = self.source or self.problems
         turns = [[problem.id, problem.gold, self.prompt.messages(problem)] for problem in problems]
         turns += [[self.task.source]] if self.task.source else []
@@ -240,7 +240,7 @@ def grade_sample(planned: Plan, problem: Problem, sample: int, completion: Compl
 
 
 def strictly_correct(planned: Plan, problem: Problem, response: str) -> bool:
-    """Whether a response is correct by its answer in the form that the prompt asks for, whatever else it says."""
+    """Whether a response gives a correct answer in the form that the prompt asks for."""
     strict = as_asked(response, planned.prompt.text)
     return planned.task.grade(problem, strict)[planned.extractor].correct
 
@@ -255,7 +255,7 @@ def question_of(task: Task, problem: Problem) -> str:
 def summarize(
     planned: Plan, samples: list[Sample], run_name: str, memory_gb: float | None, notes: list[str]
 ) -> EvalResult:
-    """Compute a result from graded samples, in any order; figures of tokens are None if not all were counted."""
+    """Compute a result from graded samples in any order; token figures are None if a server did not count them all."""
     config = planned.config
     counts = [row["tokens"] for row in samples]
     tokens = None if None in counts else sum(counts)
@@ -338,7 +338,7 @@ def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
 
 
 def regrade(task: Task, row: dict[str, Any], where: str) -> dict[str, Score]:
-    """Judge a completion made anywhere: a row with ``completion`` and the task's graded columns."""
+    """Judge a completion from any source: a row with ``completion`` and the task's graded columns."""
     completion = row["completion"]
     if not isinstance(completion, str):
         raise UserError(f"{where}: 'completion' must be a text, not {type(completion).__name__}")

@@ -58,7 +58,7 @@ def completions_of(
 ) -> Generate:
     """Return the function from (problem, sample) pairs to (index, completion) pairs, yielded as they finish.
 
-    ``stop`` ends it early, as soon as it returns True.
+    It ends early once ``stop`` returns True.
     """
     config = planned.config
     params = SamplingParams(
@@ -102,9 +102,9 @@ def _shared(
     wave: int,
     stop: Callable[[], bool] | None,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Yield every rollout on every rank: each rank samples its part, ``wave`` rollouts at a time, and sends it around.
+    """Yield every rollout on every rank: each rank samples ``wave`` rollouts at a time and shares them with the others.
 
-    A single process yields the ``whole``, each rollout at once.
+    A single process yields ``whole``, each rollout as soon as it ends.
     """
     if (size := distributed.world().size()) == 1:
         for pair in whole:

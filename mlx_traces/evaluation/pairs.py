@@ -68,11 +68,11 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
 
     Returns:
         One row a run: ``model`` (its label), ``total_cases``, ``success_rate``, ``correct``, ``incorrect``,
-        ``ci_low``, ``ci_high`` (Wilson). Cases are samples where a problem has several.
+        ``ci_low``, ``ci_high``, as in `comparison.compare_runs`. Cases are samples where a problem has several.
     """
     rows = []
     for run, name in zip(runs, comparison.labels(runs), strict=True):
-        figures = stats.accuracy(list(comparison.outcomes_of(run).values()))
+        figures, _ = comparison.accuracy_of(run)
         total, correct = figures["total_questions"], figures["correct_count"]
         rows.append(
             {
@@ -88,17 +88,16 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
     return comparison.frame(rows)
 
 
-def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None = None) -> list[Pair]:
+def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
-    The p-value is McNemar's exact one (with several samples a problem the exact sign-flip test), Holm's adjustment is
-    over all pairs returned. The later run stands first: ``diff`` is its accuracy minus the earlier run's, or the
-    baseline's.
+    The p-value is that of McNemar's exact test (with several samples a problem, of the exact sign-flip test). Holm's
+    adjustment is over all pairs returned. ``diff`` is the accuracy of the later run minus that of the earlier one, or
+    of the baseline.
 
     Args:
         runs: runs over the same problems.
-        baseline: index of the run that all others are paired with; None pairs everything with everything.
-        cluster: column whose equal values mark problems that belong together.
+        baseline: index of the run that all others are paired with; None: every pair.
 
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
@@ -106,7 +105,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None 
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    tested = [(i, j, comparison.paired(runs[j], runs[i], cluster)) for i, j in chosen]
+    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
     adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
@@ -134,8 +133,8 @@ def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None 
 def sentence(pair: Pair) -> str:
     """State what a pair shows, and no more.
 
-    Either one of the two is right more often after Holm's adjustment, or no difference is shown. The latter does not
-    mean that they are equal, so the sentence gives the difference that the data leave open: the end of the 95 %
+    Either one of the two is right more often after Holm's adjustment, or no difference is shown. That does not
+    mean that they are equal, so the sentence gives the largest difference that the data leave open: the end of the 95 %
     interval farther from zero, and at least the upper end of Wilson's interval of 0 in n, since the bootstrap interval
     of two runs that never disagree has no width.
     """
@@ -155,7 +154,7 @@ def sentence(pair: Pair) -> str:
         seen = f"{change}, {counts} ({tested})"
         if pair.wins == pair.losses == 0:
             seen = f"they are right on the same ones of {pair.problems:,} problems"
-        either = "either way is compatible" if pair.low <= 0 else "is compatible, and so, after Holm, is none"
+        either = "either way is compatible" if pair.low <= 0 else "is compatible; after Holm, none is compatible too"
         open_ = f"a difference of up to {percent(reach)} points {either}"
         text = f"No difference shown between {pair.a} and {pair.b}: {seen}; {open_}."
     cut = [(pair.a, pair.cut_a), (pair.b, pair.cut_b)]
@@ -183,7 +182,7 @@ def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
         return text
     differ = sum(pair.p_holm < stats.LEVEL for pair in found)
     of = f"Of {len(found)} pairs tested" if len(found) > 1 else "Of the one pair tested"
-    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (exact paired test, p after Holm below {stats.LEVEL:g})"
+    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (paired test, p after Holm below {stats.LEVEL:g})"
     open_ = f"; in the other {len(found) - differ} no difference is shown" if 0 < differ < len(found) else ""
     return f"{text} {of}, {shown}{open_}."
 
@@ -191,7 +190,7 @@ def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
 def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> list[str]:
     """Return the sentences on the pairs that differ in one thing: first the prompt, then the model; at most ``most``.
 
-    Where more pairs do, the last point counts them.
+    If there are more, the last point counts them.
     """
     kinds = {
         name: (run.result["model"], run.result.get("adapter"), comparison.prompt_of(run.result))
@@ -200,9 +199,10 @@ def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> li
     same = [[x == y for x, y in zip(kinds[pair.a], kinds[pair.b], strict=True)] for pair in found]
     prompts = [pair for pair, (model, adapter, _) in zip(found, same, strict=True) if model and adapter]
     models = [pair for pair, (*_, prompt) in zip(found, same, strict=True) if prompt and pair not in prompts]
-    chosen = [*prompts, *models] or list(found)
-    left = len(chosen) - most
-    more = [f"{left} more pairs that differ in one thing are in the table of pairs."] if left > 0 else []
+    one_thing = [*prompts, *models]
+    chosen = one_thing or list(found)
+    left, which = len(chosen) - most, " that differ in one thing" if one_thing else ""
+    more = [f"{left} more pairs{which} are in the table of pairs."] if left > 0 else []
     return [*map(sentence, chosen[:most]), *more]
 
 
@@ -217,7 +217,7 @@ def bits_frame(runs: Sequence[Run], about: Sequence[dict[str, Any]]) -> pd.DataF
     Returns:
         One row a run, in their order: ``label``, the entries of ``about``, ``peak_memory_gb``, ``tokens_per_second``,
         ``accuracy``, ``correct_count``, ``total_questions``, ``ci_low``, ``ci_high``, and ``diff``, ``diff_low``,
-        ``diff_high``, ``p_value``, ``p_holm`` to the first row of the most bits; Holm's family are these rows.
+        ``diff_high``, ``p_value``, ``p_holm`` against the first row with the most bits; Holm is over these rows.
     """
     most = max(range(len(runs)), key=lambda i: (about[i]["bits"] or 0, -i))
     compared = comparison.compare_runs(runs, most).to_dict("records")

@@ -22,7 +22,7 @@ class Size:
     """A plan's figures at one share of discordant pairs, in percent; differences are in points.
 
     ``needed`` is the number of problems for the difference, None without one. ``detectable`` and ``even`` are the
-    smallest differences that the test finds on the given problems with the wanted power and half of the time; None
+    smallest differences that the test finds on the given problems with the wanted power, and half of the time; None
     without a number of problems, or if it can find none.
     """
 
@@ -63,7 +63,7 @@ class EvalPlan:
             found += [f"  {size.needed:,} problems at {size.discordant:.3g} % discordant pairs" for size in self.sizes]
         if self.span:
             low, high = self.span
-            found.append(f"  {low:,} to {high:,}, as the runs leave the share of discordant pairs uncertain")
+            found.append(f"  {low:,} to {high:,} within the 95 % interval of the runs' share of discordant pairs")
         if self.seconds is not None:
             tokens = "" if self.tokens is None else f" and {self.tokens:,.0f} tokens"
             most = "at most " if len(self.sizes) > 1 else ""
@@ -106,8 +106,8 @@ def plan_eval(
             the adjustment's first step, so it has its power whatever the others show.
 
     Raises:
-        UserError: if a number cannot be one, or a run is not finished, has several completions a problem, or has other
-            problems than the other one.
+        UserError: if a number is out of range, if a run is not finished or has several completions a problem, or if the
+            two runs have different problems.
     """
     if len(runs) > 2:
         raise UserError(f"--from takes one or two runs, not {len(runs)}")

@@ -13,10 +13,10 @@ import numpy as np
 
 from mlx_traces.errors import UserError
 
-MOST_DISCORDANT = 100_000  # discordant problems of the largest plan: a second's work
-MOST_PROBLEMS = 10_000_000  # of the largest plan: its table of logarithms has 80 MB
+MOST_DISCORDANT = 100_000  # discordant problems of the largest plan, which takes a second
+MOST_PROBLEMS = 10_000_000  # problems of the largest plan, whose table of logarithms takes 80 MB
 _LEAST_ALPHA = 1e-15  # below it 1 - alpha / 2 is rounded to 1
-_TAIL = 9.0  # standard deviations of the binomial distribution that are summed: what is left out is below 1e-17
+_TAIL = 9.0  # the binomial distribution is summed over so many standard deviations; the rest is below 1e-17
 
 
 @lru_cache(maxsize=4)
@@ -53,7 +53,7 @@ def critical(most: int, alpha: float) -> np.ndarray:
         if m:
             tail -= term / 2
             term *= m / (2 * (m - count)) if count >= 0 else 0.0
-        # One more can fit. The tail's rounding errors stay below 1e-12.
+        # The critical value rises by at most 1. The tail's rounding errors stay below 1e-12.
         following = term * (m - count) / (count + 1) if count >= 0 else math.ldexp(1.0, -m) if m < 1000 else 0.0
         if count + 1 <= m and 2 * (tail + following) <= alpha * (1 + 1e-12):
             count, tail, term = count + 1, tail + following, following
@@ -103,11 +103,10 @@ def power(problems: int, difference: float, discordant: float, alpha: float = 0.
         problems: number of problems, one completion each.
         difference: true difference of the accuracies, as a fraction; its sign does not matter.
         discordant: share of the problems that one of the two models alone gets right; at least the difference.
-        alpha: level of the two-sided test. With several comparisons and Holm's adjustment ``alpha / K`` is safe,
-            whatever the others show.
+        alpha: level of the two-sided test. For K comparisons with Holm's adjustment, ``alpha / K`` is always safe.
 
     Raises:
-        UserError: if these are not such numbers, or the plan is too large to compute.
+        UserError: if an argument is out of range, or the plan is too large to compute.
     """
     _check(difference, discordant, alpha)
     if problems < 1:
@@ -126,7 +125,7 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
     """Return the smallest number of problems from which on the power stays at the target or above.
 
     Power is a saw-tooth: one more problem can lower it, because the exact test's level jumps. So the first number that
-    reaches the target is not enough; this one is such that no larger number falls below the target.
+    reaches the target may not be enough; no number above the one returned falls below the target.
 
     Args:
         difference: as in `power`, not 0.
@@ -135,7 +134,7 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
         alpha: as in `power`.
 
     Raises:
-        UserError: if these are not such numbers, or the plan is too large to compute.
+        UserError: if an argument is out of range, or the plan is too large to compute.
     """
     _check(difference, discordant, alpha)
     _check_target(target)
@@ -168,15 +167,15 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
 
     Args:
         problems: as in `power`.
-        discordant: as in `power`; 0 is allowed: two models that never differed.
+        discordant: as in `power`; 0 is allowed, for two models that never differed.
         target: wanted power, between 0 and 1.
         alpha: as in `power`.
 
     Returns:
-        The difference as a fraction, to 1e-5.
+        The difference as a fraction, a multiple of 1e-5.
 
     Raises:
-        UserError: if these are not such numbers, or the plan is too large to compute.
+        UserError: if an argument is out of range, or the plan is too large to compute.
     """
     _check_target(target)
     if discordant < 0:
@@ -189,7 +188,7 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
 
 
 def smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest number from ``low`` to ``high`` that meets a condition which all larger ones meet too."""
+    """Return the smallest number from ``low`` to ``high`` that meets a monotone condition; ``high`` must meet it."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
@@ -208,8 +207,8 @@ def _check(difference: float, discordant: float, alpha: float) -> None:
         raise UserError(f"{100 * discordant:g} % discordant pairs is not above 0 and at most 100")
     if abs(difference) > discordant:
         raise UserError(
-            f"{100 * discordant:g} % discordant pairs do not make {100 * abs(difference):g} points of difference: "
-            "each point is a problem that one model alone gets right; name more of them"
+            f"{100 * discordant:g} % discordant pairs cannot give a difference of {100 * abs(difference):g} points, "
+            "which needs at least as many problems that one model alone gets right; pass a larger share"
         )
     if not _LEAST_ALPHA <= alpha < 1:
         raise UserError(f"a level of {100 * alpha:g} % is not between {100 * _LEAST_ALPHA:g} and 100")

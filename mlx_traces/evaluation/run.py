@@ -35,7 +35,7 @@ def evaluate(
 
     Args:
         out: the run folder; default: a name made of the settings, under ``runs_dir``.
-        resume: continue a run that was cut off; finished samples are kept.
+        resume: continue an interrupted run; finished samples are kept.
         progress: show a progress bar on stderr.
         runs_dir: where run folders are kept.
         config: complete settings, in place of ``settings``.
@@ -46,6 +46,7 @@ def evaluate(
 
     Raises:
         UserError: if the input is wrong.
+        Stopped: after Ctrl-C; finished samples are kept.
     """
     planned = plan(given(EvalConfig, config, settings))
     with progress_bar(progress) as show:
@@ -55,16 +56,16 @@ def evaluate(
 def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda samples, total: None) -> EvalResult:
     """Carry out a plan in the run folder ``path``.
 
-    ``show`` is called with the samples that are finished already and the number of all, then with each new sample.
+    ``show`` gets the samples that are finished already, then each new one, each time with the number of all samples.
 
     Raises:
         UserError: if the input is wrong.
-        Stopped: after Ctrl-C; what was finished is kept.
+        Stopped: after Ctrl-C; finished samples are kept.
     """
     if endpoint.behind(planned.config):
         opened = server.opened
     else:
-        import_mlx()  # if it is missing, this says so in one line
+        import_mlx()  # a one-line error if it is missing
         from mlx_traces.evaluation.local import opened  # an evaluation by a server does without MLX
     with opened(planned, path, resume) as (planned, folder, source):
         identity = planned.identity() | source.identity
@@ -103,7 +104,7 @@ def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda sam
 
 @contextmanager
 def progress_bar(wanted: bool) -> Iterator[Show]:
-    """Yield the ``show`` of `run` that keeps the progress on stderr up to date, or does nothing unless ``wanted``."""
+    """Yield the ``show`` of `run`: it shows the progress on stderr if ``wanted``, else it does nothing."""
     if not wanted:
         yield lambda samples, total: None
         return

@@ -1,9 +1,9 @@
 """Completions of a model behind an OpenAI-compatible server: requests, replies, retries. No MLX.
 
-Chat prompts go to ``/chat/completions`` as turns, prompts with ``chat: false`` to ``/completions`` as one text. Where a
-server splits the thought off (``reasoning_content`` or ``reasoning``), it is joined again, so graders see all that was
-sampled. Requests carry our settings only; others, such as a repetition penalty, keep the server's own values. Redirects
-are not followed, and the key is sent to the given address alone.
+Chat prompts go to ``/chat/completions`` as turns, prompts with ``chat: false`` to ``/completions`` as one text. If a
+server returns the thought apart (``reasoning_content`` or ``reasoning``), it is put before the content again, so that
+graders see the whole completion. Settings that are not sent, such as a repetition penalty, keep the server's values.
+Redirects are not followed, and the key is sent to the given address alone.
 """
 
 import json
@@ -35,8 +35,8 @@ BACKOFF = 0.5  # seconds before the first retry, twice as long before each furth
 LONGEST_WAIT = 30.0  # seconds before a retry, whatever the server asks for
 LIST_TIMEOUT = 10.0  # seconds for the list of models
 LISTED = 50  # models of that list that are kept
-POLL = 0.1  # seconds between two looks at Ctrl-C
-# A reply's most bytes: so many, and so many for each token of --max-tokens.
+POLL = 0.1  # seconds between two checks for Ctrl-C
+# The largest reply, in bytes: REPLY_BYTES, and TOKEN_BYTES more for each token of --max-tokens.
 REPLY_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
 NEUTRAL = {"top_k": 0, "min_p": 0.0}  # values that change nothing, so they may be left out
 
@@ -66,7 +66,7 @@ class Post:
 
 @contextmanager
 def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
-    """Open the run folder ``path`` and connect to the plan's server; other processes keep out meanwhile.
+    """Open and lock the run folder ``path``, and connect to the plan's server.
 
     Raises:
         UserError: if the run cannot be written there, was started with other settings, or the server refuses.
@@ -101,14 +101,14 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
 def post_of(config: EvalConfig, prompt: Prompt, problem: Problem, seed: int) -> Post:
     """Put a problem into a request.
 
-    The seed is sent with a temperature only: greedy decoding does not use it, and mlx_lm.server does not batch requests
+    The seed is sent only with a temperature: greedy decoding does not use it, and mlx_lm.server does not batch requests
     with a seed. ``top_k`` and ``min_p`` are then sent too, since a server's defaults are seldom 0.
 
     Args:
         config: resolved settings.
         prompt: the prompt style.
-        problem: fills it in.
-        seed: of this completion; servers take 31 bits of it.
+        problem: the problem that fills it in.
+        seed: seed of this completion; its low 31 bits are sent.
     """
     body: dict[str, Any] = {
         "model": config.model,
@@ -180,15 +180,15 @@ def text_of(content: Any) -> str:
     parts = content if isinstance(content, list) else [{"type": "text", "text": "" if content is None else content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise Passing("the reply's text is not one")
+        raise Passing("the reply's text is neither a string nor text parts")
     return "".join(texts)
 
 
 def joined(thought: str, content: str) -> str:
-    """Put a thought that the server split off before the content, between the usual tags.
+    """Put a thought that the server returned apart before the content, between the usual tags.
 
-    Without content the thought stays open: it was cut off, or ended the reply. A content that holds the thought already
-    is returned as it is.
+    Without content the thought stays open: it was cut off, or ended the reply. Content that contains the thought
+    already is returned as it is.
     """
     if not thought or thought.strip() in content:
         return content
@@ -196,12 +196,12 @@ def joined(thought: str, content: str) -> str:
 
 
 def valid(text: str) -> str:
-    """Return a text without halves of a surrogate pair, which UTF-8 cannot write."""
+    """Return a text with ``?`` for lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
 def error_text(content: bytes) -> str:
-    """Return what an error's reply says, in the server's words, on one line."""
+    """Return the message of an error reply, in the server's words, on one line."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -295,12 +295,12 @@ class Server:
             reason = error_text(content)
             if strange := {name for name, value in NEUTRAL.items() if body.get(name) == value and name in reason}:
                 self._refused |= strange
-                self._note(f"the server knows no {' or '.join(sorted(self._refused))}, and was not sent it")
+                self._note(f"the server does not know {' or '.join(sorted(self._refused))}; not sent")
                 return self._once(post)
         self._refuse(status, content, post)
         completion, model = reply_of(content, post)
         if model and model != self.config.model:
-            self._note(f"the server calls the model that answered {model}")
+            self._note(f"the server's name for the model that answered is {model}")
         return completion
 
     def _send(
@@ -331,12 +331,12 @@ class Server:
         return request
 
     def _refuse(self, status: int, content: bytes, post: Post | None) -> None:
-        """Raise UserError for a status that no retry changes; of the list of models (None) only for 401, 403, 3xx."""
+        """Raise UserError for a status that no retry changes; for the model list (no post) only 401, 403 and 3xx."""
         if status in (401, 403):
-            way = "check the key" if self._key else "it may want a key: pass --api-key-env NAME"
+            way = "check the key" if self._key else "it may need a key: pass --api-key-env NAME"
             raise UserError(f"{self.url} refuses ({status}: {self._safe(error_text(content))}); {way}")
         if 300 <= status < 400:
-            raise UserError(f"{self.url} sends requests elsewhere (status {status}); pass that address as --endpoint")
+            raise UserError(f"{self.url} redirects (status {status}); pass the address it redirects to as --endpoint")
         if post is None or 200 <= status < 300:
             return
         has = f"; it has {', '.join(self.known[:5])}" if self.known and status in (400, 404) else ""
@@ -346,7 +346,7 @@ class Server:
         )
 
     def _safe(self, text: str) -> str:
-        """Return a foreign text without the key."""
+        """Return a text from the server without the key."""
         return text.replace(self._key, "[key]") if self._key else text
 
     def _note(self, line: str) -> None:
@@ -359,11 +359,10 @@ def answers(
 ) -> Iterator[tuple[int, Completion]]:
     """Yield (index, completion) as replies come, with at most ``concurrency`` requests at a time.
 
-    Once ``stop`` returns True, or a request has failed, no further one is sent, and the replies to those already sent
-    are still yielded.
+    Once ``stop`` returns True or a request has failed, no more are sent; replies to those already sent are yielded.
 
     Raises:
-        UserError: if one has failed, after the others were yielded.
+        UserError: if a request has failed, after the other replies were yielded.
     """
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     halt, turn, todo = threading.Event(), threading.Lock(), iter(enumerate(posts))

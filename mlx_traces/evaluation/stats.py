@@ -1,10 +1,9 @@
 """Uncertainty of an accuracy and of a difference: small exact or seeded functions of arrays. No MLX.
 
-The tests hold them against SciPy, which takes longer to load than a comparison takes.
+The tests check them against SciPy. It is not used here, since loading it takes longer than a comparison.
 
-One problem is one unit of evidence. Several samples of a problem are not independent, so everything that
-takes more than one sample a problem works on per-problem values: ``wilson_clustered``, ``paired_bootstrap``,
-``sign_flip``.
+One problem is one unit of evidence. Several samples of a problem are not independent, so functions for several samples
+work on per-problem values: ``wilson_clustered``, ``paired_bootstrap``, ``sign_flip``.
 """
 
 import math
@@ -15,9 +14,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-LEVEL = 0.05  # of Holm-adjusted p-values: at most this chance of a single false "more often" in a table
+LEVEL = 0.05  # of Holm-adjusted p-values: the chance of any false "more often" in a table is at most this
 _CHUNK = 1 << 20  # bootstrap draws held at once: 8 MB of indices and 8 MB of values
-_UNITS = 1 << 15  # of `sign_flip_of_reals`: its time and memory are those of sign_flip with so many
+_UNITS = 1 << 15  # units that `sign_flip_of_reals` rounds to; they bound its time and memory
 
 
 def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -29,7 +28,7 @@ def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, fl
         level: share of such intervals that hold the true value, between 0 and 1.
 
     Raises:
-        ValueError: if the counts are not such counts.
+        ValueError: if the counts are out of range.
     """
     if not 0 <= correct <= total or total == 0:  # also refuses nan
         raise ValueError(f"{correct} correct of {total} is not a share")
@@ -148,7 +147,7 @@ def sign_flip_of_reals(differences: ArrayLike) -> float:
     of that. Rounding is symmetric about 0, so the p-value is as valid as that of `sign_flip`.
 
     Args:
-        differences: (P,) differences of one model's mean to the other's, for each problem.
+        differences: (P,) one model's mean minus the other's, for each problem.
 
     Returns:
         The p-value; 1.0 when all differences are 0.
@@ -159,7 +158,7 @@ def sign_flip_of_reals(differences: ArrayLike) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979), which holds whatever their dependence.
+    """Adjust p-values for their number (Holm 1979); valid under any dependence.
 
     Args:
         p_values: the p-values of one family of comparisons, in any order.
@@ -219,7 +218,7 @@ def paired_ratio(
 ) -> tuple[float, float, float]:
     """Mean of ``a`` divided by the mean of ``b``, with its percentile bootstrap interval, problems drawn as pairs.
 
-    As in `paired_bootstrap` a problem is drawn with the results of both models. Resamples in which both means are 0
+    As in `paired_bootstrap`, a problem is drawn with the results of both models. Resamples in which both means are 0
     have no ratio and are left out.
 
     Args:
@@ -253,7 +252,7 @@ def paired_ratio(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of ``k`` samples is correct, unbiased from ``n`` of them (arXiv 2107.03374, eq. 1).
+    """Chance that at least one of ``k`` samples is correct, unbiased from ``n`` samples (arXiv 2107.03374, eq. 1).
 
     Args:
         n: samples of the problem.
@@ -261,7 +260,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         k: samples allowed, 1 to ``n``.
 
     Raises:
-        ValueError: if the counts are not such counts.
+        ValueError: if the counts are out of range.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be computed from {c} correct of {n} samples")
@@ -269,7 +268,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """Chance that all of ``k`` samples are correct (pass^k), unbiased from ``n`` of them (arXiv 2406.12045).
+    """Chance that all of ``k`` samples are correct (pass^k), unbiased from ``n`` samples (arXiv 2406.12045).
 
     Arguments and errors are those of `pass_at_k`.
     """

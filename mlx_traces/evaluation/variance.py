@@ -1,7 +1,7 @@
 """Intervals for means over problems, clusters of problems and trainings of one recipe. No MLX.
 
 A recipe is trained with several seeds, and every training answers the same problems. Its accuracy varies between
-trainings and between problems; both are samples, so the interval has both variances.
+trainings and between problems; both are samples, so the interval includes both variances.
 """
 
 import math
@@ -92,7 +92,7 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
 
     The variance between trainings is that of the two-way crossed analysis of variance (Searle, Casella and McCulloch
     1992): the mean square of the trainings' levels, pooled over the recipes. The one between problems is that of the
-    problems' means over the trainings, less the residual that the former holds already; with clusters it is robust
+    problems' means over the trainings, minus the residual that the former already contains; with clusters it is robust
     (Liang and Zeger 1986, with the factor G / (G - 1)). With one training of a recipe the variance between trainings
     is unknown: the result is about that training.
 

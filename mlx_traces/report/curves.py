@@ -27,7 +27,7 @@ class Metric:
 
 METRICS = (
     Metric("valid/accuracy", "Held-out accuracy", share=True, better=1),
-    Metric("valid/accuracy_strict", "Held-out, in the form asked for", share=True, better=1),
+    Metric("valid/accuracy_strict", "Held-out accuracy, strict", share=True, better=1),
     Metric("valid/loss", "Held-out loss, nats a token", better=-1),
     Metric("reward/mean", "Reward", better=1),
     Metric("steps/equations", "True equations", share=True, better=1),
@@ -103,7 +103,7 @@ def curves(record: Record) -> list[Curve]:
         return [Curve(metric, list(range(1, len(values) + 1)), values, [], [])] if values else []
     rows = [_derived(row) for row in record.metrics]
     metrics = {metric.key: metric for metric in METRICS}
-    if record.kind == FINE_TUNING:  # of a policy's loss neither higher nor lower is better
+    if record.kind == FINE_TUNING:  # for a policy's loss, neither higher nor lower is better
         metrics["loss"] = replace(metrics["loss"], better=-1)
     for key in dict.fromkeys(key for row in rows for key in row if key not in ASIDE):
         prefix = next((prefix for prefix in TITLES if key.startswith(prefix)), "")
@@ -137,6 +137,6 @@ def _with_intervals(curve: Curve, record: Record) -> Curve:
         return curve
     correct = [value * count for value in curve.values]
     if any(abs(value - round(value)) > 1e-6 or not 0 <= value <= count for value in correct):
-        return curve  # fewer problems than asked for
+        return curve  # the validation had fewer problems than the limit
     ends = [stats.wilson(round(value), count) for value in correct]
     return replace(curve, low=[low for low, _ in ends], high=[high for _, high in ends])

@@ -33,7 +33,7 @@ def write_all(
         frame: from `comparison.compare_runs`.
         out: the folder, created if needed; the files of an earlier comparison in it are replaced.
         config: all settings of the command that made the table.
-        quality: the quality of the answers, from `quality.compare_quality`.
+        quality: the quality of the answers, from `pipelines.quality.compare_quality`.
 
     Returns:
         The files.

@@ -33,7 +33,7 @@ from mlx_traces.text import clean, fold, number, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out, it fades on white. Then those
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, which fades on white. Then those
 # farthest from all before them in Lab space, to normal, protan, deutan and tritan eyes (Machado et al., 2009).
 COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f"),
@@ -50,7 +50,7 @@ INK, MUTE, FAINT, CARD = "#222222", "#6b6b6a", "#dedddb", "#fefefe"
 WON, LOST = COLORS[2], COLORS[5]
 VARIABLES = {color: f"var(--c{i})" for i, color in enumerate(COLORS)}
 VARIABLES |= {INK: "var(--ink)", MUTE: "var(--mute)", FAINT: "var(--faint)", CARD: "var(--card)"}
-WIDTH, PANEL = 390, 330  # units of a figure, and of one of many
+WIDTH, PANEL = 390, 330  # of a figure and of one of many, in CSS pixels
 
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mlx-traces", "text.parse_math": False, "path.snap": False}
 _ASIDE = re.compile(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL)
@@ -104,8 +104,8 @@ def svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     figure.patch.set_alpha(0)
     with rc_context(_STYLE):
-        unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=unsaid)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=no_metadata)
     text = re.sub(r"\s*\n\s*", "\n", _ASIDE.sub("", buffer.getvalue()))
     opening, end, rest = text.partition(">")
     opening = _SIZE.sub("", opening) + f' role="img" aria-label="{escape(clean(label))}"'
@@ -118,13 +118,13 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, all at once."""
+    """Write a figure as PNG; the file is replaced atomically."""
     with replacing(path) as scratch:
         scratch.write_bytes(png(figure))
 
 
 def row_name(row: dict[str, Any]) -> tuple[str, str]:
-    """Name a row of a comparison: (model and adapter, prompt and, where two are alike, the run)."""
+    """Name a row of a comparison: (model and adapter, prompt); the prompt with the run's name if labels are alike."""
     name, prompt = comparison.model_name(row["model"], row["adapter"]), clean(row["prompt"])
     same = row["label"] == f"{name}_{prompt}"
     return name, prompt if same else f"{prompt}, {clean(row['run'])}"
@@ -240,7 +240,7 @@ def parts(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def budgets(found: Sequence[Curve], by: str, title: str = "") -> Figure:
-    """Draw accuracies against the budget of a thought (``budget``) or the tokens of an answer (``tokens``).
+    """Draw accuracies against the budget of a thought (``by="budget"``) or the mean tokens (``by="tokens"``).
 
     Runs without a budget, or without a count of tokens, are left out.
     """
@@ -257,7 +257,7 @@ def budgets(found: Sequence[Curve], by: str, title: str = "") -> Figure:
 def panel(lines: Sequence[Line], share: bool = False, title: str = "", across: str = "") -> Figure:
     """Draw curves over steps.
 
-    A rough curve is a thin line under its running mean; one with intervals has a dot for each value.
+    A noisy curve is a thin line under its running mean; a curve with intervals has a dot for each value.
 
     Args:
         lines: one for each run.
@@ -311,7 +311,7 @@ def panel(lines: Sequence[Line], share: bool = False, title: str = "", across: s
 def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: bool) -> tuple[float, float]:
     """Return a panel's vertical limits: around its curves, but not so close that noise looks large.
 
-    The highest and lowest hundredth of a rough curve's values may lie outside of the panel.
+    The highest and lowest 1 % of a noisy curve's values may lie outside of the panel.
     """
     inside: list[float] = []
     for line, values in lines:
@@ -327,7 +327,7 @@ def _limits(lines: Sequence[tuple[Line, Sequence[float]]], unit: float, share: b
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Format the numbers of an axis with as many decimals as it takes to tell them apart."""
+    """Format the numbers of an axis with just enough decimals to tell them apart."""
     if len(ticks) < 2 or (step := ticks[1] - ticks[0]) < 1e-4 * (1 - 1e-9):
         return [f"{tick:.3g}" for tick in ticks]
     decimals = next(d for d in range(9) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step)
@@ -335,20 +335,20 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
 
 
 def rough(values: Sequence[float]) -> bool:
-    """Whether a curve is noisy, so that its running mean shows more: 30 or more values, a quarter of them turns."""
+    """Whether a curve is noisy: 30 or more values, a quarter or more of them turning points."""
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     return len(values) >= 30 and turns >= len(values) / 4
 
 
 def thinned(steps: Sequence[float], values: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """Return at most ``most`` points of a curve, each the mean of neighbours."""
+    """Return at most ``most`` points of a curve, each a mean of neighbours."""
     size = -(-len(values) // most) or 1
     chunks = [slice(at, at + size) for at in range(0, len(values), size)]
     return ([sum(part) / len(part) for part in (row[at] for at in chunks)] for row in (steps, values))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean around each value, over a window of a fifteenth of all values; shorter at the ends."""
+    """Return the running mean over a window of a fifteenth of all values, shorter at the ends."""
     half = max(1, len(values) // 30)
     windows = (values[max(0, at - half) : at + half + 1] for at in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -364,7 +364,7 @@ def _canvas(
     bottom: float = 36,
     top: float = 6,
 ) -> tuple[Figure, Axes]:
-    """Make a figure with axes of this height and margins around them, all in units.
+    """Make a figure with axes of this height and margins around them, all in CSS pixels.
 
     With a title, ``names`` (name, number of its colour) stand below it as a legend.
     """

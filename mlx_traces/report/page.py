@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import budgets, comparison
+from mlx_traces.evaluation import budgets, comparison, stats
 from mlx_traces.readers import is_number
 from mlx_traces.report import curves, figures, run_view, tables, terminal
 from mlx_traces.report.run_view import EVALUATION, Record
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 MOST_TRACES = 3000  # embedded samples of all runs together
 MOST_CHARACTERS = 8_000_000  # of their texts
 MOST_TEXT = 20_000  # characters of one text; its middle is left out
-OVERLAID = len(figures.COLORS)  # trainings in one panel, as many as there are colours
+OVERLAID = len(figures.COLORS)  # trainings in one panel: one for each colour
 TEMPLATES = Path(__file__).parent / "templates"
-# Parts of an SVG that only a file of its own needs: the namespace, and colours used where the page's are unset.
+# What the SVG needs only as a file of its own: the namespace, and default colours.
 _STANDALONE = re.compile(r""" xmlns="[^"]*"|(?<=var)(\(--\w+), \#[0-9a-f]{6}""")
 
 
@@ -62,29 +62,29 @@ def write(
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
-    Evaluations of the same problems are compared; any other evaluation has a section of its own. Trainings of a kind
-    share their panels. Runs may be unfinished; the page says so.
+    Evaluations of the same problems are compared; any other evaluation has a section of its own. Trainings of the same
+    kind share their panels. Runs may be unfinished; the page says so.
 
     Args:
         runs: run folders of evaluations and trainings, or evaluations already read, in any mix.
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
-        baseline: name of the run that others are compared with; default: the first of its problems.
-        quality: from `quality.compare_quality`; shown with the evaluations of those runs.
-        title: of the page; default: the number of runs and their tasks.
-        fronts: parts to show before everything else.
+        baseline: name of the run that others are compared with; default: the first run of each set of problems.
+        quality: from `pipelines.quality.compare_quality`; shown with the evaluations of those runs.
+        title: title of the page; default: the number of runs and their tasks.
+        fronts: what to show before everything else.
 
     Returns:
         The files: the page first.
 
     Raises:
-        UserError: if a run cannot be read, there is none, or the files cannot be written.
+        UserError: if there are no runs, one cannot be read, or the files cannot be written.
     """
     if not runs:
         raise UserError("there are no runs to report; name at least one run folder")
     given = [Path(run) if isinstance(run, str) else run for run in runs]
     records = [
-        Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
+        Record(Path(run.name), EVALUATION, run.about, [], run.samples, run.result, run)
         if isinstance(run, comparison.Run)
         else run_view.read(run)
         for i, run in enumerate(given)
@@ -117,7 +117,7 @@ def render(
     title: str | None = None,
     fronts: Sequence[Front] = (),
 ) -> str:
-    """Fill in the page's template. Without a title the page is named by the tasks of its runs."""
+    """Fill in the page's template. The default title is the number of runs and their tasks."""
     environment = Environment(
         loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
@@ -169,7 +169,7 @@ class Page:
         self.quality = quality
 
     def picture(self, name: str, title: str, label: str, draw: Callable[[str], Figure], note: str = "") -> dict:
-        """Draw a figure for the page, which shows the title in HTML, and remember it for a PNG with the title in it."""
+        """Draw a figure for the page, which has the title in HTML, and keep it for a PNG with the title in it."""
         count = sum(known.startswith(name) for known in self.pictures)
         file = f"{name}-{count + 1}.png" if count else f"{name}.png"
         self.pictures[file] = lambda: draw(title)
@@ -190,8 +190,8 @@ class Page:
             run, finished = evaluated(record), record.result is not None
             if not run.samples:
                 state = terminal.state(record)
-                told = f"{state[:1].upper()}{state[1:]}." if record.lost else "No sample is finished."
-                section = {"kind": "empty", "title": record.name, "told": told, "notes": []}
+                text = f"{state[:1].upper()}{state[1:]}." if record.lost else "No sample is finished."
+                section = {"kind": "empty", "title": record.name, "text": text, "notes": []}
                 empty.append(section | {"state": None if record.lost else state})
                 continue
             problems = frozenset(row["id"] for row in run.samples)
@@ -220,7 +220,7 @@ class Page:
                 "Accuracy",
                 f"Accuracies: {said}",
                 lambda title: figures.accuracy(frame, title and f"{title}: {protocol}"),
-                "The dashed line is the baseline's." if several else "",
+                "The dashed line is the baseline's accuracy." if several else "",
             )
         ]
         if several:
@@ -242,7 +242,7 @@ class Page:
                     "Problems won and lost",
                     "; ".join(f"{row['name']} won {row['won']} and lost {row['lost']}" for row in pairs),
                     lambda title: figures.wins(pairs, title and f"{title} against {base}"),
-                    f"Against {base}, problem by problem; those both get right or both get wrong do not count.",
+                    f"Against {base}; problems that both get right or both get wrong are left out.",
                 )
             )
         for name, title, parts, note in (
@@ -279,9 +279,10 @@ class Page:
             "at_k": [key for key in frame.columns if key.startswith(tables.AT_K) and key[-2:] not in ("@1", "^1")],
             "several": several,
             "quality": quality,
-            "warnings": [*comparison.differences(runs), *filter(None, [frame.attrs.get("stopped")])],
+            "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
+            "caption": tables.caption(frame),
         }
 
     def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
@@ -301,7 +302,7 @@ class Page:
         ]
 
     def trainings(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Return a section for the trainings of each kind, at most ``OVERLAID`` in one."""
+        """Return sections for the trainings of each kind, at most ``OVERLAID`` trainings in one."""
         sections = []
         for kind in (run_view.REINFORCEMENT, run_view.FINE_TUNING):
             runs = [record for record in records if record.kind == kind]
@@ -356,6 +357,8 @@ def evaluated(record: Record) -> comparison.Run:
     Raises:
         UserError: if result.json lacks what a comparison needs.
     """
+    if record.run is not None:
+        return record.run
     if record.result is not None:
         if missing := [key for key in ("model", "prompt") if key not in record.result]:
             raise UserError(f"{record.path}: result.json lacks {', '.join(missing)}; evaluate it anew")
@@ -405,7 +408,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
     if best is base:
         return f"No run is above the baseline, {names[1]}, at {share} of {best['n']}."
-    sure = "" if best["p_holm"] < 0.05 else ": within what chance may do"
+    sure = "" if best["p_holm"] < stats.LEVEL else ", not significant"
     return (
         f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
         f"{interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "
@@ -414,12 +417,12 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
 
 
 def _agreement(runs: Sequence[comparison.Run]) -> str:
-    """Return a sentence: how often all extractors of each run agree on a completion."""
+    """Return a sentence that says how often all extractors agree on a completion, for each run."""
     parts = []
     for run, name in zip(runs, comparison.labels(runs), strict=True):
         alike = sum(len({verdict == "correct" for verdict in row["verdicts"].values()}) == 1 for row in run.samples)
         parts.append(f"{name} {percent(alike / len(run.samples))} %")
-    return f"All extractors judge alike, as correct or not: {', '.join(parts)} of the completions."
+    return f"Completions that all extractors judge the same, correct or not: {', '.join(parts)}."
 
 
 # ------------------------------------------------------------------------------------------------ trainings
@@ -461,7 +464,7 @@ def training_row(i: int, run: Record) -> dict[str, Any]:
 
 
 def _provenance(record: Record) -> dict[str, Any]:
-    """Describe how a run was made, for the end of the page."""
+    """Return how a run was made, for the end of the page."""
     about = record.about
     backend, server, versions = (
         value if isinstance(value := about.get(key), dict) else {} for key in ("backend", "server", "versions")
@@ -548,13 +551,13 @@ def _trace(row: dict[str, Any], run: int) -> dict[str, Any]:
 def marked(text: str, forced: Any) -> str:
     """Return a completion with its forced text, which was not sampled, in brackets: ``⟦Wait⟧``.
 
-    A forced end of a thought has a note in brackets before its tag instead.
+    A closing tag that the budget forced has a note in brackets before it instead.
     """
     spans = forced if isinstance(forced, list | tuple) else ()
     spans = [s for s in spans if isinstance(s, list | tuple) and len(s) == 2 and all(type(at) is int for at in s)]
     parts, done = [], 0
     for start, end in sorted(spans):
-        if not done <= start <= end:  # only in a damaged file
+        if not done <= start <= end:  # a damaged file
             continue
         put = text[start:end]
         closed = next((tag for tag in thoughts.tags(put) if tag.lastgroup == "close"), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.evaluation.comparison import check_samples
+from mlx_traces.evaluation.comparison import Run, check_samples
 from mlx_traces.readers import is_number
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing, lines_so_far
 from mlx_traces.text import clean
@@ -19,6 +19,7 @@ class Record:
     """The current content of a run folder.
 
     ``about`` is run.json, ``metrics`` and ``samples`` are the lines so far, ``result`` is None until it is finished.
+    ``run`` is the evaluation of a comparison that this was made of, perhaps of several trainings or with clusters.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Record:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     result: dict[str, Any] | None
+    run: Run | None = None
 
     @property
     def name(self) -> str:
@@ -48,7 +50,7 @@ class Record:
 
     @property
     def steps(self) -> int | None:
-        """The number of steps at the end; None if unknown."""
+        """The total number of steps, or of an evaluation's samples; None if unknown."""
         if self.result is not None:
             return self.step
         if self.kind == EVALUATION:
@@ -68,7 +70,7 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken so far."""
+        """The seconds that the run has taken so far."""
         key, rows = ("elapsed", self.samples) if self.kind == EVALUATION else ("time/total", self.metrics)
         return float(max((row[key] for row in rows if is_number(row.get(key))), default=0.0))
 
@@ -91,7 +93,7 @@ def read(path: str | Path) -> Record:
     An incomplete last line is left out: it is being written, or the run was interrupted there.
 
     Raises:
-        UserError: if it is no run folder, or a file in it is broken.
+        UserError: if it is not a run folder, or a file in it is broken.
     """
     folder = existing(path, *([] if RunFolder(Path(path)).finished else ["run.json"]))
     path, about, result, metrics = folder.path, folder.about, folder.result, folder.metrics
@@ -113,5 +115,5 @@ def notes_of(content: dict[str, Any]) -> list[str]:
 
 
 def whole(value: Any) -> int | None:
-    """Return a whole number from a file; None for anything else."""
+    """Return a number of 1 or more from a file as an int, rounded down; None for anything else."""
     return int(value) if is_number(value) and value >= 1 else None

@@ -1,7 +1,7 @@
-"""The comparison table: one row per run over the same problems, in every output format.
+"""Tables of comparisons and studies, in every output format. No MLX.
 
-Accuracies, intervals and differences are fractions in the frames, CSV and JSON, and percent in the terminal,
-Markdown and the chart. Differences and p-values pair the runs problem by problem. No MLX.
+Accuracies, intervals and differences are fractions in frames, CSV and JSON, and percent in the terminal, Markdown and
+figures. Differences and p-values pair the runs problem by problem.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 Cells = tuple[list[str], list[list[str]]]  # headings, rows
 AT_K = ("pass@", "pass^", "maj@")  # columns of a comparison, each followed by k
-TESTS = {  # of a comparison: how the interval of a difference was made, and its p-value
+TESTS = {  # of a comparison: the methods of the interval of a difference and of its p-value
     "McNemar": ("paired bootstrap", "exact McNemar test"),
     "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
     "clusters": ("cluster-robust", "exact sign-flip permutation test of clusters"),
@@ -42,7 +42,7 @@ TESTS = {  # of a comparison: how the interval of a difference was made, and its
 
 
 def protocol_line(frame: pd.DataFrame) -> str:
-    """Return what the numbers depend on: ``gsm8k test · tolerant extractor · at most 400 tokens · greedy``."""
+    """Return the protocol as a line: ``gsm8k test · tolerant extractor · at most 400 tokens · greedy``."""
 
     def values(key: str) -> str:
         return " / ".join(dict.fromkeys(clean(value) for value in frame[key]))
@@ -60,7 +60,7 @@ def protocol_line(frame: pd.DataFrame) -> str:
 
 
 def n_text(row: dict[str, Any]) -> str:
-    """State the size of a row: ``1,319``, or problems and samples of each: ``200 × 8``."""
+    """Return the number of problems, ``1,319``, or of problems and of samples of each, ``200 × 8``."""
     problems, samples = row["total_questions"] // row["samples_per_problem"], row["samples_per_problem"]
     return f"{problems:,}" if samples == 1 else f"{problems:,} × {samples}"
 
@@ -69,7 +69,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
     """Lay out the comparison for a terminal of 100 columns or more; intervals stand below their values."""
     table = Table(
         title=Text(protocol_line(frame), style="bold"),
-        caption=Text(_caption(frame)),
+        caption=Text(caption(frame)),
         caption_justify="left",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
@@ -153,11 +153,11 @@ def to_markdown(frame: pd.DataFrame) -> str:
         ]
         lines.append(cells)
     table = markdown([*headings, *recipes, *extra], lines, left=2)
-    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
+    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(caption(frame))}\n"
 
 
 def has_equations(frame: pd.DataFrame) -> bool:
-    """Whether a comparison says how many equations in the thoughts are true."""
+    """Whether a comparison has the share of true equations in the thoughts."""
     return "true_equations" in frame and bool(frame["true_equations"].notna().any())
 
 
@@ -166,7 +166,7 @@ def _share(value: float) -> str:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """Return any frame as CSV; text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    """Return any frame as CSV; text that a spreadsheet would run as a formula is prefixed with an apostrophe."""
     safe = frame.map(csv_cell).rename(columns=csv_cell)
     return safe.to_csv(index=False, lineterminator="\n")
 
@@ -235,20 +235,20 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
     return table
 
 
-def _caption(frame: pd.DataFrame) -> str:
-    """Return the lines on how to read the table, the difference that it would have missed, and early stopping."""
+def caption(frame: pd.DataFrame) -> str:
+    """Return the lines below a table: how to read it, the difference that it would have missed, early stopping."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:
         text += " (Student's t over trainings and problems where a row has several trainings)"
     elif frame["samples_per_problem"].max() > 1:
         text += " (samples of a problem clustered)"
-    end = ". True equations: of those in the thoughts, by exact computation." if has_equations(frame) else "."
+    end = ". True equations: share of the equations in the thoughts, computed exactly." if has_equations(frame) else "."
     if frame["diff"].isna().all():
         return text + end
     base = frame.loc[frame["diff"].isna(), "label"].iloc[0]
     kinds = [TESTS[name] for name in dict.fromkeys(frame["test"].dropna())]
     intervals, tests = (" or ".join(dict.fromkeys(each)) for each in zip(*kinds, strict=True))
-    text += f", {intervals} for the difference in points to {base}; p: {tests}, then Holm-adjusted{end}"
+    text += f", {intervals} for the difference in points from {base}; p: {tests}, then Holm-adjusted{end}"
     shown = frame[frame["missed"].notna()].to_dict("records")
     found = [f"{percent(row['missed'])} points" + (f" ({row['label']})" if len(shown) > 1 else "") for row in shown]
     if found:
@@ -370,7 +370,7 @@ def bits_cells(frame: pd.DataFrame) -> Cells:
             ]
         )
     headings = ["model", "bits", "group", "bits a weight", "file MB", "peak GB", "tokens/s", "accuracy"]
-    return [*headings, "95 % interval", "to most bits", "95 % interval", "p", "p (Holm)"], rows
+    return [*headings, "95 % interval", "vs most bits", "95 % interval", "p", "p (Holm)"], rows
 
 
 def bits_table(frame: pd.DataFrame, title: str) -> Table:
@@ -379,7 +379,7 @@ def bits_table(frame: pd.DataFrame, title: str) -> Table:
 
 
 def stacked(title: str, cells: Cells, places: Sequence[tuple[int, ...]]) -> Table:
-    """Lay out cells for a terminal: each of ``places`` is a column whose cells stand below each other."""
+    """Lay out cells for a terminal; each of ``places`` names the cells that one column shows below each other."""
     headings, rows = cells
     lines = [
         [
@@ -395,8 +395,8 @@ def stacked(title: str, cells: Cells, places: Sequence[tuple[int, ...]]) -> Tabl
 def quality_cells(frame: pd.DataFrame) -> Cells:
     """Lay out `quality.compare_quality`: a row with each run's name, then a row for each measure.
 
-    Scores are from 0 to 100. A mean stands over its number of problems, a difference over its interval, Holm's p-value
-    over the number of paired problems. Without any pair there are means alone.
+    Scores are from 0 to 100. Below a mean stands its number of problems, below a difference its interval, below Holm's
+    p-value the number of paired problems. Without any pair there are only means.
     """
     tested = bool(frame["paired"].any())
     headings = [""]
@@ -425,8 +425,8 @@ def _quality(row: dict[str, Any]) -> list[str]:
 def quality_caption(frame: pd.DataFrame) -> str:
     """Return the line that says how to read the quality of answers."""
     text = (
-        "Means over problems (their number) of all and of correct answers: tokens, and scores of `mlx-traces score` "
-        "from 0 to 100 (faithfulness: true equations; repetition: 100 where nothing is repeated)."
+        "Means over problems (in brackets: how many) of all and of correct answers: tokens, and scores of "
+        "`mlx-traces score` from 0 to 100 (faithfulness: true equations; repetition: 100 where nothing is repeated)."
     )
     tests = [str(int((part["paired"] > 0).sum())) for _, part in frame.groupby("answers", sort=False)]
     if set(tests) == {"0"}:

@@ -45,7 +45,7 @@ def state(record: Record) -> str:
         parts.append(duration(record.seconds))
     if record.result is not None:
         early = record.result.get("stopped") == "patience"
-        return ", ".join(["ended by patience" if early else "finished", *parts])
+        return ", ".join(["stopped early by patience" if early else "finished", *parts])
     if record.remaining is not None:
         parts.append(f"about {duration(record.remaining)} to go")
     return ", ".join(parts)
@@ -57,7 +57,7 @@ def display(record: Record, width: int, now: float | None = None) -> RenderableT
     Args:
         record: the run.
         width: of the terminal, in characters.
-        now: seconds since 1970, to show how long nothing was written; None leaves that out.
+        now: seconds since 1970, to show for how long nothing was written; None leaves that out.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     narrow = width < 72

@@ -2,10 +2,10 @@
 
 An advantage is a rollout's reward compared with the rewards of its group. Log-probabilities are those of the exact
 sampled ids, the stop token included, given the prompt, at the sampling temperature, in float32. The formulas are in
-`losses`. Weights are computed for the whole optimizer step, so micro-batches change nothing. Rows with advantage 0 are
-left out; without a KL term that changes nothing either. Dropout is off, so the policy that is trained is the one that
-sampled. With ``top_p``, ``top_k`` or ``min_p`` the sampler draws from a filtered distribution, and the update does not
-know that; ``policy/kl_sampler`` shows by how much they differ.
+`losses`. Weights are computed for the whole optimizer step, so micro-batches change nothing. Without a KL term rows
+with advantage 0 have no gradient and are left out. Dropout is off, so the policy that is trained is the one that
+sampled. With ``top_p``, ``top_k`` or ``min_p`` the sampler draws from a filtered distribution, but the update uses the
+unfiltered one; ``policy/kl_sampler`` shows by how much they differ.
 """
 
 import random
@@ -45,7 +45,7 @@ def train(config: GRPOConfig, out: str | Path, resume: bool = False, show: Calla
 
 
 def start(loaded: LoadedModel, config: GRPOConfig) -> Learner:
-    """Return what is trained, the model's adapter, and its optimizer, AdamW."""
+    """Return the model, whose adapter is trained, its optimizer (AdamW) and the KL term's reference."""
     trunk_and_head = split(loaded.model) if config.checkpoint_layers else forward.split(loaded.model)
     reference = adapters.reference(loaded.model, config.reference, bool(config.kl_coef))
     updates = config.num_steps * config.updates_per_batch * config.minibatches
@@ -75,7 +75,7 @@ def advantages(groups: Sequence[Group], config: GRPOConfig) -> np.ndarray:
 def rows_of(groups: Sequence[Group], config: GRPOConfig) -> list[Row]:
     """Make the step's rows, one for each rollout; a masked cut-off rollout has no trained token."""
     if not groups:
-        return []  # resampling found no group of different rewards
+        return []  # resampling found no group whose rewards differ
     rows = []
     rollouts = [rollout for group in groups for rollout in group]
     of_each = advantages(groups, config).tolist()
@@ -106,7 +106,7 @@ def weighed(rows: Sequence[Row], config: GRPOConfig) -> list[Row]:
 
 
 def gradient(model: nn.Module, halves: Split, rows: Sequence[Row], config: GRPOConfig) -> tuple[float, Any, Counter]:
-    """Return the loss of one optimizer step, its gradient, and the sums that its metrics are made of."""
+    """Return the loss of one optimizer step, its gradient, and sums for metrics."""
 
     def loss_of(states: mx.array, targets: mx.array, indices: list[int]) -> tuple[mx.array, dict[str, mx.array]]:
         micro = [rows[index] for index in indices]
@@ -153,7 +153,7 @@ def learn(learner: Learner, rows: Sequence[Row], step: int, config: GRPOConfig) 
     If no row has a gradient, nothing is updated, the optimizer's state included.
 
     Raises:
-        UserError: if the loss or the gradient is not finite; this update is not made.
+        UserError: if the loss or the gradient is not finite, before that update changes anything.
     """
     model, halves, optimizer = learner.module, learner.split, learner.optimizer
     with checkpointed(model.layers, config.checkpoint_layers):

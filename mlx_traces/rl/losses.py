@@ -1,14 +1,13 @@
 """Policy-gradient training as pure functions of arrays: advantages, losses, their weights, and PPO's targets.
 
-A step is one optimizer update, and its gradient may be gathered over several micro-batches. So a loss is a plain
-weighted sum over tokens: ``token_weights`` gives, once and for the whole step, the weights that make the sum the
-loss of a paper, and the sums of the micro-batches, each with its own rows of the weights, add up to the sum of the
-step exactly.
+A step is one optimizer update; its gradient may be accumulated over micro-batches. So a loss is a weighted sum over
+tokens. ``token_weights`` computes the weights once for the whole step: the sums of the micro-batches then add up to
+the loss of the paper.
 
 Arrays: B rows (completions), T tokens, everything computed in float32. A ``mask`` is (B, T), bool or 0 and 1: True for
-a token that is trained on. The values of other cells are never used, not even nan and inf. A completion that was cut
-off and should not be trained on has a row of False. It then adds nothing to the loss; whether it stays in the
-denominator depends on the loss type (``token_weights``).
+a token that is trained on. The values at other positions are never used, not even nan and inf. A cut-off completion
+that should not be trained on has a row of False. It adds nothing to the loss; whether it counts in the denominator
+depends on the loss type (``token_weights``).
 
 "TRL" below is its version 1.16, which ``tests/rl/test_reference_trl.py`` compares with.
 """
@@ -24,7 +23,7 @@ KINDS = get_args(Loss)
 SCALES = ("std", "batch", "none")
 LEVELS = ("token", "sequence")
 
-# Log-ratios are held to this, so that no exp() and no gradient overflows; e^20 is far outside every clip bound.
+# Log-ratios are clipped to this, so that no exp() and no gradient overflows; e^20 is far outside usual clip bounds.
 _LOG_RATIO = 20.0
 
 
@@ -41,7 +40,7 @@ def group_advantages(
         scale: ``std`` divides by the group's standard deviation; ``batch`` by that of all rewards, over their own
             mean (TRL's ``scale_rewards="batch"``; arXiv 2508.08221); ``none`` not at all (Dr. GRPO, arXiv 2503.20783).
         eps: added to the standard deviation; TRL's value.
-        every: (N,), all rewards of the batch, where ``rewards`` are not all; ``batch`` heeds it.
+        every: (N,), all rewards of the batch, if ``rewards`` has only some of them; for ``batch``.
 
     Returns:
         (P, G).
@@ -101,7 +100,7 @@ def _groups(rewards: mx.array) -> mx.array:
 
 
 def _centred(rewards: mx.array) -> mx.array:
-    """Return (P, G) minus the rows' means, exactly 0 where a row's values are all the same, which rounding may miss."""
+    """Subtract its mean from each row of (P, G); a row of equal values becomes exactly 0, despite rounding."""
     level = mx.max(rewards, axis=1, keepdims=True) == mx.min(rewards, axis=1, keepdims=True)
     return mx.where(level, 0.0, rewards - mx.mean(rewards, axis=1, keepdims=True))
 
@@ -109,12 +108,12 @@ def _centred(rewards: mx.array) -> mx.array:
 def overlong_penalty(lengths: mx.array, max_tokens: int, cache: int) -> mx.array:
     """Return what to add to the reward for a completion's length: DAPO's soft punishment (arXiv 2503.14476, eq. 13).
 
-    0 up to ``max_tokens - cache``, from there falling evenly to -1 at ``max_tokens``, and -1 beyond.
+    0 up to ``max_tokens - cache``, then linear to -1 at ``max_tokens``, and -1 beyond.
 
     Args:
         lengths: tokens of each completion, of any shape.
         max_tokens: L_max, the limit.
-        cache: L_cache, the width of the slope in tokens; 0 leaves a step after ``max_tokens``.
+        cache: L_cache, the width of the slope in tokens; 0 makes it a jump after ``max_tokens``.
 
     Raises:
         ValueError: if ``cache`` is not from 0 to ``max_tokens``.
@@ -128,9 +127,9 @@ def overlong_penalty(lengths: mx.array, max_tokens: int, cache: int) -> mx.array
 def kl_k3(logprobs: mx.array, ref_logprobs: mx.array) -> mx.array:
     """Return the per-token estimate of KL(policy || reference) on the policy's own tokens.
 
-    Schulman's k3 (http://joschu.net/blog/kl-approx.html): r - 1 - log r with r = reference / policy; never negative
-    bar rounding, unbiased in value where the tokens are the policy's. GRPO's eq. 4. At the reference it and its
-    gradient are exactly 0. Beyond log r = 20 it is constant.
+    Schulman's k3 (http://joschu.net/blog/kl-approx.html), GRPO's eq. 4: r - 1 - log r with r = reference / policy.
+    Never negative, up to rounding; its value is unbiased if the policy drew the tokens. Where both probabilities are
+    equal, value and gradient are exactly 0. Beyond log r = 20 it is constant.
 
     Args:
         logprobs: log-probabilities of the tokens under the policy, of any shape.
@@ -141,17 +140,17 @@ def kl_k3(logprobs: mx.array, ref_logprobs: mx.array) -> mx.array:
 
 
 def token_weights(mask: mx.array, kind: str, *, max_tokens: int | None = None) -> mx.array:
-    """Return the per-token weights with which a step's loss is the plain sum of weight times per-token loss.
+    """Return per-token weights: a step's loss is the sum of weight times per-token loss.
 
     ``grpo``, ``gspo``: the mean over rows of each row's mean. ``dr_grpo``: the sum over rows * ``max_tokens``.
     ``reinforce``: the mean over rows of each row's sum, which makes the gradient that of the expected reward.
     ``dapo``, ``cispo``: the mean over all the step's tokens. TRL's ``bnpo`` is the mean over micro-batches of each
-    one's token mean, which depends on how the rows are split; there is none here.
+    one's token mean, which depends on how the rows are split; it is not offered here.
 
-    A row without tokens, such as a masked truncated one, stays in the denominators that count rows (``grpo``, ``gspo``,
-    ``dr_grpo``, ``reinforce``) and is not in those that count tokens, as with TRL's ``mask_truncated_completions``.
-    Where TRL splits one generation into several steps its ``dapo`` and ``cispo`` divide by the average number of tokens
-    of a step; here it is the number of this step.
+    A row without tokens, such as a masked cut-off completion, counts in denominators of rows (``grpo``, ``gspo``,
+    ``dr_grpo``, ``reinforce``) and not in those of tokens, as with TRL's ``mask_truncated_completions``. Where TRL
+    splits one generation into several steps, its ``dapo`` and ``cispo`` divide by the steps' average number of tokens;
+    here they divide by this step's number.
 
     Args:
         mask: (B, T) of the whole step.
@@ -159,7 +158,7 @@ def token_weights(mask: mx.array, kind: str, *, max_tokens: int | None = None) -
         max_tokens: the longest completion allowed; ``dr_grpo`` needs it, the others ignore it.
 
     Returns:
-        (B, T), 0 where the mask is. Without any token all are 0.
+        (B, T), 0 where the mask is 0.
 
     Raises:
         ValueError: for ``dr_grpo`` without ``max_tokens``.
@@ -195,7 +194,7 @@ def policy_loss(
     unbiased_kl: bool = False,
     importance: mx.array | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Return the weighted sum of the per-token losses over some rows of a step, and sums to make metrics of.
+    """Return the weighted sum of the per-token losses over some rows of a step, and sums for metrics.
 
     With r the ratio of the policy to the old one and A the advantage, a token's loss is
 
@@ -206,19 +205,19 @@ def policy_loss(
       is no lower bound, as in the paper's own runs. TRL's ``epsilon_high`` is the bound itself, 1 + eps_high.
     - ``reinforce``: -A log p. ``old_logprobs`` serves the metrics and ``unbiased_kl`` only.
 
-    That times ``importance``, plus ``kl_coef`` times ``kl_k3`` to the reference. Log-ratios beyond 20 either way are
-    held there and have no gradient.
+    It is multiplied by ``importance``; ``kl_coef`` times ``kl_k3`` to the reference is added. Log-ratios are clipped to
+    20 either way and have no gradient beyond.
 
     Args:
         logprobs: (B, T) of the tokens under the policy, the only argument that gradients flow to.
-        old_logprobs: (B, T) under the policy at the start of the step; at the first update of a step's rows the same
-            numbers, and every ratio is then 1.
+        old_logprobs: (B, T) under the policy before the first update on these rows; at that update they equal
+            ``logprobs``, and every ratio is 1.
         advantages: (B,), or (B, T) if each token has its own (not for ``gspo``).
         mask: (B, T) of these rows.
         weights: (B, T), these rows of ``token_weights`` for the whole step.
         kind: one of ``KINDS``; the one that the weights are for.
-        clip_eps: lower clip bound, below 1.
-        clip_eps_high: upper clip bound, above 1; None for ``clip_eps`` (DAPO and GSPO set it apart).
+        clip_eps: the lower clip bound is 1 - clip_eps.
+        clip_eps_high: the upper one is 1 + clip_eps_high; None for ``clip_eps`` (DAPO and GSPO use another value).
         ref_logprobs: (B, T) under the reference; needed if ``kl_coef`` is not 0, else only measured.
         kl_coef: beta, the weight of the KL term.
         unbiased_kl: multiply the KL term by the ratio, gradient included, which makes its gradient the reverse KL's
@@ -226,12 +225,12 @@ def policy_loss(
         importance: (B, T) of ``sampler_weights``; None for 1.
 
     Returns:
-        The loss, a scalar to be added up over micro-batches, and sums over these rows, to be added up and divided:
-        ``tokens``; ``ratios``, of which there is one a token, for ``gspo`` one a row that has tokens; by ``ratios``:
-        ``ratio``, and ``clip_low``, ``clip_high`` and ``clip``, how many are beyond a bound with the advantage's sign
-        that makes it bind (``cispo``: only ``clip_high``, which binds for any sign and is counted for A > 0 as in TRL;
-        ``reinforce``: 0); by ``tokens``: ``kl_old``, ``kl_k3`` of the old policy to this one, and with a reference
-        ``kl_ref``, the KL term.
+        The loss, a scalar, and sums over these rows; add up both over micro-batches. The sums ``tokens`` and
+        ``ratios`` are counts: one ratio a token, for ``gspo`` one a row with tokens. To be divided by ``ratios``:
+        ``ratio``, and ``clip_low``, ``clip_high`` and ``clip``, how many are beyond a bound that binds for the
+        advantage's sign (``cispo``: only ``clip_high``, which binds for any sign and is counted for A > 0 as in TRL;
+        ``reinforce``: 0). To be divided by ``tokens``: ``kl_old``, KL(old || policy), and with a reference ``kl_ref``,
+        the KL term.
 
     Raises:
         ValueError: for a ``kl_coef`` without ``ref_logprobs``.
@@ -248,7 +247,7 @@ def policy_loss(
     log_ratio = logprobs - old
     if kind == "gspo":
         log_ratio = log_ratio.sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1)
-        # (B, 1) ratios meet (B, T) advantages below; a row is counted once, by its first token.
+        # The (B, 1) ratios are broadcast to (B, T) advantages below; a row counts once, at its first token.
         counted = mask & (mx.cumsum(mask, axis=1) == 1)
     ratio = mx.exp(mx.clip(log_ratio, -_LOG_RATIO, _LOG_RATIO))
 
@@ -261,7 +260,7 @@ def policy_loss(
         high = (ratio > top) & (advantages > 0)
     else:
         low, high = (ratio < bottom) & (advantages < 0), (ratio > top) & (advantages > 0)
-        # The lesser of the two products, without the half gradients of a tie at a ratio of 1.
+        # The minimum of the two products; a tie, as at a ratio of 1, keeps its full gradient.
         losses = -mx.where(low | high, mx.clip(ratio, bottom, top), ratio) * advantages
     if importance is not None:
         losses = losses * mx.stop_gradient(_kept(importance, mask))
@@ -296,20 +295,20 @@ def sampler_weights(
     """Return importance weights that correct for a sampler whose probabilities are not quite the trainer's.
 
     Truncated importance sampling: min(trainer / sampler, ``cap``) (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training"). With ``drop`` a weight above the cap is 0 instead. TRL's
-    ``vllm_importance_sampling_mode`` has the four: ``token_truncate`` is the default here, ``sequence_mask`` (``level``
-    sequence, ``drop``, ``cap`` 3) is TRL's.
+    secretly brings you off-policy RL training"). With ``drop`` a weight above the cap is 0 instead. These are the four
+    modes of TRL's ``vllm_importance_sampling_mode``: its default is ``sequence_mask`` (``level`` sequence, ``drop``,
+    ``cap`` 3), here it is ``token_truncate``.
 
     Args:
         trainer: (B, T) log-probabilities of the tokens under the old policy, computed as in training.
-        sampler: (B, T) log-probabilities that the sampler drew them with.
+        sampler: (B, T) log-probabilities of the tokens under the sampler.
         mask: (B, T).
         cap: C, the greatest weight.
         level: ``token`` for a token's own ratio, ``sequence`` for the product over its row.
-        drop: whether to drop what is above the cap.
+        drop: whether weights above the cap become 0.
 
     Returns:
-        (B, T) without gradient, 0 where the mask is.
+        (B, T) without gradient, 0 where the mask is 0.
 
     Raises:
         UserError: for an unknown ``level``.
@@ -326,7 +325,7 @@ def sampler_weights(
 
 
 def kl_sampler(trainer: mx.array, sampler: mx.array, mask: mx.array) -> mx.array:
-    """Return the sum over tokens of ``kl_k3`` of the sampler to the trainer; arguments as ``sampler_weights``."""
+    """Return the sum over tokens of KL(sampler || trainer), by ``kl_k3``; arguments as in ``sampler_weights``."""
     mask = mask != 0
     return kl_k3(_kept(sampler, mask), _kept(trainer, mask)).sum()
 
@@ -336,19 +335,18 @@ def gae(
 ) -> tuple[mx.array, mx.array]:
     """Return generalized advantage estimates and the value targets (arXiv 1506.02438, eq. 16).
 
-    Only masked tokens are states: the next one of a token is the next masked one in its row, so a masked-out stretch
-    inside a row takes no time, and what it holds is not read. After the last there is nothing, value 0, also for a
-    completion that was cut off.
+    Only tokens where the mask is 1 are states; the others are skipped, and their values are never used. After the last
+    state the value is 0, also for a completion that was cut off.
 
     Args:
         rewards: (B, T), the reward received after each token.
         values: (B, T), the value of the state before each token; no gradient flows to it.
         mask: (B, T).
         gamma: discount of a token.
-        lam: lambda; 0 is one-step temporal difference, 1 is return minus value.
+        lam: lambda; 0 gives the one-step temporal difference, 1 the return minus the value.
 
     Returns:
-        Advantages and returns (advantage plus value), both (B, T), 0 where the mask is.
+        Advantages and returns (advantage plus value), both (B, T), 0 where the mask is 0.
     """
     mask = mask != 0
     rewards, values = _kept(rewards, mask), mx.stop_gradient(_kept(values, mask))
@@ -364,16 +362,16 @@ def gae(
 
 
 def whiten(x: mx.array, mask: mx.array, *, shift: bool = True, eps: float = 1e-8) -> mx.array:
-    """Return ``x`` with mean 0 and variance 1 over its masked elements (variance unbiased: n - 1).
+    """Return ``x`` with mean 0 and variance 1 (unbiased: n - 1) over the elements where the mask is 1.
 
     Args:
         x: of any shape.
         mask: of the same shape.
-        shift: False puts the mean back after scaling.
-        eps: added to the variance, so that elements all alike, or a single one, give 0 (bar rounding).
+        shift: False adds the mean back after scaling.
+        eps: added to the variance, so that equal elements, or a single one, give 0, up to rounding.
 
     Returns:
-        Of the same shape, 0 where the mask is.
+        Of the same shape, 0 where the mask is 0.
     """
     mask = mask != 0
     x = _kept(x, mask)
@@ -394,10 +392,10 @@ def value_loss(
     *,
     clip_eps: float = 0.2,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Return the weighted sum of PPO's clipped value loss over some rows of a step, and sums to make metrics of.
+    """Return the weighted sum of PPO's clipped value loss over some rows of a step, and sums for metrics.
 
-    A token's loss is half the greater of the squared errors of the value and of the value held within ``clip_eps`` of
-    the old one (the PPO authors' code; in no equation of arXiv 1707.06347).
+    A token's loss is half the larger of two squared errors: that of the value, and that of the value clipped to the old
+    one +- ``clip_eps`` (the PPO authors' code; arXiv 1707.06347 has no equation for it).
 
     Args:
         values: (B, T), the only argument that gradients flow to.
@@ -405,7 +403,7 @@ def value_loss(
         returns: (B, T), the targets, of ``gae``.
         mask: (B, T) of these rows.
         weights: (B, T), these rows of ``token_weights`` for the whole step; ``dapo`` gives the token mean.
-        clip_eps: in the unit of a value.
+        clip_eps: clip bound, in the unit of a value.
 
     Returns:
         The loss, and the sums ``tokens``, ``value_clip`` (tokens whose clipped error is the greater) and
@@ -422,9 +420,9 @@ def value_loss(
 
 
 def explained_variance(values: mx.array, returns: mx.array, mask: mx.array) -> mx.array:
-    """Return 1 - Var(returns - values) / Var(returns) over the masked elements: 1 is perfect, 0 a constant's.
+    """Return 1 - Var(returns - values) / Var(returns) where the mask is 1: 1 if perfect, 0 for a constant prediction.
 
-    A scalar; not finite where the returns do not vary.
+    A scalar; not finite if the returns do not vary.
     """
     mask = mask != 0
     returns = _kept(returns, mask)
@@ -437,5 +435,5 @@ def _variance(x: mx.array, mask: mx.array) -> mx.array:
 
 
 def _kept(array: mx.array, mask: mx.array) -> mx.array:
-    """Return the array as float32 with 0 where the mask is, before anything can be made of what stood there."""
+    """Return the array as float32, with 0 where the mask is False, so that no nan or inf of padding is used."""
     return mx.where(mask, array.astype(mx.float32), 0.0)

@@ -4,10 +4,10 @@ A completion is an episode. The state is the text before a token, the action is 
 the last token, which is the stop token if the completion ended by itself. ``kl_coef`` * (log p - log p_ref) is
 subtracted from each token's reward (arXiv 1909.08593, eq. 2). The value head predicts the reward still to come from the
 last hidden state, before the token is drawn. Advantages are generalized estimates (arXiv 1506.02438), whitened over the
-step's tokens. The credits of single steps of a completion (`steps`) are added to the advantages of their tokens
-(``local``), or to the reward after a step's last token (``cumulative``). Advantages are computed once; the step's
-rollouts are then learned from ``epochs`` times, in ``minibatches`` parts. A loss is a mean over the tokens of a part,
-so micro-batches change nothing.
+tokens of the batch. The credits of single steps of a completion (`steps`) are added to the advantages of their tokens
+(``local``), or to the reward after a step's last token (``cumulative``). Advantages are computed once and used for
+``epochs`` passes over the rollouts, each in ``minibatches`` updates. A loss is a mean over the tokens of an update, so
+micro-batches change nothing.
 
 A completion that was cut off gets the reward that it earned, and the value after it is 0: the token limit belongs to
 the task. ``overlong: mask`` leaves such completions out, for the value head too.
@@ -47,7 +47,7 @@ def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callab
         config, learner = setup.config, start(setup.loaded, setup.config)
         run = trainer.Run(setup, learner)
         for step in run.steps():
-            groups, kept = run.collect(step)  # a group of equal rewards teaches too: the values
+            groups, kept = run.collect(step)  # PPO keeps groups of equal reward too
             rows = rows_of(kept, config)
             metrics = learn(learner, rows, step, config)
             run.end_step(step, groups, metrics)  # logs, validates, keeps the best adapter, saves
@@ -55,7 +55,7 @@ def train(config: PPOConfig, out: str | Path, resume: bool = False, show: Callab
 
 
 class ValueHead(nn.Module):
-    """A hidden layer and an output that is 0 before it has learned, in float32: (..., D) states to (...,) values."""
+    """A hidden layer and an output layer that starts at 0, in float32: (..., D) states to (...,) values."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ActorCritic(nn.Module):
 
 
 def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
-    """Return what is trained, the model's adapter and a value head, each by its own AdamW."""
+    """Return what is trained: the model's adapter and a value head, each with its own AdamW."""
     warmup = config.value_warmup_steps
     if warmup >= config.num_steps:
         raise UserError(f"value_warmup_steps ({warmup}) leaves no step to the policy; num_steps is {config.num_steps}")
@@ -96,7 +96,7 @@ def start(loaded: LoadedModel, config: PPOConfig) -> Learner:
 
 
 def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
-    """Make the step's rows: one for each rollout, except masked cut-off ones and those without a reward."""
+    """Make the step's rows, one for each rollout with a reward and a drawn token; masked cut-off ones are left out."""
     rollouts = [
         rollout
         for group in groups
@@ -104,7 +104,7 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
         if not (rollout.cut_off and config.overlong == "mask") and rollout.reward is not None and rollout.drawn.any()
     ]
     rows = [Row(rollout.example(), rollout.sampler, reward=rollout.reward) for rollout in rollouts]
-    if config.step_weight:  # a group may have a single completion, so all completions are compared
+    if config.step_weight:  # a group may have a single completion, so the means are over all completions
         earned = steps.credits_of([rollout.steps for rollout in rollouts])
         for row, rollout, values in zip(rows, rollouts, earned, strict=True):
             if config.supervision == "local":
@@ -117,7 +117,7 @@ def rows_of(groups: Sequence[Group], config: PPOConfig) -> list[Row]:
 
 
 def foresee(module: ActorCritic, halves: Split, rows: Sequence[Row], reference: Callable, config: PPOConfig) -> None:
-    """Give the rows their log-probabilities and values before the step's first update, and the reference's."""
+    """Set the rows' log-probabilities and values before the step's first update, and the reference's."""
     for row, own, foreseen in _read_all(module, halves, rows, config):
         row.old, row.values = own, foreseen
     if config.kl_coef:
@@ -141,7 +141,7 @@ def _read_all(
 
 
 def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
-    """Give the rows their advantages and returns; return metrics of the values before the update.
+    """Set the rows' advantages and returns; return metrics of the values before the update.
 
     ``value/explained_variance`` compares the values with the discounted rewards that were received. It does not use the
     returns, which contain the values if ``gae_lambda`` is below 1. None if those rewards are all equal.
@@ -172,9 +172,9 @@ def aim(rows: Sequence[Row], config: PPOConfig) -> dict[str, float]:
 
 
 def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
-    """Return the reward after each token: the rollout's reward after its last token, the credits, less the KL term.
+    """Return the reward after each token: the KL penalty, the rollout's reward at its last token, and the credits.
 
-    Credits of steps are part of it only if they are ``cumulative``.
+    Credits of steps are included only if they are ``cumulative``.
     """
     rewards = -config.kl_coef * (row.old - row.reference) if config.kl_coef else np.zeros_like(row.old)
     rewards[-1] += row.reward
@@ -182,7 +182,7 @@ def _rewards(row: Row, config: PPOConfig) -> np.ndarray:
 
 
 def weighed(rows: Sequence[Row]) -> Sequence[Row]:
-    """Give the rows of one optimizer step their weights: a mean over all their tokens."""
+    """Set the weights of one optimizer step's rows: a mean over all their tokens."""
     tokens = sum(row.example.count for row in rows)
     for row in rows:
         row.weights = np.full(row.example.count, 1 / tokens, np.float32)
@@ -192,7 +192,7 @@ def weighed(rows: Sequence[Row]) -> Sequence[Row]:
 def gradient(
     module: ActorCritic, halves: Split, rows: Sequence[Row], config: PPOConfig, values_only: bool = False
 ) -> tuple[float, dict[str, Any], Counter]:
-    """Return the loss of one optimizer step, its gradients by part, and the sums that its metrics are made of.
+    """Return the loss of one optimizer step, its gradients by part (policy, value), and sums for metrics.
 
     Each rank computes its part of the rows; the result covers all rows. The loss is the clipped policy loss, minus
     ``entropy_coef`` times the entropy, plus the clipped value loss. With ``values_only`` it is the value loss alone,
@@ -230,12 +230,12 @@ def gradient(
 
 
 def learn(learner: Learner, rows: Sequence[Row], step: int, config: PPOConfig) -> dict[str, float]:
-    """Update policy and values by a step's rows, several times over; in the warm-up steps the values alone.
+    """Update policy and value head on a step's rows, in several passes; in the warm-up steps the value head alone.
 
     Without rows nothing is updated, the optimizers' states included.
 
     Raises:
-        UserError: if the loss or a gradient is not finite; this update is not made.
+        UserError: if the loss or a gradient is not finite, before that update changes anything.
     """
     if not rows:
         return {"optim/updates": 0}

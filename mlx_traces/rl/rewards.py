@@ -8,24 +8,25 @@ else 0.
 
 ``flash`` and ``judge`` apply to right completions only and are None for the others, so a wrong answer earns nothing by
 them. The last of ``correct``, ``correct_strict`` and ``gated`` that is a reward says which are right. ``flash``
-compares the lengths of a problem's right completions: 1 for the shortest, 0 for the longest, linear in the tokens
-between them, None if all have the same length (after Sky-T1-Flash). Its weight must be below the sum of theirs, so a
-long right completion stays nearer to a short right one than to a wrong one. ``judge`` is a model's grade by a rubric;
-without any of the three it grades every completion.
+compares the lengths of a problem's right completions: 1 for the shortest, 0 for the longest, linear in tokens between
+them, None if all have the same length (after Sky-T1-Flash). Its weight must be below the sum of those three, so being
+right always counts more than being short. ``judge`` is a model's grade by a rubric; without any of the three it grades
+every completion.
 
 ``equations`` and ``steps`` also give a value, 1 or 0, to single steps of the thought (`records.Stepped`); the
 completion's value is their mean, None without steps. ``equations`` checks every equation that the exact checker
-understands; others are not steps. ``steps`` are the steps that the task itself checks, if it does.
+understands; others are not steps. ``steps`` uses the steps that the task itself checks, if any.
 
 The other rewards are scores of the text (`quality`), for wrong completions too.
 
-Your own function is named ``module:function`` and looked for in the working folder too. It is called with the list of
-completions (the assistant's whole turns, as texts) and, by name, with whichever of these lists it takes: every column
-of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It returns a number
-for each completion, or None if the reward does not apply; the reward is then left out of the completion's sum and of
-the reward's mean. It may also return `records.Stepped` values, their spans in characters of these texts. A completion
-to which no reward with a weight applies has no reward: it has no gradient, and the others of its group are not compared
-with it. TRL does the same, except that it counts rewards of weight 0 as applying.
+Your own function is named ``module:function``; the module may be a file in the working folder. It is called with the
+list of completions (the assistant's whole turns, as texts) and, by name, with those of these lists that it takes: every
+column of the problems, ``prompts`` (what the model was shown), ``completion_ids`` and ``finish_reasons``. It returns a
+number for each completion, or None if the reward does not apply; the reward is then left out of the completion's sum
+and of the reward's mean. It may also return `records.Stepped` values, their spans in characters of these texts.
+
+A completion to which no reward with a weight applies has no reward: it has no gradient, and the others of its group are
+not compared with it. TRL does the same, except that it counts rewards of weight 0 as applying.
 """
 
 import inspect
@@ -51,9 +52,9 @@ from mlx_traces.traces.quality import text_scores, thought_span
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
 RIGHT = ("correct", "correct_strict", "gated")  # say whether a completion is right; the last one that is used decides
-FEWEST_JUDGED = 20  # completions, before a judge's failures are counted
+FEWEST_JUDGED = 20  # completions; with fewer a judge's failures do not stop the run
 STEPPED = ("equations", "steps")  # also give values to single steps
-MAX_KINDS = 20  # of a reward's steps in one optimizer step; each kind has metrics
+MAX_KINDS = 20  # kinds of a reward's steps in one batch of rollouts; each kind has metrics
 BUILT_IN = (*RIGHT, *STEPPED, "flash", "judge", *TEXT)
 
 Sample = tuple[Problem, Completion]
@@ -74,14 +75,14 @@ def load(
         weights: by name, as in ``GRPOConfig.rewards``.
         columns: of the problems.
         config: says which model judges, and how.
-        prompt: says which form the answer is to have.
-        task: whose steps the reward ``steps`` needs.
+        prompt: tells which form the answer should have.
+        task: checks the steps that the reward ``steps`` needs.
 
     Raises:
-        UserError: if there is no reward; if one is unknown, cannot be imported, or needs an argument that there is not;
-            if ``flash`` does not weigh less than being right; if the prompt asks for no form and ``correct_strict`` is
-            a reward; if the judge is missing or does not load; if ``steps`` is a reward and the task checks none; if
-            there is a ``step_weight`` and no reward that gives values to steps.
+        UserError: if all weights are 0; if a reward is unknown, cannot be imported, or needs an argument that does not
+            exist; if ``flash`` does not weigh less than being right; if ``correct_strict`` is a reward and the prompt
+            asks for no form; if the judge is missing or does not load; if ``steps`` is a reward and the task checks
+            none; if there is a ``step_weight`` and no reward that gives values to steps.
     """
     if not any(weights.values()):
         raise UserError("rewards: none has a weight other than 0; set one, as in {correct: 1}")
@@ -126,9 +127,9 @@ def load(
 
 
 def sources(name: str, function: Callable) -> list[Path]:
-    """Return the files that a function of the user's own is written in: the named module's, and the defining one's.
+    """Return the files of a user's function: that of the module in its ``name``, and that of the one that defines it.
 
-    Files that these import in turn are not included.
+    Files that these import are not included.
     """
     modules = dict.fromkeys((name.partition(":")[0], getattr(inspect.unwrap(function), "__module__", "")))
     files = [getattr(sys.modules.get(module), "__file__", None) for module in modules]
@@ -140,7 +141,7 @@ def score(
 ) -> list[dict[str, Value]]:
     """Return every reward of each completion, by name and in the order of ``weights``; None where one does not apply.
 
-    ``length`` is 1 for a short completion, 0 at the limit of tokens; the others as described above.
+    ``length`` is 1 for a short completion and 0 at the token limit; the module's docstring describes the others.
 
     Raises:
         UserError: naming the function, if one fails or does not return a number or None for each completion; if more
@@ -160,7 +161,7 @@ def score(
     if "correct_strict" in weights:
         strict = [strictly_correct(planned, problem, completion.whole) for problem, completion in samples]
         known["correct_strict"] = list(map(float, strict))
-    # flash and judge look at those that are right
+    # flash and judge apply to right completions only
     chosen = next((known[name] for name in reversed(RIGHT) if name in weights), [1.0] * len(samples))
     right = [index for index, value in enumerate(chosen) if value == 1]
     for name in set(weights) & set(STEPPED):
@@ -182,7 +183,7 @@ def score(
 
 
 def apart(parts: Mapping[str, Value]) -> tuple[Parts, list[list[Any]]]:
-    """Return a completion's rewards as plain values, and its steps as rows of kind, start, end and value.
+    """Split a completion's rewards into plain values, and steps as rows of kind, start, end and value.
 
     Raises:
         UserError: if two rewards give values to steps of one kind.
@@ -236,7 +237,7 @@ def _flash(samples: Sequence[Sample]) -> list[float | None]:
 def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float | None]]:
     """Load the judge; return the function that grades completions.
 
-    Its failures are counted over all of a run, from `FEWEST_JUDGED` completions on: a step may have few right ones.
+    Its failures are counted over the whole run and checked from `FEWEST_JUDGED` completions on.
     """
     loaded = loading.load(config.judge, **config.load_arguments())
     failed = total = 0
@@ -280,7 +281,7 @@ def _own_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _call(name: str, function: Callable, samples: Sequence[Sample]) -> list[Value]:
-    """Call a function of the user's own and check what it returns."""
+    """Call a user's function and check what it returns."""
     columns = dict.fromkeys(column for problem, _ in samples for column in problem.columns)
     lists = {column: [problem.columns.get(column) for problem, _ in samples] for column in columns}
     lists |= _own_columns(samples)
@@ -311,12 +312,12 @@ def _value(name: str, value: Any, length: int) -> Value:
 
 
 def _in_order(name: str, stepped: Stepped, length: int) -> Stepped:
-    """Check a reward's steps of a text of ``length`` characters, and sort each kind's steps by their place.
+    """Check a reward's steps in a text of ``length`` characters, and sort each kind's steps by position.
 
     Raises:
         UserError: naming the reward, for a span that is not (start, end, value), is empty, is not within the
-            completion or overlaps with another one of its kind; for a value that is not a finite number; for the name
-            of a kind with other characters than letters, digits, ``_`` and ``-``, or with more than 40.
+            completion or overlaps another one of its kind; for a value that is not a finite number; for a kind's name
+            of more than 40 characters, or with others than letters, digits, ``_`` and ``-``.
     """
     if not isinstance(stepped.steps, Mapping):
         raise UserError(f"reward {name}: its steps are a {type(stepped.steps).__name__}, not a dict of spans by kind")
@@ -365,7 +366,7 @@ def _imported(name: str) -> Callable:
         sys.path.append(here)
     try:
         found = getattr(import_module(module), attribute, None)
-    except Exception as error:  # whatever the module runs into
+    except Exception as error:  # a user's module may raise anything
         raise UserError(f"reward {name}: {module} cannot be imported ({typed_line(error)})") from error
     if not callable(found):
         raise UserError(f"reward {name}: {module} has no function {attribute!r}")

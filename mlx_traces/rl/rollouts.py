@@ -38,7 +38,7 @@ from mlx_traces.train import loop
 class ScoredCompletion:
     """A sampled completion with its rewards: ``parts`` by name, ``reward`` their weighted sum, None if none applies.
 
-    ``steps`` are those to which a reward gave values of their own.
+    ``steps`` are the spans to which a reward gave values of their own.
     """
 
     problem: Problem
@@ -61,11 +61,11 @@ class ScoredCompletion:
 
     @property
     def sampler(self) -> np.ndarray:
-        """The float32 log-probabilities of the drawn tokens, under the distribution that they were drawn from."""
+        """The log-probabilities of the drawn tokens under the sampling distribution, in float32."""
         return np.array(self.completion.rollout.logprobs, np.float32)[self.drawn]
 
     def example(self, learned: bool = True) -> Example:
-        """Return prompt and completion as a row to learn from: every token that was drawn, or none."""
+        """Return prompt and completion as an example whose drawn tokens are trained on, or none if not ``learned``."""
         prompt = self.completion.rollout.prompt_ids
         return Example(self.problem.id, prompt + self.ids, (False,) * len(prompt) + (*(self.drawn & learned).tolist(),))
 
@@ -80,12 +80,12 @@ Group = list[ScoredCompletion]
 
 @dataclass
 class Row:
-    """A scored completion as it is learned from; arrays have a float32 for each of its tokens that were drawn.
+    """What a scored completion is trained with; arrays have one float32 for each drawn token.
 
-    ``sampler`` holds the log-probabilities of sampling, ``old`` the policy's before the step's first update (if the
-    algorithm needs them), ``reference`` those of the reference (if there is one). ``advantage`` is one number for all
+    ``sampler``, ``old`` and ``reference`` are log-probabilities: of sampling, of the policy before the step's first
+    update (if the algorithm needs them), and of the reference (if there is one). ``advantage`` is one number for all
     tokens, or an array; ``weights`` are the tokens' weights in the loss. PPO also has the ``reward``, the weighted
-    ``credit`` of steps, the value head's ``values`` before the first update, and the ``returns`` that it learns from.
+    ``credit`` of steps, the value head's ``values`` before the first update, and the ``returns``, its targets.
     """
 
     example: Example
@@ -110,7 +110,7 @@ class Progress(loop.Progress):
 def sample(
     loaded: LoadedModel, planned: Plan, problems: Sequence[Problem], size: int, seed: int, first: int = 0
 ) -> list[list[Completion]]:
-    """Complete each problem ``size`` times; what is drawn follows from ``seed`` and the number, from ``first`` on."""
+    """Sample ``size`` completions of each problem. Each depends on ``seed`` and its number, counted from ``first``."""
     planned = replace(planned, config=planned.config.model_copy(update={"seed": seed}))
     numbers = iter(range(first, first + size * len(problems)))
     todo = [(problem, next(numbers)) for problem in problems for _ in range(size)]
@@ -130,7 +130,7 @@ def scored(
     functions: Mapping[str, Callable],
     config: RLConfig,
 ) -> list[Group]:
-    """Give every completion its rewards."""
+    """Score every completion; return the groups, each of ``group_size`` scored completions."""
     pairs = [(problem, one) for problem, group in zip(problems, groups, strict=True) for one in group]
     # Only on the first rank: a reward may differ from call to call, and all ranks must use the same values.
     first = rewards.score(planned, pairs, functions, config.rewards, config.tags) if distributed.first() else []
@@ -150,7 +150,7 @@ def scored(
 
 
 def informative(group: Group) -> bool:
-    """Whether a group's rewards differ; if not, the advantages of its outcomes are all 0."""
+    """Whether a group's rewards differ; if not, its advantages against the group's mean are all 0."""
     return len({rollout.reward for rollout in group} - {None}) > 1
 
 
@@ -160,7 +160,7 @@ def steps_of(group: Group) -> list[Located]:
 
 
 def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
-    """Yield problems without end, from the ``start``-th on: the pool over and over, shuffled anew each time."""
+    """Yield problems endlessly, the first ``start`` left out; each pass over the pool has its own random order."""
     epoch, place = divmod(start, len(pool))
     while True:
         order = list(pool)
@@ -173,7 +173,7 @@ def drawn(pool: Sequence[Problem], seed: int, start: int) -> Iterator[Problem]:
 
 
 def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
-    """Return what is trained on and what is answered at validations, no problem in both; and notes."""
+    """Return the plan of the training, that of the validations (or None), and notes; no problem is in both plans."""
     held_out = loop.held_out_plan(config.model, config)
     shared = {name: getattr(config, name) for name in EvalConfig.model_fields if name in RLConfig.model_fields}
     planned = _training_plan(EvalConfig(**shared), config)
@@ -181,13 +181,15 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
     same = filtering.same_problem(held_out.problems, held_out.prompt) if held_out else lambda _: False
     problems = [problem for problem in planned.problems if not same(problem)]
     left_out = len(planned.problems) - len(problems)
-    if left_out and config.limit is None:  # as many others in their place, where there are such
+    if left_out and config.limit is None:  # replace them, as far as there are others
         more = _training_plan(EvalConfig(**shared), config, len(held_out.problems)).problems
         problems = [problem for problem in more if not same(problem)][: len(planned.problems)]
     if left_out:
         notes.append(f"{left_out} training problems are validation problems and are left out")
     if not problems:
-        raise UserError(f"split {config.split}: all its problems are validation problems; choose another part for one")
+        raise UserError(
+            f"split {config.split}: all its problems are validation problems; change split, here or in evaluate"
+        )
     return replace(planned, problems=problems), held_out, notes
 
 
@@ -203,7 +205,7 @@ def _training_plan(settings: EvalConfig, config: RLConfig, more: int = 0) -> Pla
 
 
 def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
-    """Return the most tokens of a prompt; UserError for one that leaves no room for a completion in the context."""
+    """Return the longest prompt's tokens; UserError if a prompt and a completion do not fit in the context."""
     room, config, longest = loaded.context, planned.config, 0
     for problem in planned.problems:
         length = len(loaded.render(planned.prompt, problem, config.thinking).ids)
@@ -217,7 +219,7 @@ def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
 
 
 def by_difficulty(loaded: LoadedModel, planned: Plan, config: RLConfig, file: Path) -> tuple[Plan, list[str]]:
-    """Leave out problems that the model, as it is now, solves too seldom or too often; rates are kept in ``file``."""
+    """Leave out problems whose pass rate is outside the range; return notes. ``file`` keeps the measured rates."""
     low, high = config.pass_rate_low, config.pass_rate_high
     if (low, high) == (0, 1):
         return planned, []
@@ -251,7 +253,7 @@ def collect(
     config: RLConfig,
     resamples: int = 0,
 ) -> tuple[list[Group], list[Group], dict[str, float]]:
-    """Sample and score a step's groups; up to ``resamples`` more times in place of groups of equal reward.
+    """Sample and score a step's groups; replace groups of equal reward, in up to ``resamples`` more rounds.
 
     Returns:
         All groups; those to learn from; seconds of sampling and of scoring.
@@ -280,7 +282,7 @@ def collect(
 
 
 def figures(groups: Sequence[Group], bounded: bool = False) -> dict[str, float]:
-    """Return metrics of a step's rollouts; with ``rollout/forced`` if their thoughts are ``bounded``."""
+    """Return metrics of a step's rollouts, ``rollout/forced`` among them if the thoughts are ``bounded``."""
     rollouts = [rollout for group in groups for rollout in group]
     count = len(rollouts)
     named = [("mean", [rollout.reward for rollout in rollouts])]

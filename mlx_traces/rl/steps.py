@@ -2,9 +2,8 @@
 
 A reward may give values to spans of a completion (`records.Stepped`), for example 1 to a true equation and 0 to a false
 one. A step's credit is its value minus the mean over its group's steps of the same kind. A token that belongs to two
-steps has the credit of both. In GRPO the steps of a cut-off completion that ``overlong: mask`` leaves out count in
-these means, as its reward counts in the group's mean reward: only its tokens are left out. PPO leaves out the whole
-completion.
+steps has the credit of both. With ``overlong: mask`` GRPO leaves out only the tokens of a cut-off completion: its steps
+count in these means, as its reward counts in the group's. PPO leaves out the whole completion.
 
 - ``local``: each token of a step has the step's credit. No other token has it, so it teaches which steps to write
   rather than how many.
@@ -17,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_traces.engine.offsets import pieces, token_offsets
+from mlx_traces.engine.offsets import token_offsets
+from mlx_traces.engine.thinking import Pieces
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models.loading import LoadedModel
 
-POSITIONS = 5  # the first so many steps of a completion have metrics of their own; later ones share one
+POSITIONS = 5  # each of a completion's first steps has its own metric; later ones share one
 EPS = 1e-4  # added to a standard deviation, as in `losses.group_advantages`
 
 
@@ -45,20 +45,18 @@ def located(loaded: LoadedModel, completions: Sequence[Completion], steps: Seque
     Args:
         loaded: the model that sampled.
         completions: its completions.
-        steps: for each completion rows of kind, start, end and value, in characters of the assistant's whole turn.
+        steps: for each completion, rows of kind, start, end and value, in characters of the assistant's whole turn.
 
     Returns:
-        For each completion its steps, in characters and tokens of the completion alone. The part of a step that the
-        prompt already held is left out, and so is a step that no token wrote.
+        For each completion, its steps in characters and tokens of the completion alone. The part of a step that the
+        prompt already held is left out, and so is a step without tokens.
     """
-    ids = {token for one, own in zip(completions, steps, strict=True) if own for token in one.rollout.completion_ids}
-    known = pieces(loaded.tokenizer, ids) if ids else {}
-    found = []
+    found, pieces = [], Pieces(loaded.tokenizer)
     for completion, own in zip(completions, steps, strict=True):
         places = []
         if own:
             rollout, before = completion.rollout, len(completion.opened)
-            starts, ends = token_offsets(loaded, rollout.completion_ids, rollout.text, known).T
+            starts, ends = token_offsets(loaded, rollout.completion_ids, rollout.text, pieces).T
             for kind, start, end, value in own:
                 start, end = max(0, start - before), end - before
                 first, stop = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
@@ -90,7 +88,7 @@ def deviations(group: Iterable[Located]) -> dict[str, float]:
 
 
 def by_kind(group: Iterable[Located]) -> dict[str, list[float]]:
-    """Return the values of all steps of some completions by kind."""
+    """Return the values of all steps of these completions, by kind."""
     values: dict[str, list[float]] = {}
     for own in group:
         for step in own:
@@ -132,7 +130,7 @@ def token_advantages(
         weight: of the steps' credits.
         supervision: ``local`` or ``cumulative``.
         scale: for ``cumulative``: divide the credits by the standard deviation of their kind in the group (``std``, as
-            in the paper) or in the batch (``batch``), plus 1e-4; not divided with any other value.
+            in the paper) or in the batch (``batch``), plus 1e-4; any other value: do not divide.
 
     Returns:
         B arrays, (T,) float32 each.

@@ -1,6 +1,6 @@
-"""A reinforcement run around an algorithm's loop: model, problems and rewards; rollouts; log, validation, checkpoints.
+"""What GRPO and PPO share: a run's model, problems and rewards; rollouts; log, validation, checkpoints.
 
-``grpo`` and ``ppo`` own their loops; what both do before, between and after the steps is here.
+``grpo`` and ``ppo`` own their loops and call this before, between and after the steps.
 """
 
 import json
@@ -33,7 +33,7 @@ from mlx_traces.train import loop, memory, tracking
 class Learner:
     """The module that an algorithm trains, and its optimizer; a checkpoint holds both.
 
-    ``split`` is the model's trunk and head; ``reference`` a context in which the model is the KL term's reference.
+    ``split`` is the model's trunk and head; inside the context ``reference()`` the model is the KL term's reference.
     """
 
     module: nn.Module
@@ -44,9 +44,9 @@ class Learner:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training: its adapter's folder, steps, the best validation, where it was, and the one at the start.
+    """A finished training: its adapter's folder, steps, the best validation and its step, accuracy before training.
 
-    ``stopped`` is ``patience`` where that ended it before its last step.
+    ``stopped`` is ``patience`` if that ended the training early.
     """
 
     adapter: str
@@ -68,7 +68,7 @@ class Run(loop.Training):
 
     Args:
         setup: from `opened`.
-        learner: what the algorithm trains; a checkpoint holds its module and optimizer.
+        learner: what the algorithm trains.
     """
 
     def __init__(self, setup: "Setup", learner: Learner) -> None:
@@ -94,7 +94,7 @@ class Run(loop.Training):
         )
 
     def collect(self, step: int, resamples: int = 0) -> tuple[list[Group], list[Group]]:
-        """Return a step's groups of scored completions, and those of them to learn from; see `rollouts.collect`."""
+        """Return a step's groups of scored completions, and those to learn from; see `rollouts.collect`."""
         functions, progress = self.setup.functions, self.progress
         groups, kept, self.seconds = rollouts.collect(
             self.loaded, self.planned, functions, progress, step, self.config, resamples
@@ -122,7 +122,7 @@ class Run(loop.Training):
         sampling, updating = (sum(row[name] for row in rows) for name in ("time/sample", "time/update"))
         notes = [*self.loaded.notes, *self.room.notes, *self.notes]
         if rows and not any(row.get("optim/updates") for row in rows):
-            notes.append("no step had anything to learn from; see rollout/zero_std_groups: the adapter is as it began")
+            notes.append("no step had anything to learn from (see rollout/zero_std_groups); the adapter is unchanged")
         result = Result(
             adapter=str(self.folder.path / "adapter"),
             steps=progress.step,
@@ -149,7 +149,7 @@ class Run(loop.Training):
 
 @dataclass
 class Setup:
-    """A run before its first step: the model with its adapter on, the problems, and the rewards."""
+    """A run before its first step: model with adapter, problems, rewards; ``longest`` prompt in tokens."""
 
     name: str
     config: RLConfig
@@ -186,7 +186,7 @@ class Setup:
 
 @contextmanager
 def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Callable | None) -> Iterator[Setup]:
-    """Open a run folder for an algorithm: settings, problems, rewards and model checked, the adapter on the model.
+    """Open a run folder; check settings, problems and rewards; load the model and put the adapter on it.
 
     ``name`` is the algorithm's, for the adapter's settings file; the other arguments and the errors: see `train.loop`.
     """
@@ -228,7 +228,7 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
 
 
 def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
-    """Raise UserError, before anything is saved, if the model's outputs are not finite; a loss need not show it."""
+    """Raise UserError, before anything is saved, if the model's outputs are not finite, even if the loss is."""
     if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
         raise UserError(
             f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
@@ -237,10 +237,10 @@ def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
 
 
 def with_reference(config: RLConfig, begun: Mapping[str, Any]) -> RLConfig:
-    """Return settings that name the reference: by default the adapter that training starts from, else None, the base.
+    """Return settings that name the reference: by default the adapter that training starts from; None is the base.
 
-    ``begun`` is the identity of the run that is continued, if any. In earlier versions None meant the base even with an
-    adapter; runs that began that way continue that way.
+    ``begun`` is the identity of the run that is continued, if any. In earlier versions the default was the base even
+    with an adapter; such runs keep it.
     """
     if not config.kl_coef:
         return config
@@ -254,7 +254,7 @@ def with_reference(config: RLConfig, begun: Mapping[str, Any]) -> RLConfig:
 def identity_of(
     config: RLConfig, planned: Plan, loaded: LoadedModel, functions: Mapping[str, Callable]
 ) -> dict[str, Any]:
-    """Everything that decides what is learned; files by their content, those of the rewards' functions too."""
+    """Return everything that decides what is learned; files by their content, those of reward functions too."""
     own = {name: rewards.sources(name, function) for name, function in functions.items() if ":" in name}
     read = {
         **({"judge_files": functions["judge"].identity} if "judge" in functions else {}),

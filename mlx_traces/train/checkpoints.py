@@ -1,4 +1,4 @@
-"""The state of a training run in one file: trained weights, optimizer, step. Written whole or not at all."""
+"""The state of a training run in one file: trained weights, optimizer, step. The file is written atomically."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 def save(path: Path, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
     """Write the trained weights, the optimizer and ``state`` (plain JSON values, ``step`` among them).
 
-    The lines that were logged before are on the disk before it: without them a run would go on with a gap.
+    The logged lines are synced to the disk first; otherwise a resumed run could lack some.
     """
     for lines in path.parent.glob("*.jsonl"):
         with on_the_way(lines):
@@ -31,7 +31,7 @@ def save(path: Path, model: nn.Module, optimizer: optim.Optimizer, state: dict[s
 
 
 def load(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Bring model and optimizer back to a checkpoint; return its ``state``.
+    """Restore model and optimizer from a checkpoint; return its ``state``.
 
     Raises:
         UserError: if the file is damaged or was made for other weights.

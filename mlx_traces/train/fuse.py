@@ -33,7 +33,7 @@ BITS = (16, 8, 6, 5, 4, 3, 2)
 class Fused:
     """A fused model: its folder, bits per weight, type of the weights that are not quantized, and mean losses.
 
-    The losses are in nats per learned token, of the base, the base with its adapter, and the fused model. That of the
+    The losses of the base, the base with its adapter, and the fused model are in nats per learned token. That of the
     base is None for an adapter of type ``full``; all are None without traces.
     """
 
@@ -58,8 +58,8 @@ def fuse(
 ) -> Fused:
     """Write model and adapter as one folder that ``mlx_lm.load`` and `loading.load` read.
 
-    Quantized weights are expanded in float32, the adapter is added there, and the sum is rounded once, to the base's
-    own 16-bit type. With fewer bits the sum is quantized then. That can round a small adapter away, so the loss on
+    Quantized weights are expanded to float32, the adapter is added, and the sum is rounded once, to the base's own
+    16-bit type. With fewer bits the result is then quantized, which can round a small adapter away; so the loss on
     traces is measured before and after.
 
     Args:
@@ -141,14 +141,14 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
     quantized = add_up(model)
     model.set_dtype(dtype)
     for label, array in tree_flatten(model.parameters()):
-        mx.eval(array)  # one at a time: the wide intermediates do not pile up
+        mx.eval(array)  # one at a time, so that float32 intermediates do not add up
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             raise UserError(
                 f"{label} does not fit {weight_name(dtype)} with the adapter; train with a lower scale or rate"
             )
     if bits < 16:
-        # What the base keeps dense stays so, and its group size. With the same bits so do each layer's own settings and
-        # the weights of layers without an adapter: quantizing anew what quantized weights expand to changes them.
+        # Layers that are dense in the base stay dense, and the group size stays. With the same bits each layer keeps
+        # its own settings, and one without an adapter its quantized weights: quantizing anew would change them.
         with redirect_stdout(StringIO()):
             model, config = quantize_model(
                 model,
@@ -164,7 +164,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
         model.update_modules(tree_unflatten([(name, untouched[name])]))
     try:
         save_model(folder, model)
-    except RuntimeError as error:  # MLX's word for a disk that is full
+    except RuntimeError as error:  # MLX raises this if the disk is full
         raise OSError(first_line(error)) from None
     save_config(config, folder / "config.json", keep_vision_config=True)
     left = {path for pattern in LEFT_BEHIND for path in loaded.path.glob(pattern)}
@@ -175,7 +175,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
 
 
 def warning(result: Fused) -> str | None:
-    """Return a line that says how the loss changed by quantizing, or None for 16 bits."""
+    """Return a line on how quantizing changed the loss, or None for 16 bits."""
     if result.bits >= 16 or result.loss_fused is None or result.loss_unfused is None:
         return None
     change = result.loss_fused - result.loss_unfused

@@ -1,4 +1,4 @@
-"""Gradients of a step, micro-batch by micro-batch, with the prompt of several rows read once for all of them.
+"""Gradients of a step, micro-batch by micro-batch; a prompt that several rows share is read once.
 
 Where prompts are read first (`engine.forward`), the backward pass is split at the same place: the micro-batches
 accumulate gradients with respect to the prompts' keys and values, and one more pass takes that sum through the prompts.
@@ -30,11 +30,11 @@ def accumulate(
 
     Args:
         model: what is trained.
-        halves: the model in two, by `forward.split` for prompts to be read once where that pays.
+        halves: the model's trunk and head; from `forward.split`, shared prompts are read once where that saves work.
         examples: the rows, each with a trained token.
-        micro_tokens: most tokens of a forward pass, padding included; fewer once memory ran out (`MemoryBudget`).
-        loss_of: takes the (N, D) states that N tokens are drawn from, the (N,) tokens, and the indices of the
-            micro-batch's rows, whose tokens they are, row by row; returns its part of the loss, and of the sums.
+        micro_tokens: most tokens of a forward pass, padding included; fewer after memory ran out (`MemoryBudget`).
+        loss_of: takes (N, D) hidden states, the (N,) tokens that they predict, row by row, and the indices of the
+            micro-batch's rows; returns the micro-batch's part of the loss, and of the sums.
     """
     own = distributed.share(len(examples))
     shifted = loss_of if own.start == 0 else lambda *given: loss_of(*given[:2], [own.start + i for i in given[2]])
@@ -58,7 +58,7 @@ def _accumulate(
     loss_of: LossOf,
 ) -> tuple[float, Any, Counter]:
     """Compute this rank's part."""
-    grads, asked, queue = None, None, forward.Queue()
+    grads, prompt_grads, queue = None, None, forward.Queue()
     done = []  # each micro-batch's part of the loss, and of the sums
     if prompts is None:
 
@@ -81,10 +81,10 @@ def _accumulate(
     value_and_grads = mx.value_and_grad(continued, argnums=(0, 1))
     for indices in forward.micro_batches(prompts.rest, micro_tokens):
         part, (grad, pulls) = value_and_grads(model.trainable_parameters(), memory, indices)
-        grads, asked = optimizer.add(grads, grad), optimizer.add(asked, pulls)
+        grads, prompt_grads = optimizer.add(grads, grad), optimizer.add(prompt_grads, pulls)
         done.append(part)
-        queue.compute(part, grads, asked)
-    for grad in prompts.pull_back(model, halves, asked, micro_tokens):
+        queue.compute(part, grads, prompt_grads)
+    for grad in prompts.pull_back(model, halves, prompt_grads, micro_tokens):
         grads = optimizer.add(grads, grad)
         queue.compute(grads)
     return _total(done, grads)
@@ -121,8 +121,8 @@ def _checkpointed_class(kind: type[nn.Module], drops: bool) -> type[nn.Module]:
     """Make the subclass whose call is checkpointed, with the trainable parameters as explicit inputs."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Dropout has to drop the same when the layer is computed again. The stream cannot be put back to where it was,
-        # so there are three: one for the layer, and one to go on with after each of its two calls.
+        # Dropout must drop the same elements when the layer is computed again. MLX's random stream cannot be rewound,
+        # so there are three seeds: one for the layer, and one to continue with after each of its two calls.
         own, *after = mx.random.randint(0, 2**31 - 1, (3,)).tolist() if drops and self.training else (None,)
 
         def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:

@@ -7,7 +7,7 @@
         run.end_step(step, metrics)
     return run.end(...)
 
-Their ``train(config, out, resume, show)`` are alike:
+Each has a function ``train(config, out, resume, show)``:
 
     config: the settings.
     out: the run folder. It gets ``adapter/`` (the best by validation, the last without one), ``metrics.jsonl``,
@@ -15,9 +15,9 @@ Their ``train(config, out, resume, show)`` are alike:
     resume: continue a run that was cut off; the result is that of an uninterrupted one.
     show: called with each line of metrics and the number of steps.
 
-They return what ``result.json`` has. They raise UserError if the input is wrong, a reward fails, or the loss or the
-gradient stops being finite: the checkpoint stays as it was. They raise Stopped after Ctrl-C, when a step is done and
-its checkpoint written.
+It returns the content of ``result.json``. It raises UserError if the input is wrong, a reward fails, or the loss or the
+gradient is not finite; the checkpoint then stays as it was. It raises Stopped after Ctrl-C, once the current step is
+done and its checkpoint is written.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ class Training:
         last: number of steps.
         every: steps between validations.
         validate: returns metrics, empty if nothing is held out, and lines for ``samples.jsonl``.
-        progress: of a new training.
+        progress: that of a new training; a checkpoint has its own.
         stop: returns whether the user asked to stop.
         show: called with each line of metrics and the number of steps.
     """
@@ -122,7 +122,7 @@ class Training:
         if begun:
             self.progress = type(progress)(**checkpoints.load(self.checkpoint, module, optimizer))
         for file in ("metrics.jsonl", "samples.jsonl"):
-            folder.rewind(file, self.progress.step if begun else -1)  # if not, the first validation is made again too
+            folder.rewind(file, self.progress.step if begun else -1)  # without one the first validation is repeated
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the remaining steps, from 1; validate the start before the first one."""
@@ -201,7 +201,7 @@ def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
 
 
 def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:
-    """Return the evaluation that is made at each validation, with its problems.
+    """Return the plan of the validations, with its problems; None without ``evaluate``.
 
     Raises:
         UserError: if its bounds on thoughts and those of the training contradict each other.
@@ -229,7 +229,7 @@ def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any
     """Answer the held-out problems; return accuracy, finished share and length as metrics, and some completions.
 
     ``valid/accuracy_strict`` counts only answers in the form that the prompt asks for. If it falls behind
-    ``valid/accuracy``, of a tolerant extractor, the model loses the form.
+    ``valid/accuracy`` with a tolerant extractor, the model is losing that form.
     """
     loaded.model.eval()
     with adapters.merged(loaded.model, loaded.backend):
@@ -255,7 +255,7 @@ def keep(
     about: dict[str, Any],
     row: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a run's current adapter with its model card; all trainings save here.
+    """Save a run's current adapter with its model card.
 
     Args:
         loaded: the model, its adapter on.
@@ -269,7 +269,7 @@ def keep(
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the 64-bit seed of a step's random numbers; it depends on nothing else in the run."""
+    """Return the 64-bit seed of a step's random numbers; it depends on these two numbers alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} step {step}".encode()).digest()[:8])
 
 
@@ -284,5 +284,5 @@ def refuse_nonfinite(loss: float, norm: float, step: int, config: OptimizerConfi
 
 
 def digest(file: str | Path) -> str:
-    """Return 12 hexadecimal digits of a file's content."""
+    """Return 12 hexadecimal digits of the SHA-256 of a file's content."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]

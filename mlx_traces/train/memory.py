@@ -1,12 +1,12 @@
 """Estimate the memory of a training before it begins: by part, from sizes alone.
 
 Sampling and updates alternate, and the larger one counts. Sampling holds the rows' keys and values; an update holds
-the activations of one micro-batch and a chunk of logits. Little stays allocated in between.
+the activations and a chunk of logits of the micro-batches under way. Little stays allocated in between.
 
-The factors below are fitted to MLX's own peak of some fifty runs on a CPU (2 to 12 layers, 64 to 256 wide, 16 to 256
-tokens, ranks 4 to 64, with and without checkpointing), whose updates they meet within 20 %. They count numbers of the
-activations' type that are alive at the peak, which is in the backward pass of the last layer: what every layer keeps
-for it, and what the layer at work needs beside that. On a GPU, where attention is fused, they are not measured.
+The factors below are fitted to MLX's peak memory in some fifty runs on a CPU (2 to 12 layers, 64 to 256 wide, 16 to 256
+tokens, ranks 4 to 64, with and without checkpointing); for the updates they are within 20 % of it. They count numbers
+of the activations' type that are alive at the peak, which is in the backward pass of the last layer: what every layer
+keeps for it, and what the layer at work needs beside that. They are not measured on a GPU, where attention is fused.
 """
 
 import math
@@ -32,22 +32,22 @@ C = TypeVar("C", SFTConfig, GRPOConfig, PPOConfig)
 KEPT = (7.0, 5.0, 1.2)  # by each layer
 WORKING = (16.0, 4.5, 1.6)  # by the layer at work, beside what it keeps
 KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
-WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing, and makes all of it at once
+WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing before, and computes all again
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
-LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its slope
-LOGITS_NARROW = 1.25  # beside them, where the model's own logits and their slope are of 16 bits
+LOGITS = 2.5  # float32 buffers of a chunk: logits, their softmax, its gradient
+LOGITS_NARROW = 1.25  # in addition, if the model's own logits and their gradient have 16 bits
 AT_ONCE = 2  # micro-batches under way on a GPU (`forward.Queue`)
-ADAM = 2.0  # averages of each trained number
-GRADIENTS = 2.0  # a micro-batch's, and their sum
+ADAM = 2.0  # averages per trained parameter
+GRADIENTS = 2.0  # those of a micro-batch, and the sum
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes: counts, bytes of a number, and the bytes of three sets of weights.
+    """A model's sizes: counts, bytes of an activation (``itemsize``), and the bytes of three sets of weights.
 
-    ``weights`` is all that the model holds, adapter included, ``trained`` what is trained of it, ``merged`` the copies
-    that exist while the model samples (`adapters.merged`). ``reading`` is how many prompt tokens are read at once,
-    ``at_once`` how many micro-batches are under way.
+    ``weights`` are all weights, adapter included, ``trained`` those that are trained, ``merged`` the copies that exist
+    while the model samples (`adapters.merged`). ``reading`` is how many prompt tokens are read at once, ``at_once`` how
+    many micro-batches are under way.
     """
 
     layers: int
@@ -67,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory by part, in 1e9 bytes, and the settings that it follows from."""
+    """Memory by part, in 1e9 bytes, and the settings that it depends on."""
 
     weights: float
     optimizer: float
@@ -85,7 +85,7 @@ class Estimate:
 
     @property
     def sampling(self) -> float:
-        """Peak while rollouts are sampled; prompts are read when nothing is drawn."""
+        """Peak while rollouts are sampled; prompts are not read while tokens are drawn."""
         return self.weights + self.optimizer + self.merged + self.cache + max(self.reading, self.draw)
 
     @property
@@ -141,13 +141,13 @@ def estimate(
         length: tokens of the longest sequence, prompt included.
         learned: how many of them have a loss.
         micro_tokens: most tokens of a forward pass, padding included.
-        sequences: of an optimizer step.
+        sequences: number of sequences in an optimizer step.
         logits_mb: most MiB of one vocabulary-wide float32 buffer.
         checkpoint_layers: whether activations are computed twice.
         rows: completions decoded at once; 0 if nothing is sampled.
-        completions: how many are sampled in all; more than ``rows`` take turns.
+        completions: how many are sampled in all, ``rows`` at a time.
         prompt: tokens of the longest prompt.
-        drawn: as `buffers_of_a_draw` returns them.
+        drawn: vocabulary-wide float32 buffers of a row, from `buffers_of_a_draw`.
     """
     gb = 1e9
     micro_rows = max(1, min(micro_tokens // max(length, 1), sequences))
@@ -166,8 +166,8 @@ def estimate(
         buffer = rows * token * -(-length // STEP) * STEP
         read = min(shape.reading, completions * prompt)
         read *= shape.itemsize * _dot(READING, (shape.hidden, shape.intermediate, shape.heads * prompt))
-        # Beside the buffers: a batch of prompts, then their keys and values; or, as the buffers grow or move, those of
-        # one layer, or of two where rows come and go.
+        # Beside the buffers: a batch of prompts while it is read, then its keys and values; or copies of the buffers of
+        # one layer while they grow or move, of two where rows come and go.
         beside = (1 if completions <= rows else 2) * buffer
         cache, reading = shape.layers * buffer, max(read, rows * prompt * token * shape.layers, beside)
     return Estimate(
@@ -194,13 +194,13 @@ def _dot(factors: tuple[float, ...], sizes: tuple[int, ...]) -> float:
 def of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> Estimate:
     """Return the memory of a reinforcement step, for prompts of at most ``prompt`` tokens.
 
-    Rows are as many as the engine will decode at once, which takes fewer than ``rows`` where they do not fit.
+    Its rows are those that the engine decodes at once: fewer than the setting ``rows`` where that many do not fit.
     """
     return estimate(shape_of(loaded), **sizes_of_reinforcement(loaded, config, prompt))
 
 
 def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int) -> dict[str, Any]:
-    """Return what `estimate` takes for `of_reinforcement`."""
+    """Return the arguments of `estimate` for `of_reinforcement`."""
     fit = _rows_that_fit(loaded, prompt, config.longest, config.memory_limit)
     completions = config.prompts_per_step * config.group_size
     return {
@@ -230,7 +230,7 @@ def of_sampling(
     memory_limit: float | None = None,
     drawn: float = DRAWN,
 ) -> float:
-    """Return the memory, in 1e9 bytes, of sampling alone, no optimizer beside it; otherwise as `of_reinforcement`."""
+    """Return the memory, in 1e9 bytes, of sampling without training; otherwise as `of_reinforcement`."""
     return estimate(
         replace(shape_of(loaded), trained=0),
         length=prompt + max_tokens,
@@ -251,7 +251,7 @@ def of_sft(loaded: "LoadedModel", config: SFTSettings, length: int) -> Estimate:
 
 
 def sizes_of_sft(config: SFTSettings, length: int) -> dict[str, Any]:
-    """Return what `estimate` takes for `of_sft`."""
+    """Return the arguments of `estimate` for `of_sft`."""
     return {
         "length": length,
         "learned": length,
@@ -264,7 +264,7 @@ def sizes_of_sft(config: SFTSettings, length: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Most:
-    """The largest value of a setting that fits, None if 1 does not; ``top``: a larger value would change nothing."""
+    """The largest value of a setting that fits, None if 1 does not; values above ``top`` change nothing."""
 
     value: int | None
     top: int
@@ -277,7 +277,7 @@ def largest(shape: Shape, sizes: dict[str, Any], limit: float, context: int) -> 
         shape: the model's sizes.
         sizes: the other arguments of `estimate`.
         limit: the memory, in 1e9 bytes.
-        context: tokens of the longest sequence that the model takes.
+        context: the model's context length, in tokens.
     """
     prompt, rows = sizes.get("prompt", 0), sizes.get("rows", 0)
 
@@ -289,12 +289,12 @@ def largest(shape: Shape, sizes: dict[str, Any], limit: float, context: int) -> 
 
     found = {}
     if rows:
-        top = sizes["completions"]  # where all are decoded at once, and none take turns, less is needed than just below
+        top = sizes["completions"]  # all at once, so that no rows come and go: needs less than slightly fewer rows
         value = top if fit(rows=top) else _bisect(lambda count: fit(rows=count), 1, top - 1)
         found["rows"] = Most(value, top)
     top = sizes["length"] * sizes["sequences"]
     found["micro_tokens"] = Most(_bisect(lambda count: fit(micro_tokens=count), 1, top), top)
-    # A longer sequence takes more as long as as many go into a micro-batch, and less where one fewer does.
+    # Longer sequences need more memory, until one fewer fits into a micro-batch: there they need less.
     top, value = context - prompt, None
     for micro_rows in range(1, max(1, sizes["sequences"]) + 1):
         low = sizes["micro_tokens"] // (micro_rows + 1) + 1 - prompt if micro_rows < sizes["sequences"] else 1
@@ -306,7 +306,7 @@ def largest(shape: Shape, sizes: dict[str, Any], limit: float, context: int) -> 
 
 
 def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
-    """Return the largest number from ``low`` to ``high`` that fits, None if ``low`` does not; more never fit better."""
+    """Return the largest number from ``low`` to ``high`` that fits, None if ``low`` does not; ``fit`` is monotonic."""
     if low > high or not fit(low):
         return None
     while low < high:
@@ -318,7 +318,7 @@ def _bisect(fit: Callable[[int], bool], low: int, high: int) -> int | None:
 def fitted(config: C, backend: Backend, estimate_of: Callable[[C], Estimate]) -> C:
     """Return a training's settings with the device's ``micro_tokens`` halved until the update fits in memory.
 
-    A value that the user set is kept, and the result is not below the default, which is a CPU's.
+    A value that the user set is kept; the result is not below the default, which is that of a CPU.
     """
     default = type(config).model_fields["micro_tokens"].default
     while (
@@ -336,7 +336,7 @@ def fits(found: Estimate, backend: Backend) -> str | None:
         return None
     fixed = found.weights + found.optimizer
     if fixed > backend.memory_gb:
-        advice = "weights and optimizer alone pass it; take a smaller model, --weights quantized, or a lower rank"
+        advice = "weights and optimizer alone exceed it; choose a smaller model, --weights quantized, or a lower rank"
     elif found.sampling > found.update:
         advice = f"lower rows ({found.rows})"
     elif found.logits > found.activations:

@@ -2,7 +2,7 @@
 
 A card names the base model, data, settings, measured figures, the way to load the adapter, and the base's licence. All
 of it comes from the adapter's settings and its run folder, so a card can be rewritten. Texts of users and models are
-quoted as code; paths of this machine are cut to their ends.
+quoted as code; of this machine's paths only the ends are shown.
 """
 
 import json
@@ -33,7 +33,7 @@ from mlx_traces.traces.files import manifest_path
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 MARK = "<!-- Written by mlx-traces"
-GENERIC = ("adapter", "adapters", "best", "last", "final")  # folders that take the name of the folder around them
+GENERIC = ("adapter", "adapters", "best", "last", "final")  # the card's title is then the parent folder's name
 KINDS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "set of fully trained weights"}
 METHODS = {
     "sft": "supervised fine-tuning on traces",
@@ -46,7 +46,7 @@ FILES = (  # settings that name one
     *("model", "adapter", "data", "valid", "reference", "shots_data", "prompt"),
     *("judge", "judge_prompt", "judge_cache"),
 )
-# The hub's identifiers of licences (hub documentation, "Licenses", and those it has taken up since).
+# The hub's identifiers of licences (hub documentation, "Licenses", and those added since).
 IDENTIFIERS = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
 afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -138,12 +138,12 @@ def write(
     """Write the card of an adapter, or of a model that it was fused into.
 
     Args:
-        adapter: the folder; only its card may be missing.
+        adapter: its folder, complete except for the card.
         row: the line of metrics of the validation that chose it; default: from its run folder.
         base: the base model; default: from its name and the hub.
         runs: finished evaluations with the adapter, and of the base model alone.
         fused: the folder of the fused model, which gets the card, and its kind of weights.
-        title: default: the name of the folder or of its run.
+        title: the card's title; default: the name of the folder or of its run.
 
     Returns:
         The file.
@@ -189,7 +189,7 @@ def rewrite(adapter: Path, runs: Sequence[Path] = ()) -> Path:
     """Rewrite a finished adapter's card: ``mlx-traces card``. The metrics are those of its run folder.
 
     Raises:
-        UserError: as `write`; if somebody else wrote the card.
+        UserError: as `write`; if mlx-traces did not write the card.
     """
     adapter = adapter.expanduser()
     adapter_config.read_config(adapter)
@@ -212,7 +212,7 @@ def _kept(run: Path) -> tuple[Mapping[str, Any], bool]:
 
 
 def title_of(adapter: Path) -> str:
-    """Return the name of a folder, or of its run."""
+    """Return the name of an adapter's folder, or of its run if that folder is called ``adapter`` or alike."""
     folder = adapter.resolve()
     named = folder.parent if folder.name in GENERIC and folder.parent.name else folder
     return clean(named.name) or "adapter"
@@ -262,7 +262,7 @@ def _summary(config: dict[str, Any], base: Base, method: str, fused: str | None)
     layers = config.get("num_layers", -1)
     on = "all layers" if layers in (-1, None) else f"the last {layers} layers"
     made = METHODS.get(method, "training")
-    whole = f"One model ({fused}) of a base and an adapter, which is a" if fused else "A"
+    whole = f"A base model fused with an adapter ({fused}). The adapter is a" if fused else "A"
     if base.hub_id:
         model = f"[{_plain(base.name)}](https://huggingface.co/{base.hub_id})"
     elif base.name == names.NANO:
@@ -389,8 +389,8 @@ def _evaluation(run: Path, adapter: Path, config: dict[str, Any]) -> dict[str, A
     now = fingerprint(adapter)
     if own is not None and (reason := doubt(own, now)):
         raise UserError(
-            f"{run}: whether it is an evaluation of these weights cannot be told (adapter_files: {reason}); "
-            "make one with: mlx-traces eval"
+            f"{run}: it may be an evaluation of other weights (adapter_files: {reason}); make a new one with: "
+            "mlx-traces eval"
         )
     if own not in (None, now):
         raise UserError(f"{run}: an evaluation of another adapter, {about.get('adapter')}, or of other weights in it")
@@ -424,7 +424,7 @@ def _licence_text(base: Base) -> str:
 
 
 def shown(value: Any, name: str = "") -> Any:
-    """Return settings without paths of this machine: a file keeps its last parts, a text loses the home folder."""
+    """Return settings without paths of this machine: cut files to their last parts, shorten folders in texts."""
     if isinstance(value, dict):
         return {clean(key): shown(one, str(key)) for key, one in value.items() if one is not None}
     if isinstance(value, (list, tuple)):
@@ -465,5 +465,5 @@ def _plain(text: str) -> str:
 
 
 def _slug(text: str) -> str:
-    """Return a text as a folder's name for a command."""
+    """Return a text as a folder's name that needs no quotes in a command."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-") or "folder"

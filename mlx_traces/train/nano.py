@@ -75,7 +75,7 @@ def build_tokenizer():
 
 
 def _prompt_fragments() -> Iterator[str]:
-    """Yield the text between the placeholders of the two prompts that nano is taught."""
+    """Yield the text around the placeholders of nano's two prompts."""
     for prompt in (PROMPTS["direct"], PROMPTS["thinking"]):
         rest = prompt.user.replace("{nums}", "[\0]").replace("{target}", "\0")
         yield from (part for part in rest.split("\0") if part)
@@ -122,7 +122,7 @@ def number_features(count: int, size: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training: its number of sequences, how often their teacher gives up, its peak learning rate."""
+    """A stage of training: its number of sequences, how often the teacher gives up (`impatience`), its peak rate."""
 
     name: str
     sequences: int
@@ -140,7 +140,7 @@ def stages(config: NanoConfig) -> tuple[Stage, Stage]:
 
 
 def problems(config: NanoConfig) -> list[tuple[list[int], int]]:
-    """Return the training problems (nums, target) that both stages draw on.
+    """Return the training problems (nums, target) of both stages.
 
     Raises:
         UserError: with their number, if there are fewer than ``config.problems``.
@@ -155,7 +155,7 @@ def problems(config: NanoConfig) -> list[tuple[list[int], int]]:
         low, high = config.operands
         raise UserError(
             f"problems: only {len(found):,} of {low} to {high} numbers were found, not {config.problems:,}; "
-            "ask for no more, or for problems of more numbers (operands)"
+            "lower problems, or allow more numbers (operands)"
         ) from None
     return found
 
@@ -165,9 +165,8 @@ def examples(
 ) -> list[tuple[list[int], int]]:
     """Return (token ids, prompt length) of a chunk: sequences ``start`` to ``start + CHUNK`` of a stage.
 
-    A stage passes over the problems again and again; each time the solver gives up at other places, and other
-    problems have the prompt ``direct``. A chunk depends on nothing but the arguments. A problem without a short trace
-    gives no example.
+    A stage makes several passes over the problems; in each the solver gives up at other places, and other problems have
+    the prompt ``direct``. A chunk depends only on the arguments. A problem without a short trace gives no example.
     """
     draw = random.Random(f"{config.seed} {stage.name} {start}")
     gives_up = impatience(stage.give_up, stage.daunting, draw)
@@ -186,7 +185,7 @@ def examples(
 def batches(
     config: NanoConfig, stage: Stage, pool: list[tuple[list[int], int]], start: int, tokenizer
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield a chunk as (ids (B, T) int32, mask (B, T - 1): 1 where the next token is the completion's).
+    """Yield a chunk as batches of ids, (B, T) int32, and masks, (B, T - 1): 1 if the completion has the next token.
 
     A batch has examples of similar length.
     """
@@ -209,7 +208,7 @@ def loss_of(model: nn.Module, ids: mx.array, mask: mx.array) -> mx.array:
 
 
 def check_sizes(config: NanoConfig) -> None:
-    """Raise UserError, naming the setting, for sizes that no model has or that cannot be quantized."""
+    """Raise UserError, naming the setting, for sizes that do not fit together or cannot be quantized."""
     group, heads, kv_heads = config.quant_group_size, config.heads, config.kv_heads
     groups = f"quant_group_size ({group})"
     for name, size, part, what in (

@@ -35,7 +35,7 @@ class Upload:
 
 
 def prepare(folder: Path) -> Upload:
-    """Collect the files of an adapter, of a run's adapter, or of a model such as ``fuse`` makes.
+    """Collect the files of an adapter, of a run's adapter, or of a model folder, as from ``fuse``.
 
     Paths of this machine are removed from the settings, as on the card; all other files are uploaded unchanged.
 

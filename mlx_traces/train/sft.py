@@ -41,8 +41,7 @@ from mlx_traces.train.optimizer import make_optimizer
 def step_gradient(model: nn.Module, halves: Split, batch: Sequence[Example], config: SFTConfig) -> tuple[float, Any]:
     """Return the mean cross-entropy of a step's learned tokens, in nats, and its gradient.
 
-    The sums of micro-batches and ranks are divided by the tokens of the whole step: how it is split changes nothing but
-    rounding.
+    The sums of micro-batches and ranks are divided by the tokens of the whole step, so the split changes only rounding.
     """
     total = sum(example.count for example in batch)
 
@@ -76,10 +75,10 @@ class Data:
 
 
 def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
-    """Read and encode the traces; keep those for validation apart, by problem.
+    """Read and encode the traces; split them into training and validation, by problem.
 
-    Traces of the problems that are answered at validation are left out of the training, with a note. These problems are
-    asked with the thinking switch of the settings, or of the traces, if all were made with the same one.
+    Traces of the held-out problems (``evaluate``) are left out of the training, with a note. The prompts of these
+    problems use the thinking switch of the settings, or that of the traces if all were made with the same one.
     """
     how = config.max_length, config.over_long, config.thinking
     plan = loop.held_out_plan(config.model, config)
@@ -134,15 +133,15 @@ def _brackets(notes: list[str]) -> str:
 
 
 def _draw(text: str) -> float:
-    """Return a number in [0, 1) that follows from a text."""
+    """Return a pseudo-random number in [0, 1) that depends only on a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
 @dataclass(frozen=True)
 class SFTResult:
-    """A finished training: its adapter's folder, steps, the best validation and where it was.
+    """A finished training: its adapter's folder, steps, the best validation and its step.
 
-    ``stopped`` is ``patience`` where that ended it before its last step.
+    ``stopped`` is ``patience`` if that ended the training early.
     """
 
     adapter: str
@@ -249,7 +248,7 @@ def _begin(
 
 
 def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[list[Example]]:
-    """Yield the examples of every step of the whole training; it follows from the seed alone."""
+    """Yield the examples of every step of the whole training; their order depends on the seed alone."""
     for epoch in range(config.epochs):
         for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
             yield [rows[index] for index in indices]
@@ -269,7 +268,7 @@ def _padding(lengths: list[int], config: SFTConfig, backend: str) -> float:
 def validation(
     loaded: LoadedModel, halves: Split, data: Data, config: SFTConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return validation loss and accuracy as metrics, as far as there is data, and some completions to look at."""
+    """Return validation loss and accuracy as metrics, if there is data for them, and some completions to look at."""
     loaded.model.eval()
     row: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
@@ -314,16 +313,16 @@ def continued(loaded: LoadedModel, rows: Sequence[Example]) -> list[dict[str, An
 
 
 def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str, Any]:
-    """Everything that decides what is learned; files by their content."""
+    """Return everything that decides what is learned; files by their content."""
     digests = {
         name: loop.digest(file)
         for name, file in (("data_files", config.data), ("valid_files", config.valid))
         if file is not None
     }
-    # In earlier versions the traces of a problem that a file has twice could be on both sides.
+    # In earlier versions a problem that a file has twice could be in both training and validation.
     apart = {"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}
     identity = loop.identity_of(config, loaded, {**apart, **digests})
-    if data.held_out and data.held_out.config.thinking is not None:  # the traces' own, perhaps
+    if data.held_out and data.held_out.config.thinking is not None:  # perhaps that of the traces
         identity["evaluate"]["thinking"] = data.held_out.config.thinking
     return identity
 

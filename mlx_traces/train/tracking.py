@@ -47,7 +47,7 @@ def client(name: str) -> ModuleType:
 
 @contextmanager
 def reported(config: TrackingConfig, folder: RunFolder, show: Show | None) -> Iterator[Show | None]:
-    """Yield a ``show`` that also sends each row of metrics to the client of ``report_to``; without one ``show`` itself.
+    """Yield a ``show`` that also sends each row to the client ``report_to``; without a client ``show`` itself.
 
     Of several ranks only the first sends. The tracked run begins with the first row, when the settings are checked.
 

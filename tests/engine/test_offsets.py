@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from factories import wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_traces.engine.offsets import pieces, token_offsets
+from mlx_traces.engine import offsets
+from mlx_traces.engine.offsets import token_offsets
 from mlx_traces.engine.sampling import decode, text_of
 from mlx_traces.models import loading
 
@@ -126,15 +128,39 @@ def test_tokens_that_are_not_in_the_text_have_no_characters():
     assert token_offsets(loaded, [], "").shape == (0, 2)
 
 
-def test_a_long_completion_is_decoded_a_few_times_only(monkeypatch):
+@pytest.mark.parametrize("text", ["語🙂" * 800, "49語" * 1000, "".join(map(chr, range(128, 3000)))])
+def test_characters_of_several_tokens_are_decoded_once(text, monkeypatch):
     loaded, counted = wrap(BYTES), []
-    ids = [OF_BYTES.index(b" 49")] * 4000
-    ids[1000:1000] = list("語🙂".encode())
-    known = pieces(loaded.tokenizer, ids)
-    monkeypatch.setattr("mlx_traces.engine.offsets.decode", lambda *args: counted.append(len(args[1])) or decode(*args))
-    text = decode(loaded.tokenizer, ids)
-    assert token_offsets(loaded, ids, text, known).tolist() == of_pieces(OF_BYTES, ids).tolist()
-    assert len(counted) < 60
+    ids = list(text.encode())
+    monkeypatch.setattr(offsets, "decode", lambda *args: counted.append(len(args[1])) or decode(*args))
+    assert token_offsets(loaded, ids, text).tolist() == of_pieces(OF_BYTES, ids).tolist()
+    assert counted == [len(ids)]
+
+
+@given(st.lists(st.integers(0, len(OF_BYTES) + len(SPECIAL) - 1), max_size=24))
+@settings(deadline=None, max_examples=150)
+def test_bytes_and_bisection_agree_where_every_byte_is_of_a_character(ids):
+    """The bisection is for decoders whose tokens' bytes do not add up to the text."""
+    loaded, data = wrap(BYTES), [[*OF_BYTES, *(token.encode() for token in SPECIAL)][token] for token in ids]
+    whole = decode(loaded.tokenizer, ids)
+    found = offsets._by_bytes(data, whole)
+    assert found is not None and offsets._by_bytes(data, whole + "x") is None
+    if "\ufffd" not in whole:
+        assert found.tolist() == offsets._by_bisection(loaded.tokenizer, ids, data, whole).tolist()
+
+
+def test_a_decoder_that_looks_at_the_neighbours(monkeypatch):
+    """Its first letter is a capital one, and so is that of each token after a point."""
+    loaded = wrap(BYTES)
+
+    def capitals(tokenizer, ids):
+        text = decode(tokenizer, ids)
+        return "".join(a.upper() if before in ("", ".") else a for before, a in zip(["", *text], text, strict=False))
+
+    monkeypatch.setattr(offsets, "decode", capitals)
+    ids = list("so é. no 語.x".encode())
+    found = token_offsets(loaded, ids, "So é. no 語.X")
+    assert found.tolist() == of_pieces(OF_BYTES, ids).tolist()
 
 
 def test_the_embedded_model_s_numbers(monkeypatch):

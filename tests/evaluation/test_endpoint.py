@@ -182,7 +182,7 @@ def test_samples_have_seeds_of_their_own_and_neutral_settings_go_where_they_are_
     result = evaluated(fake, tmp_path / "run", samples=3, temperature=0.5)
     assert result.pass_at_k.keys() == {"1", "2", "3"}
     assert len({body["seed"] for body in posts(fake)}) == 18 and all(0 <= b["seed"] < 1 << 31 for b in posts(fake))
-    assert result.notes[-1] == "the server knows no min_p or top_k, and was not sent it"
+    assert result.notes[-1] == "the server does not know min_p or top_k; not sent"
     with pytest.raises(UserError, match="refuses problem .* top_k"):
         evaluated(fake, tmp_path / "other", samples=3, temperature=0.5, top_k=9)
 
@@ -313,7 +313,7 @@ def test_redirects_are_not_followed(fake, tmp_path, monkeypatch):
     other = Fake()
     threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     fake.respond = lambda number, path, body: (307, {"Location": f"{other.url}{path}"}, b"")
-    with pytest.raises(UserError, match="sends requests elsewhere"):
+    with pytest.raises(UserError, match=r"redirects \(status"):
         evaluated(fake, tmp_path / "run", api_key_env="MY_KEY")
     other.shutdown()
     other.server_close()
@@ -359,7 +359,7 @@ def test_what_a_server_leaves_out_is_said_and_foreign_text_is_kept_safe(fake, tm
     result = evaluated(fake, tmp_path / "run")
     assert result.mean_tokens is None and result.tokens_per_second is None
     assert result.notes == [
-        "the server calls the model that answered another model",
+        "the server's name for the model that answered is another model",
         "the server gave no count of tokens for 6 of 6 completions",
         "the server did not say why 6 of 6 completions ended",
     ]

@@ -75,7 +75,7 @@ def test_the_smallest_detectable_difference_has_the_power_wanted():
     [
         ("--difference 0", "a difference of 0 cannot be found by any number of problems; name one above 0"),
         ("--difference 120", "a difference of 120 points is not between 0 and 100"),
-        ("--difference 3 --discordant 2", "2 % discordant pairs do not make 3 points of difference: each point is a"),
+        ("--difference 3 --discordant 2", "2 % discordant pairs cannot give a difference of 3 points, which needs"),
         ("--difference 3 --discordant 0", "0 % discordant pairs is not above 0 and at most 100"),
         ("--difference 3 --power 100", "a power of 100 % is not between 0 and 100"),
         ("--problems 200 --power 150", "a power of 150 % is not between 0 and 100"),

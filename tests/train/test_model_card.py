@@ -122,7 +122,7 @@ def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):
     assert model_card.rewrite(tmp_path / "valid" / "adapter").read_text() == text
     fuse.fuse(str(model_folder), str(out / "adapter"), tmp_path / "whole")
     fused = accepted(tmp_path / "whole" / "README.md")
-    assert "One model (16 bits" in fused.text and "adapter_path" not in fused.text and "# whole" in fused.text
+    assert "with an adapter (16 bits" in fused.text and "adapter_path" not in fused.text and "# whole" in fused.text
 
 
 def test_grpo_writes_its_validation_into_the_model_index(model_folder, tmp_path):

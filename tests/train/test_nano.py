@@ -146,7 +146,7 @@ def test_more_problems_than_there_are_are_refused_before_training(tmp_path, monk
     monkeypatch.setattr(nano, "generate", few)
     with monkeypatch.context() as patch:
         patch.setattr(nano, "batches", no_training)
-        with pytest.raises(UserError, match=r"^problems: only \d+ of 3 to 3 numbers .* not 200; ask for no") as error:
+        with pytest.raises(UserError, match=r"^problems: only \d+ of 3 to 3 numbers .* 200; lower problems") as error:
             nano.build(NanoConfig(out=str(tmp_path / "a"), **TINY))
         with pytest.raises(UserError, match="operands 1-3 is not a range"):
             nano.build(NanoConfig(out=str(tmp_path / "a"), **{**TINY, "operands": (1, 3)}))

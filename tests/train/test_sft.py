@@ -239,7 +239,8 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     assert result.best_step == best and result.valid_loss == losses[best]
     assert max(losses) == result.steps == best + 2 < 9 * 4
     assert result.stopped == json.loads((tmp_path / "run" / "result.json").read_text())["stopped"] == "patience"
-    assert terminal.state(run_view.read(tmp_path / "run")).startswith(f"ended by patience, step {result.steps} of ")
+    state = terminal.state(run_view.read(tmp_path / "run"))
+    assert state.startswith(f"stopped early by patience, step {result.steps} of ")
     # The adapter that was kept has this loss.
     loaded = loading.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
     data = sft.prepare(loaded, config)

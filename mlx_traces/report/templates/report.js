@@ -1,5 +1,5 @@
 "use strict";
-// The browser of traces. Texts are set as text, never as markup.
+// The trace browser. Texts are set as text, never as markup.
 (function () {
   const source = document.getElementById("data");
   if (!source) return;
@@ -47,7 +47,7 @@
     if (row.id) {
       const id = make("button", "id", row.id);
       id.type = "button";
-      id.title = "every sample of this problem";
+      id.title = "show every sample of this problem";
       id.addEventListener("click", () => only(row.id));
       top.append(id);
     }
@@ -58,8 +58,8 @@
       article.append(folded("thought, " + count + " characters", row.thought, at("open").checked));
     }
     if (row.solution) article.append(make("pre", "", row.solution));
-    else article.append(make("p", "note", row.thought ? "Nothing follows the thought." : "Nothing was written."));
-    if (row.reference) article.append(folded("the trace it was taught", row.reference, false));
+    else article.append(make("p", "note", row.thought ? "Nothing follows the thought." : "The completion is empty."));
+    if (row.reference) article.append(folded("the trace in the training data", row.reference, false));
     const facts = make("div", "facts");
     fact(facts, "found", row.extracted);
     fact(facts, "right answer", row.gold);
@@ -96,7 +96,7 @@
     shown = Math.min(found.length, shown + PART);
     at("more").hidden = shown >= found.length;
     const many = found.length.toLocaleString("en");
-    at("count").textContent = found.length ? shown + " of " + many + " shown" : "No sample is like that.";
+    at("count").textContent = found.length ? shown + " of " + many + " shown" : "No sample matches.";
   }
 
   function chips() {
