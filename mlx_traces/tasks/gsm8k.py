@@ -117,8 +117,8 @@ def _examples(shots: int, seed: int, data: str | None, leave_out: frozenset[str]
     unasked = {problem.id for problem in problems if "#" not in problem.id}
     unasked -= {problem_id(identity) for identity in leave_out}
     if not 0 <= shots <= len(unasked):
-        but = "; the others are in the evaluation: pass other examples with --shots-data FILE" if leave_out else ""
-        raise UserError(f"--shots {shots}: {data or HUB} has {len(unasked)} to choose from{but}")
+        way = "the rest is in the evaluation: pass other examples with --shots-data FILE" if leave_out else "take fewer"
+        raise UserError(f"--shots {shots}: {data or HUB} has {len(unasked)} to choose from; {way}")
     drawn = random.Random(seed).sample(problems, len(problems))  # all, so leaving one out does not change the others
     chosen = [problem for problem in drawn if problem.id in unasked][:shots]
     return [(str(problem.columns["question"]), str(problem.columns["answer"])) for problem in chosen]

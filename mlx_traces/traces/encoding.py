@@ -314,5 +314,5 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
             "mostly without their thoughts"
         )
     if encoded.thinking:
-        lines.append(f"{encoded.thinking} traces with a thought are learned with the template's switch on (thinking)")
+        lines.append(f"{encoded.thinking} traces with a thought are learned with the thinking switch on (thinking)")
     return lines

@@ -52,7 +52,8 @@ def select(
         left = [index for index in kept if index in stay]
         report.append((name, len(kept) - len(left), len(left)))
         if not left:
-            raise UserError(f"nothing is left: rule {name!r} removed the last {len(kept)} of {len(traces)} traces")
+            lost = f"removed the last {len(kept)} of {len(traces)} traces"
+            raise UserError(f"nothing is left: rule {name!r} {lost}; relax that rule")
         kept = left
     return [traces[index] for index in kept], report
 
