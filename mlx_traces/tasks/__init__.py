@@ -40,7 +40,6 @@ class Task:
     load: Callable[[str, str | None, int | None, int], list[Problem]]
     grade: Callable[[Problem, str], dict[str, Score]]
     same: Callable[[str, str, str], str]
-    splits: tuple[str, ...] = ("train", "test")
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
     sample_columns: tuple[str, ...] = ()
     steps: Callable[[Problem, str], dict[str, list[Span]]] | None = None

@@ -443,6 +443,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=tuple(SPLITS),
     steps=steps,
 )

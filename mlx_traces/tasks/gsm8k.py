@@ -158,6 +158,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=SPLITS,
     few_shot={"fewshot": fewshot, "fewshot-chat": fewshot_chat},
 )

@@ -150,6 +150,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=tuple(HUB),
     sample_columns=("subject", "type", "level"),
 )

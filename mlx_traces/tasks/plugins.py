@@ -25,11 +25,12 @@ _KINDS = {  # the type that a field of a task must have, and its name in message
     "graded_columns": (tuple, "a tuple of names"),
     "gold_columns": (tuple, "a tuple of names"),
     "extractors": (tuple, "a tuple of names"),
-    "splits": (tuple, "a tuple of names"),
     "prompts": (dict, "a dict of prompts by name"),
     "default_prompt": (str, "the name of a prompt"),
     **dict.fromkeys(("parse", "load", "grade", "same"), (Callable, "a function")),
     "steps": (Callable | None, "a function"),
+    "few_shot": (dict, "a dict of functions by name"),
+    "sample_columns": (tuple, "a tuple of names"),
 }
 
 
@@ -78,7 +79,9 @@ def load(name: str) -> Task:
     for field, (kind, what) in _KINDS.items():
         if not isinstance(value := getattr(task, field), kind):
             raise UserError(f"{file}: {attribute}.{field} must be {what}, not {str(value)[:60]!r}")
-    if not task.extractors or not all(isinstance(extractor, str) for extractor in task.extractors):
+        if kind is tuple and not all(isinstance(each, str) for each in value):
+            raise UserError(f"{file}: {attribute}.{field} must be {what}; {str(value)[:60]} has one that is no text")
+    if not task.extractors:
         raise UserError(f"{file}: {attribute}.extractors must name one extractor or more")
     if wrong := [key for key, prompt in task.prompts.items() if not isinstance(prompt, Prompt) or prompt.name != key]:
         raise UserError(f"{file}: {attribute}.prompts: {wrong[0]!r} must be a Prompt of that name")
@@ -103,9 +106,9 @@ def _describe(error: BaseException, file: str) -> str:
 def _guarded(task: Task, file: str) -> Task:
     """Wrap the task's functions: for an exception or a wrong result they raise a UserError that names the file."""
 
-    def call(name: str, about: str, *arguments: Any) -> Any:
+    def call(name: str, about: str, *arguments: Any, own: Callable | None = None) -> Any:
         try:
-            return getattr(task, name)(*arguments)
+            return (own or getattr(task, name))(*arguments)
         except UserError:
             raise
         except (Exception, SystemExit) as error:
@@ -145,7 +148,18 @@ def _guarded(task: Task, file: str) -> Task:
             raise wrong("steps", f" for {problem.id}", "a dict with a list of (start, end, value) for each kind", found)
         return found
 
-    return replace(task, parse=parse, load=load, grade=grade, same=same, steps=task.steps and steps)
+    def examples(style: str, own: Callable) -> Callable[..., Prompt]:
+        def prompt(*arguments: Any) -> Prompt:
+            made = call("few_shot", f" for {style}", *arguments, own=own)
+            if not isinstance(made, Prompt):
+                raise wrong("few_shot", f" for {style}", "a Prompt", made)
+            return made
+
+        return prompt
+
+    few_shot = {style: examples(style, own) for style, own in task.few_shot.items()}
+    guarded = {"parse": parse, "load": load, "grade": grade, "same": same, "few_shot": few_shot}
+    return replace(task, **guarded, steps=task.steps and steps)
 
 
 def _is_problem(value: Any) -> bool:
