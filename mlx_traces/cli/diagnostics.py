@@ -89,9 +89,7 @@ def _by(ranks: int) -> str:
 @bench_group.command("generate", cls=Ranked)
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--rows", default="32", show_default=True, help="Batch sizes of decoding, as in 32,128.")
-@click.option(
-    "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens per completion."
-)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest completion.")
 @click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Number of prompts.")
 @click.option("--prompts", type=click.Path(), help="File of GSM8K-like questions.  [default: Countdown problems]")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to time in the same run, on the same weights.")

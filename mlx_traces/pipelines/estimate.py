@@ -81,7 +81,7 @@ def lines(config: RoundsConfig) -> list[str]:
     ends.append(("comparison", Path(compared.out or ""), not missing))
     rows = [("stage", "state", "tokens at most", "memory", "output")]
     rows += [
-        (name, "finished" if done else "to make", *_figures(found.get(name)), str(out)) for name, out, done in ends
+        (name, "finished" if done else "to make", *_figures(found.get(name)), f"{out}") for name, out, done in ends
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     table = ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
