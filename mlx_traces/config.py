@@ -423,6 +423,15 @@ class GRPOConfig(RLConfig):
     updates_per_batch: Positive = Field(1, description="Passes over each batch of rollouts.")
     minibatches: Positive = Field(1, description="Optimizer steps per pass over the rollouts.")
 
+    @field_validator("max_resamples")
+    @classmethod
+    def _no_resamples_for_mean(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("advantage") == "mean":
+            raise ValueError(
+                "with advantage mean, groups of equal rewards have a gradient too; leave max_resamples out"
+            )
+        return value
+
     @field_validator("loss", mode="before")
     @classmethod
     def _no_bnpo(cls, value: Any) -> Any:

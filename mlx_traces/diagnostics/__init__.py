@@ -1,1 +1,1 @@
-"""Is this machine right, and how fast is it? doctor, the self-test, benches beside the peers."""
+"""Does this machine compute correctly, and how fast? The doctor, the self-test, benches against other tools."""

@@ -38,7 +38,7 @@ PATIENCE = 0.05  # seconds between two checks whether a step has ended
 GRACE = 5  # seconds between the interrupt of a step at its limit and its kill
 LITTLE_SWAP = 0.2  # GB that swap may grow by without a note
 MOST_SAID = 2000  # characters that are kept of a tool's output
-# They report heat, power saving and swap; powermetrics needs root.
+# Tools that report heat, power saving and swap; powermetrics needs root.
 TOOLS = (
     ("pmset", "-g"),
     ("pmset", "-g", "therm"),
@@ -72,7 +72,7 @@ def plan(model: str, backend: str, quick: bool, data: str | None = None) -> list
 
     Args:
         model: as for ``loading.load``.
-        backend: ``"metal"``, ``"cuda"`` or ``"cpu"``; a CPU decodes with dense weights only, since 4-bit is slow.
+        backend: ``"metal"``, ``"cuda"`` or ``"cpu"``; a CPU decodes with dense weights only, as 4 bits are slow there.
         quick: fewer and shorter steps, for a first look.
         data: a file of GSM8K-like problems.
     """
@@ -124,7 +124,7 @@ def bench_all(
         model: default: a 4-bit Qwen2.5 of 0.5B, and nano on a CPU or for a quick look.
         quick: fewer and shorter steps.
         data: a file of GSM8K-like problems; default: the hub's, or Countdown if that is out of reach.
-        minutes: for all steps; those that do not fit are skipped.
+        minutes: limit for all steps together; those that do not fit are skipped.
         progress: called with a line before and after each step.
 
     Raises:
@@ -172,7 +172,7 @@ def bench_all(
 
 
 def run(planned: Planned, limit: float) -> Step:
-    """Run a step in a process of its own for at most ``limit`` seconds; return a failure, do not raise it."""
+    """Run a step in a process of its own for at most ``limit`` seconds; a failure is returned, not raised."""
     about = {"name": planned.name, "kind": planned.kind, "arguments": [*map(last_parts, planned.arguments)]}
     if limit < 1:
         return Step(**about, status="skipped", message="no time was left")
@@ -188,7 +188,7 @@ def run(planned: Planned, limit: float) -> Step:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                start_new_session=True,  # its own processes are ended with it
+                start_new_session=True,  # so that the processes that it starts can be ended with it
             )
         try:
             for how, end in ((signal.SIGINT, limit), (signal.SIGKILL, limit + GRACE), (None, float("inf"))):
@@ -211,13 +211,13 @@ def run(planned: Planned, limit: float) -> Step:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to a process and all that it started, as far as they still run."""
-    with suppress(ProcessLookupError, PermissionError):  # macOS denies permission where all have ended
+    """Send a signal to a process and to those that it started, if they still run."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS denies permission if all have ended
         os.killpg(process.pid, number)
 
 
 def _wait(process: subprocess.Popen, until: float) -> float | None:
-    """Wait for a process until a time; return the most memory that it held, in 1e9 bytes, once it has ended."""
+    """Wait for a process until a time; return its peak memory in 1e9 bytes, None if it has not ended."""
     while time.monotonic() < until:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -280,7 +280,7 @@ def low_power(said: dict[str, str]) -> bool | None:
 
 
 def warnings(before: Condition, cores: int) -> list[str]:
-    """Return notes on conditions that lower a machine's figures."""
+    """Return notes on conditions that make a machine slower."""
     found = []
     if before.low_power:
         found.append("low-power mode is on: switch it off in the settings of the battery, and repeat")

@@ -22,7 +22,7 @@ from mlx_traces.report import figures, tables, terminal
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.text import clean
 
-# The rows that a step of each kind prints.
+# The class of the rows that a step of each kind prints.
 ROWS = {
     "doctor": TypeAdapter(list[Line]),
     "generate": TypeAdapter(list[GenerateRow]),
@@ -58,7 +58,7 @@ class Step(Part):
 
     @cached_property
     def found(self) -> list[Any]:
-        """The rows as objects of the bench's own class."""
+        """The rows as objects of the class in `ROWS`."""
         return ROWS[self.kind].validate_python(self.rows)
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class Condition(Part):
 
 
 class Machine(Part):
-    """The machine of the steps: MLX's name of the device, its backend, memory in 1e9 bytes, cores of this process."""
+    """The machine: MLX's name of the device, its backend, memory in 1e9 bytes, cores that the process may use."""
 
     device: str
     backend: Literal["metal", "cuda", "cpu"]
@@ -88,7 +88,7 @@ class Machine(Part):
 
 
 class BenchFile(Part):
-    """A run of ``bench all``; written again after each step."""
+    """The results of ``bench all``; written again after each step."""
 
     bench: Literal[1] = 1
     machine: Machine
@@ -160,7 +160,7 @@ def _speed(row: GenerateRow | None) -> str:
 def show(files: Sequence[BenchFile], width: int = WIDTH) -> None:
     """Print the table by machine, the curves, the steps that did not finish, and the notes."""
     console = Console(width=width)
-    caption = "32 and 256 rows: tokens/s decoding, and over mlx-lm's. GRPO: seconds, sampling + update. SFT: tokens/s."
+    caption = "32, 256 rows: tokens/s decoding, ratio to mlx-lm. GRPO: seconds, sampling + update. SFT: tokens/s."
     console.print(tables.grid("Machines", *cells(files), caption))
     for line in lines(files):
         peaks = f"{min(line.values):,.0f} to {max(line.values):,.0f} tokens/s"

@@ -1,7 +1,7 @@
-"""How fast this machine is, beside a named peer in the same run.
+"""How fast this machine generates, compared with a named peer in the same run.
 
 Every figure is of a whole run over the same prompts. Our runs and the peer's alternate, the median counts, and a
-first run of each, which compiles kernels and touches memory, is reported apart.
+first run of each, which compiles kernels and touches memory, is reported separately.
 """
 
 import gc
@@ -19,7 +19,7 @@ from mlx_lm import batch_generate
 
 from mlx_traces.engine.generation import Usage, generate
 from mlx_traces.engine.sampling import Request, SamplingParams
-from mlx_traces.errors import UserError
+from mlx_traces.errors import UserError, unknown
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.runtime import distributed
 from mlx_traces.tasks import get_task
@@ -33,8 +33,8 @@ class GenerateRow:
     """One line of ``bench generate``.
 
     ``tokens_per_second`` counts completion tokens, stop tokens included, over the seconds of the whole run, prompts
-    included; ``ratio`` is ours over the peer's. Memory is the most that MLX held, in 1e9 bytes. Of several ranks tokens
-    are those of all, seconds those until the last is done, and the rest is the first rank's.
+    included; ``ratio`` is ours over the peer's. Memory is MLX's peak in 1e9 bytes. With several ranks the tokens are of
+    all, the seconds end when the last rank is done, and all else is of the first rank.
     """
 
     rows: int
@@ -60,7 +60,7 @@ class GenerateRow:
 
 @dataclass
 class Run:
-    """One measured run: wall-clock seconds, tokens, and the most that MLX held, in 1e9 bytes."""
+    """One measured run: wall-clock seconds, tokens, and MLX's peak memory in 1e9 bytes."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -82,21 +82,21 @@ def bench_generate(
 
     Args:
         loaded: the model.
-        prompts: token ids; shared out where there are several ranks.
+        prompts: token ids; several ranks share them.
         rows: completions decoded at once, one bench each.
-        max_tokens: longest completion.
+        max_tokens: most tokens of a completion.
         against: ``"mlx-lm"`` for its ``batch_generate``, with our weights.
         as_shipped: let the peer load the weights as its user gets them, instead.
         repeats: timed runs of each, in turn.
         progress: is called with a line before each run.
 
     Raises:
-        UserError: for an unknown peer, or for one beside several ranks.
+        UserError: for an unknown peer, or a peer with several ranks.
     """
     if against and distributed.world().size() > 1:
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     if against not in (None, *PEERS):
-        raise UserError(f"unknown peer {against!r}: there is {', '.join(PEERS)}")
+        raise unknown("peer", str(against), PEERS)
     peer_model, tokenizer, weights = loaded.model, loaded.tokenizer, "same"
     if against and as_shipped:
         (peer_model, tokenizer), weights = mlx_lm.load(str(loaded.path))[:2], "as shipped"
@@ -120,7 +120,7 @@ def bench_generate(
 
 
 def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: str | None, weights: str) -> GenerateRow:
-    """Sum the runs up, the first of each apart."""
+    """Summarize the runs; the first of each is the warm-up."""
     warmup, *timed = ours
     run = middle(timed)
     usage = run.usage
@@ -155,7 +155,7 @@ def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: s
 
 @contextmanager
 def measured() -> Iterator[Run]:
-    """Measure what happens in the context; the run that it gives is complete when the context ends."""
+    """Measure the context's time and memory; the yielded run has them once the context ends."""
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -183,7 +183,7 @@ def _ours(loaded: LoadedModel, prompts: list[tuple[int, ...]], rows: int, max_to
 
 
 def _mlx_lm(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], rows: int, max_tokens: int) -> int:
-    """Run mlx_lm's ``batch_generate`` with its own settings, the number of rows apart."""
+    """Run mlx_lm's ``batch_generate`` with its own settings, except the number of rows."""
     asked = [list(ids) for ids in prompts]
     response = batch_generate(model, tokenizer, asked, max_tokens=max_tokens, completion_batch_size=rows)
     return response.stats.generation_tokens

@@ -45,9 +45,9 @@ GROUP, PROMPT, COMPLETION = 16, 129, 128  # rollouts and tokens of an update
 class GraphRow:
     """One line of ``bench graph``.
 
-    ``primitives`` are operations of the graph, ``kernels`` those that the GPU runs, ``gb`` the bytes that kernels read
-    and write, in 1e9. ``vocabulary_passes`` is the part of ``gb`` in arrays as wide as the vocabulary: 1 is reading or
-    writing rows x vocabulary float32 numbers.
+    ``primitives`` is the number of operations in the graph, ``kernels`` that of the kernels that the GPU runs, ``gb``
+    the bytes that they read and write, in 1e9. ``vocabulary_passes`` is the part of ``gb`` in arrays as wide as the
+    vocabulary: 1 is reading or writing rows x vocabulary float32 numbers.
     """
 
     what: str
@@ -127,7 +127,7 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
 
 
 def _adapted(loaded: LoadedModel, config: AdapterConfig) -> LoadedModel:
-    """Put an adapter on a second tree of the model's arrays."""
+    """Return a second model of the same arrays, with an adapter."""
     model = twin(loaded.model)
     adapters.start(model, config)
     mx.eval(model.parameters())
@@ -140,7 +140,7 @@ class _Counted(Exception):
 
 
 def _counts(backend: str, vocabulary: int, by: str | None, run: Callable, *given: Any) -> list[Count]:
-    """Return the counts of a run's evaluations that have kernels; with ``by``, of the first two by that function."""
+    """Return the counts of a run's evaluations that have kernels; with ``by``, only the first two by that function."""
     found: list[Count] = []
 
     def take(count: Count) -> None:
@@ -211,5 +211,5 @@ def _learn(learner: Learner, config: GRPOConfig) -> None:
     ids = [(1,) * PROMPT + (2 + row,) * COMPLETION for row in range(GROUP)]
     logprobs = np.full(COMPLETION, -1, np.float32)
     rows = [Row(Example(str(row), own, learned), logprobs, 1 - 2 * (row % 2)) for row, own in enumerate(ids)]
-    with suppress(ZeroDivisionError):  # metrics of nothing but zeros
+    with suppress(ZeroDivisionError):  # by the metrics, since all arrays are zeros
         grpo.learn(learner, rows, 1, config)

@@ -1,10 +1,10 @@
-"""What several processes on this machine gain: a bench by one process, then by ranks that share the same work.
+"""How much faster several processes on this machine are: a bench by one process, then by ranks that share the work.
 
-The ranks are started here, by ``MLX_RANK`` and ``MLX_HOSTFILE`` over the loopback interface (MLX's ring), as
-``mlx.launch`` starts them, which keeps a core busy by watching them, and so would stand in the figures. Both runs are
-processes of their own, one after the other. On a CPU each chooses its BLAS threads as always (`blas.threads_for`): a
-small model takes one, a large one all C cores that this process may use, or C / N as one of N ranks.
-``OPENBLAS_NUM_THREADS`` in the environment wins over that, for both. Ranks on one GPU share it.
+The ranks are started here over the loopback interface (MLX's ring, by ``MLX_RANK`` and ``MLX_HOSTFILE``), as
+``mlx.launch`` starts them. ``mlx.launch`` itself keeps a core busy, which would change the figures. The two benches run
+one after the other. On a CPU each process chooses its BLAS threads as always (`blas.threads_for`): a small model takes
+one, a large one all C cores that this process may use, or C / N as one of N ranks. ``OPENBLAS_NUM_THREADS`` in the
+environment wins over that, for both. Ranks on one GPU share it.
 """
 
 import json
@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError
+from mlx_traces.runtime import blas
 from mlx_traces.text import clean
 
 COMMAND = "from mlx_traces.cli import main; main()"
-THREADS = "OPENBLAS_NUM_THREADS"
-PATIENCE = 0.05  # seconds between two looks at the ranks, which costs nothing beside what they do
+PATIENCE = 0.05  # seconds between two checks whether the ranks have ended
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """A bench's line by one process (``one``) and by several (``several``), as JSON has them.
+    """A line of a bench, measured with one process (``one``) and with several (``several``), as in the bench's JSON.
 
-    ``seconds`` are those of the same work: a whole run of generation, an epoch of fine-tuning, a step of reinforcement.
-    ``ratio`` is those of one process over those of ``ranks``: above 1 the ranks are faster. ``threads`` are the most
-    BLAS threads of one process, and of each rank.
+    ``seconds`` are those of the same work: a whole run of generation, an epoch of fine-tuning, a step of reinforcement
+    learning. ``ratio`` is the seconds of one process over those of the ranks: above 1 the ranks are faster. ``threads``
+    are the most BLAS threads of one process, and of each rank.
     """
 
     ranks: int
@@ -48,12 +48,12 @@ class Scaling:
 def scaling(
     arguments: Sequence[str], count: int, progress: Callable[[str], None]
 ) -> tuple[list[Scaling], dict[str, Any]]:
-    """Run a bench by one process, then by ``count`` ranks; return a line for each of its own, and what it ran on.
+    """Run a bench by one process, then by ``count`` ranks; return a `Scaling` for each row, and the other entries.
 
     Args:
         arguments: of ``mlx-traces``, from ``bench`` on, without ``--json``.
         count: how many ranks.
-        progress: is called with a line before each.
+        progress: is called with a line before each run.
 
     Raises:
         UserError: if a process fails, with the last line that it wrote.
@@ -75,7 +75,7 @@ def scaling(
 
 
 def text_of(line: Scaling) -> str:
-    """Return a line of the terminal."""
+    """Return the line that the terminal shows."""
     rows = f"{line.one['rows']:>5} rows  " if "rows" in line.one else ""
     sizes = (
         f"{size} x {threads} threads {seconds:.3f} s {found['tokens_per_second']:.0f} tokens/s "
@@ -95,13 +95,13 @@ def usable_cores() -> int:
 
 
 def threads_of(processes: int, cores: int) -> int:
-    """Return the most BLAS threads of each of several processes; ``OPENBLAS_NUM_THREADS`` in the environment wins."""
-    given = os.environ.get(THREADS, "")
-    return int(given) if given.isdecimal() and int(given) else max(1, cores // processes)
+    """Return the most BLAS threads of each of several processes; a number in the environment (`blas.GIVEN`) wins."""
+    given = (os.environ.get(name, "") for name in blas.GIVEN)
+    return next((int(text) for text in given if text.isdecimal() and int(text)), max(1, cores // processes))
 
 
 def _run_bench(arguments: Sequence[str], count: int) -> dict[str, Any]:
-    """Run a bench by some ranks, one being a process alone; return what the first printed."""
+    """Run a bench by ``count`` ranks, or by a single process for 1; return the JSON that the first printed."""
     with tempfile.TemporaryDirectory() as scratch, ranks(arguments, count, Path(scratch)) as started:
         while any(process.poll() is None for process in started):
             if any(process.returncode for process in started):
@@ -112,7 +112,7 @@ def _run_bench(arguments: Sequence[str], count: int) -> dict[str, Any]:
             for rank, process in enumerate(started)
             if process.returncode
         ]
-        if faults:  # what one of them did wrong before what the others say of that
+        if faults:  # a rank's own error comes before the others' that it is gone
             raise UserError(min(faults, key=lambda fault: "is gone" in fault))
         return json.loads((Path(scratch) / "0.out").read_text())
 
@@ -125,9 +125,9 @@ def _fault(file: Path, rank: int, code: int) -> str:
 
 @contextmanager
 def ranks(arguments: Sequence[str], count: int, scratch: Path) -> Iterator[list[subprocess.Popen]]:
-    """Start ``mlx-traces`` with some arguments and ``--json`` as ranks of a ring, one being a process alone.
+    """Start ``mlx-traces`` with some arguments and ``--json`` as ``count`` ranks of a ring, or alone for 1.
 
-    What they write is in ``RANK.out`` and ``RANK.err`` of the folder. Those that still run at the end are ended.
+    They write to ``RANK.out`` and ``RANK.err`` in ``scratch``. Those that still run when the context ends are killed.
     """
     command = [sys.executable, "-c", COMMAND, *arguments, "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -153,7 +153,7 @@ def ranks(arguments: Sequence[str], count: int, scratch: Path) -> Iterator[list[
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens at; all are held until the last is found."""
+    """Return different free ports of the loopback interface."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,18 +1,18 @@
-"""How fast steps of reinforcement learning are here: GRPO beside mlx-lm-lora's trainer, PPO beside our own GRPO.
+"""How fast steps of reinforcement learning are here: GRPO against mlx-lm-lora's trainer, PPO against our own GRPO.
 
 A step of ours is what ``mlx-traces grpo`` or ``ppo`` does: sample groups with the engine, grade them, update the
-adapter, PPO the values too. PPO has no peer on MLX: what mlx-lm-lora calls so learns from pairs that a judge prefers,
-without rewards and values. Beside it GRPO runs with the same sizes, on the same problems, by the same engine.
+adapter, with PPO the values too. PPO has no peer on MLX: mlx-lm-lora's learns from pairs that a judge ranks, without
+rewards and values. So PPO is compared with our GRPO, with the same sizes, problems and engine.
 
-Ours and the peer's alternate within one call of the peer's ``train_grpo`` (its batches are drawn through a function
-that times them), so both work warm; the first step of each is the warm-up. The median step counts. Steps that take many
-minutes may do without: with no repeats the first step of each is what counts.
+Our steps and the peer's alternate within one call of the peer's ``train_grpo`` (its batches are drawn through a
+function that times them), so that both are warm; the first step of each is the warm-up. The median step counts. With no
+repeats, for steps that take many minutes, the first step of each counts.
 
 Both get the same prompts as token ids, the same sizes, temperature and grader. Otherwise the peer keeps its defaults,
 and so differs from us: it decodes as many rows at once as it is given problems, filters by top-p 0.95 and top-k 20,
-ends a completion at ``</answer>`` too, always reads a reference model (KL 0.1), learns from every rollout, also those
-whose group was rewarded alike, with Adam at 1e-5, and computes the logits of all prompts and completions that it learns
-from. What the completions' ends make of the work is told in tokens.
+ends a completion at ``</answer>`` too, always reads a reference model (KL 0.1), learns from every rollout, also in
+groups of equal rewards, with Adam at 1e-5, and computes the logits of all prompts and completions that it learns from.
+So completions differ in length, and speeds are compared in tokens per second too.
 """
 
 import contextlib
@@ -46,24 +46,24 @@ from mlx_traces.runtime import distributed
 from mlx_traces.train import memory
 
 PEERS = ("mlx-lm-lora",)
-OURS = ("grpo",)  # what PPO is timed beside
+OURS = ("grpo",)  # what PPO is compared with
 PEER_ADAPTER = AdapterConfig(rank=8, scale=10.0)  # its command's defaults, as its other settings below
 PEER_LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class GRPORow:
-    """What ``bench grpo`` or ``bench ppo`` found.
+    """The result of ``bench grpo`` or ``bench ppo``.
 
-    Seconds are medians over the steps: of whole ones, of what passes until the last completion is done
-    (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` are those
-    sampled, stop tokens included, a step on average, and ``tokens_per_second`` is them over the seconds of whole steps.
-    ``learned`` is the share of the rollouts that the update learns from: groups rewarded alike teach nothing and are
-    left out. ``kl_sampler`` is the mean KL divergence between sampler and trainer, in nats a token.
+    Seconds are medians over the steps: of the whole step, of the time until the last completion is done
+    (``sample_seconds``), and of the rest, grading included (``update_seconds``). ``completion_tokens`` is the mean
+    number of sampled tokens a step, stop tokens included, and ``tokens_per_second`` that over the seconds of whole
+    steps. ``learned`` is the share of the rollouts that the update learns from; groups of equal rewards are left out.
+    ``kl_sampler`` is the mean KL divergence between sampler and trainer, in nats a token.
     ``ratio`` is the peer's seconds a step over ours, at the same numbers of problems and rollouts;
-    ``tokens_ratio`` is our tokens per second over the peer's, which unequal lengths do not move. Memory is the most
-    that MLX held, weights included, in 1e9 bytes; what belongs to the other tool alone is taken off. The estimate is
-    for completions as long as they may get, all of them learned.
+    ``tokens_ratio`` is our tokens per second over the peer's, whatever the completions' lengths. Memory is MLX's peak
+    in 1e9 bytes, weights included, without what only the other tool holds. The estimate assumes that all completions
+    have ``max_tokens`` and are learned from.
     """
 
     prompts: int
@@ -115,7 +115,7 @@ class Step:
         return self
 
     def end(self, tokens: int) -> None:
-        """Stop it; everything has been computed."""
+        """Stop the clock, after everything has been computed."""
         self.seconds, self.memory_gb = perf_counter() - self.began, mx.get_peak_memory() / 1e9
         self.tokens = tokens
 
@@ -133,12 +133,12 @@ def bench_grpo(
 
     Args:
         loaded: the model, without adapter.
-        config: the settings, of GRPO or of PPO, which decide what is timed; the number of steps follows from
-            ``repeats``. PPO's steps are whole ones from the first: it has no warm-up of the values alone.
-        against: beside GRPO ``"mlx-lm-lora"`` for its ``train_grpo``, with our weights and our adapter's sizes;
-            beside PPO ``"grpo"`` for ours, with the same settings where both have them.
+        config: the settings of GRPO or of PPO, which is then timed; the number of steps follows from ``repeats``. PPO
+            has no warm-up steps of the values alone here.
+        against: for GRPO ``"mlx-lm-lora"``, its ``train_grpo`` with our weights and our adapter's sizes; for PPO
+            ``"grpo"``, our GRPO with the same settings as far as both have them.
         as_shipped: let the peer load the weights as its user gets them instead, with its own adapter's sizes.
-        repeats: timed steps of each, in turn, after a first one; 0 times the first.
+        repeats: timed steps of each, in turn, after a first one; with 0 the first one is timed.
         every_row: make all rewards of a group differ, so that every rollout is learned from, as the peer always does.
         progress: is called with a line before each step.
 
@@ -204,14 +204,14 @@ def bench_grpo(
 
 
 def _alone(config: RLConfig, steps: int) -> RLConfig:
-    """Return the settings of so many steps that are whole ones, each of them, and nothing besides."""
+    """Return the settings for so many complete steps, without evaluation, reference model, resampling or warm-up."""
     changes = {"num_steps": steps, "evaluate": None, "adapter": None, "kl_coef": 0.0, "reference": None}
     own = {"value_warmup_steps": 0} if isinstance(config, PPOConfig) else {"max_resamples": 0, "unbiased_kl": False}
     return config.model_copy(update=changes | own)
 
 
 def _line(config: RLConfig, steps: Sequence[Step], estimated_gb: float) -> GRPORow:
-    """Sum our steps up, the first apart."""
+    """Summarize our steps; the first is the warm-up."""
     timed = _timed(steps)
     return GRPORow(
         prompts=config.prompts_per_step,
@@ -238,7 +238,7 @@ def _timed(steps: Sequence[Step]) -> Sequence[Step]:
 
 
 class OurSteps:
-    """A new adapter on a second tree of the model's arrays, and the steps that it learns from."""
+    """Makes steps of training with a new adapter on a second tree of the model's arrays."""
 
     def __init__(self, loaded: LoadedModel, planned: evaluator.Plan, config: RLConfig, every_row: bool) -> None:
         self.loaded, self.planned, self.config = replace(loaded, model=twin(loaded.model)), planned, config
@@ -251,21 +251,21 @@ class OurSteps:
         self.functions = rewards.load(config.rewards, list(planned.problems[0].columns))
 
     def make(self) -> tuple[Step, list[Problem]]:
-        """Make a step; return what it took, and the problems that it asked."""
+        """Make a step; return its measurements and its problems."""
         self.number += 1
         step = Step().begin()
         groups, _, seconds = rollouts.collect(
             self.loaded, self.planned, self.functions, self.progress, self.number, self.config
         )
         learned = groups
-        if self.every_row:  # no two rewards of a group are alike, nor at their mean
+        if self.every_row:  # all rewards of a group differ, and none is their mean
             learned = [[replace(one, reward=at or 0.25) for at, one in enumerate(group)] for group in groups]
         rows = self.room.rows_of(learned, self.config)
         step.kl = self.room.learn(self.learner, rows, self.number, self.config).get("policy/kl_sampler")
         every = [rollout for group in groups for rollout in group]
         step.end(sum(len(rollout.ids) for rollout in every))
         step.sampling = seconds["time/sample"]
-        # A row without an advantage teaches PPO's values.
+        # PPO's values learn from rows without an advantage too.
         taught = sum(bool((self.room is ppo or np.any(row.advantage)) and row.example.count) for row in rows)
         step.learned = taught / len(every)
         return step, [group[0].problem for group in groups]
@@ -330,7 +330,7 @@ def _run_peer(
             yield prompts, [[0] for _ in problems], texts, [problem.gold for problem in problems], [*range(len(asked))]
 
     def correct(prompts: list[str], completions: list[str], answer: list[Any], types: list[int]) -> list[float]:
-        """Grade as we do; being asked, the peer has sampled."""
+        """Grade as we do; the peer has sampled when it calls this."""
         steps[-1].sampling = perf_counter() - steps[-1].began
         graded = (
             planned.task.grade(asked[place], rendered[place].opened + text)[planned.extractor]
@@ -339,7 +339,7 @@ def _run_peer(
         return [float(score.correct) for score in graded]
 
     class Clock(TrainingCallback):
-        """Stops at the report of each step, when its results are there."""
+        """Stops the clock at the report of each step, when its results are computed."""
 
         before = 0
 

@@ -1,9 +1,9 @@
-"""How fast optimizer steps are here, beside mlx_lm's own trainer on the same sequences.
+"""How fast optimizer steps are here, compared with mlx_lm's own trainer on the same sequences.
 
 Every figure is of whole epochs. Ours and the peer's alternate within one call of the peer's ``train`` (its batches are
-drawn through a function that times them), so that both work warm and nothing is compiled twice. The first epoch of each
-is the warm-up. Only tokens that both train on are counted: sequences that fill no batch are left
-out, as mlx_lm does, padding never counts.
+drawn through a function that times them), so that both are warm and nothing is compiled twice. The first epoch of each
+is the warm-up. Only tokens that both read are counted: sequences that do not fill a batch are left out, as mlx_lm does,
+and padding does not count.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from mlx_traces.train.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class SFTRow:
-    """What ``bench sft`` found.
+    """The result of ``bench sft``.
 
     ``tokens`` are the real tokens of an epoch, prompts included, ``learned`` those with a loss; ``tokens_per_second``
-    counts real tokens over the seconds of an epoch's optimizer steps, and ``ratio`` is ours over the peer's. Memory is
-    the most that MLX held, model included, in 1e9 bytes; what belongs to the other tool alone is taken off. ``padding``
-    is the share of cells without a token. Of several ranks memory is the first one's, all else is of all.
+    is real tokens over the seconds of an epoch's optimizer steps, and ``ratio`` is ours over the peer's. Memory is
+    MLX's peak in 1e9 bytes, model included, without what only the other tool holds. ``padding`` is the share of
+    padding in the batches. With several ranks the memory is the first one's, and all else is of all ranks.
     """
 
     examples: int
@@ -98,7 +98,7 @@ def bench_sft(
         raise UserError(f"--against {against} runs in one process; leave out mlx.launch, or the peer")
     rows = rows[: len(rows) // config.batch_size * config.batch_size]
     if not rows:
-        raise UserError(f"batch_size: {config.batch_size} traces make a batch, and there are fewer; give more or lower")
+        raise UserError(f"batch_size: {config.batch_size} traces make a batch, there are fewer; give more, or lower it")
     total, ours, peers = sum(len(row.ids) for row in rows), [], []
     model = twin(loaded.model)
     epochs = our_epochs(model, rows, config)
@@ -150,7 +150,7 @@ def bench_sft(
 
 
 def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow:
-    """Sum our epochs up, the first apart."""
+    """Summarize our epochs; the first is the warm-up."""
     warmup, *timed = ours
     run, steps = middle(timed), len(rows) // config.batch_size
     lengths = [len(row.ids) for row in rows]
@@ -176,7 +176,7 @@ def _line(rows: Sequence[Example], config: SFTConfig, ours: list[Run]) -> SFTRow
 
 
 def our_epochs(model: nn.Module, rows: Sequence[Example], config: SFTConfig) -> Iterator[None]:
-    """Put a new adapter on the model, then train an epoch for each item that is drawn, as ``mlx-traces sft`` does."""
+    """Put a new adapter on the model, then train an epoch before each item, as ``mlx-traces sft`` does."""
     adapters.start(model, config)
     halves, optimizer = logprobs.split(model), make_optimizer(config, 1000)
     lengths = [len(row.ids) for row in rows]
@@ -200,7 +200,7 @@ def _train_peer(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = TrainingArgs(
             batch_size=config.batch_size,
-            # One more than there are: it asks for another batch, which ends the last epoch's clock.
+            # One more than there are, so that it asks for another batch, which ends the last epoch's clock.
             iters=epochs * (len(rows) // config.batch_size) + 1,
             steps_per_report=2**31,
             steps_per_save=2**31,
@@ -218,19 +218,19 @@ def prompt_length(row: Example) -> int:
 
 
 def peer_cells(rows: Sequence[Example], config: SFTConfig) -> int:
-    """Return how many tokens mlx_lm's batches of an epoch hold, padding included; the last of a row is not an input."""
+    """Return how many tokens mlx_lm's batches of an epoch have, padding and each row's last token included."""
     lengths = sorted(len(row.ids) for row in rows)
     longest = lengths[config.batch_size - 1 :: config.batch_size]
     return sum(config.batch_size * min(-(-length // 32) * 32 + 1, config.max_length) for length in longest)
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Return a second module tree on the same arrays: what is put on one leaves the other as it is."""
+    """Return a second module tree of the same arrays; an adapter on one does not change the other."""
     return copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
 
 
 def held_alone(models: Sequence[nn.Module], others: Sequence[nn.Module]) -> int:
-    """Return the bytes of what models hold and the others do not, Adam's two averages of what is trained included."""
+    """Return the bytes that only ``models`` hold, with Adam's two averages of each of their trained parameters."""
     shared = {id(array) for other in others for _, array in tree_flatten(other.parameters())}
     own = {id(array): array.nbytes for model in models for _, array in tree_flatten(model.parameters())}
     trained = sum(array.nbytes for model in models for _, array in tree_flatten(model.trainable_parameters()))
@@ -240,7 +240,7 @@ def held_alone(models: Sequence[nn.Module], others: Sequence[nn.Module]) -> int:
 def bench_rows(
     loaded: LoadedModel, config: SFTConfig, data: Path | None, problems: Path | None, count: int
 ) -> list[Example]:
-    """Encode the first ``count`` traces of a file, of GSM8K-like problems, or of Countdown's solver without either.
+    """Encode the first ``count`` traces of a file, or of GSM8K-like problems, else of Countdown's solver.
 
     Raises:
         UserError: if both are given, a file cannot be read, or no trace is short enough.

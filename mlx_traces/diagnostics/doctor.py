@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what to do about it: the lines of ``mlx-traces doctor``."""
+"""What this machine has, what it lacks, and how to fix that: the lines of ``mlx-traces doctor``."""
 
 import importlib.metadata
 import os
@@ -20,7 +20,7 @@ from mlx_traces.errors import UserError, first_line
 from mlx_traces.models import names
 from mlx_traces.runtime import blas, device, hub
 
-SLOW_GFLOPS = 20  # below it, a CPU's BLAS is not one
+SLOW_GFLOPS = 20  # a CPU below this has no fast BLAS
 # Oldest and newest version that tests/wheel.sh has passed with; the oldest are the lower bounds of pyproject.toml.
 TESTED = {
     "python": ("3.11", "3.13"),
@@ -44,7 +44,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: ``what`` is ``value``, and what to do about it, ``None`` if all is well.
+    """One finding: ``what`` is ``value``, and ``fix`` says what to do about it, ``None`` if all is well.
 
     ``failed`` means that commands will fail, or that their results cannot be trusted.
     """
@@ -56,7 +56,7 @@ class Line:
 
 
 def report(self_test: bool = True) -> list[Line]:
-    """Look the machine over, in seconds, with or without network, MLX or GPU."""
+    """Check the machine; this takes seconds, and works without network, MLX or GPU."""
     lines = [_python(), *(_version(package) for package in ("mlx-traces", *TESTED) if package != "python")]
     backend = None
     try:
@@ -76,7 +76,7 @@ def report(self_test: bool = True) -> list[Line]:
 
 
 def show(lines: list[Line]) -> None:
-    """Print a report, what there is to do under each line, and the sum of it."""
+    """Print a report with the fix under each line, and a summary."""
     width = max(len(line.what) for line in lines)
     for line in lines:
         mark = "x" if line.failed else "!" if line.fix else " "
@@ -89,12 +89,12 @@ def show(lines: list[Line]) -> None:
 
 
 def as_rows(lines: list[Line]) -> list[dict[str, Any]]:
-    """Return a report as JSON has it."""
+    """Return a report as JSON values."""
     return [asdict(line) for line in lines]
 
 
 def matmul_gflops(size: int = 1024, tries: int = 2) -> float:
-    """Return the speed of a float32 ``size`` x ``size`` matrix product, 2 size³ operations, best of tries."""
+    """Return the speed of a float32 ``size`` x ``size`` matrix product, 2 size³ operations; the best of ``tries``."""
     mx = device.import_mlx()
     left = mx.random.normal((size, size), key=mx.random.key(0))
     mx.eval(left, left @ left)
@@ -123,14 +123,14 @@ def _version(package: str) -> Line:
     except importlib.metadata.PackageNotFoundError:
         if package == "mlx-traces":
             return Line(package, "not installed, runs from a folder", "pip install -e . in the clone")
-        # MLX is the device's line.
+        # A missing MLX is the fault of the line "device".
         fix = None if package == "mlx" else f"pip install '{package}>={TESTED[package][0]}'"
         return Line(package, "not installed", fix, failed=fix is not None)
     return Line(package, version) if package == "mlx-traces" else judged(package, version)
 
 
 def judged(package: str, version: str) -> Line:
-    """Hold a version against those tested: an older one is refused, a newer one only told."""
+    """Compare a version with those tested: an older one fails, a newer one is only mentioned."""
     low, high = TESTED[package]
     try:
         found = Version(version)
@@ -146,7 +146,7 @@ def judged(package: str, version: str) -> Line:
 
 
 def _other_backend(version: str) -> Line | None:
-    """Name the wheel of MLX's backend that is not of MLX's version."""
+    """Return a failed line if a wheel of MLX's backend has another version than MLX."""
     for name in BACKENDS:
         try:
             own = importlib.metadata.version(name)
@@ -162,7 +162,7 @@ def _other_backend(version: str) -> Line | None:
 
 
 def memory(backend: device.Backend) -> Line:
-    """Say what memory there is, what is free, and whether this process may have it."""
+    """Report the memory, how much of it is free, and limits on this process."""
     parts, fix = [f"{backend.memory_gb:.1f} GB"], None
     free = _free_gb()
     if free is not None:
@@ -186,7 +186,7 @@ def sizes(backend: device.Backend) -> Line:
 
 
 def _free_gb() -> float | None:
-    """Return the memory that programs can have without swapping, as Linux says it; None elsewhere."""
+    """Return the memory that programs can get without swapping, by Linux's own figure; None elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -217,7 +217,7 @@ def _blas(backend: str) -> Line:
     if speed >= SLOW_GFLOPS or not sys.platform.startswith("linux"):
         return Line("matrix product", value)
     if blas.loaded.path:
-        fix = "the machine is busy, or its cores are few: look at its load, and at OPENBLAS_NUM_THREADS"
+        fix = "the machine is busy or has few cores: check its load and OPENBLAS_NUM_THREADS"
     elif "imported before" in blas.loaded.reason:
         fix = "import mlx_traces before mlx and mlx_lm"
     else:
@@ -226,13 +226,13 @@ def _blas(backend: str) -> Line:
 
 
 def attention() -> Line:
-    """Return whether attention reads the right keys, for each dtype."""
+    """Report, for each dtype, whether attention reads the right keys."""
     from mlx_traces.engine.attention import WHOLE, misread
 
     found = {name: misread(getattr(device.import_mlx(), name)) for name in device.DTYPES}
     told = "; ".join(f"{' and '.join(map(str, wrong))} ({name})" for name, wrong in found.items() if wrong)
     if not told:
-        return Line("attention", f"reads slices of longer buffers rightly in {', '.join(found)}")
+        return Line("attention", f"reads slices of longer buffers correctly in {', '.join(found)}")
     if any(case.what == WHOLE for wrong in found.values() for case in wrong):
         fix = "do not trust this machine's results in that type: pass another --dtype, or --device cpu"
         return Line("attention", f"misreads {told}", fix, failed=True)
@@ -240,7 +240,7 @@ def attention() -> Line:
 
 
 def disks() -> list[Line]:
-    """Say what room there is for run folders, here, and for downloaded models."""
+    """Report the free disk space for run folders, here, and for downloaded models."""
     cache = Path(constants.HF_HUB_CACHE)
     return [
         _disk("disk, runs", Path.cwd(), LEAST_DISK_GB, "free some space, or work in another folder"),
@@ -249,7 +249,7 @@ def disks() -> list[Line]:
 
 
 def _disk(what: str, folder: Path, least: float, fix: str) -> Line:
-    """Judge the disk of a folder by writing to it; of one that is not there yet, by the folder it will be in."""
+    """Check the disk of a folder by writing to it, or to its nearest existing parent."""
     place = next(path for path in (folder, *folder.parents) if path.is_dir())
     try:
         free = shutil.disk_usage(place).free / _GB
@@ -277,7 +277,7 @@ def _nano() -> Line:
 
 
 def _hub() -> Line:
-    """Ask the hub for its headers; without it, say what works all the same."""
+    """Report whether the hub answers; if not, say what works without it."""
     offline = "works without it: nano, model folders, downloaded models, --data FILE"
     if hub.switched_off():
         return Line("hub", f"switched off (HF_HUB_OFFLINE); {offline}", "unset HF_HUB_OFFLINE to download")
@@ -287,10 +287,10 @@ def _hub() -> Line:
 
 
 def _self_test() -> Line:
-    """Generate and train one step with nano, against stored numbers; whatever goes wrong is the finding."""
+    """Generate and train one step with nano, and compare with stored numbers; any error is reported in the line."""
     versions = " ".join(f"{name}=={TESTED[name][1]}" for name in ("mlx", "mlx-lm"))
     fix = f"do not trust this machine's results; pip install --force-reinstall {versions}, then run doctor again"
-    fix += "; on a GPU, --device cpu is a way around"
+    fix += "; on a GPU, --device cpu may work meanwhile"
     try:
         from mlx_traces.diagnostics import selftest
 

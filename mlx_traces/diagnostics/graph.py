@@ -52,7 +52,7 @@ FUSED = {
 }  # fmt: skip
 MOST_DEPTH, MOST_INPUTS = 11, 24  # of what MLX fuses
 SORTED_AT_ONCE = 2048  # numbers that a kernel sorts; longer rows are merged in rounds of two kernels
-WIDE = 1.05  # two axes that hold this many times the vocabulary or fewer are its blocks
+WIDE = 1.05  # two axes that hold at most this many times the vocabulary are its blocks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Stored:
-    """An array of a graph: its shape, the bytes to read it, whether it existed before, whether it is out of order."""
+    """An array of a graph: its shape, the bytes to read it, whether it existed before, whether it is not contiguous."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -81,7 +81,7 @@ class Stored:
     strided: bool = False
 
     def wide(self, vocabulary: int) -> bool:
-        """Whether the graph makes it, and as wide as the vocabulary: in its last axis, or the last two of three."""
+        """Whether the graph makes it, and its last axis, or the last two of three, are as wide as the vocabulary."""
         *most, blocks, last = (1, 1, *self.shape)
         two = len(most) > 2 and vocabulary <= blocks * last <= WIDE * vocabulary
         return not self.constant and (last == vocabulary or two)
@@ -95,7 +95,7 @@ Call = tuple[list[mx.array], list[mx.array]]  # inputs and outputs of a call of 
 def uncomputed(take: Callable[[str, list[mx.array]], Any] = lambda name, arrays: None) -> Iterator[None]:
     """Let ``mx.eval`` and ``mx.async_eval`` put zeros, which take no memory, in place of their results.
 
-    Checks that compare a model's numbers before it is used pass.
+    Probes that compare a model's numbers always pass.
 
     Args:
         take: called first, with the function's name and its arrays; may return more arrays to put zeros in.
@@ -154,7 +154,7 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
         return mx.depends([numbers], [packed, scales] if biases is None else [packed, scales, biases])[0]
 
     def with_slopes(transform: Callable) -> Callable:
-        """Note that a function is differentiated: MLX then compiles nothing, and Metal takes attention apart."""
+        """Note that a function is differentiated: MLX then compiles nothing, and Metal does not fuse attention."""
 
         def transformed(function: Callable, *given: Any, **named: Any) -> Any:
             def inner(*arguments: Any, **more: Any) -> Any:
@@ -319,7 +319,7 @@ def read(arrays: Sequence[mx.array], calls: Sequence[Call] = (), vocabulary: int
 
 
 def _between(tape: list[Node], maker: dict[str, int], ends: set[str], starts: set[str] = frozenset()) -> set[int]:
-    """Return the places of the operations that some arrays need, back to others."""
+    """Return the places of the operations that compute ``ends`` from ``starts``."""
     found: set[int] = set()
     names = [*ends]
     while names:
@@ -363,7 +363,7 @@ def _fused(
 
 
 def _outputs(node: Node, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Return what an operation leaves: new arrays, or views of its first input."""
+    """Return an operation's outputs: new arrays, or views of its first input."""
     first = stored[node["inputs"][0][0]] if node["inputs"] else None
     copies = node["name"] in IN_ORDER and first is not None and first.strided
     found = {}

@@ -1,4 +1,4 @@
-"""Whether this machine computes what it should: a short generation and one training step of nano, against a reference.
+"""Check that this machine computes correctly: a short generation and a training step of nano, against a reference.
 
 The reference, ``assets/selftest.json``, is nano in float32 on a CPU, computed by plain forward passes (`reference`).
 The test takes the path of every command: `loading.load` with this machine's own weights and dtype, the chat template,
@@ -6,12 +6,12 @@ the sampling engine, an SFT step with its adapter, clipping and AdamW.
 
 It compares log-probabilities, not tokens. Where the two likeliest tokens are closer than twice the tolerance, a machine
 may take either; that completion is compared up to there. Devices may differ only by rounding, so `TOLERANCES` depend on
-the dtype of the computation: at least four times `DEVIATIONS`, which were measured on a CPU with the weights that
-commands load: dense in float32 and bfloat16, 4 bits in float16. A GPU may multiply float32 at lower precision (TF32),
-so float32 there has the tolerance of float16.
+the dtype of the computation. They are at least four times `DEVIATIONS`, which were measured on a CPU with the weights
+that commands load: dense in float32 and bfloat16, 4 bits in float16. A GPU may multiply float32 at lower precision
+(TF32), so float32 there has the tolerance of float16.
 
-To see what the test finds, each of nano's 29 dense matrices was made too large in turn on a CPU. It finds 10 % for all
-29 in float32 and for 9 in float16, and 50 % for 25 in float16 and for 10 in bfloat16.
+To see what the test finds, each of nano's 29 dense matrices was scaled up in turn on a CPU. It finds an excess of 10 %
+in all 29 in float32 and in 9 in float16, and of 50 % in 25 in float16 and in 10 in bfloat16.
 """
 
 import math
@@ -46,17 +46,17 @@ from mlx_traces.train.optimizer import make_optimizer
 PROBLEMS = (("thinking", (3, 7, 12), 33), ("thinking", (5, 9, 14, 21), 49), ("direct", (4, 8, 15), 27))
 MAX_TOKENS = 24
 RANK, SCALE, RATE = 8, 2.0, 1e-3
-# Log-probability in nats; loss and gradient norm as shares of themselves.
+# Of log-probabilities in nats, and of loss and gradient norm relative to the stored values.
 DEVIATIONS = {"float32": (2e-6, 4e-8), "float16": (0.012, 0.0046), "bfloat16": (0.022, 0.0099)}
 TOLERANCES = {"float32": (0.001, 0.001), "float16": (0.105, 0.019), "bfloat16": (0.45, 0.07)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a self-test found: ``wrong`` names what is out of tolerance, and is empty if all is well.
+    """The result of a self-test: ``wrong`` names what is out of tolerance, and is empty if all is well.
 
-    ``nats`` is the largest deviation of a log-probability, ``share`` that of loss and gradient norm, relative;
-    ``tolerance`` holds the largest allowed of both.
+    ``nats`` is the largest deviation of a log-probability, ``share`` the largest relative one of loss and gradient
+    norm; ``tolerance`` has the largest allowed deviation of each.
     """
 
     wrong: list[str]
@@ -76,11 +76,11 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
     """Generate and train one step with nano, as it is loaded here, and compare with the stored numbers.
 
     Args:
-        loaded: nano; it is trained, so it is of no use afterwards. Default: as every command loads it.
+        loaded: nano; it is trained, so do not use it afterwards. Default: as every command loads it.
         stored: the reference; default: the package's.
 
     Raises:
-        UserError: if nano or the reference cannot be read, or are not of each other.
+        UserError: if nano or the reference cannot be read, or do not belong together.
     """
     start = perf_counter()
     stored = load_reference() if stored is None else stored
@@ -91,7 +91,7 @@ def run(loaded: LoadedModel | None = None, stored: dict[str, Any] | None = None)
         dtype = weight_name(loaded.model.model.norm.weight.dtype)
         allowed = TOLERANCES["float16" if dtype == "float32" and loaded.backend.name != "cpu" else dtype]
         wrong, nats = _generation(loaded, stored["completions"], allowed[0])
-        # A model whose outputs are no numbers is not trained.
+        # A model whose outputs are not finite numbers is not trained.
         lines, share = _training(loaded, stored["training"], allowed[1]) if math.isfinite(nats) else ([], math.inf)
     except (KeyError, TypeError) as error:
         raise UserError(f"the self-test's numbers are damaged ({error!r})") from None
@@ -103,7 +103,7 @@ def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: floa
     prompts = prompts_of(loaded)
     for number, (ids, known) in enumerate(zip(prompts, stored, strict=True), 1):
         if list(ids) != known["prompt"]:
-            return [f"prompt {number} is encoded as other tokens than it should be"], math.inf
+            return [f"prompt {number} is encoded to wrong tokens"], math.inf
     wrong, worst = [], 0.0
     rollouts = generate(loaded, [Request(ids) for ids in prompts], SamplingParams(MAX_TOKENS), logprobs=True)
     try:
@@ -118,13 +118,13 @@ def _generation(loaded: LoadedModel, stored: list[dict[str, Any]], allowed: floa
                 break
             if rollout.completion_ids[place] != token:
                 if not known["gaps"][place] < 2 * allowed:
-                    wrong.append(f"completion {index + 1} has another token {place + 1} than it should")
+                    wrong.append(f"completion {index + 1}: token {place + 1} is wrong")
                 break
             off = abs(found[place] - known["logprobs"][place])
             worst = max(worst, off)
             if not off <= allowed:
                 where = f"completion {index + 1}, token {place + 1}"
-                wrong.append(f"{where}: log-probability {found[place]:.4f} for {known['logprobs'][place]:.4f}")
+                wrong.append(f"{where}: log-probability {found[place]:.4f}, not {known['logprobs'][place]:.4f}")
                 break
     return wrong, worst
 
@@ -135,7 +135,7 @@ def _training(loaded: LoadedModel, stored: dict[str, float], allowed: float) -> 
     shares = {name: abs(found[name] - stored[name]) / abs(stored[name]) for name in stored}
     shares = {name: share if math.isfinite(share) else math.inf for name, share in shares.items()}
     wrong = [
-        f"training step: {name} {found[name]:.5f} for {stored[name]:.5f}"
+        f"training step: {name} {found[name]:.5f}, not {stored[name]:.5f}"
         for name, share in shares.items()
         if not share <= allowed
     ]
@@ -154,7 +154,7 @@ def prompts_of(loaded: LoadedModel) -> list[tuple[int, ...]]:
 def step_of(loaded: LoadedModel) -> dict[str, float]:
     """Train a LoRA adapter one step on the solver's traces; return loss before and after, and the gradient's norm.
 
-    The adapter's weights are sines, the same on every device and in every version, and none is 0, so that every matrix
+    The adapter's weights start as sines, the same on every device and in every version. None is 0, so that every matrix
     has a gradient.
     """
     config = SFTConfig(data="", rank=RANK, scale=SCALE, learning_rate=RATE, warmup=0.0)
@@ -190,7 +190,7 @@ def write_reference(path: Path) -> dict[str, Any]:
 
 
 def reference() -> dict[str, Any]:
-    """Compute the reference: greedy tokens, their log-probabilities, their lead over the next likeliest (nats), a step.
+    """Compute the reference: greedy tokens, their log-probabilities and leads over the next likeliest (nats), a step.
 
     No cache, no batch, no engine: each token is the likeliest of a forward pass over all tokens before it.
     """

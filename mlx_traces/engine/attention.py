@@ -14,7 +14,7 @@ from mlx_traces.engine.logprobs import alike
 from mlx_traces.errors import UserError
 from mlx_traces.models.convert import weight_name
 
-KEYS, BEGIN, CAPACITY = 320, 100, 512  # of the probe: keys read, the first of them, and the buffer's length
+KEYS, BEGIN, CAPACITY = 320, 100, 512  # of the probe: number of keys read, index of the first, length of the buffer
 HEADS, GROUPS, SIZE = 4, 2, 64
 
 
@@ -36,8 +36,8 @@ class Reading:
         return mx.contiguous(piece) if self.copied else piece
 
 
-SLICES = Reading()  # where nothing is misread
-WHOLE, SLICE, FURTHER = "a whole buffer", "a slice", "a slice from further on"
+SLICES = Reading()  # for a device that misreads nothing
+WHOLE, SLICE, FURTHER = "a whole buffer", "a slice", "a slice from the middle"
 
 
 def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
@@ -46,7 +46,7 @@ def slice_of(buffer: mx.array, low: int, high: int) -> mx.array:
 
 
 class Case(NamedTuple):
-    """A use of attention that is tried: ``what`` it reads, and whether there is a mask."""
+    """A case of the probe: ``what`` attention reads, and whether there is a mask."""
 
     what: str
     masked: bool
@@ -57,9 +57,9 @@ class Case(NamedTuple):
 
 @cache
 def misread(dtype: mx.Dtype) -> tuple[Case, ...]:
-    """Return the cases in which attention of one query is wrong on the default device; empty if in none.
+    """Return the cases in which attention of one query is wrong on the default device; empty if there are none.
 
-    The cases are a whole buffer, a slice from a buffer's beginning, and a slice from further on, each without and with
+    The cases are a whole buffer, a slice from a buffer's beginning, and a slice from its middle, each without and with
     a mask. Each is compared with the formula, computed step by step in float32.
     """
     keys, values = (mx.random.normal((2, GROUPS, CAPACITY, SIZE), dtype, key=mx.random.key(at)) for at in (1, 2))

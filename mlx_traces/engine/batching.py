@@ -1,4 +1,4 @@
-"""Token sequences in batches: which sequences are trained together, with little padding."""
+"""Batches of token sequences with little padding."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ POOL = 64  # batches that are sorted by length together
 
 @dataclass(frozen=True)
 class Example:
-    """A token sequence to learn from: ``ids``, which of them are ``trained`` (bool each), and whose it is."""
+    """A token sequence to learn from: its name ``id``, its token ``ids``, and whether each token is ``trained``."""
 
     id: str
     ids: tuple[int, ...]
@@ -56,7 +56,7 @@ def padded_shape(backend: str, rows: int, length: int, prompt: int = 0) -> tuple
         backend: ``"metal"``, ``"cuda"`` or ``"cpu"``.
         rows: number of sequences, at least 1.
         length: tokens of the longest one.
-        prompt: tokens of the longest prompt that they continue; 0 where they are whole.
+        prompt: tokens of the longest prompt that was read before them; 0 if they include their prompts.
     """
     if backend != "cuda":
         return rows, length, prompt
@@ -76,8 +76,8 @@ def _up(number: int, step: int) -> int:
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], budget: int, backend: str = "cpu") -> list[list[int]]:
     """Split a step's examples into batches of at most ``budget`` tokens, padding included; longest first.
 
-    Sorted by length, so that padding is small; an example longer than the budget is a batch of its own. What padding
-    there is depends on the ``backend``, see `padded_shape`.
+    Sorted by length, so that padding is small; an example longer than the budget is a batch of its own. The
+    ``backend`` decides how much padding is added (`padded_shape`).
     """
     order = sorted(indices, key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
@@ -109,7 +109,7 @@ def pad(examples: Sequence[Example], backend: str = "cpu") -> tuple[np.ndarray, 
 
 
 def places(counts: Sequence[int]) -> tuple[mx.array, mx.array]:
-    """Return each token's index in the flat array of all tokens, (B, T) int32, and the mask of the real tokens."""
+    """Return where each token of rows with these lengths lies in one flat array, (B, T) int32, and the (B, T) mask."""
     starts = np.cumsum([0, *counts[:-1]])[:, None]
     column = np.arange(max(counts))[None]
     mask = column < np.array(counts)[:, None]

@@ -20,13 +20,13 @@ from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
 from mlx_traces.runtime import blas, device, distributed
 
-LEAST_SAVED = 0.1  # share of a step's tokens below which prompts are read with their rows
+LEAST_SAVED = 0.1  # prompts are read once if that saves at least this share of a step's tokens
 
 Arrays = list[mx.array]
 
 
 def split(model: nn.Module) -> Split:
-    """Find a model's halves, and whether its rows can go on from a prompt's keys and values."""
+    """Split a model as `logprobs.split` does; find out whether rows can continue from a prompt's keys and values."""
     halves, caches = logprobs.split(model), make_prompt_cache(model)
     if not all(type(cache) is KVCache for cache in caches):
         return halves
@@ -37,7 +37,7 @@ def split(model: nn.Module) -> Split:
 def _right(model: nn.Module, halves: Split) -> bool:
     """Return whether two rows that continue from their prompts have the states of whole rows.
 
-    They are long enough that the prompt changes the logits by more than the rounding of 16 bits.
+    The prompts are long enough to change the logits by more than the rounding of 16 bits.
     """
     rows = [
         Example("", logprobs.probe(model, prompt + rest), (False,) * prompt + (True,) * rest)
@@ -57,9 +57,9 @@ def _right(model: nn.Module, halves: Split) -> bool:
 
 
 class Queue:
-    """Compute arrays, on a GPU without waiting, so that the host prepares the next ones meanwhile.
+    """Computes arrays; on a GPU without waiting, so that the host can prepare the next ones.
 
-    At most two calls are under way at a time; with more, their memory would add up.
+    At most two calls are under way at a time, to bound the memory.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def each(
 ) -> list[tuple[list[int], Any]]:
     """Call ``take`` on each micro-batch's states and tokens; return the indices of its rows with the result.
 
-    ``take`` gets the (N, D) states that N trained tokens are drawn from and the (N,) tokens, row by row; it returns a
+    ``take`` gets the (N, D) hidden states that predict N trained tokens and the (N,) tokens, row by row; it returns a
     tree of arrays. If memory runs out, it is called again for all rows, in smaller batches.
     """
     prompts = shared(halves, examples)
@@ -109,10 +109,10 @@ def by_row(
     micro_tokens: int,
     take: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
 ) -> list[list[np.ndarray]]:
-    """Return ``take``'s numbers row by row, on every rank; each rank reads its part of the rows.
+    """Return what ``take`` computes for each row, on every rank; each rank computes its share of the rows.
 
-    ``take`` gets states and tokens as in `each` and returns arrays with a number for each token; a row has its part of
-    each array, in float32.
+    ``take`` gets states and tokens as in `each` and returns arrays with one number for each token. The result has, for
+    each row, its part of each array in float32.
     """
     own = [examples[index] for index in distributed.share(len(examples))]
     found: list[Any] = [None] * len(own)
@@ -125,9 +125,9 @@ def by_row(
 
 
 class Prompts:
-    """The different prompts of some rows: all that stands before a row's first trained token.
+    """The distinct prompts of some rows; a prompt is all tokens before the row's first trained token.
 
-    What was read of them is a list of arrays, each with a row for each prompt: the keys and values of every layer,
+    `read` returns a list of arrays, each with a row for each prompt: the keys and values of every layer,
     (P, heads, L, size), padded right to the longest, and the last token's hidden state, (P, D). P and L are those of
     `batching.padded_shape`.
     """
@@ -161,7 +161,7 @@ class Prompts:
         return [mx.concatenate(arrays) for arrays in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def states(self, halves: Split, memory: Arrays, indices: Sequence[int]) -> tuple[mx.array, mx.array]:
-        """Return the (N, D) states and (N,) trained tokens of some rows, from what was read of their prompts."""
+        """Return the (N, D) states and (N,) trained tokens of some rows; ``memory`` is the result of `read`."""
         owners = [self.owner[index] for index in indices]
         width, most = max(self.rest[index] for index in indices), int(self.lengths[owners].max())
         count, width, most = batching.padded_shape(device.select(), len(indices), width, most)
@@ -181,13 +181,13 @@ class Prompts:
         return states.reshape(-1, states.shape[-1])[index], mx.array(ids.reshape(-1))[index]
 
     def pull_back(self, model: nn.Module, halves: Split, pulls: Arrays, micro_tokens: int) -> Iterator[Any]:
-        """Yield parts of the parameters' gradient: that through the prompts' arrays.
+        """Yield the parameters' gradients through the prompts, one for each chunk of prompts; their sum is the whole.
 
-        ``pulls`` are the gradients with respect to the arrays of `read`.
+        ``pulls`` are the loss's gradients with respect to the arrays of `read`.
         """
         for chunk in self._chunks(micro_tokens):
 
-            def product(chunk: slice = chunk) -> mx.array:  # its gradient takes theirs through the prompts
+            def product(chunk: slice = chunk) -> mx.array:  # its gradient is the vector-Jacobian product with pulls
                 read = self._read(halves, chunk)
                 return sum((array * pull[chunk]).sum() for array, pull in zip(read, pulls, strict=True))
 
@@ -206,7 +206,7 @@ class Prompts:
 
 
 class _Read:
-    """The cache of a layer that reads from the start, behind the interface of mlx_lm's: it keeps what it is given."""
+    """The cache of a layer that reads prompts from the start; it has the interface of mlx_lm's caches."""
 
     offset = 0
 
@@ -219,7 +219,7 @@ class _Read:
 
 
 class _Continued:
-    """The cache of a layer whose rows go on from (R, heads, L, size) keys and values, ``lengths`` of them a row's."""
+    """The cache of a layer whose row r continues from ``lengths[r]`` of (R, heads, L, size) keys and values."""
 
     def __init__(self, keys: mx.array, values: mx.array, lengths: np.ndarray):
         self.keys, self.values, self.lengths = keys, values, lengths
@@ -240,7 +240,7 @@ class _Continued:
 
 
 def shared(halves: Split, examples: Sequence[Example]) -> Prompts | None:
-    """Return the prompts if they are to be read once."""
+    """Return the rows' prompts if reading each once saves at least `LEAST_SAVED`, else None."""
     if not halves.caches or not examples:
         return None
     prompts = Prompts(halves, examples)
@@ -248,7 +248,7 @@ def shared(halves: Split, examples: Sequence[Example]) -> Prompts | None:
 
 
 def lengths_read(examples: Sequence[Example], prompts: Prompts | None) -> list[int]:
-    """Return the tokens of each row that is read: whole ones, or prompts and what follows them."""
+    """Return the tokens of each sequence that is computed: whole rows, or what follows the prompts, and the prompts."""
     if prompts is None:
         return [len(example.ids) for example in examples]
     return [*prompts.rest, *prompts.lengths.tolist()]

@@ -1,9 +1,9 @@
 """A decode step of Llama's, Qwen2's and Qwen3's layers in fewer operations than by mlx_lm's own modules.
 
 One product makes q, k and v, and one makes gate and up: their weights, packed ones too, are joined along the outputs,
-so every output is the same sum as before. An adapter that is kept apart is joined likewise. One rotary embedding serves
-q and k, and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU
-waits for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
+so every output is the same sum as before. An unmerged adapter is joined likewise. One rotary embedding serves q and k,
+and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU waits
+for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
 
 On a CPU MLX's sigmoid is slow, so the step has a gate of its own there, and prompts are read with it too. Large weights
 are not joined there: joining takes seconds and gains little.
@@ -30,9 +30,9 @@ from mlx_traces.engine.kv_cache import SlotCache, decodes_right
 from mlx_traces.engine.logprobs import probe
 from mlx_traces.models.adapters import LowRank
 
-KEPT = "_joined"  # the attribute of the first of some linear modules that keeps what they were joined to
+KEPT = "_joined"  # the attribute of the first of several joined modules that keeps the joined one
 PROVED = "_fused_on_"  # with a backend's name: the attribute of a model that keeps what the probe found
-SMALL = 2**21  # numbers of a layer's gate and up below which joining gains 10 to 25 % on a CPU; above, 3 %
+SMALL = 2**21  # weights in a layer's gate and up; below, joining gains 10 to 25 % on a CPU; above, 3 %
 LINEAR, ROPES = (nn.Linear, nn.QuantizedLinear), (nn.RoPE, Llama3RoPE, YarnRoPE)
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}, {"q_norm", "k_norm"}
@@ -63,7 +63,7 @@ class Step:
         for layer, cache, (qkv, gate_up) in zip(model.layers, caches, self.joined, strict=True):
             attention = layer.self_attn
             x = qkv(layer.input_layernorm(h)).reshape(rows, heads + 2 * groups, 1, size)
-            qk = x  # the values are turned too, without use: input that is not contiguous would first be copied
+            qk = x  # the values are rotated too, without use: input that is not contiguous would first be copied
             if "q_norm" in attention:
                 scales = [attention.q_norm.weight] * heads + [attention.k_norm.weight] * 2 * groups
                 qk = mx.fast.rms_norm(qk, None, attention.q_norm.eps) * mx.stack(scales)[:, None]
@@ -76,7 +76,7 @@ class Step:
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
 
     def read(self, tokens: mx.array, caches: Sequence[KVCache]) -> None:
-        """Add the keys and values of prompts' tokens, (k, L), to mlx_lm's caches: the modules, with the step's gate."""
+        """Read (k, L) prompt tokens into mlx_lm's caches, by the model's modules and the step's gate."""
         h = self.model.model.embed_tokens(tokens)
         mask = create_attention_mask(h, caches[0])
         for layer, cache in zip(self.model.layers, caches, strict=True):
@@ -85,7 +85,7 @@ class Step:
             h = h + mlp.down_proj(self.gate(mlp.gate_proj(x), mlp.up_proj(x)))
 
     def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
-        """Return the rotary embedding of (R, heads, 1, size) at the rows' positions, (R,), as a function.
+        """Return the function that applies the rotary embedding at the rows' positions, (R,), to (R, heads, 1, size).
 
         MLX has no kernel for it on a CPU, and would compute the cosines and sines in every layer. Here they are
         computed once: they are the rope's output for a first half of ones and a second half of zeros.
@@ -195,13 +195,13 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _form(module: nn.Module) -> tuple:
-    """Return what linear modules have in common that can be joined: their kind, arrays, types and quantization."""
+    """Return what must be equal in linear modules that are joined: their kind, arrays, types and quantization."""
     arrays = tuple((name, array.dtype, array.shape[1:]) for name, array in sorted(module.items()))
     return type(module), arrays, *(getattr(module, name, None) for name in ("bits", "group_size", "mode"))
 
 
 class _Joined:
-    """A linear module with the outputs of several, and their arrays, which are slices of its own."""
+    """A linear module with the outputs of several, whose arrays become slices of its arrays."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.whole = copy.copy(modules[0])
@@ -223,11 +223,11 @@ class _Joined:
 
 
 def _join(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return a linear module with the outputs of several, one after the other, and keep what was joined with them.
+    """Return a linear module with the concatenated outputs of several.
 
-    The joined weights are freed with the modules; those that an adapter was merged into, when sampling ends. Of
-    adapters that are kept apart, the first factors stand side by side in (in, ranks), the second ones each at its own
-    outputs in (ranks, out).
+    The first module keeps the joined weights, so they are freed with it; where an adapter is merged, when sampling
+    ends. The A matrices of unmerged adapters are concatenated to (in, ranks). Their B matrices stand in (ranks, out),
+    each at its own outputs, with zeros elsewhere.
     """
     bases = [_base(module) for module in modules]
     kept = getattr(bases[0], KEPT, None)
@@ -252,17 +252,17 @@ def _join(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def _call_each(modules: Sequence[nn.Module]) -> Callable[[mx.array], mx.array]:
-    """Return a module that gives what `_join`'s gives, without joined weights: each module is called."""
+    """Return a function with the output of `_join`'s module that calls each module instead of joining weights."""
     return lambda x: mx.concatenate([module(x) for module in modules], axis=-1)
 
 
 def _largest(model: nn.Module) -> int:
-    """Return the numbers of gate and up in a layer."""
+    """Return the number of stored weights in the gate and up of the largest layer."""
     return max(sum(_base(module).weight.size for module in _to_join(layer)[1]) for layer in model.layers)
 
 
 def _right(model: nn.Module, step: Step) -> bool:
-    """Whether the step gives the modules' logits, where rows began apart and where they began alike."""
+    """Whether the step gives the modules' logits, for rows that began at different places and for a single row."""
     training, rows = model.training, [probe(model, 24), probe(model, 3)] * 3
     model.eval()
     try:
@@ -275,8 +275,8 @@ def _right(model: nn.Module, step: Step) -> bool:
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return ``silu(gate) * up`` on a CPU, by Eigen's rational approximation of tanh.
 
-    The sigmoid in it is within 3e-7 in float32. MLX's own takes 16 ns a number on x86; this takes 7 for 32 rows of
-    nano and 4 for 128.
+    Its sigmoid is within 3e-7 of the exact one in float32. MLX's own takes 16 ns a number on x86; this takes 7 for 32
+    rows of nano and 4 for 128.
     """
     x = mx.clip(gate.astype(mx.float32) / 2, -9, 9)  # float32's tanh of 9 is 1
     square, top, bottom = x * x, TOP[0], BOTTOM[0]

@@ -44,23 +44,23 @@ from mlx_traces.records import Rollout
 from mlx_traces.runtime import blas, distributed
 from mlx_traces.runtime.device import limits
 
-MIN_SHARED = 16  # tokens from which on a beginning that all prompts share is read once
+MIN_SHARED = 16  # tokens; a beginning of all prompts that is at least as long is read once
 # Prompt tokens read at once, padding included. On a CPU few: products of that size are at full speed already, and
 # batches of near-equal prompts pad little (GSM8K: 2,204 tokens read for 2,019, where batches of 2,048 read 2,828).
 PREFILL_TOKENS = {"cpu": 512, "metal": 8192, "cuda": 16_384}
 WAVE = 8  # new rows join when an eighth of the slots is free
-# Float32 buffers of the rows' next-token logits, measured on a CPU: as they are (one, or two where steps overlap),
-# scaled by a temperature, and searched for a filter's bound.
+# Float32 buffers, (rows, vocabulary), that drawing takes, measured on a CPU: at temperature 0 or 1 (one, or two where
+# steps overlap), at another temperature, and with top-p, top-k or min-p.
 DRAWN, DRAWN_SCALED, DRAWN_FILTERED = 1.6, 2.0, 10.5
 MEMORY_SHARE = 0.8  # of the device's memory that a run may plan for
 ONE_ROW = "with a single row ({told}): lower --max-tokens, shorten the prompt, or take a smaller model or fewer bits"
-CHOICES = ("forced", "guard", "more")  # arrays of what replaces a drawn token, an entry for each slot
-DROP = 0.75  # rows without work are dropped when no more than this share of the slots works
+CHOICES = ("forced", "guard", "more")  # arrays that say what replaces a drawn token, an entry for each slot
+DROP = 0.75  # idle slots are dropped when at most this share of the slots is busy
 
 
 @dataclass
 class Usage:
-    """Counts of one run of the engine: seconds and tokens of reading prompts and of decoding, and row-steps.
+    """Counts of one run of the engine: seconds and tokens of prompts and of decoding, steps, and rows times steps.
 
     ``prompt_tokens`` includes padding, and counts a shared prompt once. ``first_token_seconds`` is the time from the
     start to the first tokens. ``occupancy`` is the share of row-steps that made a token of a rollout.
@@ -92,11 +92,11 @@ def generate(
 ) -> Iterator[tuple[int, Rollout]]:
     """Complete prompts, ``rows`` at once; yield (index into ``requests``, rollout) as each finishes.
 
-    Requests with the same prompt are a group: the prompt is read once. Rows are admitted longest prompt first.
+    Requests with the same prompt are a group: the prompt is read once. The longest prompts start first.
 
     Guaranteed: the same requests, settings, ``rows`` and device give the same rollouts. A row's random numbers
     depend on its seed and on how many tokens it has drawn, not on its neighbours, its place or ``rows``, so another
-    batch draws the same completion again up to rounding, which differs with the shape of a batch and can turn a
+    batch draws the same completion again up to rounding, which differs with the shape of a batch and can decide a
     near tie. Not guaranteed: equality across devices, dtypes or versions.
 
     Args:
@@ -108,15 +108,15 @@ def generate(
             distribution that was sampled, filters and temperature included (all 0 where greedy), and
             ``model_logprobs`` of the model's own, at temperature 1 and unfiltered.
         memory_gb: most memory to plan for, weights included, in 1e9 bytes; default: 80 % of the device's. Fewer
-            rows are decoded at once where ``rows`` would not fit (``rows_that_fit``), and after memory ran out all
-            the same (`MemoryBudget`); notes in ``loaded.notes`` say so.
+            rows are decoded at once if ``rows`` would not fit (`rows_that_fit`), and after memory has run out
+            (`MemoryBudget`); notes in ``loaded.notes`` say so.
         usage: is filled in as the engine runs.
 
     Raises:
         UserError: before anything runs, for a setting outside its range, an empty prompt, ``rows`` below 1, bounds on
-            a thought where there will be none, or a prompt that leaves no room for ``max_tokens`` in the model's
-            context; as it runs, if the model's outputs are not finite numbers, or a single row does not fit in the
-            memory.
+            thoughts for a prompt after which there is no thought, or a prompt that leaves no room for ``max_tokens``
+            in the model's context; as it runs, if the model's outputs are not finite numbers, or a single row does
+            not fit in the memory.
     """
     requests = list(requests)
     each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
@@ -151,10 +151,10 @@ def rows_that_fit(
 ) -> int:
     """Return how many rows the memory holds, at least 1.
 
-    A row is its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
-    tokens + ``kv_cache.STEP``), and its logits in float32, three times over, or as often as a filter needs them. Rows
-    share what the weights and a batch of prompt tokens (``PREFILL_TOKENS`` x 16 hidden and 4 feed-forward activations)
-    leave.
+    A row takes its keys and values, 2 x layers x key-value heads x head size x bytes a number x (longest prompt + most
+    tokens + ``kv_cache.STEP``), and its float32 logits, three times or as often as `buffers_of_a_draw` says. Rows share
+    the memory that is left beside the weights and a batch of prompt tokens (``PREFILL_TOKENS``, each with 16 hidden and
+    4 feed-forward activations).
     """
     config = {**loaded.config, **(loaded.config.get("text_config") or {})}
     heads = config.get("num_attention_heads") or 1
@@ -187,7 +187,7 @@ def _run(
     logprobs: bool,
     usage: Usage,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Run the engine, or mlx_lm's for a model with a special cache; rows that did not fit are decoded again."""
+    """Run the engine, or mlx_lm's for a model with a special cache; rows that memory did not hold are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
     with blas.threads_for(loaded.model, 1):
         axes = mask_axes(loaded.model) if plain else 0
@@ -207,7 +207,7 @@ def _run(
             for place, rollout in stream:
                 done.add(left[place])
                 yield left[place], rollout
-        stream = None  # its arrays are not needed where it is tried again
+        stream = None  # free its arrays before the next try
         left = [index for index in left if index not in done]
         loaded.notes += [line for line in budget.notes if line not in loaded.notes]
 
@@ -237,7 +237,7 @@ def _note(loaded: LoadedModel, line: str) -> None:
 class _Step:
     """A step that was dispatched: its number, the tokens that it read and those that it drew, (R,) on the device.
 
-    ``logprobs`` are those of the tokens, if wanted. ``logits`` are kept where filters may have to look again.
+    ``logprobs`` are those of the tokens, if wanted. ``logits`` are kept if the filters may have to draw again.
     """
 
     number: int
@@ -253,7 +253,7 @@ class _Step:
 
 
 class _Closers:
-    """Which tokens would end a thought, by the state of its reader; looked up on the device."""
+    """A table on the device: which tokens would end a thought, for each state of its reader."""
 
     def __init__(self, loaded: LoadedModel):
         size = 1 + max(loaded.tokenizer.get_vocab().values())
@@ -272,7 +272,7 @@ class _Closers:
         return self.rows[key]
 
     def hold(self, rows: np.ndarray, tokens: Any) -> Any:
-        """Return (R,) whether each token is in its row of the table."""
+        """Return (R,) whether row ``rows[r]`` of the table has token r."""
         return self.table[mx.array(rows), mx.clip(tokens, 0, self.size - 1)]
 
 
@@ -295,9 +295,9 @@ class _Engine:
             sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         )
         longest = max(settings.longest for settings in params)
-        self.endings: dict[int, Ending] = {}  # of the requests that are worked on
+        self.endings: dict[int, Ending] = {}  # of the requests that are being decoded
         self.request_of = np.full(rows, -1)  # what each slot works on; -1 for nothing
-        self.joined = np.zeros(rows, np.int64)  # the first step that was a slot's own
+        self.joined = np.zeros(rows, np.int64)  # the first step of each slot's request
         self.age = np.zeros(rows, np.int64)  # tokens drawn
         self.limit = np.zeros(rows, np.int64)  # most tokens to draw
         self.ids = np.zeros((rows, longest), np.int32)
@@ -305,7 +305,7 @@ class _Engine:
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
         self.forced = np.full(rows, NONE, np.int32)  # the next token of each row's completion, if it is forced
-        self.guard = np.full(rows, NONE, np.int32)  # row of the table of `closers` with the tokens that must not come
+        self.guard = np.full(rows, NONE, np.int32)  # row of the table of `closers` with the tokens not allowed next
         self.more = np.zeros(rows, np.int32)  # the token that replaces one of those
         self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
@@ -397,14 +397,14 @@ class _Engine:
         return _Step(number, read, logits if (self.settings[:, 1:] != (1, 0, 0)).any() else None, tokens, logprobs)
 
     def _unsure(self, step: _Step) -> np.ndarray:
-        """Return (R,) whether a row's filters may keep tokens that were not looked at; waits for the step."""
+        """Return (R,) whether a row's filters may keep tokens outside the candidates; waits for the step."""
         working = (self.request_of >= 0) & (self.joined <= step.number)
         return working & (np.array(step.tokens) == UNSURE) if step.logits is not None else working & False
 
     def _draw_again(self, step: _Step, ahead: _Step | None) -> _Step:
-        """Draw a step's unsure tokens again, among four times the candidates, as all later steps do.
+        """Draw a step's unsure tokens again, with four times as many candidates, also for all later steps.
 
-        The step ahead, which read them, is undone.
+        The step ahead, which read those tokens, is undone.
         """
         self.candidates *= 4
         if ahead is not None:
@@ -424,14 +424,14 @@ class _Engine:
         idle = self.request_of < 0
         if window.write % STEP or not window.write:
             return
-        window.start[idle] = window.write  # nobody reads them
+        window.start[idle] = window.write  # idle slots need no keys
         by = min(int(window.start.min()), window.write - next_prompt)
         if by >= window.write // 4:
             self._move(by)
         self._settle()
 
     def _settle(self) -> None:
-        """Tell the device where the rows are now; if they began alike, move them to the buffers' beginning.
+        """Copy the rows' places to the device; if all rows began at one place, move that to the buffers' beginning.
 
         There they need no mask, which some backends have no kernel for.
         """
@@ -443,7 +443,7 @@ class _Engine:
     def _move(self, by: int) -> None:
         for cache in self.caches:
             cache.shift(by)
-            mx.eval([array for array in (cache.keys, cache.values) if array is not None])  # one layer twice, not all
+            mx.eval([array for array in (cache.keys, cache.values) if array is not None])  # copies one layer at a time
         self.window.write -= by
         self.window.start -= by
 
@@ -478,7 +478,7 @@ class _Engine:
                 yield index, rollout
 
     def _drop_idle(self, ahead: _Step) -> _Step:
-        """Keep only the working rows, once many slots are idle and no request is waiting."""
+        """Keep only the busy slots, once many are idle and no request is waiting."""
         keep = np.flatnonzero(self.request_of >= 0)
         if not len(keep) or len(keep) > DROP * len(self.request_of):
             return ahead
@@ -503,7 +503,7 @@ class _Engine:
         taken = [(slot, self.pending.popleft()) for slot in free[: len(self.pending)]]
         if not taken:
             return
-        if len(free) == len(self.request_of):  # nothing is kept: the longest prompt begins where the buffers do
+        if len(free) == len(self.request_of):  # no row stays, so the longest prompt begins at the buffers' beginning
             self.window.write = len(self.requests[taken[0][1]].prompt_ids) - 1
         members: dict[tuple[int, ...], list[int]] = {}
         for slot, index in taken:
@@ -587,7 +587,7 @@ class _Engine:
 
 
 def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens all prompts begin with, if reading them once pays, else 0; the last tokens apart."""
+    """Return the length of the prompts' common prefix, the last tokens left out; 0 if it is below `MIN_SHARED`."""
     first, last = min(prompts), max(prompts)
     length = min(len(first), len(last), *(len(prompt) - 1 for prompt in prompts)) if first != last else 0
     same = next((i for i in range(length) if first[i] != last[i]), length)

@@ -1,8 +1,8 @@
-"""The key-value cache of a batch whose rows come and go: all rows write at one index; each began at its own.
+"""The key-value cache of a batch whose rows join and leave: all rows write at one index; each began at its own.
 
 Row r of the batch holds positions ``start[r] .. write - 1`` of a window that all rows share. A row that ends leaves
 its slot to the next prompt, which is written so that it too ends at ``write``; nothing else moves. The window moves
-left when it reaches the end of the buffer, once in hundreds of steps, and rows without work are dropped now and then.
+left when it reaches the end of the buffer, once in hundreds of steps, and idle slots are dropped now and then.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class Window:
         low: first index that attention reads: the first that any row still needs, or 0 (`Reading.from_zero`).
         uniform: whether all rows began at 0; only then there is no mask, as attention without one may read keys from
             the beginning of the buffer, wherever its slice begins (`attention`).
-        axes: of the mask; 4 for nearly every model, else there is one more of size 1 (`mask_axes`).
+        axes: number of axes of the mask, 4 or 5 (`mask_axes`).
     """
 
     def __init__(self, rows: int, axes: int = 4, reading: Reading = SLICES):
@@ -61,7 +61,7 @@ class Window:
 
 
 class SlotCache:
-    """One layer's keys and values, (R, heads, capacity, size), behind the interface of mlx_lm's caches."""
+    """One layer's keys and values, (R, heads, capacity, size), with the interface of mlx_lm's caches."""
 
     def __init__(self, window: Window):
         self.window = window
@@ -98,7 +98,7 @@ class SlotCache:
         self.keys, self.values = grown
 
     def fill(self, slots: Sequence[int], keys: mx.array, values: mx.array) -> None:
-        """Put new rows, (len(slots), heads, L, size), into slots, ending at the place of the next write."""
+        """Put new rows, (len(slots), heads, L, size), into slots, so that they end just before the next write."""
         write = self.window.write
         self.reserve(write + 1, keys, values)
         first = write - keys.shape[2]
@@ -124,7 +124,7 @@ class SlotCache:
 
 
 def mask_axes(model: nn.Module) -> int | None:
-    """Find out how many axes a mask of rows that began apart has for a model.
+    """Find out how many axes a model's mask needs when rows began at different places.
 
     Four, (R, 1, 1, K), for attention by ``mx.fast``. Five for models that split the heads by key-value head
     themselves, as mlx_lm's Gemma 2 does. To find out, rows that began at different places are decoded together and
@@ -133,14 +133,14 @@ def mask_axes(model: nn.Module) -> int | None:
     """
     if not hasattr(model, KEPT):
         rows = [logprobs.probe(model, 24), logprobs.probe(model, 3)] * 4
-        rows.pop()  # seven: as many key-value heads would misread four axes
+        rows.pop()  # seven; with as many rows as key-value heads, a mask of four axes would be taken for one by head
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
         found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked)), 0)
         model.train(training)
         if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
-            return 4  # broken weights say nothing of the model; the first token will tell of them
+            return 4  # with broken weights the probe says nothing; drawing the first token reports them
         setattr(model, KEPT, found)
     return getattr(model, KEPT)
 
@@ -148,10 +148,10 @@ def mask_axes(model: nn.Module) -> int | None:
 def decodes_right(
     model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]], step: Callable[..., mx.array] | None = None
 ) -> bool:
-    """Decode rows of two prompts in turn together, and each prompt alone; say whether the logits are the same.
+    """Return whether rows of two alternating prompts, decoded together, have the logits of each prompt alone.
 
-    The first prompt is the longer one. It fills every slot at first, as others have been in a slot before its row.
-    ``step`` decodes them together, from (R,) tokens and the layers' caches; by default the model's modules do.
+    The first prompt is the longer one. It fills every slot first, so that the other rows' slots hold old keys, as in
+    use. ``step`` decodes the rows, from (R,) tokens and the layers' caches; by default the model's modules do.
     """
     token, window, alone = 3, Window(len(rows), axes), []
     caches = [SlotCache(window) for _ in model.layers]

@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens by one forward pass, in memory that does not grow with the vocabulary.
 
 The last hidden states are computed for whole rows, the vocabulary-wide logits for the wanted positions alone, a chunk
-at a time. While a chunk's softmax is at hand, its slope is taken too: d log p(y) / dh, as wide as the hidden state.
-The backward pass then needs no logits at all (the idea of Liger Kernel's fused cross-entropy, arXiv 2410.10989, for a
-head that is not trained and a loss that is not known yet).
+at a time. While a chunk's softmax is in memory, its slope d log p(y) / dh is computed too, which is as wide as the
+hidden state. The backward pass then needs no logits at all (the idea of Liger Kernel's fused cross-entropy, arXiv
+2410.10989, for a head that is not trained and a loss that is not known yet).
 """
 
 import math
@@ -20,16 +20,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_traces.runtime.memory_budget import MemoryBudget
 
 LOGITS_MB = 128  # most MiB of one vocabulary-wide float32 buffer
-TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.1, mx.float16: 0.1}  # of `alike`
+TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.1, mx.float16: 0.1}  # of the relative norm in `alike`
 
 
 @dataclass(frozen=True)
 class Split:
     """A model in two: ``trunk`` maps (B, T) ids to (B, T, D) hidden states, ``head`` (..., D) states to logits.
 
-    ``head_module`` returns the current head, which a context may have swapped; ``None`` if there is no module.
-    ``frozen_head`` says that nothing in it is trained. ``caches`` counts the layers whose keys and values rows may
-    continue from, 0 if they may not (`forward.split` finds out). ``room`` knows what fits in the memory.
+    ``head_module`` returns the current head, which a context may have replaced, or ``None`` if there is no module.
+    ``frozen_head`` says that nothing in it is trained. ``caches`` is the number of layers if rows may continue from a
+    prompt's keys and values, else 0 (`forward.split` finds out). ``room`` bounds the micro-batches by the memory.
     ``layers`` are the model's.
     """
 
@@ -46,8 +46,8 @@ def split(model: nn.Module) -> Split:
     """Find a model's trunk and head, and check on three tokens that together they are the model.
 
     The head is the linear map by its usual name; or else, if nothing in it is trained, whatever the model does with
-    what its trunk returns (soft-capped or scaled logits, another name). Where neither is found the trunk is the whole
-    model and the head the identity, which is right, and as wide as the vocabulary.
+    its trunk's output (soft-capped or scaled logits, another name). If neither is found, the trunk is the whole model
+    and the head is the identity: that is right too, but the states are then as wide as the vocabulary.
     """
     training = model.training
     model.eval()  # dropout would make the halves differ from the model
@@ -57,7 +57,7 @@ def split(model: nn.Module) -> Split:
 
 
 def _halves(model: nn.Module) -> Split | None:
-    """Return the halves, ``None`` if there are no such."""
+    """Return the trunk and its linear head, ``None`` if there are none by the usual names."""
     probe = mx.array([[1, 2, 3]])
     for owner in (model, getattr(model, "language_model", None)):
         trunk = getattr(owner, "model", None)
@@ -142,7 +142,7 @@ def token_logprobs(
         temperature: the logits are divided by it.
         logits_mb: most MiB of one vocabulary-wide float32 buffer.
         slopes: whether the log-probabilities will be differentiated.
-        entropies: whether those are wanted.
+        entropies: whether entropies are wanted.
 
     Returns:
         (N,) float32 log-probabilities in nats, differentiable in the model's parameters if ``slopes``, and (N,)
@@ -153,9 +153,9 @@ def token_logprobs(
 
 
 def token_states(halves: Split, ids: mx.array, positions: np.ndarray) -> tuple[mx.array, mx.array]:
-    """Return the (N, D) last hidden states that tokens are drawn from, and the (N,) tokens; see `token_logprobs`.
+    """Return the (N, D) last hidden states that predict tokens, and the (N,) tokens; see `token_logprobs`.
 
-    A token's state has seen what stands before the token, and not the token.
+    A token's state depends on the tokens before it only.
     """
     hidden = halves.trunk(ids[:, :-1])
     index = mx.array(positions)
@@ -185,7 +185,7 @@ def head_logprobs(
             states = mx.depends([states], before)[0]
         if slopes and not halves.frozen_head:
             if before:
-                states = states + 0 * before[0].sum()  # and backwards, where `depends` orders nothing
+                states = states + 0 * before[0].sum()  # orders the backward pass too, which `depends` does not
             logprob, entropy = _trained_chunk(halves, states, wanted, temperature)
         else:
             both = _frozen_chunk(
@@ -204,7 +204,7 @@ def _with_slope(value: mx.array, slope: mx.array | None, moved: mx.array) -> mx.
 
 
 def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Return log-probabilities and entropies, plainly; the logits are computed again in the backward pass."""
+    """Return log-probabilities and entropies of a trained head; the backward pass computes the logits again."""
     module = halves.head_module()
     trained = dict(tree_flatten(module.trainable_parameters())) if module is not None else {}
 
@@ -216,14 +216,14 @@ def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperatu
         entropy = -(mx.exp(normalised) * normalised).sum(axis=-1)
         return [mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy]
 
-    # What is differentiated has to be an input: nothing flows to what such a function merely uses.
+    # Only inputs of a custom function get gradients, so the head's parameters are inputs.
     lean = mx.custom_function(chunk)
 
     @lean.vjp
     def backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
-        inputs = [primals] if isinstance(primals, mx.array) else list(primals)  # MLX hands a single one over bare
+        inputs = [primals] if isinstance(primals, mx.array) else list(primals)  # MLX passes a single one without a list
         slopes = mx.vjp(chunk, mx.depends(inputs, list(cotangents)), list(cotangents))[1]
-        return (*mx.depends(slopes[:1], slopes[1:] or slopes[:1]), *slopes[1:])  # all of a chunk, then the next
+        return (*mx.depends(slopes[:1], slopes[1:] or slopes[:1]), *slopes[1:])  # finish a chunk before the next one
 
     return tuple(lean(states, *trained.values()))
 
@@ -237,14 +237,14 @@ def _frozen_chunk(
     if temperature != 1.0:
         logits = logits / temperature
     probs = mx.softmax(logits, axis=-1)  # one pass, where exponentials, their sum and a division would be four
-    sums = sum_wide(probs)  # 1, had they been added up well
-    log_total = logits.max(axis=-1) - mx.log(probs.max(axis=-1) / sums)  # the greatest is 1 / V at least
+    sums = sum_wide(probs)  # 1, up to the error of softmax's own sum
+    log_total = logits.max(axis=-1) - mx.log(probs.max(axis=-1) / sums)  # the greatest is at least 1 / V, never 0
     logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
     mean = sum_wide(probs * logits) / sums
     entropy = log_total - mean
 
     def slope(descent: mx.array) -> mx.array:
-        """Return d / d states, given minus d / d logits times the sums."""
+        """Return the gradient with respect to the states; ``descent`` is minus that of the logits, times ``sums``."""
         (slopes,) = mx.vjp(head, [states], [descent.astype(raw.dtype)])[1]
         return slopes.astype(mx.float32) * (-1 / (temperature * sums))[:, None]
 
@@ -301,6 +301,6 @@ def alike(found: mx.array, expected: mx.array) -> bool:
 
 
 def probe(model: Callable[[mx.array], mx.array], length: int) -> tuple[int, ...]:
-    """Return tokens to try a model on, from all over its vocabulary."""
+    """Return ``length`` tokens to test a model with, from all over its vocabulary; always the same ones."""
     vocabulary = model(mx.array([[0]])).shape[-1]  # a shape; it is never computed
     return tuple(np.random.default_rng(length).integers(0, vocabulary, length).tolist())

@@ -1,4 +1,4 @@
-"""Generation by mlx_lm's own means, for models whose cache is not a plain one (sliding window, state space).
+"""Generation by mlx_lm's own generator, for models whose cache is not a plain one (sliding window, state space).
 
 A probe finds out which models its BatchGenerator computes correctly; the others are decoded one row at a time.
 """
@@ -21,7 +21,7 @@ from mlx_traces.records import Rollout
 PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
 PREFILL_TOKENS = 2048  # of one prompt read at once, where rows are decoded one at a time
 KEPT = "_prompts_together"  # the attribute of a model that keeps what `prompts_together` found
-UNFIT = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)  # what does not go together
+UNFIT = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)  # of a model it cannot run
 
 
 def generate_plainly(
@@ -59,7 +59,7 @@ def prompts_together(model: Any) -> int:
         prompts = [probe(model, length) for length in (3, 24, 9)]
         whole = [model(mx.array([[*prompt, token]]), cache=make_prompt_cache(model))[:, -2:] for prompt in prompts]
         if not all(mx.isfinite(logits).all().item() for logits in whole):
-            return 0  # broken weights say nothing of the model; the first token will tell of them
+            return 0  # with broken weights the probe says nothing; drawing the first token reports them
         found = 0
         for together in (PREFILL_ROWS, 1):
             try:
@@ -78,7 +78,7 @@ def prompts_together(model: Any) -> int:
 
 
 def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together: int) -> list[Any]:
-    """Return what mlx_lm draws each prompt's first two tokens from, (1, 2, V), where the first drawn is ``token``."""
+    """Return the log-probabilities, (1, 2, V), of each prompt's first two draws by mlx_lm; the first is ``token``."""
     seen: list[list[Any]] = [[] for _ in prompts]
 
     def sampler(kept: list[Any]) -> Any:
@@ -117,7 +117,7 @@ def _batched(
     together: int,
     logprobs: bool,
 ) -> Iterator[tuple[int, Rollout]]:
-    """Decode rows together, reading so many prompts at once."""
+    """Decode ``rows`` at once, reading ``together`` prompts at once."""
     batch = _generator(loaded.model, [[token] for token in sorted(loaded.stop_ids)], rows, together)
     samplers = [RowSampler(loaded, requests[index], params[index], logprobs) for index in order]
     try:
@@ -175,9 +175,9 @@ class RowSampler:
         self.ending = Ending(loaded, request, params)
         self.uniforms, self.settings = uniforms_of(request, params), settings_of(params)[None]
         self.wanted, self.count = logprobs, 0
-        self.ids: list[int] = []  # that were looked at; one draw runs ahead of them
+        self.ids: list[int] = []  # tokens that `take` has read; one more may be drawn already
         self.logprobs: list[np.ndarray] = []  # (1, 2) each, as ``draw`` returns them
-        self.ahead: deque[Any] = deque()  # of the draws that were not looked at yet, on the device
+        self.ahead: deque[Any] = deque()  # log-probabilities of draws that were not read yet, on the device
 
     def __call__(self, logits: Any) -> Any:
         """Draw the next token."""
@@ -187,7 +187,7 @@ class RowSampler:
         self.ahead.append(own)
         if self.ending.thought is not None and (drawn := token.item()) >= 0:  # waits for it: the next one depends on it
             token = mx.array([self.ending.thought.take(drawn)])
-        return token if own is None else mx.depends([token], [own])[0]  # computed with it, or the logits would stay
+        return token if own is None else mx.depends([token], [own])[0]  # compute both now, which frees the logits
 
     def take(self, loaded: LoadedModel, token: int) -> None:
         """Read the next token on the host."""

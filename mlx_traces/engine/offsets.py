@@ -12,17 +12,17 @@ from mlx_traces.models.loading import LoadedModel
 
 
 def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pieces | None = None) -> np.ndarray:
-    """Return (T, 2) int64: the first character of ``text`` that each token wrote any of, and the one after the last.
+    """Return (T, 2) int64: where each token's characters begin and end in ``text``, the end exclusive.
 
     The ids are decoded, never encoded again. Each token that holds a part of a character has the whole character. A
-    token that is not in the text (a stop token, a sign that the text leaves out, what follows a stop string) has an
+    token that is not in the text (a stop token, a sign that the text leaves out, one after a stop string) has an
     empty range.
 
     Args:
-        loaded: has the tokenizer, and the signs that the text leaves out.
+        loaded: the model; its tokenizer, and the ``signs`` that the text leaves out.
         ids: of the completion, its stop token included.
         text: as in `Rollout`.
-        pieces: of the tokenizer, to be shared by many completions; default: made here.
+        pieces: of the tokenizer, to share between completions; default: made here.
     """
     ids, whole = list(ids), decode(loaded.tokenizer, list(ids))
     data = [(pieces or Pieces(loaded.tokenizer))[token] for token in ids]
@@ -32,7 +32,7 @@ def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pi
 
 
 def _by_bytes(data: Sequence[bytes], whole: str) -> np.ndarray | None:
-    """Return (T, 2) if the tokens' bytes add up to the text, perhaps without a first space; else None."""
+    """Return (T, 2) if the tokens' bytes, perhaps without a first space, add up to the text; else None."""
     joined = b"".join(data)
     decoded = joined.decode("utf-8", "replace")
     dropped = int(decoded != whole and decoded[:1] == " ")
@@ -65,11 +65,11 @@ def _by_bisection(tokenizer: Any, ids: list[int], data: Sequence[bytes], whole: 
     starts[-1] = ends[-1] = len(whole)
 
     def common(text: str) -> tuple[int, int]:
-        """Return how many characters begin both this text and the whole, and how many this one has."""
+        """Return the length of this text's common prefix with the whole, and the length of this text."""
         return bisect_left(range(len(text)), True, key=lambda at: not whole.startswith(text[: at + 1])), len(text)
 
     def fill(low: int, high: int) -> None:
-        """Find where the tokens between ``low`` and ``high`` meet; ``starts`` and ``ends`` are known at these two."""
+        """Fill ``starts`` and ``ends`` between the tokens ``low`` and ``high``, where they are known."""
         own = parts[low:high]
         if ends[low] == starts[low] and "".join(own) == whole[starts[low] : starts[high]]:
             starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])

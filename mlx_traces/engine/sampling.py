@@ -17,11 +17,11 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
 from mlx_traces.tasks.thoughts import after_last, still_open, usual
 
-# Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps those that were freed, up to 32 MiB, for the next of
-# their size. A larger one comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
+# Numbers of a vocabulary-wide buffer on a CPU, 8 MiB: MLX keeps freed buffers, 32 MiB in all, for reuse. A larger one
+# comes from the system page by page, and an addition takes 2.2 ns a number instead of 0.2.
 DRAWN_AT_ONCE = 2**21
 LONGEST_TAG = 64  # tokens that a tag of a thought may take
-CONTEXT = 8  # tokens before others on which their text may depend
+CONTEXT = 8  # number of earlier tokens on which a token's text may depend
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
 UNSURE = -2  # in place of a token where the filters may keep tokens outside the candidates
 FINE = 32  # tokens of a block of candidates
@@ -36,12 +36,12 @@ class SamplingParams:
     then ``top_k`` drop tokens by their probabilities at temperature 1, and one of those left is drawn at
     ``temperature``. ``top_p`` 1, ``min_p`` 0 and ``top_k`` 0 drop nothing. ``max_tokens`` counts the stop
     token. A completion also ends with any of the ``stop_tokens`` (ids, or tokens as the vocabulary writes them), which
-    is kept like the model's own stop token, and before any of the strings in ``stop``, those within a thought left out
-    unless ``stop_in_thoughts``.
+    is kept like the model's own stop token. It ends before any of the strings in ``stop``; within a thought they count
+    only with ``stop_in_thoughts``.
 
-    With ``think_tokens`` a thought is closed after so many tokens, and ``max_tokens`` bounds what is not thought, the
-    closing tag included; the answer then begins with ``think_then``, which counts too. Before ``think_at_least`` tokens
-    a thought is kept open by ``think_more``. See `engine.thinking`.
+    ``think_tokens`` is the most tokens of thought, and ``max_tokens`` then bounds the rest. A closing tag that this
+    budget brings counts as rest, as does ``think_then``, which follows it and begins the answer. A thought that would
+    end before ``think_at_least`` tokens goes on with ``think_more``. See `engine.thinking`.
     """
 
     max_tokens: int = 512
@@ -96,7 +96,7 @@ class Request:
     """A prompt to complete once; ``seed`` is that of this row's own random stream.
 
     ``opened`` is the beginning of the assistant's turn that the prompt already has, such as an open thought;
-    ``thoughtless`` is that of `Rendered`.
+    ``thoughtless`` says why the completion will have no thought, see `Rendered`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -123,7 +123,7 @@ def stop_ids(loaded: LoadedModel, params: SamplingParams) -> frozenset[int]:
     for token in params.stop_tokens:
         number = vocabulary.get(token, -1) if isinstance(token, str) else token
         if not 0 <= number < size:
-            raise UserError(f"unknown stop token {token!r}: {loaded.name} has no such token; a text goes into stop")
+            raise UserError(f"unknown stop token {token!r}: {loaded.name} has no such token; give a text as stop")
         own.add(number)
     return loaded.stop_ids | own
 
@@ -140,7 +140,7 @@ class Ending:
         self.stops = (*params.stop, *loaded.stop_strings)
         # A model's own stop strings stand for the token that ends its turn, so they count in thoughts too.
         self.always = frozenset(self.stops if params.stop_in_thoughts else loaded.stop_strings)
-        self.seen, self.thinking = 0, False  # tokens that were looked at for tags, and whether a thought was open there
+        self.seen, self.thinking = 0, False  # tokens searched for tags so far, and whether a thought was open there
         self.thought = self._bounds()
 
     def _bounds(self) -> Thinking | None:
@@ -175,7 +175,7 @@ class Ending:
         return Rollout(self.request.prompt_ids, tuple(ids), text, reason, *columns, stop, tuple(forced), spans)
 
     def _spans(self, ids: list[int], forced: list[int], length: int) -> tuple[tuple[int, int], ...]:
-        """Return the first character of each run of forced tokens in the text, and the one after its last.
+        """Return where each run of forced tokens begins and ends in the text, in characters.
 
         The tokens between two ends of runs are decoded after `CONTEXT` earlier ones, not after all of them.
         """
@@ -194,7 +194,7 @@ class Ending:
         """Return where in the text the first stop string starts, and which, if the newest token completed one.
 
         Only as many last tokens are decoded as a stop string can span: a token is at least a byte, bar a few special
-        ones. What they show is looked for again in the whole text, which a tokenizer may write otherwise.
+        ones. A string found there is searched again in the whole text, which a tokenizer may decode differently.
         """
         if not self.stops:
             return None, None
@@ -209,7 +209,7 @@ class Ending:
         return min((place for place in places if place[0] >= 0), default=(None, None))
 
     def _in_thought(self, ids: list[int]) -> bool:
-        """Whether a thought is open now, by the tokens since the last look and as many before as a tag can span."""
+        """Whether a thought is open now; reads the tokens since the last call and as many before as a tag can span."""
         text = decode(self.loaded.tokenizer, ids[max(0, self.seen - LONGEST_TAG) :])
         text = text if self.seen > LONGEST_TAG else self.request.opened + text
         self.seen, self.thinking = len(ids), still_open(usual(text, self.loaded.own_tags), self.thinking)
@@ -234,7 +234,7 @@ def draw(
 ) -> tuple[mx.array, mx.array | None]:
     """Draw a token of every row by inverting the distribution at a uniform number.
 
-    One random number a row replaces Gumbel noise over the vocabulary: that is cheaper, and each row has its own stream.
+    One random number a row replaces Gumbel noise over the vocabulary: it is cheaper, and each row has its own stream.
     A block of the vocabulary is drawn first, by the blocks' sums, then a token inside it. With one float32 sum over
     151,936 tokens, one draw in four is not the token of the exact distribution; with these two sums, one in fifty.
 
@@ -297,7 +297,7 @@ def _share(rows: np.ndarray) -> float:
 
 @cache
 def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
-    """Return the function that draws; compiled, MLX keeps a trace for each number of rows and width."""
+    """Return the function that draws; if ``compiled``, MLX keeps a trace for each shape of the logits."""
 
     def drawn(*arrays: mx.array) -> list[mx.array]:
         return _draw(kind, *arrays)
@@ -308,8 +308,8 @@ def _drawing(kind: _Kind, compiled: bool) -> Callable[..., list[mx.array]]:
 def _draw(kind: _Kind, logits: mx.array, *given: mx.array) -> list[mx.array]:
     """Return the tokens, and log-probabilities if they are wanted; see `draw`.
 
-    ``given``, (R,) each: uniforms, factor, top_p, min_p, top_k, greedy, filtered; nothing where all rows are greedy, as
-    a small model's draw is short beside moving them to the device.
+    ``given``, (R,) each: uniforms, factor, top_p, min_p, top_k, greedy, filtered. Nothing is given if all rows are
+    greedy: moving it to the device would take longer than a small model's draw.
     """
     best, greatest = _likeliest(logits) if kind.greedy else (None, None)
     if kind.greedy == 1:
@@ -360,11 +360,11 @@ def _likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _invert(scaled: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Return (R,) tokens where the distributions of (R, V) logits pass (R,) numbers, their logits, and (R,) logsumexp.
+    """Return (R,) tokens where the cumulative (R, V) distributions pass ``uniforms``, their logits, and (R,) logsumexp.
 
-    A token without weight is not drawn.
+    A token of probability 0 is not drawn.
     """
-    parts, most = blocks(scaled, -mx.inf), 1 - 2**-23  # what rounds to the whole would point behind the last one
+    parts, most = blocks(scaled, -mx.inf), 1 - 2**-23  # a share that rounds to 1 would point behind the last block
     sums = mx.logsumexp(parts, axis=-1)
     top = sums.max(axis=-1, keepdims=True)
     weights = mx.exp(sums - top)
@@ -381,7 +381,7 @@ def _invert(scaled: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array, m
 
 
 def _total(logits: mx.array) -> mx.array:
-    """Return (R,) logsumexp of (R, V) logits, of the blocks first: one pass, and as exact as `logprobs.logsumexp`."""
+    """Return the (R,) logsumexp of (R, V) logits by blocks: one pass, and as exact as `logprobs.logsumexp`."""
     return mx.logsumexp(mx.logsumexp(blocks(logits, -mx.inf), axis=-1), axis=-1)
 
 
@@ -390,19 +390,19 @@ def _kept(
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """Find the tokens that top_p, min_p and top_k keep, by their probabilities at temperature 1, without a long sort.
 
-    As in mlx_lm each filter sees what the one before left, without renormalising. The kept tokens are those of the
-    greatest logits, so only the blocks of `FINE` tokens with the greatest logits are searched. Of equal logits at the
-    border the first ones are kept.
+    As in mlx_lm each filter sees what the one before left, without renormalising. The kept tokens have the greatest
+    logits, so only the blocks of `FINE` tokens with the greatest logits are searched. Of equal logits at the border the
+    first ones are kept.
 
     Args:
         logits: (R, V) float32.
         total: (R,) their logsumexp.
         settings: top_p, min_p and top_k, (R,) float32 each.
-        candidates: blocks to look in, C; None for all of them.
+        candidates: number of blocks to search, C; None for all of them.
 
     Returns:
-        (R, C * FINE) logits of the candidates in the vocabulary's order, -inf for those that are dropped; (R, C) which
-        blocks they are; (R,) whether tokens elsewhere may be kept too, None if there are no others.
+        (R, C * FINE) logits of the candidates in the vocabulary's order, -inf for those that are dropped; (R, C)
+        numbers of their blocks; (R,) whether tokens elsewhere may be kept too, None if there are no others.
     """
     parts = blocks(logits, -mx.inf, FINE)
     rows, count = parts.shape[:2]
@@ -470,7 +470,7 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
-    """Return a completion's text, up to ``cut`` characters of its exact text, without tokens that are not text."""
+    """Return a completion's text, up to ``cut`` characters of its exact text, without the model's ``signs``."""
     text = decode(loaded.tokenizer, ids)[:cut]
     for token in {*ids} & loaded.signs.keys():
         text = text.replace(loaded.signs[token], "")

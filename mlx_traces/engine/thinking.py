@@ -3,8 +3,8 @@
 A small state machine reads each completion token by token. It knows whether a thought is open and how long it is. After
 ``think_tokens`` tokens of thought the closing tag replaces the tokens that the model draws. ``think_then``, in that
 paper "Final Answer:", may follow it. A closing tag or a stop token that comes before ``think_at_least`` tokens is
-replaced by a continuation, ``Wait``. The machine depends on the completion alone, so a row has the same tokens in a
-batch as alone.
+replaced by ``think_more``, such as "Wait". The machine depends on the completion alone, so a row has the same tokens in
+a batch as alone.
 
 A decode step is dispatched before the host has the token that it reads. But the host has all tokens before that one, so
 it knows which token is forced there, or which tokens would close the thought; the device then replaces the drawn token.
@@ -28,7 +28,7 @@ State = tuple[int, bytes]  # number of the pair whose thought is open, or NONE; 
 
 
 class Pieces(dict):
-    """The bytes that each token of a tokenizer stands for; those of a character that several tokens spell, too."""
+    """The bytes that each token of a tokenizer stands for, even where several tokens spell one character."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -58,7 +58,7 @@ class Reader:
         self.enders: dict[State, list[int]] = {}
 
     def begun(self, opened: str) -> State:
-        """Return the state after the beginning of the assistant's turn that the prompt has."""
+        """Return the state after ``opened``, the beginning of the assistant's turn that the prompt has."""
         return self._read((NONE, b""), opened.encode(), self.openings)
 
     def after(self, state: State, token: int) -> State:
@@ -85,7 +85,7 @@ class Reader:
         return self.after(state, token)[0] != state[0]
 
     def closers(self, state: State) -> list[int]:
-        """Return the tokens that complete it; the first call for a state reads the vocabulary."""
+        """Return all tokens that `closes` accepts; the first call for a state reads the vocabulary."""
         if state not in self.enders:
             last = self.pairs[state[0]][1][-1:].decode(errors="ignore")  # empty for a byte that is no character
             vocabulary = self.tokenizer.get_vocab().items()
@@ -94,9 +94,7 @@ class Reader:
         return self.enders[state]
 
     def closing(self, state: State, then: str = "") -> list[int]:
-        """Return the tokens that close the thought that is open in ``state``, with the line feeds of its kind of tag.
-
-        ``then`` follows them.
+        """Return the tokens that close the thought open in ``state``: its tag, the usual line feeds, and ``then``.
 
         Reasoning models leave an empty line after ``</think>``. Where the vocabulary lacks that tag, the prompt asks
         for it, and the traces of this project have no empty line there.
@@ -113,25 +111,25 @@ class Reader:
 
 @lru_cache(maxsize=2)
 def reader_of(tokenizer: Any, own: Pair | None) -> Reader:
-    """Return the reader of a model's tokenizer and its own tags; the last two are kept."""
+    """Return the reader for a tokenizer and a model's own tags; the two used last are kept."""
     return Reader(tokenizer, own)
 
 
 class Thinking:
     """The bounds on the thoughts of one completion.
 
-    ``forced`` has the places of the tokens that were not drawn. ``limit`` is the most tokens of the completion: with a
-    budget ``max_tokens`` of them lie outside of thoughts.
+    ``forced`` has the places of the tokens that were not drawn. ``limit`` is the most tokens of the completion; with a
+    budget at most ``max_tokens`` of them lie outside of thoughts.
 
     Args:
         reader: of the model's tokenizer.
         opened: the beginning of the assistant's turn that the prompt has.
-        max_tokens: of the answer, or without a budget of the whole completion.
+        max_tokens: most tokens outside of thoughts, or without a budget of the whole completion.
         budget: tokens of thought after which it is closed; None for no bound. Several thoughts share it.
         least: tokens of thought before which it is not closed.
         more: tokens that continue a thought.
-        stop_ids: tokens that end the completion, and in a thought would end that.
-        then: text that follows the tag that the budget brings.
+        stop_ids: tokens that end the completion, and so an open thought.
+        then: text that follows the closing tag once the budget is used up.
     """
 
     def __init__(
@@ -149,7 +147,7 @@ class Thinking:
         self.max_tokens, self.budget, self.least = max_tokens, budget, least
         self.more, self.stop_ids, self.then = list(more), stop_ids, then
         self.limit = max_tokens + (budget or 0)
-        self.length = self.thought = self.outside = 0  # tokens so far, those in thoughts, those that are not
+        self.length = self.thought = self.outside = 0  # tokens so far: all, in thoughts, outside of thoughts
         self.queue: list[int] = []  # what has to come next
         self.closing = False  # whether that closes the thought
         self.forced: list[int] = []
@@ -166,7 +164,7 @@ class Thinking:
         return self.state[0] != NONE and not self.queue and self.thought < self.least
 
     def take(self, token: int) -> int:
-        """Read the token that was drawn for the next place; return the one that the completion has there."""
+        """Read the token drawn for the next place; return the token that the completion gets there."""
         if self.kept_open and (token in self.stop_ids or self.reader.closes(self.state, token)):
             self.queue = self.more.copy()
         if self.queue:
@@ -181,7 +179,7 @@ class Thinking:
             if self.outside == self.max_tokens:
                 self.limit = min(self.limit, self.length)
         self.state = self.reader.after(self.state, token)
-        if self.closing and not self.queue:  # also where the tokenizer reads its own tag otherwise
+        if self.closing and not self.queue:  # even if the tag's tokens are not read as a tag
             self.closing, self.state = False, (NONE, b"")
         if self.thought == self.budget:
             self._bound()

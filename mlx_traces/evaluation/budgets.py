@@ -64,7 +64,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _point(run: Run) -> Point:
-    share = stats.accuracy(list(comparison.outcomes_of(run).values()))
+    share, _ = comparison.accuracy_of(run)
     tokens = [row["tokens"] for row in run.samples]
     return Point(
         run.result.get("think_tokens"),

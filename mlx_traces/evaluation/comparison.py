@@ -97,7 +97,8 @@ class Run:
 
     ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
     run.json, if there is one: settings, versions, device, fingerprints. A run that `recipe` made of several has their
-    number as ``trainings``, and each sample says in ``training`` which of them it is from.
+    number as ``trainings``, and each sample says in ``training`` which of them it is from. ``clusters``, if `clustered`
+    set them, have the cluster of each problem by its id; all statistics of the run then allow for them.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Run:
     samples: list[dict[str, Any]]
     about: dict[str, Any] = field(default_factory=dict)
     trainings: int = 1
+    clusters: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise UserError for a value of another type than an evaluation writes."""
@@ -249,21 +251,34 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
     return [found[id] for id in ids]
 
 
-def compare_runs(
-    runs: Sequence[Run], baseline: int | str = 0, cluster: str | None = None, stopped: bool = False
-) -> pd.DataFrame:
+def clustered(runs: Sequence[Run], column: str | None) -> list[Run]:
+    """Return runs whose problems with equal values in a column form clusters; the same runs without a column.
+
+    Raises:
+        UserError: if a run has no samples, the problems differ, or there is no such column.
+    """
+    if column is None:
+        return list(runs)
+    outcomes = [outcomes_of(run) for run in runs]
+    for run, outcome in zip(runs, outcomes, strict=True):
+        require_same_problems(runs[0], run, outcomes[0], outcome)
+    ids = list(outcomes[0])
+    clusters = dict(zip(ids, clusters_of(runs, column, ids), strict=True))
+    return [replace(run, clusters=clusters) for run in runs]
+
+
+def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = False) -> pd.DataFrame:
     """Compare runs over the same problems with a baseline among them.
 
     The interval of an accuracy is Wilson's, with several samples a problem at their effective number
     (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
     p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
     on the differences of correct counts, which equals McNemar's with one sample. Holm's adjustment is over the
-    runs compared with the baseline. `tested` has the methods for ``cluster``, several trainings and ``stopped``.
+    runs compared with the baseline. `tested` has the methods for clusters, several trainings and ``stopped``.
 
     Args:
         runs: at least one run; rows keep their order.
         baseline: index, run name or label of the run that the others are compared with.
-        cluster: column whose equal values mark problems that belong together.
         stopped: whether the number of problems depends on their results, so that anytime-valid figures are needed.
 
     Returns:
@@ -275,7 +290,7 @@ def compare_runs(
         no difference and no p-value. ``attrs["stopped"]`` is `GREW` if growing runs are tested as runs of fixed size.
 
     Raises:
-        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline or column.
+        UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
     """
     names = labels(runs)
     first = baseline_index(runs, baseline)
@@ -283,16 +298,15 @@ def compare_runs(
     for run, outcome in zip(runs, outcomes, strict=True):
         require_same_problems(runs[first], run, outcomes[first], outcome)
     ids = list(outcomes[first])
-    clusters = clusters_of(runs, cluster, ids) if cluster else None
 
     rows: list[dict[str, Any]] = []
     for i, run in enumerate(runs):
-        figures, spread = accuracy_of(run, outcomes[i], ids, clusters)
+        figures, spread = accuracy_of(run)
         tokens = [row["tokens"] for row in run.samples]
         found = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
         found |= {"test": None, "missed": math.nan}
         if i != first:
-            found |= tested(run, runs[first], outcomes[i], outcomes[first], clusters, stopped)
+            found |= tested(run, runs[first], outcomes[i], outcomes[first], stopped)
         rows.append(
             {
                 "model": run.result["model"],
@@ -322,43 +336,49 @@ def compare_runs(
         row["p_holm"] = adjusted
     for i, row in enumerate(rows):
         if i != first and not stopped and row["p_holm"] >= stats.LEVEL:
-            row["missed"] = missed(runs[i], runs[first], ids, clusters, stats.LEVEL / len(others))
+            row["missed"] = missed(runs[i], runs[first], ids, stats.LEVEL / len(others))
     table = frame(rows)
     if others and not stopped and any((run.about.get("identity") or {}).get("growing") for run in runs):
         table.attrs["stopped"] = GREW
     return table
 
 
-def accuracy_of(
-    run: Run, outcomes: dict[str, list[bool]], ids: Sequence[str], clusters: Sequence[str] | None
-) -> tuple[dict[str, float | int], float]:
+def accuracy_of(run: Run) -> tuple[dict[str, float | int], float]:
     """Return the figures of ``stats.accuracy``, and the standard deviation of the trainings' accuracies.
 
     With clusters the interval is Wilson's at the effective number of samples; with several trainings it is that of
-    `variance.estimate`, within 0 and 1.
+    `variance.estimate`, within 0 and 1, from two problems or clusters on.
+
+    Raises:
+        UserError: if the run has no or uneven samples.
     """
-    figures = stats.accuracy(list(outcomes.values()))
-    if run.trainings > 1:
-        found = shares(run, ids)
-        low, high = variance.estimate(found, clusters=clusters).interval()
-        ends = {"ci_low": max(0.0, low), "ci_high": min(1.0, high)}
-        return figures | ends, float(found.mean(axis=1).std(ddof=1))
-    if clusters is not None:
-        groups: dict[str, list[bool]] = {}
-        for id, name in zip(ids, clusters, strict=True):
-            groups.setdefault(name, []).extend(outcomes[id])
-        figures = stats.accuracy(list(groups.values()))
-    return figures, math.nan
+    groups: dict[str, list[bool]] = {}
+    for id, outcomes in outcomes_of(run).items():
+        groups.setdefault(run.clusters.get(id, id), []).extend(outcomes)
+    figures = stats.accuracy(list(groups.values()))
+    if run.trainings == 1:
+        return figures, math.nan
+    ids = list(dict.fromkeys(row["id"] for row in run.samples))
+    found = shares(run, ids)
+    if len(groups) > 1:
+        low, high = variance.estimate(found, clusters=clusters_in(run, ids)).interval()
+        figures |= {"ci_low": max(0.0, low), "ci_high": min(1.0, high)}
+    return figures, float(found.mean(axis=1).std(ddof=1))
 
 
-def missed(one: Run, two: Run, ids: Sequence[str], clusters: Sequence[str] | None, level: float) -> float:
+def clusters_in(run: Run, ids: Sequence[str]) -> list[str] | None:
+    """Return the cluster of each problem; None where each problem stands by itself."""
+    return [run.clusters[id] for id in ids] if run.clusters else None
+
+
+def missed(one: Run, two: Run, ids: Sequence[str], level: float) -> float:
     """Return the difference of two runs that a test at ``level`` finds half of the time on these problems.
 
     With one completion a problem it follows from the power of McNemar's exact test at the observed share of discordant
     problems, else it is half the width of the interval at that level. NaN if the test can find no difference on so few
     problems or clusters, or if the differences do not vary.
     """
-    a, b = shares(one, ids), shares(two, ids)
+    a, b, clusters = shares(one, ids), shares(two, ids), clusters_in(two, ids)
     single = one.trainings == two.trainings == 1
     if single and clusters is None and len(one.samples) == len(two.samples) == len(ids) <= power.MOST_DISCORDANT:
         discordant = float((a != b).mean())
@@ -381,7 +401,7 @@ def cut_off(run: Run) -> float:
     return sum(row["finish_reason"] == "length" for row in run.samples) / len(run.samples)
 
 
-def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
+def paired(one: Run, two: Run) -> dict[str, Any]:
     """Compare two runs problem by problem, as ``compare_runs`` does.
 
     Returns:
@@ -390,17 +410,16 @@ def paired(one: Run, two: Run, cluster: str | None = None) -> dict[str, Any]:
         ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
 
     Raises:
-        UserError: if a run has no or uneven samples, the problems differ, or there is no such column.
+        UserError: if a run has no or uneven samples, or the problems differ.
     """
     outcomes = [outcomes_of(run) for run in (one, two)]
     require_same_problems(one, two, *outcomes)
     (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    clusters = clusters_of((one, two), cluster, [*outcomes[0]]) if cluster else None
-    ratio = (math.nan,) * 3 if cluster else stats.paired_ratio(a / samples_a, b / samples_b)
+    ratio = (math.nan,) * 3 if two.clusters else stats.paired_ratio(a / samples_a, b / samples_b)
     ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
-    return counts | tested(one, two, *outcomes, clusters) | ratios
+    return counts | tested(one, two, *outcomes) | ratios
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -529,12 +548,13 @@ def by_part(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, boo
     """Compute accuracies by part; ``judge`` returns, for each part a sample belongs to, whether it is correct."""
     rows = []
     for run, name in zip(runs, labels(runs), strict=True):
-        parts: dict[str, dict[str, list[bool]]] = {}
+        parts: dict[str, list[dict[str, Any]]] = {}
         for sample in run.samples:
             for part, correct in judge(sample).items():
-                parts.setdefault(part, {}).setdefault(sample["id"], []).append(correct)
+                parts.setdefault(part, []).append(sample | {"correct": correct})
         rows += [
-            {"part": part, "label": name, **stats.accuracy(list(problems.values()))} for part, problems in parts.items()
+            {"part": part, "label": name, **accuracy_of(replace(run, samples=samples))[0]}
+            for part, samples in parts.items()
         ]
     return frame(rows) if len({row["part"] for row in rows}) > 1 else None
 
@@ -604,7 +624,6 @@ def tested(
     two: Run,
     outcomes_one: dict[str, list[bool]],
     outcomes_two: dict[str, list[bool]],
-    clusters: Sequence[str] | None = None,
     stopped: bool = False,
 ) -> dict[str, Any]:
     """Return difference, interval and p-value of two runs on the same problems, and ``test``, the method.
@@ -614,6 +633,7 @@ def tested(
     by `variance.estimate`. ``anytime``: both by `anytime.anytime`.
     """
     ids = list(outcomes_two)
+    clusters = clusters_in(two, ids)
     (a, samples_a), (b, samples_b) = counts_of(outcomes_one, ids), counts_of(outcomes_two, ids)
     common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
     changes = a * (common // samples_a) - b * (common // samples_b)

@@ -68,11 +68,11 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
 
     Returns:
         One row a run: ``model`` (its label), ``total_cases``, ``success_rate``, ``correct``, ``incorrect``,
-        ``ci_low``, ``ci_high`` (Wilson). Cases are samples where a problem has several.
+        ``ci_low``, ``ci_high``, as in `comparison.compare_runs`. Cases are samples where a problem has several.
     """
     rows = []
     for run, name in zip(runs, comparison.labels(runs), strict=True):
-        figures = stats.accuracy(list(comparison.outcomes_of(run).values()))
+        figures, _ = comparison.accuracy_of(run)
         total, correct = figures["total_questions"], figures["correct_count"]
         rows.append(
             {
@@ -88,7 +88,7 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
     return comparison.frame(rows)
 
 
-def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None = None) -> list[Pair]:
+def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
     The p-value is that of McNemar's exact test (with several samples a problem, of the exact sign-flip test). Holm's
@@ -98,7 +98,6 @@ def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None 
     Args:
         runs: runs over the same problems.
         baseline: index of the run that all others are paired with; None: every pair.
-        cluster: column whose equal values mark problems that belong together.
 
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
@@ -106,7 +105,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None, cluster: str | None 
     names = comparison.labels(runs)
     indices = range(len(runs))
     chosen = combinations(indices, 2) if baseline is None else ((baseline, i) for i in indices if i != baseline)
-    tested = [(i, j, comparison.paired(runs[j], runs[i], cluster)) for i, j in chosen]
+    tested = [(i, j, comparison.paired(runs[j], runs[i])) for i, j in chosen]
     adjusted = stats.holm([figures["p_value"] for _, _, figures in tested])
     return [
         Pair(
@@ -183,7 +182,7 @@ def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
         return text
     differ = sum(pair.p_holm < stats.LEVEL for pair in found)
     of = f"Of {len(found)} pairs tested" if len(found) > 1 else "Of the one pair tested"
-    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (exact paired test, p after Holm below {stats.LEVEL:g})"
+    shown = f"{differ} {'differs' if differ == 1 else 'differ'} (paired test, p after Holm below {stats.LEVEL:g})"
     open_ = f"; in the other {len(found) - differ} no difference is shown" if 0 < differ < len(found) else ""
     return f"{text} {of}, {shown}{open_}."
 
@@ -200,9 +199,10 @@ def key_points(runs: Sequence[Run], found: Sequence[Pair], most: int = 10) -> li
     same = [[x == y for x, y in zip(kinds[pair.a], kinds[pair.b], strict=True)] for pair in found]
     prompts = [pair for pair, (model, adapter, _) in zip(found, same, strict=True) if model and adapter]
     models = [pair for pair, (*_, prompt) in zip(found, same, strict=True) if prompt and pair not in prompts]
-    chosen = [*prompts, *models] or list(found)
-    left = len(chosen) - most
-    more = [f"{left} more pairs that differ in one thing are in the table of pairs."] if left > 0 else []
+    one_thing = [*prompts, *models]
+    chosen = one_thing or list(found)
+    left, which = len(chosen) - most, " that differ in one thing" if one_thing else ""
+    more = [f"{left} more pairs{which} are in the table of pairs."] if left > 0 else []
     return [*map(sentence, chosen[:most]), *more]
 
 

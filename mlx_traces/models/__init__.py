@@ -1,1 +1,1 @@
-"""A name to weights, tokenizer, chat template and adapter."""
+"""From a model's name to its weights, tokenizer, chat template and adapter."""

@@ -12,7 +12,7 @@ KINDS = ("lora", "dora", "full")
 
 
 def own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's settings file, as `read_config` gives it, in the names of ``AdapterConfig``."""
+    """Rename an adapter's settings, as `read_config` returns them, to the fields of ``AdapterConfig``."""
     own = {
         "kind": settings.get("fine_tune_type", "lora"),
         "layers": settings.get("num_layers"),
@@ -23,10 +23,10 @@ def own_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's settings; the folder is checked as far as that goes without its weights.
+    """Read and check an adapter's settings; its weights are not read.
 
     Raises:
-        UserError: if it is no mlx_lm adapter, or a setting is of the wrong kind.
+        UserError: if the folder has no mlx_lm adapter, or a setting is of the wrong kind.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder")

@@ -21,22 +21,22 @@ from mlx_traces.runtime import device
 from mlx_traces.runtime.device import Backend
 from mlx_traces.runtime.files import on_the_way, replacing, to_json, write_atomic
 
-BASE = "base"  # names the bare model where an adapter is asked for
+BASE = "base"  # stands for no adapter where one is named
 ADDED = ("lora_a", "lora_b", "m")  # what an adapter adds to a layer: the low-rank pair, DoRA's magnitudes
 
 
 def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = None) -> dict[str, Any]:
-    """Prepare a model for training: a new adapter, or that of ``folder``, already attached; the rest is frozen.
+    """Prepare a model for training: add a new adapter, or continue that of ``folder``, which is attached already.
 
-    A new adapter changes nothing yet (arXiv 2106.09685, section 4.1): its second matrix is 0, its first is drawn from
-    MLX's random state. ``full`` trains the layers' own weights.
+    All else is frozen. A new adapter changes nothing yet (arXiv 2106.09685, section 4.1): its second matrix is 0, its
+    first is drawn from MLX's random state. ``full`` trains the layers' own weights.
 
     Returns:
-        The adapter's settings, as `save` writes them. A given adapter keeps its own.
+        The adapter's settings, as `save` writes them. The adapter of ``folder`` keeps its own.
 
     Raises:
         UserError: for a target that no layer has, quantized layers that ``full`` cannot train, or a setting that
-            was given and differs from the adapter's.
+            was given and differs from that of the adapter in ``folder``.
     """
     if not -1 <= config.layers <= len(model.layers) or config.layers == 0:
         raise UserError(f"layers: this model has {len(model.layers)}, not {config.layers}; -1 stands for all")
@@ -79,7 +79,7 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
 
 
 def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
-    """Raise UserError if a setting was given that is not the adapter's own."""
+    """Raise UserError if a setting was given that differs from the adapter's."""
     own = own_settings(settings)
     for name in AdapterConfig.model_fields.keys() & config.model_fields_set:
         if name in own and getattr(config, name) != own[name]:
@@ -90,7 +90,7 @@ def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str
 
 
 def _check_targets(model: nn.Module, config: AdapterConfig) -> None:
-    """Raise UserError for a target that is no linear module of the layers, or of the model."""
+    """Raise UserError for a target that is no linear or embedding module of the layers or of the model."""
     experts = (SwitchLinear, QuantizedSwitchLinear)
     linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *experts)
     inside = {name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, linear)}
@@ -101,7 +101,7 @@ def _check_targets(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def save(model: nn.Module, folder: Path, settings: dict[str, Any], about: dict[str, Any] | None = None) -> None:
-    """Write what is trained as an adapter folder that `attach` and ``mlx_lm.load(adapter_path=)`` read.
+    """Write the trained parameters as an adapter folder that `attach` and ``mlx_lm.load(adapter_path=)`` read.
 
     ``settings`` are as `start` returned them, ``about`` is further entries for ``adapter_config.json``: base model,
     data, versions.
@@ -133,11 +133,11 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def reference(model: nn.Module, folder: str | Path | None, used: bool = True) -> Callable[[], Any]:
     """Return a context in which the model is the reference: its adapter left out, or replaced by that of ``folder``.
 
-    Its weights come with the scale that they were trained at; None and `BASE` stand for the bare model.
+    The adapter of ``folder`` has the scale that it was trained with; None and `BASE` leave the adapter out.
 
     Raises:
-        UserError: if it is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same kind and
-            shapes.
+        UserError: if the reference is ``used`` and there is no adapter to leave out, or ``folder`` has none of the same
+            kind and shapes.
     """
     trained = dict(tree_flatten(model.trainable_parameters()))
     if folder in (None, BASE):
@@ -174,12 +174,12 @@ def reference(model: nn.Module, folder: str | Path | None, used: bool = True) ->
 
 
 def _kind_of(trained: Iterable[str]) -> str:
-    """Return the kind of adapter that trained parameters are, by their names."""
+    """Return the kind of adapter that parameters of these names belong to."""
     last = {name.rpartition(".")[2] for name in trained}
     return "full" if "lora_a" not in last else "dora" if "m" in last else "lora"
 
 
-# What a layer of each kind is once its weights are dense.
+# The class of each kind of layer once its weights are dense.
 DENSE = {
     **dict.fromkeys((nn.Linear, nn.QuantizedLinear), nn.Linear),
     **dict.fromkeys((nn.Embedding, nn.QuantizedEmbedding), nn.Embedding),
@@ -206,8 +206,8 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
     other sizes in sampling than in training.
 
     Args:
-        model: an adapter on it or not.
-        backend: where it runs; without one, copies fit, and quantized layers stay quantized.
+        model: with or without an adapter.
+        backend: where it runs; without one, copies are taken to fit, and quantized layers stay quantized.
     """
     dense, low_rank = _layers_to_change(model, backend)
     on_gpu = backend is not None and backend.name != "cpu"
@@ -217,7 +217,7 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
     weighed = sampling_bytes(model, backend)
     device.clear_grown_cache()
     mx.eval([changed[name].weight for name in dense])
-    for name in low_rank:  # one after the other: DoRA's float32 sums are there one at a time
+    for name in low_rank:  # one after the other, to hold one layer's float32 sums of DoRA at a time
         mx.eval(changed[name].parameters())
     model.update_modules(tree_unflatten(list(changed.items())))
     setattr(model, _WEIGHED, weighed)
@@ -231,7 +231,7 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
 
 
 def sampling_bytes(model: nn.Module, backend: Backend | None = None) -> int:
-    """Return the bytes of all weights while a model samples within `merged`: its own, and the copies made there."""
+    """Return the bytes of all weights while a model samples within `merged`: its own and the copies."""
     weighed = getattr(model, _WEIGHED, None)
     return _bytes(model) + copied_bytes(model, backend) if weighed is None else weighed
 
@@ -252,7 +252,7 @@ def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[s
         inside = {id(_base(layer)) for layer in adapted.values()}
         quantized = {n: m for n, m in modules.items() if type(m) in DENSE and "scales" in m and id(m) not in inside}
         dense = {**adapted, **quantized}
-    # What is of a kind of its own stays so, as do experts with a second scale.
+    # Layers of unknown classes stay as they are, as do experts with a second scale.
     bases = {name: _base(layer) for name, layer in dense.items()}
     dense = {n: dense[n] for n, base in bases.items() if type(base) in DENSE and base.get("global_scale") is None}
     size = _bytes(model) + sum(map(_dense_bytes, dense.values()))
@@ -291,7 +291,7 @@ def _dense_bytes(layer: nn.Module) -> int:
 
 
 def _dense(layers: Sequence[nn.Module], compiled: bool) -> list[nn.Module]:
-    """Return frozen dense layers of some layers' weights and biases; none are drawn, as MLX's constructors do."""
+    """Return frozen dense layers with the layers' weights and biases; MLX's constructors would draw random ones."""
     weights = (_compiled if compiled else _dense_weights)([_parts(layer) for layer in layers])
     made = []
     for base, weight in zip(map(_base, layers), weights, strict=True):
@@ -305,7 +305,7 @@ def _dense(layers: Sequence[nn.Module], compiled: bool) -> list[nn.Module]:
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
-    """Return a layer's arrays, those of an adapter too, and their constants, as `_summed` takes them."""
+    """Return a layer's arrays, its adapter's included, and their constants, as `_summed` takes them."""
     base = _base(layer)
     parts = {"weight": base.weight}
     if "scales" in base:
@@ -325,7 +325,7 @@ def _dense_weights(layers: list[dict[str, Any]]) -> list[mx.array]:
     """Return the dense weights of layers given by their `_parts`, one layer's float32 sums held at a time."""
     weights: list[mx.array] = []
     for parts in layers:
-        if weights:  # or the sums of many layers would be computed first
+        if weights:  # compute one layer after the other, not the sums of many first
             parts = {**parts, "weight": mx.depends(parts["weight"], weights[-1])}
         weight = _summed(parts)
         if "m" in parts:
@@ -352,15 +352,15 @@ def _summed(parts: dict[str, Any]) -> mx.array:
 
 
 def _gain(m: mx.array, summed: mx.array) -> mx.array:
-    """Return DoRA's (out,) factors, which give rows the learned norms ``m`` (arXiv 2402.09353, equation 5)."""
+    """Return DoRA's (out,) factors, which give the rows the learned norms ``m`` (arXiv 2402.09353, equation 5)."""
     return m / mx.linalg.norm(summed, axis=-1)
 
 
 class LowRank(nn.Module):
-    """A linear layer that stays as it is, and its adapter as one product more: ``linear(x) + x a b``.
+    """A linear layer that stays as it is, and its adapter as one more product: ``linear(x) + x a b``.
 
-    ``a`` (in, r) and ``b`` (r, out) have the activations' type, the adapter's scale is in ``b``. DoRA's factor of each
-    output is ``gain`` (out,), which the bias does not get: ``rest`` gives back what is missing of it.
+    ``a`` (in, r) and ``b`` (r, out) have the activations' type; ``b`` includes the adapter's scale. ``gain`` (out,) is
+    DoRA's factor of each output. It must not scale the bias, so ``rest`` adds back the part that it takes.
     """
 
     def __init__(self, layer: nn.Module):
@@ -388,8 +388,8 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     type ``full`` replaces the weights that it names.
 
     Raises:
-        UserError: if the folder has no mlx_lm adapter, or one that was made for another model: a tensor that
-            the model has no place for, one of another shape, or one that its layers need and the file lacks.
+        UserError: if the folder has no mlx_lm adapter, or one for another model: with a tensor that the model lacks,
+            one of another shape, or without one that the layers need.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -417,7 +417,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     if any(faults.values()):
         summary = "; ".join(f"{len(names)} tensors {what}, e.g. {names[0]}" for what, names in faults.items() if names)
         quantized = kind == "full" and any(name.endswith(".scales") for name in places)
-        way_out = "; it holds dense weights and the model's are quantized: pass --weights dense" if quantized else ""
+        way_out = "; it has dense weights and the model has quantized ones: pass --weights dense" if quantized else ""
         raise UserError(f"{folder}: the adapter does not fit this model ({summary}){way_out}")
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
@@ -433,12 +433,12 @@ def _read_weights(folder: Path) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Replace a safetensors file all at once: temporary file, fsync, rename."""
-    mx.eval(list(arrays.values()))  # errors of the computation are not the disk's
+    """Replace a safetensors file atomically: temporary file, fsync, rename."""
+    mx.eval(list(arrays.values()))  # before the try: errors of the computation are not the disk's
     try:
         with on_the_way(path), replacing(path) as scratch:
             mx.save_safetensors(str(scratch), arrays, metadata or {})
-    except RuntimeError as error:  # MLX's word for a disk that is full
+    except RuntimeError as error:  # what MLX raises if the disk is full
         raise UserError(
             f"{path}: cannot be written ({first_line(error)}); make room, then go on with --resume"
         ) from None

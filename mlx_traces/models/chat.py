@@ -1,7 +1,7 @@
 """A model's chat template: the text of a conversation, the place of each turn in it, its tokens. No MLX.
 
 To find a turn, the conversation is rendered again with a mark in the turn's place. The text around the mark is what the
-template writes around the turn. So this works for any template, without knowing it.
+template writes around the turn. This works for any template.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ DIRECTIVES = tuple(_DIRECTIVES)  # of strftime
 class Rendered:
     """A problem as the model reads it.
 
-    ``ids`` are what the model gets, ``text`` is their text. ``opened`` is what the assistant's turn holds before the
+    ``ids`` are the prompt's tokens, ``text`` is their text. ``opened`` is what the assistant's turn holds before the
     first sampled token: a thought that the template opens, the prompt's prefill. Graders get ``opened`` + completion.
     ``turn`` is all that the template writes after the last message, the head of the assistant's turn included, and
-    ``closed`` says that it closes a thought there. ``messages`` are the turns as the template got them, a system
-    message perhaps moved. ``thoughtless`` says why the completion will have no thought, for an error; it is empty where
-    there may be one.
+    ``closed`` says that it closes a thought there. ``messages`` are the turns as the template got them; a system
+    message may have been moved. ``thoughtless`` says, for an error message, why the completion will have no thought; it
+    is empty if there may be one.
     """
 
     ids: tuple[int, ...]
@@ -45,7 +45,7 @@ class Rendered:
 
 @dataclass
 class Chat:
-    """A model's chat template, or the plain one in its place, with what it is always given.
+    """A model's chat template with its fixed variables; a plain template if the model has none.
 
     ``arguments`` are the template's other variables (``reasoning_effort``), ``day`` is the date that it prints, None
     for today's. ``notes`` gets lines that the user should see, each once.
@@ -60,10 +60,10 @@ class Chat:
     # ------------------------------------------------------------------------------------------ text
 
     def text(self, messages: Sequence[Message], thinking: bool | None = None, reply: bool = True) -> str:
-        """Render turns; with ``reply`` up to where the assistant's next one begins.
+        """Render turns; with ``reply`` also the beginning of the assistant's next turn.
 
         Raises:
-            UserError: if the template refuses them, or fails at them.
+            UserError: if the template refuses them or fails.
         """
         if not self.tokenizer.has_chat_template:
             return _as_plain_chat(messages, reply)
@@ -86,11 +86,11 @@ class Chat:
 
     @property
     def _in_python(self) -> bool:
-        return self.tokenizer._chat_template is not None  # known to mlx_lm only
+        return self.tokenizer._chat_template is not None  # a template in Python, which only mlx_lm knows
 
     @cached_property
     def switch(self) -> str | None:
-        """The name of the template's thinking switch: the first one that changes a prompt; ``None`` without one."""
+        """The name of the template's thinking switch: the first that changes a prompt, ``None`` if none does."""
         return next((name for name in SWITCHES if self._differ({name: True}, {name: False})), None)
 
     @cached_property
@@ -125,7 +125,7 @@ class Chat:
 
     @cached_property
     def _idle(self) -> list[str]:
-        """The arguments that change nothing: a prompt is the same with their value, with another value and without."""
+        """The arguments without effect: a prompt is the same with their value, with another value and without."""
         found = []
         for name, value in self.arguments.items():
             rest = {other: given for other, given in self.arguments.items() if other != name}
@@ -153,7 +153,7 @@ class Chat:
         usual |= {*self.tokenizer._tokenizer.special_tokens_map, *self.arguments, "loop", "range"}
         try:
             read = meta.find_undeclared_variables(Environment().parse(self.tokenizer._tokenizer.get_chat_template()))
-        except (TemplateError, ValueError):  # tags of transformers' own, no default template
+        except (TemplateError, ValueError):  # a tag that only transformers knows, or no default template
             return ""
         names = sorted(name for name in read - usual if not name.endswith("_token"))[:8]
         return f"; it reads {choices(names)}, which --template-arg NAME=VALUE sets" if names else ""
@@ -183,7 +183,7 @@ class Chat:
         opened = self._opened(turn)
         closed = any(closing in turn for _, closing in (*TAGS, *filter(None, [self.own_tags])))
         if closing_of(opened, self.own_tags) and any(opener in prefill for opener in OPENERS):
-            text, opened = text[: -len(opened)], ""  # the prefill opens the thought in its own words
+            text, opened = text[: -len(opened)], ""  # the prefill opens the thought itself
         if prefill and not self.tokenizer.has_chat_template:
             text += " "
         text, opened = text + prefill, opened + prefill
@@ -191,7 +191,7 @@ class Chat:
         return Rendered(self.ids(text), text, opened, turn, closed, tuple(messages), thoughtless)
 
     def plain(self, text: str, prefill: str = "") -> Rendered:
-        """Return a text that no template frames, as the model reads it; ``prefill`` is its end."""
+        """Encode a text without the template; ``prefill`` is the end of the text."""
         ids = tuple(self.tokenizer.encode(text))
         return Rendered(ids, text, prefill, thoughtless=self._thoughtless(text, prefill, closed=False))
 
@@ -235,9 +235,9 @@ class Chat:
     def around(
         self, messages: Sequence[Message], place: int, thinking: bool | None = None, reply: bool = True
     ) -> tuple[str, str, str]:
-        """Return what the template writes before the turn at ``place``, after it up to the next turn, and after that.
+        """Return the text before the turn at ``place``, from that turn to the next, and after the next turn.
 
-        All are empty where it does not write the turn, or refuses the mark in its place.
+        All three are empty if the template does not write the turn, or refuses the mark in its place.
         """
         contents = "".join(turn["content"] for turn in messages)
         digest = hashlib.sha256(contents.encode("utf-8", "replace")).hexdigest()[:12]
@@ -253,14 +253,14 @@ class Chat:
     # ------------------------------------------------------------------------------------------ tokens
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Encode a rendered text. A template writes the special tokens itself, the first one of the text included."""
+        """Encode a rendered text. A template writes all special tokens itself, so the tokenizer adds none."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template))
 
     def flags(self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Return for each token whether it lies, wholly or in part, in one of the spans of the text's characters.
+        """Return for each token whether a part of it lies in one of the spans, each a range of the text's characters.
 
-        Uses the tokenizer's own character offsets. Without those, the text up to a border is encoded and compared with
-        the beginning of ``ids``.
+        Uses the tokenizer's own character offsets. Without those, the text up to each end of a span is encoded and
+        compared with the beginning of ``ids``.
         """
         if not spans:
             return [False] * len(ids)
@@ -276,7 +276,7 @@ class Chat:
         return trained
 
     def _places(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]] | None:
-        """Return (first, last) of each token's characters, ``None`` for a tokenizer that does not know."""
+        """Return each token's range of characters, the end exclusive; ``None`` if the tokenizer does not know it."""
         special = not self.tokenizer.has_chat_template
         try:
             found = self.tokenizer._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -286,12 +286,12 @@ class Chat:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many first tokens two sequences share."""
+    """Return the length of two sequences' common prefix."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _dated(template: str, day: date) -> str:
-    """Return a template whose ``strftime_now`` is of this day, at midnight: a macro before it, in its own language."""
+    """Return the template with a macro before it that makes ``strftime_now`` print this day, at midnight."""
     parts = "".join(f'|replace("{directive}", "{day.strftime(directive)}")' for directive in DIRECTIVES)
     return "{% macro strftime_now(format) %}{{ format" + parts + " }}{% endmacro %}\n" + template
 

@@ -1,4 +1,4 @@
-"""Convert a model to other bits: expand it to 16, or quantize it from there; each folder is made once."""
+"""Convert a model to another number of bits: expand it to 16, or quantize it from there. Each folder is made once."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ class Conversion:
 
 
 def conversion(model: str, bits: int, group_size: int, folder: Path) -> Conversion:
-    """Name a conversion's folder in ``folder``: the label, and 8 digits that stand for the source.
+    """Return a conversion whose path in ``folder`` is its label and 8 digits of a hash; nothing is downloaded or made.
 
-    A local source is its files, a hub id its name and revision; nothing is downloaded or made.
+    The hash is of the bits, the group size and the source: a local model's files, or a hub id with its revision.
     """
     own = names.local_folder(model)
     source = [model, fingerprint(own)] if own else [model]
@@ -48,14 +48,14 @@ def conversion(model: str, bits: int, group_size: int, folder: Path) -> Conversi
 
 
 def convert(wanted: Conversion, trust_remote_code: bool = False) -> Path:
-    """Make the converted model unless it is there; return its folder, which appears when it is complete.
+    """Make the converted model unless it exists; return its folder, which appears when it is complete.
 
     Quantized weights are first expanded in float32 and rounded once to the model's own 16-bit type, then quantized by
     mlx_lm as its ``convert`` does it. Layers that a quantized source keeps dense stay dense. Tokenizer and templates
     are copied as they are.
 
     Raises:
-        UserError: for a model that cannot be read or expanded, a group size that fits no layer, a disk that is full.
+        UserError: for a model that cannot be read or expanded, a group size that fits no layer, or a full disk.
     """
     if wanted.path.is_dir():
         return wanted.path
@@ -93,7 +93,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def origin(model: str) -> dict[str, Any] | None:
-    """Return the quantization that a model on this disk comes with, None for dense weights and hub ids."""
+    """Return the bits and group size of a local model as it is, None for dense weights and hub ids."""
     folder = names.local_folder(model)
     return _quantization(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
 
@@ -116,7 +116,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
             raise UserError(f"{wanted.model}: no layer's width is a multiple of the group size {wanted.group_size}")
     try:
         save_model(folder, model)
-    except RuntimeError as error:  # MLX's word for a disk that is full
+    except RuntimeError as error:  # what MLX raises if the disk is full
         raise OSError(first_line(error)) from None
     save_config(config, folder / "config.json", keep_vision_config=True)
     left = {path for pattern in LEFT_BEHIND for path in source.glob(pattern)}
@@ -127,7 +127,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
 
 
 def _lazy(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """Load a model without reading its weights yet."""
+    """Load a model without reading its weights."""
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # mlx_lm raises many kinds of errors for a broken folder
@@ -145,7 +145,7 @@ def _label(model: str, bits: int, group_size: int) -> str:
     return f"{short}-16bit" if bits == 16 else f"{short}-{bits}bit-g{group_size}"
 
 
-GROUP = 64  # weights that share a scale, where the base is not quantized itself
+GROUP = 64  # weights that share a scale, if the base is not quantized itself
 LEFT_BEHIND = ("*.safetensors*", "config.json", "*.bin", "*.bin.index.json", "*.gguf", "*.md", ".*")
 
 
@@ -178,7 +178,7 @@ def add_up(model: nn.Module) -> set[str]:
 
 
 def own_dtype(folder: Path, config: dict[str, Any]) -> mx.Dtype:
-    """Return the 16-bit type of a model's weights or scales; that of its configuration where they have none."""
+    """Return the 16-bit type of a model's weights or scales; if they have none, that of its configuration."""
     for file in sorted(folder.glob("model*.safetensors")):
         for array in mx.load(str(file)).values():  # lazy: no weights are read
             if array.dtype in (mx.float16, mx.bfloat16):

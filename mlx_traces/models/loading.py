@@ -22,7 +22,7 @@ from mlx_traces.runtime.memory_budget import MemoryBudget
 from mlx_traces.tasks.prompts import Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
 
-# What a base model's chat template ends a turn with, where its configuration names only the end of a text.
+# Tokens with which chat templates end a turn; a base model's configuration may name only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 HARMONY = "<|channel|>"  # of gpt-oss's format, whose special tokens frame its messages
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -32,10 +32,10 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length"
 class LoadedModel:
     """A model ready to generate.
 
-    ``name`` and ``adapter`` are as given, ``~`` expanded, ``revision`` is the hub commit, ``None`` for a
+    ``name`` and ``adapter`` are as given, with ``~`` expanded. ``revision`` is the hub commit, ``None`` for a
     folder. ``stop_ids`` end a completion; so do ``stop_strings``, for a model without a chat template, which
     has no other end of a turn. ``context`` is the longest sequence in tokens, ``None`` if unknown. ``notes``
-    are lines the user should see, each once. ``template_args`` and ``day`` are what the chat template is given.
+    are lines the user should see, each once. The chat template gets ``template_args`` and ``day``.
     """
 
     model: Any
@@ -55,7 +55,7 @@ class LoadedModel:
 
     @cached_property
     def row_budget(self) -> MemoryBudget:
-        """How many rows fit in the memory while they are decoded together."""
+        """The number of rows that fit in the memory while they are decoded together."""
         return MemoryBudget("rows", "rows", self.backend.name)
 
     @property
@@ -65,12 +65,12 @@ class LoadedModel:
 
     @cached_property
     def fingerprints(self) -> dict[str, str | None]:
-        """The fingerprints of its files, ``model``, and of its adapter's, ``adapter``; None without one. Read once."""
+        """The fingerprints of the ``model``'s files and of the ``adapter``'s, None without one. They are read once."""
         adapter = fingerprint(Path(self.adapter)) if self.adapter else None
         return {"model": fingerprint(self.path), "adapter": adapter}
 
     def about(self) -> dict[str, Any]:
-        """Return what a result made with it depends on: names, revision, fingerprints of files, device, weights."""
+        """Return what the model's results depend on: names, revision, fingerprints of files, device, weights."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -82,7 +82,7 @@ class LoadedModel:
 
     @cached_property
     def signs(self) -> dict[int, str]:
-        """Special tokens that are not part of thinking tags, so not text, with their spelling."""
+        """Special tokens that a completion's text leaves out, with their spelling: all but those of thinking tags."""
         tokens = self.tokenizer._tokenizer.added_tokens_decoder
         special = {token: str(added) for token, added in tokens.items() if added.special}
         if HARMONY in special.values():
@@ -92,11 +92,11 @@ class LoadedModel:
         return {token: text for token, text in special.items() if not any(text in tag for tag in tags)}
 
     def shown(self) -> dict[str, str]:
-        """Return what the chat template adds to its input, the date if it prints one; part of a run's identity."""
+        """Return the date if the chat template prints it; it is part of a run's identity."""
         return {"date": self.day.isoformat()} if self.day and self.chat.dated else {}
 
     def render(self, prompt: Prompt, problem: Problem, thinking: bool | None = None) -> Rendered:
-        """Render a problem by the chat template, or as plain text if the prompt wants that.
+        """Render a problem by the chat template, or as plain text if the prompt is not for a chat.
 
         ``thinking`` sets the template's switch; ``None`` leaves it at the template's own default.
         """
@@ -112,11 +112,11 @@ class LoadedModel:
 
 
 def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
-    """Return the settings with the date of the run that they continue, if the run has one and they set none.
+    """Return the settings with the date of the run that they continue, unless they set one or the run has none.
 
     Args:
         config: the settings.
-        begun: the identity of the run, empty before it is begun.
+        begun: the identity of the run; empty if it is new.
     """
     day = begun.get("date")
     return config if config.date or not day else config.model_copy(update={"date": Date.fromisoformat(day)})
@@ -138,14 +138,14 @@ def load(
     Dense weights are the quantized ones' exact values in float32, rounded once for another ``dtype``.
 
     Args:
-        name: ``nano``, a folder, or a hub id, the hub id with ``@revision`` if wanted; ``MODEL+ADAPTER`` too.
+        name: ``nano``, a folder, or a hub id, perhaps with ``@revision``; each also as ``MODEL+ADAPTER``.
         adapter: folder of an mlx_lm adapter.
         device: ``"gpu"`` or ``"cpu"``; ``None`` for the GPU where there is one.
         weights: ``"quantized"`` or ``"dense"``; ``None`` for what is fastest here (`device.choose`).
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` likewise.
         trust_remote_code: run Python code that comes with the model.
-        template_args: other variables of the chat template, ``reasoning_effort`` say.
-        date: the day that the chat template prints, if it does; ``None`` for today.
+        template_args: other variables of the chat template, such as ``reasoning_effort``.
+        date: the day that the chat template prints, if it prints one; ``None`` for today.
 
     Raises:
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
@@ -196,7 +196,7 @@ def place(model: Any, backend: Backend) -> list[str]:
         if any(module.get("global_scale") is not None for module in quantized):
             notes.append("nvfp4 experts with a global scale stay quantized")
         elif quantized:
-            # Scales are float16 or bfloat16: widen them first, and nothing is rounded on the way to dense.
+            # Scales are float16 or bfloat16; widened first, they round nothing on the way to dense.
             model.set_dtype(mx.float32)
             dequantize_model(model)
             left = sum("scales" in module for _, module in model.named_modules())
@@ -224,7 +224,7 @@ def _unloadable(name: str, what: str, error: Exception, trusted: bool) -> UserEr
 
 
 def _stop_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a completion: the configured ones, and the chat templates' ends of a turn."""
+    """Return the ids that end a completion: the configured ones, and those with which chat templates end a turn."""
     vocabulary = tokenizer.get_vocab()
     # In the harmony format <|end|> closes one message of a turn, not the turn.
     ends = {*TURN_ENDS} - ({"<|end|>"} if "<|channel|>" in vocabulary else set())

@@ -1,8 +1,8 @@
 """The forward pass of LoRA and DoRA layers while they train: in the activations' 16-bit type, A, B and m in float32.
 
 mlx_lm promotes 16-bit activations to A's float32, which takes the products off a GPU's fast path. Here the low-rank
-products are in the activations' type, and the second one is added to the base's output. Gradients of A, B and m are
-float32, as they are. With float32 activations the layers are mlx_lm's.
+products are in the activations' type, and the second one is added to the base's output. A, B, m and their gradients are
+float32. With float32 activations the layers are mlx_lm's.
 """
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ class LoRALinear(lora.LoRALinear):
 class DoRALinear(dora.DoRALinear):
     """mlx_lm's layer with products in the activations' type; the norms of the adapted weights stay in float32.
 
-    Rounded to 16 bits, weights would lose a small adapter, and so would their norms. No gradient passes through these
+    In 16 bits, a small adapter would be lost in the rounding of the weights. No gradient passes through the norms
     (arXiv 2402.09353, section 4.3).
     """
 

@@ -1,4 +1,4 @@
-"""What a model's name means: nano, a folder, a hub id, a revision, an adapter."""
+"""Find the model that a name stands for: nano, a folder, a hub id with a revision; with an adapter or without."""
 
 import json
 import re
@@ -27,17 +27,17 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken
 
 
 def is_folder(spec: str) -> bool:
-    """Whether a name is an existing folder; False for names that the system refuses, such as too long ones."""
+    """Whether a name is an existing folder; False for names that the system refuses, such as very long ones."""
     return bool(spec) and _is(spec, Path.is_dir)
 
 
 def local_folder(spec: str) -> Path | None:
-    """Return the folder of nano or of a model that is a folder, checked; None for a hub id."""
+    """Return the checked folder of nano or of a local model; None for a hub id."""
     return resolve(spec)[0] if spec == NANO or is_folder(spec) else None
 
 
 def is_here(spec: str) -> bool:
-    """Whether loading a model downloads nothing; of a name that `check` lets pass."""
+    """Whether loading a model downloads nothing; for a name that `check` accepts."""
     if local_folder(spec):
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -51,14 +51,14 @@ def with_adapter(config: Any) -> Any:
     """Return settings with MODEL+ADAPTER split into ``model`` and ``adapter``.
 
     Raises:
-        UserError: if both name one.
+        UserError: if both name an adapter.
     """
     model, adapter = split_adapter(config.model, config.adapter)
     return config.model_copy(update={"model": model, "adapter": adapter})
 
 
 def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """Return model and adapter of ``MODEL+ADAPTER``, or of a model and an ``adapter`` beside it.
+    """Return the model and the adapter of ``MODEL+ADAPTER``, or of a model and a separate ``adapter``.
 
     A folder whose own name has a ``+`` is that folder; ``~`` is expanded in folders.
 
@@ -77,19 +77,19 @@ def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | Non
 
 
 def check(name: str, adapter: str | None = None) -> None:
-    """Refuse what `loading.load` would refuse, as far as the disk shows; nothing is downloaded, no weights, no MLX.
+    """Refuse what `loading.load` would refuse, as far as the disk shows; without a download, weights or MLX.
 
     Raises:
-        UserError: for a folder that is no model or no adapter, and a name that cannot be a hub id.
+        UserError: for a folder that is no model or no adapter, or a name that cannot be a hub id.
     """
     _locate(name_parts(name, adapter)[0])
 
 
 def resolve(spec: str) -> tuple[Path, str | None]:
-    """Find a model's folder, or download it; return it and the hub commit, ``None`` for a folder.
+    """Find a model's folder, or download it; return it and the hub commit, ``None`` for a local folder.
 
     Raises:
-        UserError: if it is not there, is not a model, or cannot be downloaded; it says what to pass instead.
+        UserError: if it is not there, is not a model, or cannot be downloaded; the message says what to pass instead.
     """
     folder, name, revision = _locate(spec)
     if folder is not None:
@@ -99,7 +99,7 @@ def resolve(spec: str) -> tuple[Path, str | None]:
 
 
 def _locate(spec: str) -> tuple[Path | None, str, str | None]:
-    """Return (a local model's folder, checked, ``None`` for a hub id; the name and the revision without ``@``)."""
+    """Return a local model's checked folder (``None`` for a hub id), the name without revision, and the revision."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -130,12 +130,12 @@ def _locate(spec: str) -> tuple[Path | None, str, str | None]:
 
 
 def name_parts(name: str, adapter: str | None) -> tuple[str, str | None]:
-    """Return (model, adapter folder) of ``name`` and ``adapter``, the adapter checked on disk."""
+    """Split a name and check its adapter on disk; return the model and the adapter's folder."""
     spec, adapter = split_adapter(name, adapter)
     if adapter is None:
         return spec, None
     if not is_folder(adapter):
-        raise UserError(f"{_short(adapter) or repr(adapter)}: no such adapter folder; give one that mlx_lm has trained")
+        raise UserError(f"{_short(adapter) or repr(adapter)}: no such adapter folder; give a folder in mlx_lm's format")
     read_config(Path(adapter))
     return spec, adapter
 
@@ -159,7 +159,7 @@ def _cached() -> Iterator[tuple[str, str]]:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Download what is not here of a model; return its folder in the hub's cache."""
+    """Download the missing files of a model; return its folder in the hub's cache."""
     from huggingface_hub import constants, snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
@@ -170,10 +170,10 @@ def _download(name: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(name, **wanted))
         except Exception as error:  # the client and its transfer libraries raise a dozen unrelated types
             if getattr(error, "errno", None):
-                raise  # the disk's
+                raise  # an error of the disk, for `on_the_way`
             raise _not_downloaded(name, revision, away, error) from None
     if away and (folder / "config.json").exists() and (missing := _missing(folder)):
-        # Clients before 1.20 give what is here of a download that was cut off.
+        # Hub clients before 1.20 return the folder of an incomplete download.
         raise _not_downloaded(name, revision, away, FileNotFoundError(missing))
     return folder
 
@@ -183,7 +183,7 @@ def _not_downloaded(name: str, revision: str | None, away: str, error: Exception
         return UserError(why)
     if not away:
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-        return UserError(f"{name} could not be downloaded ({reason}); repeat the command: what is whole is kept")
+        return UserError(f"{name} could not be downloaded ({reason}); repeat the command: complete files are kept")
     here = sorted(_cached(), key=lambda found: found[0] != name)  # other revisions of it first
     specs = [found if ref == "main" else f"{found}@{ref}" for found, ref in here[:2]]
     instead = choices([NANO, "a folder", *(f"{spec} (downloaded)" for spec in specs)])
@@ -197,7 +197,7 @@ def _close(name: str) -> str:
 
 
 def _checked(folder: Path, name: str) -> Path:
-    """Return the folder if it looks like a model, else say which file is missing."""
+    """Return the folder if it looks like a model; UserError that says what is wrong if not."""
     if what := _missing(folder):
         hint = "; it is an adapter, pass it with --adapter" if any(folder.glob("adapter_config.json")) else ""
         raise UserError(f"{name}: not a model folder, {what} is missing{hint}")
@@ -211,7 +211,7 @@ def _checked(folder: Path, name: str) -> Path:
 
 
 def _missing(folder: Path) -> str | None:
-    """Return what a folder lacks to be a model's, None if nothing; of weights in parts every one must be there."""
+    """Return the file that a model's folder lacks, None if there is none; all parts of split weights are needed."""
     for what, patterns in (
         ("config.json", ("config.json",)),
         ("model*.safetensors", ("model*.safetensors",)),
@@ -223,7 +223,7 @@ def _missing(folder: Path) -> str | None:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         parts = sorted(set(index["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None  # the index is not read by anybody else
+        return None  # mlx_lm does not read the index, so its faults do not matter
     own = (part for part in parts if isinstance(part, str) and re.fullmatch(r"model[\w.-]*\.safetensors", part))
     return next((part for part in own if not (folder / part).exists()), None)
 
@@ -236,13 +236,13 @@ def _is(spec: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def _expanded(spec: str) -> str:
-    """Expand ``~`` where that leads to a folder; ``adapters/NAME`` that is not here is the one that is shipped."""
+    """Expand ``~`` if that gives a folder; ``adapters/NAME`` without a folder here is the shipped adapter."""
     if spec.startswith("adapters/") and not is_folder(spec) and (own := shipped("adapters") / spec[9:]).is_dir():
         return str(own)
     return str(Path(spec).expanduser()) if spec.startswith("~") and is_folder(spec) else spec
 
 
 def _short(name: str) -> str:
-    """Return a name as one line of an error message."""
+    """Return a name fit for one line of an error message."""
     name = "".join(c if c.isprintable() else "?" for c in name)
     return name if len(name) <= 200 else f"{name[:80]}...{name[-40:]}"

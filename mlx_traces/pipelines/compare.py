@@ -281,7 +281,7 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
 def until_decided(
     config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> "tuple[pd.DataFrame, list[Run]]":
-    """Evaluate all rows together, block by block, until every difference to the baseline is decided.
+    """Evaluate all rows together, block by block, until every difference from the baseline is decided.
 
     A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`.
     Such p-values remain valid if several rows stop together. The seed determines the order of the problems; a stored
@@ -397,8 +397,8 @@ def compared(
     if config.stop_when_decided:
         frame, runs = until_decided(config, progress, say)
     else:
-        runs = collect(config, progress, say)
-        frame = comparison.compare_runs(runs, config.baseline or 0, config.cluster)
+        runs = comparison.clustered(collect(config, progress, say), config.cluster)
+        frame = comparison.compare_runs(runs, config.baseline or 0)
     frame["true_equations"] = [true_equations(one) for one in runs]
     scored = None
     if config.quality is not None:

@@ -166,9 +166,10 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
 
 def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     """Compute the tables of one task."""
-    found, runs = [layout.entries[row[0]] for row in compare.rows(layout.entries)], compare.joined(layout.entries, runs)
-    frame = comparison.compare_runs(runs, layout.baseline, config.cluster)
-    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None, config.cluster)
+    found = [layout.entries[row[0]] for row in compare.rows(layout.entries)]
+    runs = comparison.clustered(compare.joined(layout.entries, runs), config.cluster)
+    frame = comparison.compare_runs(runs, layout.baseline)
+    chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, entry in enumerate(found):

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import budgets, comparison
+from mlx_traces.evaluation import budgets, comparison, stats
 from mlx_traces.readers import is_number
 from mlx_traces.report import curves, figures, run_view, tables, terminal
 from mlx_traces.report.run_view import EVALUATION, Record
@@ -84,7 +84,7 @@ def write(
         raise UserError("there are no runs to report; name at least one run folder")
     given = [Path(run) if isinstance(run, str) else run for run in runs]
     records = [
-        Record(Path(run.name), EVALUATION, {}, [], run.samples, run.result)
+        Record(Path(run.name), EVALUATION, run.about, [], run.samples, run.result, run)
         if isinstance(run, comparison.Run)
         else run_view.read(run)
         for i, run in enumerate(given)
@@ -279,9 +279,10 @@ class Page:
             "at_k": [key for key in frame.columns if key.startswith(tables.AT_K) and key[-2:] not in ("@1", "^1")],
             "several": several,
             "quality": quality,
-            "warnings": [*comparison.differences(runs), *filter(None, [frame.attrs.get("stopped")])],
+            "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
+            "caption": tables.caption(frame),
         }
 
     def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:
@@ -356,6 +357,8 @@ def evaluated(record: Record) -> comparison.Run:
     Raises:
         UserError: if result.json lacks what a comparison needs.
     """
+    if record.run is not None:
+        return record.run
     if record.result is not None:
         if missing := [key for key in ("model", "prompt") if key not in record.result]:
             raise UserError(f"{record.path}: result.json lacks {', '.join(missing)}; evaluate it anew")
@@ -405,7 +408,7 @@ def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
     if best is base:
         return f"No run is above the baseline, {names[1]}, at {share} of {best['n']}."
-    sure = "" if best["p_holm"] < 0.05 else ", not significant"
+    sure = "" if best["p_holm"] < stats.LEVEL else ", not significant"
     return (
         f"{names[0]} is highest with {share} of {best['n']}: {percent(best['diff'], signed=True)} points "
         f"{interval(best['diff_low'], best['diff_high'])} over {names[1]}, {best['wins']:,} won and "

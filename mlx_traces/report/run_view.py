@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.evaluation.comparison import check_samples
+from mlx_traces.evaluation.comparison import Run, check_samples
 from mlx_traces.readers import is_number
 from mlx_traces.runtime.run_folder import SAMPLE_COLUMNS, RunFolder, existing, lines_so_far
 from mlx_traces.text import clean
@@ -19,6 +19,7 @@ class Record:
     """The current content of a run folder.
 
     ``about`` is run.json, ``metrics`` and ``samples`` are the lines so far, ``result`` is None until it is finished.
+    ``run`` is the evaluation of a comparison that this was made of, perhaps of several trainings or with clusters.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Record:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     result: dict[str, Any] | None
+    run: Run | None = None
 
     @property
     def name(self) -> str:

@@ -69,7 +69,7 @@ def to_terminal(frame: pd.DataFrame) -> Table:
     """Lay out the comparison for a terminal of 100 columns or more; intervals stand below their values."""
     table = Table(
         title=Text(protocol_line(frame), style="bold"),
-        caption=Text(_caption(frame)),
+        caption=Text(caption(frame)),
         caption_justify="left",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
@@ -153,7 +153,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         ]
         lines.append(cells)
     table = markdown([*headings, *recipes, *extra], lines, left=2)
-    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(_caption(frame))}\n"
+    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(caption(frame))}\n"
 
 
 def has_equations(frame: pd.DataFrame) -> bool:
@@ -235,7 +235,7 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
     return table
 
 
-def _caption(frame: pd.DataFrame) -> str:
+def caption(frame: pd.DataFrame) -> str:
     """Return the lines below a table: how to read it, the difference that it would have missed, early stopping."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:

@@ -1,1 +1,1 @@
-"""Disk, processes, device, hub: what every command needs and no algorithm is about."""
+"""Disk, processes, device, hub: what every command needs."""

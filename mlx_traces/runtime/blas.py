@@ -24,9 +24,9 @@ SYSTEM = "libopenblas.so.0"
 FORTRAN = "libgfortran.so.5"
 # Where wheels keep that library under a name of their own: MLX's CPU backend, numpy.
 FORTRAN_WHEELS = ("mlx_cpu.libs", "numpy.libs")
-GIVEN = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")  # a number of threads that was set there is left as it is
-# Multiplications and additions of a layer's largest product from which on all threads are used; its weights alone, when
-# they do not fit into a cache, take as long as 16 rows. Just above nano's with a micro-batch of 1,024 tokens.
+GIVEN = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")  # if one is set, the number of threads is left alone
+# All threads are used if a layer's largest product has at least so many multiply-adds: just above nano's with a
+# micro-batch of 1,024 tokens. Fewer rows count as 16: reading weights from beyond the caches takes as long as 16 rows.
 LARGE, LEAST_ROWS = 6e7, 16
 
 
@@ -69,11 +69,10 @@ def _open(path: str) -> ctypes.CDLL | OSError:
 
 
 def _load_fortran(folders: list[Path]) -> bool:
-    """Load a wheel's libgfortran under the usual name, which OpenBLAS wheels ask for; return success.
+    """Load a wheel's libgfortran under the usual name, which OpenBLAS wheels ask for; return whether it worked.
 
-    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that calls itself
-    libgfortran-HASH.so.5. The loader goes by the name inside the file, so a copy in memory with the usual
-    name satisfies it.
+    Many machines have no libgfortran.so.5, but MLX's CPU wheel brings one that is named libgfortran-HASH.so.5. The
+    loader goes by the name inside the file, so a copy in memory with the usual name satisfies it.
     """
     for folder in folders:
         for wheel in FORTRAN_WHEELS:
@@ -81,7 +80,7 @@ def _load_fortran(folders: list[Path]) -> bool:
                 name, content = path.name.encode() + b"\0", path.read_bytes()
                 if content.count(name) != 1:
                     continue
-                for quadmath in path.parent.glob("libquadmath-*"):  # what it needs itself, found by name only there
+                for quadmath in path.parent.glob("libquadmath-*"):  # libgfortran needs it, and only this folder has it
                     _open(str(quadmath))
                 try:
                     copy = os.memfd_create(FORTRAN)
@@ -96,7 +95,7 @@ def _load_fortran(folders: list[Path]) -> bool:
 
 
 loaded = load()
-_wanted: dict[object, int] = {}  # threads by `threads_for` that is open, the newest last
+_wanted: dict[object, int] = {}  # threads of each open `threads_for`, the newest last
 _before = 0  # threads before the first of them
 
 
@@ -104,12 +103,12 @@ _before = 0  # threads before the first of them
 def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     """Use one thread while the context lasts if a model's products are small, all threads if they are large.
 
-    The newest of several open contexts counts, and the number is put back when the last one ends. Nothing changes where
+    The newest of several open contexts counts, and the number is put back when the last one ends. Nothing changes if
     ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS.
 
     Args:
         model: a model, or another object with ``layers``; their largest weight matrix gives the size of the products.
-        rows: rows of the other factor: those that are decoded, or the tokens of a forward pass.
+        rows: rows of the products: completions decoded at once, or tokens of a forward pass.
         processes: number of processes that share this machine's cores.
     """
     global _before

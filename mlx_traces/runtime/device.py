@@ -22,8 +22,8 @@ _OUT_OF_MEMORY = (
     "illegal memory access",
 )
 CACHE_SHARE = 0.25  # of the device's memory that MLX may keep in freed buffers
-# How many graphs and plans of attention MLX keeps on CUDA, by its environment variables. Its own 400, 256 and 64 are
-# fewer than the shapes of a training, so they would be made again and again, at a second each.
+# How many graphs and plans of attention MLX keeps on CUDA, by its environment variables. Its defaults, 400, 256 and 64,
+# are fewer than the shapes of a training, so they would be made again and again, at a second each.
 CUDA_CACHES = {
     "MLX_CUDA_GRAPH_CACHE_SIZE": 2000,
     "MLX_CUDA_SDPA_CACHE_SIZE": 1024,
@@ -52,11 +52,11 @@ class Backend:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of batches that this device takes where the settings have none; see `sizes`."""
+        """The batch sizes of this device for settings that have none; see `sizes`."""
         return sizes(self.name, self.memory_gb)
 
 
-# From so many GB of a GPU's memory on: completions decoded at once, tokens of a training's forward pass, MiB of logits.
+# Least GB of a GPU's memory; there, completions decoded at once, tokens of a training's forward pass, MiB of logits.
 GPU_SIZES = (
     (64, {"rows": 256, "micro_tokens": 16_384, "logits_mb": 1024}),
     (32, {"rows": 128, "micro_tokens": 4096, "logits_mb": 256}),
@@ -64,9 +64,9 @@ GPU_SIZES = (
 
 
 def sizes(name: str, memory_gb: float) -> dict[str, int]:
-    """Return the sizes of batches for a backend and its memory in GB; none for a CPU or a small GPU.
+    """Return the batch sizes for a backend and its memory in GB; none for a CPU or a small GPU.
 
-    On a CPU the settings' own defaults are fastest already. A GPU waits for its host at sizes that small.
+    On a CPU the settings' own defaults are fastest. At such small sizes a GPU would wait for its host.
     """
     return next((dict(found) for least, found in GPU_SIZES if name != "cpu" and memory_gb >= least), {})
 
@@ -115,17 +115,17 @@ def choose(
     dtype: str | None = None,
     parameters: int | None = None,
 ) -> Backend:
-    """Decide how a model runs here: what was asked for, else what this backend is good at.
+    """Decide how a model runs here: as the arguments say, else as is fastest on this backend.
 
     Metal keeps the folder's weights. CUDA takes dense bfloat16, as 4-bit kernels lose time with many rows, when
     that fills less than half of the memory. A CPU takes dense float32, as MLX's quantized kernels use one
-    thread there; a model that would fill more than 80 % of the memory so stays quantized, and slow.
+    thread there; a model that would then fill more than 80 % of the memory stays quantized, and slow.
 
     Args:
         device: ``"gpu"`` or ``"cpu"``, set as MLX's default; ``None`` for MLX's own choice.
         weights: ``"quantized"`` or ``"dense"``.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        parameters: of the model; ``None`` is taken as small.
+        parameters: number of the model's parameters; ``None`` counts as few.
 
     Raises:
         UserError: for a value that is none of these, a device that is not there, or no MLX.
@@ -151,7 +151,7 @@ def choose(
 
 
 def memory_bytes() -> int:
-    """Return the memory that MLX's default device can use; of Metal's unified memory, what it recommends to use."""
+    """Return the bytes that MLX's default device can use; on Metal, the recommended working set."""
     mx = import_mlx()
     if mx.default_device() == mx.Device(mx.gpu):
         info = mx.device_info()
@@ -162,7 +162,7 @@ def memory_bytes() -> int:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory used, in 1e9 bytes: MLX's since the reset; on a CPU, the process's so far."""
+    """Return the peak memory in 1e9 bytes: MLX's since the reset; on a CPU, that of the whole process if higher."""
     mx = import_mlx()
     peak = mx.get_peak_memory()
     if mx.default_device() == mx.Device(mx.cpu):
@@ -171,7 +171,7 @@ def peak_memory_gb() -> float:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most memory that this process has held; on Linux not its parent's, which ru_maxrss takes over."""
+    """Return the peak memory of this process in bytes; on Linux without its parent's, which ru_maxrss includes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -184,26 +184,26 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Start `peak_memory_gb` afresh, where the backend can."""
+    """Reset the peak of MLX's memory for `peak_memory_gb`."""
     import_mlx().reset_peak_memory()
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether MLX could not allocate what it needed.
 
-    Metal and CUDA say so by an exception, of these words; a Mac that runs out in the middle of a command buffer ends
-    the process instead, and so does Linux where a CPU's memory is at its end.
+    Metal and CUDA raise an exception with these words. A Mac that runs out of memory within a command buffer ends the
+    process instead, and so does Linux when the machine's memory is full.
     """
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OUT_OF_MEMORY)
 
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Set MLX's limits while the context lasts, and put them back as they were; contexts within it change nothing.
+    """Set MLX's memory limits while the context lasts, then restore them; contexts within it change nothing.
 
-    On Metal the recommended working set is wired, so that weights stay where the GPU reads them, as mlx_lm has it too.
-    Buffers that were freed are kept for the next of their size: up to a quarter of the device's memory, where MLX would
-    go on to nearly all of a GPU's, and never more than MLX itself keeps, which on a CPU is 32 MiB.
+    On Metal the recommended working set is wired, as in mlx_lm, so that weights stay where the GPU reads them. Freed
+    buffers are kept for reuse, up to a quarter of the device's memory; MLX would keep nearly all of a GPU's. If MLX's
+    own limit is lower, such as 32 MiB on a CPU, that holds.
     """
     global _limited
     mx = import_mlx()
@@ -221,7 +221,7 @@ def limits() -> Iterator[None]:
         if outermost:
             mx.set_cache_limit(cached)
             if wired is not None:
-                mx.synchronize()  # what is under way may still read what was wired
+                mx.synchronize()  # running work may still read wired memory
                 mx.set_wired_limit(wired)
 
 

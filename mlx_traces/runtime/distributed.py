@@ -2,8 +2,8 @@
 
 Each rank samples its part of the completions and computes its part of the gradient; completions are gathered and
 gradients summed, so every rank holds the same model after each step. Rank 0 alone writes to the run folder; each other
-rank writes to a temporary copy, made from rank 0's files. So the number of ranks is no part of a run: it may change
-when the run is continued. A single process sends nothing.
+rank writes to a temporary copy, made from rank 0's files. So a run may be continued with another number of ranks. A
+single process sends nothing.
 """
 
 import atexit
@@ -63,7 +63,7 @@ def total(tree: Any) -> Any:
         return tree
     flat = tree_flatten(tree)
     vector = mx.concatenate([array.astype(mx.float32).reshape(-1) for _, array in flat])
-    mx.eval(vector)  # an error here is this rank's alone, and must not read as one of the exchange
+    mx.eval(vector)  # an error here is this rank's own, and must not be reported as a lost rank
     whole = _arrived(mx.distributed.all_sum(vector))
     summed, at = [], 0
     for name, array in flat:
@@ -77,7 +77,7 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
 
     Args:
         loss: this rank's part.
-        grads: its part of the gradient; None if no row was this rank's.
+        grads: its part of the gradient; None if this rank had no row.
         sums: its parts of the sums that metrics are computed from.
         parameters: the tree of trained arrays, for a gradient of 0.
     """
@@ -90,7 +90,7 @@ def total_step(loss: float, grads: Any, sums: Mapping[str, float], parameters: A
 
 
 def sizes(backend: Backend) -> dict[str, int]:
-    """Return the sizes of batches that all ranks take where the settings have none: the smallest of their devices'."""
+    """Return all ranks' batch sizes for settings that have none: the smallest of their devices' sizes."""
     every = gather([backend.sizes])
     return {name: min(own[name] for own in every) for name in every[0] if all(name in own for own in every)}
 
@@ -122,7 +122,7 @@ def at_work(out: Path, resume: bool) -> Iterator[tuple[RunFolder, Callable[[], b
     often; they get the same answer.
 
     Raises:
-        UserError: if a run cannot be written there, or memory runs out where nothing smaller is left to try.
+        UserError: if a run cannot be written there, or memory runs out and no smaller size is left to try.
     """
     with ExitStack() as stack:
         stack.enter_context(_told())
@@ -144,15 +144,15 @@ def _told() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out ({first_line(error)}); what was finished is kept, go on with --resume, lower rows "
-            "or micro_tokens, and other programs closed, or begin anew with a smaller model or shorter sequences"
+            f"memory ran out ({first_line(error)}); what was finished is kept: close other programs and go on with "
+            "--resume and lower rows or micro_tokens, or begin anew with a smaller model or shorter sequences"
         ) from None
 
 
 def own_folder(path: Path) -> Path:
     """Return the folder that this rank works in: the run's on rank 0, a copy that ends with the process on the others.
 
-    The files that a run continues from are copied: those directly in the folder, hidden ones excepted.
+    The copy has the files directly in the run's folder, except hidden ones; a run continues from these.
     """
     if world().size() == 1:
         return path
@@ -165,7 +165,7 @@ def own_folder(path: Path) -> Path:
     files = sorted(file for file in there if file.is_file() and not file.name.startswith("."))
     for name, size in gather([(file.name, file.stat().st_size) for file in files]):
         content = np.frombuffer((path / name).read_bytes(), np.uint8) if writes else np.zeros(size, np.uint8)
-        content = np.array(_arrived(mx.distributed.all_sum(mx.array(content))))  # the others' are zeros
+        content = np.array(_arrived(mx.distributed.all_sum(mx.array(content))))  # all ranks but the first add zeros
         if not writes:
             folder.mkdir(exist_ok=True)
             (folder / name).write_bytes(content.tobytes())

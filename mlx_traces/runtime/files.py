@@ -14,7 +14,7 @@ from typing import Any
 from mlx_traces.errors import UserError
 from mlx_traces.runtime.provenance import now
 
-TRIES = 100  # at making a lock's folder, which another process may remove at that moment
+TRIES = 100  # to make a lock's folder, which another process may remove at that moment
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def is_alive(number: str) -> bool:
-    """Whether a process of this number exists; True for a text that is no number, since nothing is known of it."""
+    """Whether a process of this number exists; True for a text that is no number, as nothing is known about it."""
     if not number.isdecimal():
         return True
     try:
@@ -113,7 +113,7 @@ def scratch_folder(out: Path) -> Path:
         scratch = out.with_name(f".{out.name}-{os.getpid()}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-    except (OSError, ValueError) as error:  # a ValueError for a path without a name, / say
+    except (OSError, ValueError) as error:  # a ValueError for a path without a name, such as /
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{str(out)[:200]} cannot be written ({why}); choose another --out") from None
     return scratch
@@ -133,8 +133,7 @@ def held(lock: Path) -> Iterator[None]:
     """Lock a run against other processes while the context lasts, by the file ``lock`` beside its files.
 
     The file names the owner; the lock itself is the system's (``flock``), which ends with its process however that
-    ends. So a lock file that a killed process left is taken over, by one process only, whatever process has its number
-    by now.
+    ends. So one process takes over the lock file that a killed process left, even if another now has that one's number.
 
     Raises:
         UserError: if another process holds it, or may do so on another machine; if the file cannot be written.
@@ -154,7 +153,7 @@ def held(lock: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # a folder that is read-only by now: the lock itself ends all the same
+        with suppress(OSError):  # the folder may be read-only by now; closing the file ends the lock anyway
             lock.unlink(missing_ok=True)
         os.close(descriptor)
         tidy()
@@ -186,7 +185,7 @@ def _take(lock: Path) -> int:
 
 
 def _open(lock: Path) -> int:
-    """Make a lock's folder and open its file; retry, since a process that ends may remove both at that moment."""
+    """Make a lock's folder and open its file; try again if a process that ends removes them at that moment."""
     for left in reversed(range(TRIES)):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The model and data hub: whether it can be reached, why it refuses, which names are close. No MLX.
 
-One short request checks first whether the hub answers, since its client would retry for half a minute.
+One short request first checks whether the hub answers, since its client would retry for half a minute.
 """
 
 import threading
@@ -33,7 +33,7 @@ def fault() -> str:
         try:  # by the client's own session: its certificates, its proxies
             status = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT).status_code
             answers.append(f"status {status}" if status >= 500 else "")
-        except Exception as error:  # which of two HTTP libraries it is depends on the client's version
+        except Exception as error:  # the client's version decides which of two HTTP libraries raises it
             answers.append(first_line(error))
 
     # In a thread, since a name look-up can outlast the request's timeout.
@@ -89,16 +89,16 @@ def ask_why(name: str, revision: str | None, kind: str) -> str | None:
     try:
         for path in ("auth-check", f"revision/{quote(revision or 'main', safe='')}"):
             huggingface_hub.hf_raise_for_status(_get(f"{kind}s/{name}/{path}"))
-    except Exception as error:  # which of two HTTP libraries raises it depends on the client's version
+    except Exception as error:  # the client's version decides which of two HTTP libraries raises it
         return refusal(error, name, revision, kind)
     return None
 
 
 def _names(path: str, key: str, **query: str) -> list[str]:
-    """Return the value of ``key`` in each entry of the hub's list, or lists in an object; an empty list on failure."""
+    """Return ``key`` of each entry in the hub's reply, a list or an object of lists; an empty list on failure."""
     try:
         reply: Any = _get(path, limit=str(LISTED), **query).json()
-    except Exception:  # close names are a courtesy, no more
+    except Exception:  # close names only improve the message
         return []
     lists = reply.values() if isinstance(reply, dict) else [reply]
     entries = [entry for one in lists if isinstance(one, list) for entry in one if isinstance(entry, dict)]

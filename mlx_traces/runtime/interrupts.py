@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SAID = "\nCtrl-C: stopping as soon as what is under way is done and saved; once more stops at once\n"
+SAID = "\nCtrl-C: stopping when the current work is done and saved; once more stops at once\n"
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C between two units of work; the message says after which."""
+    """Ctrl-C stopped a run between two units of work; the message says after which one."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How much at once fits in the memory, learned from allocations that failed: one rule for sampling and for training."""
+"""How much work at once fits in the memory, learned from failed allocations; for sampling and for training."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -14,19 +14,19 @@ WAIT = 4  # successes after the first halving, before twice as much is tried aga
 
 
 class MemoryBudget:
-    """How much is done at once, in rows or in tokens: the size that is wanted, or less after memory ran out.
+    """How much is done at once, in rows or in tokens: the wanted size, or less after memory ran out.
 
-    After a failed allocation the same size is tried once more, MLX's cache cleared, and then half of it. After some
-    successes twice as much is tried again, up to the size wanted; each halving doubles the wait for that. The
-    interrupted work is repeated. How work is split changes only rounding (and the masks of dropout), so the result of a
-    run stays the same.
+    After a failed allocation the same size is tried once more with MLX's cache cleared, and then half of it. After some
+    successes twice as much is tried again, up to the wanted size; each halving doubles the number of successes needed.
+    The interrupted work is repeated. How work is split changes only rounding (and the masks of dropout), so the result
+    of a run stays the same.
 
-    On CUDA a process cannot go on after a failed allocation: the run ends with what is saved, and one line.
+    On CUDA a process cannot go on after a failed allocation: the run ends with one line, and what is saved is kept.
 
     Args:
         setting: the setting that asks for the size, ``rows`` or ``micro_tokens``.
         unit: what it counts, for notes.
-        backend: where it runs, as `device.select` names it; default: MLX's own choice, when memory runs out.
+        backend: where it runs, as `device.select` names it; default: what that returns when memory runs out.
 
     Attributes:
         most: the size that fits; None as long as the wanted one does.
@@ -37,14 +37,14 @@ class MemoryBudget:
         self.setting, self.unit, self.backend = setting, unit, backend
         self.most: int | None = None
         self.notes: list[str] = []
-        self.failed = False  # since something worked
+        self.failed = False  # whether an allocation failed since the last success
         self.told: list[str] = []  # what MLX said, for the next line of metrics
         self.worked, self.wait = 0, WAIT // 2
 
     def size(self, asked: int) -> int:
         """Return how much to do at once where ``asked`` is wanted; after a failure MLX's cache is cleared first."""
         if self.failed:
-            gc.collect()  # by now the error, which held what was computed, is gone
+            gc.collect()  # frees the arrays that the error held
             device.import_mlx().clear_cache()
         if self.most is not None and self.most < asked and self.worked >= self.wait:
             self.most, self.worked = 2 * self.most, 0
@@ -55,11 +55,11 @@ class MemoryBudget:
 
     @contextmanager
     def trying(self, size: int, smallest: int = 1, advice: str = "") -> Iterator[None]:
-        """Watch an attempt; if memory runs out, the context ends without an error, and the caller tries again.
+        """Watch an attempt; if memory runs out, the context ends without an error, so that the caller tries again.
 
         Args:
             size: how much the attempt does at once.
-            smallest: the size below which work cannot be split.
+            smallest: a size of at most this cannot be split further.
             advice: end of the error's message if that size does not fit; ``{told}`` in it stands for MLX's message.
 
         Raises:
@@ -89,15 +89,15 @@ class MemoryBudget:
             self.failed, self.worked = False, self.worked + 1
 
     def fit(self, asked: int, lengths: Sequence[int], work: Callable[[int], T]) -> T:
-        """Call ``work`` with the token limit of a forward pass, and again where memory runs out.
+        """Call ``work`` with the token limit of a forward pass, and again if memory runs out.
 
         Args:
-            asked: the most tokens that are wanted.
+            asked: the wanted token limit.
             lengths: tokens of each row that the work reads.
             work: is repeated from its beginning after a failure, so it must not depend on what it changed before.
 
         Raises:
-            UserError: if memory runs out where every row is read alone.
+            UserError: if memory runs out even though every row is read alone.
         """
         every = len(lengths) * max(lengths, default=0)
         alone = 2 * sorted(lengths)[1] - 1 if len(lengths) > 1 else every

@@ -18,7 +18,7 @@ BAR, ROOMY = 10, 80  # characters of the bar, and of a terminal that has room fo
 
 
 class Progress:
-    """How much of a total is done; ``figures`` are further texts, the most important first."""
+    """A count of work done out of a total, and ``figures``, further texts with the most important first."""
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name[:MOST_NAME], console
@@ -100,5 +100,5 @@ def progress(name: str) -> Iterator[Progress]:
 
 
 def _log(line: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it
+    with suppress(OSError, ValueError):  # stderr is closed
         print(line, file=sys.stderr, flush=True)

@@ -45,15 +45,18 @@ def version_of(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """Return the commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout."""
-    here = Path(__file__).parent.parent
+    """Return the commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout.
+
+    A package that is installed below another project's checkout is not part of it.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        if not git("ls-files", "--", Path(__file__).name):
+            return None
+        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*") or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return commit.stdout.strip() or None

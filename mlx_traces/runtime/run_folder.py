@@ -17,7 +17,7 @@ SAMPLE_COLUMNS = (
     *("verdict", "stratum", "elapsed"),
 )
 _UNNOTED = "not noted by an older version"
-NOTED_SINCE = {  # entries of an identity that earlier versions did not store, and what that means
+NOTED_SINCE = {  # entries of an identity that earlier versions did not store, and what an error says about that
     "shown": _UNNOTED,
     "held_out": _UNNOTED,
     "stops": "an older version let stop strings end thoughts too",
@@ -70,7 +70,7 @@ class RunFolder:
         """Raise UserError if a run cannot be written here; nothing is changed."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
-        # A process that was killed leaves its hidden temporary file.
+        # Hidden files do not count: a killed process leaves a temporary one.
         used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if used and not resume:
             raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
@@ -90,8 +90,8 @@ class RunFolder:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, as stored when the run began; empty before that.
 
-        It has every setting but those in the ``MAY_CHANGE`` of `config`, and files by their content; it is built by
-        `evaluator.Plan.identity` and `loop.identity_of`.
+        It has every setting except the ``MAY_CHANGE`` of its class in `config`, and fingerprints of files. It is built
+        by `evaluator.Plan.identity` and `loop.identity_of`.
         """
         stored = self.about.get("identity") if self.begun else {}
         if not isinstance(stored, dict):
@@ -122,11 +122,11 @@ class RunFolder:
         ids: Mapping[str, Iterable[str]] | None = None,
         **details: Any,
     ) -> None:
-        """Make the folder and write ``run.json``, which says how the run is made.
+        """Make the folder and write ``run.json``, which says how the run is made; do nothing if it exists.
 
         Args:
             identity: what decides the result.
-            config: every setting as it is used; plain JSON.
+            config: every setting as it is used, as JSON values.
             files: fingerprints of the loaded ``model`` and its ``adapter``; None for a model behind a server.
             ids: the ids of problems or traces, in order, each list under the name of its use.
             **details: further entries, such as the device.
@@ -143,12 +143,12 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
 
     def reopen(self) -> None:
-        """Remove the result: a run that gets more samples is not finished until it has them all."""
+        """Remove the result, since a run that gets more samples is not finished."""
         with on_the_way(self.path / "result.json"):
             (self.path / "result.json").unlink(missing_ok=True)
 
     def log(self, name: str, *rows: dict[str, Any]) -> None:
-        """Append rows to a file of JSON lines; once this returns, a killed process does not lose them."""
+        """Append rows to a file of JSON lines; they stay if the process is killed after this returns."""
         path = self.path / name
         with on_the_way(path), path.open("a", encoding="utf-8") as file:
             file.write(_json_lines(rows))
@@ -233,7 +233,7 @@ def whole_lines(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Read the complete lines of a file of JSON lines that is perhaps still being written; none without the file.
+    """Read the complete lines of a file of JSON lines that may still be written to; none if there is no file.
 
     Raises:
         UserError: at a complete line that is no JSON object, lacks a column, or has a step that is no number.
@@ -257,10 +257,10 @@ def lines_so_far(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def judged(row: Mapping[str, Any]) -> float | None:
-    """Return the score of a line of metrics, higher is better: accuracy, else minus the loss; None without either."""
+    """Return the validation score in a line of metrics, higher is better: accuracy, else minus the loss, else None."""
     return row.get("valid/accuracy", -row["valid/loss"] if "valid/loss" in row else None)
 
 
 def best_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the line of the best validation, the first of equals; None if there was none."""
+    """Return the line with the best validation, the first of equal ones; None if no line has one."""
     return max((row for row in rows if judged(row) is not None), key=judged, default=None)

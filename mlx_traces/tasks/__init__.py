@@ -1,4 +1,4 @@
-"""Tasks: where problems come from, their prompts, and the grader of the answers. No MLX."""
+"""Tasks: problems, the prompts that show them to a model, and the grader of the answers. No MLX."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ class Task:
     """A task as plain data and functions.
 
     A row needs the ``columns`` to become a prompt and the ``graded_columns`` to be graded; ``gold_columns`` hold the
-    answer, and no prompt may show them.
-    ``parse(row, where)`` makes a Problem of a row with at least the graded columns (UserError, starting with ``where``,
-    if it is malformed). ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub data set or
-    ``None`` for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the first
-    in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns the text by which that extractor
-    compares an answer; answers with equal texts are one answer in a vote. ``prompts`` has the built-in styles;
-    ``few_shot`` functions of (shots, seed, data, ids of problems to leave out) build those with worked examples.
-    ``sample_columns`` are kept with each sample of an evaluation, beside question and gold answer, so that it can be
-    graded again. ``steps(problem, thought)``, if the task has it, checks single steps of a thought: it returns, by
-    kind, spans (first character, one after the last, value), value 1 for a step that holds and 0 for one that does not.
+    answer, and a prompt file may show them only with ``show_gold: true``.
+    ``parse(row, where)`` makes a Problem of a row that has at least the graded columns; for a malformed row it raises a
+    UserError that starts with ``where``. ``load(split, data, limit, seed)`` returns problems; ``data`` is a file, a hub
+    data set, or None for the task's own source. ``grade(problem, response)`` judges a response by every extractor; the
+    first in ``extractors`` is the headline. ``same(extracted, gold, extractor)`` returns the canonical form of an
+    answer; answers with equal forms count as one in a majority vote. ``prompts`` has the built-in styles; ``few_shot``
+    functions of (shots, seed, data, ids of problems to leave out) build prompts with worked examples.
+    An evaluation stores the ``sample_columns`` with each sample, beside question and gold answer, so that it can be
+    graded again. ``steps(problem, thought)``, if the task has it, checks single steps of a thought. It returns, by
+    kind, spans (first character, one after the last, value); the value is 1 for a step that holds, else 0.
     ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
     """
 
@@ -40,19 +40,18 @@ class Task:
     load: Callable[[str, str | None, int | None, int], list[Problem]]
     grade: Callable[[Problem, str], dict[str, Score]]
     same: Callable[[str, str, str], str]
-    splits: tuple[str, ...] = ("train", "test")
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
     sample_columns: tuple[str, ...] = ()
     steps: Callable[[Problem, str], dict[str, list[Span]]] | None = None
     source: str = ""
 
     def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:
-        """Return the vote of each extracted answer; None where no answer was found."""
+        """Return the canonical form (``same``) of each extracted answer; None where no answer was found."""
         return [answer and self.same(answer, gold, extractor) for answer in answers]
 
     @property
     def identity(self) -> dict[str, str]:
-        """The entry of a plug-in in a run's identity: its file, by its content. Empty for a task of this package."""
+        """What a plug-in adds to a run's identity: its file's name and hash. Empty for a task of this package."""
         return {"task_file": self.source} if self.source else {}
 
     @property
@@ -83,7 +82,7 @@ def get_task(name: str) -> Task:
     """Return a task that the user names: one of `TASKS`, ``module:TASK``, or one that an installed package adds.
 
     Raises:
-        UserError: with the choices if there is none; for a plug-in that cannot be used.
+        UserError: for an unknown name, with the choices; for a plug-in that cannot be used.
     """
     if name not in _LOADED:
         module = import_module(f"mlx_traces.tasks.{name if name in TASKS else 'plugins'}")
@@ -97,7 +96,7 @@ def is_known(name: str) -> bool:
 
 
 def task_of(name: str, where: str) -> Task:
-    """Return the task that a file names. A file never loads a plug-in: the user names it too.
+    """Return the task that a file names. A file never loads a plug-in: the user must have named it.
 
     Raises:
         UserError: starting with ``where``, if there is no such task, or it is a plug-in that was not named.

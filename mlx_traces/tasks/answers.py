@@ -1,7 +1,7 @@
 r"""Find the answer in a response and compare numbers exactly.
 
-Four ways to find it, all linear in the response's length: ``tolerant`` (the headline), ``last_number``, and
-lm-eval's ``strict`` and ``flexible``. `tasks.numbers` defines what a number is.
+The extractors take time linear in the response's length: ``tolerant``, and lm-eval's ``strict`` and ``flexible``.
+`tasks.numbers` defines what a number is.
 """
 
 import re
@@ -12,7 +12,7 @@ from mlx_traces.tasks.numbers import MAX_ANSWER, first_number, last_number, pars
 from mlx_traces.tasks.thoughts import after_thought, small
 
 MAX_BOXED = 10_000  # characters searched for the brace that closes a \boxed{
-MAX_BOXES = 8  # boxes looked at, from the last one, for one that is closed and not empty
+MAX_BOXES = 8  # boxes tried, from the last one backwards, until one is closed and not empty
 
 
 # ---------------------------------------------------------------------------------- parts of a response
@@ -47,7 +47,7 @@ def last_boxed(text: str, within: int = MAX_BOXED) -> str | None:
 
 
 def _braced(text: str, start: int, within: int) -> str | None:
-    """Return the text from ``start`` to the brace that closes what opened before it."""
+    """Return the text from ``start`` up to the brace that closes the one before ``start``; None if none does."""
     depth = 1
     for brace in _BRACE.finditer(text, start, start + within):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -80,7 +80,7 @@ def marked(part: str) -> str | None:
 
 
 def after_hashes(part: str) -> str | None:
-    """Return the line after the last ``####``, or the number that starts it; None for a Markdown heading."""
+    """Return the line after the last ``####`` if it is a number, else the number it starts with; None for a heading."""
     before, hashes, rest = part.rpartition("####")
     line = rest.strip().partition("\n")[0].rstrip()
     is_heading = before.endswith("#") or _NUMBERED_HEADING.match(line)
@@ -100,7 +100,7 @@ def tolerant(response: str) -> str | None:
     Only the text after the thought is searched. In a thought that is not closed only a closed <answer> counts, so the
     numbers of a truncated thought are no answer. Of several marks of a kind the last one counts. Of the line after
     ``####`` the first number counts. A ``\boxed{84`` at the end of the response is skipped, since its number may be cut
-    off (840); one with more text after it counts as a number without a mark.
+    off (840); with more text after it, its number counts like one in plain text.
     """
     part, thinking = after_thought(response)
     if thinking:
@@ -123,10 +123,10 @@ def forms_of(asked: str) -> list[str]:
 
 
 def as_asked(response: str, asked: str) -> str:
-    r"""Return a response's answer in the form that its prompt asks for, and nothing else; empty without such an answer.
+    r"""Return only the response's answer, in the form that its prompt asks for; empty if it has none in that form.
 
-    Of several forms that the prompt names, the first one counts that an answer has. The whole response where the prompt
-    names none. A thought is left out as in `tolerant`.
+    If the prompt names several forms, the first one that the response has counts; if it names none, the whole response
+    is returned. Thoughts are skipped as in `tolerant`.
 
     Args:
         response: the assistant's whole turn.
@@ -156,7 +156,7 @@ def strict(response: str) -> str | None:
 def flexible(response: str) -> str | None:
     """Find the answer as lm-eval's gsm8k ``flexible-extract`` filter does: the last run of digits and ``$.,``.
 
-    It may have no digit, as an ellipsis does. Searching from the end finds the same run in linear time.
+    The run may have no digit, like an ellipsis. Searching from the end finds the same run in linear time.
     """
     match = _FLEXIBLE_BACKWARDS.search(response[::-1])
     return match[0][::-1] if match else None
@@ -166,7 +166,7 @@ def flexible(response: str) -> str | None:
 
 
 def same_number(extracted: str) -> str:
-    """Return an answer's value as text: ``18.00`` and ``$18`` are one answer; of a text, white space does not count."""
+    """Return an answer's value as text, so ``18.00`` and ``$18`` are equal; else its text with single spaces."""
     number = parse_number(extracted)
     return str(number) if number is not None else " ".join(extracted.split())
 
@@ -174,7 +174,7 @@ def same_number(extracted: str) -> str:
 def judge_number(extracted: str | None, gold: Fraction) -> Score:
     """Compare by value: ``correct``, ``wrong_value``, ``not_a_number`` or ``no_answer``.
 
-    ``4 million`` is right for 4,000,000, and for 4, since the question may ask for millions; the note says which.
+    ``4 million`` is right for 4,000,000, and for 4, since the question may ask for millions; a note then says so.
     """
     if extracted is None:
         return Score("no_answer", None)

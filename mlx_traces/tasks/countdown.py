@@ -1,4 +1,4 @@
-"""Countdown: reach a target with + - * / and every given number exactly once. Generator, solver and checker. No MLX."""
+"""Countdown: reach a target with + - * / and every given number exactly once. Checker and generator. No MLX."""
 
 import ast
 import hashlib
@@ -23,9 +23,9 @@ from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
 MAX_RESPONSE = 20_000  # characters searched for an answer, from the end
-MAX_LOOSE = 2_000  # characters searched for an expression without a mark, from the end
+MAX_LOOSE = 2_000  # characters searched for an expression without tags or box, from the end
 MAX_BOXED = 1_000  # characters searched for the brace that closes a \boxed{
-MAX_FRACTIONS = 10  # fractions within each other
+MAX_FRACTIONS = 10  # nesting depth of LaTeX fractions
 SPLITS = {
     "train": range(0, 80),
     "valid": range(80, 90),
@@ -44,13 +44,13 @@ TINYZERO_ROWS = 327_680, 1_024  # of the hub sets' one split: the first are trai
 # ---------------------------------------------------------------------------------------------- checker
 
 _SPELLINGS = str.maketrans(
-    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # of full width
+    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width
     | dict.fromkeys("×·⋅∗•∙⨯⨉✕✖﹡", "*")
     | dict.fromkeys("÷∕⁄➗", "/")
     | dict.fromkeys("−–—﹣➖", "-")
     | dict.fromkeys("﹢➕", "+")
     | {"﹙": "(", "﹚": ")", "﹦": "="}
-    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # without width
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # zero-width
 )
 _LATEX = re.compile(
     r"\\(?:(times|ast|bullet|cdot|div)|left|right|q?quad|space|(?:display|text)style|[bB]igg?[lr]?)(?![a-zA-Z])"
@@ -105,7 +105,7 @@ def check(expression: str, nums: list[int], target: int) -> str:
 
 
 def same(expression: str, gold: str, extractor: str) -> str:
-    """Return an expression as the checker reads it, without spaces; one too long to check stays as it is."""
+    """Return an expression as the checker reads it, without spaces; one that is too long to check stays unchanged."""
     if len(expression) > MAX_EXPRESSION:
         return expression
     return "=".join(_sides(expression)).replace(" ", "")
@@ -156,7 +156,7 @@ _HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/]")
 
 
 def loose(response: str) -> str | None:
-    r"""Find an answer, its tags optional: last <answer>, else last \boxed{}, else the last written-out expression."""
+    r"""Find an answer, with or without tags: last <answer>, else last \boxed{}, else the last arithmetic expression."""
     if (found := tagged(response)) is not None:
         return found
     part = answer_part(response)
@@ -179,7 +179,7 @@ EXTRACTORS = {"answer": tagged, "tolerant": loose}
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
-    """Judge a response by every extractor; verdicts are ``check``'s, and ``"no_answer"``."""
+    """Judge a response by every extractor; the verdicts are those of ``check``, and ``"no_answer"``."""
     nums, target = problem.columns["nums"], problem.columns["target"]
     extracted = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
     verdicts = {text: check(text, nums, target) for text in {*extracted.values()} if text and text.strip()}
@@ -192,7 +192,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 # ---------------------------------------------------------------------------------------------- steps of a thought
 
 MAX_STEPS = 500  # equations, claims and line ends of a thought; later ones are not checked
-MAX_WAYS = 16  # of making a value of the given numbers; more are not remembered
+MAX_WAYS = 16  # sets of given numbers remembered for each value that was made of them
 _STEP = re.compile(
     r"""
     (?<![0-9.)=+*/-]) (?: (?<![-+*/=(][ ]) | (?<=\n[-*+][ ]) )  # not in the middle of an expression; after a bullet
@@ -208,11 +208,11 @@ _STEP = re.compile(
 def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
     """Check the steps of a thought: 1 for one that holds, 0 for one that does not.
 
-    ``numbers`` are the left sides of equations: each number is given, or the result of an earlier equation, and no
-    given one is used twice, whichever way those results were made. ``claims`` are the words after an equation: a
-    ``yes`` holds if the equation is true, uses all numbers and makes the target; a ``no`` if no equation of its line
-    does. ``near N`` is a claim too: it holds if N is the nearest to the target of the values that were made of all
-    numbers. ``numbers`` ignores whether an equation is true; the reward ``equations`` checks that.
+    ``numbers`` are the left sides of equations. One holds if each of its numbers is given or the result of an earlier
+    equation, and no given number is used twice in making them. ``claims`` are the words after an equation: a ``yes``
+    holds if the equation is true, uses all numbers and makes the target; a ``no`` if no equation of its line does.
+    ``near N`` is a claim too: it holds if true equations made N of all numbers, and nothing nearer to the target.
+    ``numbers`` ignores whether an equation is true; the reward ``equations`` checks that.
     """
     nums, target = sorted(problem.columns["nums"]), problem.columns["target"]
     ways: dict[int, set[tuple[int, ...]]] = {number: {(number,)} for number in nums}
@@ -246,11 +246,11 @@ def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
 
 
 def _made_of(used: list[int], ways: dict[int, set[tuple[int, ...]]], nums: list[int]) -> set[tuple[int, ...]]:
-    """Return which of the given numbers an expression may be made of; none if there is no way.
+    """Return the sets of given numbers, as sorted tuples, that an expression may be made of; empty if there is none.
 
     Args:
         used: the numbers in the expression.
-        ways: the given numbers, sorted, that each known value may be made of.
+        ways: for each known value, the sets of given numbers that it may be made of.
         nums: the given numbers, sorted.
     """
     given, found = Counter(nums), {()}
@@ -266,8 +266,7 @@ def _made_of(used: list[int], ways: dict[int, set[tuple[int, ...]]], nums: list[
 def split_of(nums: list[int]) -> str:
     """Return the split that a set of numbers belongs to.
 
-    It depends only on a hash of the sorted numbers, so no set of numbers, and no problem, is in two splits, for any
-    seed.
+    It depends only on a hash of the sorted numbers, so no problem is in two splits, whatever the seed.
     """
     digest = hashlib.sha256(" ".join(map(str, sorted(nums))).encode()).digest()
     bucket = int.from_bytes(digest[:4]) % 100
@@ -377,8 +376,8 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
     """Return problems: generated ones, a file's, or a hub set's (``Jiayi-Pan/Countdown-Tasks-3to4``, ``-Unique``).
 
     Without ``data``, or with ``3-numbers`` or the like, ``generate`` makes ``limit`` (None: 500) problems of the split
-    from ``seed``, beginning at the slice's start; of a slice with an end, such as ``test[:64]``, a random sample of
-    ``limit`` is taken. The hub sets have one split, which ``hub_part`` divides.
+    from ``seed``, beginning at the slice's start; from a slice with an end, such as ``test[:64]``, a random sample of
+    ``limit`` problems is drawn. ``hub_part`` divides the one split of those hub sets into train and test.
     """
     name, span = split_slice(split)
     if operands := generated_operands(data):
@@ -444,6 +443,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=tuple(SPLITS),
     steps=steps,
 )

@@ -1,4 +1,4 @@
-"""Rows of problems from files and from the hub. No MLX."""
+"""Load rows of hub data sets, and make problems of rows. No MLX."""
 
 import hashlib
 import json
@@ -17,7 +17,9 @@ from mlx_traces.runtime import hub
 def hub_rows(
     dataset: str, config: str | None, split: str, instead: str, part: Callable[[int], range] | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """Yield (``dataset[index]``, row) of a hub data set: all rows, or the range that ``part`` returns for their number.
+    """Yield (``dataset[index]``, row) of a hub data set ``owner/name`` or ``owner/name@revision``.
+
+    ``part`` takes the number of rows and returns the range of those to yield; None yields all.
 
     Raises:
         UserError: if it cannot be loaded; the message ends with ``instead``, which names an alternative.
@@ -59,9 +61,9 @@ def _download(name: str, config: str | None, split: str, revision: str, instead:
 
 
 def _downloaded(name: str, config: str | None, split: str, revision: str) -> Any:
-    """Return the rows of a hub data set from the cache, of exactly that revision; None if they are not there.
+    """Return the rows of exactly this revision of a hub data set from the cache; None if they are not there.
 
-    The hub's own client would take the latest download of any revision.
+    The hub's own client would return the latest download of any revision.
 
     Raises:
         UserError: if the cache has the data set, and it has no such split.
@@ -92,10 +94,10 @@ def load_rows(
     seed: int,
     source: str,
 ) -> list[Problem]:
-    """Parse rows into problems and draw ``limit`` of them by ``seed``, kept in the source's order.
+    """Parse rows into problems; return all of them, or a random sample of ``limit``, in the source's order.
 
-    A problem that occurs twice stays twice, the second time with ``#2`` after its id. The draw depends on the number of
-    rows and the seed alone, so every model gets the same problems.
+    A problem that occurs twice stays twice, the second time with ``#2`` after its id. The sample depends only on the
+    number of rows, ``limit`` and ``seed``, so every model gets the same problems.
 
     Raises:
         UserError: if there are no problems, or ``limit`` is above their number.
@@ -118,7 +120,7 @@ def load_rows(
 
 
 def text_column(row: Row, column: str, where: str, default: str | None = None) -> str:
-    """Return a column as text, numbers included; ``default``, if given, where the row lacks it.
+    """Return a column as text, also if it is a number; ``default``, if given, if the row lacks it.
 
     Raises:
         UserError: if it is missing, empty, or neither text nor a number.
@@ -137,7 +139,7 @@ def split_slice(split: str) -> tuple[str, slice]:
     """Parse ``test[:64]`` into the split's name and a slice of its rows.
 
     Raises:
-        UserError: for another form, such as a step or a percentage.
+        UserError: for any other form, such as a step or a percentage.
     """
     match = re.fullmatch(r"(\w+)(?:\[([0-9]{0,15}):([0-9]{0,15})\])?", split)
     if match is None:

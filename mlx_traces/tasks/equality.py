@@ -1,7 +1,7 @@
 r"""Whether two mathematical answers are equal. No MLX.
 
-Plain text and exact fractions decide equal spellings, words, numbers and numbers with a base. math-verify decides all
-other pairs, in a process of its own that is ended after a second of processor time (`equality_worker`).
+Equal spellings, words, numbers and numbers with a base are compared exactly; formulas whose values differ are unequal.
+math-verify decides all other pairs, in a separate process with a limit of a second of CPU time (`equality_worker`).
 """
 
 import ast
@@ -24,9 +24,9 @@ from threading import Lock
 from mlx_traces.errors import UserError
 from mlx_traces.tasks.numbers import MAX_ANSWER, parse_number
 
-MAX_PARTS = 64  # numbers and names in an answer that is compared
-SECONDS = 20  # on the clock for a reply; the worker's own limit is a second of processor time, however busy the machine
-START_SECONDS = 60
+MAX_PARTS = 64  # numbers and names in one answer
+SECONDS = 20  # wall-clock limit of a reply; the worker's own limit is a second of CPU time, however busy the machine
+START_SECONDS = 60  # wall-clock limit of its start
 VERDICTS = ("correct", "wrong_value", "not_an_expression", "too_complex")
 MISSING = "task math compares answers by math-verify, which is not installed: pip install 'mlx-traces[math]'"
 
@@ -40,7 +40,7 @@ def require() -> None:
 
 @lru_cache(1 << 16)
 def compare(gold: str, answer: str) -> str:
-    r"""Compare an answer with the gold one; both without a box.
+    r"""Compare an answer with the gold one; both without ``\boxed{}``.
 
     Returns:
         ``correct``, ``wrong_value``, ``not_an_expression`` (math-verify cannot read it) or ``too_complex``: more than
@@ -66,7 +66,7 @@ def compare(gold: str, answer: str) -> str:
 
 _PART = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|[^\W\d_]")
 _SPELLINGS = str.maketrans(
-    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # of full width
+    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width
     | dict.fromkeys("−–‐‑﹣", "-")
     | dict.fromkeys("⁄∕", "/")
     | {"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "∪": r"\cup "}
@@ -89,8 +89,8 @@ _FACTOR = re.compile(r"(?<=[0-9}]) (?=[A-Za-z](?![A-Za-z]))")
 def normal(text: str) -> str:
     r"""Return a formula in one spelling: without dollars, ``\left``, thin spaces, degrees, units and a final dot.
 
-    ``\dfrac`` becomes ``\frac``, the word between items of a list (``\text{ or }``) a comma; ``x \in`` at the start is
-    left out.
+    ``\dfrac`` becomes ``\frac``; the word between items of a list (``\text{ or }``) becomes a comma; ``x \in`` at the
+    start is removed.
     """
     text = _ROOT.sub(r"\\sqrt{\1}", text).translate(_SPELLINGS)
     rows = _ROW_END.split(text)  # before the second half of \\ is taken for the first of \[ or \,
@@ -103,7 +103,7 @@ def normal(text: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Return a normal spelling without spaces, except those between two letters or digits, as in ``a b``."""
+    """Remove the spaces of a normal spelling, except those between two letters or digits, as in ``a b``."""
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
 
 
@@ -111,7 +111,7 @@ def squeezed(text: str) -> str:
 
 
 def _as_words(gold: str, answer: str) -> bool | None:
-    r"""Compare words, where the gold answer is one ``\text{…}``: letters and digits, case aside."""
+    r"""Compare the letters and digits, ignoring case, if the gold answer is one ``\text{…}`` with a letter."""
     named = _WORD.fullmatch(gold.strip())
     if named is None or not re.search(r"[^\W\d_]", named[1]):
         return None
@@ -123,9 +123,10 @@ _BASED = re.compile(r"([0-9A-F]*[0-9][0-9A-F]*)_\{?([0-9]{1,2})\}?")
 
 
 def _in_a_base(gold: str, answer: str) -> bool | None:
-    r"""Compare numbers of which one has a base, as ``52_8``: the same digits, in the same base or in none.
+    r"""Compare two numbers if one has a base, as ``52_8``; math-verify reads ``52_8`` and ``52_9`` both as 52.
 
-    In math-verify ``52_8`` is 52, and ``52_9`` too.
+    For a gold answer with a base the digits must be the same, and the base the same or missing. For one without, the
+    values are compared.
     """
     one, other = (_BASED.fullmatch(normal(text).replace(" ", "")) for text in (gold, answer))
     if one is None:
@@ -146,16 +147,16 @@ _NO_NUMBER = re.compile(r"[<>|]|\\[gln]e|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|^(?:\
 
 
 def number(text: str) -> Fraction | None:
-    r"""Return the exact value of an answer that is one number, units and ``x =`` aside.
+    r"""Return the exact value of an answer that is one number, with or without a unit and ``x =``.
 
-    None for all else: ``x > 5``, ``(1,234)``, and texts with a single letter, as ``5 i`` and ``x^2+1``.
+    None for anything else: ``x > 5``, ``(1,234)``, and texts with a single letter, as ``5 i`` and ``x^2+1``.
     """
     text = _NAME.sub("", normal(text))
     return None if _NO_NUMBER.search(text) else parse_number(text)
 
 
 def _as_numbers(gold: str, answer: str) -> bool | None:
-    """Compare two numbers exactly; ``36%`` is 36, and 0.36 where the other one has no percent sign."""
+    """Compare two numbers exactly; ``36%`` equals 36, and also 0.36 if the other one has no percent sign."""
     one, other = number(gold), number(answer)
     if one is None or other is None or ("=" in gold and "=" in answer):
         return None
@@ -165,7 +166,7 @@ def _as_numbers(gold: str, answer: str) -> bool | None:
 
 
 def _by_brackets(gold: str, answer: str) -> bool | None:
-    """Tell a set from a tuple or an interval, which math-verify compares by their elements."""
+    """Return False for a set and a tuple or an interval, of which math-verify compares only the elements; else None."""
     one, other = (re.match(r"\\\{|[(\[]", normal(text)) for text in (gold, answer))
     differ = one and other and (one[0] == "\\{") != (other[0] == "\\{")
     return False if differ and all("," in text for text in (gold, answer)) else None
@@ -191,10 +192,10 @@ _OPERATIONS = {
 
 
 def _apart(gold: str, answer: str) -> bool:
-    """Whether two formulas surely differ: in their values at one point, by more than 1e-10 of them.
+    """Whether two formulas surely differ: their values at one point differ by more than 1e-10, relative to the larger.
 
-    A tuple, an interval, a matrix and a word have no value, so they differ from a formula that has one. This spares
-    most wrong answers math-verify, which also rounds to decimal places, so that 10^-20 would be 10^-21.
+    A tuple, an interval, a matrix and a word have no value, so they differ from a formula that has one. Most wrong
+    answers so need no math-verify, which rounds to decimal places and would accept 10^-21 for 10^-20.
     """
     one, other = value(gold), value(answer)
     if one is None or other is None:
@@ -205,8 +206,8 @@ def _apart(gold: str, answer: str) -> bool:
 def value(text: str) -> complex | None:
     r"""Return the value of a formula of numbers, single letters, ``+-*/^``, fractions and roots at one point.
 
-    Each letter is a number there, in either case, but for i and e. None for every other formula, and for one that can
-    be read in two ways: ``1\frac12``, ``2/3x``, ``ab``, ``2^10``.
+    At that point each letter has a fixed value, the same in upper and lower case; i and e keep their meaning. None for
+    any other formula, and for one that can be read in two ways: ``1\frac12``, ``2/3x``, ``ab``, ``2^10``.
     """
     if _TWO_WAYS.search(text):
         return None
@@ -227,8 +228,8 @@ def _in_python(match: re.Match) -> str:
 
 
 def _computed(node: ast.expr) -> complex:
-    """Compute a parsed formula in complex floats; KeyError for other syntax than arithmetic."""
-    if isinstance(node, ast.Constant) and node.value is not ...:  # three dots are a constant in Python
+    """Compute a parsed formula in complex floats; KeyError for anything but arithmetic."""
+    if isinstance(node, ast.Constant) and node.value is not ...:  # Python parses three dots as a constant
         return complex(node.value)
     if isinstance(node, ast.UnaryOp):
         return _OPERATIONS[type(node.op)](_computed(node.operand))
@@ -244,7 +245,7 @@ _ONE_AT_A_TIME = Lock()
 
 @lru_cache(1)
 def _worker(process_id: int) -> subprocess.Popen:
-    """Start the worker of a process; UserError if it does not start."""
+    """Start the worker of this process (a forked process needs its own); UserError if it does not start."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("equality_worker.py"))]
     pipe = subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)
@@ -261,7 +262,7 @@ def _reply(worker: subprocess.Popen, seconds: float) -> str:
 
 
 def _ask(gold: str, answer: str) -> str:
-    """Have the worker compare two formulas; a worker that does not reply is ended."""
+    """Let the worker compare two formulas; end it and return ``too_complex`` if it does not reply."""
     with _ONE_AT_A_TIME:
         worker = _worker(os.getpid())
         try:
@@ -270,7 +271,7 @@ def _ask(gold: str, answer: str) -> str:
         except OSError:
             reply = ""
         if reply not in VERDICTS:
-            with suppress(OSError):  # it has ended by itself
+            with suppress(OSError):  # it may have ended by itself
                 os.killpg(worker.pid, 9)
             worker.communicate()
             _worker.cache_clear()

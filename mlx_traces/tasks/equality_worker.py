@@ -1,7 +1,7 @@
-"""A process of its own that compares answers by math-verify; `tasks.equality` starts it as a script. No MLX.
+"""A separate process that compares answers by math-verify; `tasks.equality` starts it as a script. No MLX.
 
-A request is one line of standard input: a JSON list of the gold answer and another one. The reply is one line of
-standard output: a verdict. A child does the work; the kernel ends it after `SECONDS` of processor time, also inside
+A request is one line of standard input: a JSON list of the gold answer and the answer to judge. The reply is one line
+of standard output: a verdict. A child does the work; the kernel ends it after `SECONDS` of CPU time, even inside
 compiled code. The parent then replies ``too_complex`` and forks the next child, so sympy is imported only once.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-SECONDS = 1.0  # of processor time for one comparison
+SECONDS = 1.0  # of CPU time for one comparison
 DECIMALS = 12  # places to which a decimal must agree
 MEMORY = 2 << 30  # bytes of address space
 
@@ -55,12 +55,12 @@ def answer_requests() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; the end of the input ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the end of the input ends this process
     logging.disable(logging.CRITICAL)
     REPLIES = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that a library's prints are not replies
     os.write(REPLIES, b"ready\n")
-    os.dup2(1, 2)  # nobody reads it from here on
+    os.dup2(1, 2)  # nobody reads stderr from here on
     while True:
         if (child := os.fork()) == 0:
             answer_requests()

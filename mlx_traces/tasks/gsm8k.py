@@ -31,7 +31,7 @@ BY_LM_EVAL = {"strict": strict, "flexible": flexible}
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
-    """Judge a response by every extractor: two compare exact values, lm-eval's two filters compare texts as it does."""
+    """Judge a response by every extractor: two compare exact values, lm-eval's two filters compare text as it does."""
     gold = parse_number(problem.gold)
     scores = {name: judge_number(find(response), gold) for name, find in BY_VALUE.items()}
     scores |= {name: judge_lm_eval(find(response), problem.gold) for name, find in BY_LM_EVAL.items()}
@@ -39,7 +39,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the text by which an extractor compares an answer: its exact value, or lm-eval's form of it."""
+    """Return the canonical form of an answer: its exact value, or its text as lm-eval compares it."""
     return (same_number if extractor in BY_VALUE else lm_eval_text)(extracted)
 
 
@@ -64,11 +64,11 @@ def load(split: str, data: str | None, limit: int | None, seed: int, instead: st
     """Return problems of the hub's GSM8K, of a JSON-lines file, or of another hub set with the same columns.
 
     Args:
-        split: ``train`` or ``test``, or a part such as ``test[:64]``; of a file only the part counts.
+        split: ``train`` or ``test``, or a part such as ``test[:64]``; for a file only the part counts.
         data: a file, a hub data set ``owner/name``, or None for ``openai/gsm8k``.
-        limit: number of those rows to draw at random, or None for all.
-        seed: of the draw.
-        instead: ends the message about a download that is missing.
+        limit: size of a seeded sample of those rows, or None for all.
+        seed: of the sample.
+        instead: the end of the message about a failed download.
     """
     name, span = split_slice(split)
     source = data or HUB
@@ -117,9 +117,9 @@ def _examples(shots: int, seed: int, data: str | None, leave_out: frozenset[str]
     unasked = {problem.id for problem in problems if "#" not in problem.id}
     unasked -= {problem_id(identity) for identity in leave_out}
     if not 0 <= shots <= len(unasked):
-        but = "; the others are in the evaluation: pass other examples with --shots-data FILE" if leave_out else ""
-        raise UserError(f"--shots {shots}: {data or HUB} has {len(unasked)} to choose from{but}")
-    drawn = random.Random(seed).sample(problems, len(problems))  # so leaving one out changes no other
+        way = "the rest is in the evaluation: pass other examples with --shots-data FILE" if leave_out else "take fewer"
+        raise UserError(f"--shots {shots}: {data or HUB} has {len(unasked)} to choose from; {way}")
+    drawn = random.Random(seed).sample(problems, len(problems))  # all, so leaving one out does not change the others
     chosen = [problem for problem in drawn if problem.id in unasked][:shots]
     return [(str(problem.columns["question"]), str(problem.columns["answer"])) for problem in chosen]
 
@@ -129,7 +129,7 @@ def fewshot(shots: int, seed: int, data: str | None, leave_out: frozenset[str] =
 
     Args:
         shots: number of examples.
-        seed: of their draw.
+        seed: of the sample of examples.
         data: a file or hub data set of training problems, or None for ``openai/gsm8k``.
         leave_out: ids of the problems to evaluate; none of them becomes an example.
     """
@@ -158,6 +158,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=SPLITS,
     few_shot={"fewshot": fewshot, "fewshot-chat": fewshot_chat},
 )

@@ -35,8 +35,8 @@ def tolerant(response: str) -> str | None:
 def last_formula(part: str) -> str | None:
     r"""Return the last formula in dollars, ``\(…\)`` or ``\[…\]``, or the number after it; else the last number.
 
-    A ``\boxed{84`` at the end is skipped, as it may be cut off. A box that does not close within its formula counts up
-    to the formula's end.
+    A ``\boxed{84`` at the end is skipped, as it may be cut off. For a box that is not closed within its formula, the
+    rest of the formula counts.
     """
     text = part.replace(r"\$", " ").replace("$$", "$")
     box = text.rfind(r"\boxed")
@@ -67,7 +67,7 @@ EXTRACTORS = {"tolerant": tolerant, "strict": strict, "first_box": first_box}
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
-    """Judge a response by each extractor; verdicts are those of `equality.compare`, and ``no_answer``."""
+    """Judge a response by every extractor; the verdicts are those of `equality.compare`, and ``no_answer``."""
     return {name: _judged(find(response), problem.gold) for name, find in EXTRACTORS.items()}
 
 
@@ -78,7 +78,7 @@ def _judged(extracted: str | None, gold: str) -> Score:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the vote of an answer: the gold one if it is equal to it, else its value or its normal spelling."""
+    """Return the canonical form of an answer: the gold answer if they are equal, else its value or normal spelling."""
     if compare(gold, extracted) == "correct":
         return gold
     value = number(extracted)
@@ -86,9 +86,9 @@ def same(extracted: str, gold: str, extractor: str) -> str:
 
 
 def parse(row: dict[str, Any], where: str) -> Problem:
-    r"""Make a Problem of a row: ``problem`` or ``question``, ``answer``, else a ``solution`` that ends in a box.
+    r"""Make a Problem of a row with ``problem`` or ``question``, and ``answer`` or a ``solution`` with a box.
 
-    The stratum is level and subject (``subject`` or ``type``), as far as the row has them. A row without a problem can
+    The stratum is level and subject (``subject`` or ``type``), as far as the row has them. A row without a question can
     be graded but not become a prompt.
     """
     require()
@@ -116,10 +116,10 @@ def _parse_asked(row: dict[str, Any], where: str) -> Problem:
 
 
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """Return problems of MATH-500 (``test``) or of MATH's train split, of a file, or of a hub set of the same columns.
+    """Return problems of MATH-500 (``test``), MATH's train split, a file, or a hub set with the same columns.
 
     Args:
-        split: ``train`` or ``test``, or a part such as ``test[:64]``; of a file only the part counts.
+        split: ``train`` or ``test``, or a part such as ``test[:64]``; for a file only the part counts.
         data: a file, a hub data set ``owner/name`` such as one of AIME, or None for MATH's own.
         limit: size of a seeded sample of those rows, or None for all.
         seed: of the sample.
@@ -150,6 +150,5 @@ TASK = Task(
     load=load,
     grade=grade,
     same=same,
-    splits=tuple(HUB),
     sample_columns=("subject", "type", "level"),
 )

@@ -1,10 +1,10 @@
-r"""The grammar of numbers in answers: finds a number, to its longest match, and its exact value. No MLX.
+r"""The grammar of numbers in answers: find a number, by its longest match, and compute its exact value. No MLX.
 
 A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, ``10 000``, ``1'234`` and ``1_234`` are
-numbers; ``12,50``, ``3:45``, ``1.234.567`` and ``2024-05-06`` are not, and neither are their parts. Of a range or
-difference in running text the last number counts. A sign belongs to the number or currency that it touches; one with a
-space after it is a sign at the start of an answer and after ``=`` (``- $18``, ``x = - 18``), and in running text a
-dash: ``Total - $18`` is 18. Texts are bounded, nothing is evaluated, exponents are not understood, and a number has at
+numbers; ``12,50``, ``3:45``, ``1.234.567`` and ``2024-05-06`` are not, and neither are their parts. In a range or
+difference in running text the last number counts. A sign belongs to the number or currency that it touches. With a
+space after it, it is a sign only at the start of an answer and after ``=`` (``- $18``, ``x = - 18``), and a dash in
+running text: ``Total - $18`` is 18. Texts are bounded, nothing is executed, exponents are not read, and a number has at
 most 40 digits.
 """
 
@@ -18,7 +18,7 @@ MAX_DIGITS = 40
 WINDOW = 200  # characters before the last digit that are searched for the last number
 AFTER = 40  # and after it: a unit, a power, "million"
 
-_WORDS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}  # tens
+_POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}  # of 10
 # Groups are atomic, not possessive: Python 3.11.2 matches possessive groups wrongly, 3.11.7 does not.
 _SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?>(?:[ ][0-9]{3}(?![0-9]))+)(?>(?:\.[0-9]+)?)(?![.,'’_:]?[0-9]|[ ]?/)"
 _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
@@ -37,7 +37,7 @@ NUMBER = re.compile(
     (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁺⁻]?[⁰¹²³⁴-⁹ⁿ]
         | !(?=[0-9A-Za-z/*^({{]) )?
     (?: (?P<kilo>[kK])(?![^\W_]) | (?P<letter> π | (?:{_LETTER})(?![A-Za-z]) ) )?
-    (?P<words> (?: [ -]+(?i:{"|".join(_WORDS)})s?(?![A-Za-z]) )+ )?
+    (?P<words> (?: [ -]+(?i:{"|".join(_POWERS)})s?(?![A-Za-z]) )+ )?
     """,
     re.VERBOSE,
 )
@@ -49,10 +49,10 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     Understood: ``18.00``, ``$18``, ``-€5``, ``minus 5``, ``1,234``, ``1,20,000``, ``1{,}234``, ``10 000``, ``３/４``,
     ``\frac{3}{4}``, ``\frac3{-4}``, ``3\over 4``, ``{3}/{4}``, ``1 1/2``, ``1½``, ``.5``, ``1.45 million``, ``70k``,
     and units and words around the number (``18 dollars``, ``75%`` is 75, ``\text{…}``, ``cm^2``, ``90^\circ``). Of an
-    equation the right-hand side counts where the left one is one name or is computed: ``x = 5``, ``3 + 4 = 7``.
+    equation the right-hand side counts if the left one is a name or a calculation: ``x = 5``, ``3 + 4 = 7``.
 
     Not one number: two different ones, a range or difference, an exponent, a power, root or factorial (``10³``,
-    ``√16``, ``5!``), a letter at the number (``2x``, ``3R^2``), the rest of a formula (``\sqrt{2}``, ``x + 5``,
+    ``√16``, ``5!``), a letter next to the number (``2x``, ``3R^2``), another formula (``\sqrt{2}``, ``x + 5``,
     ``x + y = 0``), a zero denominator, more than 40 digits.
 
     Args:
@@ -63,7 +63,7 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     return found[0] if found else None
 
 
-@lru_cache(4096)  # extractors find the same answer, and a problem has one gold answer
+@lru_cache(4096)  # several extractors find the same answer, and a problem keeps its gold answer
 def readings(text: str, words: bool = True) -> tuple[Fraction, ...]:
     """Return the possible values of an answer: none, one, or for ``4 million`` both 4,000,000 and 4 (a unit).
 
@@ -90,7 +90,7 @@ def readings(text: str, words: bool = True) -> tuple[Fraction, ...]:
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number of a text, in plain spelling; also what only looks like a number, such as ``3:45``."""
+    """Return the last number of a text, in ASCII; also what only looks like a number, such as ``3:45``."""
     digits = "0123456789" if text.isascii() else _DIGITS
     end = max(map(text.rfind, digits)) + 1
     numbers = list(NUMBER.finditer(plain(text[max(0, end - WINDOW) : end + AFTER]))) if end else []
@@ -98,7 +98,7 @@ def last_number(text: str) -> str | None:
 
 
 def first_number(text: str) -> str | None:
-    """Return the first number of a marked line, in plain spelling, with the ``!`` after it if there is one."""
+    """Return the first number of a text, in ASCII, with the ``!`` after it if there is one."""
     text = with_sign(plain(text[:MAX_ANSWER]))
     number = NUMBER.search(text)
     return number and (number[0] + "!" * text.startswith("!", number.end())).strip()
@@ -109,7 +109,7 @@ def first_number(text: str) -> str | None:
 _FRACTIONS = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _DIGITS = "0123456789０１２３４５６７８９" + _FRACTIONS
 _SPELLINGS = str.maketrans(
-    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # of full width
+    {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width
     | dict.fromkeys("−–‐‑﹣－", "-")
     | dict.fromkeys("⁄∕", "/")
     | dict.fromkeys(
@@ -149,7 +149,7 @@ def plain(text: str) -> str:
 
 
 def with_sign(text: str) -> str:
-    """Join a leading sign to its number: ``- 18`` is -18."""
+    """Join a leading sign to its number: ``- 18`` becomes ``-18``."""
     return _LEADING_SIGN.sub(lambda match: match[1] + " " * match[1][-1].isalpha(), text)
 
 
@@ -160,7 +160,7 @@ def _in_ascii(match: re.Match) -> str:
 
 
 def _in_line(match: re.Match) -> str:
-    r"""Write ``-\frac{3}{-4}`` as ``3/4``: one sign."""
+    r"""Write a LaTeX fraction in one line, with one sign: ``-\frac{3}{-4}`` as ``3/4``."""
     sign, above, below = match[1] or "", match[2] or match[3], match[4] or match[5]
     negative = (sign + above[0] + below[0]).count("-") % 2
     return ("-" if negative else "+" if sign else "") + above.lstrip("-+") + "/" + below.lstrip("-+")
@@ -197,18 +197,18 @@ def _right_side(text: str) -> str:
 _LEFT_OVER = re.compile(r"[\\^+*√∛∜π×÷±≤≥≠]|[ ][xyz](?![^\W_])")
 _BETWEEN = re.compile(
     r"[0-9][%)}]? *- *[$€£¥₹({]*[.0-9]"  # a range or a difference
-    r"|(?<![A-Za-z'’])[b-z] *- *[$({]*[.0-9]|[0-9)}] *- *[b-z](?![A-Za-z])"  # of an unknown
+    r"|(?<![A-Za-z'’])[b-z] *- *[$({]*[.0-9]|[0-9)}] *- *[b-z](?![A-Za-z])"  # a difference with an unknown
     r"|(?<![<\w/])[A-Za-z] ?[<>] ?-?[.0-9]|[0-9] ?[<>] ?[A-Za-z](?![\w>])"  # an inequality, but not <b>5</b>
     r"|[0-9]!"
 )
 _GROUPED = re.compile(
     r"[1-9][0-9]{0,2}(?P<mark>[,'’_ ])[0-9]{3}(?:(?P=mark)[0-9]{3})*(?:\.[0-9]+)?|"
     r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?|[0-9]*\.?[0-9]+"
-)  # of the West, of India
+)  # groups of three, Indian groups, or no groups
 
 
 def _value(match: re.Match, words: bool = True) -> Fraction | None:
-    """Return the value of a match, with or without its "million"; None if it is not a number."""
+    """Return the value of a match, with or without words like "million"; None if it is not a number."""
     above, below = _magnitude(match["run"]), 1
     if match["over"]:
         bottom = match["over"].strip().removeprefix("/").strip()
@@ -223,7 +223,7 @@ def _value(match: re.Match, words: bool = True) -> Fraction | None:
         above += Fraction(top, bottom)
     tens = 3 if match["kilo"] else 0
     if words and match["words"]:
-        tens += sum(_WORDS[word.rstrip("s")] for word in match["words"].lower().replace("-", " ").split())
+        tens += sum(_POWERS[word.rstrip("s")] for word in match["words"].lower().replace("-", " ").split())
     if tens and above >= 10 ** max(0, MAX_DIGITS - tens):
         return None
     negative = ((match["sign"] or "+")[0] != "+") != bool(match["minus"])
@@ -232,7 +232,7 @@ def _value(match: re.Match, words: bool = True) -> Fraction | None:
 
 
 def _magnitude(run: str) -> Fraction | None:
-    """Return the value of digits and their separators, None if they are not grouped as a number is."""
+    """Return the value of digits with separators; None if the groups are not those of a number."""
     if run.isdigit() and len(run) <= MAX_DIGITS:
         return Fraction(int(run))
     digits = re.sub(r"[,'’_ ]", "", run)

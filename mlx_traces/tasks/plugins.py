@@ -1,6 +1,6 @@
 """Tasks that users write: ``module:TASK``, and those that installed packages add by an entry point. No MLX.
 
-A plug-in is loaded only when the user names it; README.md has an example of 30 lines.
+A plug-in is loaded only when the user names it; README.md has an example.
 """
 
 import hashlib
@@ -25,30 +25,31 @@ _KINDS = {  # the type that a field of a task must have, and its name in message
     "graded_columns": (tuple, "a tuple of names"),
     "gold_columns": (tuple, "a tuple of names"),
     "extractors": (tuple, "a tuple of names"),
-    "splits": (tuple, "a tuple of names"),
     "prompts": (dict, "a dict of prompts by name"),
     "default_prompt": (str, "the name of a prompt"),
     **dict.fromkeys(("parse", "load", "grade", "same"), (Callable, "a function")),
     "steps": (Callable | None, "a function"),
+    "few_shot": (dict, "a dict of functions by name"),
+    "sample_columns": (tuple, "a tuple of names"),
 }
 
 
 def names() -> list[str]:
-    """Return the names of the tasks that installed packages add; none of them is loaded."""
+    """Return the names of the tasks that installed packages add, without loading them."""
     return sorted({point.name for point in entry_points(group=GROUP)} - set(TASKS))
 
 
 def exists(name: str) -> bool:
-    """Whether a name is one of a plug-in: ``module:TASK``, or one that an installed package adds."""
+    """Whether a name refers to a plug-in: ``module:TASK``, or a task that an installed package adds."""
     return ":" in name or name in names()
 
 
 def load(name: str) -> Task:
-    """Import a plug-in and check it; its functions are wrapped, so that their faults are UserErrors.
+    """Import a plug-in and check it; wrap its functions, so that their errors become UserErrors.
 
     Args:
-        name: ``module:TASK``, the module looked for in the working folder too, or the name of an entry point in the
-            group ``mlx_traces.tasks``. It becomes the task's name.
+        name: ``module:TASK``, with a module in the working folder or on Python's path, or the name of an entry point in
+            the group ``mlx_traces.tasks``. It becomes the task's name.
 
     Raises:
         UserError: if there is no such task; naming the file, if it cannot be imported or its task cannot be used.
@@ -69,7 +70,7 @@ def load(name: str) -> Task:
     except (Exception, SystemExit) as error:  # a module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"task {name[:MOST_NAME]}: no module {module!r} is here or installed") from None
-        raise UserError(f"{file}: cannot be imported as a task ({_told(error, file)})") from error
+        raise UserError(f"{file}: cannot be imported as a task ({_describe(error, file)})") from error
     file = getattr(found, "__file__", None) or file
     task = getattr(found, attribute, None)
     if not isinstance(task, Task):
@@ -78,9 +79,11 @@ def load(name: str) -> Task:
     for field, (kind, what) in _KINDS.items():
         if not isinstance(value := getattr(task, field), kind):
             raise UserError(f"{file}: {attribute}.{field} must be {what}, not {str(value)[:60]!r}")
-    if not task.extractors or not all(isinstance(own, str) for own in task.extractors):
-        raise UserError(f"{file}: {attribute}.extractors must name one way to find an answer, or more")
-    if wrong := [own for own, prompt in task.prompts.items() if not isinstance(prompt, Prompt) or prompt.name != own]:
+        if kind is tuple and not all(isinstance(each, str) for each in value):
+            raise UserError(f"{file}: {attribute}.{field} must be {what}; {str(value)[:60]} has one that is no text")
+    if not task.extractors:
+        raise UserError(f"{file}: {attribute}.extractors must name one extractor or more")
+    if wrong := [key for key, prompt in task.prompts.items() if not isinstance(prompt, Prompt) or prompt.name != key]:
         raise UserError(f"{file}: {attribute}.prompts: {wrong[0]!r} must be a Prompt of that name")
     if task.default_prompt not in task.styles:
         raise UserError(f"{file}: {attribute}.default_prompt: there is no prompt {task.default_prompt!r}")
@@ -89,27 +92,27 @@ def load(name: str) -> Task:
 
 
 def _digest(file: str) -> str:
-    """Return a file's name and 12 hexadecimal digits of its content; what it imports in turn is not included."""
+    """Return a file's name and 12 hexadecimal digits of its content's hash; files that it imports are not included."""
     content = Path(file).read_bytes() if Path(file).is_file() else b""
     return f"{Path(file).name} {hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def _told(error: BaseException, file: str) -> str:
-    """Return an error's type, the first line of its message, and the last line of ``file`` that it came through."""
+def _describe(error: BaseException, file: str) -> str:
+    """Return an error's type, the first line of its message, and the last line of ``file`` in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return typed_line(error) + (f", line {lines[-1]}" if lines else "")
 
 
 def _guarded(task: Task, file: str) -> Task:
-    """Return the task with functions that raise UserError, naming the file, for an exception or a wrong result."""
+    """Wrap the task's functions: for an exception or a wrong result they raise a UserError that names the file."""
 
-    def call(name: str, about: str, *arguments: Any) -> Any:
+    def call(name: str, about: str, *arguments: Any, own: Callable | None = None) -> Any:
         try:
-            return getattr(task, name)(*arguments)
+            return (own or getattr(task, name))(*arguments)
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{file}: {name} failed{about} ({_told(error, file)})") from error
+            raise UserError(f"{file}: {name} failed{about} ({_describe(error, file)})") from error
 
     def wrong(name: str, about: str, must: str, value: Any) -> UserError:
         return UserError(f"{file}: {name} returned {str(value)[:60]!r}{about}; it must return {must}")
@@ -145,7 +148,18 @@ def _guarded(task: Task, file: str) -> Task:
             raise wrong("steps", f" for {problem.id}", "a dict with a list of (start, end, value) for each kind", found)
         return found
 
-    return replace(task, parse=parse, load=load, grade=grade, same=same, steps=task.steps and steps)
+    def examples(style: str, own: Callable) -> Callable[..., Prompt]:
+        def prompt(*arguments: Any) -> Prompt:
+            made = call("few_shot", f" for {style}", *arguments, own=own)
+            if not isinstance(made, Prompt):
+                raise wrong("few_shot", f" for {style}", "a Prompt", made)
+            return made
+
+        return prompt
+
+    few_shot = {style: examples(style, own) for style, own in task.few_shot.items()}
+    guarded = {"parse": parse, "load": load, "grade": grade, "same": same, "few_shot": few_shot}
+    return replace(task, **guarded, steps=task.steps and steps)
 
 
 def _is_problem(value: Any) -> bool:

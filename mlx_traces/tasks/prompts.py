@@ -45,7 +45,7 @@ class Prompt:
 
 
 def fill(template: str, columns: Mapping[str, Any], name: str) -> str:
-    """Put a problem's columns into a template; raise UserError for a placeholder that is no column."""
+    """Put a problem's columns into a template; raise UserError for a placeholder that is not a column."""
 
     def value(match: re.Match) -> str:
         if match[1] is None:
@@ -84,9 +84,9 @@ def load_prompt(path: Path, gold: Sequence[str] = ()) -> Prompt:
         gold: columns that hold the answer; a prompt shows them only with ``show_gold: true``.
 
     Raises:
-        UserError: if the file is missing, is not such a mapping, has other fields, or shows the answer without that.
+        UserError: if the file is missing, is no such mapping, has other fields, or shows the answer without show_gold.
     """
-    from mlx_traces.yaml_files import read_yaml  # --help does without PyYAML
+    from mlx_traces.yaml_files import read_yaml  # here, so that --help does not load PyYAML
 
     fields = {"user": str, "system": str, "prefill": str, "stop": list, "chat": bool, "show_gold": bool}
     content = read_yaml(path, "prompt")

@@ -23,23 +23,23 @@ from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import answer_part
 
-MOST_FIELD = 10_000_000  # characters of a .csv's field
+MOST_FIELD = 10_000_000  # characters of a field in a .csv
 INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or a .csv with these columns'
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
-_COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # but of thousands
+_COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # not a thousands separator
 _SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]]")
 _AROUND = " \t\"'`“”‘’*_$.,;:!?"
 _MATHS = re.compile(r"[0-9\\]")
-_BRACKETS = "()[]"  # but those of a tuple or an interval
+_BRACKETS = "()[]"  # not stripped from a tuple or an interval
 
 
 def same_text(text: str) -> str:
-    r"""Return a text answer as it is compared.
+    r"""Return the canonical form of a text answer: answers with equal forms are equal.
 
     It ignores case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
     is", and the space after the commas of a list (``1,-2`` is ``1, -2``, but ``1,234`` is a number and not ``1, 234``).
-    Of LaTeX, spaces, the sizes of brackets and fractions and the dollars or brackets around formulas do not count.
+    In LaTeX it ignores spaces, the sizes of brackets and fractions, and the dollars or brackets around formulas.
     """
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
     text = _SIZES.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")) if "\\" in text else text
@@ -62,10 +62,7 @@ def find_text(response: str) -> str | None:
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:
-    """Judge a response: by value where the gold answer is a number, and as exact text.
-
-    ``tolerant`` compares by value for a number, else as ``exact`` does; ``last_number`` is for numbers only.
-    """
+    """Judge a response: ``exact`` compares text (`same_text`); the others compare values if the gold is a number."""
     exact = judge_text(find_text(response), problem.gold)
     gold = gold_number(problem.gold)
     if gold is None:
@@ -82,7 +79,7 @@ def grade(problem: Problem, response: str) -> dict[str, Score]:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the text by which an extractor compares an answer: its value if the gold answer is a number."""
+    """Return the canonical form of an answer: its value if the extractor compares values, else `same_text`."""
     by_value = extractor != "exact" and gold_number(gold) is not None and parse_number(extracted) is not None
     return same_number(extracted) if by_value else same_text(extracted)
 
@@ -109,9 +106,9 @@ def parse(row: dict[str, Any], where: str) -> Problem:
 
 
 def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
-    """Return the problems of a file or, for ``owner/name`` that is no file, of a hub data set.
+    """Return the problems of a file or, if ``data`` is not a file, of the hub data set ``owner/name``.
 
-    Of a file's ``split`` only the slice counts, as in ``test[:64]``.
+    For a file only the slice of ``split`` counts, as in ``test[:64]``.
 
     Raises:
         UserError: without data, for a malformed row, or as ``load_rows`` does.
@@ -128,7 +125,7 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (``file:line``, row) of a .csv with a header line that has the task's columns.
+    """Yield (``file:line``, row) of a .csv whose header has the task's columns.
 
     Raises:
         UserError: if it cannot be read, or a column is missing from the header or a row.

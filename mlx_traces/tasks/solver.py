@@ -1,4 +1,4 @@
-"""Exact solver for Countdown: the number of solutions, and a search written as a thinking trace. No MLX."""
+"""Exact solver for Countdown: count the solutions, and write a search as a thinking trace. No MLX."""
 
 import random
 from collections import Counter
@@ -10,14 +10,14 @@ from mlx_traces.tasks import countdown
 from mlx_traces.tasks.prompts import Message, Prompt
 
 TRACE_LIMIT = 200  # the largest intermediate result a trace may show
-TRACE_LINES = 32  # the most lines of a trace; a longer search gives none
+TRACE_LINES = 32  # the most lines of a trace; a longer search gives no trace
 
 
 def solutions(nums: Sequence[int], target: int) -> int:
     """Count the ways to reach ``target`` with every number once, by exact exhaustive search.
 
     A way is a tree of operations on the positions of ``nums``; a + b and b + a are one way, a - b and b - a are two.
-    The fewer ways, the harder the problem; 0 means there is none.
+    A problem with fewer ways is harder; with 0 it has no solution.
     """
     everything = (1 << len(nums)) - 1
     values: dict[int, Counter] = {1 << i: Counter({Fraction(n): 1}) for i, n in enumerate(nums)}
@@ -47,19 +47,19 @@ def search_trace(
 
     First steps are tried in a fixed order (pairs by position; + - * /, the larger number first). A line has a first
     step and all the second steps that follow from it, and ends with the verdict: ``49 + 25 = 74, 74 + 22 = 96, 74 - 22
-    = 52 no``, or, at the hit, ``49 - 25 = 24, 24 + 22 = 46 yes``. With more than three numbers, a line of its own leads
-    to fewer (``12 + 7 = 19 leaves 30, 4, 19``). Nothing is left out, so every word follows from those before it: a
-    small model can learn to predict it.
+    = 52 no``, or, at the hit, ``49 - 25 = 24, 24 + 22 = 46 yes``. With more than three numbers, a separate line has a
+    step that leaves fewer (``12 + 7 = 19 leaves 30, 4, 19``). No step with an integer result from 0 to ``TRACE_LIMIT``
+    is left out, so every word follows from those before it, and a small model can learn to predict it.
 
     Args:
         nums: the given numbers.
         target: the number to reach.
-        gives_up: called with the target after each ``no``; True ends the search. The last line is then the nearest
+        gives_up: called with the target after each ``no``; True ends the search. The last line then states the nearest
             value (``near 52``; the first of equally near ones), and the expression makes that value, so it is a wrong
             answer. None: the search never gives up.
 
     Returns:
-        ``None`` if no solution stays within integers from 0 to ``TRACE_LIMIT``, or none is found in ``TRACE_LINES``.
+        ``None`` if no such steps lead to the target, or not within ``TRACE_LINES`` lines.
     """
     written, nearest = [], None
     for line, tried in islice(_lines([(n, str(n)) for n in nums], target), TRACE_LINES):
@@ -75,7 +75,7 @@ def search_trace(
 
 
 def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable[[int], bool] | None:
-    """Return a function for ``gives_up`` of ``search_trace``: it is random, and more often True for larger targets.
+    """Return a random function for ``gives_up`` of ``search_trace``.
 
     Args:
         give_up: the probability of giving up after any ``no``.
@@ -97,7 +97,7 @@ def impatience(give_up: float, daunting: float, draw: random.Random) -> Callable
 
 
 def _lines(terms: list[Term], target: int, opening: str = "") -> Iterator[tuple[str, list[Term]]]:
-    """Yield (line without its verdict, the terms of all numbers that it tries); a hit is the last one."""
+    """Yield each line without its verdict, and its terms that use all numbers, up to and including a hit."""
     if len(terms) == 2:
         steps = list(_steps(*terms))
         hit = next((place for place, (term, _) in enumerate(steps) if term[0] == target), len(steps))
@@ -133,8 +133,8 @@ def solved(
 ) -> tuple[list[Message], str] | None:
     """Return (messages, the solver's completion) of a Countdown problem, or None where no short trace exists.
 
-    The completion has a thought if the prompt mentions ``<think>``; it starts with the prompt's prefill. Without a
-    thought the answer is that of the same search, which gives up as in ``search_trace``.
+    The completion starts with the prompt's prefill, and has a thought if the prompt mentions ``<think>``. Without a
+    thought it has the answer of the same search. ``gives_up`` is that of ``search_trace``.
     """
     if (found := search_trace(nums, target, gives_up)) is None:
         return None

@@ -1,6 +1,6 @@
-r"""Thoughts in a response: the list of thinking tags, and the text before and after a thought. No MLX.
+r"""Thoughts in a response: the list of thinking tags, and how to find a thought and the text after it. No MLX.
 
-Upper and lower case do not matter. The opening tag may be missing, since a chat template may have written it.
+Tags match in upper and lower case. The opening tag may be missing, since a chat template may have written it.
 """
 
 import re
@@ -12,7 +12,7 @@ from mlx_traces.errors import unknown
 Pair = tuple[str, str]
 
 FINAL = "<|channel|>final<|message|>"
-UNTAGGED = "Here are my reasoning steps:"  # Apriel's; it opens a thought at the start of a response only
+UNTAGGED = "Here are my reasoning steps:"  # Apriel's; it opens a thought only at the start of a response
 SKY = ("<|begin_of_thought|>", "<|end_of_thought|>")
 TAGS: tuple[Pair, ...] = (  # the first is the usual one
     ("<think>", "</think>"),
@@ -62,7 +62,7 @@ def _any(tags: Iterable[str]) -> str:
     return "|".join(re.escape(tag.lower()) for tag in sorted(set(tags), key=len, reverse=True))
 
 
-# Both are for texts in small letters: a pattern that ignores case is ten times as slow.
+# Both patterns match text in lower case: a pattern that ignores case is ten times as slow.
 _AROUND = re.compile(_any(AROUND_ANSWERS))
 _TAG = re.compile(
     rf"(?=<[a-z/|]|[\[◁][a-z/]|\A)(?!<\|end\|>(?!<\|(?:start|channel)\|>))(?:(?:<\|end\|>)?(?:<\|start\|>assistant)?(?:"
@@ -109,9 +109,9 @@ def without_ends(text: str) -> str:
 
 
 def answer_part(response: str) -> str:
-    """Return what follows the last closed thought; nothing if a thought is still open.
+    """Return what follows the last closed thought; empty if a thought is still open.
 
-    A response without any of ``TAGS`` is all answer.
+    Without any of ``TAGS`` the whole response is the answer.
     """
     part, thinking = after_thought(response)
     return "" if thinking else part
@@ -121,7 +121,7 @@ def answer_part(response: str) -> str:
 def after_thought(response: str) -> tuple[str, bool]:
     """Return the text after the last closed thought, and whether it opens another thought.
 
-    It is without the tags around answers and the tokens that end a turn.
+    Tags around answers are removed from the text, and so are tokens at its end that end a turn.
     """
     part, thinking = after_last(response)
     lower = small(part)
@@ -136,7 +136,7 @@ def after_thought(response: str) -> tuple[str, bool]:
 
 
 def after_last(response: str, but: Pair | None = None) -> tuple[str, bool]:
-    """Return the text after the last closed thought, unchanged, and whether another is open; skip the pair ``but``."""
+    """Return the text after the last closed thought, unchanged, and whether another is open; ignore tags ``but``."""
     lower = small(response)
     begins = lower.lstrip().startswith(_SMALL[-1][0])
     if not begins and not any(mark in response for mark in "<[◁"):
@@ -172,7 +172,7 @@ def first_thought(text: str, pairs: Sequence[Pair] = TAGS) -> tuple[int, int] | 
 
 
 def closing_of(opened: str, own: Pair | None = None) -> str | None:
-    """Return the closing tag for a text that is only an opening tag; None for any other text."""
+    """Return the closing tag if the text is only an opening tag; None for any other text."""
     opening = opened.strip().removesuffix("<|message|>")
     closing = next((closing for tag, closing in (*TAGS, *filter(None, [own])) if tag == opening), None)
     return f"<|end|><|start|>assistant{FINAL}" if closing == FINAL else closing
@@ -211,7 +211,7 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
 
 
 def normalise(text: str) -> str:
-    """Rewrite a completion in the normal form, from its ``parts``; an open thought stays open."""
+    """Rewrite a completion in the normal form; an open thought stays open."""
     return restyle(text, "think")
 
 
@@ -226,9 +226,9 @@ def restyle(text: str, style: str) -> str:
 
 
 def with_thought(thought: str, content: str, style: str) -> str:
-    """Join a thought and the content that follows it, in the tags of ``style``; a thought is not put there twice.
+    """Join a thought and the content that follows it, with the tags of ``style``.
 
-    Tags within the thought become line ends, and so do those within a thought that ``content`` has itself.
+    A thought in ``content`` is appended to it, or kept alone if it contains it. Tags within a thought become line ends.
     """
     inner, rest, _ = tagged_parts(thought)
     thought = "\n".join(filter(None, (inner, rest)))

@@ -1,8 +1,8 @@
 """Encode traces as token sequences: the prompt by the model's chat template, then the completion and its end.
 
-The text of prompt, answer and end is encoded once, so its tokens are those of the template's own text. The model learns
-what it has to write after its prompt: what the template writes before an answer (a space, the frame of a channel), the
-completion, what the template writes after it, and the token at which generation ends. What the template itself opens (a
+Prompt, answer and end are encoded as one text, so the tokens are those of the template's own text. The model learns all
+that follows its prompt: what the template writes before an answer (a space, the frame of a channel), the completion,
+what the template writes after it, and the token at which generation ends. What the template itself opens (a
 ``<think>``) is part of the prompt.
 """
 
@@ -17,7 +17,7 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
 from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, parts, usual
 
-ANSWER = {"role": "assistant", "content": "x"}  # stands for an answer where only the text around it matters
+ANSWER = {"role": "assistant", "content": "x"}  # a placeholder where only the text around an answer matters
 CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # an empty thought
 TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x"})
 
@@ -27,7 +27,7 @@ class Encoded:
     """Examples, and counts of what was left out or changed.
 
     ``over_long`` counts skipped traces, ``cut`` those that lost their end, ``turns`` earlier turns of the assistant
-    that are not learned, ``thinking`` traces with a thought whose prompt was switched to thinking.
+    that are not learned, ``thinking`` traces with a thought for which the template's thinking switch was turned on.
     """
 
     examples: list[Example]
@@ -44,13 +44,13 @@ def encode_all(
     over_long: str,
     thinking: bool | None = None,
 ) -> Encoded:
-    """Encode (where, trace) pairs; sequences of more than ``max_length`` tokens are skipped, cut or refused.
+    """Encode (where, trace) pairs; ``over_long`` (skip, cut or refuse) is for those of more than ``max_length`` tokens.
 
-    ``thinking`` sets the template's switch; ``None`` leaves it as each trace was made.
+    ``thinking`` sets the template's switch; None leaves it as each trace was made.
 
     Raises:
-        UserError: for a trace that the chat template refuses, an empty completion, a thought after a prompt that leaves
-            no room for one, or, with ``over_long`` "refuse", one that is too long; each with its place.
+        UserError: with the trace's place, if the chat template refuses it, its completion is empty or has a thought for
+            which the prompt leaves no room, or it is too long and ``over_long`` is "refuse".
     """
     encoded = Encoded([])
     end = turn_end(loaded)
@@ -85,21 +85,21 @@ def encode(
     """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
-    is learned by the sampled tokens, without those that were inserted to close a thought or to keep it open. A trace
-    without messages is a text, learned from its first token on.
+    is learned as its exact tokens; those that were inserted to close a thought or to keep it open are not learned. A
+    trace without messages is plain text, learned from its first token on.
 
-    An earlier turn is learned, with its end, where the template writes it as it was. Templates of reasoning models
-    strip thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
+    An earlier turn is learned, with its end, if the template writes it unchanged. Templates of reasoning models strip
+    thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
 
     Args:
-        loaded: the model; its ``template_args``, where set, stand in place of the trace's.
+        loaded: the model; its ``template_args``, if set, override the trace's.
         trace: the conversation.
-        end: ``turn_end``; ``None`` for the completion alone, no earlier turn and no end.
-        thinking: the template's switch; ``None`` for the trace's.
-        counts: its ``turns`` and ``thinking`` are added to.
+        end: the token of `turn_end`; with None only the completion is learned, without earlier turns and an end.
+        thinking: the template's thinking switch; None for the trace's.
+        counts: its ``turns`` and ``thinking`` are increased.
 
     Raises:
-        UserError: if the template refuses the conversation, or has closed the thought that the completion begins with.
+        UserError: if the template refuses the conversation, or the completion has a thought that the prompt rules out.
     """
     counts = counts if counts is not None else Encoded([])
     stop = None if trace.finish_reason == "length" else end
@@ -110,7 +110,7 @@ def encode(
     if trace.template_args and not loaded.template_args:
         chat = replace(chat, arguments=trace.template_args)
     thinking = trace.thinking if thinking is None else thinking
-    prompt, completion, thinking = _asked(chat, trace, thinking, counts)
+    prompt, completion, thinking = _render(chat, trace, thinking, counts)
     ending = "" if stop is None else decode(loaded.tokenizer, [stop])
     frame = _frame(chat, prompt, thinking, ending)
     spans = []
@@ -136,10 +136,10 @@ def encode(
     return Example(trace.id, tuple(ids), tuple(trained))
 
 
-def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> tuple[Rendered, str, bool | None]:
-    """Return the prompt, the rest of the completion, and the thinking switch, set so that a thought has room.
+def _render(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> tuple[Rendered, str, bool | None]:
+    """Return the prompt, the completion without what the prompt already opens, and the thinking switch.
 
-    What the prompt opens is removed from the completion if that begins with it.
+    An unset switch is turned on if the prompt would otherwise leave no room for the completion's thought.
     """
     messages = [dict(turn) for turn in trace.messages]
     for switch in dict.fromkeys((thinking, True if thinking is None else thinking)):
@@ -155,17 +155,17 @@ def _asked(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> 
 
 
 def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str, str]:
-    """Return what the template writes between its prompt and an answer, between the answer and its end, and after it.
+    """Return what the template writes before an answer, between the answer and the stop token, and after the answer.
 
-    The last is the whole text after the answer. A thought that the template writes before the answer, mostly an empty
-    one, is not part of the answer.
+    The first text begins after the prompt; it is without a thought that the template writes, usually an empty one. The
+    third is all that follows the answer.
     """
     place = len(prompt.messages) - 1
     _, between, after = chat.around([*prompt.messages, ANSWER], place, thinking, reply=False)
     asked = prompt.turn if between.startswith(prompt.turn) else prompt.turn.removesuffix(prompt.opened)
     head = between.removeprefix(asked) if between.startswith(asked) else ""
     if head.strip() != FINAL and any(tag in head for tags in TAGS for tag in tags):
-        head = ""  # FINAL, which ends a thought, frames an answer without one too
+        head = ""  # FINAL ends a thought, but also comes before an answer without one
     at = after.find(ending) if ending else -1
     return head, after[:at] if at > 0 else "", after
 
@@ -178,7 +178,7 @@ def _answer(
     frame: tuple[str, str, str],
     whole: bool,
 ) -> str:
-    """Return the text that is learned after the prompt; ``whole``: with what the template writes after an answer."""
+    """Return the text that is learned after the prompt; if ``whole``, with what the template writes after an answer."""
     head, tail, after = frame
     tail = tail if whole else ""
     closing = closing_of(prompt.opened, chat.own_tags)
@@ -236,9 +236,9 @@ def _earlier(
     learned: Sequence[bool],
     counts: Encoded,
 ) -> list[tuple[int, int]]:
-    """Find the assistant's earlier turns in the prompt's text, each with its end; count those that are not found.
+    """Find the spans of the assistant's earlier turns, with their ends, in the prompt; count those that are not found.
 
-    ``learned`` says of each of these turns whether it may be learned at all.
+    ``learned`` says for each of these turns whether it may be learned.
     """
     text, spans, wanted = prompt.text, [], iter(learned)
     for place, turn in enumerate(prompt.messages):
@@ -261,14 +261,14 @@ def _earlier(
 
 
 def _until_end(loaded: LoadedModel, after: str) -> tuple[int | None, str]:
-    """Return the first token in a text that ends a turn, and the text up to its end; ``None`` and "" without one."""
+    """Return the first stop token in a text, and the text up to and including it; None and "" without one."""
     ends = ((after.find(text), token, text) for token in loaded.stop_ids if (text := decode(loaded.tokenizer, [token])))
     at, token, text = min((end for end in ends if end[0] >= 0), default=(0, None, ""))
     return token, after[:at] + text
 
 
 def _joined(chat: Chat, prompt: Rendered, more: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Encode the prompt's text and the learned text after it together.
+    """Encode the prompt and the learned text ``more`` together; return token ids and whether each is learned.
 
     The prompt's tokens stay those of sampling: if the tokenizer would merge its end with the text after it, that text
     is encoded alone.
@@ -285,7 +285,7 @@ def _joined(chat: Chat, prompt: Rendered, more: str, spans: Sequence[tuple[int, 
 
 
 def turn_end(loaded: LoadedModel) -> int:
-    """Return the token that ends the assistant's turn: what the chat template writes there, else the model's own.
+    """Return the token that ends the assistant's turn: the one that the chat template writes, else the model's own.
 
     Raises:
         UserError: if the model names none; without it no model learns to stop.
@@ -314,5 +314,5 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
             "mostly without their thoughts"
         )
     if encoded.thinking:
-        lines.append(f"{encoded.thinking} traces with a thought are learned with the template's switch on (thinking)")
+        lines.append(f"{encoded.thinking} traces with a thought are learned with the thinking switch on (thinking)")
     return lines

@@ -7,12 +7,12 @@ from fractions import Fraction
 from itertools import islice
 from typing import NamedTuple
 
-MAX_EQUATIONS = 1_000  # of a text; later ones are not looked at
-MAX_PARTS = 10_000  # numbers, signs and words read for them
+MAX_EQUATIONS = 1_000  # in a text; later ones are not checked
+MAX_PARTS = 10_000  # numbers, signs and words read in a text
 MAX_SIDE = 120  # characters read on either side of an =
 MAX_OPERANDS = 32
 MAX_DIGITS = 40
-MAX_UNIT = 3  # words between a number and what is done with it: 5 red apples * 2
+MAX_UNIT = 3  # words between a number and the operation on it: 5 red apples * 2
 _SPELLINGS = str.maketrans(
     dict.fromkeys("×·⋅∗•∙✕✖", "*")
     | dict.fromkeys("÷∕⁄", "/")
@@ -39,7 +39,7 @@ _PART = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _WORDY = {"times": "*", "plus": "+", "minus": "-", "divided by": "/", "of": "*", "x": "*", "X": "*"}
-_SPOILERS = frozenset(  # the number after one of these is not the number meant
+_SPOILERS = frozenset(  # after one of these words, a number does not begin an expression
     ("of", "half", "twice", "double", "triple", "square", "squared", "cube", "cubed", "root", "sqrt", "log", "ln")
     + ("mod", "modulo", "power", "times", "plus", "minus", "by", "over", "per", "than")
 )
@@ -62,14 +62,13 @@ def checked(text: str) -> Iterator[tuple[int, int, bool]]:
 
     An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
     operation; in a chain a = b = c every ``=`` is one, and the second equation begins at its ``=``, so that equations
-    do not overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``,
-    ``−``, ``\times``, ``\frac{}{}``, *times* or *of* between numbers, and up to 3 words after a number as its unit
-    (``5 red apples * 2 = 10``). A percentage may be meant as a hundredth or as a plain number. A decimal or percentage
-    alone on its side may be rounded: it must be the value to the digits shown (10/3 = 3.33), or its beginning where
-    ``...`` follows. Arithmetic is exact.
+    do not overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``, ``−``, ``\times``, ``\frac{}{}``,
+    *times* or *of* between numbers, and a unit of up to 3 words (2 before the ``=``), as in ``5 red apples * 2 = 10``.
+    A percentage may mean hundredths or the plain number. A decimal or percentage alone on its side may be rounded: it
+    must be the value to the digits shown (10/3 = 3.33), or its first digits if ``...`` follows. Arithmetic is exact.
 
-    Not equations: with a variable, a function or a power; with a number of more than 40 digits or more than 32 of
-    them; what goes on over a line's end. A division by zero is false.
+    Not equations: those with a variable, a function or a power, with a number of more than 40 digits, with more than 32
+    numbers, or across a line's end. An equation with a division by zero is false.
     """
     marks = [mark.span() for mark in islice(_RELATION.finditer(text), MAX_EQUATIONS)]
     budget, first, left, last_end = MAX_PARTS, None, None, 0
@@ -118,8 +117,8 @@ class _Run:
 
     parts: list[Part]
     sound: bool
-    starts: bool  # at the beginning of what was read
-    ends: bool = False  # at its end
+    starts: bool  # at the beginning of the text
+    ends: bool = False  # at the end of the text
     units: int = 0  # words since the last operand
 
 
@@ -136,7 +135,7 @@ class _Runs:
         depth = 0
         for place, (kind, *_) in enumerate(run.parts):
             depth += {"open": 1, "close": -1}.get(kind, 0)
-            if depth < 0:  # closes what opened before the =
+            if depth < 0:  # closes a parenthesis that opened before the =
                 return run.parts[:place]
         return run.parts if depth == 0 else None
 
@@ -148,7 +147,7 @@ class _Runs:
         depth = 0
         for place in range(len(run.parts) - 1, -1, -1):
             depth += {"close": 1, "open": -1}.get(run.parts[place][0], 0)
-            if depth < 0:  # opens what closes after the =
+            if depth < 0:  # opens a parenthesis that closes after the =
                 return run.parts[place + 1 :]
         return run.parts if depth == 0 else None
 
@@ -173,7 +172,7 @@ def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _runs(text: str, budget: int, begin: int) -> _Runs:
-    """Read a text that begins at the character ``begin`` into runs, ``budget`` parts at most."""
+    """Split a text into runs, reading at most ``budget`` parts; ``begin`` is the place of its first character."""
     found: list[_Run] = []
     run: _Run | None = None
     before, read = "", 0  # the last word, if nothing came after it; how many parts
@@ -212,7 +211,7 @@ def _runs(text: str, budget: int, begin: int) -> _Runs:
             run.units = 0
         elif kind == "open":
             if run is not None and last in ("number", "close"):
-                if run.units or blank:  # with a space it may be either
+                if run.units or blank:  # with a space before it, it may be a factor or a new expression
                     apart = run.units > 0
                     close()
                     run = _Run([], apart and (blank or not before) and before not in _SPOILERS, first)
@@ -263,7 +262,7 @@ class _Value:
 
 
 def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
-    """Say whether two expressions are equal; None if one is missing or neither has an operation."""
+    """Return whether two expressions are equal; None if one is missing or neither has an operation."""
     if left is None or right is None:
         return None
     percent = any(value.endswith("%") for kind, value, *_ in (*left, *right) if kind == "number")
@@ -278,7 +277,7 @@ def _compare(left: list[Part] | None, right: list[Part] | None) -> bool | None:
 
 
 def _rounds(value: _Value, shown: _Value) -> bool:
-    """Whether ``shown``, a decimal or percentage alone, is ``value`` to its digits."""
+    """Whether ``shown``, a decimal or percentage alone, is ``value`` to the digits shown."""
     if shown.digits is None:
         return False
     unit, off = Fraction(1, 10**shown.digits), abs(value.exact - shown.exact)
@@ -307,7 +306,7 @@ def _evaluate(parts: list[Part], hundredth: Fraction) -> _Value | None:
                 return None
             signs.pop()
         else:
-            if operand_next:  # a sign
+            if operand_next:  # a sign, not an operation
                 if text == "-":
                     signs.append("neg")
                 elif text != "+":

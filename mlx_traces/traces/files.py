@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
-    """Yield (``file:line``, trace) of a JSON-lines file; UserError at the first line that is not one."""
+    """Yield (``file:line``, trace) of a JSON-lines file; UserError at the first line that is not a trace."""
     for where, row in read_jsonl(Path(path)):
         if missing := [name for name in ("id", "messages", "completion") if name not in row]:
             raise UserError(
@@ -54,16 +54,16 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
 
 
 def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) -> int:
-    """Write a new file of traces and its manifest; return their number. The file appears when it is complete.
+    """Write a new file of traces and its manifest; return the number of traces. The file appears when it is complete.
 
     Args:
         path: ``NAME.jsonl``; its folders are made.
-        traces: may be a generator; nothing is drawn from it if the file exists.
-        manifest: ``source``, where the content is from: a file (then `source_of` has its hash too), a data set, a
-            model; ``config``, every setting, filled in; ``counts``, what was skipped for which reason; ``seed``, None
-            where nothing was drawn; and where there were any, ``models`` that were used, by their part
-            (`LoadedModel.about`), and ``problems``, whose ids are kept as a fingerprint. Counts and models are read at
-            the end, so a generator may still add to them; the number ``written`` is put first.
+        traces: may be a generator; it is not started if the file exists.
+        manifest: ``source``, the origin: a file (add its hash by `source_of`), a data set or a model; ``config``, every
+            setting; ``counts``, the skipped traces by reason; ``seed``, None if nothing is random. Optional:
+            ``models``, those used, as `LoadedModel.about` describes them, and ``problems``, of whose ids a fingerprint
+            is stored. Counts and models are read at the end, so a generator may add to them; ``written`` is added as
+            the first count.
 
     Raises:
         UserError: if the file or its manifest exists, it cannot be written, or there are no traces.
@@ -86,7 +86,7 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
             sync(about)
     except OSError as error:
         with suppress(OSError):
-            discard_unfinished(path)  # it was not there before
+            discard_unfinished(path)  # this call has made it
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
     return written
 
@@ -94,8 +94,8 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
 def refuse_written(path: Path) -> None:
     """Raise UserError if a file of traces or its manifest exists.
 
-    A writer that was killed between the file and its manifest leaves the manifest under the name of a temporary file,
-    with the file's hash in it; it is renamed here.
+    A writer that was killed after it renamed the file leaves the manifest as a temporary file; if that has the file's
+    hash, it is renamed here.
     """
     try:
         if path.exists() and not manifest_path(path).exists():
@@ -112,7 +112,7 @@ def refuse_written(path: Path) -> None:
 
 
 def discard_unfinished(path: Path) -> None:
-    """Remove a file without its manifest: its writer was stopped between the two."""
+    """Remove a file that has no manifest: its writer was stopped between the two."""
     if not manifest_path(path).exists():
         Path(path).unlink(missing_ok=True)
 
@@ -157,9 +157,9 @@ def _manifest(
 
 
 def source_of(source: str | Path) -> dict[str, str]:
-    """Return what a manifest says of a source: its name and, of a file, the hash of its content as it is now.
+    """Return a manifest's entries for a source: its name and, for a file, the hash of its present content.
 
-    A pipe has no hash: it can be read only once.
+    A pipe gets no hash, since it can be read only once.
     """
     try:
         return {"source": str(source)} | ({"source_sha256": _sha256(Path(source))} if Path(source).is_file() else {})
@@ -168,7 +168,7 @@ def source_of(source: str | Path) -> dict[str, str]:
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """Return a file's manifest; UserError if there is none, or the file has changed since."""
+    """Return a file's manifest; UserError if there is none, or the file has changed since it was written."""
     manifest = read_json(manifest_path(path))
     try:
         same = manifest.get("sha256") == _sha256(path)
@@ -180,12 +180,12 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Return 12 hexadecimal digits that change with a setting, not with the settings' order."""
+    """Return 12 hexadecimal digits of the settings' hash; the order of the settings does not matter."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 def counted(counts: dict[str, Any], name: str = "") -> str:
-    """Format counts in one line: ``12 written, 3 skipped (no short trace)``; ``name`` stands before an inner reason."""
+    """Format counts in one line: ``12 written, 3 skipped (no short trace)``; ``name`` is the word before the reason."""
     told = (
         counted(value, key) if isinstance(value, dict) else f"{value:,} {name} ({key})" if name else f"{value:,} {key}"
         for key, value in counts.items()

@@ -1,6 +1,6 @@
-"""Filter traces by rules, in order; each rule reports how many it removed. No MLX.
+"""Filter traces by rules, in order, and report how many each rule removed. No MLX.
 
-The result keeps the traces' order. It depends on the traces, the settings and the seed alone.
+The result keeps the traces' order. It depends only on the traces, the settings and the seed.
 """
 
 import random
@@ -22,7 +22,7 @@ from mlx_traces.traces.files import read_traces, refuse_written, source_of, writ
 from mlx_traces.traces.quality import headline, named, problem_of, words
 
 SHINGLE = 5  # words
-SHORT_QUESTION = 8  # words; a shorter question is compared by its problem's id alone
+SHORT_QUESTION = 8  # words; a shorter question is not searched for within a text
 Report = list[tuple[str, int, int]]
 _SCORE_FIRST = "run `mlx-traces score` on the file first"
 
@@ -33,7 +33,7 @@ def select(
     """Apply the rules that ``config`` switches on.
 
     Args:
-        traces: the rules on scores need their ``scores``, and "best" their ``score``.
+        traces: the rules on components need their ``scores``; ``min_score`` and "best" need their ``score``.
         config: the rules.
         eval_problems: problems of an evaluation, which must not be trained on.
 
@@ -52,7 +52,8 @@ def select(
         left = [index for index in kept if index in stay]
         report.append((name, len(kept) - len(left), len(left)))
         if not left:
-            raise UserError(f"nothing is left: rule {name!r} removed the last {len(kept)} of {len(traces)} traces")
+            lost = f"removed the last {len(kept)} of {len(traces)} traces"
+            raise UserError(f"nothing is left: rule {name!r} {lost}; relax that rule")
         kept = left
     return [traces[index] for index in kept], report
 
@@ -63,7 +64,7 @@ Rule = Callable[[list[int]], Iterable[int]]
 def _rules(
     traces: Sequence[Trace], verdicts: list[str | None], config: FilterConfig, eval_problems: Sequence[Problem]
 ) -> list[tuple[str, Rule]]:
-    """Return the rules that are switched on: each a name, and a function from indices to those that stay."""
+    """Return the active rules: for each its name, and a function from indices to those that stay."""
 
     def keep(wanted: Callable[[int], bool]) -> Rule:
         return lambda indices: [index for index in indices if wanted(index)]
@@ -97,7 +98,7 @@ def _rules(
 
 
 def verdict_of(trace: Trace) -> str | None:
-    """Return a trace's verdict, graded now if it has none; None if no task can grade it.
+    """Return a trace's verdict, or grade the trace if it has none; None if no task can grade it.
 
     Raises:
         UserError: for an unknown task, or columns that it cannot read.
@@ -119,7 +120,7 @@ def score_of(trace: Trace) -> float:
 
 
 def without_duplicates(traces: Sequence[Trace], kept: list[int]) -> list[int]:
-    """Keep the first trace of each problem and text; white space does not count."""
+    """Keep the first trace of each problem and text; white space is ignored."""
     first: dict[tuple[str, str], int] = {}
     for index in kept:
         first.setdefault((traces[index].id, " ".join(traces[index].completion.split())), index)
@@ -127,13 +128,13 @@ def without_duplicates(traces: Sequence[Trace], kept: list[int]) -> list[int]:
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """Return the 5-grams of words; white space and case do not count. A shorter text is one shingle."""
+    """Return the 5-grams of words, ignoring white space and case. A shorter text is one shingle."""
     said = words(text)
     return frozenset(tuple(said[at : at + SHINGLE]) for at in range(max(1, len(said) - SHINGLE + 1)))
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
-    """Return how much two sets share: common elements over all elements."""
+    """Return the Jaccard similarity of two sets: the number of common elements over that of all elements."""
     common = len(a & b)
     return common / (len(a) + len(b) - common)
 
@@ -169,8 +170,8 @@ def without_near(traces: Sequence[Trace], threshold: float, kept: list[int]) -> 
 def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Problem | Trace], bool]:
     """Return a function that says whether a problem or trace is one of these problems, by its content.
 
-    It is if it has the same id, or if its question or a user's turn holds the whole question of one, or its prompt.
-    Case and white space do not count. A question of fewer than `SHORT_QUESTION` words must be the whole text.
+    It is True for the same id, and if the question or a user's turn contains the whole question or prompt of one of
+    them; case and white space are ignored. A question of fewer than `SHORT_QUESTION` words must be the whole text.
     """
     ids = {problem_id(problem.id) for problem in problems}
     asked = [str(problem.columns.get("question", "")) for problem in problems]
@@ -199,10 +200,10 @@ def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Probl
 def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return a function that says whether the trace at an index is free of these problems.
 
-    It is not if its problem has the id of one, or if its question, its last user's turn or its text has ``shared``
-    words in a row of one of their questions; case and punctuation do not count. The default of 13 is that of GPT-3
-    (arXiv 2005.14165, appendix C) and open-r1. A shorter question of 8 words or more must occur as a whole. 0: ids
-    only.
+    It is not if it has the id of one, or if its question, last user's turn or completion shares ``shared`` words in a
+    row with one of their questions; case and punctuation are ignored. The default of 13 is that of GPT-3 (arXiv
+    2005.14165, appendix C) and open-r1. A shorter question of 8 words or more must occur as a whole. With 0 only ids
+    count.
     """
     ids = {problem_id(problem.id) for problem in problems}
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
@@ -239,11 +240,11 @@ def _grams(said: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
 def capped(traces: Sequence[Trace], most: int, config: FilterConfig, kept: list[int]) -> list[int]:
     """Keep at most ``most`` traces of each problem, by ``config.prefer``.
 
-    ``short``: the shortest, in tokens if they are known of all of the problem's traces, else in characters
-    (Sky-T1-Flash prefers the shortest correct one). ``best``: the highest score. ``diverse``: the highest score
-    (without scores the first), then repeatedly the trace that is farthest from its nearest chosen one, by Jaccard
-    distance of 5-grams. ``random``: drawn by the seed and the problem's id, independent of other problems. Ties go to
-    the first.
+    ``short``: the shortest, in tokens if all of the problem's traces have them, else in characters (Sky-T1-Flash
+    prefers the shortest correct one). ``best``: the highest score. ``diverse``: first the highest score (the first
+    trace if there are no scores), then repeatedly the trace whose nearest chosen one is farthest, by Jaccard distance
+    of 5-grams. ``random``: drawn by the seed and the problem's id, independent of other problems. Of equal ones the
+    first is kept.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in kept:
@@ -265,7 +266,7 @@ def capped(traces: Sequence[Trace], most: int, config: FilterConfig, kept: list[
 
 
 def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
-    """Repeatedly choose the trace that is farthest from its nearest chosen one."""
+    """Choose the best trace, then repeatedly the one that is farthest from all chosen ones."""
     sets = {index: shingles(traces[index].completion) for index in group}
     chosen = [max(group, key=lambda index: traces[index].score or 0.0)]
     nearest = dict.fromkeys(group, 2.0)
@@ -280,10 +281,10 @@ def _diverse(traces: Sequence[Trace], group: list[int], most: int) -> list[int]:
 def balanced(
     traces: Sequence[Trace], verdicts: list[str | None], most: float, config: FilterConfig, kept: list[int]
 ) -> list[int]:
-    """Keep of each difficulty at most ``most`` x the median number of traces over difficulties, and at least one.
+    """Keep for each difficulty at most ``most`` times the median number of traces per difficulty, and at least one.
 
-    A problem's difficulty is its stratum, or the bin of its pass rate among all given traces, before any rule. Problems
-    that no task can grade form a difficulty of their own. The kept traces are drawn by the seed.
+    A problem's difficulty is its stratum, or the bin of its pass rate over all given traces, before any rule. Problems
+    that no task can grade form a separate difficulty. The kept traces are drawn by the seed.
     """
     judged: dict[str, list[bool]] = defaultdict(list)
     for trace, verdict in zip(traces, verdicts, strict=True):
@@ -307,10 +308,10 @@ def balanced(
 
 
 def filter_file(source: Path, out: Path, config: FilterConfig) -> Report:
-    """Write the selected traces of a file to a new one with its manifest; return what each rule removed.
+    """Write the selected traces of a file to a new one with its manifest; return the report of `select`.
 
     Raises:
-        UserError: if ``out`` exists, before anything is read; as ``select`` does.
+        UserError: if ``out`` exists, before anything is read; for the reasons of `select`.
     """
     refuse_written(out)
     origin = source_of(source)

@@ -1,4 +1,4 @@
-"""The recipe of ``generate``: a model completes training problems, and its completions become traces."""
+"""The command ``generate``: a model completes training problems, and its completions become traces."""
 
 import json
 import os
@@ -27,16 +27,16 @@ def generate(
 ) -> dict[str, int]:
     """Sample completions of problems and write them as a file of traces with its manifest.
 
-    Each finished trace is written to ``.NAME.part.jsonl``; the file appears, in the problems' order, when all are made.
+    Each finished trace is written to ``.NAME.part.jsonl``; the file appears, in the problems' order, when all are done.
 
     Args:
         config: the settings; ``samples`` completions of each problem.
         out: ``NAME.jsonl``.
         resume: continue an interrupted run; the samples are those of an uninterrupted one.
-        show: called with each trace and the number of them all.
+        show: called with each trace and the total number of traces.
 
     Returns:
-        The numbers of written, correct and cut-off completions.
+        The numbers of written, correct and cut-off completions, and of those that a stop string ended, if any.
 
     Raises:
         UserError: if the input is wrong, the file exists, or the part was begun with other settings.
@@ -53,7 +53,7 @@ def generate(
 def _generate(
     config: GenerateConfig, out: Path, resume: bool, show: Callable | None, stop: Callable[[], bool]
 ) -> dict[str, int]:
-    """Carry it out. Of several ranks only the first reads and writes files; it tells the others what is finished."""
+    """Do it under the lock. Of several ranks only the first reads and writes files; it tells the others what exists."""
     part, begun = (out.with_name(f".{out.stem}.{name}") for name in ("part.jsonl", "part.json"))
     planned, kept = evaluator.plan(config), []
     if distributed.first() and not resume:
@@ -120,7 +120,7 @@ def _made(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
-    """Raise UserError if the file exists, or was begun and ``resume`` is not set."""
+    """Raise UserError if the file exists, or was begun and ``resume`` is False."""
     if resume and begun.exists():
         discard_unfinished(out)
     refuse_written(out)
@@ -129,7 +129,7 @@ def _refuse(out: Path, part: Path, begun: Path, resume: bool) -> None:
 
 
 def _begin(begun: Path, identity: dict[str, Any], out: Path) -> None:
-    """Store the settings that decide the completions; UserError if the part was begun with others."""
+    """Store the settings that determine the completions; UserError if the file was begun with others."""
     try:
         begun.parent.mkdir(parents=True, exist_ok=True)
         if begun.exists() and (stored := read_json(begun)) != identity:

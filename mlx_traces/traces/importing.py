@@ -1,4 +1,4 @@
-"""Import traces: chat messages, ShareGPT, Alpaca, open-r1, plain text."""
+"""Import traces: chat messages, prompt and completion, ShareGPT, Alpaca, open-r1, plain text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -48,24 +48,24 @@ def import_traces(
 ) -> Iterator[Trace]:
     """Yield the traces of a .jsonl, .json (a list), .parquet, .arrow or .txt file, or of a hub data set.
 
-    The last assistant's turn is the completion; turns after it are dropped. With a task a trace's id is that of
-    its problem; without one it is a hash of the turns before the completion, or of the completion if there are none.
+    The assistant's last turn is the completion; turns after it are dropped. With a task a trace has its problem's id;
+    without one the id is a hash of the turns before the completion, or of the completion if there are none.
     ``sample`` numbers the conversations with the same id, skipped ones included.
 
-    A thought that a turn of the assistant keeps in a field of `THOUGHTS`, or in a part of its content, is put before
-    the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is then the
-    last turn that is, and earlier ones are marked in the trace. Conversations with turns of a tool are left out.
+    If a turn of the assistant has its thought in a field of `THOUGHTS`, or in a part of its content, the thought is put
+    before the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is
+    then the last turn that is, and earlier ones are marked in the trace. Conversations with tool turns are skipped.
 
     Args:
         data: a file or ``owner/name``.
         format: one of ``FORMATS``.
-        task: its columns are taken from every row, so that the traces can be graded; a ``question`` that the row lacks
+        task: its columns are taken from every row, so that the traces can be graded; if the row has no ``question``, it
             is the last user's turn.
-        style: of the completions' tags, ``think`` or ``sky-t1``; None leaves them as they are.
+        style: the completions' tags, ``think`` or ``sky-t1``; None leaves the completions unchanged.
         split: of a hub data set, or a slice such as ``train[:1000]``; for a file only the slice counts.
-        skipped: counts conversations that are left out, by reason.
-        dropped: counts turns that lose a field, by the field's name.
-        strict: refuse such a turn.
+        skipped: counts the skipped conversations, by reason.
+        dropped: counts the turns that lose a field, by the field's name.
+        strict: refuse a turn that would lose a field.
 
     Raises:
         UserError: for an unknown format or style, a file that cannot be read, a row without a column of the format or
@@ -88,7 +88,7 @@ def import_traces(
             if row.get(column) is None:
                 raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
         for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
-            messages, completion, unlearned, fault = _halves(turns, format, where, fault)
+            messages, completion, unlearned, fault = _split_last(turns, format, where, fault)
             spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
             identity, columns = content_id("trace", *(spoken or [completion])), {}
             if task:
@@ -138,10 +138,10 @@ def _rows(data: str, format: str, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (``file:line``, row) of a text file's paragraphs; UserError if a blank line is within a thought."""
+    """Yield (``file:line``, row) for each paragraph of a text file; UserError for a blank line within a thought."""
     lines: list[str] = []
     for number, line in enumerate([*text_of(path).split("\n"), ""], 1):
-        line = line.removeprefix(MARK)  # a file that was appended to another has it
+        line = line.removeprefix(MARK)  # in the middle, where files were joined
         if line.strip():
             lines.append(line)
         elif lines:
@@ -153,7 +153,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn of a conversation, its thought in tags, and whether the assistant's are learned."""
+    """A turn of a conversation, its thought in tags; ``learned`` is False for a weight of 0."""
 
     message: Message
     learned: bool = True
@@ -162,7 +162,7 @@ class _Turn:
 def _conversations(
     row: Row, format: str, where: str, style: str, drop: Callable[[str, str], None]
 ) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield (turns, finish reason, why it is to be skipped) of a row's conversations."""
+    """Yield (turns, finish reason, reason to skip it or None) for each of a row's conversations."""
     if format == "open-r1":
         yield from _generations(row, where)
         return
@@ -176,10 +176,10 @@ def _conversations(
     elif format == "alpaca":
         asked = [_text(row[name], name, where) for name in ("instruction", "input") if row.get(name)]
         turns = [_Turn({"role": "user", "content": "\n\n".join(asked)})]
-        turns += _said(row, "output", "assistant", where, style, drop)
+        turns += _column_turns(row, "output", "assistant", where, style, drop)
     else:
-        turns = _said(row, "prompt", "user", where, style, drop)
-        turns += _said(row, "completion", "assistant", where, style, drop)
+        turns = _column_turns(row, "prompt", "user", where, style, drop)
+        turns += _column_turns(row, "completion", "assistant", where, style, drop)
     systems = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
     if row.get("system") and systems and row["system"] not in systems:
         drop("a system column beside a system turn", where)
@@ -189,7 +189,7 @@ def _conversations(
 
 
 def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield a conversation for each generation; it has a fault if it was cut off, or if no check finds it correct.
+    """Yield a conversation for each generation; it is to be skipped if it was cut off or every check finds it wrong.
 
     The checks are the row's lists ``correctness_…``; without any the generation counts as correct.
     """
@@ -208,8 +208,10 @@ def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None
         yield [_Turn(question), _Turn(turn)], finish, wrong or cut
 
 
-def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callable[[str, str], None]) -> list[_Turn]:
-    """Return a column's turns; a text is one turn of ``role``, whose thought may be in a column beside it."""
+def _column_turns(
+    row: Row, column: str, role: str, where: str, style: str, drop: Callable[[str, str], None]
+) -> list[_Turn]:
+    """Return a column's turns; a text is one turn of ``role``, whose thought may be in another column."""
     if isinstance(row[column], str):
         apart = {name: row[name] for name in THOUGHTS if role == "assistant" and isinstance(row.get(name), str)}
         row = {column: [{"role": role, "content": row[column], **apart}]}
@@ -219,7 +221,7 @@ def _said(row: Row, column: str, role: str, where: str, style: str, drop: Callab
 def _turns(
     turns: Any, role: str, content: str, where: str, style: str, drop: Callable[[str, str], None]
 ) -> list[_Turn]:
-    """Read a list of turns, whose role and content are in the fields of these names; other fields are dropped."""
+    """Read a list of turns with the fields ``role`` and ``content`` (their names in this format); drop other fields."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and role in turn and (content in turn or _thoughts(turn, role) or turn.get("tool_calls"))
         for turn in turns
@@ -256,7 +258,7 @@ def _turns(
 
 
 def _joined(turn: Row, content: str, where: str) -> Row:
-    """Return a turn whose content is one text: a list of parts is joined, its thoughts in a field of their own."""
+    """Return the turn with its content as one text: join a list of parts, and move thoughts to a separate field."""
     if not isinstance(turn.get(content), list):
         return turn
     texts, thoughts = [], []
@@ -273,7 +275,7 @@ def _joined(turn: Row, content: str, where: str) -> Row:
 
 
 def _thoughts(turn: Row, role: str) -> dict[str, str]:
-    """Return the thoughts in fields of their own of an assistant's turn, by field."""
+    """Return the thoughts that an assistant's turn has in separate fields, by field."""
     if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
     return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
@@ -285,10 +287,10 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _halves(
+def _split_last(
     turns: list[_Turn], format: str, where: str, fault: str | None
 ) -> tuple[list[Message], str, list[int], str | None]:
-    """Return the messages before the last learned turn, its text, the places of turns not learned, and a fault."""
+    """Return the messages before the last learned turn, its text, the places of unlearned turns, and a fault."""
     roles = [turn.message["role"] for turn in turns]
     own = [at for at, role in enumerate(roles) if role == "assistant"]
     if "tool" in roles and not own:

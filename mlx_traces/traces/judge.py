@@ -1,6 +1,6 @@
-"""A model's replies about traces: one greedy completion each, batched by the engine and cached by a hash of the prompt.
+"""A model's replies about traces: one greedy completion each, sampled in batches and cached by a hash of the prompt.
 
-The cache is a file, so no request is repeated, even after an interruption. The judge grades a trace by a rubric.
+The cache is a file, so no request is repeated, even after an interruption. A judge grades a trace by a rubric.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class Cache:
         self.path, self.option = path, option
         self.replies: dict[str, str] = {}
         if path.exists():
-            try:  # an incomplete last line: the writer was interrupted
+            try:  # remove an incomplete last line, which an interrupted writer left
                 content = path.read_bytes()
                 if not content.endswith(b"\n") and content:
                     with path.open("r+b") as file:
@@ -39,7 +39,7 @@ class Cache:
                 self.replies[row["key"]] = row["reply"]
 
     def add(self, key: str, reply: str) -> None:
-        """Keep a reply, on disk too."""
+        """Add a reply, also to the file."""
         self.replies[key] = reply
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,14 @@ def replies(
     Args:
         loaded: the model.
         prompt: with placeholders for the questions' columns.
-        questions: the columns.
-        cache: of the replies; new ones are added.
+        questions: for each one its columns.
+        cache: new replies are added to it.
         max_tokens: maximum length of a reply.
         rows: batch size.
         memory_limit: in GB.
 
     Returns:
-        Texts without what the template opens; None if question and reply do not fit in the model's context.
+        The replies, without what the template opens; None if question and reply do not fit in the model's context.
     """
     from mlx_traces.engine import generation, sampling
     from mlx_traces.models import adapters
@@ -125,7 +125,7 @@ _ANY_SCORE = re.compile(r"^[\s*#>_-]*score\b", re.IGNORECASE | re.MULTILINE)
 
 
 def parse_judgement(reply: str) -> float | None:
-    """Return the number of the last line ``Score: 0.8``, from 0 to 1; None for another form or a second such line.
+    """Return the number from 0 to 1 in the last line, ``Score: 0.8``; None for another form or a second score.
 
     The judge's own thought is not read.
     """
@@ -137,10 +137,10 @@ def parse_judgement(reply: str) -> float | None:
 def judge(
     loaded: Any, traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig | RLConfig
 ) -> list[float | None]:
-    """Grade each trace by the rubric with a model; None if its reply is not a grade, or exceeds its context.
+    """Grade each trace with a model, by the rubric; None if its reply has no grade, or does not fit in its context.
 
     Raises:
-        UserError: if more than the share ``judge_failures`` is None, or the rubric or the cache cannot be read.
+        UserError: if more than a share ``judge_failures`` of them is None, or the rubric or the cache cannot be read.
     """
     said = judgements(loaded, traces, problems, config)
     grades = [parse_judgement(reply or "") for reply in said]
@@ -165,7 +165,7 @@ def judgements(
 def refuse_failures(
     loaded: Any, failed: int, total: int, said: Sequence[str | None], config: ScoreConfig | RLConfig
 ) -> None:
-    """Raise UserError if more than the share ``judge_failures`` of the judge's replies are no grades."""
+    """Raise UserError if more than a share ``judge_failures`` of the judge's replies has no grade."""
     if failed <= config.judge_failures * total:
         return
     bad = [reply for reply in said if reply is not None and parse_judgement(reply) is None]
@@ -177,5 +177,5 @@ def refuse_failures(
 
 
 def question_of(trace: Trace, problem: Problem | None) -> str:
-    """Return the problem's question; the last user's turn where it has none."""
+    """Return the problem's question, or the last user's turn if it has none."""
     return str((problem.columns if problem else {}).get("question") or last_turn(trace))

@@ -15,7 +15,7 @@ from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
 from mlx_traces.traces.encoding import encode
 
-BATCH_TOKENS = 4096  # read at once, padding included
+BATCH_TOKENS = 4096  # in a batch, padding included
 
 
 def mean_probabilities(
@@ -23,8 +23,8 @@ def mean_probabilities(
 ) -> list[float | None]:
     """Return 1 / perplexity of each completion under a model: the geometric mean of its tokens' probabilities.
 
-    The tokens are those that SFT learns (`encoding.encode`), without a stop token and earlier turns; a bare text
-    follows a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. The
+    The tokens are those that SFT learns (`encoding.encode`), without the stop token and earlier turns; plain text is
+    put after a stop token. ``thinking`` sets the chat template's switch, None leaves it as each trace was made. The
     result is None for an empty completion, and for a sequence longer than the model's context.
 
     Raises:
@@ -47,11 +47,11 @@ def mean_probabilities(
     order = list(examples)
     lengths = [len(examples[index].ids) for index in order]
     with adapters.merged(loaded.model, loaded.backend):
-        halves = split(loaded.model)
+        trunk_and_head = split(loaded.model)
         for batch in micro_batches(range(len(order)), lengths, BATCH_TOKENS):
             members = [order[place] for place in batch]
             ids, positions = pad([examples[index] for index in members])
-            logprobs, _ = token_logprobs(halves, mx.array(ids), positions, slopes=False, entropies=False)
+            logprobs, _ = token_logprobs(trunk_and_head, mx.array(ids), positions, slopes=False, entropies=False)
             rows = np.array(logprobs, np.float64)
             refuse_no_token(loaded, np.where(np.isfinite(rows), 0, NO_TOKEN))
             at = 0

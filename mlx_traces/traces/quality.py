@@ -1,7 +1,7 @@
-r"""Score a trace: text in, numbers from 0 to 1 out, or None where a score does not apply. No MLX.
+r"""Scores of a trace: functions from text to a number from 0 to 1, or to None if a score does not apply. No MLX.
 
-Each score is linear in the text and bounded: nothing is executed, no number of more than 40 digits is made. They are
-pure functions, so the same ones filter a data set and reward a policy.
+Each takes time linear in the text; nothing is executed, and no number has more than 40 digits. They are pure functions,
+so the same ones filter a data set and reward a policy.
 """
 
 import re
@@ -17,16 +17,16 @@ from mlx_traces.traces.equations import faithfulness
 COMPONENTS = ("correct", "format", "structure", "faithfulness", "length", "repetition", "perplexity", "judge")
 Scores = dict[str, float | None]
 
-MAX_TEXT = 200_000  # characters that structure and repetition look at, from the start
+MAX_TEXT = 200_000  # characters that structure and repetition read, from the start
 
 
 def text_scores(
     completion: str, finish_reason: str | None, tokens: int | None, settings: ScoreConfig, prompt: str = ""
 ) -> Scores:
-    """Return the scores that follow from the text alone, by name.
+    """Return the scores that need no model, by name.
 
     Args:
-        completion: the assistant's whole turn, what its template or prompt opened included.
+        completion: the assistant's whole turn, including what its template or prompt opened.
         finish_reason: ``"stop"``, ``"length"``, or None if unknown.
         tokens: length of the completion, or None if unknown; then words are counted.
         settings: tags and the length limit.
@@ -48,12 +48,12 @@ def headline(task: Task, problem: Problem, completion: str) -> Score:
 
 
 def named(config: TracesConfig) -> dict[str, str]:
-    """Load the plug-in that the user names for a file of traces; return its file's hash, for the manifest."""
+    """Load the task that the user names for a file of traces; return its entry in the manifest (empty: no plug-in)."""
     return get_task(config.task).identity if config.task else {}
 
 
 def problem_of(trace: Trace, where: str) -> Problem | None:
-    """Return the problem that a trace answers, None without a task; UserError with ``where`` if the task is unknown."""
+    """Return the problem that a trace answers, None without a task; UserError with ``where`` for an unknown task."""
     if not trace.task:
         return None
     return task_of(trace.task, where).parse(trace.columns, where)
@@ -74,8 +74,8 @@ def last_turn(trace: Trace) -> str:
 def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> float:
     """Return one score: 0 for a wrong trace, (1 + m) / 2 for a correct one, m for one that was not graded.
 
-    m is the mean, weighted by ``mix``, of the other components that apply, and 1 if none does. So every correct trace,
-    0.5 at least, is above every wrong one, and no form makes up for a wrong answer.
+    m is the mean, weighted by ``mix``, of the other components that apply, and 1 if none does. So every correct trace
+    has at least 0.5, and a wrong answer scores 0 whatever its form.
     """
     correct = scores.get("correct")
     if correct is not None and correct < 1:
@@ -91,7 +91,7 @@ def combined(scores: Mapping[str, float | None], mix: Mapping[str, float]) -> fl
 
 @dataclass(frozen=True)
 class Style:
-    """Tags around the thought, and around the answer or solution; None: all text after the thought is the answer."""
+    """Tags around the thought and around the answer or solution; None if all text after the thought is the answer."""
 
     thought: tuple[str, str]
     answer: tuple[str, str] | None
@@ -110,10 +110,10 @@ _ALL_TAGS = {tag.lower() for pair in TAGS for tag in pair if tag != UNTAGGED} | 
 def format_score(completion: str, finish_reason: str | None, tags: str, prompt: str = "") -> float:
     """Return 1 for one thought and then one answer or solution with nothing before, between or after; else 0.
 
-    As a reward it leaves nothing to exploit: every tag stands exactly once, in order, so no answer is repeated or hides
-    in the thought; no tag of another style occurs; thought and answer have a letter or digit; the thought says more
-    than the prompt does; and the completion was not cut off. A solution of Sky-T1's may mark its answer by one
-    ``<answer>…</answer>``. With tags ``"none"`` any text that was not cut off is well-formed.
+    As a reward it is hard to exploit: every tag occurs exactly once, in order, so no answer is repeated or hidden in
+    the thought; no tag of another style occurs; thought and answer have a letter or digit; the thought does not only
+    copy the prompt; and the completion was not cut off. A Sky-T1 solution may mark its answer by one
+    ``<answer>…</answer>``. With tags ``"none"`` any text that is not empty and was not cut off is well-formed.
     """
     if finish_reason == "length":
         return 0.0
@@ -132,7 +132,7 @@ def format_score(completion: str, finish_reason: str | None, tags: str, prompt: 
     in_order = [lower.find(tag) for tag in wanted] == sorted(lower.find(tag) for tag in wanted)
     if not in_order or before.strip() or gap.strip() or after.strip():
         return 0.0
-    stated = answer[1] if len(answer) > 1 else answer[0]  # what the tags mark, or all of it
+    stated = answer[1] if len(answer) > 1 else answer[0]  # the text in <answer> tags, else the whole solution
     return float(bool(_WORD.search(stated)) and _adds(thought, prompt))
 
 
@@ -148,13 +148,13 @@ def _adds(thought: str, prompt: str) -> bool:
 
 
 def thought_of(completion: str, tags: str) -> str | None:
-    """Return the first thought, up to the end if it stays open; None without one; the whole text for tags ``none``."""
+    """Return the first thought, up to the text's end if it is open; None without one; the whole text for tags none."""
     span = thought_span(completion, tags)
     return span and completion[slice(*span)]
 
 
 def thought_span(completion: str, tags: str, own: Pair | None = None) -> tuple[int, int] | None:
-    """Return the first character of the thought of `thought_of` and the one after its last.
+    """Return the first character of the thought that `thought_of` returns, and the one after its last.
 
     The style's own tags are tried first, then all of ``thoughts.TAGS``, then the model's (``own``).
     """
@@ -165,7 +165,7 @@ def thought_span(completion: str, tags: str, own: Pair | None = None) -> tuple[i
 
 # ---------------------------------------------------------------------------------------------- structure
 
-STEPS, VERIFICATIONS, REFLECTIONS = 5, 2, 2  # more of them score no higher
+STEPS, VERIFICATIONS, REFLECTIONS = 5, 2, 2  # numbers that score highest; more add nothing
 _STEP = re.compile(r"\n+|(?<=[.!?])\s+")
 _VERIFICATION = re.compile(
     r"\b(?:double[- ]check|check|checks|checked|checking|verify|verifies|verified|verifying|verification|confirm"
@@ -180,10 +180,9 @@ _REFLECTION = re.compile(
 def structure(thought: str | None) -> float | None:
     """Return min(1, s/5) / 2 + min(1, v/2) / 4 + min(1, r/2) / 4; 0 without a word, None without a thought.
 
-    s counts the different steps, which are lines and sentences of at least two words; v those of them with a word of
-    verification (*check*, *verify*, ..., or a last word *yes* or *no*, as nano's search has), r those with a word of
-    reflection (*wait*, *however*, *alternatively*, ...). Whole words count: a *waiter* does not wait. Said twice, a
-    step counts once.
+    s is the number of different steps, which are lines and sentences of at least two words. v is the number of steps
+    with a word of verification (*check*, *verify*, ..., or a final *yes* or *no*, as in nano's search), r that of steps
+    with a word of reflection (*wait*, *however*, *alternatively*, ...). Only whole words count: *waiter* is not *wait*.
     """
     if thought is None:
         return None
@@ -197,7 +196,7 @@ def structure(thought: str | None) -> float | None:
 
 # ---------------------------------------------------------------------------------------------- length, repetition
 
-N = 4  # words of an n-gram
+N = 4  # words in an n-gram
 _UNSPACED = re.compile(  # Han, kana, bopomofo: written without spaces; Korean has them
     "[\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff]"
@@ -215,7 +214,7 @@ def length(amount: int, limit: int) -> float:
 
 
 def repetition(text: str) -> float | None:
-    """Return the share of different 4-grams of words among all, or of different lines if that is lower.
+    """Return the number of different 4-grams of words over that of all, or the same for lines if that is lower.
 
     The former is 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319). None for fewer than 4 words.
     """

@@ -1,9 +1,9 @@
-r"""The recipe of ``reformat``: rewrite traces as a thought and a solution; keep those that are still correct.
+r"""The command ``reformat``: rewrite traces as a thought and a solution; keep those that are still correct.
 
 Sky-T1's data was made in this way, from another model's answers. Without a model only tags and the white space around
-them change: the parts are those of `thoughts.parts`; an answer without tags is cut before the line of its last
-``<answer>``, ``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and a
-reply counts only if it has exactly the form that the prompt asks for.
+them change: the parts are those of `thoughts.parts`; an answer without tags is split before the line of its last
+``<answer>``, ``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and its reply is
+used only if it has exactly the form that the prompt asks for.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int,
     """Rewrite the traces of a file into a new one with its manifest.
 
     Returns:
-        The number of written traces, and those of dropped ones by reason.
+        The number of written traces, and the numbers of dropped ones by reason.
 
     Raises:
         UserError: if ``out`` exists, before anything is read; if no trace is left; for a malformed trace, an unknown
@@ -82,10 +82,10 @@ def reformat(
 
     Args:
         traces: in any form.
-        problems: of the traces; None where no task can grade.
+        problems: the traces' problems; None for a trace that no task can grade.
         config: the form to write, and the model that rewrites, if any.
-        prompt: for the model.
-        dropped: counts traces that are left out, by reason.
+        prompt: the instruction for the model.
+        dropped: counts the dropped traces, by reason.
         used: gets a description of the ``model``, if one was loaded.
     """
     dropped = Counter() if dropped is None else dropped
@@ -118,7 +118,7 @@ def reformat(
 
 
 def by_rule(completion: str) -> str:
-    """Return a completion in Sky-T1's form; a part that it lacks is empty or missing."""
+    """Return a completion in Sky-T1's form; if it lacks a part, that is empty or missing."""
     thought, solution = parts(completion)
     if thought is None:
         mark = max(solution.rfind(mark) for mark in MARKS)
@@ -130,7 +130,7 @@ def by_rule(completion: str) -> str:
 def _by_model(
     judged: Sequence[tuple[Trace, Problem]], config: ReformatConfig, prompt: Prompt, used: dict[str, Any]
 ) -> list[str | None]:
-    """Return a model's replies without its own thoughts; None for those that do not fit in its context."""
+    """Return a model's replies without its own thoughts; None if a trace and its reply do not fit in its context."""
     from mlx_traces.models import loading
 
     loaded = loading.load(config.model, **config.load_arguments())

@@ -1,4 +1,4 @@
-"""The recipe of ``score``: grade traces by their tasks; score them by their text and, on request, by models."""
+"""The command ``score``: grade traces by their tasks; score them by their text and, on request, by models."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ def score_file(source: Path, out: Path, config: ScoreConfig) -> list[Trace]:
     """Score the traces of a file and write them to a new one with its manifest; return them.
 
     Raises:
-        UserError: if ``out`` exists, before anything is read; for a malformed trace; as ``score_traces`` does.
+        UserError: if ``out`` exists, before anything is read; for a malformed trace; for the reasons of `score_traces`.
     """
     refuse_written(out)
     origin = source_of(source)
@@ -56,7 +56,7 @@ def score_traces(
     Args:
         traces: earlier scores are replaced.
         config: the form of a trace, the mix, and the models.
-        where: places of the traces, for error messages; default: their ids.
+        where: the place of each trace, for error messages; default: its id.
         used: gets a description of the loaded models, ``model`` and ``judge``.
 
     Raises:
@@ -97,7 +97,7 @@ def summary(traces: Iterable[Trace]) -> list[tuple[str, float | None, float]]:
 def model_scores(
     traces: Sequence[Trace], problems: Sequence[Problem | None], config: ScoreConfig, used: dict[str, Any]
 ) -> list[dict[str, float | None]]:
-    """Return ``perplexity`` and ``judge`` of each trace, one model in memory at a time; ``used`` describes them."""
+    """Return ``perplexity`` and ``judge`` of each trace, with one model in memory at a time; ``used`` describes it."""
 
     def load(part: str) -> Any:
         loaded = loading.load(getattr(config, part), **config.load_arguments())
@@ -118,9 +118,9 @@ def model_scores(
 
 
 def own_probability(trace: Trace) -> float | None:
-    """Return exp(mean log-probability) of the tokens as they were sampled, stop token included.
+    """Return exp(mean log-probability) of the sampled tokens, stop token included.
 
-    None without log-probabilities, and if all are 0, as greedy sampling stores them.
+    None without log-probabilities, or if all are 0, as greedy sampling stores them.
     """
     drawn = [value for value in trace.logprobs or () if value is not None]
     if not any(drawn):

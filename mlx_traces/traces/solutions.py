@@ -1,4 +1,4 @@
-"""Make traces from worked solutions, GSM8K's and MATH's, and from a solver's for Countdown."""
+"""Make traces from the worked solutions of GSM8K and MATH, and from a solver's searches for Countdown."""
 
 import random
 import re
@@ -14,7 +14,7 @@ from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.solver import impatience, opening_line, solved
 from mlx_traces.traces.importing import count_skipped
 
-GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # and the prompt that asks for it
+GSM8K_STYLES = {"think": "thinking", "plain": "hash", "boxed": "boxed"}  # a style and the prompt that asks for it
 MATH_STYLES = {"think": "thinking", "boxed": "boxed"}
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _FIGURE = re.compile(r"\[asy\].*?\[/asy\]\s*", re.DOTALL)
@@ -36,7 +36,7 @@ def gsm8k_traces(
         data: a file or hub data set; None for the task's own.
         limit: size of a seeded sample; None for all.
         seed: of the sample.
-        prompt: None for the one that asks for the style.
+        prompt: the prompt style; None for the one that asks for the style.
         style: ``think`` (solution as thought, then ``<answer>72</answer>``), ``plain`` (then ``#### 72``) or ``boxed``
             (then ``\boxed{72}``).
         skipped: gets the number of rows without a worked solution.
@@ -70,8 +70,8 @@ def math_traces(
     r"""Yield MATH's solutions as traces, without the code of their figures ``[asy]…[/asy]``.
 
     Arguments as for ``gsm8k_traces``. ``style`` is ``think`` (solution as thought, then ``<answer>p - q</answer>``) or
-    ``boxed`` (as MATH has it: the answer is in a box at the solution's end). A solution whose answer is not the row's
-    gives no trace.
+    ``boxed`` (as in MATH: the answer is in a box at the solution's end). A solution whose answer differs from the row's
+    is skipped.
     """
     if style not in MATH_STYLES:
         raise unknown("style", style, MATH_STYLES)
@@ -108,8 +108,8 @@ def countdown_traces(
         operands: fewest and most numbers of a problem.
         prompts: one or more, each of which gives a trace of every problem.
         skipped: gets the number of problems without a short trace.
-        give_up: probability that the solver gives up after a ``no``; its answer is then its nearest try.
-        daunting: target at which it gives up after a ``no`` with probability 0.5, as in `solver.impatience`.
+        give_up: probability that the solver gives up after a ``no``; it then answers with its nearest value.
+        daunting: target at which it gives up after a ``no`` with probability 0.5; see `solver.impatience`.
     """
     gives_up = impatience(give_up, daunting, random.Random(f"{seed} give up"))
     for nums, target in countdown.generate(split, count, seed, operands):

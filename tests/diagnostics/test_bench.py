@@ -11,6 +11,7 @@ from mlx_traces.cli.diagnostics import _without_ranks
 from mlx_traces.diagnostics import bench_ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
+from mlx_traces.runtime import blas
 
 
 def test_bench_generate_prints_a_row_per_number_of_rows():
@@ -223,8 +224,11 @@ def test_what_ranks_cannot_do_is_said_before_anything_is_timed(monkeypatch):
 
 
 def test_blas_threads_are_split(monkeypatch):
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    for name in blas.GIVEN:
+        monkeypatch.delenv(name, raising=False)
     assert [bench_ranks.threads_of(count, 8) for count in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert bench_ranks.threads_of(2, 8) == 5
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     assert bench_ranks.threads_of(2, 8) == 3
     given = ["--rows", "2", "--ranks", "4", "--json", "--ranks=3", "--count", "5"]

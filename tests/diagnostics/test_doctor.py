@@ -81,13 +81,11 @@ def test_a_near_tie_may_be_broken_otherwise_and_a_clear_lead_may_not():
     token = completions[0]["tokens"][5]
     completions[0]["tokens"][5] = token + 1
     wrong, _ = selftest._generation(nano(), completions, 0.001)
-    assert wrong == ["completion 1 has another token 6 than it should"]
+    assert wrong == ["completion 1: token 6 is wrong"]
     completions[0]["gaps"][5] = 0.0019
     assert selftest._generation(nano(), completions, 0.001)[0] == []
     completions[1]["prompt"][0] += 1
-    assert selftest._generation(nano(), completions, 0.001)[0] == [
-        "prompt 2 is encoded as other tokens than it should be"
-    ]
+    assert selftest._generation(nano(), completions, 0.001)[0] == ["prompt 2 is encoded to wrong tokens"]
 
 
 def test_another_nano_or_damaged_numbers_are_said(monkeypatch):

@@ -14,7 +14,7 @@ from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.errors import UserError
 
-FURTHER, SLICE = "a slice from further on", "a slice"
+FURTHER, SLICE = "a slice from the middle", "a slice"
 
 
 class Device:

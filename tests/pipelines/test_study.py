@@ -133,7 +133,7 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
     found = pairs.pairs(runs)
     assert pairs.abstract(runs, found, "gsm8k, greedy") == (
         "3 runs on the same 80 problems (gsm8k, greedy). Success rates are from 12.5 % [6.9, 21.5] (nano_direct) to "
-        "51.2 % [40.5, 61.9] (nano+sft_plain). Of 3 pairs tested, 2 differ (exact paired test, p after Holm below "
+        "51.2 % [40.5, 61.9] (nano+sft_plain). Of 3 pairs tested, 2 differ (paired test, p after Holm below "
         "0.05); in the other 1 no difference is shown."
     )
     adjusted = pairs.abstract(runs, [replace(found[0], p=0.01, p_holm=0.06)], "x")
@@ -144,6 +144,10 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
     assert points[1].startswith("No difference shown between nano+sft_plain and nano_plain: +1.2 points")
     few = pairs.key_points(runs, found, most=1)
     assert few == [points[0], "1 more pairs that differ in one thing are in the table of pairs."]
+    two_things = [make_run(name, clear[0], adapter=name, prompt=name) for name in "abc"]
+    assert pairs.key_points(two_things, pairs.pairs(two_things), most=1)[1:] == [
+        "2 more pairs are in the table of pairs."
+    ]
     alone = pairs.abstract(runs[:1], [], "x")
     assert alone == "1 run on the same 80 problems (x). The success rate is 50.0 % [39.3, 60.7] (nano_plain)."
     assert pairs.key_points(runs[1:], pairs.pairs(runs[1:]))[0].startswith("nano+sft_plain is right more often")

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from factories import BASE, BETTER, write_evaluation, write_training
+from factories import BASE, BETTER, make_run, write_evaluation, write_training
 
 from mlx_traces import text
 from mlx_traces.cli import main
@@ -218,6 +219,22 @@ def test_runs_already_read_and_a_folder_to_write_to(tmp_path):
     run = evaluated(run_view.read(write_evaluation(tmp_path / "a", BASE)))
     assert write([run], tmp_path / "out") == [tmp_path / "out" / "report.html"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_runs_already_read_keep_their_trainings_clusters_and_how_they_were_made(tmp_path):
+    base, *own = (make_run(name, [1] * (30 + i) + [0] * 30) for i, name in enumerate("xyz"))
+    own = [replace(run, samples=run.samples[:60]) for run in own]
+    base = replace(base, about={"versions": {"mlx": "0.1"}})
+    runs = [base, comparison.recipe("three", [replace(run, about={"versions": {"mlx": "0.2"}}) for run in own])]
+    row = comparison.compare_runs(runs).to_dict("records")[1]
+    shown = Page(write(runs, tmp_path / "page.html")[0].read_text()).text
+    assert text.interval(row["ci_low"], row["ci_high"]) in shown and text.p_text(row["p_value"]) in shown
+    assert "Student's t over trainings and problems" in shown and "versions differ: mlx 0.1 in x" in shown
+    for run in runs[:1]:
+        for i, sample in enumerate(run.samples):
+            sample["columns"] = {"document": str(i // 3)}
+    grouped = comparison.clustered([base, replace(base, name="again")], "document")
+    assert "cluster-robust" in Page(write(grouped, tmp_path / "page.html")[0].read_text()).text
 
 
 def test_pictures(tmp_path):

@@ -17,7 +17,7 @@ from factories import BASE, BETTER, make_run, rendered
 from scipy.stats import t as student_t
 
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, power, stats, variance
+from mlx_traces.evaluation import comparison, pairs, power, stats, variance
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.report import export, tables
 from mlx_traces.text import p_text, percent
@@ -303,6 +303,28 @@ def test_trainings_of_a_recipe_are_one_row():
     found = variance.estimate(comparison.shares(joined, [f"p{i}" for i in range(100)]))
     assert (row["ci_low"], row["ci_high"]) == found.interval() and row["accuracy"] == pytest.approx(0.54)
     assert (row["trainings"], row["spread"], row["test"]) == (3, pytest.approx(0.04), "trainings")
+    for table in (pairs.summary([base, joined]), comparison.extractors([base, joined])):
+        assert found.interval() in zip(table["ci_low"], table["ci_high"], strict=True)
+    parts = make_run("base", [1, 0, 0], strata=("x", "y", "y")), *(make_run(name, [1, 0, 1]) for name in "ab")
+    alone = comparison.strata(
+        [
+            parts[0],
+            comparison.recipe(
+                "r",
+                [
+                    replace(
+                        run,
+                        samples=[
+                            row | {"stratum": own["stratum"]}
+                            for row, own in zip(run.samples, parts[0].samples, strict=True)
+                        ],
+                    )
+                    for run in parts[1:]
+                ],
+            ),
+        ]
+    )  # one problem has no variance: Wilson's interval of one
+    assert alone.iloc[1]["part"] == "x" and (alone.iloc[1]["ci_low"], alone.iloc[1]["ci_high"]) == stats.wilson(1, 1)
     text = " ".join(rendered(tables.to_terminal(frame)).split())
     assert "3 trainings" in text and "sd 4.0" in text and "Student's t over trainings and problems" in text
     assert tables.to_json(frame)["rows"][1]["spread"] == pytest.approx(0.04) and "| sd |" in tables.to_markdown(frame)
@@ -323,20 +345,23 @@ def test_problems_of_a_cluster_count_together():
     for run in (a, b):
         for i, row in enumerate(run.samples):
             row["columns"] = {"document": f"d{i // 4}"}
-    frame = comparison.compare_runs([a, b], cluster="document")
+    frame = comparison.compare_runs(comparison.clustered([a, b], "document"))
     row = frame.to_dict("records")[1]
     assert row["test"] == "clusters" and row["p_value"] == pytest.approx(2 / 2**10)  # ten documents, all won
     assert "cluster-robust for the difference" in tables.to_markdown(frame)
-    assert comparison.paired(b, a, "document")["p_value"] == row["p_value"]
+    one, two = comparison.clustered([a, b], "document")
+    assert comparison.paired(two, one)["p_value"] == row["p_value"]
+    for table in (pairs.summary([one, two]), comparison.extractors([one, two])):
+        assert (row["ci_low"], row["ci_high"]) in zip(table["ci_low"], table["ci_high"], strict=True)
     for run in (a, b):
         for i, row in enumerate(run.samples):
             row["columns"]["half"] = i // 20
-    halves = comparison.compare_runs([a, b], cluster="half")  # p is 0.5 or more, whatever the difference
+    halves = comparison.compare_runs(comparison.clustered([a, b], "half"))  # p is 0.5 or more, whatever the difference
     assert halves["p_value"][1] == 0.5 and math.isnan(halves["missed"][1])
     with pytest.raises(UserError, match="--cluster page: problem p0 has no such column; the data are not on this"):
-        comparison.compare_runs([a, b], cluster="page")
+        comparison.compare_runs(comparison.clustered([a, b], "page"))
     with pytest.raises(UserError, match="--cluster gold: all problems have the same value"):
-        comparison.compare_runs([a, b], cluster="gold")
+        comparison.compare_runs(comparison.clustered([a, b], "gold"))
 
 
 @pytest.mark.parametrize(

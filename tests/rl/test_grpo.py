@@ -733,6 +733,7 @@ def test_a_group_needs_two():
     ("changes", "message"),
     [
         ({"loss": "bnpo"}, "loss: bnpo is dapo .*; set dapo$"),
+        ({"advantage": "mean", "max_resamples": 2}, "max_resamples: with advantage mean, .*; leave max_resamples out"),
         ({"reference": "base"}, "reference: has no effect without kl_coef; set that too, or leave this out$"),
         ({"reference": "x", "kl_coef": 0}, "reference: has no effect without kl_coef"),
         ({"unbiased_kl": True}, "unbiased_kl: has no effect without kl_coef"),

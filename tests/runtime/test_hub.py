@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from packaging.version import Version
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-AGAIN = "repeat the command: what is whole is kept"
+AGAIN = "repeat the command: complete files are kept"
 GOES_ON = Version(version("huggingface_hub")) >= Version("1.20")  # by itself, where an answer ends too early
 # The clients read their settings as they are imported, which takes seconds: a process that has imported them, with the
 # test hub's address, forks for each command, so that no command knows anything of the one before.

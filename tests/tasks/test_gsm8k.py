@@ -272,7 +272,7 @@ def test_fewshot_draws_from_train(hub):
     assert len(TASK.few_shot["fewshot-chat"](10, 0, None).shots) == 10
     assert hub == [("openai/gsm8k", "main", "train", None)]
     assert TASK.few_shot["fewshot"](0, 0, None).user == "Question: {question}\nAnswer:"
-    with pytest.raises(UserError, match=r"^--shots 11: openai/gsm8k has 10 to choose from$"):
+    with pytest.raises(UserError, match=r"^--shots 11: openai/gsm8k has 10 to choose from; take fewer$"):
         TASK.few_shot["fewshot"](11, 0, None)
     with pytest.raises(UserError, match=r"^--shots -1: "):
         TASK.few_shot["fewshot"](-1, 0, None)

@@ -163,7 +163,15 @@ BAD = [
         EXAMPLE.replace(' columns=("nums",)', ' columns="nums"'),
         r"mine.py: TASK.columns must be a tuple of names, not 'nums'",
     ),
-    (EXAMPLE.replace('extractors=("answer",)', "extractors=()"), r"mine.py: TASK.extractors must name one way"),
+    (
+        EXAMPLE.replace(' columns=("nums",)', " columns=(1,)"),
+        r"mine.py: TASK.columns must be a tuple of names; \(1,\) has one that is no text",
+    ),
+    (
+        EXAMPLE.replace("    grade=grade,", "    grade=grade,\n    few_shot=None,"),
+        r"mine.py: TASK.few_shot must be a dict of functions by name, not 'None'",
+    ),
+    (EXAMPLE.replace('extractors=("answer",)', "extractors=()"), r"mine.py: TASK.extractors must name one extractor"),
     (EXAMPLE.replace('{"thinking":', '{"other":'), r"mine.py: TASK.prompts: 'other' must be a Prompt of that name"),
     (
         EXAMPLE.replace('default_prompt="thinking"', 'default_prompt="x"'),
@@ -194,6 +202,19 @@ def test_a_plug_in_that_cannot_be_used(here, text, message):
 def test_names_that_name_no_task(name, message):
     with pytest.raises(UserError, match=f"^{message}"):
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("lambda *given: 1 / 0", r"mine.py: few_shot failed for fs \(ZeroDivisionError: division by zero, line \d+\)"),
+        ("lambda *given: 'x'", r"mine.py: few_shot returned 'x' for fs; it must return a Prompt"),
+    ],
+)
+def test_a_few_shot_function_that_fails(here, function, message):
+    write(here, EXAMPLE.replace("    grade=grade,", f'    grade=grade,\n    few_shot={{"fs": {function}}},'))
+    with pytest.raises(UserError, match=message):
+        load("mine:TASK").prompt("fs", (1, 0, None, frozenset()))
 
 
 GRADES = [
