@@ -85,7 +85,7 @@ def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str
         if name in own and getattr(config, name) != own[name]:
             given = getattr(config, name)
             raise UserError(
-                f"{name} {given} is not that of {folder} ({own[name]}); leave it out, or start without adapter"
+                f"{name} {given} differs from that of {folder} ({own[name]}); leave it out, or start without adapter"
             )
 
 

@@ -366,7 +366,7 @@ def check_adapters(trained: list[Stage]) -> None:
             given = getattr(stage.recipe, name)
             if not stage.finished and name in stage.recipe.model_fields_set & own.keys() and given != own[name]:
                 raise UserError(
-                    f"{stage.name}: {name} {given} is not that of {origin} ({own[name]}), which it continues; "
+                    f"{stage.name}: {name} {given} differs from that of {origin} ({own[name]}), which it continues; "
                     "leave it out"
                 )
 

@@ -119,11 +119,11 @@ def test_an_adapter_of_mlx_lm_is_trained_on(tmp_path):
     assert settings == {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
     assert {name for name, _ in tree_flatten(again.trainable_parameters())} == set(names)
     for changed, message in (
-        ({"rank": 8}, r"rank 8 is not that of .* \(3\)"),
-        ({"scale": 2.0}, r"scale 2.0 is not that of .* \(20.0\)"),
-        ({"layers": -1}, r"layers -1 is not that of .* \(1\)"),
-        ({"kind": "dora"}, r"kind dora is not that of .* \(lora\)"),
-        ({"targets": ["self_attn.q_proj"]}, r"targets .* is not that of .* \(None\)"),
+        ({"rank": 8}, r"rank 8 differs from that of .* \(3\)"),
+        ({"scale": 2.0}, r"scale 2.0 differs from that of .* \(20.0\)"),
+        ({"layers": -1}, r"layers -1 differs from that of .* \(1\)"),
+        ({"kind": "dora"}, r"kind dora differs from that of .* \(lora\)"),
+        ({"targets": ["self_attn.q_proj"]}, r"targets .* differs from that of .* \(None\)"),
     ):
         with pytest.raises(UserError, match=message):
             adapters.start(again, AdapterConfig(**changed), tmp_path)

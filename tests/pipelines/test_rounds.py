@@ -365,13 +365,13 @@ def test_bad_settings_are_refused_before_anything_is_made(tmp_path, changes, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epoch2": {"rank": 8}}, r"epoch2: rank 8 is not that of epoch1 \(4\)"),
-        ({"epoch2": {"kind": "dora"}}, r"epoch2: kind dora is not that of epoch1 \(lora\)"),
-        ({"epoch2": {"layers": 2}}, r"epoch2: layers 2 is not that of epoch1 \(-1\)"),
-        ({"epoch2": {"targets": ["mlp.up_proj"]}}, r"epoch2: targets \['mlp.up_proj'\] is not that of epoch1 \(None\)"),
-        ({"round3": {"grpo": {**STEPS, "scale": 4.0}}}, r"round3: scale 4.0 is not that of epoch1 \(2.0\)"),
+        ({"epoch2": {"rank": 8}}, r"epoch2: rank 8 differs from that of epoch1 \(4\)"),
+        ({"epoch2": {"kind": "dora"}}, r"epoch2: kind dora differs from that of epoch1 \(lora\)"),
+        ({"epoch2": {"layers": 2}}, r"epoch2: layers 2 differs from that of epoch1 \(-1\)"),
+        ({"epoch2": {"targets": ["mlp.up_proj"]}}, r"epoch2: targets \['mlp.up_proj'\] differs from that of epoch1 \(None\)"),
+        ({"round3": {"grpo": {**STEPS, "scale": 4.0}}}, r"round3: scale 4.0 differs from that of epoch1 \(2.0\)"),
         ({"epoch1": None, "epoch2": {"rank": 4}, "round3": {"ppo": {"rank": 8}}}, r"round3: rank 8 .* epoch2 \(4\)"),
-        ({"epoch1": {"kind": "full"}, "epoch2": {"kind": "lora"}}, r"epoch2: kind lora is not that of epoch1 \(full\)"),
+        ({"epoch1": {"kind": "full"}, "epoch2": {"kind": "lora"}}, r"epoch2: kind lora differs from that of epoch1 \(full\)"),
     ],
 )
 def test_another_adapter_than_the_one_a_round_goes_on_with_is_refused_at_the_start(tmp_path, changes, message):
@@ -391,7 +391,7 @@ def test_a_first_round_is_held_against_the_adapter_that_the_model_comes_with(fin
 
     check()
     check(epoch2={"rank": 4, "scale": 2.0, "kind": "lora", "layers": -1, "dropout": 0.0})
-    with pytest.raises(UserError, match=r"epoch1: rank 8 is not that of .*adapter \(4\)"):
+    with pytest.raises(UserError, match=r"epoch1: rank 8 differs from that of .*adapter \(4\)"):
         check(epoch1={"rank": 8})
 
 
