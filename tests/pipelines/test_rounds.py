@@ -368,10 +368,10 @@ def test_bad_settings_are_refused_before_anything_is_made(tmp_path, changes, mes
         ({"epoch2": {"rank": 8}}, r"epoch2: rank 8 differs from that of epoch1 \(4\)"),
         ({"epoch2": {"kind": "dora"}}, r"epoch2: kind dora differs from that of epoch1 \(lora\)"),
         ({"epoch2": {"layers": 2}}, r"epoch2: layers 2 differs from that of epoch1 \(-1\)"),
-        ({"epoch2": {"targets": ["mlp.up_proj"]}}, r"epoch2: targets \['mlp.up_proj'\] differs from that of epoch1 \(None\)"),
+        ({"epoch2": {"targets": ["mlp.up_proj"]}}, r"epoch2: targets \['mlp.up_proj'\] differs .* epoch1 \(None\)"),
         ({"round3": {"grpo": {**STEPS, "scale": 4.0}}}, r"round3: scale 4.0 differs from that of epoch1 \(2.0\)"),
         ({"epoch1": None, "epoch2": {"rank": 4}, "round3": {"ppo": {"rank": 8}}}, r"round3: rank 8 .* epoch2 \(4\)"),
-        ({"epoch1": {"kind": "full"}, "epoch2": {"kind": "lora"}}, r"epoch2: kind lora differs from that of epoch1 \(full\)"),
+        ({"epoch1": {"kind": "full"}, "epoch2": {"kind": "lora"}}, r"epoch2: kind lora differs .* epoch1 \(full\)"),
     ],
 )
 def test_another_adapter_than_the_one_a_round_goes_on_with_is_refused_at_the_start(tmp_path, changes, message):

@@ -732,7 +732,7 @@ def test_a_group_needs_two():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "bnpo"}, "loss: bnpo is dapo .*; set dapo$"),
+        ({"loss": "bnpo"}, "loss: bnpo equals dapo .*; set dapo$"),
         ({"advantage": "mean", "max_resamples": 2}, "max_resamples: with advantage mean, .*; leave max_resamples out"),
         ({"reference": "base"}, "reference: has no effect without kl_coef; set that too, or leave this out$"),
         ({"reference": "x", "kl_coef": 0}, "reference: has no effect without kl_coef"),
