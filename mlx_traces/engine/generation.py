@@ -189,8 +189,7 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that memory did not hold are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    with blas.threads_for(loaded.model, 1):
-        axes = mask_axes(loaded.model) if plain else 0
+    axes = mask_axes(loaded.model) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
