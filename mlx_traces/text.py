@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -44,7 +45,7 @@ def visible(text: str) -> str:
 
 def inert(json_text: str) -> str:
     r"""Write control and direction characters in a JSON text as ``\u`` escapes, which JSON reads as the same."""
-    return json_text.translate({code: f"\\u{code:04x}" for code in _replacements() if code < 0x10000 and code != 0x0A})
+    return json_text.translate({code: json.dumps(chr(code))[1:-1] for code in _replacements() if code != 0x0A})
 
 
 def number(value: float) -> str:

@@ -202,7 +202,7 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
     field = kind.model_fields[name]
     flag = "--" + name.replace("_", "-")
     shown = None if field.is_required() else defaults.get(name, field.get_default())
-    text = (field.description or "") + (f"  [default: {shown}]" if shown is not None else "")
+    text = (field.description or "") + (f"  [default: {shown}]" if shown not in (None, "") else "")
     types = [
         get_args(part)[0] if get_origin(part) is Annotated else part
         for part in (get_args(field.annotation) or (field.annotation,))

@@ -540,7 +540,7 @@ def test_runs_with_hostile_texts_are_shown_as_texts(tmp_path, monkeypatch):
 def test_a_json_line_keeps_its_meaning_without_control_characters():
     line = json.dumps({HOSTILE: HOSTILE + "\U000e0001é😀"}, ensure_ascii=False)
     assert json.loads(inert(line)) == json.loads(line)
-    assert_plain(inert(line).replace("\U000e0001", ""))
+    assert_plain(inert(line))
     assert "é😀" in inert(line)
 
 
