@@ -39,12 +39,6 @@ from mlx_traces.runtime.run_folder import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-ALONE = (
-    "Each row is one model answering once, greedily or from one seed: it says nothing about another training run, "
-    "prompt or token cap. Each interval of a difference covers 95 % by itself; the p-values after Holm allow for all "
-    "pairs of a table."
-)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,6 +65,18 @@ class Part:
     pairs: list[Pair]
     bits: list[pd.DataFrame]
     notes: list[str]
+
+    @cached_property
+    def scope(self) -> str:
+        """What the sentences on pairs speak of."""
+        recipes = any(run.trainings > 1 for run in self.runs)
+        several = (self.comparison["samples_per_problem"] > self.comparison["trainings"]).any()
+        row = "one model, or several trainings of one recipe," if recipes else "one model"
+        return (
+            f"Each row is {row} answering {'several times' if several else 'once'}, greedily or from one seed: it says "
+            f"nothing about another {'recipe' if recipes else 'training run'}, prompt or token cap. Each interval of a "
+            "difference covers 95 % by itself; the p-values after Holm allow for all pairs of a table."
+        )
 
     @cached_property
     def curves(self) -> list[Curve]:
@@ -234,7 +240,7 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
             write_atomic(folder / "study.json", to_json(as_json(config.name, part)))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    fronts = [page.Front(part.name, *front_of(part), ALONE) for part in parts]
+    fronts = [page.Front(part.name, *front_of(part), part.scope) for part in parts]
     page.write([run for part in parts for run in part.runs], config.out, title=config.name, fronts=fronts)
 
 
@@ -251,7 +257,7 @@ def to_markdown(name: str, part: Part) -> str:
     abstract, points = front_of(part)
     sections = [("Abstract", f"{abstract}\n")]
     if points:
-        sections.append(("Key points", "".join(f"* {point}\n" for point in points) + f"\n{ALONE}\n"))
+        sections.append(("Key points", "".join(f"* {point}\n" for point in points) + f"\n{part.scope}\n"))
     sections.append(("Summary", cells_to_markdown(summary_cells(part.summary))))
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
@@ -259,7 +265,7 @@ def to_markdown(name: str, part: Part) -> str:
     if part.pairs:
         sentences = "".join(f"* {line}\n" for line in said(part))
         pairs = cells_to_markdown(pairs_cells(part.pairs))
-        sections.append(("Pairs", f"{pairs}\n{sentences}\n{ALONE}\n"))
+        sections.append(("Pairs", f"{pairs}\n{sentences}\n{part.scope}\n"))
     for curve in part.curves:
         lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
         sections.append((f"Budgets: {curve.name}", lines))
@@ -279,7 +285,7 @@ def to_terminal(part: Part) -> list[Table | str]:
     ]
     if part.pairs:
         shown.append(tables.pairs_table(part.pairs))
-        shown += [*said(part), ALONE]
+        shown += [*said(part), part.scope]
     for curve in part.curves:
         shown += [tables.grid(f"budgets: {curve.name}", *budgets_cells(curve)), budgets.sentence(curve)]
     for frame in part.bits:

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, StudyConfig, build
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import budgets, pairs
+from mlx_traces.evaluation import budgets, comparison, pairs
 from mlx_traces.evaluation.pairs import Pair
 from mlx_traces.models import convert, loading
 from mlx_traces.pipelines import compare, study
@@ -144,6 +144,20 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
     assert points[1].startswith("No difference shown between nano+sft_plain and nano_plain: +1.2 points")
     few = pairs.key_points(runs, found, most=1)
     assert few == [points[0], "1 more pairs that differ in one thing are in the table of pairs."]
+    joined = comparison.recipe("r", [runs[0], make_run("d", clear[2])])
+    for shown, said in (
+        (runs, "one model answering once, greedily or from one seed: it says nothing about another training run, "),
+        (
+            [runs[1], joined],
+            "one model, or several trainings of one recipe, answering once, greedily or from one seed: ",
+        ),
+        (
+            [make_run("e", [[1, 0]] * 9)],
+            "one model answering several times, greedily or from one seed: it says nothing",
+        ),
+    ):
+        part = study.Part("x", shown, comparison.compare_runs(shown), None, [], [], [])
+        assert part.scope.startswith(f"Each row is {said}")
     two_things = [make_run(name, clear[0], adapter=name, prompt=name) for name in "abc"]
     assert pairs.key_points(two_things, pairs.pairs(two_things), most=1)[1:] == [
         "2 more pairs are in the table of pairs."
