@@ -24,8 +24,8 @@ def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pi
         text: as in `Rollout`.
         pieces: of the tokenizer, to share between completions; default: made here.
     """
-    ids, whole = list(ids), decode(loaded.tokenizer, list(ids))
-    data = [(pieces or Pieces(loaded.tokenizer))[token] for token in ids]
+    ids, pieces = list(ids), Pieces(loaded.tokenizer) if pieces is None else pieces
+    whole, data = decode(loaded.tokenizer, ids), [pieces[token] for token in ids]
     found = _by_bytes(data, whole)
     found = _by_bisection(loaded.tokenizer, ids, data, whole) if found is None else found
     return np.minimum(_kept_places(loaded, ids, whole)[found], len(text))

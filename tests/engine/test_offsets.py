@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_traces.engine import offsets
 from mlx_traces.engine.offsets import token_offsets
 from mlx_traces.engine.sampling import decode, text_of
+from mlx_traces.engine.thinking import Pieces
 from mlx_traces.models import loading
 
 WORDS = ("hello", " 49", " - 25", " = 24", "é", "語", "🙂", "\n<", " yes", "think")
@@ -133,8 +134,9 @@ def test_characters_of_several_tokens_are_decoded_once(text, monkeypatch):
     loaded, counted = wrap(BYTES), []
     ids = list(text.encode())
     monkeypatch.setattr(offsets, "decode", lambda *args: counted.append(len(args[1])) or decode(*args))
-    assert token_offsets(loaded, ids, text).tolist() == of_pieces(OF_BYTES, ids).tolist()
-    assert counted == [len(ids)]
+    pieces = Pieces(loaded.tokenizer)
+    assert token_offsets(loaded, ids, text, pieces).tolist() == of_pieces(OF_BYTES, ids).tolist()
+    assert counted == [len(ids)] and pieces.keys() == {*ids}  # each token is decoded once, for all completions
 
 
 @given(st.lists(st.integers(0, len(OF_BYTES) + len(SPECIAL) - 1), max_size=24))
