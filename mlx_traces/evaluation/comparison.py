@@ -211,13 +211,13 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
     return Run(runs[0].name, runs[0].result | result, samples, about, len(runs))
 
 
-def shares(run: Run, ids: Sequence[str]) -> np.ndarray:
-    """Return the (trainings, problems) shares of correct completions."""
+def shares(run: Run, ids: Sequence[str], samples: Sequence[dict[str, Any]] | None = None) -> np.ndarray:
+    """Return the (trainings, problems) shares of correct completions; ``samples`` are the run's, or a part of them."""
     place = {id: i for i, id in enumerate(ids)}
-    counts = np.zeros((run.trainings, len(ids)))
-    for row in run.samples:
+    counts, rows = np.zeros((run.trainings, len(ids))), run.samples if samples is None else samples
+    for row in rows:
         counts[row.get("training", 0), place[row["id"]]] += row["correct"]
-    return counts * counts.size / len(run.samples)
+    return counts * counts.size / len(rows)
 
 
 def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[str]:
@@ -343,23 +343,25 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = F
     return table
 
 
-def accuracy_of(run: Run) -> tuple[dict[str, float | int], float]:
+def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tuple[dict[str, float | int], float]:
     """Return the figures of ``stats.accuracy``, and the standard deviation of the trainings' accuracies.
 
     With clusters the interval is Wilson's at the effective number of samples; with several trainings it is that of
     `variance.estimate`, within 0 and 1, from two problems or clusters on.
 
-    Raises:
-        UserError: if the run has no or uneven samples.
+    Args:
+        run: the evaluation.
+        samples: those of its samples to count, judged anew perhaps; default: all.
     """
+    rows = run.samples if samples is None else samples
     groups: dict[str, list[bool]] = {}
-    for id, outcomes in outcomes_of(run).items():
-        groups.setdefault(run.clusters.get(id, id), []).extend(outcomes)
+    for row in rows:
+        groups.setdefault(run.clusters.get(row["id"], row["id"]), []).append(row["correct"])
     figures = stats.accuracy(list(groups.values()))
     if run.trainings == 1:
         return figures, math.nan
-    ids = list(dict.fromkeys(row["id"] for row in run.samples))
-    found = shares(run, ids)
+    ids = list(dict.fromkeys(row["id"] for row in rows))
+    found = shares(run, ids, rows)
     if len(groups) > 1:
         low, high = variance.estimate(found, clusters=clusters_in(run, ids)).interval()
         figures |= {"ci_low": max(0.0, low), "ci_high": min(1.0, high)}
@@ -552,10 +554,7 @@ def by_part(runs: Sequence[Run], judge: Callable[[dict[str, Any]], dict[str, boo
         for sample in run.samples:
             for part, correct in judge(sample).items():
                 parts.setdefault(part, []).append(sample | {"correct": correct})
-        rows += [
-            {"part": part, "label": name, **accuracy_of(replace(run, samples=samples))[0]}
-            for part, samples in parts.items()
-        ]
+        rows += [{"part": part, "label": name, **accuracy_of(run, samples)[0]} for part, samples in parts.items()]
     return frame(rows) if len({row["part"] for row in rows}) > 1 else None
 
 

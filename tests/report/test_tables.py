@@ -305,25 +305,8 @@ def test_trainings_of_a_recipe_are_one_row():
     assert (row["trainings"], row["spread"], row["test"]) == (3, pytest.approx(0.04), "trainings")
     for table in (pairs.summary([base, joined]), comparison.extractors([base, joined])):
         assert found.interval() in zip(table["ci_low"], table["ci_high"], strict=True)
-    parts = make_run("base", [1, 0, 0], strata=("x", "y", "y")), *(make_run(name, [1, 0, 1]) for name in "ab")
-    alone = comparison.strata(
-        [
-            parts[0],
-            comparison.recipe(
-                "r",
-                [
-                    replace(
-                        run,
-                        samples=[
-                            row | {"stratum": own["stratum"]}
-                            for row, own in zip(run.samples, parts[0].samples, strict=True)
-                        ],
-                    )
-                    for run in parts[1:]
-                ],
-            ),
-        ]
-    )  # one problem has no variance: Wilson's interval of one
+    few = [make_run(name, [1, 0, 1], strata=("x", "y", "y")) for name in "abc"]
+    alone = comparison.strata([few[0], comparison.recipe("r", few[1:])])  # x is one problem, which has no variance
     assert alone.iloc[1]["part"] == "x" and (alone.iloc[1]["ci_low"], alone.iloc[1]["ci_high"]) == stats.wilson(1, 1)
     text = " ".join(rendered(tables.to_terminal(frame)).split())
     assert "3 trainings" in text and "sd 4.0" in text and "Student's t over trainings and problems" in text
