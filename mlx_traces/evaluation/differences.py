@@ -11,9 +11,12 @@ from mlx_traces.text import clean
 
 LIBRARIES = ("mlx-traces", "mlx", "mlx-lm", "transformers")  # those of run.json that can change a result
 SAMPLING = ("top_p", "top_k", "min_p")  # greedy decoding ignores them
-MORE = ("think_more", "what continues a thought differs")
-THEN = ("think_then", "what follows a closed thought differs")
-STOPS = "whether stop strings end thoughts differs"
+OPTIONAL = {  # settings that a run stores only if they are set
+    "template_args": "variables of the chat template differ",
+    "stop_in_thoughts": "whether stop strings end thoughts differs",
+    "think_more": "what continues a thought differs",
+    "think_then": "what follows a closed thought differs",
+}
 FILES = ("model_files", "revision", "adapter_files")
 
 
@@ -47,8 +50,7 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     for key in SAMPLING:
         lines += line_of(f"{key} differs", {name: text(each.get(key)) for name, each in drawn.items()})
     lines += line_of("thinking switch differs", {name: text(each.get("thinking")) for name, each in settings.items()})
-    variables = ("template_args", "variables of the chat template differ")
-    for key, what in (variables, ("stop_in_thoughts", STOPS), MORE, THEN):
+    for key, what in OPTIONAL.items():
         if any(each.get(key) for each in settings.values()):
             lines += line_of(what, {name: text(each.get(key) or "unset") for name, each in settings.items()})
     lines += line_of("date in the prompts differs", {name: text(each.get("date")) for name, each in settings.items()})

@@ -106,9 +106,9 @@ def _describe(error: BaseException, file: str) -> str:
 def _guarded(task: Task, file: str) -> Task:
     """Wrap the task's functions: for an exception or a wrong result they raise a UserError that names the file."""
 
-    def call(name: str, about: str, *arguments: Any, own: Callable | None = None) -> Any:
+    def call(function: Callable, name: str, about: str, *arguments: Any) -> Any:
         try:
-            return (own or getattr(task, name))(*arguments)
+            return function(*arguments)
         except UserError:
             raise
         except (Exception, SystemExit) as error:
@@ -118,46 +118,46 @@ def _guarded(task: Task, file: str) -> Task:
         return UserError(f"{file}: {name} returned {str(value)[:60]!r}{about}; it must return {must}")
 
     def parse(row: dict[str, Any], where: str) -> Problem:
-        problem = call("parse", f" on {where}", row, where)
+        problem = call(task.parse, "parse", f" on {where}", row, where)
         if not _is_problem(problem):
             raise wrong("parse", f" for {where}", "a Problem, its id and gold texts", problem)
         return problem
 
     def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Problem]:
-        problems = call("load", "", split, data, limit, seed)
+        problems = call(task.load, "load", "", split, data, limit, seed)
         if not isinstance(problems, list) or not problems or not all(map(_is_problem, problems)):
             raise wrong("load", f" for split {split!r}", "a list of Problems, one or more", problems)
         return problems
 
     def grade(problem: Problem, response: str) -> dict[str, Score]:
-        scores = call("grade", f" on {problem.id}", problem, response)
+        scores = call(task.grade, "grade", f" on {problem.id}", problem, response)
         if not isinstance(scores, dict) or {*scores} != {*task.extractors} or not all(map(_is_score, scores.values())):
             must = f"a dict with a Score for each of {', '.join(task.extractors)}"
             raise wrong("grade", f" for {problem.id}", must, scores)
         return scores
 
     def same(extracted: str, gold: str, extractor: str) -> str:
-        text = call("same", f" on {extracted[:40]!r}", extracted, gold, extractor)
+        text = call(task.same, "same", f" on {extracted[:40]!r}", extracted, gold, extractor)
         if not isinstance(text, str):
             raise wrong("same", f" for {extracted[:40]!r}", "a text", text)
         return text
 
     def steps(problem: Problem, thought: str) -> dict[str, list[Span]]:
-        found = call("steps", f" on {problem.id}", problem, thought)
+        found = call(task.steps, "steps", f" on {problem.id}", problem, thought)
         if not isinstance(found, dict):
             raise wrong("steps", f" for {problem.id}", "a dict with a list of (start, end, value) for each kind", found)
         return found
 
-    def examples(style: str, own: Callable) -> Callable[..., Prompt]:
+    def examples(style: str, function: Callable) -> Callable[..., Prompt]:
         def prompt(*arguments: Any) -> Prompt:
-            made = call("few_shot", f" for {style}", *arguments, own=own)
+            made = call(function, "few_shot", f" for {style}", *arguments)
             if not isinstance(made, Prompt):
                 raise wrong("few_shot", f" for {style}", "a Prompt", made)
             return made
 
         return prompt
 
-    few_shot = {style: examples(style, own) for style, own in task.few_shot.items()}
+    few_shot = {style: examples(style, function) for style, function in task.few_shot.items()}
     guarded = {"parse": parse, "load": load, "grade": grade, "same": same, "few_shot": few_shot}
     return replace(task, **guarded, steps=task.steps and steps)
 
