@@ -252,27 +252,25 @@ class _Step:
 
 
 class _Closers:
-    """A table on the device: which tokens would end a thought, for each state of its reader."""
+    """Which tokens would end a thought, for each state of its reader.
+
+    ``table`` is (states, vocabulary) on the device; no token ends what its row 0 stands for.
+    """
 
     def __init__(self, loaded: LoadedModel):
         size = 1 + max(loaded.tokenizer.get_vocab().values())
-        self.size = max(size, loaded.config.get("vocab_size") or 0)
+        self.table = mx.zeros((1, max(size, loaded.config.get("vocab_size") or 0)), mx.bool_)
         self.rows: dict[tuple[State, frozenset[int]], int] = {}
-        self.table: Any = None  # (states, vocabulary) on the device
 
     def row_of(self, thought: Thinking) -> int:
         """Return the table's row for the thought's state; a new state is added."""
         key = thought.state, frozenset(thought.stop_ids)
         if key not in self.rows:
-            self.rows[key] = len(self.rows)
-            own = np.zeros((1, self.size), bool)
+            own = np.zeros((1, self.table.shape[1]), bool)
             own[0, [*thought.reader.closers(thought.state), *thought.stop_ids]] = True
-            self.table = mx.array(own) if self.table is None else mx.concatenate([self.table, mx.array(own)])
+            self.rows[key] = len(self.table)
+            self.table = mx.concatenate([self.table, mx.array(own)])
         return self.rows[key]
-
-    def hold(self, rows: np.ndarray, tokens: Any) -> Any:
-        """Return (R,) whether row ``rows[r]`` of the table has token r."""
-        return self.table[mx.array(rows), mx.clip(tokens, 0, self.size - 1)]
 
 
 class _Engine:
@@ -304,7 +302,7 @@ class _Engine:
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
         self.forced = np.full(rows, NONE, np.int32)  # the next token of each row's completion, if it is forced
-        self.guard = np.full(rows, NONE, np.int32)  # row of the table of `closers` with the tokens not allowed next
+        self.guard = np.zeros(rows, np.int32)  # row of the table of `closers` with the tokens not allowed next
         self.more = np.zeros(rows, np.int32)  # the token that replaces one of those
         self.closers = _Closers(loaded) if any(settings.think_at_least for settings in params) else None
         self.stop_ids = np.array(sorted(frozenset().union(*(stop_ids(loaded, p) for p in set(params)))), np.int32)
@@ -366,25 +364,25 @@ class _Engine:
     def _chosen(self) -> Any:
         """Return the tokens that the next step reads: those drawn, or those that replace them."""
         begun, tokens = (self.request_of >= 0) & (self.joined < self.steps), self.tokens
-        if (guarded := begun & (self.guard != NONE)).any():
-            ends = self.closers.hold(np.maximum(self.guard, 0), tokens)
-            tokens = mx.where(mx.array(guarded) & ends, mx.array(self.more), tokens)
+        if (guard := np.where(begun, self.guard, 0)).any():
+            tokens = mx.where(self.closers.table[mx.array(guard), tokens], mx.array(self.more), tokens)
         if (forced := begun & (self.forced != NONE)).any():
             tokens = mx.where(mx.array(forced), mx.array(self.forced), tokens)
         return tokens
 
-    def _choose(self, row: int, drawn: int) -> int:
-        """Return the next token of a row's completion, and prepare for the one after it."""
-        thought = self.endings[int(self.request_of[row])].thought
-        if thought is None:
-            return drawn
-        token = thought.take(drawn)
-        self._prepare(row, thought)
-        return token
+    def _choose(self, rows: np.ndarray, drawn: np.ndarray) -> None:
+        """Put the next tokens of rows' completions in place of those drawn, and prepare for the ones after them."""
+        thoughts = [self.endings[index].thought for index in self.request_of[rows].tolist()]
+        bound = [row for row, thought in zip(rows.tolist(), thoughts, strict=True) if thought is not None]
+        thoughts = [*filter(None, thoughts)]
+        drawn[bound] = [thought.take(token) for thought, token in zip(thoughts, drawn[bound].tolist(), strict=True)]
+        self._prepare(bound, thoughts)
 
-    def _prepare(self, row: int, thought: Thinking) -> None:
-        self.limit[row], self.forced[row] = thought.limit, thought.next
-        self.guard[row] = self.closers.row_of(thought) if thought.kept_open else NONE
+    def _prepare(self, rows: list[int], thoughts: Sequence[Thinking]) -> None:
+        """Note what the bounds on some rows' thoughts say of their next tokens."""
+        self.limit[rows] = [thought.limit for thought in thoughts]
+        self.forced[rows] = [thought.next for thought in thoughts]
+        self.guard[rows] = [self.closers.row_of(thought) if thought.kept_open else 0 for thought in thoughts]
 
     def _draw(self, logits: Any, number: int, read: Any) -> _Step:
         """Draw the tokens of a step, each row by its own random number for it."""
@@ -456,8 +454,8 @@ class _Engine:
         rows = np.flatnonzero((self.request_of >= 0) & (self.joined <= step.number))
         place = self.age[rows]
         refuse_no_token(self.loaded, drawn[rows])
-        for row in rows.tolist() if self.bounded else ():
-            drawn[row] = self._choose(row, int(drawn[row]))
+        if self.bounded:
+            self._choose(rows, drawn)
         self.ids[rows, place] = drawn[rows]
         if step.logprobs is not None:
             self.logprobs[rows, place] = np.array(step.logprobs)[rows]
@@ -513,10 +511,10 @@ class _Engine:
             self.request_of[slot], self.joined[slot], self.age[slot] = index, self.steps, 0
             self.limit[slot] = settings.longest
             ending = self.endings[index] = Ending(self.loaded, request, settings)
-            self.forced[slot] = self.guard[slot] = NONE
+            self.forced[slot], self.guard[slot] = NONE, 0
             if ending.thought is not None:
                 self.more[slot] = (*ending.thought.more, 0)[0]
-                self._prepare(slot, ending.thought)
+                self._prepare([slot], [ending.thought])
             self.settings[slot] = settings_of(settings)
             self.window.start[slot] = self.window.write - len(request.prompt_ids) + 1
             self.uniforms[slot, : settings.longest] = uniforms_of(request, settings)
