@@ -135,7 +135,7 @@ def generate(
             )
         if loaded.context is not None and length + settings.longest > loaded.context:
             raise UserError(
-                f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more pass "
+                f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more exceed "
                 f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
             )
     if not requests:

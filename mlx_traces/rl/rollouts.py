@@ -212,7 +212,7 @@ def longest_prompt(loaded: LoadedModel, planned: Plan) -> int:
         longest = max(longest, length)
         if room is not None and length + config.longest > room:
             raise UserError(
-                f"problem {problem.id}: its prompt has {length} tokens; {config.longest} more pass the model's "
+                f"problem {problem.id}: its prompt has {length} tokens; {config.longest} more exceed the model's "
                 f"context of {room}; lower max_tokens or leave it out of the data"
             )
     return longest

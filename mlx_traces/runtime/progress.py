@@ -28,13 +28,16 @@ class Progress:
         self.terminal = console.is_terminal and not console.is_dumb_terminal
 
     def update(self, done: int, total: int, figures: Sequence[str] = ()) -> None:
-        """Set how much is done. The first call says how much was done before; the rate counts from there."""
-        self.done, self.total, self.figures = done, total, tuple(figures)
-        if self.first is None:
+        """Set how much is done. The first call says how much was done before; the rate counts from there.
+
+        If less is done than before, another stage has begun, and the rate counts from this call.
+        """
+        if self.first is None or done < self.done:
             self.first = (done, perf_counter())
-            if self.terminal:  # not before, so that an error has no empty line above it
-                self.live = Live(self, console=self.console, refresh_per_second=4)
-                self.live.start()
+        self.done, self.total, self.figures = done, total, tuple(figures)
+        if self.terminal and self.live is None:  # not before, so that an error has no empty line above it
+            self.live = Live(self, console=self.console, refresh_per_second=4)
+            self.live.start()
 
     def say(self, line: str) -> None:
         """Print a separate line at once."""

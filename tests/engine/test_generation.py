@@ -579,7 +579,7 @@ def test_bad_requests_are_refused_before_anything_runs(tiny):
         generate(tiny, [Request((1,))], SamplingParams(), rows=0)
     with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
         generate(tiny, [Request((1,)), Request(())], SamplingParams(max_tokens=9))
-    with pytest.raises(UserError, match="has 500 tokens; 13 more pass the model's context of 512"):
+    with pytest.raises(UserError, match="has 500 tokens; 13 more exceed the model's context of 512"):
         generate(tiny, [Request((1,) * 500)], SamplingParams(max_tokens=13))
     requests = [Request((1,)), Request((1,), thoughtless="no tag for thoughts")]
     for name in ("think_tokens", "think_at_least"):

@@ -288,7 +288,7 @@ def test_bad_requests_leave_no_run_behind(tmp_path):
     for content, settings, message in (
         ("user: 'Say {foo}'", {"prompt": str(prompt)}, "{foo} is not a column; the problems have nums, target"),
         ("user: 'Say'\nstop: ['']", {"prompt": str(prompt)}, "a stop string is empty"),
-        ("", {"max_tokens": 9999}, "pass the model's context of 1024"),
+        ("", {"max_tokens": 9999}, "the model's context of 1024"),
         ("", {"samples": 4}, "--samples 4 would all be the same at temperature 0"),
     ):
         prompt.write_text(content)

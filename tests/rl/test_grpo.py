@@ -713,7 +713,7 @@ def test_overlong_completions_cost():
         ),
         ({"rewards": {"corect": 1}}, "unknown reward 'corect': .*did you mean 'correct'"),
         ({"rewards": {}}, "rewards: none has a weight"),
-        ({"max_tokens": 600}, r"problem qa-\w+: its prompt has \d+ tokens; 600 more pass the model's context of 512"),
+        ({"max_tokens": 600}, r"problem qa-\w+: its prompt has \d+ tokens; 600 more exceed the model's context of 512"),
         ({"data": None}, "task qa has no questions of its own"),
         ({"task": "countdown", "data": None, "split": "training"}, "unknown split 'training'"),
         ({"limit": 8}, "--limit 8 is more than .* has: 7 problems"),

@@ -104,3 +104,15 @@ def test_rates_and_times():
     assert shown.parts() == ["10/100", "30.0 s each", "45:00 left"]
     shown.first, shown.total = (0, shown.first[1]), 10_000
     assert shown.parts()[:3] == ["10/10,000", "15.0 s each", "41:37:30 left"]
+
+
+def test_the_rate_of_a_second_stage_counts_from_its_beginning():
+    shown = progress.Progress("nano", Console(file=io.StringIO()))
+    shown.update(0, 1000)
+    shown.first = (0, shown.first[1] - 3600)
+    shown.update(1000, 1000)
+    assert shown.parts()[1] == "3.6 s each"
+    shown.update(1, 50)
+    shown.first = (1, shown.first[1] - 20)
+    shown.update(11, 50)
+    assert shown.parts()[1:] == ["2.0 s each", "1:18 left"]
