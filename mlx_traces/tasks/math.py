@@ -78,7 +78,12 @@ def _judged(extracted: str | None, gold: str) -> Score:
 
 
 def same(extracted: str, gold: str, extractor: str) -> str:
-    """Return the canonical form of an answer: the gold answer if they are equal, else its value or normal spelling."""
+    """Return the canonical form of an answer: the gold answer if they are equal, else its value or normal spelling.
+
+    An answer too long to compare is its own.
+    """
+    if len(extracted) > MAX_ANSWER:
+        return extracted
     if compare(gold, extracted) == "correct":
         return gold
     value = number(extracted)
