@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_traces.cli import main
 from mlx_traces.config import AdapterConfig
+from mlx_traces.engine import cpu_trunk
 from mlx_traces.evaluation import completion
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import adapters
@@ -40,6 +42,13 @@ R1 = (
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+KNOWN = {  # architectures that `engine.fused` knows
+    "qwen2": {},
+    "qwen2-untied": {"tie_word_embeddings": False, "num_key_value_heads": 1},
+    "llama": {"rope_scaling": _LLAMA3, "rope_theta": 10_000.0},
+    "qwen3": {"head_dim": 32, "rope_theta": 10_000.0},  # heads wider than the hidden size is, norms of q and k
+}
 
 
 def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -289,6 +298,29 @@ def level(completions):
 
 def no_number(completions):
     return [float("nan")] * len(completions)
+
+
+def make_known(kind, bits=None, dtype=mx.float32, **changes):
+    """Make a tiny random model; its norms are not all ones."""
+    architecture = kind.partition("-")[0]
+    module = import_module(f"mlx_lm.models.{architecture}")
+    config = make_config(model_type=architecture) | KNOWN[kind] | changes
+    model = randomized(module.Model(module.ModelArgs.from_dict(config)), 4)
+    random = np.random.default_rng(1)
+    norms = [
+        (n, mx.array(random.uniform(0.5, 1.5, a.shape))) for n, a in tree_flatten(model.parameters()) if "norm" in n
+    ]
+    model.load_weights([(name, array.astype(mx.float32)) for name, array in norms], strict=False)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def by_modules(monkeypatch):
+    """Train by mlx_lm's modules on a CPU too, as on a GPU: the sums have the same order, to the last bit."""
+    monkeypatch.setattr(cpu_trunk, "serves", lambda _: False)
 
 
 def lora(seed=0, scale=0.1):

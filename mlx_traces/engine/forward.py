@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_traces.engine import batching, logprobs
+from mlx_traces.engine import batching, cpu_trunk, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
 from mlx_traces.runtime import blas, device, distributed
@@ -26,15 +26,19 @@ Arrays = list[mx.array]
 
 
 def split(model: nn.Module) -> Split:
-    """Split a model as `logprobs.split` does; find out whether rows can continue from a prompt's keys and values."""
+    """Split a model as `logprobs.split` does; find out whether rows can continue from a prompt's keys and values.
+
+    The trunk is `cpu_trunk.trunk` where that computes the same.
+    """
     halves, caches = logprobs.split(model), make_prompt_cache(model)
     if not all(type(cache) is KVCache for cache in caches):
         return halves
-    able = replace(halves, caches=len(caches))
-    return able if _right(model, able) else halves
+    fast = [cpu_trunk.trunk(model)] if cpu_trunk.serves(model) else []
+    able = [replace(halves, trunk=trunk, caches=len(caches)) for trunk in (*fast, halves.trunk)]
+    return next((split for split in able if _right(model, split, halves)), halves)
 
 
-def _right(model: nn.Module, halves: Split) -> bool:
+def _right(model: nn.Module, able: Split, halves: Split) -> bool:
     """Return whether two rows that continue from their prompts have the states of whole rows.
 
     The prompts are long enough to change the logits by more than the rounding of 16 bits.
@@ -46,8 +50,8 @@ def _right(model: nn.Module, halves: Split) -> bool:
     training = model.training
     model.eval()
     try:
-        prompts = Prompts(halves, rows)
-        found, _ = prompts.states(halves, prompts.read(halves, 64, Queue()), [0, 1])
+        prompts = Prompts(able, rows)
+        found, _ = prompts.states(able, prompts.read(able, 64, Queue()), [0, 1])
         wanted, _ = whole(halves, rows, [0, 1])
         return logprobs.alike(found, wanted)
     except (ValueError, TypeError, AttributeError):  # a trunk that takes no such cache

@@ -148,8 +148,11 @@ def extra_bytes(model: nn.Module) -> int:
     )
 
 
-def known(model: nn.Module) -> bool:
-    """Whether `Step` computes every module of a model, and every part of those."""
+def known(model: nn.Module, adapters: tuple[type, ...] = (LowRank,)) -> bool:
+    """Whether `Step` computes every module of a model, and every part of those.
+
+    ``adapters`` are the classes that may stand around linear modules.
+    """
     kind = next((kind for kind in (llama, qwen2, qwen3) if type(model) is kind.Model), None)
     if kind is None or getattr(model.model, "pipeline_size", 1) != 1 or type(model.model.norm) is not nn.RMSNorm:
         return False
@@ -170,7 +173,7 @@ def known(model: nn.Module) -> bool:
         ends, joined = [_base(module) for module in every[:2]], [[_base(m) for m in ms] for ms in _to_join(layer)]
         if any(type(module) not in LINEAR for module in (*ends, *chain(*joined))) or any("bias" in end for end in ends):
             return False
-        if any("gain" in module for module in every):  # DoRA's
+        if any(type(module) not in (*LINEAR, *adapters) or "gain" in module for module in every):  # DoRA's gain
             return False
         if any(len({_form(module) for module in modules}) > 1 for modules in joined) or "bias" in joined[1][0]:
             return False
@@ -191,7 +194,7 @@ def _to_join(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def _base(module: nn.Module) -> nn.Module:
     """Return a linear module without the adapter that is kept apart."""
-    return module.linear if type(module) is LowRank else module
+    return module.get("linear", module)
 
 
 def _form(module: nn.Module) -> tuple:
@@ -273,18 +276,25 @@ def _right(model: nn.Module, step: Step) -> bool:
 
 @partial(mx.compile, shapeless=True)
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return ``silu(gate) * up`` on a CPU, by Eigen's rational approximation of tanh.
+    """Return ``silu(gate) * up`` on a CPU.
 
-    Its sigmoid is within 3e-7 of the exact one in float32. MLX's own takes 16 ns a number on x86; this takes 7 for 32
-    rows of nano and 4 for 128.
+    MLX's own takes 16 ns a number on x86; this takes 7 for 32 rows of nano and 4 for 128.
     """
-    x = mx.clip(gate.astype(mx.float32) / 2, -9, 9)  # float32's tanh of 9 is 1
+    return (gate * sigmoid(gate) * up).astype(up.dtype)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """Return the float32 sigmoid, within 3e-7 of the exact one, by Eigen's rational approximation of tanh.
+
+    It takes many operations: call it in a compiled function.
+    """
+    x = mx.clip(x.astype(mx.float32) / 2, -9, 9)  # float32's tanh of 9 is 1
     square, top, bottom = x * x, TOP[0], BOTTOM[0]
     for number in TOP[1:]:
         top = top * square + number
     for number in BOTTOM[1:]:
         bottom = bottom * square + number
-    return (gate * (x * top / bottom / 2 + 0.5) * up).astype(up.dtype)
+    return x * top / bottom / 2 + 0.5
 
 
 def _add(h: mx.array, linear: nn.Module, x: mx.array) -> mx.array:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import GRPOConfig, PPOConfig, RLConfig, SFTConfig, SFTSettings
+from mlx_traces.engine import cpu_trunk
 from mlx_traces.engine.generation import DRAWN, MEMORY_SHARE, PREFILL_TOKENS, buffers_of_a_draw, rows_that_fit
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
@@ -31,6 +32,8 @@ C = TypeVar("C", SFTConfig, GRPOConfig, PPOConfig)
 # Per token: (hidden, feed-forward, attention scores); a score is one head's for one earlier token.
 KEPT = (7.0, 5.0, 1.2)  # by each layer
 WORKING = (16.0, 4.5, 1.6)  # by the layer at work, beside what it keeps
+KEPT_TRUNK = (7.4, 3.9, 1.0)  # where `cpu_trunk` computes the layers
+WORKING_TRUNK = (13.0, 2.8, 2.1)
 KEPT_CHECKPOINTED = (2.0, 0.0, 0.0)
 WORKING_CHECKPOINTED = (16.0, 16.0, 1.9)  # it keeps nothing before, and computes all again
 READING = (4.0, 2.0, 1.0)  # prompts: no backward pass, one layer at a time
@@ -129,6 +132,7 @@ def estimate(
     sequences: int,
     logits_mb: float,
     checkpoint_layers: bool = False,
+    own_trunk: bool = False,
     rows: int = 0,
     completions: int = 0,
     prompt: int = 0,
@@ -144,6 +148,7 @@ def estimate(
         sequences: number of sequences in an optimizer step.
         logits_mb: most MiB of one vocabulary-wide float32 buffer.
         checkpoint_layers: whether activations are computed twice.
+        own_trunk: whether `cpu_trunk` computes the layers, as in reinforcement; fine-tuning calls the modules.
         rows: completions decoded at once; 0 if nothing is sampled.
         completions: how many are sampled in all, ``rows`` at a time.
         prompt: tokens of the longest prompt.
@@ -153,7 +158,9 @@ def estimate(
     micro_rows = max(1, min(micro_tokens // max(length, 1), sequences))
     tokens = micro_rows * length
     sizes = (shape.hidden, shape.intermediate, shape.heads * length)
-    kept, working = (KEPT_CHECKPOINTED, WORKING_CHECKPOINTED) if checkpoint_layers else (KEPT, WORKING)
+    kept, working = (KEPT_TRUNK, WORKING_TRUNK) if own_trunk else (KEPT, WORKING)
+    if checkpoint_layers:
+        kept, working = KEPT_CHECKPOINTED, WORKING_CHECKPOINTED
     at_once = min(shape.at_once, math.ceil(sequences / micro_rows))
     numbers = at_once * tokens * (shape.layers * _dot(kept, sizes) + _dot(working, sizes))
     chunk = min(micro_rows * learned, max(1, int(logits_mb * 2**20 // (4 * max(shape.vocabulary, 1)))))
@@ -210,6 +217,7 @@ def sizes_of_reinforcement(loaded: "LoadedModel", config: RLConfig, prompt: int)
         "sequences": completions,
         "logits_mb": config.logits_mb,
         "checkpoint_layers": config.checkpoint_layers,
+        "own_trunk": cpu_trunk.serves(loaded.model),
         "rows": min(config.rows, fit),
         "completions": completions,
         "prompt": prompt,

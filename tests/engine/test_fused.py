@@ -3,50 +3,23 @@
 import copy
 import gc
 from dataclasses import replace
-from importlib import import_module
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from factories import broken, make_config, make_tokenizer, randomized, wrap
+from factories import KNOWN, broken, make_known, make_tokenizer, wrap
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 from mlx_traces.config import AdapterConfig
-from mlx_traces.engine import fused
+from mlx_traces.engine import cpu_trunk, fused
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
 from mlx_traces.models.loading import load
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
-KINDS = {
-    "qwen2": {},
-    "qwen2-untied": {"tie_word_embeddings": False, "num_key_value_heads": 1},
-    "llama": {"rope_scaling": LLAMA3, "rope_theta": 10_000.0},
-    "qwen3": {"head_dim": 32, "rope_theta": 10_000.0},  # heads wider than the hidden size is, norms of q and k
-}
-
-
-def make(kind, bits=None, dtype=mx.float32):
-    """Make a tiny random model; its norms are not all ones."""
-    architecture = kind.partition("-")[0]
-    module = import_module(f"mlx_lm.models.{architecture}")
-    config = make_config(model_type=architecture) | KINDS[kind]
-    model = randomized(module.Model(module.ModelArgs.from_dict(config)), 4)
-    random = np.random.default_rng(1)
-    norms = [
-        (n, mx.array(random.uniform(0.5, 1.5, a.shape))) for n, a in tree_flatten(model.parameters()) if "norm" in n
-    ]
-    model.load_weights([(name, array.astype(mx.float32)) for name, array in norms], strict=False)
-    if bits:
-        nn.quantize(model, group_size=32, bits=bits)
-    model.set_dtype(dtype)
-    mx.eval(model.parameters())
-    return model
 
 
 def loaded_as(model, backend="cpu"):
@@ -63,10 +36,10 @@ def sampled(loaded, rows=5):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KNOWN)
 def test_the_fused_step_samples_what_the_modules_do(kind, backend, monkeypatch):
     """Each backend's layout is computed here, by what MLX does on a CPU in place of its kernels."""
-    model = make(kind)
+    model = make_known(kind)
     loaded = loaded_as(model, backend)
     before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     rollouts = sampled(loaded) + sampled(loaded, 1)
@@ -81,7 +54,7 @@ def test_the_fused_step_samples_what_the_modules_do(kind, backend, monkeypatch):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_are_joined_without_a_change_of_one_bit(bits):
-    model = make("qwen2", bits)
+    model = make_known("qwen2", bits)
     layer, x = model.layers[1], mx.array(np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32))
     apart = [[module(x) for module in modules] for modules in fused._to_join(layer)]
     mx.eval(apart)
@@ -94,7 +67,7 @@ def test_packed_weights_are_joined_without_a_change_of_one_bit(bits):
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])
 def test_sixteen_bits_are_taken(dtype, backend):
-    model = make("qwen3", dtype=dtype)
+    model = make_known("qwen3", dtype=dtype)
     assert fused.step_of(model, backend) is not None
     rollout = sampled(loaded_as(model, backend))[4]
     logits = np.array(model(mx.array([rollout.prompt_ids + rollout.completion_ids[:-1]]))[0].astype(mx.float32))
@@ -105,7 +78,7 @@ def test_sixteen_bits_are_taken(dtype, backend):
 
 
 def test_joining_takes_no_memory_but_a_layers():
-    model = make("llama")
+    model = make_known("llama")
     mx.clear_cache()
     before = mx.get_active_memory()
     step = fused.step_of(model, "cpu")
@@ -125,7 +98,7 @@ def same(some, others):
 
 
 def test_weights_stay_joined_until_one_is_replaced(monkeypatch):
-    model = make("qwen2")
+    model = make_known("qwen2")
     first, old = joined(model), sampled(loaded_as(model))
     assert all(same(joined(model), first))
     copied = copy.deepcopy(model, {id(array): array for _, array in tree_flatten(model.parameters())})
@@ -140,7 +113,7 @@ def test_weights_stay_joined_until_one_is_replaced(monkeypatch):
 
 def test_replaced_weights_are_not_kept_for_ever():
     """As by full fine-tuning, which replaces all weights between two samplings."""
-    model, active = make("qwen2"), []
+    model, active = make_known("qwen2"), []
     for _ in range(5):
         model.update(tree_map(lambda array: 1.001 * array, model.parameters()))
         mx.eval(model.parameters())
@@ -151,7 +124,7 @@ def test_replaced_weights_are_not_kept_for_ever():
 
 
 def test_an_adapter_is_called_and_a_merged_one_joined():
-    model = make("qwen2")
+    model = make_known("qwen2")
     adapters.start(model, AdapterConfig(rank=4))
     shaken = [
         (n, 0.3 * mx.random.normal(a.shape, key=mx.random.key(1)))
@@ -174,7 +147,7 @@ def test_an_adapter_is_called_and_a_merged_one_joined():
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_that_is_kept_apart_is_joined_too(targets, kind, monkeypatch):
     """As for a 4-bit base on Metal; DoRA's is called."""
-    model = make("qwen2", 4)
+    model = make_known("qwen2", 4)
     adapters.start(model, AdapterConfig(rank=4, targets=targets, kind=kind))
     trained = tree_flatten(model.trainable_parameters())
     shaken = [(n, 0.2 * mx.random.normal(a.shape, key=mx.random.key(1))) for n, a in trained if n.endswith("lora_b")]
@@ -240,16 +213,17 @@ def round_one(model):
     [slide, activate, bias_out, quantize_one, turn_otherwise, turn_a_part, norm_otherwise, sink, round_one],
 )
 def test_what_is_not_known_takes_the_modules(change):
-    model = make("qwen2")
+    model = make_known("qwen2")
     assert fused.known(model)
     change(model)
     assert fused.step_of(model, "cuda") is None and not hasattr(model, fused.PROVED + "cuda")
+    assert not cpu_trunk.serves(model)
 
 
 @pytest.mark.parametrize("fault", ["activation", "rope", "scale"])
 def test_what_looks_known_and_computes_otherwise_takes_the_modules(fault, monkeypatch):
     """Found by the probe alone."""
-    model = make("llama")
+    model = make_known("llama")
     assert type(model.layers[0].self_attn.rope) is Llama3RoPE
     if fault == "activation":
         monkeypatch.setattr(llama, "swiglu", lambda gate, x: nn.gelu(gate) * x)
@@ -267,12 +241,12 @@ def test_what_looks_known_and_computes_otherwise_takes_the_modules(fault, monkey
 
 
 def test_broken_weights_say_nothing_of_a_model():
-    model = broken(make("qwen2"))
+    model = broken(make_known("qwen2"))
     assert fused.step_of(model, "cpu") is None and not hasattr(model, fused.PROVED + "cpu")
 
 
 def test_a_cpu_joins_small_weights_alone(monkeypatch):
-    model = make("qwen2")
+    model = make_known("qwen2")
     monkeypatch.setattr(fused, "SMALL", 2 * 64 * 128 - 1)
     apart, gate = sampled(loaded_as(model)), model.layers[0].mlp.gate_proj
     assert fused.step_of(model, "cpu") is not None and not hasattr(gate, fused.KEPT)
@@ -283,9 +257,9 @@ def test_a_cpu_joins_small_weights_alone(monkeypatch):
         np.testing.assert_allclose(own.model_logprobs, expected.model_logprobs, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KNOWN)
 def test_a_cpu_reads_prompts_as_the_modules_do(kind):
-    model, tokens = make(kind), mx.array(np.random.default_rng(3).integers(0, 98, (3, 21)))
+    model, tokens = make_known(kind), mx.array(np.random.default_rng(3).integers(0, 98, (3, 21)))
     own, expected = make_prompt_cache(model), make_prompt_cache(model)
     for part in (tokens[:, :13], tokens[:, 13:]):
         fused.step_of(model, "cpu").read(part, own)
@@ -352,10 +326,10 @@ def from_float64(loaded, rollouts):
     return np.sqrt((apart**2).mean()), np.abs(apart).max()
 
 
-@pytest.mark.parametrize("kind", ["nano", *KINDS])
+@pytest.mark.parametrize("kind", ["nano", *KNOWN])
 def test_the_step_is_as_near_to_float64_as_the_modules_are(kind, monkeypatch):
     """Neither is right to the last bit of float32: their sums have other orders."""
-    loaded = load("nano") if kind == "nano" else loaded_as(make(kind))
+    loaded = load("nano") if kind == "nano" else loaded_as(make_known(kind))
     joined = sampled(loaded)
     assert getattr(loaded.model, fused.PROVED + "cpu")
     monkeypatch.setattr(fused, "step_of", lambda *_: None)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from factories import make_model
+from factories import by_modules, make_model
 from mlx.utils import tree_flatten
 
 from mlx_traces.config import AdapterConfig
@@ -234,6 +234,7 @@ def test_steps_have_few_shapes_on_cuda(monkeypatch):
 @pytest.mark.parametrize("shares", [False, True])
 def test_a_gpu_is_not_waited_for_and_has_two_micro_batches_at_most(shares, monkeypatch):
     model, rows = lora(), groups((12, 9, 14, 7))
+    by_modules(monkeypatch)
     expected = measured(model, rows, 30, shares)
     events, submit, wait, halves = [], mx.async_eval, mx.eval, forward.split(model) if shares else split(model)
 
