@@ -165,10 +165,12 @@ class Thinking:
 
     def take(self, token: int) -> int:
         """Read the token drawn for the next place; return the token that the completion gets there."""
-        if self.kept_open and (token in self.stop_ids or self.reader.closes(self.state, token)):
+        after = self.reader.after(self.state, token)
+        if self.kept_open and (token in self.stop_ids or after[0] != self.state[0]):
             self.queue = self.more.copy()
         if self.queue:
             token = self.queue.pop(0)
+            after = self.reader.after(self.state, token)
             self.forced.append(self.length)
         inside = self.state[0] != NONE and not self.closing
         self.length += 1
@@ -178,7 +180,7 @@ class Thinking:
             self.outside += 1
             if self.outside == self.max_tokens:
                 self.limit = min(self.limit, self.length)
-        self.state = self.reader.after(self.state, token)
+        self.state = after
         if self.closing and not self.queue:  # even if the tag's tokens are not read as a tag
             self.closing, self.state = False, (NONE, b"")
         if self.thought == self.budget:

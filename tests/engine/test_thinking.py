@@ -267,7 +267,7 @@ def test_many_forced_tokens_are_found_in_the_text_without_decoding_it_for_each(m
         ({"think_tokens": -1}, "must be 0 or above"),
         ({"think_tokens": 3, "think_at_least": 4}, "think_at_least 4 is above think_tokens 3"),
         ({"think_at_least": 4, "think_more": ""}, "think_more is empty"),
-        ({"think_tokens": 600}, "more pass"),
+        ({"think_tokens": 600}, "more exceed"),
     ],
 )
 def test_bad_bounds(thinker, changes, message):
