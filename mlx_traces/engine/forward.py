@@ -35,7 +35,7 @@ def split(model: nn.Module) -> Split:
         return halves
     fast = [cpu_trunk.trunk(model)] if cpu_trunk.serves(model) else []
     able = [replace(halves, trunk=trunk, caches=len(caches)) for trunk in (*fast, halves.trunk)]
-    return next((split for split in able if _right(model, split, halves)), halves)
+    return next((each for each in able if _right(model, each, halves)), halves)
 
 
 def _right(model: nn.Module, able: Split, halves: Split) -> bool:
