@@ -58,7 +58,7 @@ def plan_command(config_file: str, kind: str | None) -> None:
     help="One or two finished runs, similar to the planned ones.",
 )
 @click.option("--discordant", type=float, help="Percent of the problems that only one of the two models gets right.")
-@click.option("--problems", type=int, help="Number of available problems.  [default: that of the two runs]")
+@click.option("--problems", type=int, help="Number of available problems.  [default: that of the runs]")
 @click.option("--power", type=float, default=80, show_default=True, help="Chance that the test finds it, in percent.")
 @click.option("--alpha", type=float, default=5, show_default=True, help="Level of the two-sided test, in percent.")
 @click.option("--holm", type=int, default=1, show_default=True, help="Number of comparisons in the table.")

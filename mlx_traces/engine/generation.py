@@ -134,9 +134,10 @@ def generate(
                 f"{settings.bound}: {loaded.name}, prompt {index + 1} of {len(requests)}: {request.thoughtless}"
             )
         if loaded.context is not None and length + settings.longest > loaded.context:
+            limits = "--think-tokens, --max-tokens" if settings.think_tokens else "--max-tokens"
             raise UserError(
                 f"prompt {index + 1} of {len(requests)} has {length} tokens; {settings.longest} more exceed "
-                f"the model's context of {loaded.context}; lower --max-tokens or shorten the prompt"
+                f"the model's context of {loaded.context}; lower {limits} or shorten the prompt"
             )
     if not requests:
         return iter(())

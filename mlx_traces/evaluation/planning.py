@@ -99,7 +99,7 @@ def plan_eval(
         runs: one or two finished runs like the planned ones; they give time and tokens, two also the discordant share.
         discordant: percent of the problems that one of the two models alone gets right; default: that of two ``runs``,
             else several are tried.
-        problems: the number of available problems; default: that of two ``runs``.
+        problems: the number of available problems; default: that of the ``runs``.
         power: chance in percent that the test finds the difference.
         alpha: level of the two-sided test, in percent.
         holm: number of comparisons that Holm's adjustment is over. Each is planned at ``alpha / holm``, the level of
@@ -118,8 +118,10 @@ def plan_eval(
         if (samples := len(next(iter(comparison.outcomes_of(run).values())))) > 1:
             raise UserError(f"{clean(run.name)} has {samples} completions a problem; McNemar's test takes one")
     seen = _seen(stored) if len(stored) == 2 else None
-    if seen and problems is None:
-        problems = seen[2]
+    if stored and problems is None:
+        problems = seen[2] if seen else len(stored[0].samples)
+    if difference is not None and difference < 0:
+        raise UserError(f"a difference of {difference:g} points is not between 0 and 100")
     if difference is None and problems is None:
         raise UserError("pass --difference to plan the number of problems, or --problems to plan the difference")
     if discordant is None and seen and seen[0] + seen[1] == 0:
@@ -131,7 +133,13 @@ def plan_eval(
     elif discordant is None and difference is not None:
         shares = tuple(share for share in SHARES if share >= abs(difference)) or (abs(difference),)
     wanted, level = power / 100, alpha / 100 / holm
-    sizes = [_size(share, difference, problems, wanted, level) for share in shares]
+    sizes = []
+    for share in shares:
+        try:
+            sizes.append(_size(share, difference, problems, wanted, level))
+        except UserError:  # a larger share takes more problems, perhaps more than can be planned for
+            if not sizes:
+                raise
     needed, span = max((size.needed for size in sizes if size.needed), default=None), None
     if needed is not None and seen and discordant is None:
         ends = stats.wilson(seen[0] + seen[1], seen[2])

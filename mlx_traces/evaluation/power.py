@@ -13,9 +13,10 @@ import numpy as np
 
 from mlx_traces.errors import UserError
 
-MOST_DISCORDANT = 100_000  # discordant problems of the largest plan, which takes a second
+MOST_DISCORDANT = 100_000  # discordant problems of the largest plan, which takes a fifth of a second
 MOST_PROBLEMS = 10_000_000  # problems of the largest plan, whose table of logarithms takes 80 MB
 _LEAST_ALPHA = 1e-15  # below it 1 - alpha / 2 is rounded to 1
+_AT_ONCE = 512  # numbers of problems whose power is computed from one another
 _TAIL = 9.0  # the binomial distribution is summed over so many standard deviations; the rest is below 1e-17
 
 
@@ -89,6 +90,18 @@ def _mean_over_pairs(values: np.ndarray, problems: int, discordant: float) -> fl
     return float(binomial(problems, m, discordant) @ values[m])
 
 
+def _means_over_pairs(values: np.ndarray, first: int, last: int, discordant: float) -> np.ndarray:
+    """Return `_mean_over_pairs` for ``first`` to ``last`` problems; one more problem is one more chance of a pair."""
+    low, high = _range(first, discordant)
+    weights = binomial(first, np.arange(low, high + 1), discordant)
+    window, found = values[low : high + 1 + last - first], []
+    window = np.pad(window, (0, len(weights) + last - first - len(window)), mode="edge")  # of negligible probability
+    for _ in range(first, last + 1):
+        found.append(weights @ window[: len(weights)])
+        window = (1 - discordant) * window[:-1] + discordant * window[1:]
+    return np.array(found)
+
+
 def _range(problems: int, discordant: float) -> tuple[int, int]:
     """Return the range of discordant problems outside of which the probability is negligible."""
     mean, spread = problems * discordant, math.sqrt(problems * discordant * (1 - discordant))
@@ -155,8 +168,12 @@ def problems_needed(difference: float, discordant: float, target: float = 0.8, a
     # From m on, no number of discordant problems has less power than floor[m]. Its mean rises with the problems.
     floor = np.minimum.accumulate(values[::-1])[::-1]
     found = smallest(lambda n: _mean_over_pairs(floor, n, discordant) >= target, 1, top)
-    while found > 1 and _mean_over_pairs(values, found - 1, discordant) >= target:
-        found -= 1
+    while found > 1:
+        first = max(1, found - _AT_ONCE)
+        low = np.flatnonzero(_means_over_pairs(values, first, found - 1, discordant) < target)
+        if len(low):
+            return first + int(low[-1]) + 1
+        found = first
     return found
 
 

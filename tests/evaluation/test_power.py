@@ -56,6 +56,13 @@ def test_no_larger_number_of_problems_falls_below_the_power_wanted(difference, d
         assert any(reached[: found - 2])
 
 
+def test_large_plans_are_walked_in_blocks():
+    for difference, discordant in ((0.003, 0.1), (0.001, 0.1), (0.02, 0.02)):
+        found = power.problems_needed(difference, discordant)
+        reached = [power.power(found + more, difference, discordant) >= 0.8 for more in (-1, 0, 1, 513, 1500)]
+        assert reached == [False, True, True, True, True]
+
+
 def test_plans_of_three_points_are_a_little_above_the_normal_approximation():
     for discordant, rough in ((0.10, 870), (0.15, 1306), (0.25, 2178)):
         assert rough < power.problems_needed(0.03, discordant) < 1.06 * rough
@@ -90,6 +97,7 @@ def test_the_smallest_detectable_difference_has_the_power_wanted():
         ("--problems 0", "0 problems: power needs one or more"),
         ("--problems 9999999999 --discordant 50", "9,999,999,999 problems are too many"),
         ("", "pass --difference to plan the number of problems, or --problems to plan the difference"),
+        ("--difference -3", "a difference of -3 points is not between 0 and 100"),
         ("--difference nan", "a difference of nan points is not between 0 and 100"),
         ("--difference 3 --from nowhere", "nowhere: no such run folder"),
     ],
@@ -115,6 +123,8 @@ def test_a_plan_from_two_runs(monkeypatch):
     assert plan.sizes[0].even == pytest.approx(100 * power.detectable(100, 0.2, 0.5))
     shown = CliRunner().invoke(main, ["plan", "eval", "--difference", "5", "--from", *runs])
     assert shown.output.splitlines() == plan.lines() and "with 100 problems, 16 won and 4 lost:" in shown.output
+    alone = mlx_traces.plan_eval(runs=["a"]).lines()  # what this run could have seen
+    assert alone[0] == "with 100 problems (exact McNemar test, 5 % level):" and len(alone) == 4
     more = mlx_traces.plan_eval(problems=500, runs=runs).lines()  # the runs' wins and losses are of 100 problems
     assert more[0] == "with 500 problems (exact McNemar test, 5 % level):" and "20 % discordant pairs" in more[1]
     three = mlx_traces.plan_eval(difference=5, runs=runs, holm=3)
@@ -130,6 +140,8 @@ def test_a_plan_from_two_runs(monkeypatch):
 def test_a_plan_without_runs_tries_several_shares():
     lines = mlx_traces.plan_eval(difference=12, problems=200).lines()
     assert [line.split()[-4] for line in lines[1:3]] == ["15", "25"]  # 10 % could not make 12 points
+    small = mlx_traces.plan_eval(difference=0.2)  # at 25 % there would be too many discordant pairs
+    assert [size.discordant for size in small.sizes] == [10, 15]
     assert "with 200 problems (exact McNemar test, 5 % level):" in lines
 
 
