@@ -346,8 +346,8 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = F
 def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tuple[dict[str, float | int], float]:
     """Return the figures of ``stats.accuracy``, and the standard deviation of the trainings' accuracies.
 
-    With clusters the interval is Wilson's at the effective number of samples; with several trainings it is that of
-    `variance.estimate`, within 0 and 1, from two problems or clusters on.
+    The interval is Wilson's at the effective number of samples, with several trainings at that of `variance.estimate`,
+    from two problems or clusters on.
 
     Args:
         run: the evaluation.
@@ -362,9 +362,10 @@ def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tu
         return figures, math.nan
     ids = list(dict.fromkeys(row["id"] for row in rows))
     found = shares(run, ids, rows)
-    if len(groups) > 1:
-        low, high = variance.estimate(found, clusters=clusters_in(run, ids)).interval()
-        figures |= {"ci_low": max(0.0, low), "ci_high": min(1.0, high)}
+    if len(groups) > 1 and 0 < figures["accuracy"] < 1:
+        estimate = variance.estimate(found, clusters=clusters_in(run, ids))
+        if estimate.error:
+            figures |= dict(zip(("ci_low", "ci_high"), estimate.share_interval(), strict=True))
     return figures, float(found.mean(axis=1).std(ddof=1))
 
 

@@ -239,7 +239,7 @@ def caption(frame: pd.DataFrame) -> str:
     """Return the lines below a table: how to read it, the difference that it would have missed, early stopping."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:
-        text += " (Student's t over trainings and problems where a row has several trainings)"
+        text += " (over trainings and problems where a row has several trainings)"
     elif frame["samples_per_problem"].max() > 1:
         text += " (samples of a problem clustered)"
     end = ". True equations: share of the equations in the thoughts, computed exactly." if has_equations(frame) else "."

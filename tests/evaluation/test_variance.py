@@ -64,3 +64,13 @@ def test_arrays_that_do_not_pair_up_are_refused():
         variance.estimate(np.ones((2, 3)), np.ones((2, 4)))
     with pytest.raises(ValueError, match="two clusters or more"):
         variance.estimate(np.ones((1, 3)), clusters="aaa")
+
+
+def test_the_interval_of_a_share_is_wilsons_at_the_effective_number():
+    rows = np.random.default_rng(3).random((3, 80)) < 0.95
+    found = variance.estimate(rows)
+    low, high = found.share_interval()
+    z, n = found.reach(0.95) / found.error, found.mean * (1 - found.mean) / found.error**2
+    for end in (low, high):  # where the score test at that critical value just rejects
+        assert abs(found.mean - end) == pytest.approx(z * np.sqrt(end * (1 - end) / n))
+    assert 0 < low < found.interval()[0] and high < min(1, found.interval()[1])

@@ -301,10 +301,13 @@ def test_trainings_of_a_recipe_are_one_row():
     frame = comparison.compare_runs([base, joined])
     row = frame.to_dict("records")[1]
     found = variance.estimate(comparison.shares(joined, [f"p{i}" for i in range(100)]))
-    assert (row["ci_low"], row["ci_high"]) == found.interval() and row["accuracy"] == pytest.approx(0.54)
+    assert (row["ci_low"], row["ci_high"]) == found.share_interval() and row["accuracy"] == pytest.approx(0.54)
     assert (row["trainings"], row["spread"], row["test"]) == (3, pytest.approx(0.04), "trainings")
     for table in (pairs.summary([base, joined]), comparison.extractors([base, joined])):
-        assert found.interval() in zip(table["ci_low"], table["ci_high"], strict=True)
+        assert found.share_interval() in zip(table["ci_low"], table["ci_high"], strict=True)
+    wrong = comparison.recipe("wrong", [make_run(name, [0] * 40) for name in "ab"])
+    (row,) = comparison.compare_runs([wrong]).to_dict("records")
+    assert (row["ci_low"], row["ci_high"]) == stats.wilson(0, 40)  # not an interval without width
     few = [make_run(name, [1, 0, 1], strata=("x", "y", "y")) for name in "abc"]
     alone = comparison.strata([few[0], comparison.recipe("r", few[1:])])  # x is one problem, which has no variance
     assert alone.iloc[1]["part"] == "x" and (alone.iloc[1]["ci_low"], alone.iloc[1]["ci_high"]) == stats.wilson(1, 1)

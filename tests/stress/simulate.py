@@ -18,6 +18,7 @@ from mlx_traces.evaluation.anytime import log_wealth
 TABLES = 10_000
 MORE = 4  # times the tables
 BLOCK = 50
+Case = tuple[tuple[float, float], float]  # an interval, and the true value
 Line = tuple[str, float, float, float]  # what, share, lowest, highest
 
 # (difference, discordant share): of plans, and of tables with and without a difference
@@ -87,31 +88,37 @@ def coverages(count: int) -> Iterator[Line]:
             held += low <= difference <= high
         yield f"paired bootstrap, 500 problems, {discordant:.0%} discordant", held / count, 0.94, 0.96
     for groups in (50, 200):
-        held = sum(covers(clustered(rng, groups)) for _ in range(count))
+        held = sum(covers(*clustered(rng, groups)) for _ in range(count))
         yield f"clusters, {groups} of 1 to 8 problems", held / count, 0.94, 0.96
     for trainings, others in ((3, 0), (5, 0), (3, 3), (5, 1)):
         for spread in (0.0, 0.02, 0.1):
-            held = sum(covers(trained(rng, trainings, others, spread)) for _ in range(MORE * count))
+            held = sum(covers(*trained(rng, trainings, others, spread)) for _ in range(MORE * count))
             kind = f"{trainings} against {others} trainings" if others else f"{trainings} trainings"
             yield f"{kind} that differ by {spread:.0%}, 300 problems", held / count / MORE, 0.94, 0.96
 
+    for problems in (60, 200):  # few wrong answers, as Wilson's interval of few is wide
+        held = 0
+        for _ in range(count):
+            same, own = rng.random(problems) < 0.98, rng.random((3, problems)) < 0.98
+            found = variance.estimate(np.where(rng.random(problems) < 0.7, same, own))
+            held += covers(found.share_interval() if found.error else stats.wilson(problems, problems), 0.98)
+        yield f"3 trainings, accuracy 98 %, {problems} problems: at least", held / count, 0.94, 1.0
 
-def covers(case: tuple[variance.Estimate, float]) -> bool:
-    """Whether the 95 % interval holds the true value."""
-    found, true = case
-    low, high = found.interval()
-    return low <= true <= high
+
+def covers(interval: tuple[float, float], true: float) -> bool:
+    """Whether an interval holds the true value."""
+    return interval[0] <= true <= interval[1]
 
 
-def clustered(rng: np.random.Generator, groups: int) -> tuple[variance.Estimate, float]:
+def clustered(rng: np.random.Generator, groups: int) -> Case:
     """Compare two models whose accuracies vary from cluster to cluster; they are equal on average."""
     place = np.repeat(np.arange(groups), rng.integers(1, 9, groups))
     levels = 0.5 + rng.uniform(-0.3, 0.3, (2, groups))
     one, two = (rng.random((1, len(place))) < level[place] for level in levels)
-    return variance.estimate(one, two, place.tolist()), 0.0
+    return variance.estimate(one, two, place.tolist()).interval(), 0.0
 
 
-def trained(rng: np.random.Generator, trainings: int, others: int, spread: float) -> tuple[variance.Estimate, float]:
+def trained(rng: np.random.Generator, trainings: int, others: int, spread: float) -> Case:
     """Sample trainings of one or two recipes, equal on average, on problems of different difficulty.
 
     Where the other recipe has one training, the result is about that training, whatever its level.
@@ -124,12 +131,12 @@ def trained(rng: np.random.Generator, trainings: int, others: int, spread: float
 
     one, _ = answers(trainings)
     if not others:
-        return variance.estimate(one), 0.5
+        return variance.estimate(one).share_interval(), 0.5
     two, levels = answers(others)
     if others > 1:
-        return variance.estimate(one, two), 0.0
+        return variance.estimate(one, two).interval(), 0.0
     true = np.clip(0.5 + levels + np.linspace(-0.35, 0.35, 10_001), 0, 1).mean()  # of that training
-    return variance.estimate(one, two), float(0.5 - true)
+    return variance.estimate(one, two).interval(), float(0.5 - true)
 
 
 def lines(count: int, parts: tuple[Callable[[int], Iterator[Line]], ...] = ()) -> Iterator[tuple[str, bool]]:
