@@ -292,7 +292,11 @@ def _uses(base: Base, title: str, training: dict[str, Any], fused: bool) -> Iter
     words = ["mlx-traces", "eval", "--model", *([folder] if fused else [spec, "--adapter", folder])]
     if task := _task_of(training):
         words += ["--task", task]
-        prompt = (training.get("evaluate") or {}).get("prompt") or training.get("prompt")
+        held_out = training.get("evaluate") or {}
+        data = held_out.get("data") or (training.get("data") if training.get("task") else None)
+        if isinstance(data, str) and countdown.generated_operands(data):  # a file may not be where the card is read
+            words += ["--data", data]
+        prompt = held_out.get("prompt") or training.get("prompt")
         if isinstance(prompt, str) and re.fullmatch(r"[\w-]+", prompt):
             words += ["--prompt", prompt]
     yield "bash", shlex.join(words)

@@ -86,13 +86,17 @@ def test_the_shipped_adapters_have_cards_that_say_what_was_measured():
         assert found == {"thinking": accuracy}
         assert card.data.license == "mit" and "base_model" not in card.data.to_dict()  # nano is not on the hub
         assert card.data.model_name == name and "n = 1,000" in card.data.eval_results[0].metric_name
+        assert f"--adapter path/to/{name} --task countdown --data 3-numbers --prompt thinking\n" in card.text
 
 
 def test_generated_problems_are_called_so(tmp_path):
     told = {"3-numbers": "from generated problems (`3-numbers`),", str(tmp_path / "own.jsonl"): "from the data of `"}
     for data, expected in told.items():
-        (line,) = model_card._data_lines({"task": "countdown", "data": data}, "grpo")
+        training = {"task": "countdown", "data": data}
+        (line,) = model_card._data_lines(training, "grpo")
         assert expected in line
+        uses = dict(model_card._uses(model_card.Base("nano", None), "a", training, False))
+        assert uses["bash"].endswith("--task countdown --data 3-numbers" if data == "3-numbers" else "countdown")
 
 
 def test_sft_writes_the_card_of_the_adapter_it_keeps(model_folder, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlx.utils import tree_flatten
 
 from mlx_traces.config import CompareConfig, NanoConfig
 from mlx_traces.errors import UserError
@@ -209,7 +210,9 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
 
 def test_the_package_stays_small():
     folder, _ = names.resolve("nano")
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+    dense = loading.load("nano", device="cpu", weights="dense").model
+    assert sum(array.size for _, array in tree_flatten(dense.parameters())) < 1.2e6
 
 
 def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path):
