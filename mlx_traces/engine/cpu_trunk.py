@@ -25,7 +25,7 @@ ADAPTERS = (LowRank, LoRALinear, DoRALinear)  # they may stand around linear mod
 def trunk(model: nn.Module) -> Callable[..., mx.array]:
     """Return a function from (B, T) ids, with mlx_lm's caches or without, to (B, T, D) hidden states.
 
-    It calls the model's own trunk for what it does not serve (`serves`), as while layers are `gradients.checkpointed`.
+    Where it does not serve a model (`serves`), it calls the model's own trunk; so it does for checkpointed layers.
     """
 
     def states(ids: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
@@ -49,7 +49,7 @@ def serves(model: nn.Module) -> bool:
 
 
 def _added_mask(h: mx.array, cache: KVCache | None, offset: int | mx.array) -> mx.array | None:
-    """Return what is added to the scores, (..., T, 1, K), the lowest number where a key is not seen; None for one."""
+    """Return (..., T, 1, K) to add to the scores: 0, or the lowest number where a key is not seen. None: all are seen."""
     mask, length = create_attention_mask(h, cache), h.shape[1]
     if mask is None:
         return None

@@ -51,7 +51,7 @@ class Estimate:
         return self.mean - reach, self.mean + reach
 
     def share_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the interval of a mean of shares, above 0 and below 1, that varies.
+        """Return the interval of a mean of shares. The mean is above 0 and below 1, and its error above 0.
 
         It is Wilson's (1927), within 0 and 1, at the number of independent outcomes that would have the same error; its
         critical value is that of `reach`. With three trainings it covers 94 to 96 % at accuracies near one half, and 96
