@@ -49,7 +49,7 @@ def serves(model: nn.Module) -> bool:
 
 
 def _added_mask(h: mx.array, cache: KVCache | None, offset: int | mx.array) -> mx.array | None:
-    """Return (..., T, 1, K) to add to the scores: 0, or the lowest number where a key is not seen. None: all are seen."""
+    """Return (..., T, 1, K) to add to the scores: the lowest number where a key is not seen. None: all are seen."""
     mask, length = create_attention_mask(h, cache), h.shape[1]
     if mask is None:
         return None
