@@ -701,6 +701,11 @@ class CompareConfig(ComparedConfig):
         exclude_if=_is_none,
         description="Compare the quality of the answers too, scored by these settings; {}: the defaults of score.",
     )
+    rewards: str | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Configuration of grpo or ppo: compare the mean of its reward too, as a part of the quality.",
+    )
     stop_when_decided: bool = Field(
         False,
         description="Evaluate all rows together, block by block, until every difference is decided or --limit is "
