@@ -701,6 +701,11 @@ class CompareConfig(ComparedConfig):
         exclude_if=_is_none,
         description="Compare the quality of the answers too, scored by these settings; {}: the defaults of score.",
     )
+    rewards: str | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Configuration of grpo or ppo: compare the mean of its reward too, as a part of the quality.",
+    )
     stop_when_decided: bool = Field(
         False,
         description="Evaluate all rows together, block by block, until every difference is decided or --limit is "
@@ -835,7 +840,7 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
     """Validate settings; a UserError names ``where``, the field, the fault, and the likely spelling of a name."""
     place = f"{where}: " if where else ""
     if giant := next(_giants(values), ""):
-        raise UserError(f"{place}{giant}: a whole number of more than 18 digits")
+        raise UserError(f"{place}{giant}: a whole number of more than 18 digits; give a smaller one")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -128,8 +128,8 @@ SECTIONS = {  # of a command's help, most used options first; all other options 
         *("clip_eps", "kl_coef", "kind", "rank", "scale", "layers", "targets", "eval_every", "patience"),
     ),
     "Output": (
-        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "quality", "scoring", "resume"),
-        *("as_json", "report_to"),
+        *("config_file", "out", "runs_dir", "baseline", "format_", "extractors", "quality", "scoring", "reward_file"),
+        *("resume", "as_json", "report_to"),
     ),
 }
 

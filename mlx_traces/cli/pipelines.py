@@ -52,6 +52,7 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
     help="With --quality: a setting of `score`, as in tags=none, model=MODEL (perplexity), judge=MODEL.  "
     "Repeat for more.",
 )
+@click.option("--rewards", "reward_file", type=ConfigFile(), help=CompareConfig.model_fields["rewards"].description)
 @click.option(
     "--recipe",
     "recipes",
@@ -76,6 +77,7 @@ def compare_command(
     extractors: bool,
     quality: bool,
     scoring: tuple[str, ...],
+    reward_file: str | None,
     recipes: dict[str, list[str]],
     cluster: str | None,
     stop_when_decided: bool,
@@ -92,7 +94,12 @@ def compare_command(
     from mlx_traces.report import tables
 
     overrides = {"baseline": baseline, "out": out, "runs_dir": runs_dir, "recipes": recipes or None}
-    overrides |= {"cluster": cluster, "stop_when_decided": stop_when_decided or None, "block": block}
+    overrides |= {
+        "cluster": cluster,
+        "stop_when_decided": stop_when_decided or None,
+        "block": block,
+        "rewards": reward_file,
+    }
     given = {name: value for name, value in overrides.items() if value is not None}
     requested = read_config(CompareConfig, config_file, given)
     if quality or scoring:
@@ -101,7 +108,7 @@ def compare_command(
         requested = requested.model_copy(update={"quality": scores})
     config = compare.requested(requested, runs, models, prompts, settings)
     note_unused(config)
-    if config.quality and format_ == "csv":
+    if (config.quality or config.rewards) and format_ == "csv":
         click.echo("note: --format csv leaves out the quality; --out writes quality.csv", err=True)
     if extractors and format_ != "table":
         click.echo(f"note: --extractors changes nothing in --format {format_}", err=True)

@@ -10,7 +10,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_traces.config import CompareConfig, ComparedConfig, EvalConfig, StudyTask, build, shipped
+from mlx_traces.config import (
+    CompareConfig,
+    ComparedConfig,
+    EvalConfig,
+    GRPOConfig,
+    PPOConfig,
+    RLConfig,
+    ScoreConfig,
+    StudyTask,
+    build,
+    find_config,
+    read_config,
+    shipped,
+)
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator, stats
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
@@ -394,6 +407,7 @@ def compared(
     """
     from mlx_traces.report import export
 
+    recipe = training_config(config.rewards) if config.rewards else None  # a wrong file ends it before the first run
     if config.stop_when_decided:
         frame, runs = until_decided(config, progress, say)
     else:
@@ -401,13 +415,25 @@ def compared(
         frame = comparison.compare_runs(runs, config.baseline or 0)
     frame["true_equations"] = [true_equations(one) for one in runs]
     scored = None
-    if config.quality is not None:
+    if config.quality is not None or recipe:
         base = comparison.baseline_index(runs, config.baseline or 0)
         against = [(row, base) for row in range(len(runs)) if row != base] if pairs is None else pairs
-        scored = quality.compare_quality(runs, config.quality, against)
+        scored = quality.compare_quality(runs, config.quality or ScoreConfig(), against, recipe)
     if config.out:
         export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"), scored)
     return Compared(frame, runs, scored)
+
+
+def training_config(name: str) -> RLConfig:
+    """Read a configuration of grpo or ppo, by its path or name."""
+    path = find_config(name)
+    try:
+        return read_config(GRPOConfig, path, {})
+    except UserError as error:
+        try:
+            return read_config(PPOConfig, path, {})
+        except UserError:
+            raise error from None
 
 
 def true_equations(run: Run) -> float:

@@ -1,23 +1,27 @@
-"""The quality of stored answers: the scores of `traces.quality`, paired on the same problems.
+"""The quality of stored answers: the scores of `traces.quality` and a training's reward, paired on the same problems.
 
-The scores are computed from stored samples; nothing is generated. MLX is loaded only for perplexity and a judge.
+They are computed from stored samples; nothing is generated. MLX is loaded only for a reward, perplexity and a judge.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_traces.config import ScoreConfig
+from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
+from mlx_traces.evaluation.completion import Completion
 from mlx_traces.pipelines import verify
-from mlx_traces.records import Problem, Trace
+from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.tasks import Task, get_task, is_known
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import usual
@@ -33,7 +37,9 @@ RESAMPLES = 2_000  # per bootstrap; few, as a row needs ten, and distinct values
 Scores = Mapping[str, float | None]
 
 
-def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
+def compare_quality(
+    runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tuple[int, int]], recipe: RLConfig | None = None
+) -> pd.DataFrame:
     """Score the answers of runs, and compare the runs of each pair on the problems where both have a value.
 
     Every figure is a mean over problems, of all answers and of the correct ones alone; the value of a problem is the
@@ -45,17 +51,25 @@ def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tu
         runs: runs over the same problems.
         config: tags, and the models for perplexity and judge; without these models the two scores are left out.
         pairs: (later, earlier) indices of the runs to compare; a run without a pair has only its means.
+        recipe: a training whose reward, as that of a rollout, is one more measure: ``reward``.
 
     Returns:
         One row for each run or pair, kind of ``answers`` (``all`` or ``correct``) and ``measure``: ``run``, ``label``,
-        ``against`` (the earlier run's label, or None), ``mean`` of the run over ``problems``; ``diff``, ``diff_low``,
-        ``diff_high``, ``p_value`` and ``p_holm`` over ``paired`` problems. NaN where there is no value.
+        ``against`` (the earlier run's label, or None), ``mean`` of the run over ``problems`` with its interval from
+        ``mean_low`` to ``mean_high``; ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``p_holm`` over ``paired``
+        problems. NaN where there is no value.
 
     Raises:
-        UserError: if a model cannot be loaded, or too many of the judge's replies cannot be read.
+        UserError: if a model cannot be loaded, or too many of the judge's replies cannot be read; as `rewards_of`.
     """
-    measures = [*MEASURES, *(name for name, asked in (("perplexity", config.model), ("judge", config.judge)) if asked)]
+    extra = (("perplexity", config.model), ("judge", config.judge), ("reward", recipe))
+    measures = [*MEASURES, *(name for name, asked in extra if asked)]
     names, scores = comparison.labels(runs), scores_of(runs, config)
+    if recipe:
+        rewarded = rewards_of(runs, recipe)
+        scores = [
+            [{**one, "reward": r} for one, r in zip(*own, strict=True)] for own in zip(scores, rewarded, strict=True)
+        ]
     alone = [(place, None) for place in range(len(runs)) if place not in {later for later, _ in pairs}]
     rows: list[dict[str, Any]] = []
     for answers in ("all", "correct"):
@@ -70,7 +84,7 @@ def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tu
                 "against": None if base is None else names[base],
                 "answers": answers,
                 "measure": name,
-                "mean": float(np.mean(list(own.values()))) if (own := found[place][name]) else math.nan,
+                **averaged(own := found[place][name]),
                 "problems": len(own),
                 **tested(own, {} if base is None else found[base][name]),
             }
@@ -82,6 +96,13 @@ def compare_quality(runs: Sequence[Run], config: ScoreConfig, pairs: Sequence[tu
             row["p_holm"] = adjusted
         rows += block
     return comparison.frame(rows)
+
+
+def averaged(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of a run's values with its interval; NaN without any."""
+    own = np.array(list(values.values()))
+    figures = stats.paired_bootstrap(own, np.zeros(own.size), resamples=RESAMPLES) if own.size else [math.nan] * 3
+    return dict(zip(("mean", "mean_low", "mean_high"), figures, strict=True))
 
 
 def tested(own: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float | int]:
@@ -112,6 +133,39 @@ def scores_of(runs: Sequence[Run], config: ScoreConfig) -> list[list[Scores]]:
     by_models = iter(score.model_scores(traces, problems, config, {}))
     own = iter(traces)
     return [[text_scores_of(row, next(own), config) | next(by_models) for row in run.samples] for run in runs]
+
+
+def rewards_of(runs: Sequence[Run], recipe: RLConfig) -> list[list[float | None]]:
+    """Return the reward that a training would give each sample of each run; None where none applies.
+
+    A penalty for length uses the training's limit, not the evaluation's.
+
+    Raises:
+        UserError: if a reward needs what samples do not have (ids of tokens, a column), or cannot be loaded; if a
+            run's problems cannot be rebuilt.
+    """
+    from mlx_traces.rl import rewards, rollouts  # needs MLX
+
+    functions: dict[str, Callable] | None = None
+    found = []
+    for run in runs:
+        planned = verify.plan_of(Path(run.name), run.about.get("identity") or {}, run.result)
+        planned = replace(planned, config=recipe, extractor=recipe.extractor or planned.task.extractors[0])
+        own_tags = tags if verify.is_pair(tags := run.about.get("own_tags")) else None
+        pairs = []
+        for row in run.samples:
+            problem = verify.problem_of(planned.task, row, run.name)
+            ids = (0,) * (row.get("tokens") or 0)  # their number alone counts
+            rollout = Rollout((), ids, row["completion"], row["finish_reason"])
+            pairs.append((problem, Completion.sampled(row["prompt"], row.get("opened") or "", rollout, own_tags)))
+        if functions is None:
+            functions = rewards.load(recipe.rewards, list(pairs[0][0].columns), recipe, planned.prompt, planned.task)
+            for name, function in functions.items():
+                if name != "judge" and "completion_ids" in signature(function).parameters:
+                    raise UserError(f"reward {name}: takes completion_ids, which samples do not have; leave it out")
+        parts = [rewards.apart(one)[0] for one in rewards.score(planned, pairs, functions, recipe.rewards, recipe.tags)]
+        found.append(rollouts.totals_of(parts, [one.tokens for _, one in pairs], recipe))
+    return found
 
 
 def text_scores_of(row: Mapping[str, Any], trace: Trace, config: ScoreConfig) -> dict[str, float | None]:

@@ -34,7 +34,7 @@ from mlx_traces.config import (
     build,
 )
 from mlx_traces.errors import UserError, unknown
-from mlx_traces.evaluation import comparison, evaluator
+from mlx_traces.evaluation import comparison, evaluator, stats
 from mlx_traces.models import adapters, names
 from mlx_traces.pipelines import compare
 from mlx_traces.readers import is_file
@@ -46,7 +46,7 @@ from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.provenance import provenance
 from mlx_traces.runtime.run_folder import RunFolder
 from mlx_traces.tasks import Task, countdown, get_task, gsm8k, math
-from mlx_traces.text import p_text, percent
+from mlx_traces.text import p_relation, percent
 from mlx_traces.traces import files, filtering, generate, score, solutions
 from mlx_traces.train import loop, sft, tracking
 
@@ -403,15 +403,18 @@ def pairs_of(plan: list[Stage]) -> list[tuple[int, int]]:
 def gains(runs: list[comparison.Run], pairs: Sequence[tuple[int, int]]) -> list[str]:
     """Compare each (later, earlier) pair of rounds by the comparison's paired test (`comparison.paired`); a line each.
 
-    Won (lost) are the problems that the later round answered right more (less) often.
+    Won (lost) are the problems that the later round answered right more (less) often. With several pairs the p-value
+    is Holm's over them.
     """
     lines = []
-    for after, before in ((runs[later], runs[earlier]) for later, earlier in pairs):
-        pair = comparison.paired(after, before)
+    chosen = [(runs[later], runs[earlier]) for later, earlier in pairs]
+    found = [comparison.paired(after, before) for after, before in chosen]
+    family = f" after Holm over {len(found)} pairs" if len(found) > 1 else ""
+    for (after, before), pair, p in zip(chosen, found, stats.holm([one["p_value"] for one in found]), strict=True):
         test = "McNemar" if all(len(run.samples) == pair["problems"] for run in (before, after)) else "sign-flip"
         lines.append(
             f"{comparison.label(after)} against {comparison.label(before)}: {percent(pair['diff'], signed=True)} "
             f"points, {pair['wins']} won, {pair['losses']} lost of {pair['problems']}, exact {test} "
-            f"{p_text(pair['p_value'])}"
+            f"p {p_relation(p)}{family}"
         )
     return lines

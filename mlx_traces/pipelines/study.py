@@ -175,6 +175,7 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     found = [layout.entries[row[0]] for row in compare.rows(layout.entries)]
     runs = comparison.clustered(compare.joined(layout.entries, runs), config.cluster)
     frame = comparison.compare_runs(runs, layout.baseline)
+    frame["true_equations"] = [compare.true_equations(one) for one in runs]
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}

@@ -71,7 +71,7 @@ def shown(lines: list[str]) -> list[str]:
 def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str, list[str]]:
     """Grade every sample of an evaluation again, and recompute its figures."""
     result = comparison.read_run(folder.path).result
-    planned = _plan(folder, identity, result)
+    planned = plan_of(folder.path, identity, result)
     columns = (*SAMPLE_COLUMNS, "prompt", "completion")
     samples, found, lines = [], [], []
     about = folder.about
@@ -100,9 +100,9 @@ def verify_evaluation(folder: RunFolder, identity: dict[str, Any]) -> tuple[str,
     return f"{len(samples):,} samples, verdicts and figures agree", lines
 
 
-def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
-    """Rebuild a run's plan from its identity, without problems: the samples have them."""
-    where = f"{folder.path / 'run.json'}"
+def plan_of(path: Path, identity: dict[str, Any], result: dict[str, Any]) -> evaluator.Plan:
+    """Rebuild a run's plan from its identity, without problems: the samples have them. ``path`` is in errors."""
+    where = f"{path / 'run.json'}"
     prompt = identity.get("prompt")
     if not isinstance(prompt, dict) or not {"name", "user"} <= set(prompt):
         raise UserError(f"{where}: 'prompt' is missing; the file is damaged")
@@ -110,7 +110,7 @@ def _plan(folder: RunFolder, identity: dict[str, Any], result: dict[str, Any]) -
     config = build(EvalConfig, {**settings, "prompt": prompt["name"]}, where)
     task = task_of(config.task, where)
     if result["extractor"] not in task.extractors:
-        raise UserError(f"{folder.path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
+        raise UserError(f"{path / 'result.json'}: {task.name} has no extractor {result['extractor']!r}")
     try:
         return evaluator.Plan(config, task, Prompt(**prompt), result["extractor"], [])
     except TypeError as error:

@@ -413,6 +413,8 @@ def quality_cells(frame: pd.DataFrame) -> Cells:
 
 def _quality(row: dict[str, Any]) -> list[str]:
     def text(value: float, signed: bool = False) -> str:
+        if row["measure"] == "reward":
+            return f"{value:{'+' if signed else ''}.3f}"
         return percent(value / (100 if row["measure"] == "tokens" else 1), signed)
 
     mean = f"{text(row['mean'])}\n({row['problems']:,})" if row["problems"] else "–"
@@ -428,6 +430,8 @@ def quality_caption(frame: pd.DataFrame) -> str:
         "Means over problems (in brackets: how many) of all and of correct answers: tokens, and scores of "
         "`mlx-traces score` from 0 to 100 (faithfulness: true equations; repetition: 100 where nothing is repeated)."
     )
+    if "reward" in set(frame["measure"]):
+        text += " reward: that of a rollout by the training's configuration."
     tests = [str(int((part["paired"] > 0).sum())) for _, part in frame.groupby("answers", sort=False)]
     if set(tests) == {"0"}:
         return text

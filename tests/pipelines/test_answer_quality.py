@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ from factories import rendered, write_evaluation
 
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, ScoreConfig, build
+from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, evaluator, run, stats
 from mlx_traces.evaluation.comparison import read_run
 from mlx_traces.models import loading
@@ -16,6 +18,7 @@ from mlx_traces.pipelines import compare, quality
 from mlx_traces.records import EvalResult
 from mlx_traces.report import page, tables
 from mlx_traces.traces import perplexity
+from mlx_traces.traces.equations import checked
 
 TRUE = "<think>\n2 + 3 = 5 yes\n</think>\n<answer>2 + 3</answer>"
 HALF = "<think>\n2 + 3 = 5, 5 + 1 = 7 yes\n</think>\n<answer>2 + 3</answer>"
@@ -130,6 +133,46 @@ def test_perplexity_and_judge_only_where_they_are_asked_for(answered, tmp_path):
     assert "perplexity" not in set(quality.compare_quality([read_run(folder)], ScoreConfig(), [])["measure"])
 
 
+def test_the_reward_is_that_of_a_rollout(answered, tmp_path):
+    """The verdict, the share of true equations, and the penalty for length by the training's limit, by hand."""
+    _, folder = answered
+    (tmp_path / "grpo.yaml").write_text(
+        "rewards: {correct: 1, equations: 0.5}\nmax_tokens: 30\noverlong: penalty\noverlong_tokens: 16\n"
+    )
+    made = read_run(folder)
+    expected = []
+    for row in made.samples:
+        steps = [true for *_, true in checked(row["opened"] + row["completion"])]
+        penalty = min(max(row["tokens"] - 14, 0) / 16, 1)
+        expected.append(row["correct"] + 0.5 * (sum(steps) / len(steps) if steps else 0) - penalty)
+    assert len({round(value, 2) for value in expected}) > 4  # the three parts differ from sample to sample
+    (found,) = quality.rewards_of([made], compare.training_config(str(tmp_path / "grpo.yaml")))
+    assert found == pytest.approx(expected)
+    called = ["compare", str(folder), str(folder), "--rewards", str(tmp_path / "grpo.yaml"), "--format", "json"]
+    result = CliRunner().invoke(main, called)
+    row = next(row for row in json.loads(result.stdout)["quality"] if row["measure"] == "reward")
+    assert row["mean"] == pytest.approx(sum(expected) / len(expected))
+    assert row["mean_low"] < row["mean"] < row["mean_high"]
+
+
+def test_a_reward_that_samples_cannot_have_is_refused(answered, tmp_path, monkeypatch):
+    _, folder = answered
+    (tmp_path / "by_ids.py").write_text(
+        "def ids(texts, completion_ids):\n    return [len(one) for one in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for text, said in (
+        ("rewards: {'by_ids:ids': 1}", "reward by_ids:ids: takes completion_ids"),
+        ("rewards: {corect: 1}", "did you mean 'correct'"),
+        ("rewards: {correct: 1}\nnum_step: 3", "did you mean 'num_steps'"),
+    ):
+        (tmp_path / "grpo.yaml").write_text(text)
+        with pytest.raises(UserError, match=re.escape(said)):
+            quality.rewards_of([read_run(folder)], compare.training_config("grpo.yaml"))
+    (tmp_path / "ppo.yaml").write_text("rewards: {correct: 1}\nminibatches: 2\n")
+    assert compare.training_config("ppo.yaml").minibatches == 2
+
+
 def test_the_table_fits_80_columns_and_the_page_has_it(tmp_path):
     runs = two_runs(tmp_path)
     frame = quality.compare_quality(runs, ScoreConfig(), [(1, 0)])
@@ -166,7 +209,11 @@ def test_compare_prints_and_writes_it(tmp_path):
     assert none[0]["mean"] == 1.0  # any text that was not cut off is well-formed
     out = tmp_path / "out"
     call("--quality", "--out", str(out))
-    assert (out / "quality.csv").read_text().startswith("run,label,against,answers,measure,mean,problems,diff,")
+    assert (
+        (out / "quality.csv")
+        .read_text()
+        .startswith("run,label,against,answers,measure,mean,mean_low,mean_high,problems,diff,")
+    )
     assert "## " not in (out / "table.md").read_text() and "| tokens |" in (out / "table.md").read_text()
     assert json.loads((out / "provenance.json").read_text())["config"]["quality"]["tags"] == "think"
     for wrong, said in (("tags", "give NAME=VALUE"), ("tags=x", "must be 'think'"), ("tag=x", "did you mean 'tags'")):

@@ -315,7 +315,12 @@ def test_gains_are_paired():
         return Run(name, result, [{"id": str(i), "correct": bool(c)} for i, c in enumerate(outcomes)])
 
     (line,) = rounds.gains([run("one", [1, 0, 0, 0, 0, 0, 0]), run("two", [0, 1, 1, 1, 1, 1, 1])], [(1, 0)])
-    assert "two_thinking against one_thinking: +71.4 points, 6 won, 1 lost of 7, exact McNemar 0.125" in line
+    assert "two_thinking against one_thinking: +71.4 points, 6 won, 1 lost of 7, exact McNemar p = 0.125" in line
+    three = [run("one", [0] * 7), run("two", [0, 1, 1, 1, 1, 1, 1]), run("three", [1] * 7)]
+    lines = rounds.gains(three, [(1, 0), (2, 0), (2, 1)])  # p 0.03125, 0.015625 and 1
+    assert [line.partition("exact McNemar ")[2] for line in lines] == [
+        f"p = {p} after Holm over 3 pairs" for p in ("0.062", "0.047", "1.000")
+    ]
 
 
 def test_gains_count_every_sample_of_a_problem():
@@ -334,7 +339,7 @@ def test_gains_count_every_sample_of_a_problem():
     ]
     p = sum(abs(total) >= 5 for total in sums) / 16
     (line,) = rounds.gains([run("one", samples(0, 0, 1, 2)), run("two", samples(2, 2, 3, 1))], [(1, 0)])
-    assert f"two_thinking against one_thinking: +41.7 points, 3 won, 1 lost of 4, exact sign-flip {p:.3f}" in line
+    assert f"two_thinking against one_thinking: +41.7 points, 3 won, 1 lost of 4, exact sign-flip p = {p:.3f}" in line
 
 
 @pytest.mark.parametrize(

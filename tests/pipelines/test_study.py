@@ -407,6 +407,7 @@ def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
     html = (out / "report.html").read_text()
     assert "<h1>tiny</h1>" in html and "<h2>Abstract</h2>" in html and stored["key_points"]
     assert stored["summary"][0]["total_cases"] == 6 and stored["comparison"][0]["p_value"] is None
+    assert "true_equations" in stored["comparison"][0]
     assert {"bits", "group_size", "bits_per_weight", "file_mb", "peak_memory_gb", "tokens_per_second"} <= set(
         stored["bits"][0][0]
     )
