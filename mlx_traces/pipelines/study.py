@@ -114,6 +114,8 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         before = sum(other.task == task.task for other in config.tasks[:place])
         name = f"{task.task}-{before + 1}" if before else task.task
         own, notes = compare.entries(config, task)
+        if config.stop_when_decided:
+            compare.check_stopping(config, own)
         plans = compare.plans_of(own)
         found.append(Layout(name, own, plans, _baseline(config, f"tasks.{place}", own, plans), notes))
     return found
@@ -146,6 +148,7 @@ def preview(config: StudyConfig) -> Iterator[str]:
                 continue
             path = Path(config.runs_dir) / planned.label
             state = "finished  " if RunFolder(path).finished else "to finish " if path.exists() else "to make   "
+            state = "begun     " if config.stop_when_decided and path.exists() else state
             yield f"{state} {path}"
 
 
@@ -164,7 +167,11 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
     for layout in lay_out(config):
         for note in layout.notes:
             say(note)
-        runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
+        if config.stop_when_decided:
+            base = layout.baseline if config.pairs == "baseline" else None
+            runs = compare.until_decided(config, layout.entries, layout.plans, base, progress, say, config.apart)
+        else:
+            runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
         parts.append(computed(config, layout, runs))
     write(config, parts)
     return parts
@@ -246,11 +253,10 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
 
 
 def front_of(part: Part) -> tuple[str, list[str]]:
-    """Return a part's abstract and key points."""
-    protocol = tables.protocol_line(part.comparison)
-    return evaluation_pairs.abstract(part.runs, part.pairs, protocol), evaluation_pairs.key_points(
-        part.runs, part.pairs
-    )
+    """Return a part's abstract, with how it ended if it could stop early, and its key points."""
+    abstract = evaluation_pairs.abstract(part.runs, part.pairs, tables.protocol_line(part.comparison))
+    abstract += f" {part.runs[0].stopped}" if part.runs[0].stopped else ""
+    return abstract, evaluation_pairs.key_points(part.runs, part.pairs)
 
 
 def to_markdown(name: str, part: Part) -> str:
@@ -328,5 +334,6 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
         "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],
         "bits": [tables.records(frame) for frame in part.bits],
+        "stopped": part.runs[0].stopped or None,
         "notes": part.notes,
     }
