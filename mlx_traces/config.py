@@ -726,7 +726,8 @@ class StudyConfig(ComparedConfig):
     )
     budgets: list[Annotated[int, Field(ge=0)] | None] = Field(
         default_factory=list,
-        description="Values of think_tokens, each used with every model and prompt; null: no budget.",
+        description="Values of think_tokens, each used with every model and prompt; null: no budget, and max_tokens "
+        "bounds thought and answer together.",
     )
     pairs: Literal["all", "baseline"] = Field(
         "all", description="Test every pair of rows, or each row against the baseline."

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from mlx_traces.config import StudyConfig, StudyModel
 from mlx_traces.errors import UserError
@@ -23,7 +23,7 @@ from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
 from mlx_traces.pipelines.compare import Entry
-from mlx_traces.report import export, figures, page, tables
+from mlx_traces.report import export, figures, page, tables, terminal
 from mlx_traces.report.tables import (
     bits_cells,
     bits_table,
@@ -276,6 +276,9 @@ def to_markdown(name: str, part: Part) -> str:
     for curve in part.curves:
         lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
         sections.append((f"Budgets: {curve.name}", lines))
+    if part.curves:
+        pictures = [f"![Accuracy by {by}](accuracy-by-{by}.png)\n" for by in ("budget", "tokens")]
+        sections.append(("Budgets: curves", "".join(pictures)))
     for frame in part.bits:
         sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
@@ -283,9 +286,9 @@ def to_markdown(name: str, part: Part) -> str:
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)
 
 
-def to_terminal(part: Part) -> list[Table | str]:
-    """Return a part's tables and lines for a terminal, in order."""
-    shown: list[Table | str | None] = [
+def to_terminal(part: Part) -> list[RenderableType]:
+    """Return a part's tables, plots and lines for a terminal, in order."""
+    shown: list[RenderableType | None] = [
         tables.grid(f"{part.name}: summary", *summary_cells(part.summary)),
         tables.to_terminal(part.comparison),
         tables.strata_table(part.runs),
@@ -294,7 +297,8 @@ def to_terminal(part: Part) -> list[Table | str]:
         shown.append(tables.pairs_table(part.pairs))
         shown += [*said(part), part.scope]
     for curve in part.curves:
-        shown += [tables.grid(f"budgets: {curve.name}", *budgets_cells(curve)), budgets.sentence(curve)]
+        table = tables.grid(f"budgets: {curve.name}", *budgets_cells(curve))
+        shown += [table, terminal.budget_plots(curve), budgets.sentence(curve)]
     for frame in part.bits:
         shown += [bits_table(frame, "bits"), ran_as(frame)]
     return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
@@ -330,10 +334,10 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "runs": [run.name for run in part.runs],
         "summary": tables.records(part.summary),
         "comparison": tables.to_json(part.comparison)["rows"],
+        "stopped": part.runs[0].stopped or None,
         "strata": [] if strata is None else tables.records(strata),
         "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
         "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],
         "bits": [tables.records(frame) for frame in part.bits],
-        "stopped": part.runs[0].stopped or None,
         "notes": part.notes,
     }

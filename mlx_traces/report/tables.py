@@ -336,8 +336,7 @@ def pairs_table(found: Sequence[Pair]) -> Table:
 
 
 def budgets_cells(curve: Curve) -> Cells:
-    """Lay out a curve: a row for each budget, with a bar as long as its accuracy."""
-    most = max(point.high for point in curve.points) or 1
+    """Lay out a curve: a row for each budget."""
     rows = [
         [
             budget_name(point.budget),
@@ -345,11 +344,11 @@ def budgets_cells(curve: Curve) -> Cells:
             interval(point.low, point.high),
             whole(point.tokens),
             f"{percent(point.forced)} %",
-            ("█" * round(20 * point.accuracy / most)).ljust(20, "·"),
+            f"{percent(point.cut_off)} %",
         ]
         for point in curve.points
     ]
-    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "accuracy as a bar"], rows
+    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "cut off"], rows
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:
