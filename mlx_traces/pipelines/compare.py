@@ -371,7 +371,7 @@ def until_decided(
             break
     every = "the difference is" if len(p_values) == 1 else f"all {len(p_values)} differences are"
     ended = f"Stopped after {count:,} of {budget:,} problems: {every} decided"
-    if decided < len(p_values):
+    if count == budget:
         ended = f"Ended with the budget of {budget:,} problems: {decided} of {len(p_values)} differences decided"
     ended += ". Intervals and p-values of differences in accuracy allow for that; other intervals and tests do not."
     return [replace(run, stopped=ended) for run in runs]

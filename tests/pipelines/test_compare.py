@@ -201,6 +201,30 @@ def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked):
             study.run(build(StudyConfig, given | change))
 
 
+def test_blocks_are_evaluated_in_processes_of_their_own_if_asked(tmp_path, asked, monkeypatch):
+    limits = []
+
+    class InThisProcess:
+        def __init__(self, *_, **__): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def submit(self, function, **settings):
+            limits.append(settings["limit"])
+            result = function(**settings)
+            return type("Done", (), {"result": lambda self: result})()
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    task = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompts": ["plain", "thinking"], "limit": 50}
+    given = {"name": "apart", "tasks": [task], "models": [{"model": "nano"}], "runs_dir": str(tmp_path / "runs")}
+    (part,) = study.run(build(StudyConfig, given | {"apart": True, "stop_when_decided": True, "block": 20}))
+    assert limits == [20, 20, 40, 40, 50, 50] and len(asked) == len(set(asked)) == 100
+    assert part.runs[0].stopped.startswith("Ended with the budget of 50 problems: 0 of 1 differences decided.")
+
+
 def test_the_study_command_takes_the_options(tmp_path, asked, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = {"task": "qa", "data": "qa.jsonl", "prompts": ["plain", "boxed"]}
