@@ -20,6 +20,7 @@ from mlx_traces.config import (
     ScoreConfig,
     StudyTask,
     build,
+    find_config,
     read_config,
     shipped,
 )
@@ -470,8 +471,9 @@ def compared(
     return Compared(frame, runs, scored)
 
 
-def training_config(path: str) -> RLConfig:
-    """Read a configuration of grpo or ppo."""
+def training_config(name: str) -> RLConfig:
+    """Read a configuration of grpo or ppo, by its path or name."""
+    path = find_config(name)
     try:
         return read_config(GRPOConfig, path, {})
     except UserError as error:

@@ -230,6 +230,7 @@ def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path)
     assert direct < thinking - 0.1 and thinking < epoch1 < epoch2 < min(round3)
     assert min(round3) > 0.85 and min(round3) > thinking + 0.25
     assert math.isnan(frame["true_equations"][0]) and frame["true_equations"][1:].min() > 0.97
+    assert frame["true_equations"][1] > 0.98  # nano itself
     for settings in evals[2:]:
         load(str(names.resolve("nano")[0]), adapter_path=settings.adapter)
 
