@@ -685,6 +685,12 @@ class ComparedConfig(Config):
     )
     runs_dir: str = Field("runs", description="Where run folders and converted models are kept.")
     out: str | None = Field(None, description="Folder of the tables; default of a study: tables/ and its file's name.")
+    stop_when_decided: bool = Field(
+        False,
+        description="Evaluate all rows together, block by block, until every tested difference is decided or all "
+        "problems (limit) are answered.",
+    )
+    block: Positive = Field(50, description="Problems per block of stop_when_decided.")
 
 
 class CompareConfig(ComparedConfig):
@@ -706,12 +712,6 @@ class CompareConfig(ComparedConfig):
         exclude_if=_is_none,
         description="Configuration of grpo or ppo: compare the mean of its reward too, as a part of the quality.",
     )
-    stop_when_decided: bool = Field(
-        False,
-        description="Evaluate all rows together, block by block, until every difference is decided or --limit is "
-        "reached.",
-    )
-    block: Positive = Field(50, description="Problems per block of stop_when_decided.")
 
 
 class StudyConfig(ComparedConfig):
@@ -726,7 +726,8 @@ class StudyConfig(ComparedConfig):
     )
     budgets: list[Annotated[int, Field(ge=0)] | None] = Field(
         default_factory=list,
-        description="Values of think_tokens, each used with every model and prompt; null: no budget.",
+        description="Values of think_tokens, each used with every model and prompt; null: no budget, and max_tokens "
+        "bounds thought and answer together.",
     )
     pairs: Literal["all", "baseline"] = Field(
         "all", description="Test every pair of rows, or each row against the baseline."

@@ -16,6 +16,10 @@ from mlx_traces.text import clean
 
 FORMATS = ("table", "markdown", "csv", "json")
 BLOCK = CompareConfig.model_fields["block"].default
+STOP = click.option(
+    "--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description
+)
+SIZE = click.option("--block", type=int, help=f"With --stop-when-decided: problems per block.  [default: {BLOCK}]")
 
 
 def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> dict[str, list[str]]:
@@ -37,7 +41,7 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
 @click.option("--prompt", "prompts", multiple=True, help="Prompt style for each model.  Repeat for more.")
 @click.option("--config", "config_file", type=ConfigFile(), help="YAML file: runs, tasks, models, baseline, out.")
 @click.option("--baseline", help="Run that others are compared with, by name or label.  [default: the first]")
-@click.option("--out", type=click.Path(), help="Folder for the table, CSV files, results.json and a chart.")
+@click.option("--out", type=click.Path(), help="Folder for the table, CSV files, JSON, a chart and report.html.")
 @click.option("--runs-dir", default=None, type=click.Path(), help="Where run folders are kept.  [default: runs]")
 @click.option(
     "--format", "format_", type=click.Choice(FORMATS), default="table", help="Output format.  [default: table]"
@@ -62,8 +66,8 @@ def _recipes(_: click.Context, __: click.Parameter, items: tuple[str, ...]) -> d
     help="Several trainings of one recipe: finished runs, shown as one row with their variance.  Repeat for more.",
 )
 @click.option("--cluster", help=CompareConfig.model_fields["cluster"].description)
-@click.option("--stop-when-decided", is_flag=True, help=CompareConfig.model_fields["stop_when_decided"].description)
-@click.option("--block", type=int, help=f"With --stop-when-decided: problems per block.  [default: {BLOCK}]")
+@STOP
+@SIZE
 @settings_options(EvalConfig, "model", "prompt", "adapter")
 def compare_command(
     runs: tuple[str, ...],
@@ -173,15 +177,20 @@ def verify_command(runs: tuple[str, ...], task: str | None) -> None:
 @click.argument("config_file", metavar="CONFIG", type=ConfigFile())
 @click.option("--out", type=click.Path(), help="Folder of the tables.  [default: tables/ and CONFIG's name]")
 @click.option("--runs-dir", type=click.Path(), help="Where run folders and converted models are kept.  [default: runs]")
+@STOP
+@SIZE
 @click.option("--dry-run", is_flag=True, help="List the evaluations, and which are finished; run none.")
-def study_command(config_file: str, out: str | None, runs_dir: str | None, dry_run: bool) -> None:
+def study_command(
+    config_file: str, out: str | None, runs_dir: str | None, stop_when_decided: bool, block: int | None, dry_run: bool
+) -> None:
     """Evaluate every model in every prompt, and test every pair.
 
     Models with `bits` are converted first. After an interruption, or with more models in CONFIG, repeat the command:
     finished evaluations are not repeated.
     """
-    folders = {"out": out, "runs_dir": runs_dir}
-    config = configured(StudyConfig, config_file, {name: value for name, value in folders.items() if value})
+    given = {"out": out, "runs_dir": runs_dir, "stop_when_decided": stop_when_decided or None, "block": block}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = configured(StudyConfig, config_file, given)
     if config.out is None:
         config = config.model_copy(update={"out": str(Path("tables") / Path(config_file).stem)})
     import_mlx()

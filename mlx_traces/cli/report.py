@@ -20,7 +20,8 @@ from mlx_traces.cli.options import console
 def report_command(runs: tuple[str, ...], out: str, png: str | None, baseline: str | None) -> None:
     """Write runs as one HTML page. It has comparisons, curves, accuracy by difficulty, and traces to browse.
 
-    RUNS are run folders of evaluations and trainings in any mix, finished or not. The page needs no network.
+    RUNS are run folders of evaluations and trainings, and folders that `compare --out` wrote, in any mix, finished or
+    not. The page needs no network.
     """
     from mlx_traces.report import page
 

@@ -20,7 +20,8 @@ class Point:
     """One run of a curve: its budget (None: no bound) and its accuracy with Wilson's 95 % interval.
 
     ``tokens`` is the mean length of a completion, its thought included (None if a server did not count); ``forced`` is
-    the share of completions whose thought was closed or kept open.
+    the share of completions whose thought was closed or kept open, ``cut_off`` of those that reached ``max_tokens``,
+    which bounds what is not thought, and without a budget thought and answer together.
     """
 
     budget: int | None
@@ -29,6 +30,8 @@ class Point:
     high: float
     tokens: float | None
     forced: float
+    max_tokens: int | None = None
+    cut_off: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def _point(run: Run) -> Point:
         share["ci_high"],
         None if None in tokens else sum(tokens) / len(tokens),
         sum(bool(row.get("forced")) for row in run.samples) / len(run.samples),
+        run.result.get("max_tokens"),
+        comparison.cut_off(run),
     )
 
 
@@ -85,8 +90,16 @@ def sentence(curve: Curve) -> str:
     """State where more thinking stops paying, and no more than the tests allow.
 
     That is the smallest budget that no larger one beats significantly (Holm's adjustment over all pairs of the curve).
-    For the most accurate larger budget the sentence gives the largest gain that its interval leaves open.
+    For the most accurate larger budget the sentence gives the largest gain that its interval leaves open. A second one
+    says how a run without a budget is bounded.
     """
+    last = curve.points[-1]
+    together = ""
+    if last.budget is None and last.max_tokens is not None:
+        together = (
+            f" Without a budget, max_tokens ({last.max_tokens:,.0f}) bounds thought and answer together: "
+            f"{percent(last.cut_off)} % of the completions were cut off there."
+        )
     size = len(curve.points)
     places = [(low, high) for low in range(size) for high in range(low + 1, size)]
     pair = dict(zip(places, curve.pairs, strict=True))
@@ -111,13 +124,14 @@ def sentence(curve: Curve) -> str:
         most = stop if stop in better else max(better, key=lambda high: curve.points[high].accuracy)
         text = f"{curve.name}: thinking beyond {names[stop - 1]} pays, {names[most]} {evidence(stop - 1, most)}"
     if stop == size - 1:
-        return f"{text}; {names[stop]} is the largest budget that was tried."
+        return f"{text}; {names[stop]} is the largest budget that was tried.{together}"
     best = max(range(stop + 1, size), key=lambda high: curve.points[high].accuracy)
     room = max(pair[stop, best].high, stats.wilson(0, pair[stop, best].problems)[1])
     text += f"; beyond {names[stop]} no gain is shown" if stop else ""
     text += f": {names[best]} {evidence(stop, best)}; a gain of up to {percent(room)} points is compatible."
     worse = [high for high in range(stop + 1, size) if significant(stop, high) and pair[stop, high].diff < 0]
-    return text + "".join(f" With {names[high]} it is right less often ({evidence(stop, high)})." for high in worse)
+    text += "".join(f" With {names[high]} it is right less often ({evidence(stop, high)})." for high in worse)
+    return text + together
 
 
 def frame(found: Sequence[Curve]) -> pd.DataFrame:

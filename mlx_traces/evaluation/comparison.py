@@ -41,7 +41,8 @@ def read_run(path: str | Path) -> Run:
     missing = [one.name for one in known if one.name not in result]
     if missing:
         raise UserError(f"{path}: result.json lacks {', '.join(missing)}; evaluate it anew")
-    return Run(folder.path.name, result, [interned(row) for row in folder.samples], folder.about)
+    samples = [interned(row) for row in folder.samples]
+    return Run(folder.path.name, result, samples, folder.about, folders=(str(path),))
 
 
 def interned(value: Any, depth: int = 2) -> Any:
@@ -84,7 +85,8 @@ JSON_KEYS = (
 )
 GREW = (  # below a table of stored runs that grow, tested at a fixed number of problems
     "Some of these runs grow block by block. If their results decided where they ended, as with --stop-when-decided, "
-    "these p-values are too small and the intervals of differences too narrow."
+    "these p-values are too small and the intervals of differences too narrow; `mlx-traces report` of the folder that "
+    "this comparison wrote has valid ones."
 )
 PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
 
@@ -98,7 +100,9 @@ class Run:
     ``result`` is result.json, ``samples`` the rows of samples.jsonl: one for each sample of each problem; ``about`` is
     run.json, if there is one: settings, versions, device, fingerprints. A run that `recipe` made of several has their
     number as ``trainings``, and each sample says in ``training`` which of them it is from. ``clusters``, if `clustered`
-    set them, have the cluster of each problem by its id; all statistics of the run then allow for them.
+    set them, have the cluster of each problem by its id; all statistics of the run then allow for them. ``stopped``, if
+    results decided how many problems there are, is the sentence on that; differences then have anytime-valid figures.
+    ``folders`` are those that it was read from, one for each training.
     """
 
     name: str
@@ -107,6 +111,8 @@ class Run:
     about: dict[str, Any] = field(default_factory=dict)
     trainings: int = 1
     clusters: dict[str, str] = field(default_factory=dict)
+    stopped: str = ""
+    folders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise UserError for a value of another type than an evaluation writes."""
@@ -208,7 +214,8 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
     result = {"model": name, "adapter": None, "tokens_per_second": sum(speeds) / len(speeds) if speeds else None}
     result |= {"pass_at_k": {}, "pass_hat_k": {}, "maj_at_k": {}}
     about = runs[0].about | {"trainings": [run.name for run in runs]}
-    return Run(runs[0].name, runs[0].result | result, samples, about, len(runs))
+    folders = tuple(folder for run in runs for folder in run.folders)
+    return Run(runs[0].name, runs[0].result | result, samples, about, len(runs), folders=folders)
 
 
 def shares(run: Run, ids: Sequence[str], samples: Sequence[dict[str, Any]] | None = None) -> np.ndarray:
@@ -267,19 +274,18 @@ def clustered(runs: Sequence[Run], column: str | None) -> list[Run]:
     return [replace(run, clusters=clusters) for run in runs]
 
 
-def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = False) -> pd.DataFrame:
+def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
     """Compare runs over the same problems with a baseline among them.
 
     The interval of an accuracy is Wilson's, with several samples a problem at their effective number
     (``stats.wilson_clustered``). The interval of a difference is the paired bootstrap over problems. The
     p-value is McNemar's exact test; with several samples a problem it is the exact sign-flip permutation test
     on the differences of correct counts, which equals McNemar's with one sample. Holm's adjustment is over the
-    runs compared with the baseline. `tested` has the methods for clusters, several trainings and ``stopped``.
+    runs compared with the baseline. `tested` has the methods for clusters, several trainings and stopped runs.
 
     Args:
         runs: at least one run; rows keep their order.
         baseline: index, run name or label of the run that the others are compared with.
-        stopped: whether the number of problems depends on their results, so that anytime-valid figures are needed.
 
     Returns:
         One row a run: ``JSON_KEYS``, then ``run``, ``label``, ``truncated`` (share of answers cut off), the
@@ -287,7 +293,8 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = F
         shown, the difference that would have been missed half of the time), ``trainings``, ``spread`` (the standard
         deviation of their accuracies) and, where runs have them, ``pass@k``, ``pass^k`` and ``maj@k``.
         ``correct_count`` of ``total_questions`` counts samples where a problem has several. The baseline has
-        no difference and no p-value. ``attrs["stopped"]`` is `GREW` if growing runs are tested as runs of fixed size.
+        no difference and no p-value. ``attrs["stopped"]`` has the sentences of runs that stopped, or is `GREW` if
+        growing runs are tested as runs of fixed size.
 
     Raises:
         UserError: if a run has no or uneven samples, the problems differ, or there is no such baseline.
@@ -306,7 +313,7 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = F
         found = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan)
         found |= {"test": None, "missed": math.nan}
         if i != first:
-            found |= tested(run, runs[first], outcomes[i], outcomes[first], stopped)
+            found |= tested(run, runs[first], outcomes[i], outcomes[first])
         rows.append(
             {
                 "model": run.result["model"],
@@ -335,11 +342,14 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0, stopped: bool = F
     for row, adjusted in zip(others, stats.holm([row["p_value"] for row in others]), strict=True):
         row["p_holm"] = adjusted
     for i, row in enumerate(rows):
-        if i != first and not stopped and row["p_holm"] >= stats.LEVEL:
+        if i != first and row["test"] != "anytime" and row["p_holm"] >= stats.LEVEL:
             row["missed"] = missed(runs[i], runs[first], ids, stats.LEVEL / len(others))
     table = frame(rows)
-    if others and not stopped and any((run.about.get("identity") or {}).get("growing") for run in runs):
-        table.attrs["stopped"] = GREW
+    said = [run.stopped for run in runs if run.stopped]
+    if others and not said and any((run.about.get("identity") or {}).get("growing") for run in runs):
+        said = [GREW]
+    if said:
+        table.attrs["stopped"] = " ".join(dict.fromkeys(said))
     return table
 
 
@@ -410,7 +420,7 @@ def paired(one: Run, two: Run) -> dict[str, Any]:
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
         ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``,
-        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters.
+        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters or if stopped.
 
     Raises:
         UserError: if a run has no or uneven samples, or the problems differ.
@@ -420,7 +430,8 @@ def paired(one: Run, two: Run) -> dict[str, Any]:
     (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    ratio = (math.nan,) * 3 if two.clusters else stats.paired_ratio(a / samples_a, b / samples_b)
+    fixed = not (two.clusters or one.stopped or two.stopped)
+    ratio = stats.paired_ratio(a / samples_a, b / samples_b) if fixed else (math.nan,) * 3
     ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
     return counts | tested(one, two, *outcomes) | ratios
 
@@ -624,20 +635,19 @@ def tested(
     two: Run,
     outcomes_one: dict[str, list[bool]],
     outcomes_two: dict[str, list[bool]],
-    stopped: bool = False,
 ) -> dict[str, Any]:
     """Return difference, interval and p-value of two runs on the same problems, and ``test``, the method.
 
     ``McNemar`` and ``sign-flip`` (several samples a problem): the paired bootstrap and the exact test. ``clusters``:
     the robust interval of `variance.estimate`, and the exact sign-flip test of the clusters' sums. ``trainings``: both
-    by `variance.estimate`. ``anytime``: both by `anytime.anytime`.
+    by `variance.estimate`. ``anytime`` (a run that stopped): both by `anytime.anytime`.
     """
     ids = list(outcomes_two)
     clusters = clusters_in(two, ids)
     (a, samples_a), (b, samples_b) = counts_of(outcomes_one, ids), counts_of(outcomes_two, ids)
     common = math.lcm(samples_a, samples_b)  # shares of both models as integers of this unit
     changes = a * (common // samples_a) - b * (common // samples_b)
-    if stopped:
+    if one.stopped or two.stopped:
         *change, p_value = anytime(changes / common)
         test = "anytime"
     elif one.trainings > 1 or two.trainings > 1 or clusters is not None:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
+from mlx_traces.config import AnswerConfig
 from mlx_traces.engine import generation
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.evaluation.completion import Completion, Sample
@@ -18,15 +20,17 @@ from mlx_traces.runtime.run_folder import RunFolder
 
 
 @contextmanager
-def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunFolder, Source]]:
+def opened(planned: Plan, path: Path, resume: bool, kept: dict[str, Any]) -> Iterator[tuple[Plan, RunFolder, Source]]:
     """Open the run folder ``path`` and load the plan's model; yield the plan with its date and batch size set.
+
+    ``kept`` holds the model that was loaded last; the same model is not loaded again.
 
     Raises:
         UserError: if the run cannot be written there, or the model cannot be loaded.
     """
     with distributed.at_work(path, resume) as (folder, stop):
         config = loading.of_its_day(planned.config, folder.identity)
-        loaded = loading.load(config.model, config.adapter, **config.load_arguments())
+        loaded = loaded_or_kept(config, kept)
         device.reset_peak_memory()
         with adapters.merged(loaded.model, loaded.backend):
             config = config.sized(distributed.sizes(loaded.backend))
@@ -36,6 +40,20 @@ def opened(planned: Plan, path: Path, resume: bool) -> Iterator[tuple[Plan, RunF
             completions, memory = completions_of(loaded, planned, stop=stop), device.peak_memory_gb
             source = Source(completions, identity_of(loaded), details, loaded.notes, loaded.fingerprints, memory)
             yield planned, folder, source
+
+
+def loaded_or_kept(config: AnswerConfig, kept: dict[str, Any]) -> LoadedModel:
+    """Return the model of these settings: the ``kept`` one if it is the same, else load it and keep it instead."""
+    asked = {"name": config.model, "adapter": config.adapter, **config.load_arguments()}
+    asked["date"] = asked["date"] or Date.today()
+    if kept.get("asked") != asked:
+        kept.clear()  # frees the other model first
+        loaded = loading.load(**asked)
+        kept |= {"asked": asked, "loaded": loaded, "notes": [*loaded.notes]}
+        return loaded
+    loaded = replace(kept["loaded"], notes=[*kept["notes"]])  # without the notes of the run before
+    loaded.fingerprints = kept["loaded"].fingerprints  # of the files that were loaded
+    return loaded
 
 
 def identity_of(loaded: LoadedModel) -> dict[str, Any]:

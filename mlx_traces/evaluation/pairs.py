@@ -91,9 +91,9 @@ def summary(runs: Sequence[Run]) -> pd.DataFrame:
 def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
     """Test every pair of runs, or each run with the baseline, on the problems they share.
 
-    The p-value is that of McNemar's exact test (with several samples a problem, of the exact sign-flip test). Holm's
-    adjustment is over all pairs returned. ``diff`` is the accuracy of the later run minus that of the earlier one, or
-    of the baseline.
+    The p-value is that of McNemar's exact test (with several samples a problem, of the exact sign-flip test; of runs
+    that stopped early, anytime-valid). Holm's adjustment is over all pairs returned. ``diff`` is the accuracy of the
+    later run minus that of the earlier one, or of the baseline.
 
     Args:
         runs: runs over the same problems.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -53,10 +54,17 @@ def evaluate(
         return run(planned, Path(out) if out else Path(runs_dir) / planned.label, resume, show)
 
 
-def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda samples, total: None) -> EvalResult:
+def run(
+    planned: Plan,
+    path: Path,
+    resume: bool = False,
+    show: Show = lambda samples, total: None,
+    kept: dict[str, Any] | None = None,
+) -> EvalResult:
     """Carry out a plan in the run folder ``path``.
 
     ``show`` gets the samples that are finished already, then each new one, each time with the number of all samples.
+    ``kept`` holds the model that was loaded last, for the next call with it.
 
     Raises:
         UserError: if the input is wrong.
@@ -66,7 +74,9 @@ def run(planned: Plan, path: Path, resume: bool = False, show: Show = lambda sam
         opened = server.opened
     else:
         import_mlx()  # a one-line error if it is missing
-        from mlx_traces.evaluation.local import opened  # an evaluation by a server does without MLX
+        from mlx_traces.evaluation import local  # an evaluation by a server does without MLX
+
+        opened = partial(local.opened, kept={} if kept is None else kept)
     with opened(planned, path, resume) as (planned, folder, source):
         identity = planned.identity() | source.identity
         samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]

@@ -28,6 +28,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, endpoint, evaluator, stats
 from mlx_traces.evaluation.comparison import Run, by_extractor, read_run
 from mlx_traces.evaluation.evaluator import Plan
+from mlx_traces.evaluation.pairs import pairs as pairs_of
 from mlx_traces.evaluation.run import evaluate, progress_bar, run
 from mlx_traces.models import names
 from mlx_traces.pipelines import quality
@@ -50,8 +51,8 @@ TRAINED = ("nano-epoch1", "nano-epoch2", "nano-grpo", "nano-ppo")
 class Entry:
     """One evaluation: its settings, the conversion that its model needs first, and its name in the tables.
 
-    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``. Entries with the same
-    ``recipe`` are trainings of one recipe, and one row.
+    ``where`` is the model's place in the configuration: ``models.0``, ``evals.0``, with several tasks ``tasks.1,
+    models.0``. Entries with the same ``recipe`` are trainings of one recipe, and one row.
     """
 
     config: EvalConfig
@@ -111,6 +112,7 @@ def entries(config: ComparedConfig, task: StudyTask) -> tuple[list[Entry], list[
             # Settings of models that are loaded here do not apply to a model behind a server.
             kept = {name: value for name, value in shared.items() if not (served and name in endpoint.LOCAL)}
             settings = build(EvalConfig, {**kept, **model.settings, **own}, f"models.{place}.settings")
+            settings = settings.model_copy(update={"growing": True}) if config.stop_when_decided else settings
             recipe = (place, prompt, id(task)) if model.adapters else None
             found.append(Entry(settings, f"models.{place}", wanted, model.label, recipe))
     if not found:
@@ -125,10 +127,14 @@ def plans_of(found: Sequence[Entry]) -> list[Plan]:
     asked = [own if planned.source else frozenset(own) for own, planned in zip(ids, plans, strict=True)]
     for entry, planned, own in zip(found, plans, asked, strict=True):
         if own != asked[0]:
+            task, first = planned.task.name, plans[0].task.name
+            other = f"{'' if task == first else f'{first} in '}{found[0].where}"
+            way = "set task, split, data, limit and seed once, for all models"
+            if entry.where.startswith("tasks."):
+                way = "name one task, or use `mlx-traces study`, which has a table for each task"
             raise UserError(
-                f"{entry.where}: its {len(own):,} problems of {planned.task.name} are not the {len(asked[0]):,} of "
-                f"{found[0].where}, and rows are compared on the same problems; set task, split, data, limit and seed "
-                "once, for all models"
+                f"{entry.where}: its {len(own):,} problems of {task} are not the {len(asked[0]):,} of {other}, and "
+                f"rows are compared on the same problems; {way}"
             )
     return plans
 
@@ -141,11 +147,12 @@ def make(
     progress: bool = False,
     apart: bool = False,
     count: int | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Convert models, and make or finish the missing evaluations; return their runs, in order.
 
-    ``plans`` are from `plans_of`, ``say`` gets a line before each conversion, ``apart`` and ``count`` are those of
-    `obtain`.
+    ``plans`` are from `plans_of`, ``say`` gets a line before each conversion, ``apart``, ``count`` and ``kept`` are
+    those of `obtain`; by default a model is kept from row to row.
 
     Raises:
         UserError: if the input is wrong.
@@ -156,10 +163,10 @@ def make(
 
             say(f"converting {entry.conversion.model} to {entry.conversion.path}")
             convert.convert(entry.conversion, entry.config.trust_remote_code)
-    runs = []
+    runs, kept = [], {} if kept is None else kept
     for entry, planned in zip(found, plans, strict=True):
         now = entry.plan() if entry.conversion else planned
-        runs.append(entry.named(obtain(now, Path(runs_dir) / now.label, progress, apart, count)))
+        runs.append(entry.named(obtain(now, Path(runs_dir) / now.label, progress, apart, count, kept)))
     return runs
 
 
@@ -263,9 +270,9 @@ def runs_and_entries(
     for name, paths in config.recipes.items():
         collected.append(comparison.recipe(name, [judged(path) for path in paths]))
     found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
-    for task in config.tasks:
+    for place, task in enumerate(config.tasks):
         own, notes = entries(config, task)
-        found += own
+        found += [replace(entry, where=f"tasks.{place}, {entry.where}") for entry in own] if config.tasks[1:] else own
         for note in notes:
             say(note)
     changes = ({"extractor": config.extractor} if config.extractor else {}) | (
@@ -291,57 +298,94 @@ def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], 
     return collected + list({(one.name, one.result["model"]): one for one in made}.values())
 
 
-def until_decided(
+def collect_until_decided(
     config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None
-) -> "tuple[pd.DataFrame, list[Run]]":
-    """Evaluate all rows together, block by block, until every difference from the baseline is decided.
-
-    A difference is decided when its anytime-valid p-value, adjusted by Holm over the rows, is at most `stats.LEVEL`.
-    Such p-values remain valid if several rows stop together. The seed determines the order of the problems; a stored
-    run continues where it ended.
-
-    Returns:
-        The table, with anytime-valid figures and a sentence in ``attrs["stopped"]``, and the runs.
+) -> list[Run]:
+    """Make the evaluations until every difference from the baseline is decided (`until_decided`); return their runs.
 
     Raises:
-        UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, fewer than two rows, or a
-            baseline that is no row.
+        UserError: as `collect` and `until_decided`, and for finished runs.
     """
     finished, found = runs_and_entries(config, say)
     if finished:
         raise UserError(
             "--stop-when-decided evaluates models block by block and cannot continue finished runs; name models"
         )
+    plans = plans_of(found)
+    keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
+    distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
+    found, plans = [found[i] for i in distinct], [plans[i] for i in distinct]
+    baseline = comparison.baseline_index(outlines(found, plans), config.baseline or 0)
+    check_stopping(config, found)
+    return until_decided(config, found, plans, baseline, progress, say)
+
+
+def check_stopping(config: ComparedConfig, found: Sequence[Entry]) -> None:
+    """Raise UserError for rows that cannot stop early: trainings of a recipe, clusters, or fewer than two."""
     if config.cluster or any(entry.recipe for entry in found):
         what = "--cluster" if config.cluster else "several trainings of a recipe"
         raise UserError(
             f"--stop-when-decided tests problem by problem, so it does not go with {what}; leave out one of them"
         )
-    plans = plans_of(found)
-    keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
-    distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
-    found, plans = [found[i] for i in distinct], [plans[i] for i in distinct]
     if len(found) < 2:
         raise UserError("--stop-when-decided needs two different rows or more; name another model or prompt")
-    baseline = comparison.baseline_index(outlines(found, plans), config.baseline or 0)
-    budget = len(plans[0].problems)
+
+
+def until_decided(
+    config: ComparedConfig,
+    found: Sequence[Entry],
+    plans: Sequence[Plan],
+    baseline: int | None,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    apart: bool = False,
+) -> list[Run]:
+    """Evaluate all rows together, block by block, until every difference is decided.
+
+    A difference is decided when its anytime-valid p-value, adjusted by Holm over the pairs, is at most `stats.LEVEL`.
+    Such p-values remain valid if several rows stop together. The seed determines the order of the problems; a stored
+    run continues where it ended.
+
+    Args:
+        config: its ``block`` and ``runs_dir``.
+        found: two rows or more, that `check_stopping` lets pass.
+        plans: from `plans_of`.
+        baseline: index of the row that all others are compared with; None: every pair is tested.
+        progress: show progress bars on stderr.
+        say: gets a line after each block.
+        apart: as for `obtain`.
+
+    Returns:
+        The runs, with the sentence on how it ended as ``stopped``.
+
+    Raises:
+        UserError: if the input is wrong.
+    """
+    budget, kept = len(plans[0].problems), {}
     for count in (*range(config.block, budget, config.block), budget):
-        runs = make(found, plans, config.runs_dir, say, progress, count=count)
-        frame = comparison.compare_runs(runs, baseline, stopped=True)
-        p_values = frame["p_holm"].dropna()
-        decided = int((p_values <= stats.LEVEL).sum())
+        runs = make(found, plans, config.runs_dir, say, progress, apart, count, kept)
+        runs = [replace(run, stopped=f"After {count:,} of {budget:,} problems.") for run in runs]
+        p_values = [pair.p_holm for pair in pairs_of(runs, baseline)]
+        decided = sum(p <= stats.LEVEL for p in p_values)
         say(f"{count:,} of {budget:,} problems: {decided} of {len(p_values)} differences decided")
         if decided == len(p_values):
             break
     every = "the difference is" if len(p_values) == 1 else f"all {len(p_values)} differences are"
     ended = f"Stopped after {count:,} of {budget:,} problems: {every} decided"
-    if decided < len(p_values):
+    if count == budget:
         ended = f"Ended with the budget of {budget:,} problems: {decided} of {len(p_values)} differences decided"
-    frame.attrs["stopped"] = f"{ended}. Wilson's intervals of the accuracies do not allow for stopping; the others do."
-    return frame, runs
+    ended += ". Intervals and p-values of differences in accuracy allow for that; other intervals and tests do not."
+    return [replace(run, stopped=ended) for run in runs]
 
 
-def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = False, count: int | None = None) -> Run:
+def obtain(
+    planned: Plan,
+    path: Path,
+    progress: bool = False,
+    apart: bool = False,
+    count: int | None = None,
+    kept: dict[str, Any] | None = None,
+) -> Run:
     """Return a planned evaluation's run; make or finish it in ``path`` if needed.
 
     Args:
@@ -350,6 +394,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
         progress: show a progress bar on stderr.
         apart: evaluate in another process, so that the peak memory is that of this evaluation alone.
         count: number of problems to return of a growing run; the stored run keeps all of its problems.
+        kept: where the loaded model is kept, as for `run.run`.
 
     Raises:
         UserError: if the input is wrong, or a process apart dies.
@@ -359,8 +404,8 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
         have = {row["id"] for row in lines_so_far(RunFolder(path).samples_path, ("id",))}
         count = count or len(planned.problems)
         missing, wanted = missing or len(have) < count, planned.first(max(count, len(have)))
-    if missing and apart and not planned.source:
-        settings = planned.config.model_dump(exclude_unset=True)
+    if missing and apart:
+        settings = wanted.config.model_dump(exclude_unset=True)
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 pool.submit(evaluate, out=path, resume=path.exists(), progress=progress, **settings).result()
@@ -370,7 +415,7 @@ def obtain(planned: Plan, path: Path, progress: bool = False, apart: bool = Fals
             ) from None
     elif missing:
         with progress_bar(progress) as show:
-            run(wanted, path, path.exists(), show)
+            run(wanted, path, path.exists(), show, kept)
     stored = read_run(path)
     return by_extractor(part(stored, planned.first(count)) if planned.source else stored, planned.extractor)
 
@@ -399,28 +444,30 @@ def compared(
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
     pairs: Sequence[tuple[int, int]] | None = None,
+    trainings: Sequence[Path] = (),
 ) -> Compared:
-    """Carry out a comparison, and write the files into ``config.out`` if it is set.
+    """Carry out a comparison, and write the files and the page into ``config.out`` if it is set.
 
     ``say`` is as in `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
-    with the baseline.
+    with the baseline. ``trainings`` are run folders for the page.
     """
-    from mlx_traces.report import export
+    from mlx_traces.report import export, page
 
     recipe = training_config(config.rewards) if config.rewards else None  # a wrong file ends it before the first run
     if config.stop_when_decided:
-        frame, runs = until_decided(config, progress, say)
+        runs = collect_until_decided(config, progress, say)
     else:
         runs = comparison.clustered(collect(config, progress, say), config.cluster)
-        frame = comparison.compare_runs(runs, config.baseline or 0)
+    base = comparison.baseline_index(runs, config.baseline or 0)
+    frame = comparison.compare_runs(runs, base)
     frame["true_equations"] = [true_equations(one) for one in runs]
     scored = None
     if config.quality is not None or recipe:
-        base = comparison.baseline_index(runs, config.baseline or 0)
         against = [(row, base) for row in range(len(runs)) if row != base] if pairs is None else pairs
         scored = quality.compare_quality(runs, config.quality or ScoreConfig(), against, recipe)
     if config.out:
         export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"), scored)
+        page.write([*runs, *trainings], config.out, baseline=runs[base].name, quality=scored)
     return Compared(frame, runs, scored)
 
 
@@ -465,7 +512,7 @@ def compare(
         model: models to evaluate, each ``MODEL`` or ``MODEL+ADAPTER``.
         prompt: prompt styles, each tried with each model.
         baseline: the run that the others are compared with, by its name or label; default: the first.
-        out: folder for the table, the per-question CSV, ``results.json`` and the chart.
+        out: folder for the table, the per-question CSV, ``results.json``, the chart and ``report.html``.
         runs_dir: where the run folders of evaluations are kept; default: ``runs``.
         progress: show progress bars on stderr.
         recipes: finished runs of several trainings of one recipe, by the name of their common row.

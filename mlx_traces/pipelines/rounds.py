@@ -39,7 +39,6 @@ from mlx_traces.models import adapters, names
 from mlx_traces.pipelines import compare
 from mlx_traces.readers import is_file
 from mlx_traces.records import Problem, Trace
-from mlx_traces.report import page
 from mlx_traces.rl import grpo, ppo, rewards, rollouts
 from mlx_traces.runtime.files import on_the_way, to_json, write_atomic
 from mlx_traces.runtime.fingerprints import fingerprint
@@ -289,7 +288,8 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
         for line in stage.make():
             say(f"{stage.name}: {line}")
     pairs = pairs_of(plan)
-    frame, runs, quality = compare.compared(compared, progress, pairs=pairs)
+    trained = [stage.out for stage in trainings(plan)]
+    frame, runs, quality = compare.compared(compared, progress, pairs=pairs, trainings=trained)
     made = [
         {"name": stage.name, "out": str(stage.out), "config": stage.recipe.model_dump(mode="json")} for stage in plan
     ]
@@ -297,10 +297,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
     file = Path(compared.out) / "rounds.json"
     with on_the_way(file, "repeat the command"):
         write_atomic(file, to_json(about))
-    trained = [stage.out for stage in trainings(plan)]
-    answered = [Path(config.runs_dir) / run.name for run in runs]
-    file = page.write([*answered, *trained], Path(compared.out) / "report.html", quality=quality)[0]
-    return Outcome(frame, runs, file, quality, pairs)
+    return Outcome(frame, runs, Path(compared.out) / "report.html", quality, pairs)
 
 
 def check(plan: list[Stage], compared: CompareConfig) -> None:

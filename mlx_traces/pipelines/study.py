@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from mlx_traces.config import StudyConfig, StudyModel
 from mlx_traces.errors import UserError
@@ -23,7 +23,7 @@ from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
 from mlx_traces.pipelines import compare
 from mlx_traces.pipelines.compare import Entry
-from mlx_traces.report import export, figures, page, tables
+from mlx_traces.report import export, figures, page, tables, terminal
 from mlx_traces.report.tables import (
     bits_cells,
     bits_table,
@@ -114,6 +114,8 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         before = sum(other.task == task.task for other in config.tasks[:place])
         name = f"{task.task}-{before + 1}" if before else task.task
         own, notes = compare.entries(config, task)
+        if config.stop_when_decided:
+            compare.check_stopping(config, own)
         plans = compare.plans_of(own)
         found.append(Layout(name, own, plans, _baseline(config, f"tasks.{place}", own, plans), notes))
     return found
@@ -146,6 +148,7 @@ def preview(config: StudyConfig) -> Iterator[str]:
                 continue
             path = Path(config.runs_dir) / planned.label
             state = "finished  " if RunFolder(path).finished else "to finish " if path.exists() else "to make   "
+            state = "begun     " if config.stop_when_decided and path.exists() else state
             yield f"{state} {path}"
 
 
@@ -164,7 +167,11 @@ def run(config: StudyConfig, say: Callable[[str], None] = lambda line: None, pro
     for layout in lay_out(config):
         for note in layout.notes:
             say(note)
-        runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
+        if config.stop_when_decided:
+            base = layout.baseline if config.pairs == "baseline" else None
+            runs = compare.until_decided(config, layout.entries, layout.plans, base, progress, say, config.apart)
+        else:
+            runs = compare.make(layout.entries, layout.plans, config.runs_dir, say, progress, config.apart)
         parts.append(computed(config, layout, runs))
     write(config, parts)
     return parts
@@ -246,11 +253,10 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
 
 
 def front_of(part: Part) -> tuple[str, list[str]]:
-    """Return a part's abstract and key points."""
-    protocol = tables.protocol_line(part.comparison)
-    return evaluation_pairs.abstract(part.runs, part.pairs, protocol), evaluation_pairs.key_points(
-        part.runs, part.pairs
-    )
+    """Return a part's abstract, with how it ended if it could stop early, and its key points."""
+    abstract = evaluation_pairs.abstract(part.runs, part.pairs, tables.protocol_line(part.comparison))
+    abstract += f" {part.runs[0].stopped}" if part.runs[0].stopped else ""
+    return abstract, evaluation_pairs.key_points(part.runs, part.pairs)
 
 
 def to_markdown(name: str, part: Part) -> str:
@@ -270,6 +276,9 @@ def to_markdown(name: str, part: Part) -> str:
     for curve in part.curves:
         lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
         sections.append((f"Budgets: {curve.name}", lines))
+    if part.curves:
+        pictures = [f"![Accuracy by {by}](accuracy-by-{by}.png)\n" for by in ("budget", "tokens")]
+        sections.append(("Budgets: curves", "".join(pictures)))
     for frame in part.bits:
         sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
     if part.notes:
@@ -277,9 +286,9 @@ def to_markdown(name: str, part: Part) -> str:
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)
 
 
-def to_terminal(part: Part) -> list[Table | str]:
-    """Return a part's tables and lines for a terminal, in order."""
-    shown: list[Table | str | None] = [
+def to_terminal(part: Part) -> list[RenderableType]:
+    """Return a part's tables, plots and lines for a terminal, in order."""
+    shown: list[RenderableType | None] = [
         tables.grid(f"{part.name}: summary", *summary_cells(part.summary)),
         tables.to_terminal(part.comparison),
         tables.strata_table(part.runs),
@@ -288,7 +297,8 @@ def to_terminal(part: Part) -> list[Table | str]:
         shown.append(tables.pairs_table(part.pairs))
         shown += [*said(part), part.scope]
     for curve in part.curves:
-        shown += [tables.grid(f"budgets: {curve.name}", *budgets_cells(curve)), budgets.sentence(curve)]
+        table = tables.grid(f"budgets: {curve.name}", *budgets_cells(curve))
+        shown += [table, terminal.budget_plots(curve), budgets.sentence(curve)]
     for frame in part.bits:
         shown += [bits_table(frame, "bits"), ran_as(frame)]
     return [item for item in (*shown, *(f"note: {note}" for note in part.notes)) if item is not None]
@@ -324,6 +334,7 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "runs": [run.name for run in part.runs],
         "summary": tables.records(part.summary),
         "comparison": tables.to_json(part.comparison)["rows"],
+        "stopped": part.runs[0].stopped or None,
         "strata": [] if strata is None else tables.records(strata),
         "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
         "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],

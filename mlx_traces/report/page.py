@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import budgets, comparison, stats
 from mlx_traces.readers import is_number
-from mlx_traces.report import curves, figures, run_view, tables, terminal
+from mlx_traces.report import curves, export, figures, run_view, tables, terminal
 from mlx_traces.report.run_view import EVALUATION, Record
 from mlx_traces.runtime.files import to_json, write_atomic
 from mlx_traces.runtime.provenance import now
@@ -66,10 +66,11 @@ def write(
     kind share their panels. Runs may be unfinished; the page says so.
 
     Args:
-        runs: run folders of evaluations and trainings, or evaluations already read, in any mix.
+        runs: run folders of evaluations and trainings, folders of comparisons, or evaluations already read, in any mix.
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
-        baseline: name of the run that others are compared with; default: the first run of each set of problems.
+        baseline: name of the run that others are compared with; default: that of the comparison's folder, or the first
+            run of each set of problems.
         quality: from `pipelines.quality.compare_quality`; shown with the evaluations of those runs.
         title: title of the page; default: the number of runs and their tasks.
         fronts: what to show before everything else.
@@ -82,16 +83,23 @@ def write(
     """
     if not runs:
         raise UserError("there are no runs to report; name at least one run folder")
-    given = [Path(run) if isinstance(run, str) else run for run in runs]
+    given, baselines = [], []
+    for run in (Path(run) if isinstance(run, str) else run for run in runs):
+        if isinstance(run, Path) and (run / export.PROVENANCE).exists():
+            compared, base = export.read(run)
+            given += compared
+            baselines.append(base)
+        else:
+            given.append(run)
     records = [
-        Record(Path(run.name), EVALUATION, run.about, [], run.samples, run.result, run)
+        Record(Path(*run.folders[:1] or [run.name]), EVALUATION, run.about, [], run.samples, run.result, run)
         if isinstance(run, comparison.Run)
         else run_view.read(run)
         for i, run in enumerate(given)
         if run not in given[:i]
     ]
     page = Page(quality)
-    sections = [*page.comparisons(records, baseline), *page.trainings(records)]
+    sections = [*page.comparisons(records, baseline, baselines), *page.trainings(records)]
     html = render(sections, records, title, fronts)
     out = Path(out)
     file = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
@@ -175,8 +183,13 @@ class Page:
         self.pictures[file] = lambda: draw(title)
         return {"title": title, "svg": figures.svg(draw(""), label), "note": note, "last": ""}
 
-    def comparisons(self, records: Sequence[Record], baseline: str | None = None) -> list[dict[str, Any]]:
+    def comparisons(
+        self, records: Sequence[Record], baseline: str | None = None, others: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
         """Return a section for the evaluations of each set of problems; unfinished ones have one each.
+
+        The baseline of a set is the run named ``baseline``, else the first run that is named in ``others``, else the
+        first run.
 
         Raises:
             UserError: if a finished evaluation is damaged, or no run is named ``baseline``.
@@ -203,7 +216,8 @@ class Page:
             raise unknown("baseline", baseline, names) if names else UserError("there is no evaluation to compare with")
         sections = []
         for key, group in groups.items():
-            first = next((i for i, run in enumerate(group) if run.name == baseline), 0)
+            names = [run.name for run in group]
+            first = next((names.index(name) for name in (baseline, *others) if name in names), 0)
             sections.append(self.comparison(group, first, states[key]))
         return [*sections, *empty]
 
@@ -275,6 +289,7 @@ class Page:
             "state": state,
             "protocol": protocol,
             "summary": _summary(rows, baseline) if several else "",
+            "stopped": frame.attrs.get("stopped", ""),
             "rows": rows,
             "at_k": [key for key in frame.columns if key.startswith(tables.AT_K) and key[-2:] not in ("@1", "^1")],
             "several": several,
@@ -282,7 +297,7 @@ class Page:
             "warnings": comparison.differences(runs),
             "notes": [f"{run.name}: {note}" for run in runs for note in run_view.notes_of(run.result)],
             "charts": charts,
-            "caption": tables.caption(frame),
+            "caption": tables.how_to_read(frame),
         }
 
     def budgets(self, runs: list[comparison.Run]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ TESTS = {  # of a comparison: the methods of the interval of a difference and of
     "sign-flip": ("paired bootstrap", "exact sign-flip permutation test"),
     "clusters": ("cluster-robust", "exact sign-flip permutation test of clusters"),
     "trainings": ("Student's t over trainings and problems", "the same t"),
-    "anytime": ("an anytime-valid betting interval", "anytime-valid test"),
+    "anytime": ("anytime-valid by betting", "anytime-valid test"),
 }
 
 
@@ -236,7 +236,12 @@ def grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cap
 
 
 def caption(frame: pd.DataFrame) -> str:
-    """Return the lines below a table: how to read it, the difference that it would have missed, early stopping."""
+    """Return the lines below a table: how to read it, and early stopping."""
+    return "\n".join(filter(None, [how_to_read(frame), frame.attrs.get("stopped")]))
+
+
+def how_to_read(frame: pd.DataFrame) -> str:
+    """Return the methods of a table's figures, and the difference that it would have missed."""
     text = "95 % intervals: Wilson for an accuracy"
     if frame["trainings"].max() > 1:
         text += " (over trainings and problems where a row has several trainings)"
@@ -257,7 +262,7 @@ def caption(frame: pd.DataFrame) -> str:
             f"\nNo difference shown: with {problems:,} problems a difference below {', '.join(found)} would have been "
             "missed half of the time or more."
         )
-    return "\n".join(filter(None, [text, frame.attrs.get("stopped")]))
+    return text
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
@@ -331,8 +336,7 @@ def pairs_table(found: Sequence[Pair]) -> Table:
 
 
 def budgets_cells(curve: Curve) -> Cells:
-    """Lay out a curve: a row for each budget, with a bar as long as its accuracy."""
-    most = max(point.high for point in curve.points) or 1
+    """Lay out a curve: a row for each budget."""
     rows = [
         [
             budget_name(point.budget),
@@ -340,11 +344,11 @@ def budgets_cells(curve: Curve) -> Cells:
             interval(point.low, point.high),
             whole(point.tokens),
             f"{percent(point.forced)} %",
-            ("█" * round(20 * point.accuracy / most)).ljust(20, "·"),
+            f"{percent(point.cut_off)} %",
         ]
         for point in curve.points
     ]
-    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "accuracy as a bar"], rows
+    return ["budget", "accuracy", "95 % interval", "tokens used", "forced", "cut off"], rows
 
 
 def bits_cells(frame: pd.DataFrame) -> Cells:

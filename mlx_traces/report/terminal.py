@@ -1,22 +1,25 @@
-"""A run in the terminal: its progress, and its curves as sparklines."""
+"""A run in the terminal: its progress, and its curves as sparklines; accuracy against the budget of a thought."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
 from rich import box
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlx_traces.evaluation import stats
+from mlx_traces.evaluation import budgets, stats
 from mlx_traces.report.curves import curves
 from mlx_traces.report.run_view import EVALUATION, Record
-from mlx_traces.text import clean, duration, number
+from mlx_traces.text import clean, duration, number, whole
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+PLOT = (9, 32)  # rows and columns within the axes of a plot
 
 
 def blocks(values: Sequence[float], width: int) -> str:
@@ -33,6 +36,60 @@ def blocks(values: Sequence[float], width: int) -> str:
     if high == low:
         return BLOCKS[3] * count
     return "".join(BLOCKS[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
+
+
+def budget_plots(curve: budgets.Curve) -> Columns:
+    """Plot accuracies against the budget of a thought, and beside it, if there is room, against the tokens used."""
+    most = max(1, len(curve.points) - 1)
+    names = ["none" if point.budget is None else whole(point.budget) for point in curve.points]
+    plots = [plot("accuracy % by budget of the thought", names, [i / most for i in range(len(names))], curve.points)]
+    counted = sorted((point for point in curve.points if point.tokens is not None), key=lambda point: point.tokens)
+    if counted:
+        first, span = counted[0].tokens, counted[-1].tokens - counted[0].tokens or 1
+        places = [(point.tokens - first) / span for point in counted]
+        plots.append(
+            plot("accuracy % by tokens really used", [whole(point.tokens) for point in counted], places, counted)
+        )
+    return Columns(plots, padding=(0, 2))
+
+
+def plot(title: str, names: Sequence[str], places: Sequence[float], points: Sequence[budgets.Point]) -> Text:
+    """Plot accuracies with their intervals: ``●`` on a bar, joined by dots; the axis ends at whole tens of percent.
+
+    Args:
+        title: the line above.
+        names: of the points, below the horizontal axis where there is room.
+        places: of the points on it, from 0 to 1, in order.
+        points: accuracies and intervals, fractions.
+    """
+    height, width = PLOT
+    low = math.floor(10 * min(point.low for point in points) + 1e-9) / 10
+    high = max(math.ceil(10 * max(point.high for point in points) - 1e-9) / 10, low + 0.1)
+
+    def row(share: float) -> int:
+        return round((high - share) / (high - low) * (height - 1))
+
+    cells = [[" "] * width for _ in range(height)]
+    columns = [1 + round(place * (width - 3)) for place in places]
+    ends = [(at, point.accuracy) for at, point in zip(columns, points, strict=True)]
+    for (start, one), (end, two) in pairwise(ends):
+        for at in range(start + 1, end):
+            cells[row(one + (two - one) * (at - start) / (end - start))][at] = "·"
+    for at, point in zip(columns, points, strict=True):
+        top, bottom = row(point.high), row(point.low)
+        for line in range(top, bottom + 1):
+            cells[line][at] = "┬" if line == top else "┴" if line == bottom else "│"
+    for at, share in ends:
+        cells[row(share)][at] = "●"
+    below = ""
+    for at, name in zip(columns, names, strict=True):
+        start = min(max(0, at - len(name) // 2), width - len(name))
+        if start > len(below) or not below:
+            below = below.ljust(start) + name
+    values = [f"{100 * (high - (high - low) * i / (height - 1)):3.0f} ┤" for i in range(height)]
+    axis = [value if i % 4 == 0 else "    │" for i, value in enumerate(values)]
+    lines = [title, *(f"{mark}{''.join(line)}" for mark, line in zip(axis, cells, strict=True))]
+    return Text("\n".join([*lines, f"    └{'─' * width}", f"     {below}"]), no_wrap=True)
 
 
 def state(record: Record) -> str:

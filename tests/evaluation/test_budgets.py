@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import call, make_run
+from factories import call, make_run, rendered
 
 from mlx_traces import evaluate, generate
 from mlx_traces.cli.evaluate import summary
@@ -15,7 +15,7 @@ from mlx_traces.evaluation import budgets, comparison, evaluator
 from mlx_traces.evaluation.budgets import Curve
 from mlx_traces.evaluation.comparison import read_run
 from mlx_traces.pipelines import verify
-from mlx_traces.report import page, tables
+from mlx_traces.report import page, tables, terminal
 from mlx_traces.train import loop
 
 NANO = {"task": "countdown", "prompt": "thinking", "limit": 6, "max_tokens": 40, "rows": 4}
@@ -125,6 +125,56 @@ def test_curves_are_of_runs_that_differ_in_the_budget():
     headings, rows = tables.budgets_cells(curve)
     assert headings[0] == "budget" and [row[0] for row in rows] == ["0 tokens", "16 tokens", "no budget"]
     assert rows[0][1:3] == ["25.0 %", "[19.5, 31.4]"] and max(len("  ".join(row)) for row in rows) < 80
+
+
+def points(*rows):
+    return [budgets.Point(budget, share, low, high, tokens, 0.0) for budget, share, low, high, tokens in rows]
+
+
+def test_the_terminal_draws_accuracy_against_budget_and_tokens_with_intervals():
+    found = points((0, 0.4, 0.3, 0.5, 12), (16, 0.8, 0.7, 0.9, 30), (256, 0.9, 0.9, 1.0, 48), (None, 0.7, 0.6, 0.8, 39))
+    curve = Curve("nano", found, [])
+    text = rendered(terminal.budget_plots(curve), 80)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80 and len(lines) == 12
+    left, right = ([line[at : at + 37].rstrip() for line in text.splitlines()] for at in (0, 39))
+    assert left[0] == "accuracy % by budget of the thought" and right[0] == "accuracy % by tokens really used"
+    assert left[-1].split() == ["0", "16", "256", "none"] and right[-1].split() == ["12", "30", "39", "48"]
+    assert (left[1][:5], left[5][:5], left[9][:5]) == ("100 ┤", " 65 ┤", " 30 ┤")
+    column = left[-1].index("0")  # of the budget 0: 0.4 on a bar from 0.3 to 0.5, in steps of 0.0875
+    assert [line[column] for line in left[7:10]] == ["┬", "●", "┴"]
+    best = right[-1].index("48") + 1  # of 0.9 on a bar from 0.9 to 1
+    assert [line.ljust(37)[best] for line in right[1:4]] == ["┬", "●", " "]
+    assert all("·" in "".join(half) for half in (left, right))
+    narrow = [line.rstrip() for line in rendered(terminal.budget_plots(curve), 60).splitlines()]
+    assert narrow == left + right  # one below the other
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, 0.0, 0.0, 0.0, 5), (16, 0.0, 0.0, 0.0, 5)],
+        [(0, 1.0, 1.0, 1.0, None), (16, 1.0, 0.99, 1.0, None)],
+        [(2**i, 0.5, 0.0, 1.0, 10**i) for i in range(40)],
+    ],
+)
+def test_plots_of_odd_curves_keep_their_size(rows):
+    text = rendered(terminal.budget_plots(Curve("x", points(*rows), [])), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "●" in text
+    assert ("tokens really used" in text) == (rows[0][-1] is not None)
+
+
+def test_the_sentence_says_what_bounds_a_run_without_a_budget():
+    runs = [made(0, 50, max_tokens=128), made(None, 60, max_tokens=128)]
+    runs[1].samples[0]["finish_reason"] = "length"
+    for row in runs[1].samples[1:]:
+        row["finish_reason"] = "stop"
+    (curve,) = budgets.curves(runs)
+    said = (
+        "Without a budget, max_tokens (128) bounds thought and answer together: 0.5 % of the completions were cut off"
+    )
+    assert said in budgets.sentence(curve) and "Without a budget" not in sentence_of(50, 90)
+    assert tables.budgets_cells(curve)[1][1][-1] == "0.5 %"
 
 
 def sentence_of(*rights):

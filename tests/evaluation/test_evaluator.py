@@ -414,6 +414,7 @@ def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
         "per_question.csv",
         "results.json",
         "accuracy.png",
+        "report.html",
     } <= written
     times = [(tmp_path / name / "result.json").stat().st_mtime_ns for name in frame["run"]]
     again = mlx_traces.compare(**settings)

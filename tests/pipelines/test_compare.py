@@ -1,21 +1,26 @@
 """Comparisons that stop when decided, go on, and group trainings; a rule answers in a model's place."""
 
 import json
+import re
+import shutil
 from contextlib import contextmanager
 
 import pytest
 from click.testing import CliRunner
+from factories import call, rendered
 
 import mlx_traces
 from mlx_traces.cli import main
-from mlx_traces.config import CompareConfig, EvalConfig, StudyModel, StudyTask
+from mlx_traces.config import CompareConfig, EvalConfig, StudyConfig, StudyModel, StudyTask, build, shipped
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import comparison, evaluator, local
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.evaluation.evaluator import Source
-from mlx_traces.pipelines import compare, verify
+from mlx_traces.models import loading
+from mlx_traces.pipelines import compare, study, verify
 from mlx_traces.runtime.interrupts import Stopped
 from mlx_traces.runtime.run_folder import RunFolder
+from mlx_traces.text import interval, percent
 
 ROWS = 200
 
@@ -28,7 +33,7 @@ def asked(tmp_path, monkeypatch):
     found = []
 
     @contextmanager
-    def opened(planned, path, resume):
+    def opened(planned, path, resume, kept):
         folder = RunFolder(path)
         folder.refuse(resume)
 
@@ -94,6 +99,188 @@ def test_an_interrupted_block_is_finished_and_the_budget_ends_it(tmp_path, asked
     assert list(frame["total_questions"]) == [30, 30]
     assert frame.attrs["stopped"].startswith("Ended with the budget of 30 problems: 0 of 1 differences decided.")
     assert (frame["p_value"][1], frame["diff"][1]) == (1.0, 0.0)
+
+
+def test_the_folder_has_a_page_that_says_it_stopped_and_report_repeats_it(tmp_path, asked):
+    out, again = tmp_path / "table", tmp_path / "again.html"
+    frame = mlx_traces.compare(**settings(tmp_path, out=out, baseline="nano_boxed"))
+    row, count = frame.iloc[0], frame["total_questions"][0]
+    figures = f"{percent(row['diff'], signed=True)}<small>{interval(row['diff_low'], row['diff_high'])}</small>"
+
+    def shown(page):
+        text = page.read_text()
+        return all(
+            part in text for part in (f'<p class="summary">{frame.attrs["stopped"]}</p>', figures, "anytime-valid")
+        )
+
+    assert frame.attrs["stopped"].startswith(f"Stopped after {count} of {ROWS} problems: ")
+    assert shown(out / "report.html")
+    mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, growing=True))  # its runs grow to all problems
+    assert call("report", out, "--out", again).exit_code == 0 and shown(again)
+    turned = call("report", out, "--out", again, "--baseline", frame["run"][0])
+    assert turned.exit_code == 0 and not shown(again)
+    grown = call("report", *(tmp_path / "runs").iterdir(), "--out", again)
+    assert grown.exit_code == 0 and not shown(again) and "mlx-traces report` of the folder" in again.read_text()
+
+
+def test_report_of_a_comparison_shows_its_trainings_and_clusters(tmp_path, asked):
+    base = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "model": "nano", "runs_dir": tmp_path / "runs"}
+    mlx_traces.compare(**base, prompt=["plain", "boxed"])
+    runs = sorted((tmp_path / "runs").iterdir(), key=lambda path: "plain" in path.name)
+    boxed, plain = map(str, runs)
+    shutil.copytree(plain, tmp_path / "other")
+    out, again = tmp_path / "table", tmp_path / "again.html"
+    recipes = {"all": [plain, str(tmp_path / "other")]}
+    frame = mlx_traces.compare(boxed, recipes=recipes, out=out, extractor="last_number")
+    page = (out / "report.html").read_text()
+    assert page.count("Student&#39;s t over trainings") == 1 and frame["trainings"].tolist() == [1, 2]
+    assert call("report", out, "--out", again).exit_code == 0
+    assert without_times(again.read_text()) == without_times(page)
+    mlx_traces.compare(boxed, plain, out=out, cluster="document")
+    assert call("report", out, "--out", again).exit_code == 0 and "cluster-robust" in again.read_text()
+    assert without_times(again.read_text()) == without_times((out / "report.html").read_text())
+
+    file = out / "provenance.json"
+    stored = json.loads(file.read_text())
+    for change, said in (
+        (
+            {"runs": {"a": {"run": "a"}}},
+            "provenance.json: runs.a.folders is missing or wrong, perhaps as an older version",
+        ),
+        ({"runs": {}}, "provenance.json: runs is missing or wrong"),
+        ({"baseline": "nobody"}, ""),
+        (
+            {"runs": {"a": stored["runs"]["nano_plain"] | {"folders": ["gone"]}}},
+            "its run gone is not here; call report",
+        ),
+    ):
+        file.write_text(json.dumps(stored | change))
+        done = call("report", out, "--out", again)
+        assert (done.exit_code, done.stderr.count("\n")) == ((1, 1) if said else (0, 0)) and said in done.stderr
+
+
+def without_times(page):
+    return re.sub(r"written [^<]* UTC|\d\d:\d\d:\d\d", "", page)
+
+
+def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked):
+    task = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompts": ["plain", "boxed"]}
+    given = {"name": "early", "tasks": [task], "models": [{"model": "nano"}], "out": str(tmp_path / "out")}
+    given |= {"runs_dir": str(tmp_path / "runs"), "stop_when_decided": True, "block": 10}
+    config = build(StudyConfig, given)
+    (part,) = study.run(config)
+    frame = mlx_traces.compare(**settings(tmp_path))  # the same runs, decided by the same rule
+    assert part.comparison["total_questions"].tolist() == frame["total_questions"].tolist()
+    (pair,) = part.pairs
+    assert (pair.p, pair.low, pair.high) == tuple(frame.loc[1, ["p_value", "diff_low", "diff_high"]])
+    said = frame.attrs["stopped"]
+    texts = [(tmp_path / "out" / name).read_text() for name in ("study.md", "study.json", "report.html")]
+    texts.append(
+        " ".join(
+            item if isinstance(item, str) else " ".join(rendered(item).split()) for item in study.to_terminal(part)
+        )
+    )
+    assert said.startswith("Stopped after ") and all(said in text for text in texts)
+    assert "times as often" not in study.said(part)[0]  # the bootstrap of a ratio does not allow for stopping
+    assert all(line.startswith("begun") for line in study.preview(config))
+
+    asked.clear()
+    three = given | {
+        "block": 50,
+        "tasks": [task | {"prompts": ["boxed", "plain", "thinking"]}],
+    }  # the last two do equally well
+    study.run(build(StudyConfig, three | {"pairs": "baseline"}))
+    assert len({number for _, number in asked}) < ROWS / 2
+    study.run(build(StudyConfig, three))
+    assert len({number for _, number in asked}) > ROWS / 2
+    for change, text in (
+        ({"cluster": "document"}, "does not go with --cluster"),
+        ({"tasks": [task | {"prompts": ["plain"]}]}, "needs two different rows or more"),
+    ):
+        with pytest.raises(UserError, match=text):
+            study.run(build(StudyConfig, given | change))
+
+
+def test_blocks_are_evaluated_in_processes_of_their_own_if_asked(tmp_path, asked, monkeypatch):
+    limits = []
+
+    class InThisProcess:
+        def __init__(self, *_, **__): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def submit(self, function, **settings):
+            limits.append(settings["limit"])
+            result = function(**settings)
+            return type("Done", (), {"result": lambda self: result})()
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    task = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompts": ["plain", "thinking"], "limit": 50}
+    given = {"name": "apart", "tasks": [task], "models": [{"model": "nano"}], "runs_dir": str(tmp_path / "runs")}
+    (part,) = study.run(build(StudyConfig, given | {"apart": True, "stop_when_decided": True, "block": 20}))
+    assert limits == [20, 20, 40, 40, 50, 50] and len(asked) == len(set(asked)) == 100
+    assert part.runs[0].stopped.startswith("Ended with the budget of 50 problems: 0 of 1 differences decided.")
+
+
+def test_the_study_command_takes_the_options(tmp_path, asked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = {"task": "qa", "data": "qa.jsonl", "prompts": ["plain", "boxed"]}
+    (tmp_path / "s.yaml").write_text(json.dumps({"name": "s", "tasks": [task, task], "models": [{"model": "nano"}]}))
+    done = call("study", "s.yaml", "--stop-when-decided", "--block", 25)
+    assert done.exit_code == 0 and done.stderr.count("25 of 200 problems: ") == 2  # each task stops by itself
+
+
+def test_problems_of_two_tasks_are_named_with_their_tasks(tmp_path, asked):
+    file = str(tmp_path / "qa.jsonl")
+    tasks = [{"task": "qa", "data": file, "prompts": ["plain"]}, {"task": "gsm8k", "data": file, "prompts": ["plain"]}]
+    config = {"tasks": tasks, "models": [{"model": "nano"}], "runs_dir": str(tmp_path / "runs")}
+    for more in ({}, {"stop_when_decided": True}):
+        said = "tasks.1, models.0: its 200 problems of gsm8k are not the 200 of qa in tasks.0, models.0, and .*"
+        with pytest.raises(UserError, match=said + "name one task, or use `mlx-traces study`"):
+            compare.compared(build(CompareConfig, config | more))
+    short = [tasks[0], tasks[0] | {"limit": 5}]
+    with pytest.raises(
+        UserError, match="tasks.1, models.0: its 5 problems of qa are not the 200 of tasks.0, models.0,"
+    ):
+        compare.compared(build(CompareConfig, config | {"tasks": short}))
+
+
+def test_a_model_is_loaded_once_where_rows_share_it(tmp_path, monkeypatch):
+    loads, load = [], loading.load
+
+    def counted(name, adapter=None, **settings):
+        loads.append(adapter)
+        return load(name, adapter, **settings)
+
+    monkeypatch.setattr(loading, "load", counted)
+    shared = {"model": "nano", "data": "3-numbers", "limit": 4, "max_tokens": 16, "rows": 4}
+    frame = mlx_traces.compare(
+        **shared, prompt=["direct", "thinking"], stop_when_decided=True, block=2, runs_dir=tmp_path / "runs"
+    )
+    assert frame["total_questions"].tolist() == [4, 4] and loads == [None]
+    for name, prompt in zip(frame["run"], ("direct", "thinking"), strict=True):
+        mlx_traces.evaluate(**shared, prompt=prompt, growing=True, out=tmp_path / prompt)
+        texts = [
+            [row["completion"] for row in comparison.read_run(path).samples]
+            for path in (tmp_path / "runs" / name, tmp_path / prompt)
+        ]
+        assert texts[0] == texts[1]
+    loads.clear()
+    evals = [EvalConfig(**shared, prompt="direct", thinking=switch) for switch in (True, None)]
+    noted, quiet = compare.collect(CompareConfig(evals=evals, runs_dir=str(tmp_path / "noted")))
+    assert loads == [None] and "has no thinking switch" in noted.result["notes"][0] and quiet.result["notes"] == []
+    loads.clear()
+    adapter = str(shipped("adapters") / "nano-grpo")
+    mlx_traces.compare(
+        **shared | {"model": ["nano", f"nano+{adapter}", "nano"]},
+        prompt="thinking",
+        runs_dir=tmp_path / "more",
+        system="x",
+    )
+    assert loads == [None, adapter]
 
 
 def test_the_command_says_that_it_stopped(tmp_path, asked, monkeypatch):

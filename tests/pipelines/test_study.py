@@ -437,6 +437,9 @@ def test_budgets_are_used_with_every_model_and_drawn(tiny_folder, tmp_path, ques
     for text in (terminal, (tmp_path / "out" / "study.md").read_text(), page):
         assert said in text
     assert "budgets: a_plain" in terminal and "Accuracy by budget of thought" in page
+    assert terminal.count("accuracy % by budget of the thought    accuracy % by tokens really used") == 2
+    assert "bounds thought and answer together" in said
+    assert "![Accuracy by tokens](accuracy-by-tokens.png)" in (tmp_path / "out" / "study.md").read_text()
     assert len(list(study.preview(config))) == 6
     own = config_of(tmp_path, questions, {**rows[0], "settings": {"think_tokens": 3}}, tasks=[task], budgets=[0])
     with pytest.raises(UserError, match=r"models\.0\.settings: 'think_tokens' is filled in by budgets"):
