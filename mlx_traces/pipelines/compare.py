@@ -33,6 +33,7 @@ from mlx_traces.models import names
 from mlx_traces.pipelines import quality
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
 from mlx_traces.tasks.thoughts import parts
+from mlx_traces.text import clean
 from mlx_traces.traces.equations import equations
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def plans_of(found: Sequence[Entry]) -> list[Plan]:
             raise UserError(
                 f"{entry.where}: its {len(own):,} problems of {planned.task.name} are not the {len(asked[0]):,} of "
                 f"{found[0].where}, and rows are compared on the same problems; set task, split, data, limit and seed "
-                "once, for all models"
+                "once, for all models (data_seed, where their seeds differ)"
             )
     return plans
 
@@ -307,15 +308,17 @@ def until_decided(
         UserError: if the input is wrong: finished runs, trainings of a recipe, clusters, fewer than two rows, or a
             baseline that is no row.
     """
-    finished, found = runs_and_entries(config, say)
-    if finished:
+    if finished := [*config.runs, *(f"recipe {name}" for name in config.recipes)]:
         raise UserError(
-            "--stop-when-decided evaluates models block by block and cannot continue finished runs; name models"
+            "--stop-when-decided evaluates models block by block and cannot continue finished runs "
+            f"({clean(finished[0])}); name models in their place, or leave it out"
         )
-    if config.cluster or any(entry.recipe for entry in found):
-        what = "--cluster" if config.cluster else "several trainings of a recipe"
+    _, found = runs_and_entries(config, say)
+    together = [f"--cluster {clean(config.cluster)}"] if config.cluster else []
+    together += [f"several trainings of a recipe ({entry.where}.adapters)" for entry in found if entry.recipe]
+    if together:
         raise UserError(
-            f"--stop-when-decided tests problem by problem, so it does not go with {what}; leave out one of them"
+            f"--stop-when-decided tests problem by problem, so it does not go with {together[0]}; leave out one of them"
         )
     plans = plans_of(found)
     keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
