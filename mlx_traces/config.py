@@ -850,7 +850,7 @@ def build(kind: type[Config], values: dict[str, Any], where: str = "") -> Config
     """Validate settings; a UserError names ``where``, the field, the fault, and the likely spelling of a name."""
     place = f"{where}: " if where else ""
     if giant := next(_giants(values), ""):
-        raise UserError(f"{place}{giant}: a whole number of more than 18 digits")
+        raise UserError(f"{place}{giant}: a whole number of more than 18 digits; give a smaller one")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

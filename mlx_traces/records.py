@@ -89,7 +89,7 @@ class Score:
         return self.verdict == "correct"
 
 
-LISTS = ("messages", "completion_ids", "logprobs", "not_learned", "forced")  # fields of a trace
+LISTS = ("messages", "completion_ids", "logprobs", "not_learned", "forced", "forced_text")  # fields of a trace
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class Trace:
 
     Generated traces have the exact ``completion_ids``, the stop token included, their ``logprobs`` (nats, of the
     distribution that was sampled) and a ``finish_reason``, ``"stop"`` or ``"length"``; else these are None. ``forced``
-    are the indices of the tokens that were inserted, not sampled; their log-probability is None.
+    are the indices of the tokens that were inserted, not sampled; their log-probability is None. ``forced_text`` has
+    the spans (start, end) of ``completion`` that those tokens wrote, for a model with other tokens: no model learns
+    them. Files of earlier versions lack it.
     Scored ones have the headline ``verdict`` of the task's grader, named ``scores`` from 0 to 1 (None where one does
     not apply) and the combined ``score``.
     """
@@ -130,6 +132,7 @@ class Trace:
     template_args: dict[str, Any] = field(default_factory=dict)
     stop_string: str | None = None
     forced: tuple[int, ...] | None = None
+    forced_text: tuple[tuple[int, int], ...] | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return this trace as a JSON object, without unknown values."""
@@ -160,6 +163,8 @@ class Trace:
             if name in row and not isinstance(row[name], kind):
                 raise UserError(f"{where}: {name!r} must be {what}, not {type(row[name]).__name__}")
         lists = {name: tuple(row[name]) for name in LISTS if row.get(name) is not None}
+        if "forced_text" in lists:
+            lists["forced_text"] = tuple(map(tuple, lists["forced_text"]))
         return cls(**{**row, **lists})
 
 

@@ -20,7 +20,7 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # several times as fast, if libyaml is installed
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes")
+            raise UserError(f"{path}: a {what} file of more than {MOST_BYTES:,} bytes; keep only its settings")
         text = text_of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
@@ -28,7 +28,7 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     try:
         if sprawl := _sprawl(yaml.parse(text, loader)):
-            raise UserError(f"{path}: {sprawl}")
+            raise UserError(f"{path}: {sprawl}; write less, without nested aliases")
         if twice := _twice(yaml.compose(text, loader)):
             line, key = twice
             raise UserError(f"{path}:{line}: {key[:MOST_NAME]!r} is given twice; keep one of them")
@@ -37,7 +37,7 @@ def read_yaml(path: Path, what: str = "configuration") -> dict[str, Any]:
     except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path}{_place(text, getattr(error, 'problem_mark', None))}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}")
+        raise UserError(f"{path}: expected 'field: value' lines, found {type(content).__name__}; write one a line")
     return content
 
 

@@ -25,10 +25,15 @@ def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pi
         pieces: of the tokenizer, to share between completions; default: made here.
     """
     ids, pieces = list(ids), Pieces(loaded.tokenizer) if pieces is None else pieces
-    whole, data = decode(loaded.tokenizer, ids), [pieces[token] for token in ids]
+    whole = decode(loaded.tokenizer, ids)
+    return np.minimum(_kept_places(loaded, ids, whole)[exact_offsets(ids, whole, pieces)], len(text))
+
+
+def exact_offsets(ids: Sequence[int], whole: str, pieces: Pieces) -> np.ndarray:
+    """Return (T, 2) int64 as `token_offsets`, in the exact text of the ids, ``decode(tokenizer, ids)``."""
+    data = [pieces[token] for token in ids]
     found = _by_bytes(data, whole)
-    found = _by_bisection(loaded.tokenizer, ids, data, whole) if found is None else found
-    return np.minimum(_kept_places(loaded, ids, whole)[found], len(text))
+    return _by_bisection(pieces.tokenizer, list(ids), data, whole) if found is None else found
 
 
 def _by_bytes(data: Sequence[bytes], whole: str) -> np.ndarray | None:

@@ -40,6 +40,14 @@ class Completion:
         """The assistant's whole turn, its thought between tags that the graders know."""
         return thoughts.usual(self.opened + self.text, self.own_tags)
 
+    @property
+    def forced(self) -> tuple[tuple[int, int], ...]:
+        """The spans (start, end) of ``whole`` that were inserted, not sampled."""
+        spans = self.rollout.forced_text if self.rollout else ()
+        return tuple(
+            tuple(len(thoughts.usual(self.opened + self.text[:at], self.own_tags)) for at in span) for span in spans
+        )
+
 
 def rehead(row: Sample, extractor: str) -> Sample:
     """Return a sample with the stored verdict of another extractor as its headline.

@@ -4,6 +4,7 @@ Tags match in upper and lower case. The opening tag may be missing, since a chat
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -223,6 +224,47 @@ def restyle(text: str, style: str) -> str:
     if style not in STYLES:
         raise unknown("style", style, STYLES)
     return _styled(*tagged_parts(text), style)
+
+
+def move_spans(
+    spans: Iterable[tuple[int, int]], old: str, new: str, marks: Iterable[str] = ()
+) -> list[tuple[int, int]]:
+    """Return where spans of a text are in its other form, which differs in tags, ``marks`` and white space.
+
+    A letter keeps its spans. What stands between two letters (tags, ``ENDS``, ``marks``, white space) is the same in
+    both texts, or a span that has a part of the old one gets all of the new one. If the letters differ too, they are
+    compared from both ends, and what lies between counts as such a part. So a span may grow, but loses nothing.
+
+    Args:
+        spans: starts and ends (exclusive) in ``old``, in characters.
+        old: a completion, also with the prompt before it.
+        new: the same in the form of another style, template or tokenizer.
+        marks: texts that a template may have written, such as a model's own tags.
+    """
+    aside = re.compile("|".join(re.escape(mark) for mark in (*ENDS, *marks) if mark))
+    places: list[list[int]] = []
+    for text in (old, new):
+        letters = [not character.isspace() for character in text]
+        for found in (*tags(text), *aside.finditer(text)):
+            letters[found.start() : found.end()] = [False] * len(found[0])
+        places.append([at for at, letter in enumerate(letters) if letter])
+    was, now = places
+    most = min(len(was), len(now))
+    first = next((i for i in range(most) if old[was[i]] != new[now[i]]), most)
+    last = next((i for i in range(most - first) if old[was[-1 - i]] != new[now[-1 - i]]), most - first)
+    was = [-1, *was[:first], *was[len(was) - last :], len(old)]
+    now = [-1, *now[:first], *now[len(now) - last :], len(new)]
+
+    def moved(at: int, is_end: bool) -> int:
+        i = bisect_left(was, at)  # the letter at this place or after it
+        begin, stop, moved_begin, moved_stop = was[i - 1] + 1, was[i], now[i - 1] + 1, now[i]
+        if old[begin:stop] == new[moved_begin:moved_stop]:
+            return moved_begin + at - begin
+        if is_end:
+            return moved_begin if at == begin else moved_stop
+        return moved_stop if at == stop else moved_begin
+
+    return [(moved(start, False), moved(end, True)) for start, end in spans if start < end]
 
 
 def with_thought(thought: str, content: str, style: str) -> str:

@@ -9,13 +9,17 @@ what the template writes after it, and the token at which generation ends. What 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mlx_traces.engine.batching import Example
+from mlx_traces.engine.offsets import exact_offsets
 from mlx_traces.engine.sampling import decode, text_of
+from mlx_traces.engine.thinking import reader_of
 from mlx_traces.errors import UserError
 from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, parts, usual
+from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, move_spans, parts, usual
 
 ANSWER = {"role": "assistant", "content": "x"}  # a placeholder where only the text around an answer matters
 CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # an empty thought
@@ -26,12 +30,14 @@ TALK = ({"role": "user", "content": "x"}, ANSWER, {"role": "user", "content": "x
 class Encoded:
     """Examples, and counts of what was left out or changed.
 
-    ``over_long`` counts skipped traces, ``cut`` those that lost their end, ``turns`` earlier turns of the assistant
-    that are not learned, ``thinking`` traces with a thought for which the template's thinking switch was turned on.
+    ``over_long`` counts skipped traces, ``empty`` those without a token to learn, ``cut`` those that lost their end,
+    ``turns`` earlier turns of the assistant that are not learned, ``thinking`` traces with a thought for which the
+    template's thinking switch was turned on.
     """
 
     examples: list[Example]
     over_long: int = 0
+    empty: int = 0
     cut: int = 0
     turns: int = 0
     thinking: int = 0
@@ -75,6 +81,9 @@ def encode_all(
                 encoded.over_long += 1
                 continue
             encoded.cut += 1
+        elif not example.count:
+            encoded.empty += 1
+            continue
         encoded.examples.append(example)
     return encoded
 
@@ -85,8 +94,9 @@ def encode(
     """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
     A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
-    is learned as its exact tokens; those that were inserted to close a thought or to keep it open are not learned. A
-    trace without messages is plain text, learned from its first token on.
+    is learned as its exact tokens. Those that were inserted to close a thought or to keep it open are not learned, and
+    in another model's tokens no token that has a part of their text. A trace without messages is plain text, learned
+    from its first token on.
 
     An earlier turn is learned, with its end, if the template writes it unchanged. Templates of reasoning models strip
     thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
@@ -99,13 +109,16 @@ def encode(
         counts: its ``turns`` and ``thinking`` are increased.
 
     Raises:
-        UserError: if the template refuses the conversation, or the completion has a thought that the prompt rules out.
+        UserError: if the template refuses the conversation, the completion has a thought that the prompt rules out, or
+            it has inserted tokens of another model and does not say where their text is.
     """
     counts = counts if counts is not None else Encoded([])
     stop = None if trace.finish_reason == "length" else end
     if not trace.messages:
-        ids = [*loaded.tokenizer.encode(trace.completion), *([] if stop is None else [stop])]
-        return Example(trace.id, tuple(ids), (True,) * len(ids))
+        ids = loaded.tokenizer.encode(trace.completion)
+        trained = _sampled(loaded, trace, ids, [True] * len(ids), "", trace.completion)
+        ending = () if stop is None else (stop,)
+        return Example(trace.id, (*ids, *ending), (*trained, *[True] * len(ending)))
     chat = loaded.chat
     if trace.template_args and not loaded.template_args:
         chat = replace(chat, arguments=trace.template_args)
@@ -133,7 +146,43 @@ def encode(
     ids, trained = _joined(chat, prompt, answer + ending, spans)
     if stop is not None and ids[-1] != stop:
         ids, trained = [*ids, stop], [*trained, True]
-    return Example(trace.id, tuple(ids), tuple(trained))
+    body = len(ids) - (stop is not None)
+    marks = (*(loaded.own_tags or ()), *(part.strip() for part in frame[:2]))
+    drawn = _sampled(loaded, trace, ids[:body], trained[:body], prompt.text, completion, marks)
+    return Example(trace.id, tuple(ids), (*drawn, *trained[body:]))
+
+
+def _sampled(
+    loaded: LoadedModel,
+    trace: Trace,
+    ids: list[int],
+    trained: list[bool],
+    prompt: str,
+    completion: str,
+    marks: Sequence[str] = (),
+) -> list[bool]:
+    """Return ``trained``, but False for each token that has a part of a text that was inserted into the trace.
+
+    ``completion`` is the trace's, without a beginning that is the end of the ``prompt``. The ids are those of both
+    texts, with ``marks`` that the template writes around them.
+    """
+    if trace.forced and trace.forced_text is None:
+        raise UserError(
+            "tokens were forced into this completion, and only the model that sampled it knows their words, since an "
+            "earlier version wrote the trace; train that model, or generate the trace anew"
+        )
+    if not trace.forced_text:
+        return trained
+    shift = len(prompt) - len(trace.completion) + len(completion)
+    whole = decode(loaded.tokenizer, ids)
+    spans = [(start + shift, end + shift) for start, end in trace.forced_text]
+    starts, ends = exact_offsets(ids, whole, reader_of(loaded.tokenizer, loaded.own_tags).pieces).T
+    edges = np.zeros(len(whole) + 1, np.int64)
+    for start, end in move_spans(spans, prompt + completion, whole, marks):
+        edges[start] += 1
+        edges[end] -= 1
+    before = np.append(0, np.cumsum(np.cumsum(edges) > 0))  # characters of the spans before each place
+    return [own and not put for own, put in zip(trained, before[ends] > before[starts], strict=True)]
 
 
 def _render(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) -> tuple[Rendered, str, bool | None]:
@@ -306,6 +355,8 @@ def describe(encoded: Encoded, max_length: int) -> list[str]:
     lines = []
     if encoded.over_long:
         lines.append(f"{encoded.over_long} traces have more than {max_length} tokens and are left out (max_length)")
+    if encoded.empty:
+        lines.append(f"{encoded.empty} traces have no token to learn and are left out")
     if encoded.cut:
         lines.append(f"{encoded.cut} traces were cut at {max_length} tokens and lost their end (max_length)")
     if encoded.turns:

@@ -23,6 +23,7 @@ FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("task", "prompt", "source", "finish_reason", "stop_string", "verdict"), ("a text", (str,))),
     **dict.fromkeys(("columns", "scores"), ("an object", (dict,))),
     **dict.fromkeys(("completion_ids", "logprobs", "not_learned", "forced"), ("a list of numbers", (list,))),
+    "forced_text": ("a list of pairs", (list,)),
     "sample": ("a whole number", (int,)),
     "score": ("a number", NUMBER),
 }
@@ -48,6 +49,10 @@ def read_traces(path: Path) -> Iterator[tuple[str, Trace]]:
         turns = len(row["messages"]) if isinstance(row["messages"], list) else 0
         if not all(type(value) is int and 0 <= value < turns for value in row.get("not_learned") or ()):
             raise UserError(f"{where}: 'not_learned' must be numbers of messages, from 0 to {turns - 1}")
+        length = len(row["completion"]) if isinstance(row["completion"], str) else 0
+        for span in row.get("forced_text") or ():
+            if not (isinstance(span, list) and [*map(type, span)] == [int, int] and 0 <= span[0] <= span[1] <= length):
+                raise UserError(f"{where}: 'forced_text' must be pairs of places in the completion, 0 to {length}")
         if not all(value is None or isinstance(value, NUMBER) for value in row.get("scores", {}).values()):
             raise UserError(f"{where}: 'scores' must be numbers or null, by name")
         yield where, Trace.from_row(row, where)

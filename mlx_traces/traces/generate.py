@@ -175,4 +175,5 @@ def _traces(
                 template_args=config.template_args or {},
                 stop_string=rollout.stop_string,
                 forced=rollout.forced or None,
+                forced_text=completion.forced or None,
             )

@@ -40,7 +40,7 @@ def mean_probabilities(
             raise UserError(f"trace {trace.id}: {error}") from None
         if not trace.messages:
             ids = example.ids if loaded.tokenizer.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
-            example = Example(trace.id, ids, (False, *[True] * (len(ids) - 1)))
+            example = Example(trace.id, ids, (False, *example.trained[len(example.ids) + 1 - len(ids) :]))
         if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
             examples[index] = example
     found: list[float | None] = [None] * len(traces)

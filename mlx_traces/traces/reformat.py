@@ -17,7 +17,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt, load_prompt
-from mlx_traces.tasks.thoughts import SKY, after_last, parts, restyle
+from mlx_traces.tasks.thoughts import SKY, after_last, move_spans, parts, restyle
 from mlx_traces.traces import judge
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
 from mlx_traces.traces.quality import format_score, headline, last_turn, named, own_words, problem_of
@@ -78,7 +78,8 @@ def reformat(
 ) -> Iterator[Trace]:
     """Rewrite traces in order; yield those that are correct before and after.
 
-    Token ids, log-probabilities and scores belong to the old text and are removed.
+    Token ids, log-probabilities and scores belong to the old text and are removed. Text that was inserted into a
+    completion to bound its thought stays marked; a model would rewrite it with the rest, so such traces are dropped.
 
     Args:
         traces: in any form.
@@ -91,7 +92,7 @@ def reformat(
     dropped = Counter() if dropped is None else dropped
     judged = []
     for trace, problem in zip(traces, problems, strict=True):
-        if fault := _fault(trace, problem):
+        if fault := _fault(trace, problem, config):
             dropped[fault] += 1
         else:
             judged.append((trace, problem))
@@ -100,7 +101,9 @@ def reformat(
     else:
         texts = [by_rule(own_words(trace)) for trace, _ in judged]
     for (trace, problem), text in zip(judged, texts, strict=True):
-        completion = restyle(text or "", config.to)
+        completion, own = restyle(text or "", config.to), own_words(trace)
+        cut = len(trace.completion) - len(own)
+        forced = [(max(0, start - cut), max(0, end - cut)) for start, end in trace.forced_text or ()]
         if fault := _fault_of(text, completion, trace, problem):
             dropped[fault] += 1
             continue
@@ -110,6 +113,7 @@ def reformat(
             source=f"{trace.source}, rewritten by {config.model}".lstrip(", ") if config.model else trace.source,
             completion_ids=None,
             forced=None,
+            forced_text=tuple(move_spans(forced, own, completion)) if forced else None,
             logprobs=None,
             verdict="correct",
             scores={},
@@ -144,12 +148,16 @@ def _by_model(
     return [reply and after_last(reply, but=SKY)[0].strip() for reply in said]
 
 
-def _fault(trace: Trace, problem: Problem | None) -> str | None:
+def _fault(trace: Trace, problem: Problem | None, config: ReformatConfig) -> str | None:
     """Return why a trace is dropped before it is rewritten, or None."""
     if problem is None:
         return "no task can judge it"
     if trace.finish_reason == "length":
         return "cut off"
+    if config.model and (trace.forced or trace.forced_text):
+        return "a model would rewrite the words that were forced into it"
+    if trace.forced and trace.forced_text is None:
+        return "it does not say which words were forced into it"
     return None if headline(get_task(trace.task), problem, trace.completion).correct else "wrong before"
 
 

@@ -1,6 +1,10 @@
 """The one list of thoughts' tags: grading, scores, importing and training all read it."""
 
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.answers import tolerant
@@ -13,8 +17,10 @@ from mlx_traces.tasks.thoughts import (
     after_thought,
     answer_part,
     closing_of,
+    move_spans,
     normalise,
     parts,
+    restyle,
 )
 from mlx_traces.traces.quality import format_score, thought_of
 
@@ -85,3 +91,47 @@ def test_what_closes_a_thought():
     assert closing_of(f"{UNTAGGED}\n") == "[BEGIN FINAL RESPONSE]"
     assert closing_of("{{3}}\n", ("{{3}}", "{{/3}}")) == "{{/3}}"
     assert closing_of("<think>\n\n</think>\n\n") is None and closing_of("") is None
+
+
+LETTERS = "".join(chr(code) for code in range(0x4E00, 0x4E40))  # no two are alike, so each can be found again
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.sampled_from(["a", "a ", " ", "\n\n", *TAGS[0], *TAGS[6], "</solution>", "</s>", FINAL]), max_size=14),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=3),
+    st.sampled_from(["think", "sky-t1"]),
+)
+def test_a_span_has_the_same_letters_in_another_form(pieces, spans, style):
+    letters = iter(LETTERS)
+    old = "".join(piece if piece.startswith("<") else piece.replace("a", next(letters)) for piece in pieces)
+    spans = [(start, start + size) for start, size in spans if start + size <= len(old)]
+    new = restyle(old, style)
+    moved = move_spans(spans, old, new)
+    assert move_spans(spans, old, old) == spans
+    for (start, end), (begin, stop) in zip(spans, moved, strict=True):
+        own = set(old[start:end]) & {*LETTERS}
+        assert own == set(new[begin:stop]) & {*LETTERS} and 0 <= begin <= stop <= len(new)
+
+
+def test_what_stands_between_letters_goes_with_a_part_of_it():
+    old, new = "<think>\nab\n</think>\n5", "<|begin_of_thought|>\n\nab\n\n<|end_of_thought|>\n\n5"
+    for start, end, words in (
+        (10, 20, "\n\n<|end_of_thought|>\n\n"),
+        (11, 19, "\n\n<|end_of_thought|>\n\n"),
+        (9, 20, "b\n\n<|end_of_thought|>\n\n"),
+        (9, 21, "b\n\n<|end_of_thought|>\n\n5"),
+        (9, 10, "b"),
+        (20, 21, "5"),
+        (0, 8, "<|begin_of_thought|>\n\n"),
+    ):
+        ((begin, stop),) = move_spans([(start, end)], old, new)
+        assert new[begin:stop] == words, old[start:end]
+    assert move_spans([(3, 3)], old, new) == []
+    # Letters that differ: what lies between the equal ones is one part.
+    ((begin, stop),) = move_spans([(4, 6)], "ab, cd, ef", "ab, c?, ef")
+    assert (begin, stop) == (4, 6)
+    assert move_spans([(0, 1)], "abc", "<out>abc</out>", ("<out>", "</out>")) == [(5, 6)]
+    begun = time.perf_counter()
+    assert move_spans([(i, i + 1) for i in range(0, 100_000, 9)], "<a " * 33_334, "<b " * 33_334)
+    assert time.perf_counter() - begun < 5

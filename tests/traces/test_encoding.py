@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 from factories import CHATML, ONE, PROMPT, make_tokenizer, wrap
@@ -12,6 +13,7 @@ from mlx_traces.records import Trace
 from mlx_traces.tasks.thoughts import usual
 from mlx_traces.traces import encoding
 from mlx_traces.traces.score import own_probability
+from mlx_traces.train.nano import build_tokenizer
 
 OPENING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 STRIPPING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] | trim }}")
@@ -228,6 +230,22 @@ def test_what_was_put_into_a_thought_is_not_learned():
     assert again == trace and own_probability(again) == pytest.approx(math.exp(-1))
 
 
+def left_out(loaded, trace):
+    """Return the text of each run of tokens after the prompt that are not learned."""
+    prompt = len(loaded.chat.prompt([dict(turn) for turn in trace.messages]).ids) if trace.messages else 0
+    example = encoding.encode(loaded, trace, encoding.turn_end(loaded))
+    assert not any(example.trained[:prompt]) and (example.trained[-1] or trace.finish_reason == "length")
+    own = list(zip(example.ids, example.trained, strict=True))[prompt:]
+    runs = [[token for token, _ in run] for learned, run in groupby(own, lambda pair: pair[1]) if not learned]
+    return [loaded.tokenizer.decode(run) for run in runs]
+
+
+def bounded(text, *words, **fields):
+    """Make another model's trace; the words were put into it, the text before the first one was not."""
+    spans = tuple((text.index(word), text.index(word) + len(word)) for word in words)
+    return Trace("t", fields.pop("messages", tuple(ONE)), text, forced=(1,), forced_text=spans, **fields)
+
+
 CHANNELS = EACH + "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>" + END
 CHANNELS += "<|start|>assistant{% endif %}"
 UNTAGGED = PLAINLY.replace("A:{% endif %}", "A:Here are my reasoning steps:\n{% endif %}")
@@ -256,6 +274,73 @@ def test_a_thought_that_was_cut_off_stays_in_its_channel():
     assert text.endswith("<|start|>assistant|<|channel|>analysis<|message|>b")
 
 
+WAITED, CLOSED = "<think>\nab yesWait, 5+\n</think>\n\nSo: 4 2", "\n</think>\n\nSo:"
+
+
+@pytest.mark.parametrize(
+    ("template", "put"),
+    [
+        (CHATML, ["Wait,", CLOSED]),
+        (OPENING, ["Wait,", CLOSED]),
+        (None, ["Wait,", CLOSED]),
+        (CHANNELS, ["Wait,", "<|end|><|start|>assistant<|channel|>final<|message|>So:"]),
+        (UNTAGGED, ["Wait,", "\n[BEGIN FINAL RESPONSE]\n\nSo:"]),
+        *((AROUND[kind][0], ["Wait,", CLOSED]) for kind in ("spaces", "line ends", "another head")),
+        (AROUND["frames"][0], ["Wait,", "\n</think><out>So:"]),
+    ],
+)
+def test_what_was_put_into_another_models_thought_is_not_learned(template, put):
+    loaded = wrap(make_tokenizer(template))
+    trace = bounded(WAITED, "Wait,", CLOSED)
+    assert left_out(loaded, trace) == put
+    assert left_out(loaded, replace(trace, finish_reason="length")) == put
+    assert left_out(loaded, replace(trace, forced=None)) == put  # rewritten since
+    assert left_out(loaded, replace(trace, forced=None, forced_text=None)) == []
+    shifted = tuple((start + 1, end + 1) for start, end in trace.forced_text)
+    assert left_out(loaded, replace(trace, forced_text=shifted)) != put
+
+
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+def test_no_token_that_has_a_part_of_the_words_is_learned(prepend):
+    loaded = wrap(pieces(prepend, PLAINLY))
+    assert left_out(loaded, bounded(WAITED, "Wait,", CLOSED)) == ["Wait,", CLOSED]
+    assert left_out(loaded, bounded(WAITED, "Wait,", CLOSED + " ")) == ["Wait,", CLOSED + " 4"]  # a token "▁4"
+    assert left_out(loaded, bounded("4Wait 2", "Wait")) == ["Wait"]
+    assert left_out(loaded, bounded("ab Wait, 2", "Wait,", messages=())) == ["Wait,"]
+    merging = wrap(make_tokenizer())  # whose tokens are ST and OP
+    assert left_out(merging, bounded("<think>aSTOP", "TO", finish_reason="length")) == ["STOP"]
+    assert left_out(merging, bounded("<think>a</think>SSTOP", "</think>S")) == ["</think>S"]
+    assert left_out(merging, bounded("<think>a</think>STOP", "</think>S")) == ["</think>ST"]
+    assert left_out(merging, bounded("aSTOP", "S", messages=())) == ["ST"]
+
+
+def test_nanos_own_tokens_and_characters_of_several_tokens():
+    nano = wrap(build_tokenizer())
+    text = "<think>\n3 + 2 = 5, né 🙂 so no\n</think>\n<answer>3 + 2</answer>"
+    trace = bounded(text, " 🙂", "\n</think>\n<answer>")
+    assert left_out(nano, trace) == [" 🙂", " no\n</think>\n<answer>"]  # a token
+    assert left_out(nano, bounded(text, "é")) == ["é"]
+
+
+def test_a_trace_that_does_not_say_which_words_were_put_there_is_the_samplers_alone():
+    loaded = wrap(make_tokenizer())
+    ids = tuple(loaded.tokenizer.encode("aWait2<|im_end|>", add_special_tokens=False))
+    old = Trace("t", tuple(ONE), "aWait2", completion_ids=ids, forced=(1, 2, 3, 4), finish_reason="stop")
+    assert left_out(loaded, old) == ["Wait"]
+    with pytest.raises(UserError, match=r"f:7: tokens were forced .* train that model, or generate the trace anew$"):
+        encoding.encode_all(loaded, [("f:7", replace(old, completion_ids=(10**6,)))], 500, "refuse")
+    with pytest.raises(UserError, match="tokens were forced"):
+        encoding.encode(loaded, replace(old, completion_ids=None, messages=()), None)
+
+
+def test_a_trace_without_a_token_to_learn_is_left_out():
+    loaded = wrap(make_tokenizer())
+    traces = [("f:1", bounded("Wait", "Wait", finish_reason="length")), ("f:2", bounded("a Wait", "Wait"))]
+    encoded = encoding.encode_all(loaded, traces, 500, "refuse")
+    assert len(encoded.examples) == encoded.empty == 1
+    assert encoding.describe(encoded, 500) == ["1 traces have no token to learn and are left out"]
+
+
 @pytest.mark.parametrize("tags", [("<longcat_think>", "</longcat_think>"), ("<hm>", "</hm>")])
 def test_a_thought_is_learned_in_the_models_own_tags(tags):
     loaded = wrap(make_tokenizer(PLAINLY))
@@ -267,6 +352,7 @@ def test_a_thought_is_learned_in_the_models_own_tags(tags):
     own = (*loaded.tokenizer.encode(said + "!", add_special_tokens=False)[:-1], end)
     generated = Trace("t", tuple(ONE), usual(said, loaded.own_tags), completion_ids=own, finish_reason="stop")
     assert encoding.encode(loaded, generated, end).ids[-len(own) :] == own
+    assert left_out(loaded, bounded(WAITED, "Wait,", CLOSED)) == ["Wait,", f"\n{tags[1]}\n\nSo:"]
 
 
 def test_one_turn_is_learned_where_three_are_refused():

@@ -45,10 +45,11 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
             scores={"a": None, "b": 0.0},
             score=0.0,
         ),
-        trace(completion=""),
+        trace(completion="", forced=(1,)),  # an earlier version's
+        trace(completion="So Wait", completion_ids=(5, 7), forced=(1,), forced_text=((3, 7),)),
     ]
     path = tmp_path / "deep" / "file.jsonl"
-    assert write_traces(path, iter(made), MANIFEST) == 4
+    assert write_traces(path, iter(made), MANIFEST) == 5
     assert list(read_traces(path)) == [(f"{path}:{line}", one) for line, one in enumerate(made, 1)]
     assert sorted(file.name for file in path.parent.iterdir()) == ["file.jsonl", "file.manifest.json"]
 
@@ -113,6 +114,13 @@ def test_nothing_is_overwritten_or_left_half(tmp_path):
         ({"sample": 1.5}, "'sample' must be a whole number, not float"),
         ({"completion_ids": 5}, "'completion_ids' must be a list of numbers, not int"),
         ({"logprobs": ["x"]}, "'logprobs' must be a list of numbers"),
+        ({"forced_text": 5}, "'forced_text' must be a list of pairs, not int"),
+        ({"forced_text": [5]}, "'forced_text' must be pairs of places in the completion, 0 to 1"),
+        ({"forced_text": [[0, 1, 1]]}, "'forced_text' must be pairs of places"),
+        ({"forced_text": [[1, 0]]}, "'forced_text' must be pairs of places"),
+        ({"forced_text": [[-1, 1]]}, "'forced_text' must be pairs of places"),
+        ({"forced_text": [[0, 2]]}, "'forced_text' must be pairs of places"),
+        ({"forced_text": [[0, True]]}, "'forced_text' must be pairs of places"),
         ({"score": "1"}, "'score' must be a number, not str"),
         ({"colour": 1}, "unknown field 'colour'"),
         ({"scores": {"format": "x"}}, "'scores' must be numbers or null, by name"),

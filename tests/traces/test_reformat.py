@@ -83,6 +83,28 @@ def test_only_what_is_still_correct_is_kept_and_the_rest_is_counted():
         }
 
 
+def test_what_was_forced_stays_marked_in_every_form(rewriter, tmp_path):
+    thought, closing = WORK + "Wait, yes", "\n</think>\n"
+    text = f"<think>\n{thought}{closing}{ANSWER}"
+    spans = [(text.index(words), text.index(words) + len(words)) for words in ("Wait", closing)]
+    bounded = replace(RIGHT, completion=text, completion_ids=(1, 2, 3), forced=(1, 2), forced_text=tuple(spans))
+    (sky,), dropped = reformatted(bounded, to="sky-t1")
+    assert sky.forced is None and not dropped
+    put = [sky.completion[start:end] for start, end in sky.forced_text]
+    assert put == ["Wait", "\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n"]
+    assert reformatted(sky, to="think")[0] == [replace(sky, completion=text, forced_text=tuple(spans))]
+    prefill = get_task("countdown").prompts["tinyzero"].prefill.removesuffix("<think>")
+    moved = tuple((start + len(prefill), end + len(prefill)) for start, end in spans)
+    opened = replace(bounded, prompt="tinyzero", completion=prefill + text, forced_text=moved)
+    assert reformatted(opened, to="sky-t1")[0][0].forced_text == sky.forced_text
+    rewriter(lambda _: "")
+    for trace in (bounded, sky):
+        kept, dropped = reformatted(trace, model="m", cache=str(tmp_path / "c.jsonl"))
+        assert not kept and dropped == {"a model would rewrite the words that were forced into it": 1}
+    old = replace(bounded, forced_text=None)
+    assert reformatted(old) == ([], {"it does not say which words were forced into it": 1})
+
+
 def test_what_the_rewriting_breaks_is_dropped():
     number = {"question": "How many?", "answer": "#### 7"}
     turns = ({"role": "user", "content": "How many?"},)

@@ -136,6 +136,8 @@ def test_what_has_no_perplexity(tiny):
     (bare,) = mean_probabilities(tiny, [trace("text alone", messages=())])
     stop = tiny.tokenizer.decode([min(tiny.stop_ids)])
     assert bare == pytest.approx(direct(tiny, stop, "text alone"), rel=1e-4)
+    (some,) = mean_probabilities(tiny, [trace("text alone", messages=(), forced_text=((4, 10),))])
+    assert some == pytest.approx(direct(tiny, stop, "text"), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- judge

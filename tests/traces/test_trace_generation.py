@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from factories import make_tokenizer, wrap
 
 from mlx_traces.config import GenerateConfig
 from mlx_traces.errors import UserError
+from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models import loading
+from mlx_traces.records import Rollout
 from mlx_traces.runtime.provenance import ids_digest
 from mlx_traces.tasks import get_task
 from mlx_traces.traces import generate
@@ -71,6 +74,34 @@ def test_a_generated_trace_is_learned_as_it_was_sampled(tmp_path):
         example = encoding.encode(loaded, trace, encoding.turn_end(loaded))
         assert example.ids == (*prompt, *trace.completion_ids)
         assert example.trained == (*[False] * len(prompt), *[True] * len(trace.completion_ids))
+
+
+def test_what_bounds_put_into_a_thought_is_marked_and_not_learned_by_any_model(tmp_path):
+    from mlx_traces.traces import encoding
+
+    bounds = {"limit": 3, "samples": 2, "think_tokens": 24, "think_at_least": 20, "think_more": " Wait;"}
+    config, out = CONFIG.model_copy(update=bounds), tmp_path / "own.jsonl"
+    generate.generate(config, out)
+    made, nano, other = rows(out), loading.load("nano"), wrap(make_tokenizer())
+    put = "".join(trace.completion[start:end] for trace in made for start, end in trace.forced_text)
+    assert set(put) == set(" Wait;\n</think>") and "Wait" in put and "think" in put
+    for trace in made:
+        assert trace.forced and [*trace.forced] == [i for i, value in enumerate(trace.logprobs) if value is None]
+        ids = [trace.completion_ids[place] for place in trace.forced]
+        assert nano.tokenizer.decode(ids) == "".join(trace.completion[start:end] for start, end in trace.forced_text)
+        example = encoding.encode(other, trace, encoding.turn_end(other))
+        learned = [token for token, own in zip(example.ids, example.trained, strict=True) if own]
+        sampled, at = "", 0
+        for start, end in trace.forced_text:
+            sampled, at = sampled + trace.completion[at:start], end
+        ending = "<|im_end|>" if trace.finish_reason == "stop" else ""
+        assert other.tokenizer.decode(learned) == sampled + trace.completion[at:] + ending
+
+
+def test_what_was_put_there_is_found_after_a_prefill_and_in_the_usual_tags():
+    rollout = Rollout((1,), (2,), "a</hm>b\n</hm>\nSo: 5", "stop", forced_text=((6, 7), (7, 17)))
+    found = Completion.sampled("?", "Well <hm>\n", rollout, ("<hm>", "</hm>"))
+    assert [found.whole[start:end] for start, end in found.forced] == ["b", "\n</think>\nSo:"]
 
 
 def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(whole, tmp_path, monkeypatch):
