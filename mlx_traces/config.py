@@ -175,6 +175,11 @@ class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
         None, description="Memory limit in GB; lowers rows if needed."
     )
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
+    data_seed: int | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="Seed of problems and worked examples, so that --seed changes the sampling alone; default: --seed.",
+    )
     stop_in_thoughts: bool = Field(
         False, exclude_if=not_, description="Let the prompt's stop strings end a completion within its thought too."
     )
@@ -183,6 +188,11 @@ class AnswerConfig(LoadConfig, ProblemConfig, ThinkingConfig):
         exclude_if=not_,
         description="Take the problems in a random order (--seed), so that a run can continue with a larger --limit.",
     )
+
+    @property
+    def problem_seed(self) -> int:
+        """The seed of the problems, their order and the worked examples."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class EvalConfig(AnswerConfig, EndpointConfig):

@@ -185,9 +185,11 @@ def _check(kind: type[BaseModel], row: dict[str, Any], where: str) -> None:
 def recipe(name: str, runs: Sequence[Run]) -> Run:
     """Join runs of several trainings of one recipe, on the same problems, into one run: one row of a table.
 
+    Runs that sample one model with several seeds are joined in the same way: the seeds are then the trainings.
+
     Args:
         name: the row's name in tables.
-        runs: one run for each training; the first one's settings are shown.
+        runs: one run for each training or seed; the first one's settings are shown.
 
     Raises:
         UserError: if there are fewer than two runs or problems, or the runs differ in problems or in the settings of
@@ -204,7 +206,7 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
         for key in ("prompt", *PROTOCOL):
             if run.result.get(key) != runs[0].result.get(key):
                 found = f"{clean(runs[0].result.get(key))} and {clean(run.result.get(key))}"
-                raise UserError(f"recipe {clean(name)}: {key} is {found}; only their training may differ")
+                raise UserError(f"recipe {clean(name)}: {key} is {found}; only their training and seed may differ")
     samples = [
         row | {"sample": row.get("sample", 0) + size * number, "training": number}
         for number, run in enumerate(runs)
@@ -244,8 +246,9 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
         if not is_known(identity.get("task") or ""):
             continue
         try:
-            source = (identity.get(key) for key in ("split", "data", "limit", "seed"))
-            problems = get_task(identity["task"]).load(*source)
+            source = (identity.get(key) for key in ("split", "data", "limit"))
+            seed = identity.get("data_seed", identity.get("seed"))
+            problems = get_task(identity["task"]).load(*source, seed)
         except UserError:  # the data are not on this machine
             continue
         names |= {name for problem in problems for name in problem.columns}
@@ -606,7 +609,8 @@ def require_same_problems(one: Run, two: Run, ids_one: Collection[str], ids_two:
             parts.append(f"{len(only)} only in {clean(run.name)}{few}")
         raise UserError(
             f"runs {clean(one.name)} and {clean(two.name)} are over different problems: {', '.join(parts)}; "
-            "evaluate both with the same --task, --data, --split, --limit and --seed"
+            "evaluate both with the same --task, --data, --split, --limit and --seed, or --data-seed "
+            "where the seeds differ"
         )
 
 

@@ -137,6 +137,8 @@ class Plan:
             "shown": self.shown(),
             **self.task.identity,
         }
+        if config.data_seed == config.seed:  # the same run as without it
+            del shared["data_seed"]
         if endpoint.behind(config):
             return {**shared, "endpoint": config.endpoint}
         stops = self.prompt.chat and self.prompt.stop and not config.stop_in_thoughts
@@ -173,12 +175,12 @@ def plan(config: AnswerConfig) -> Plan:
         raise unknown(f"extractor of {task.name}", extractor, task.extractors)
     if config.samples > 1 and not config.temperature:
         raise UserError(f"--samples {config.samples} would all be the same at temperature 0; pass --temperature")
-    problems = task.load(config.split, config.data, None if config.growing else config.limit, config.seed)
+    problems = task.load(config.split, config.data, None if config.growing else config.limit, config.problem_seed)
     source = problems if config.growing else None
     if source:
         problems = sequence(task, config, source)
     leave_out = frozenset(problem.id for problem in source or problems)  # no problem is its own worked example
-    examples = (config.shots, config.seed, config.shots_data, leave_out)
+    examples = (config.shots, config.problem_seed, config.shots_data, leave_out)
     prompt = task.prompt(config.prompt or task.default_prompt, examples)
     changes = {key: getattr(config, key) for key in ("system", "prefill") if getattr(config, key) is not None}
     prompt = replace(prompt, **changes)
@@ -194,12 +196,12 @@ def sequence(task: Task, config: AnswerConfig, source: list[Problem]) -> list[Pr
     """
 
     def key(problem: Problem) -> bytes:
-        return hashlib.sha256(f"{config.seed} {problem.id}".encode()).digest()
+        return hashlib.sha256(f"{config.problem_seed} {problem.id}".encode()).digest()
 
     ordered = sorted(source, key=key)
     if config.limit and config.limit > len(source):
         known = {problem.id for problem in source}
-        more = task.load(config.split, config.data, config.limit, config.seed)
+        more = task.load(config.split, config.data, config.limit, config.problem_seed)
         ordered += [problem for problem in more if problem.id not in known]
     return ordered[: config.limit]
 

@@ -34,6 +34,7 @@ from mlx_traces.models import names
 from mlx_traces.pipelines import quality
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
 from mlx_traces.tasks.thoughts import parts
+from mlx_traces.text import clean
 from mlx_traces.traces.equations import equations
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def plans_of(found: Sequence[Entry]) -> list[Plan]:
         if own != asked[0]:
             task, first = planned.task.name, plans[0].task.name
             other = f"{'' if task == first else f'{first} in '}{found[0].where}"
-            way = "set task, split, data, limit and seed once, for all models"
+            way = "set task, split, data, limit and seed once, for all models (data_seed, where their seeds differ)"
             if entry.where.startswith("tasks."):
                 way = "name one task, or use `mlx-traces study`, which has a table for each task"
             raise UserError(
@@ -306,26 +307,29 @@ def collect_until_decided(
     Raises:
         UserError: as `collect` and `until_decided`, and for finished runs.
     """
-    finished, found = runs_and_entries(config, say)
-    if finished:
+    if finished := [*config.runs, *(f"recipe {name}" for name in config.recipes)]:
         raise UserError(
-            "--stop-when-decided evaluates models block by block and cannot continue finished runs; name models"
+            "--stop-when-decided evaluates models block by block and cannot continue finished runs "
+            f"({clean(finished[0])}); name models in their place, or leave it out"
         )
+    _, found = runs_and_entries(config, say)
+    check_stopping(config, found)
     plans = plans_of(found)
     keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
     distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
     found, plans = [found[i] for i in distinct], [plans[i] for i in distinct]
     baseline = comparison.baseline_index(outlines(found, plans), config.baseline or 0)
-    check_stopping(config, found)
+    check_stopping(config, found)  # once more: equal rows are gone
     return until_decided(config, found, plans, baseline, progress, say)
 
 
 def check_stopping(config: ComparedConfig, found: Sequence[Entry]) -> None:
     """Raise UserError for rows that cannot stop early: trainings of a recipe, clusters, or fewer than two."""
-    if config.cluster or any(entry.recipe for entry in found):
-        what = "--cluster" if config.cluster else "several trainings of a recipe"
+    together = [f"--cluster {clean(config.cluster)}"] if config.cluster else []
+    together += [f"several trainings of a recipe ({entry.where}.adapters)" for entry in found if entry.recipe]
+    if together:
         raise UserError(
-            f"--stop-when-decided tests problem by problem, so it does not go with {what}; leave out one of them"
+            f"--stop-when-decided tests problem by problem, so it does not go with {together[0]}; leave out one of them"
         )
     if len(found) < 2:
         raise UserError("--stop-when-decided needs two different rows or more; name another model or prompt")

@@ -206,7 +206,7 @@ def _problem_lines(planned: evaluator.Plan, samples: list[dict[str, Any]], diges
     if _digest(list(golds.items())) == digest:
         return lines
     try:
-        asked = planned.task.load(config.split, config.data, config.limit, config.seed)
+        asked = planned.task.load(config.split, config.data, config.limit, config.problem_seed)
     except UserError:  # the data are not on this machine
         if config.growing:  # its digest is of all of the data
             return lines

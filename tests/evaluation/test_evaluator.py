@@ -247,6 +247,8 @@ def test_a_question_is_never_its_own_worked_example(tmp_path):
     assert not any(row["question"] in planned.prompt.user for row in rows[:3])
     with pytest.raises(UserError):
         plan(EvalConfig(shots=6, **settings))
+    shown = [plan(EvalConfig(shots=3, **settings, **seeds)).prompt for seeds in ({}, {"seed": 1}, {"seed": 2})]
+    assert plan(EvalConfig(shots=3, **settings, seed=1, data_seed=0)).prompt == shown[0] not in shown[1:]
 
 
 def test_stop_strings_end_answers_and_are_counted(tmp_path):

@@ -12,7 +12,10 @@ def test_students_t_is_scipys():
         for t in (0.1, 1.0, 2.5, 12.0):
             expected = 2 * scipy_stats.t.sf(t, freedom)
             assert variance.student_p(t, freedom) == pytest.approx(expected, abs=1e-9)
-        assert variance.student_quantile(0.95, freedom) == pytest.approx(scipy_stats.t.ppf(0.975, freedom), rel=1e-7)
+        for level in (0.95, 0.9999):  # with one degree of freedom 12.7 and 6,366
+            expected = scipy_stats.t.ppf((1 + level) / 2, freedom)
+            assert variance.student_quantile(level, freedom) == pytest.approx(expected, rel=1e-7)
+    assert variance.student_p(1e6, 1) == pytest.approx(2 * scipy_stats.t.sf(1e6, 1), rel=1e-6)
 
 
 def test_one_training_is_the_paired_t_test():
@@ -55,8 +58,35 @@ def test_trainings_and_problems_are_the_two_way_table():
     narrow = found.error * scipy_stats.t.ppf(0.975, freedom)
     wide = np.sqrt(sum(v * scipy_stats.t.ppf(0.975, f) ** 2 for v, f in parts))
     assert narrow < found.reach(0.95) < wide
+    share = found.between_trainings[0] / found.error**2
+    assert found.reach(0.95) ** 2 == pytest.approx((1 - share) * narrow**2 + share * wide**2)
     shifted = variance.estimate(rows - rows.mean() + found.reach(0.99))
     assert shifted.p == pytest.approx(0.01, abs=1e-6)
+
+
+def coverage(level, freedom, ratio):
+    """The exact coverage where the variance between trainings is ``ratio`` times the known one between problems."""
+    drawn = scipy_stats.chi2.ppf((np.arange(150) + 0.5) / 150, freedom) / freedom
+    reach = [variance.Estimate(0.5, (1.0, 10_000), (ratio * each, freedom)).reach(level) for each in drawn]
+    return (2 * scipy_stats.norm.cdf(np.array(reach) / np.sqrt(1 + ratio)) - 1).mean()
+
+
+@pytest.mark.parametrize(("freedom", "least", "most"), [(1, 0.95, 0.978), (2, 0.949, 0.96), (3, 0.95, 0.957)])
+def test_the_interval_covers_whatever_the_trainings_share_of_the_variance(freedom, least, most):
+    shares = [coverage(0.95, freedom, ratio) for ratio in (0.03, 0.1, 0.3, 1, 3, 10, 30, 100)]
+    assert least < min(shares) and max(shares) < most
+    assert min(coverage(0.99, freedom, ratio) for ratio in (0.3, 3, 30)) > 0.989  # as Holm's adjustment asks for
+
+
+def test_clusters_of_equal_size_are_as_good_as_their_means():
+    rng = np.random.default_rng(4)
+    own = rng.normal(0, 0.3, (3, 12, 1))  # each training is good at some of the clusters
+    rows = (0.5 + rng.normal(0, 0.2, (12, 1)) + own + rng.normal(0, 0.3, (3, 12, 5))).reshape(3, 60)
+    found = variance.estimate(rows, rows[:1] - 0.1, np.repeat(np.arange(12), 5).tolist())
+    means = rows.reshape(3, 12, 5).mean(axis=2)
+    expected = variance.estimate(means, means[:1] - 0.1)
+    assert found.between_problems == pytest.approx(expected.between_problems) and found.between_problems[0] > 0
+    assert found.between_trainings == pytest.approx(expected.between_trainings)
 
 
 def test_arrays_that_do_not_pair_up_are_refused():

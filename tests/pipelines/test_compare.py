@@ -301,7 +301,8 @@ def test_the_command_says_that_it_stopped(tmp_path, asked, monkeypatch):
         ({"prompt": ["plain", "plain"]}, "needs two different rows or more"),
         ({"baseline": "nobody"}, "unknown baseline 'nobody'"),
         ({"baseline": "nobody", "stop_when_decided": None}, "unknown baseline 'nobody'"),
-        ({"cluster": "document"}, "problem by problem, so it does not go with --cluster"),
+        ({"cluster": "document"}, "problem by problem, so it does not go with --cluster document; leave out one"),
+        ({"recipes": {"grpo": ["a", "b"]}}, r"finished runs \(recipe grpo\); name models in their place, or"),
         ({"block": 0}, "block: must be at least 1"),
     ],
 )
@@ -324,7 +325,7 @@ def test_rows_on_different_problems_cannot_stop_together(tmp_path, asked):
         compare.compared(config)
     mlx_traces.compare(**settings(tmp_path, stop_when_decided=None, limit=5))
     runs = [str(path) for path in (tmp_path / "runs").iterdir()]
-    with pytest.raises(UserError, match="cannot continue finished runs; name models"):
+    with pytest.raises(UserError, match=r"cannot continue finished runs \(.*\); name models in their place"):
         mlx_traces.compare(*runs, stop_when_decided=True)
 
 
@@ -346,6 +347,8 @@ def test_a_generated_sequence_grows_too():
     ids = [problem.id for problem in many.problems]
     assert len(ids) == 700 and [problem.id for problem in few.problems] == ids[:30]
     assert few.label == many.label != evaluator.plan(EvalConfig(limit=30)).label
+    sampled = evaluator.plan(EvalConfig(growing=True, limit=700, seed=1, data_seed=0))  # another seed of sampling alone
+    assert sampled.problems == many.problems and sampled.label != many.label
 
 
 def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_path, asked, monkeypatch):
@@ -362,6 +365,9 @@ def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_
     assert frame["label"][1] == "grpo_plain" and frame["test"][1] == "trainings"
     with pytest.raises(UserError, match=r"models.0: adapters are trainings of one recipe; give them a label"):
         compare.collect(CompareConfig(tasks=[task], models=[StudyModel(model="nano", adapters=adapters)]))
+    several = r"does not go with several trainings of a recipe \(models.1.adapters\); leave out one of them"
+    with pytest.raises(UserError, match=several):
+        compare.compared(config.model_copy(update={"cluster": None, "stop_when_decided": True}))
     runs = ",".join(str(path) for path in (tmp_path / "runs").iterdir())
     shown = CliRunner().invoke(main, ["compare", "--recipe", f"all={runs}", "--format", "csv"])
     assert shown.exit_code == 0 and shown.stdout.splitlines()[1].startswith("all,")
@@ -369,3 +375,42 @@ def test_adapters_of_a_recipe_are_one_row_and_a_column_of_the_data_clusters(tmp_
     assert "Error: --recipe all: give NAME=RUN,RUN, as in grpo=runs/grpo-1,runs/grpo-2" in wrong.output
     twice = CliRunner().invoke(main, ["compare", "--recipe", f"all={runs}", "--recipe", f"all={runs}"])
     assert "Error: --recipe all: named twice; name all its runs at once" in twice.output
+
+
+def test_two_sampling_seeds_on_the_same_problems_are_one_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sampled = "eval --model nano --data 3-numbers --prompt direct --temperature 0.7 --limit 20 --max-tokens 32"
+    for name, seeds in (("s0", ""), ("s1", "--seed 1 --data-seed 0"), ("other", "--seed 1")):
+        done = CliRunner().invoke(main, [*sampled.split(), *seeds.split(), "--out", name])
+        assert done.exit_code == 0, done.output
+    shown = CliRunner().invoke(main, ["compare", "--recipe", "nano=s0,s1", "--format", "json"])
+    (row,) = json.loads(shown.stdout)["rows"]
+    runs = [comparison.read_run(name) for name in ("s0", "s1")]
+    right = [[sample["correct"] for sample in run.samples] for run in runs]
+    assert right[0] != right[1] and row["correct_count"] == sum(map(sum, right)) and row["total_questions"] == 40
+    assert (row["trainings"], row["ci_low"] < row["accuracy"] < row["ci_high"]) == (2, True)
+    assert row["spread"] == pytest.approx(abs(sum(right[0]) - sum(right[1])) / 20 / 2**0.5)
+    refused = CliRunner().invoke(main, ["compare", "--recipe", "nano=s0,other"])
+    assert "are over different problems: 20 only in s0" in refused.output
+    assert "--limit and --seed, or --data-seed where the seeds differ" in " ".join(refused.output.split())
+    lines = (tmp_path / "s1" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "s1" / "samples.jsonl").write_text("".join(lines[1:]))
+    assert [line for line in verify.verify(tmp_path / "s1")[1] if "problem" in line] == [
+        f"{runs[0].samples[0]['id']}: no sample of this problem"
+    ]
+
+
+def test_the_columns_of_a_run_with_another_data_seed_are_read(tmp_path, asked):
+    shared = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "limit": 40, "data_seed": 5, "runs_dir": tmp_path}
+    frame = mlx_traces.compare(model="nano", prompt=["plain", "boxed"], cluster="document", **shared)
+    assert list(frame["test"])[1:] == ["clusters"]
+
+
+def test_a_data_seed_that_is_the_seed_is_the_same_run():
+    plain, given, other = (
+        evaluator.plan(EvalConfig(limit=10, seed=2, data_seed=data_seed)) for data_seed in (None, 2, 3)
+    )
+    assert plain.label == given.label != other.label and plain.identity() == given.identity()
+    assert other.problems == evaluator.plan(EvalConfig(limit=10, seed=3)).problems != plain.problems
+    grown = [evaluator.plan(EvalConfig(limit=10, growing=True, **seeds)) for seeds in ({"seed": 3}, {"data_seed": 3})]
+    assert grown[0].problems == grown[1].problems and grown[0].label != grown[1].label

@@ -314,7 +314,7 @@ def test_trainings_of_a_recipe_are_one_row():
     text = " ".join(rendered(tables.to_terminal(frame)).split())
     assert "3 trainings" in text and "sd 4.0" in text and "Student's t over trainings and problems" in text
     assert tables.to_json(frame)["rows"][1]["spread"] == pytest.approx(0.04) and "| sd |" in tables.to_markdown(frame)
-    with pytest.raises(UserError, match="recipe grpo: max_tokens is 400 and 9; only their training may differ"):
+    with pytest.raises(UserError, match="max_tokens is 400 and 9; only their training and seed may differ"):
         comparison.recipe("grpo", [runs[0], make_run("x", [1] * 100, max_tokens=9)])
     alike = comparison.compare_runs([make_run("base", [1] * 50 + [0] * 50), joined]).to_dict("records")[1]
     assert alike["missed"] == pytest.approx(alike["diff_high"] - alike["diff"]) and alike["p_holm"] > 0.05
