@@ -377,8 +377,9 @@ def test_the_readme_names_commands_and_options_that_exist(words):
             assert word.partition("=")[0] in known, f"{word} in {words}"
 
 
-def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
-    block = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+@pytest.mark.parametrize("readme", ["README.md", "mlx_traces/rl/README.md"])
+def test_the_readmes_python_example_runs(readme, tmp_path, monkeypatch):
+    block = re.search(r"```python\n(import mlx_traces\n.*?)```", (ROOT / readme).read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert list((tmp_path / "runs").iterdir())
