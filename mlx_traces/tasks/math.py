@@ -20,6 +20,7 @@ INSTEAD = 'pass --data FILE with one {"problem", "answer"} object per line'
 
 
 _BOX = re.compile(r"\\boxed\s*\{")
+_BARE_BOX = re.compile(r"\\boxed ([^$\s{}]+)\$")  # in two solutions of MATH's train split
 _AROUND_FORMULAS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
@@ -100,7 +101,7 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     question = text_column(row, _question_column(row), where, default="")
     if "answer" in row:
         gold = text_column(row, "answer", where).strip()
-    elif (gold := last_boxed(text_column(row, "solution", where))) is None:
+    elif not (gold := last_boxed(_BARE_BOX.sub(r"\\boxed{\1}$", text_column(row, "solution", where)))):
         raise UserError(f"{where}: there is no 'answer', and 'solution' has no closed \\boxed{{}}")
     if len(gold) > MAX_ANSWER:
         raise UserError(f"{where}: 'answer' has more than {MAX_ANSWER:,} characters")

@@ -210,6 +210,8 @@ HOSTILE = ("9^{9^{9^9}}", "1000000!")
 
 @pytest.mark.parametrize("answer", HOSTILE)
 def test_a_hostile_answer_ends_after_a_second(answer):
+    text = Path(equality.__file__).with_name("equality_worker.py").read_text()  # a script, which nothing here imports
+    assert "\nSECONDS = 1.0  # of CPU time" in text and "\nMEMORY = 2 << 30  # bytes" in text
     compare("x+1", "1+x")  # the worker has started
     worker, start = equality._worker(os.getpid()), time.process_time()
     assert compare("x^2+1", answer) == "too_complex"

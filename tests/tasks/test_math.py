@@ -62,10 +62,22 @@ def test_rows_of_math_500_of_the_train_split_and_of_aime(file):
 
 
 @pytest.mark.parametrize(
+    ("solution", "gold"),
+    [("So $x = \\boxed 2$.", "2"), ("so \\boxed 9$.", "9"), ("$\\boxed{1}$, no, $\\boxed{\\sqrt{2}}$", "\\sqrt{2}")],
+)
+def test_the_answer_in_a_solution_also_in_a_box_without_braces(solution, gold):
+    assert math.parse({"problem": "?", "solution": solution}, "f:1").gold == gold
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"answer": "1"}, r"f:1: 'problem' is missing; this row has answer"),
         ({"problem": "?", "solution": "It is \\boxed{3"}, r"f:1: there is no 'answer', and 'solution' has no closed"),
+        (
+            {"problem": "?", "solution": "It is $\\boxed{}$."},
+            r"f:1: there is no 'answer', and 'solution' has no closed",
+        ),
         ({"problem": "?", "answer": " "}, r"f:1: 'answer' must be text or a number"),
         ({"problem": "?", "answer": "1" * 1001}, r"f:1: 'answer' has more than 1,000 characters"),
         ({"problem": "?"}, r"f:1: 'solution' is missing"),

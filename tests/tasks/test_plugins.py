@@ -82,15 +82,16 @@ def test_the_example_is_evaluated_generated_scored_filtered_and_verified(example
     assert json.loads(run("grade", "rows.jsonl", "--task", NAME).stdout)["correct"]
 
 
-def test_the_example_trains_nano_by_grpo_and_its_file_is_the_runs(example):
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_the_example_trains_nano_and_its_file_is_the_runs(command, example):
     small = ("--num-steps", 1, "--prompts-per-step", 2, "--group-size", 4, "--max-tokens", 120, "--rank", 2)
-    run("grpo", "--task", NAME, *small, "--out", "run", "--save-every", 1)
+    run(command, "--task", NAME, *small, "--out", "run", "--save-every", 1)
     about = json.loads(Path("run/run.json").read_text())
     assert about["identity"]["task_file"].startswith("twenty_four.py ")
     assert Path("run/adapter/adapters.safetensors").exists()
     forget("twenty_four")
     example.write_text(EXAMPLE + "# changed\n")
-    done = run("grpo", "--task", NAME, *small, "--out", "run", "--save-every", 1, "--resume", code=1)
+    done = run(command, "--task", NAME, *small, "--out", "run", "--save-every", 1, "--resume", code=1)
     assert "task_file was twenty_four.py " in done.stderr
 
 
