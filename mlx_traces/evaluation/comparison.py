@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,9 @@ from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import power, stats, variance
 from mlx_traces.evaluation.anytime import anytime
 from mlx_traces.evaluation.completion import rehead
+from mlx_traces.evaluation.differences import OPTIONAL, SAMPLING
 from mlx_traces.evaluation.differences import differences as provenance_differences
+from mlx_traces.evaluation.differences import part as part_of
 from mlx_traces.readers import is_number
 from mlx_traces.records import EvalResult, strata_of
 from mlx_traces.runtime.run_folder import existing
@@ -85,9 +88,11 @@ JSON_KEYS = (
 )
 GREW = (  # below a table of stored runs that grow, tested at a fixed number of problems
     "Some of these runs grow block by block. If their results decided where they ended, as with --stop-when-decided, "
-    "these p-values are too small and the intervals of differences too narrow; `mlx-traces report` of the folder that "
-    "this comparison wrote has valid ones."
+    "these p-values are too small and the intervals of differences too narrow; that command and, of the folder of its "
+    "--out, `mlx-traces report` print valid ones."
 )
+# Settings of run.json that the trainings of one recipe share; None where a run does not store them.
+HOW_SAMPLED = (*SAMPLING, *OPTIONAL, "think_tokens", "think_at_least", "thinking")
 PROTOCOL = ("task", "split", "extractor", "max_tokens", "temperature", "samples_per_problem")
 
 _GENERIC_FOLDERS = {"adapter", "adapters", "best", "last", "final"}
@@ -192,8 +197,8 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
         runs: one run for each training or seed; the first one's settings are shown.
 
     Raises:
-        UserError: if there are fewer than two runs or problems, or the runs differ in problems or in the settings of
-            `PROTOCOL`.
+        UserError: if there are fewer than two runs or problems, the runs differ in problems or in the settings of
+            `PROTOCOL` and `HOW_SAMPLED`, or two are the same evaluation.
     """
     if len({run.name for run in runs}) < len(runs) or len(runs) < 2:
         raise UserError(f"recipe {clean(name)}: name two or more runs, each once (got {len(runs)})")
@@ -201,12 +206,19 @@ def recipe(name: str, runs: Sequence[Run]) -> Run:
     if len(outcomes[0]) < 2:
         raise UserError(f"recipe {clean(name)}: its runs have one problem; an interval needs two or more")
     size = len(next(iter(outcomes[0].values())))
-    for run, outcome in zip(runs, outcomes, strict=True):
+    settings = [part_of(run.about, "identity") for run in runs]
+    for run, outcome, own in zip(runs, outcomes, settings, strict=True):
         require_same_problems(runs[0], run, outcomes[0], outcome)
-        for key in ("prompt", *PROTOCOL):
-            if run.result.get(key) != runs[0].result.get(key):
-                found = f"{clean(runs[0].result.get(key))} and {clean(run.result.get(key))}"
+        shared = {key: (runs[0].result.get(key), run.result.get(key)) for key in ("prompt", *PROTOCOL)}
+        shared |= {key: (settings[0].get(key), own.get(key)) for key in HOW_SAMPLED}
+        for key, (first, value) in shared.items():
+            if first != value:
+                found = f"{clean(first)} and {clean(value)}"
                 raise UserError(f"recipe {clean(name)}: {key} is {found}; only their training and seed may differ")
+    for (run, own), (other, same) in combinations(zip(runs, settings, strict=True), 2):
+        if own and own == same:
+            both = f"{clean(run.name)} and {clean(other.name)}"
+            raise UserError(f"recipe {clean(name)}: {both} are the same evaluation; name each training or seed once")
     samples = [
         row | {"sample": row.get("sample", 0) + size * number, "training": number}
         for number, run in enumerate(runs)
@@ -359,8 +371,8 @@ def compare_runs(runs: Sequence[Run], baseline: int | str = 0) -> pd.DataFrame:
 def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tuple[dict[str, float | int], float]:
     """Return the figures of ``stats.accuracy``, and the standard deviation of the trainings' accuracies.
 
-    The interval is Wilson's at the effective number of samples, with several trainings at that of `variance.estimate`,
-    from two problems or clusters on.
+    The interval is Wilson's at the effective number of samples, with several trainings or clusters at that of
+    `variance.estimate`, from two problems or clusters on.
 
     Args:
         run: the evaluation.
@@ -371,7 +383,7 @@ def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tu
     for row in rows:
         groups.setdefault(run.clusters.get(row["id"], row["id"]), []).append(row["correct"])
     figures = stats.accuracy(list(groups.values()))
-    if run.trainings == 1:
+    if run.trainings == 1 and not run.clusters:
         return figures, math.nan
     ids = list(dict.fromkeys(row["id"] for row in rows))
     found = shares(run, ids, rows)
@@ -379,7 +391,7 @@ def accuracy_of(run: Run, samples: Sequence[dict[str, Any]] | None = None) -> tu
         estimate = variance.estimate(found, clusters=clusters_in(run, ids))
         if estimate.error:
             figures |= dict(zip(("ci_low", "ci_high"), estimate.share_interval(), strict=True))
-    return figures, float(found.mean(axis=1).std(ddof=1))
+    return figures, float(found.mean(axis=1).std(ddof=1)) if run.trainings > 1 else math.nan
 
 
 def clusters_in(run: Run, ids: Sequence[str]) -> list[str] | None:

@@ -127,7 +127,9 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
     The variance between trainings is that of the two-way crossed analysis of variance (Searle, Casella and McCulloch
     1992): the mean square of the trainings' levels, pooled over the recipes, which are taken to vary alike. The one
     between problems is that of the problems' means over the trainings, minus the residual that the former already
-    contains; with clusters both are robust (Liang and Zeger 1986, with the factor G / (G - 1)). Of a recipe with one
+    contains; with clusters both are the delete-one-cluster jackknife's (CR3 of MacKinnon and White 1985), which
+    for clusters of one size is the robust variance (Liang and Zeger 1986) times G / (G - 1). Clusters of several sizes
+    have the degrees of freedom of as many of one size as weigh alike (Kish 1965). Of a recipe with one
     training nothing shows how much its trainings vary: the result is about that training, not about its recipe.
 
     Args:
@@ -148,19 +150,26 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
     if groups < 2:
         raise ValueError("estimate needs two clusters or more")
 
+    sizes = np.bincount(place)
+    alike = problems**2 / float(
+        np.square(sizes).sum()
+    )  # number of clusters of one size that would weigh as much (Kish)
+
     def robust(rows: np.ndarray) -> float:
-        """Return the variance of a mean over problems; of several rows, the sum of theirs."""
-        sums = [np.bincount(place, row, minlength=groups) for row in rows]
-        return float(np.square(sums).sum()) * groups / (groups - 1) / problems**2
+        """Return the jackknife variance of a mean over problems; of several rows, the sum of theirs."""
+        shifts = [
+            np.bincount(place, row, minlength=groups) / (problems - sizes) for row in rows
+        ]  # without each cluster
+        return float(np.square(shifts).sum()) * (groups - 1) / groups
 
     mean = float(means.mean())
     variance = robust(means[None] - mean)
     several = [rows for rows in recipes if len(rows) > 1]
     if not several:
-        return Estimate(mean, (variance, groups - 1))
+        return Estimate(mean, (variance, alike - 1))
     freedom = sum(len(rows) - 1 for rows in several)
     share = sum(1 / len(rows) for rows in several)
     levels = sum(float(np.square(rows.mean(axis=1) - rows.mean()).sum()) for rows in several) / freedom
     rest = [rows - rows.mean(axis=1, keepdims=True) - rows.mean(axis=0) + rows.mean() for rows in several]
     residual = sum(map(robust, rest)) / freedom
-    return Estimate(mean, (max(0.0, variance - residual * share), groups - 1), (levels * share, freedom))
+    return Estimate(mean, (max(0.0, variance - residual * share), alike - 1), (levels * share, freedom))

@@ -117,6 +117,12 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         if config.stop_when_decided:
             compare.check_stopping(config, own)
         plans = compare.plans_of(own)
+        rows = {(planned.label, entry.conversion) for planned, entry in zip(plans, own, strict=True)}
+        if config.stop_when_decided and len(rows) < len(plans):
+            raise UserError(
+                f"tasks.{place}: two rows are the same evaluation, so their difference is never decided; leave out one "
+                "of them, or stop_when_decided"
+            )
         found.append(Layout(name, own, plans, _baseline(config, f"tasks.{place}", own, plans), notes))
     return found
 

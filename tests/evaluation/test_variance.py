@@ -28,16 +28,19 @@ def test_one_training_is_the_paired_t_test():
     assert variance.estimate(one, one).p == 1 and variance.estimate(one, one).interval() == (0, 0)
 
 
-def test_clusters_are_the_robust_formula():
+def test_clusters_are_the_jackknife():
+    """By its definition: the mean without each cluster; Student's t at the number of clusters that weigh alike."""
     rng = np.random.default_rng(1)
     place = np.repeat(np.arange(12), rng.integers(1, 6, 12))
     one = (rng.random((1, len(place))) < 0.3 + 0.04 * place).astype(float)
     found = variance.estimate(one, clusters=[f"document {i}" for i in place])
-    residuals = one[0] - one[0].mean()
-    sums = [residuals[place == g].sum() for g in range(12)]
-    assert found.error == pytest.approx(np.sqrt(12 / 11 * np.square(sums).sum()) / len(place))
+    without = np.array([one[0][place != g].mean() for g in range(12)])
+    assert found.error == pytest.approx(np.sqrt(11 / 12 * np.square(without - one.mean()).sum()))
     assert found.error > variance.estimate(one).error  # problems of one document are alike
-    assert found.interval()[1] - found.mean == pytest.approx(found.error * scipy_stats.t.ppf(0.975, 11))
+    freedom = len(place) ** 2 / sum((place == g).sum() ** 2 for g in range(12)) - 1
+    assert freedom < 11 and found.interval()[1] - found.mean == pytest.approx(
+        found.error * scipy_stats.t.ppf(0.975, freedom)
+    )
 
 
 def test_trainings_and_problems_are_the_two_way_table():

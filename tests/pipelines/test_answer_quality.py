@@ -163,6 +163,7 @@ def test_a_reward_that_samples_cannot_have_is_refused(answered, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     for text, said in (
         ("rewards: {'by_ids:ids': 1}", "reward by_ids:ids: takes completion_ids"),
+        ("task: gsm8k\nrewards: {correct: 1}", "is for gsm8k, and run is of countdown"),
         ("rewards: {corect: 1}", "did you mean 'correct'"),
         ("rewards: {correct: 1}\nnum_step: 3", "did you mean 'num_steps'"),
     ):

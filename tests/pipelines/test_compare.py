@@ -120,7 +120,7 @@ def test_the_folder_has_a_page_that_says_it_stopped_and_report_repeats_it(tmp_pa
     turned = call("report", out, "--out", again, "--baseline", frame["run"][0])
     assert turned.exit_code == 0 and not shown(again)
     grown = call("report", *(tmp_path / "runs").iterdir(), "--out", again)
-    assert grown.exit_code == 0 and not shown(again) and "mlx-traces report` of the folder" in again.read_text()
+    assert grown.exit_code == 0 and not shown(again) and "of the folder of its --out" in again.read_text()
 
 
 def test_report_of_a_comparison_shows_its_trainings_and_clusters(tmp_path, asked):
@@ -129,6 +129,17 @@ def test_report_of_a_comparison_shows_its_trainings_and_clusters(tmp_path, asked
     runs = sorted((tmp_path / "runs").iterdir(), key=lambda path: "plain" in path.name)
     boxed, plain = map(str, runs)
     shutil.copytree(plain, tmp_path / "other")
+    run_file = tmp_path / "other" / "run.json"
+    stored = json.loads(run_file.read_text())
+    for changes, said in (
+        ({}, r"recipe all: .* and other are the same evaluation; name each training or seed once"),
+        ({"think_tokens": 8}, "recipe all: think_tokens is None and 8; only their training and seed may differ"),
+        ({"top_p": 0.5}, "recipe all: top_p is 1.0 and 0.5; only their training"),
+    ):
+        run_file.write_text(json.dumps(stored | {"identity": stored["identity"] | changes}))
+        with pytest.raises(UserError, match=said):
+            mlx_traces.compare(boxed, recipes={"all": [plain, str(tmp_path / "other")]})
+    run_file.write_text(json.dumps(stored | {"identity": stored["identity"] | {"seed": 1}}))
     out, again = tmp_path / "table", tmp_path / "again.html"
     recipes = {"all": [plain, str(tmp_path / "other")]}
     frame = mlx_traces.compare(boxed, recipes=recipes, out=out, extractor="last_number")
@@ -196,6 +207,10 @@ def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked):
     for change, text in (
         ({"cluster": "document"}, "does not go with --cluster"),
         ({"tasks": [task | {"prompts": ["plain"]}]}, "needs two different rows or more"),
+        (
+            {"models": [{"model": "nano"}] * 2},
+            "tasks.0: two rows are the same evaluation, so their difference is never",
+        ),
     ):
         with pytest.raises(UserError, match=text):
             study.run(build(StudyConfig, given | change))

@@ -131,14 +131,15 @@ def coverages(count: int) -> Iterator[Line]:
 def clusters(count: int) -> Iterator[Line]:
     """Yield coverage and size for two models whose accuracies vary from cluster to cluster, equal on average."""
     rng = np.random.default_rng(300)
-    for groups in (50, 200):
+    for groups in (10, 20, 50, 200):
         alone, apart, rejected = 0, 0, 0
         for _ in range(count):
             place = np.repeat(np.arange(groups), rng.integers(1, 9, groups))
             levels = 0.5 + rng.uniform(-0.3, 0.3, (2, groups))
             one, two = (rng.random(len(place)) < level[place] for level in levels)
-            right, sizes = np.bincount(place, one), np.bincount(place)
-            alone += covers(stats.wilson_clustered(right, sizes), 0.5)
+            right = np.bincount(place, one)
+            own = variance.estimate([one], clusters=place.tolist())
+            alone += covers(own.share_interval() if own.error else stats.wilson(right.sum(), groups), 0.5)
             apart += covers(variance.estimate([one], [two], place.tolist()).interval(), 0.0)
             rejected += stats.sign_flip(right - np.bincount(place, two)) <= 0.05
         name = f"{groups} clusters of 1 to 8 problems"
