@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,9 +253,11 @@ def requested(
 
 
 def runs_and_entries(
-    config: CompareConfig, say: Callable[[str], None] = lambda line: None
+    config: CompareConfig, say: Callable[[str], None] = lambda line: None, labels: Sequence[str | None] = ()
 ) -> tuple[list[Run], list[Entry]]:
     """Read the named runs, and list the evaluations; ``say`` gets a line for each model that is left out.
+
+    ``labels`` are names of ``config.evals`` in the tables; None or missing: the model's and the adapter's.
 
     Raises:
         UserError: if the input is wrong.
@@ -270,7 +272,8 @@ def runs_and_entries(
     collected = [judged(path) for path in dict.fromkeys(config.runs)]
     for name, paths in config.recipes.items():
         collected.append(comparison.recipe(name, [judged(path) for path in paths]))
-    found = [Entry(settings, f"evals.{place}") for place, settings in enumerate(config.evals)]
+    named = zip_longest(config.evals, labels)
+    found = [Entry(settings, f"evals.{place}", label=label) for place, (settings, label) in enumerate(named)]
     for place, task in enumerate(config.tasks):
         own, notes = entries(config, task)
         found += [replace(entry, where=f"tasks.{place}, {entry.where}") for entry in own] if config.tasks[1:] else own
@@ -282,17 +285,22 @@ def runs_and_entries(
     return collected, [replace(entry, config=entry.config.model_copy(update=changes)) for entry in found]
 
 
-def collect(config: CompareConfig, progress: bool = False, say: Callable[[str], None] = lambda line: None) -> list[Run]:
+def collect(
+    config: CompareConfig,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    labels: Sequence[str | None] = (),
+) -> list[Run]:
     """Read the named runs, then make or finish the evaluations; return the runs in that order.
 
     An evaluation is not repeated if its run folder exists with the same settings, problems and model files. ``say``
-    gets a line for each model that is left out, and before each conversion.
+    gets a line for each model that is left out, and before each conversion. ``labels`` are as in `runs_and_entries`.
 
     Raises:
         UserError: if the input is wrong; runs, settings, models, problems and the baseline are checked before the first
             evaluation.
     """
-    collected, found = runs_and_entries(config, say)
+    collected, found = runs_and_entries(config, say, labels)
     plans = plans_of(found)
     comparison.baseline_index([*collected, *outlines(found, plans)], config.baseline or 0)
     made = joined(found, make(found, plans, config.runs_dir, say, progress))
@@ -449,11 +457,12 @@ def compared(
     say: Callable[[str], None] = lambda line: None,
     pairs: Sequence[tuple[int, int]] | None = None,
     trainings: Sequence[Path] = (),
+    labels: Sequence[str | None] = (),
 ) -> Compared:
     """Carry out a comparison, and write the files and the page into ``config.out`` if it is set.
 
     ``say`` is as in `collect`. ``pairs`` are the (later, earlier) rows whose quality is compared; default: each row
-    with the baseline. ``trainings`` are run folders for the page.
+    with the baseline. ``trainings`` are run folders for the page, ``labels`` are as in `runs_and_entries`.
     """
     from mlx_traces.report import export, page
 
@@ -461,7 +470,7 @@ def compared(
     if config.stop_when_decided:
         runs = collect_until_decided(config, progress, say)
     else:
-        runs = comparison.clustered(collect(config, progress, say), config.cluster)
+        runs = comparison.clustered(collect(config, progress, say, labels), config.cluster)
     base = comparison.baseline_index(runs, config.baseline or 0)
     frame = comparison.compare_runs(runs, base)
     frame["true_equations"] = [true_equations(one) for one in runs]

@@ -289,7 +289,8 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
             say(f"{stage.name}: {line}")
     pairs = pairs_of(plan)
     trained = [stage.out for stage in trainings(plan)]
-    frame, runs, quality = compare.compared(compared, progress, pairs=pairs, trainings=trained)
+    labels = [None, *(stage.name for stage in trainings(plan))]
+    frame, runs, quality = compare.compared(compared, progress, pairs=pairs, trainings=trained, labels=labels)
     made = [
         {"name": stage.name, "out": str(stage.out), "config": stage.recipe.model_dump(mode="json")} for stage in plan
     ]
