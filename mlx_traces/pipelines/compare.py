@@ -1,6 +1,5 @@
 """Compare runs: make the missing evaluations, then put all runs in one table of paired differences."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,9 +32,7 @@ from mlx_traces.evaluation.run import evaluate, progress_bar, run
 from mlx_traces.models import names
 from mlx_traces.pipelines import quality
 from mlx_traces.runtime.run_folder import RunFolder, lines_so_far
-from mlx_traces.tasks.thoughts import parts
 from mlx_traces.text import clean
-from mlx_traces.traces.equations import equations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -473,7 +470,7 @@ def compared(
         runs = comparison.clustered(collect(config, progress, say, labels), config.cluster)
     base = comparison.baseline_index(runs, config.baseline or 0)
     frame = comparison.compare_runs(runs, base)
-    frame["true_equations"] = [true_equations(one) for one in runs]
+    frame["true_equations"] = [quality.true_equations(one) for one in runs]
     scored = None
     if config.quality is not None or recipe:
         against = [(row, base) for row in range(len(runs)) if row != base] if pairs is None else pairs
@@ -494,13 +491,6 @@ def training_config(name: str) -> RLConfig:
             return read_config(PPOConfig, path, {})
         except UserError:
             raise error from None
-
-
-def true_equations(run: Run) -> float:
-    """Return the share of the equations in a run's thoughts that are true, by exact computation; NaN without any."""
-    thoughts = (parts(row.get("opened", "") + row["completion"])[0] for row in run.samples)
-    verdicts = [true for thought in thoughts if thought for true in equations(thought)]
-    return sum(verdicts) / len(verdicts) if verdicts else math.nan
 
 
 def compare(

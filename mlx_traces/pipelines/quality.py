@@ -24,8 +24,9 @@ from mlx_traces.pipelines import verify
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.tasks import Task, get_task, is_known
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.thoughts import usual
+from mlx_traces.tasks.thoughts import parts, usual
 from mlx_traces.traces import score
+from mlx_traces.traces.equations import equations
 from mlx_traces.traces.quality import last_turn, own_words, text_scores
 
 if TYPE_CHECKING:
@@ -170,6 +171,13 @@ def rewards_of(runs: Sequence[Run], recipe: RLConfig) -> list[list[float | None]
         parts = [rewards.apart(one)[0] for one in rewards.score(planned, pairs, functions, recipe.rewards, recipe.tags)]
         found.append(rollouts.totals_of(parts, [one.tokens for _, one in pairs], recipe))
     return found
+
+
+def true_equations(run: Run) -> float:
+    """Return the share of the equations in a run's thoughts that are true, by exact computation; NaN without any."""
+    thoughts = (parts(row.get("opened", "") + row["completion"])[0] for row in run.samples)
+    verdicts = [true for thought in thoughts if thought for true in equations(thought)]
+    return sum(verdicts) / len(verdicts) if verdicts else math.nan
 
 
 def text_scores_of(row: Mapping[str, Any], trace: Trace, config: ScoreConfig) -> dict[str, float | None]:

@@ -294,7 +294,7 @@ def run(config: RoundsConfig, say: Callable[[str], None], show: Show, progress: 
     made = [
         {"name": stage.name, "out": str(stage.out), "config": stage.recipe.model_dump(mode="json")} for stage in plan
     ]
-    about = {**provenance(), "config": config.model_dump(mode="json"), "stations": made}
+    about = {**provenance(), "config": config.model_dump(mode="json"), "stations": made, "gains": gains(runs, pairs)}
     file = Path(compared.out) / "rounds.json"
     with on_the_way(file, "repeat the command"):
         write_atomic(file, to_json(about))

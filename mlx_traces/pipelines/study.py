@@ -21,7 +21,7 @@ from mlx_traces.evaluation.budgets import Curve
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.pairs import Pair, bits_frame, sentence
 from mlx_traces.models import convert, names
-from mlx_traces.pipelines import compare
+from mlx_traces.pipelines import compare, quality
 from mlx_traces.pipelines.compare import Entry
 from mlx_traces.report import export, figures, page, tables, terminal
 from mlx_traces.report.tables import (
@@ -188,7 +188,7 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
     found = [layout.entries[row[0]] for row in compare.rows(layout.entries)]
     runs = comparison.clustered(compare.joined(layout.entries, runs), config.cluster)
     frame = comparison.compare_runs(runs, layout.baseline)
-    frame["true_equations"] = [compare.true_equations(one) for one in runs]
+    frame["true_equations"] = [quality.true_equations(one) for one in runs]
     chosen = evaluation_pairs.pairs(runs, layout.baseline if config.pairs == "baseline" else None)
     about = [weights_of(config, entry, made) for entry, made in zip(found, runs, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = {}

@@ -79,6 +79,7 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     assert told["config"] == config_in(folder).model_dump(mode="json") and told["versions"]["mlx"]
     assert {stage["name"]: stage["out"] for stage in told["stations"]} == {n: str(s.out) for n, s in plan.items()}
     assert told["stations"][-1]["config"]["adapter"] == settings["adapter"]
+    assert told["gains"] == rounds.gains(runs, [(1, 0), (2, 1)]) and "after Holm over 2 pairs" in told["gains"][0]
 
 
 def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):

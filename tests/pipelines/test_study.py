@@ -380,7 +380,8 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
     assert [{k: v for k, v in row.items() if k != "elapsed"} for row in again] == without
 
 
-def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
+def test_the_files_of_a_study(tiny_folder, tmp_path, questions, monkeypatch):
+    monkeypatch.setattr(study.quality, "true_equations", lambda run: 0.25)
     config = config_of(tmp_path, questions, {"model": str(tiny_folder)}, {"model": str(tiny_folder), "bits": 4})
     (part,) = study.run(config)
     out = tmp_path / "out"
@@ -410,7 +411,7 @@ def test_the_files_of_a_study(tiny_folder, tmp_path, questions):
     html = (out / "report.html").read_text()
     assert "<h1>tiny</h1>" in html and "<h2>Abstract</h2>" in html and stored["key_points"]
     assert stored["summary"][0]["total_cases"] == 6 and stored["comparison"][0]["p_value"] is None
-    assert "true_equations" in stored["comparison"][0]
+    assert {row["true_equations"] for row in stored["comparison"]} == {0.25}
     assert {"bits", "group_size", "bits_per_weight", "file_mb", "peak_memory_gb", "tokens_per_second"} <= set(
         stored["bits"][0][0]
     )

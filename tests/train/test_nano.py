@@ -237,7 +237,7 @@ def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path)
 
 def test_the_share_of_true_equations_is_that_of_the_thoughts():
     from mlx_traces.evaluation.comparison import Run
-    from mlx_traces.pipelines.compare import true_equations
+    from mlx_traces.pipelines.quality import true_equations
 
     def share(*completions):
         made = object.__new__(Run)  # only its samples are read
