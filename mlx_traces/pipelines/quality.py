@@ -151,9 +151,10 @@ def rewards_of(runs: Sequence[Run], recipe: RLConfig) -> list[list[float | None]
     found = []
     for run in runs:
         planned = verify.plan_of(Path(run.name), run.about.get("identity") or {}, run.result)
-        if planned.task.name != recipe.task:
+        if planned.task.name != get_task(recipe.task).name:
             raise UserError(
-                f"rewards: the configuration is for {recipe.task}, and {run.name} is of {planned.task.name}"
+                f"rewards: the configuration is for {recipe.task}, and {run.name} is of {planned.task.name}; name "
+                "one of its task"
             )
         planned = replace(planned, config=recipe, extractor=recipe.extractor or planned.task.extractors[0])
         own_tags = tags if verify.is_pair(tags := run.about.get("own_tags")) else None
