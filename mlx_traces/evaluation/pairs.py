@@ -182,9 +182,8 @@ def abstract(runs: Sequence[Run], found: Sequence[Pair], protocol: str) -> str:
         return text
     differ = sum(pair.p_holm < stats.LEVEL for pair in found)
     if not differ:
-        where = f"In none of the {len(found)} pairs tested is a" if len(found) > 1 else "In the one pair tested no"
-        is_ = "" if len(found) > 1 else " is"
-        return f"{text} {where} difference{is_} shown (paired test, p after Holm below {stats.LEVEL:g})."
+        where = f"any of the {len(found)} pairs" if len(found) > 1 else "the one pair"
+        return f"{text} No difference is shown in {where} tested (paired test, no p after Holm below {stats.LEVEL:g})."
     of = f"Of {len(found)} pairs tested" if len(found) > 1 else "Of the one pair tested"
     shown = f"{differ} {'differs' if differ == 1 else 'differ'} (paired test, p after Holm below {stats.LEVEL:g})"
     open_ = f"; in the other {len(found) - differ} no difference is shown" if 0 < differ < len(found) else ""

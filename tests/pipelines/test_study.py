@@ -137,8 +137,8 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
         "0.05); in the other 1 no difference is shown."
     )
     adjusted = pairs.abstract(runs, [replace(found[0], p=0.01, p_holm=0.06)], "x")
-    assert "In the one pair tested no difference is shown (" in adjusted  # Holm's p counts
-    assert "In none of the 2 pairs tested is a difference shown (" in pairs.abstract(
+    assert "No difference is shown in the one pair tested (" in adjusted  # Holm's p counts
+    assert "No difference is shown in any of the 2 pairs tested (" in pairs.abstract(
         runs, [replace(found[0], p_holm=1)] * 2, ""
     )
     points = pairs.key_points(runs, found)
