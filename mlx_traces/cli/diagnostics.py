@@ -94,6 +94,7 @@ def _by(ranks: int) -> str:
 @click.option("--prompts", type=click.Path(), help="File of GSM8K-like questions.  [default: Countdown problems]")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Peer to time in the same run, on the same weights.")
 @click.option("--as-shipped", is_flag=True, help="Let the peer load the weights by its own defaults.")
+@click.option("--busy", type=click.IntRange(0), default=0, help="Repeat each run beside this many busy processes.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Number of timed runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows and provenance as JSON.")
 @settings_options(LoadConfig)
@@ -105,6 +106,7 @@ def bench_generate_command(
     prompts: str | None,
     against: str | None,
     as_shipped: bool,
+    busy: int,
     repeats: int,
     as_json: bool,
     settings: dict,
@@ -129,6 +131,7 @@ def bench_generate_command(
         as_shipped,
         repeats,
         lambda line: click.echo(line, err=True),
+        busy,
     )
     if as_json:
         arguments = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats}
@@ -143,6 +146,11 @@ def bench_generate_command(
             f"prompts {line.prompt_tokens_per_second:8.0f} tokens/s  first token {line.first_token_seconds:.2f} s  "
             f"occupancy {line.occupancy:.0%}  {line.peak_memory_gb:.2f} GB  warm-up {line.warmup_seconds:.1f} s"
         )
+        if line.busy_ratio is not None:
+            click.echo(
+                f"{'':>10}  {line.busy_tokens_per_second:8.1f} tokens/s beside busy processes ({line.busy}), "
+                f"{line.busy_ratio:.0%} of that"
+            )
         if line.ratio is not None:
             click.echo(
                 f"{'':>10}  {line.peer_tokens_per_second:8.1f} tokens/s by {line.peer} ({line.peer_weights} weights), "

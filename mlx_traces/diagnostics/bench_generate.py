@@ -5,9 +5,11 @@ first run of each, which compiles kernels and touches memory, is reported separa
 """
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,8 +35,9 @@ class GenerateRow:
     """One line of ``bench generate``.
 
     ``tokens_per_second`` counts completion tokens, stop tokens included, over the seconds of the whole run, prompts
-    included; ``ratio`` is ours over the peer's. Memory is MLX's peak in 1e9 bytes. With several ranks the tokens are of
-    all, the seconds end when the last rank is done, and all else is of the first rank.
+    included. ``ratio`` is ours over the peer's, ``busy_ratio`` ours beside ``busy`` busy processes over ours alone.
+    Memory is MLX's peak in 1e9 bytes. With several ranks the tokens are of all, the seconds end when the last rank is
+    done, and all else is of the first rank.
     """
 
     rows: int
@@ -56,6 +59,9 @@ class GenerateRow:
     peer_peak_memory_gb: float | None = None
     peer_warmup_seconds: float | None = None
     ratio: float | None = None
+    busy: int = 0
+    busy_tokens_per_second: float | None = None
+    busy_ratio: float | None = None
 
 
 @dataclass
@@ -77,6 +83,7 @@ def bench_generate(
     as_shipped: bool = False,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda line: None,
+    busy: int = 0,
 ) -> list[GenerateRow]:
     """Time greedy generation of all prompts, for each number of rows.
 
@@ -89,6 +96,7 @@ def bench_generate(
         as_shipped: let the peer load the weights as its user gets them, instead.
         repeats: timed runs of each, in turn.
         progress: is called with a line before each run.
+        busy: each run of ours is repeated beside so many new processes that do nothing but count.
 
     Raises:
         UserError: for an unknown peer, or a peer with several ranks.
@@ -104,19 +112,41 @@ def bench_generate(
     for count in rows:
         ours: list[Run] = []
         peers: list[Run] = []
+        beside: list[Run] = []
         for turn in range(repeats + 1):
             name = "warm-up" if turn == 0 else f"run {turn} of {repeats}"
             progress(f"{count} rows, {name}, mlx-traces")
             with measured() as run:
                 run.tokens, run.usage = _ours(loaded, prompts, count, max_tokens)
             ours.append(run)
+            if busy:
+                progress(f"{count} rows, {name}, mlx-traces beside {busy} busy processes")
+                with counting(busy), measured() as run:
+                    run.tokens, run.usage = _ours(loaded, prompts, count, max_tokens)
+                beside.append(run)
             if against:
                 progress(f"{count} rows, {name}, {against}")
                 with measured() as run:
                     run.tokens = _mlx_lm(peer_model, tokenizer, prompts, count, max_tokens)
                 peers.append(run)
-        lines.append(_line(count, len(prompts), ours, peers, against, weights))
+        line = _line(count, len(prompts), ours, peers, against, weights)
+        if busy:
+            _, *timed = beside
+            run = middle(timed)
+            speed = {"busy_tokens_per_second": run.tokens / run.seconds, "busy_ratio": ratio(timed, ours[1:])}
+            line = replace(line, busy=busy, **speed)
+        lines.append(line)
     return lines
+
+
+@contextmanager
+def counting(processes: int) -> Iterator[None]:
+    """Keep so many cores busy meanwhile."""
+    with ExitStack() as stack:
+        for _ in range(processes):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
+        yield
 
 
 def _line(rows: int, prompts: int, ours: list[Run], peers: list[Run], against: str | None, weights: str) -> GenerateRow:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_traces.runtime import cores, device
+
 # Where wheels keep a library with plain symbols, beside the packages: cmeel-openblas, ngsolve-openblas.
 WHEELS = ("cmeel.prefix/lib/libopenblas.so.0", "ngsolve_openblas/libopenblas*.so*")
 SYSTEM = "libopenblas.so.0"
@@ -103,8 +105,9 @@ _before = 0  # threads before the first of them
 def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     """Use one thread while the context lasts if a model's products are small, all threads if they are large.
 
-    The newest of several open contexts counts, and the number is put back when the last one ends. Nothing changes if
-    ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS.
+    The newest of several open contexts counts, and the number is put back when the last one ends. It stays as it is if
+    ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS. With one thread on a CPU, MLX's
+    thread stays close to this one while other processes compete for the cores (`cores`).
 
     Args:
         model: a model, or another object with ``layers``; their largest weight matrix gives the size of the products.
@@ -113,7 +116,7 @@ def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     """
     global _before
     library = loaded.library
-    if not hasattr(library, "openblas_set_num_threads") or any(os.environ.get(name) for name in GIVEN):
+    if not hasattr(library, "openblas_set_num_threads"):
         yield
         return
     if not _wanted:
@@ -121,11 +124,18 @@ def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     modules = [module for layer in model.layers for _, module in layer.named_modules()]
     largest = max((module.weight.size for module in modules if "weight" in module), default=0)
     large = largest * max(rows, LEAST_ROWS) >= LARGE
-    own = object()
-    _wanted[own] = max(1, _before // processes) if large else 1
-    library.openblas_set_num_threads(_wanted[own])
+    own, given = object(), any(os.environ.get(name) for name in GIVEN)
+    _wanted[own] = _before if given else max(1, _before // processes) if large else 1
+    _use(library)
     try:
         yield
     finally:
         del _wanted[own]
-        library.openblas_set_num_threads(next(reversed(_wanted.values()), _before))
+        _use(library)
+
+
+def _use(library: Any) -> None:
+    """Use the threads that the newest context wants."""
+    threads = next(reversed(_wanted.values()), _before)
+    library.openblas_set_num_threads(threads)
+    cores.watch(bool(_wanted) and threads == 1 and device.select() == "cpu")

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
 from click.testing import CliRunner
 
 from mlx_traces.cli import main
 from mlx_traces.cli.diagnostics import _without_ranks
-from mlx_traces.diagnostics import bench_ranks
+from mlx_traces.diagnostics import bench_generate, bench_ranks
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
 from mlx_traces.runtime import blas
@@ -27,6 +28,23 @@ def test_bench_generate_prints_a_row_per_number_of_rows():
         assert row["completion_tokens"] == row["peer_completion_tokens"] == 72  # nano never ends within 12 tokens
         assert row["ratio"] > 0 and 0 < row["occupancy"] <= 1 and row["peer_weights"] == "same"
         assert row["tokens_per_second"] > 0 and row["peak_memory_gb"] > 0
+
+
+def test_bench_generate_beside_busy_processes(monkeypatch):
+    started, whole = [], bench_generate.counting
+
+    @contextmanager
+    def counting(processes):
+        started.append(processes)
+        with whole(processes):
+            yield
+
+    monkeypatch.setattr(bench_generate, "counting", counting)
+    arguments = "bench generate --rows 2 --count 2 --max-tokens 4 --repeats 2 --busy 2"
+    (row,) = json.loads(CliRunner().invoke(main, [*arguments.split(), "--json"]).stdout)["rows"]
+    assert started == [2, 2, 2] and row["busy"] == 2 and row["busy_ratio"] > 0 and row["ratio"] is None
+    said = CliRunner().invoke(main, arguments.split()).output
+    assert " tokens/s beside busy processes (2), " in said
 
 
 def test_bench_generate_refuses_bad_rows():
