@@ -24,7 +24,7 @@ from mlx_traces.pipelines import verify
 from mlx_traces.records import Problem, Rollout, Trace
 from mlx_traces.tasks import Task, get_task, is_known
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.tasks.thoughts import parts, usual
+from mlx_traces.tasks.thoughts import parts
 from mlx_traces.traces import score
 from mlx_traces.traces.equations import equations
 from mlx_traces.traces.quality import last_turn, own_words, text_scores
@@ -216,10 +216,13 @@ def _answer(
             problem = None
         if opened is None and problem:
             opened = verify.opened_of(prompt, problem, row.get("prompt", ""), (own_tags or ())[:1])
+    said = Rollout((), (), row.get("completion", ""), "", forced_text=tuple(map(tuple, row.get("forced") or ())))
+    answer = Completion.sampled(row.get("prompt", ""), opened or "", said, own_tags)
     trace = Trace(
         id=row["id"],
         messages=tuple(turns),
-        completion=usual((opened or "") + row.get("completion", ""), own_tags),
+        completion=answer.whole,
+        forced_text=answer.forced or None,
         task=task.name if task else "",
         prompt=prompt.name if prompt else "",
         sample=row.get("sample", 0),

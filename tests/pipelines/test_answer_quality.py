@@ -4,6 +4,8 @@ import json
 import math
 import re
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from factories import rendered, write_evaluation
@@ -17,7 +19,7 @@ from mlx_traces.models import loading
 from mlx_traces.pipelines import compare, quality
 from mlx_traces.records import EvalResult
 from mlx_traces.report import page, tables
-from mlx_traces.traces import perplexity
+from mlx_traces.traces import encoding, perplexity
 from mlx_traces.traces.equations import checked
 
 TRUE = "<think>\n2 + 3 = 5 yes\n</think>\n<answer>2 + 3</answer>"
@@ -95,6 +97,30 @@ def test_samples_are_scored_as_their_traces_would_be(answered, monkeypatch):
         assert trace.completion == row["opened"] + row["completion"] and trace.prompt == "thinking"
     frame = quality.compare_quality([read_run(folder)], ScoreConfig(), [])
     assert figures(frame, "all", "tokens")[0]["mean"] == pytest.approx(read_run(folder).result["mean_tokens"])
+
+
+def test_perplexity_leaves_out_the_words_that_a_budget_forced(tmp_path):
+    """Against the model's own greedy log-probabilities: of the tokens that were sampled, and of no other."""
+    planned = evaluator.plan(EvalConfig(task="countdown", prompt="thinking", limit=6, max_tokens=24, think_tokens=8))
+    run.run(planned, tmp_path / "run")
+    loaded, answers = loading.load("nano"), quality.answers_of(read_run(tmp_path / "run"))
+    assert sum(trace.forced_text is not None for trace, _ in answers) >= 4
+    found = perplexity.mean_probabilities(loaded, [trace for trace, _ in answers])
+    for (trace, _), row, value in zip(answers, read_run(tmp_path / "run").samples, found, strict=True):
+        for (start, end), (first, last) in zip(trace.forced_text or (), row.get("forced", ()), strict=True):
+            assert trace.completion[start:end] == row["completion"][first:last] == "\n</think>\n"
+        example = encoding.encode(loaded, trace, None)
+        logits = np.array(loaded.model(mx.array([example.ids[:-1]]))[0], np.float64)
+        values = logits[np.arange(len(logits)), list(example.ids[1:])] - np.logaddexp.reduce(logits, axis=-1)
+        texts = [loaded.tokenizer.decode(example.ids[:end]) for end in range(1, len(example.ids) + 1)]
+        turn = len(texts[-1]) - len(trace.completion)
+        spans = [(start + turn, end + turn) for start, end in trace.forced_text or ()]
+        kept = [
+            value
+            for value, before, after in zip(values, texts, texts[1:], strict=False)
+            if len(before) >= turn and not any(start < len(after) and len(before) < end for start, end in spans)
+        ]
+        assert value == pytest.approx(np.exp(np.mean(kept)), rel=1e-4)
 
 
 def test_runs_of_earlier_versions_are_scored_from_what_they_hold(answered, tmp_path):
