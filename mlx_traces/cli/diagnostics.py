@@ -52,6 +52,8 @@ class Ranked(click.Command):
             return super().invoke(ctx)
         if ctx.params.get("against"):
             raise UserError("--ranks does not time a peer; leave out --against")
+        if ctx.params.get("busy"):
+            raise UserError("--ranks starts processes of its own; leave out --busy")
         from mlx_traces.diagnostics import bench_ranks
 
         arguments = ["bench", ctx.info_name or "", *_without_ranks(ctx.meta["given"])]
@@ -134,7 +136,7 @@ def bench_generate_command(
         busy,
     )
     if as_json:
-        arguments = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats}
+        arguments = {"prompts": prompts, "count": count, "max_tokens": max_tokens, "repeats": repeats, "busy": busy}
         config = {**build(LoadConfig, settings).model_dump(mode="json"), **arguments, "as_shipped": as_shipped}
         _print([asdict(line) for line in lines], config, loaded)
         return

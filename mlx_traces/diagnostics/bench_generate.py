@@ -28,6 +28,13 @@ from mlx_traces.tasks import get_task
 
 PEERS = ("mlx-lm",)
 SOURCE = "countdown"
+COUNT = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def counting(processes: int) -> Iterator[None]:
     """Keep so many cores busy meanwhile."""
     with ExitStack() as stack:
         for _ in range(processes):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", COUNT]))
             stack.callback(process.kill)
         yield
 

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_traces.engine import batching, cpu_trunk, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.logprobs import Split
-from mlx_traces.runtime import blas, device, distributed
+from mlx_traces.runtime import blas, cores, device, distributed
 
 LEAST_SAVED = 0.1  # prompts are read once if that saves at least this share of a step's tokens
 
@@ -72,6 +72,7 @@ class Queue:
     def compute(self, *arrays: Any) -> None:
         """Compute trees of arrays."""
         if device.select() == "cpu":
+            cores.look()
             mx.eval(arrays)
             return
         mx.async_eval(arrays)

@@ -41,7 +41,7 @@ from mlx_traces.models import adapters
 from mlx_traces.models.convert import weight_name
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Rollout
-from mlx_traces.runtime import blas, distributed
+from mlx_traces.runtime import blas, cores, distributed
 from mlx_traces.runtime.device import limits
 
 MIN_SHARED = 16  # tokens; a beginning of all prompts that is at least as long is read once
@@ -347,6 +347,7 @@ class _Engine:
     def _begin_step(self) -> _Step:
         """Dispatch a step of all rows; it takes the previous step's tokens on the device, before the host has them."""
         start = perf_counter()
+        cores.look()
         self._make_room()
         read = self._chosen()
         if self.fused is None:

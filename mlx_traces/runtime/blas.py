@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.runtime import cores, device
+from mlx_traces.runtime import cores
 
 # Where wheels keep a library with plain symbols, beside the packages: cmeel-openblas, ngsolve-openblas.
 WHEELS = ("cmeel.prefix/lib/libopenblas.so.0", "ngsolve_openblas/libopenblas*.so*")
@@ -106,8 +106,8 @@ def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     """Use one thread while the context lasts if a model's products are small, all threads if they are large.
 
     The newest of several open contexts counts, and the number is put back when the last one ends. It stays as it is if
-    ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS. With one thread on a CPU, MLX's
-    thread stays close to this one while other processes compete for the cores (`cores`).
+    ``OPENBLAS_NUM_THREADS`` or ``OMP_NUM_THREADS`` is set, or without an OpenBLAS. With one thread on a CPU,
+    `cores.look` may move MLX's thread meanwhile.
 
     Args:
         model: a model, or another object with ``layers``; their largest weight matrix gives the size of the products.
@@ -124,18 +124,16 @@ def threads_for(model: Any, rows: int, processes: int = 1) -> Iterator[None]:
     modules = [module for layer in model.layers for _, module in layer.named_modules()]
     largest = max((module.weight.size for module in modules if "weight" in module), default=0)
     large = largest * max(rows, LEAST_ROWS) >= LARGE
+    from mlx_traces.runtime import device  # not needed to load a BLAS
+
     own, given = object(), any(os.environ.get(name) for name in GIVEN)
-    _wanted[own] = _before if given else max(1, _before // processes) if large else 1
-    _use(library)
+    threads = _before if given else max(1, _before // processes) if large else 1
+    computation = cores.begin(threads == 1 and device.select() == "cpu")
     try:
+        _wanted[own] = threads
+        library.openblas_set_num_threads(threads)
         yield
     finally:
-        del _wanted[own]
-        _use(library)
-
-
-def _use(library: Any) -> None:
-    """Use the threads that the newest context wants."""
-    threads = next(reversed(_wanted.values()), _before)
-    library.openblas_set_num_threads(threads)
-    cores.watch(bool(_wanted) and threads == 1 and device.select() == "cpu")
+        computation.end()
+        _wanted.pop(own, None)
+        library.openblas_set_num_threads(next(reversed(_wanted.values()), _before))

@@ -237,6 +237,8 @@ def test_ranks_choose_their_own_threads(monkeypatch, tmp_path):
 def test_what_ranks_cannot_do_is_said_before_anything_is_timed(monkeypatch):
     result = CliRunner().invoke(main, ["bench", "sft", "--ranks", "2", "--against", "mlx-lm"])
     assert result.exit_code == 1 and "leave out --against" in result.output
+    result = CliRunner().invoke(main, ["bench", "generate", "--ranks", "2", "--busy", "1"])
+    assert result.exit_code == 1 and "leave out --busy" in result.output
     with pytest.raises(UserError, match="give numbers from 1 up"):  # the process's own fault, in its words
         bench_ranks.scaling(["bench", "generate", "--rows", "x"], 2, lambda line: None)
     monkeypatch.setenv("MLX_RANK", "0")
