@@ -370,3 +370,15 @@ def test_the_cpus_gate_is_float64s_within_rounding(dtype):
     )
     np.testing.assert_array_equal(ends[:4], [np.inf, np.nan, np.nan, 0])
     assert not np.isfinite(ends[4])  # as x * sigmoid(x), a NaN; the draw tells of both
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_the_cpus_exponential_is_float64s_within_rounding(dtype):
+    x = mx.array([*-np.linspace(0, 70, 200_001), *-np.logspace(-9, 2, 10_001)]).astype(dtype)
+    wide = np.array(x, np.float64)
+    found = fused._exp(x)
+    assert found.dtype == mx.float32
+    assert np.abs(np.array(found, np.float64) - np.exp(wide)).max() < 2e-7
+    assert np.array(found).min() == 0 and (np.array(found)[wide <= -64] == 0).all() and found[0].item() == 1
+    ends = fused._exp(mx.array([mx.finfo(mx.float32).min, -np.inf, np.nan]))
+    np.testing.assert_array_equal(np.array(ends), [0, 0, np.nan])
