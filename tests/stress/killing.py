@@ -8,11 +8,11 @@ alone, ``... --kills 20 -- COMMAND ... --out run`` any other (its inputs by full
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,18 +24,59 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("MLX_TRACES_KILLS", "1"))  # of a suite's run; more for a longer one
 POLL = 0.005  # seconds between two looks at a folder
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [f"mlx_traces.{name}" for name in ("cli", "evaluation.run", "traces.generate", "train.sft", "rl.grpo", "rl.ppo")]
+)
+
+
+class Started:
+    """A process forked from one that has imported what takes seconds, with `subprocess.Popen`'s names.
+
+    It runs Python code with arguments, in a folder and with this process's environment; stderr goes to a file.
+    """
+
+    def __init__(self, code: str, arguments: Sequence[str], cwd: Path):
+        self.said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 - gone with this object
+        self.process = FORKS.Process(target=_run, args=(code, arguments, cwd, self.said.name, dict(os.environ)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[None, str]:
+        """Wait for the end, at most ``timeout`` seconds; return what was said on stderr."""
+        self.process.join(timeout)
+        assert self.poll() is not None, f"process {self.pid} has not ended after {timeout} s"
+        self.said.seek(0)
+        return None, self.said.read()
+
+
+def _run(code: str, arguments: Sequence[str], cwd: Path, said: str, environment: dict[str, str]) -> None:
+    for number, file in ((0, os.devnull), (1, os.devnull), (2, said)):
+        os.dup2(os.open(file, os.O_RDWR), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    sys.path.insert(0, "")
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def start(*arguments, cwd=None, code="from mlx_traces.cli import main; main()"):
-    """Start a command of mlx-traces, or other Python, in a process of its own; stderr goes to a pipe."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Start a command of mlx-traces, or other Python, in a process of its own."""
+    return Started(code, list(map(str, arguments)), Path(cwd or Path.cwd()))
 
 
 def finish(process):
