@@ -1,4 +1,4 @@
-"""Two processes, started by mlx.launch over loopback, do what one does."""
+"""Two processes do what one does, over loopback."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from stress import several
+from stress import killing, several
 
 from mlx_traces.cli import main
 from mlx_traces.runtime import distributed
@@ -50,6 +50,16 @@ def launch(*arguments, cwd, count=2):
     )
 
 
+def ring(folder):
+    """Write the addresses of two ranks; return the variables that make a process each of them."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in (one, two)]
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    return [{"MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(rank)} for rank in (0, 1)]
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -84,9 +94,10 @@ def test_two_are_one_and_go_on_with_what_another_number_began(tmp_path):
     for kind in several.SETTINGS:
         several.make(kind, tmp_path, "one")
         assert several.stopped(kind, tmp_path, "first").startswith("stopped after ")
-    process = launch(several.__file__, tmp_path, cwd=tmp_path)
-    said, _ = process.communicate(timeout=300)
-    assert (tmp_path / "said.json").exists(), said
+    code = "import sys; from pathlib import Path; from stress import several; several.main(Path(sys.argv[1]))"
+    ranks = [killing.start(tmp_path, code=code, **each) for each in ring(tmp_path)]
+    for process in ranks:
+        killing.finish(process)
     assert json.loads((tmp_path / "said.json").read_text()) == {
         **dict.fromkeys(("grpo", "ppo"), "stopped after step 2 of 3"),
         **{"sft": "stopped after step 2 of 3", "eval": "stopped after 16 of 19 completions"},
@@ -110,9 +121,11 @@ def test_two_are_one_and_go_on_with_what_another_number_began(tmp_path):
 
 def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
-    process = launch(*MAIN, *GRPO, "--reward", "bad:reward", "--out", tmp_path / "run", cwd=tmp_path)
-    said, _ = process.communicate(timeout=120)
-    assert "rank 1: reward bad:reward: bad cannot be imported (ValueError: no)" in said
+    words = (*GRPO, "--reward", "bad:reward", "--out", tmp_path / "run")
+    ranks = [killing.start(*words, cwd=tmp_path, **each) for each in ring(tmp_path)]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert "rank 1: reward bad:reward: bad cannot be imported (ValueError: no)" in said[1]
+    assert all(process.returncode == 1 for process in ranks) and "rank 1" in said[0], said
 
 
 def test_a_rank_that_is_killed_is_named_and_ends_the_others_in_time(tmp_path):
@@ -138,11 +151,6 @@ def rank_of(launched, rank):
 
 def test_a_lost_rank_is_named_without_a_launcher_too(tmp_path):
     """What MLX raises becomes one line; nobody but the ranks themselves is there to end them."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in (one, two)]
-    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
     code = (
         "import os, time\nfrom mlx_traces.runtime import distributed as ranks\n"
         "try:\n    for turn in range(10**6):\n        ranks.gather([turn])\n"
@@ -152,11 +160,11 @@ def test_a_lost_rank_is_named_without_a_launcher_too(tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "MLX_HOSTFILE": tmp_path / "hosts.json", "MLX_RANK": str(rank)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **each},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for each in ring(tmp_path)
     ]
     said = [process.communicate(timeout=60)[0] for process in started]
     assert said[0].startswith("lost: rank 1 is gone ([ring] ") and said[0].rstrip().endswith("go on with --resume")

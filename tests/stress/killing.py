@@ -33,12 +33,12 @@ FORKS.set_forkserver_preload(
 class Started:
     """A process forked from one that has imported what takes seconds, with `subprocess.Popen`'s names.
 
-    It runs Python code with arguments, in a folder and with this process's environment; stderr goes to a file.
+    It runs Python code with arguments, in a folder and an environment; stderr goes to a file.
     """
 
-    def __init__(self, code: str, arguments: Sequence[str], cwd: Path):
+    def __init__(self, code: str, arguments: Sequence[str], cwd: Path, environment: dict[str, str]):
         self.said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 - gone with this object
-        self.process = FORKS.Process(target=_run, args=(code, arguments, cwd, self.said.name, dict(os.environ)))
+        self.process = FORKS.Process(target=_run, args=(code, arguments, cwd, self.said.name, environment))
         self.process.start()
         self.pid = self.process.pid
 
@@ -74,9 +74,9 @@ def _run(code: str, arguments: Sequence[str], cwd: Path, said: str, environment:
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
-def start(*arguments, cwd=None, code="from mlx_traces.cli import main; main()"):
-    """Start a command of mlx-traces, or other Python, in a process of its own."""
-    return Started(code, list(map(str, arguments)), Path(cwd or Path.cwd()))
+def start(*arguments, cwd=None, code="from mlx_traces.cli import main; main()", **environment):
+    """Start a command of mlx-traces, or other Python, in a process of its own, with further variables."""
+    return Started(code, list(map(str, arguments)), Path(cwd or Path.cwd()), {**os.environ, **environment})
 
 
 def finish(process):

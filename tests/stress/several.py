@@ -1,13 +1,12 @@
 """One small run of each kind that several ranks share, whole or stopped on the way: shared by the tests of ranks.
 
-Started by ``mlx.launch``, it goes on with each run that a single process began and stopped, and begins another that a
+As two ranks, it goes on with each run that a single process began and stopped, and begins another that a
 single process will go on with.
 """
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import mlx_traces
@@ -102,7 +101,3 @@ def main(folder):
         said[kind] = stopped(kind, folder, "second")
     if distributed.first():
         (folder / "said.json").write_text(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
