@@ -5,8 +5,8 @@ so every output is the same sum as before. An unmerged adapter is joined likewis
 and dense products add the residual themselves. The number of operations sets the time: at 32 to 128 rows a GPU waits
 for the host to issue them, and on a CPU a small model's products are as short as the overhead of issuing them.
 
-On a CPU MLX's sigmoid is slow, so the step has a gate of its own there, and prompts are read with it too. Large weights
-are not joined there: joining takes seconds and gains little.
+On a CPU MLX's sigmoid and exponential are slow, so the step has its own there. Large weights are not joined there:
+joining takes seconds and gains little.
 
 The joined weights take no memory of their own, as the modules' weights become slices of them. They are kept with the
 modules, and joined again after a weight was replaced. The step is used only if all modules of a model are of the kinds
@@ -23,8 +23,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
 
 from mlx_traces.engine.kv_cache import SlotCache, decodes_right
@@ -76,15 +74,6 @@ class Step:
         h = model.model.norm(h)
         return model.lm_head(h) if "lm_head" in model else model.model.embed_tokens.as_linear(h)
 
-    def read(self, tokens: mx.array, caches: Sequence[KVCache]) -> None:
-        """Read (k, L) prompt tokens into mlx_lm's caches, by the model's modules and the step's gate."""
-        h = self.model.model.embed_tokens(tokens)
-        mask = create_attention_mask(h, caches[0])
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            h = h + layer.self_attn(layer.input_layernorm(h), mask, cache)
-            x, mlp = layer.post_attention_layernorm(h), layer.mlp
-            h = h + mlp.down_proj(self.gate(mlp.gate_proj(x), mlp.up_proj(x)))
-
     def _turning(self, rope: nn.Module, offset: mx.array) -> Callable[[mx.array], mx.array]:
         """Return the function that applies the rotary embedding at the rows' positions, (R,), to (R, heads, 1, size).
 
@@ -119,7 +108,7 @@ class Step:
             grouped, keys = (rows, groups, -1, size), keys.swapaxes(-1, -2)
             if self.backend == "cpu":
                 scores = mx.addmm(mask, queries.reshape(grouped), keys, alpha=scale)
-                weights = _exp(scores - scores.max(axis=-1, keepdims=True))
+                weights = exp(scores - scores.max(axis=-1, keepdims=True))
                 out = (weights @ values / weights.sum(axis=-1, keepdims=True)).astype(values.dtype)
             else:
                 scores = mx.where(mask, (queries * scale).reshape(grouped) @ keys, mx.finfo(queries.dtype).min)
@@ -301,7 +290,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def _exp(x: mx.array) -> mx.array:
+def exp(x: mx.array) -> mx.array:
     """Return the float32 exponential of numbers that are 0 or below, within 2e-7; exactly 0 below -64.
 
     MLX's own takes 20 ns a number on x86, this 3. The exponential of a 32nd, less 1, is Taylor's fifth-degree

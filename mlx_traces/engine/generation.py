@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_traces.engine import fused
+from mlx_traces.engine import cpu_trunk, fused
 from mlx_traces.engine.attention import SLICES, Reading, reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
@@ -573,13 +573,10 @@ class _Engine:
         for cache, (keys, values) in zip(caches, self.shared_caches, strict=False):
             cache.keys, cache.values = (mx.repeat(array, len(tokens), axis=0) for array in (keys, values))
             cache.offset = keys.shape[2]
+        read = self.loaded.model if self.fused is None else cpu_trunk.trunk(self.loaded.model)
         piece = max(1, budget // len(tokens))
         for at in range(0, tokens.shape[1], piece):
-            part = mx.array(tokens[:, at : at + piece])
-            if self.fused is None:
-                self.loaded.model(part, cache=caches)
-            else:
-                self.fused.read(part, caches)
+            read(mx.array(tokens[:, at : at + piece]), cache=caches)
             mx.eval([cache.state[:2] for cache in caches])  # the logits are never computed
         self.usage.prompt_tokens += tokens.size
         return [cache.keys_and_values() for cache in caches]

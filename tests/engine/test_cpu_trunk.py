@@ -7,6 +7,7 @@ import pytest
 from factories import KNOWN, make_known
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_traces.config import AdapterConfig
 from mlx_traces.engine import cpu_trunk, forward, fused
@@ -49,6 +50,19 @@ def test_the_trunk_and_its_gradient_are_as_near_to_float64_as_the_modules(kind, 
         assert np.linalg.norm(found - expected) < most < 1e-4 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_prompts_are_read_as_the_modules_do(kind):
+    model, tokens = make_known(kind), mx.array(np.random.default_rng(3).integers(0, 98, (3, 21)))
+    own, expected = make_prompt_cache(model), make_prompt_cache(model)
+    for part in (tokens[:, :13], tokens[:, 13:]):
+        cpu_trunk.trunk(model)(part, cache=own)
+        model(part, cache=expected)
+    for one, other in zip(own, expected, strict=True):
+        assert one.offset == 21
+        for found, wanted in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * mx.abs(wanted).max().item())
+
+
 def test_checkpointed_layers_stay_so():
     model, ids = make_known("qwen2"), mx.array([[3, 1, 4, 1, 5]])
     model.freeze()
@@ -89,3 +103,19 @@ def test_sixteen_bits_are_taken(dtype):
     own, modules, wanted = forward.split(model).trunk(ids), model.model(ids), exact.model(ids)
     assert own.dtype == dtype and not mx.array_equal(own, modules).item()
     assert mx.linalg.norm((own - wanted).flatten()) < 1.5 * mx.linalg.norm((modules - wanted).flatten())
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_softmaxs_gradient_is_float64s_within_rounding(dtype):
+    random = np.random.default_rng(4)
+    scores, slope = (mx.array(random.normal(size=(3, 40)) * size).astype(dtype) for size in (4, 1))
+    scores[1, 7:] = mx.finfo(dtype).min  # not seen
+    wide = np.array(scores.astype(mx.float32), np.float64)
+    weights = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    steep = weights * np.array(slope.astype(mx.float32), np.float64)
+    (found,), (own,) = mx.vjp(cpu_trunk._softmax, [scores], [slope])
+    for ours, exact in ((found, weights), (own, steep - weights * steep.sum(axis=-1, keepdims=True))):
+        assert ours.dtype == dtype and (ours[1, 7:] == 0).all().item()
+        most = 4 * mx.finfo(dtype).eps
+        np.testing.assert_allclose(ours.astype(mx.float32), exact, atol=most)
