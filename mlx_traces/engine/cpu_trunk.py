@@ -2,7 +2,8 @@
 
 MLX has no kernels of its own on a CPU for the gate, the rotary embedding and attention, and makes many passes of them.
 Here the gate is one pass with its gradient written out, the embedding's cosines and sines are computed once for all
-layers, the queries that share keys are one product, and the exponential is a fast one.
+layers, and the queries that share keys are one product. An update of nano takes a sixth less time.
+The decode step's own exponential (`fused`) would save another tenth, and take twice the memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,21 +93,8 @@ def _attention(
     scores = queries @ keys.swapaxes(-1, -2)
     if mask is not None:
         scores = (scores.reshape(rows, groups, length, -1, count) + mask).reshape(scores.shape)
-    out = _softmax(scores) @ values
+    out = mx.softmax(scores, axis=-1, precise=True) @ values
     return module.o_proj(out.reshape(rows, groups, length, -1, size).swapaxes(1, 2).reshape(rows, length, -1))
-
-
-@mx.custom_function
-def _softmax(scores: mx.array) -> mx.array:
-    """Return the softmax over the last axis."""
-    weights = fused.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (weights / weights.sum(axis=-1, keepdims=True)).astype(scores.dtype)
-
-
-@_softmax.vjp
-def _softmax_vjp(primals: Any, slope: mx.array, weights: mx.array) -> mx.array:
-    slope = weights * slope
-    return slope - weights * slope.sum(axis=-1, keepdims=True)
 
 
 @mx.custom_function
