@@ -294,7 +294,7 @@ def exp(x: mx.array) -> mx.array:
     """Return the float32 exponential of numbers that are 0 or below, within 2e-7; exactly 0 below -64.
 
     MLX's own takes 20 ns a number on x86, this 3. The exponential of a 32nd, less 1, is Taylor's fifth-degree
-    polynomial. Four times it is doubled in the exponent with the 1 kept apart, p to p (p + 2), and then squared.
+    polynomial, p. Four times p becomes p (p + 2), which doubles the exponent and keeps the 1 apart; 1 + p is then squared.
     """
     x, p = mx.maximum(x.astype(mx.float32), -64), 0
     for degree in range(5, 0, -1):

@@ -1,7 +1,7 @@
 """One small run of each kind that several ranks share, whole or stopped on the way: shared by the tests of ranks.
 
-As two ranks, it goes on with each run that a single process began and stopped, and begins another that a
-single process will go on with.
+`main`, called by each of two ranks, goes on with the runs that a single process began and stopped, and begins others
+that a single process will go on with.
 """
 
 import json
