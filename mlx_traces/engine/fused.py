@@ -293,8 +293,8 @@ def sigmoid(x: mx.array) -> mx.array:
 def exp(x: mx.array) -> mx.array:
     """Return the float32 exponential of numbers that are 0 or below, within 2e-7; exactly 0 below -64.
 
-    MLX's own takes 20 ns a number on x86, this 3. The exponential of a 32nd, less 1, is Taylor's fifth-degree
-    polynomial, p. Four times p becomes p (p + 2), which doubles the exponent and keeps the 1 apart; 1 + p is then squared.
+    MLX's own takes 20 ns a number on x86, this 3. Taylor's fifth-degree polynomial gives p, the exponential of a 32nd
+    less 1. Four times p becomes p (p + 2), which doubles the exponent and keeps the 1 apart. Then 1 + p is squared.
     """
     x, p = mx.maximum(x.astype(mx.float32), -64), 0
     for degree in range(5, 0, -1):
