@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, one thread each
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def _tiny() -> LoadedModel:
 def tiny(_tiny: LoadedModel) -> LoadedModel:
     """A tiny random model, float32, with a ChatML tokenizer."""
     return replace(_tiny, notes=[])
+
+
+@pytest.fixture
+def exact_memory() -> Iterator[None]:
+    """MLX's count of active memory is that of the arrays: no array lies in a larger buffer that another has left."""
+    limit = mx.set_cache_limit(0)
+    mx.clear_cache()
+    yield
+    mx.set_cache_limit(limit)
 
 
 @pytest.fixture(scope="session")

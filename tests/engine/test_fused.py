@@ -76,9 +76,8 @@ def test_sixteen_bits_are_taken(dtype, backend):
     assert np.abs(np.array(rollout.model_logprobs) - expected).mean() < 0.25  # of logits up to 60
 
 
-def test_joining_takes_no_memory_but_a_layers():
+def test_joining_takes_no_memory_but_a_layers(exact_memory):
     model = make_known("llama")
-    mx.clear_cache()
     before = mx.get_active_memory()
     step = fused.step_of(model, "cpu")
     assert mx.get_active_memory() - before < 20_000  # sines, norms; the weights are 300,000 bytes
@@ -110,7 +109,7 @@ def test_weights_stay_joined_until_one_is_replaced(monkeypatch):
     assert new != old and [r.completion_ids for r in new] == [r.completion_ids for r in sampled(loaded_as(model))]
 
 
-def test_replaced_weights_are_not_kept_for_ever():
+def test_replaced_weights_are_not_kept_for_ever(exact_memory):
     """As by full fine-tuning, which replaces all weights between two samplings."""
     model, active = make_known("qwen2"), []
     for _ in range(5):
@@ -122,7 +121,7 @@ def test_replaced_weights_are_not_kept_for_ever():
     assert active[-1] - active[1] < 20_000  # a layer's joined weights are 98,000 bytes
 
 
-def test_an_adapter_is_called_and_a_merged_one_joined():
+def test_an_adapter_is_called_and_a_merged_one_joined(exact_memory):
     model = make_known("qwen2")
     adapters.start(model, AdapterConfig(rank=4))
     shaken = [
@@ -132,7 +131,6 @@ def test_an_adapter_is_called_and_a_merged_one_joined():
     model.load_weights(shaken, strict=False)
     assert not fused.known(model)
     expected = sampled(loaded_as(model))
-    mx.clear_cache()
     before = mx.get_active_memory()
     with adapters.merged(model):
         assert fused.step_of(model, "cpu") is not None
