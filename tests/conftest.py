@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, one thread each
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_traces.models.loading import LoadedModel
 
 assert mlx_traces
+os.fsync = os.fstat  # tests kill processes, which keeps what was written; none cuts the power
 SLOW = (  # files in which tests take the longest: they begin first, so that no worker is left alone with one
     "test_distributed", "test_grpo", "test_rounds", "test_ppo", "test_memory", "test_thinking", "test_evaluator",
     "test_sft", "test_generation", "test_fused", "test_study", "test_faults", "test_bench", "test_grpo_bandit",
@@ -33,6 +35,11 @@ settings.load_profile("suite")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slow files first."""
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of every later garbage collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
