@@ -126,7 +126,7 @@ def sentence(curve: Curve) -> str:
     if stop == size - 1:
         return f"{text}; {names[stop]} is the largest budget that was tried.{together}"
     best = max(range(stop + 1, size), key=lambda high: curve.points[high].accuracy)
-    room = max(pair[stop, best].high, stats.wilson(0, pair[stop, best].problems)[1])
+    room = max(pair[stop, best].high, pair[stop, best].least_reach)
     text += f"; beyond {names[stop]} no gain is shown" if stop else ""
     text += f": {names[best]} {evidence(stop, best)}; a gain of up to {percent(room)} points is compatible."
     worse = [high for high in range(stop + 1, size) if significant(stop, high) and pair[stop, high].diff < 0]

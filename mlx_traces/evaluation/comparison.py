@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import power, stats, variance
 from mlx_traces.evaluation.anytime import anytime
-from mlx_traces.evaluation.completion import rehead
+from mlx_traces.evaluation.completion import at_k, rehead
 from mlx_traces.evaluation.differences import OPTIONAL, SAMPLING
 from mlx_traces.evaluation.differences import differences as provenance_differences
 from mlx_traces.evaluation.differences import part as part_of
@@ -66,7 +67,10 @@ def interned(value: Any, depth: int = 2) -> Any:
 def by_extractor(run: Run, extractor: str) -> Run:
     """Return a run with another of its extractors as the headline."""
     samples = [rehead(row, extractor) for row in run.samples]
-    return replace(run, result=run.result | {"extractor": extractor}, samples=samples)
+    result = run.result | {"extractor": extractor}
+    if extractor != run.result.get("extractor"):
+        result |= at_k(samples, partial(_votes, result))
+    return replace(run, result=result, samples=samples)
 
 
 JSON_KEYS = (
@@ -435,7 +439,8 @@ def paired(one: Run, two: Run) -> dict[str, Any]:
     Returns:
         ``problems``; ``wins`` and ``losses``, problems that ``one`` answered right more, or less, often than ``two``;
         ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``test`` of ``one`` minus ``two``; ``ratio``,
-        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN with clusters or if stopped.
+        ``ratio_low`` and ``ratio_high`` of their accuracies (`stats.paired_ratio`), NaN where problems are not all
+        that varies: with clusters, several trainings, or if stopped; ``clusters``, their number or None.
 
     Raises:
         UserError: if a run has no or uneven samples, or the problems differ.
@@ -445,10 +450,11 @@ def paired(one: Run, two: Run) -> dict[str, Any]:
     (a, samples_a), (b, samples_b) = (counts_of(outcome, outcomes[0]) for outcome in outcomes)
     more, less = a * samples_b > b * samples_a, a * samples_b < b * samples_a
     counts = {"problems": len(a), "wins": int(more.sum()), "losses": int(less.sum())}
-    fixed = not (two.clusters or one.stopped or two.stopped)
-    ratio = stats.paired_ratio(a / samples_a, b / samples_b) if fixed else (math.nan,) * 3
-    ratios = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
-    return counts | tested(one, two, *outcomes) | ratios
+    counts["clusters"] = len(set(clusters)) if (clusters := clusters_in(two, list(outcomes[1]))) else None
+    found = tested(one, two, *outcomes)
+    by_problem = found["test"] in ("McNemar", "sign-flip")
+    ratio = stats.paired_ratio(a / samples_a, b / samples_b) if by_problem else (math.nan,) * 3
+    return counts | found | dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -531,10 +537,15 @@ def per_question(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def majority_answer(run: Run, answers: Sequence[str | None], gold: str) -> str | None:
-    """Return the most frequent answer, as first written; the answers of an unknown task are compared as texts."""
-    task, extractor = run.result["task"], run.result["extractor"]
-    votes = get_task(task).votes(answers, gold, extractor) if is_known(task) else list(answers)
+    """Return the most frequent answer, as first written."""
+    votes = _votes(run.result, answers, gold)
     return answers[votes.index(stats.majority(votes))]
+
+
+def _votes(result: dict[str, Any], answers: Sequence[str | None], gold: str) -> list[str | None]:
+    """Return a problem's answers as votes; those of an unknown task are compared as texts."""
+    task = result["task"]
+    return get_task(task).votes(answers, gold, result["extractor"]) if is_known(task) else list(answers)
 
 
 def source_results(runs: Sequence[Run]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_traces.config import AnswerConfig, Config
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.evaluation import endpoint, stats
-from mlx_traces.evaluation.completion import Completion, Sample
+from mlx_traces.evaluation.completion import Completion, Sample, at_k
 from mlx_traces.models import names
 from mlx_traces.readers import is_file
 from mlx_traces.records import EvalResult, Problem, Score, strata_of
@@ -297,7 +297,7 @@ def summarize(
             name: accuracy_of(samples, lambda row, name=name: row["verdicts"][name] == "correct")
             for name in planned.task.extractors
         },
-        **_at_k(planned, samples),
+        **at_k(samples, lambda answers, gold: planned.task.votes(answers, gold, planned.extractor)),
         notes=[*notes],
         stopped=sum("stop_string" in row for row in samples),
         stopped_in_thoughts=sum(row.get("in_thought") is True for row in samples),
@@ -313,30 +313,6 @@ def accuracy_of(samples: Iterable[Sample], correct: Callable[[Sample], bool]) ->
     for row in samples:
         by_problem[row["id"]].append(correct(row))
     return stats.accuracy(list(by_problem.values()))
-
-
-def _at_k(planned: Plan, samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """Return unbiased pass@k and pass^k, and maj@k, for k = 1, 2, 4, ... and the number of samples.
-
-    The first k completions vote; answers that the grader considers equal are one answer.
-    """
-    if (n := planned.config.samples) == 1:
-        return {"pass_at_k": {}, "pass_hat_k": {}, "maj_at_k": {}}
-    groups: dict[str, list[Sample]] = defaultdict(list)
-    for row in samples:
-        groups[row["id"]].append(row)
-    ks = sorted({1 << i for i in range(n.bit_length())} & set(range(1, n + 1)) | {n})
-    passes, hats, votes = ({str(k): 0.0 for k in ks} for _ in range(3))
-    for rows in groups.values():
-        count = sum(row["correct"] for row in rows)
-        answers = planned.task.votes((row["extracted"] for row in rows), rows[0]["gold"], planned.extractor)
-        for k in ks:
-            passes[str(k)] += stats.pass_at_k(len(rows), count, k) / len(groups)
-            hats[str(k)] += stats.pass_hat_k(len(rows), count, k) / len(groups)
-            winner = stats.majority(answers[:k])
-            won = any(row["correct"] for row, answer in zip(rows[:k], answers, strict=False) if answer == winner)
-            votes[str(k)] += won / len(groups)
-    return {"pass_at_k": passes, "pass_hat_k": hats, "maj_at_k": votes}
 
 
 def regrade(task: Task, row: dict[str, Any], where: str) -> dict[str, Score]:

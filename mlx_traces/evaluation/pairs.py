@@ -29,7 +29,8 @@ class Pair:
     ``wins`` are problems that ``a`` answered right and ``b`` did not (with several samples: right more often),
     ``losses`` the reverse. ``diff`` is a's accuracy minus b's, ``low`` and ``high`` its 95 % interval (paired
     bootstrap), all fractions. ``ratio`` is a's accuracy divided by b's, ``ratio_low`` and ``ratio_high`` its 95 %
-    interval (paired bootstrap); NaN if unknown or both are 0. ``p_holm`` is adjusted over the ``family`` pairs tested
+    interval (paired bootstrap); NaN if unknown or both are 0. ``clusters``, if problems form clusters, is their number.
+    ``p_holm`` is adjusted over the ``family`` pairs tested
     together. ``cut_a`` and ``cut_b`` are the shares of answers that were cut off at the token cap.
     """
 
@@ -49,6 +50,15 @@ class Pair:
     ratio: float = math.nan
     ratio_low: float = math.nan
     ratio_high: float = math.nan
+    clusters: int | None = None
+
+    @property
+    def least_reach(self) -> float:
+        """The upper end of Wilson's interval of 0 in n problems or clusters.
+
+        A difference up to there is compatible even with runs that never disagree, whose bootstrap has no width.
+        """
+        return stats.wilson(0, self.clusters or self.problems)[1]
 
     def swapped(self) -> Pair:
         """Return the same pair seen from ``b``."""
@@ -125,6 +135,7 @@ def pairs(runs: Sequence[Run], baseline: int | None = None) -> list[Pair]:
             ratio=figures["ratio"],
             ratio_low=figures["ratio_low"],
             ratio_high=figures["ratio_high"],
+            clusters=figures["clusters"],
         )
         for (i, j, figures), p_holm in zip(tested, adjusted, strict=True)
     ]
@@ -135,8 +146,7 @@ def sentence(pair: Pair) -> str:
 
     Either one of the two is right more often after Holm's adjustment, or no difference is shown. That does not
     mean that they are equal, so the sentence gives the largest difference that the data leave open: the end of the 95 %
-    interval farther from zero, and at least the upper end of Wilson's interval of 0 in n, since the bootstrap interval
-    of two runs that never disagree has no width.
+    interval farther from zero, and at least `Pair.least_reach`.
     """
     if pair.diff < 0:
         pair = pair.swapped()
@@ -150,11 +160,12 @@ def sentence(pair: Pair) -> str:
             change = f"{points}, {often}, on {pair.problems:,} problems"
         text = f"{pair.a} is right more often than {pair.b}: {change}, {counts} ({tested})."
     else:
-        reach = max(abs(pair.low), abs(pair.high), stats.wilson(0, pair.problems)[1])
+        reach = max(abs(pair.low), abs(pair.high), pair.least_reach)
         seen = f"{change}, {counts} ({tested})"
         if pair.wins == pair.losses == 0:
             seen = f"they are right on the same ones of {pair.problems:,} problems"
-        either = "either way is compatible" if pair.low <= 0 else "is compatible; after Holm, none is compatible too"
+        by = "by the test" if pair.p >= stats.LEVEL else "after Holm"  # what the interval alone would exclude
+        either = "either way is compatible" if pair.low <= 0 else f"is compatible; {by}, none is compatible too"
         open_ = f"a difference of up to {percent(reach)} points {either}"
         text = f"No difference shown between {pair.a} and {pair.b}: {seen}; {open_}."
     cut = [(pair.a, pair.cut_a), (pair.b, pair.cut_b)]

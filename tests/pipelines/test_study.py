@@ -212,6 +212,8 @@ def test_the_sentence_on_no_difference_says_what_is_still_possible():
     text = pairs.sentence(lucky)
     assert text.startswith("No difference shown between thinking and direct: +10.0 points [7.3, 12.8]")
     assert text.endswith("a difference of up to 12.8 points is compatible; after Holm, none is compatible too.")
+    alone = replace(lucky, p=0.0625, p_holm=0.0625, family=1)  # five of five problems won: the bootstrap excludes 0
+    assert pairs.sentence(alone).endswith("12.8 points is compatible; by the test, none is compatible too.")
     assert pairs.sentence(replace(lucky, p_holm=0.0501)).startswith("No difference")
     assert pairs.sentence(replace(lucky, p_holm=0.0499)).startswith("thinking is right more often")
 
@@ -222,6 +224,17 @@ def test_no_disagreement_is_not_called_equality():
         "No difference shown between thinking and direct: they are right on the same ones of 1,000 problems; a "
         "difference of up to 0.4 points either way is compatible."  # Wilson's upper end of 0 in 1,000: 0.38 %
     )
+    few = pairs.sentence(replace(same, clusters=5))
+    assert few.endswith("up to 43.4 points either way is compatible.")  # of 0 in 5
+
+
+def test_a_ratio_is_given_where_problems_are_all_that_varies():
+    runs = [make_run(name, [1, 0] * 20) for name in "abc"]
+    clusters = [replace(run, clusters={f"p{i}": str(i // 10) for i in range(40)}) for run in runs]
+    three, better = comparison.recipe("three", runs), make_run("d", [1, 1, 1, 0] * 10)
+    (alone,), (recipe,), (grouped,) = (pairs.pairs(two) for two in ([runs[0], better], [three, better], clusters[:2]))
+    assert alone.ratio == pytest.approx(1.5) and alone.clusters is None
+    assert np.isnan(recipe.ratio) and np.isnan(grouped.ratio) and grouped.clusters == 4
 
 
 def test_the_sentence_names_answers_that_were_cut_off():

@@ -215,6 +215,17 @@ def test_terminal_and_markdown_show_pass_at_k():
     assert "| pass^2 |" in tables.to_markdown(reliable)
 
 
+def test_another_extractor_counts_its_own_pass_at_k():
+    run = make_run("k", [[1, 0], [0, 0], [1, 1]], pass_at_k={"1": 0.5, "2": 2 / 3})
+    assert comparison.by_extractor(run, "tolerant").result["pass_at_k"] == {"1": 0.5, "2": 2 / 3}
+    for row in run.samples:
+        row["verdicts"]["strict"], row["extractions"]["strict"] = ("correct" if row["sample"] else "no_answer"), "42"
+    strict = comparison.by_extractor(run, "strict")
+    (row,) = comparison.compare_runs([strict]).to_dict("records")
+    assert row["accuracy"] == row["pass@1"] == 0.5 and row["pass@2"] == 1
+    assert (row["pass^2"], row["maj@1"], row["maj@2"]) == (0, 0, 1)
+
+
 HOSTILE = "org/[red]x[bold] |$a$ <b>\x1b[31m\u202e\n=1+1"
 
 
