@@ -477,7 +477,7 @@ def compared(
         scored = quality.compare_quality(runs, config.quality or ScoreConfig(), against, recipe)
     if config.out:
         export.write_all(runs, frame, Path(config.out), config.model_dump(mode="json"), scored)
-        page.write([*runs, *trainings], config.out, baseline=runs[base].name, quality=scored)
+        page.write([*runs, *trainings], config.out, quality=scored, baselines=[runs[base]])
     return Compared(frame, runs, scored)
 
 

@@ -53,13 +53,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """The runs of one task of a study, in the tables' order, with their tables.
+    """The runs of one task of a study, in the tables' order, with the baseline's index and their tables.
 
     ``bits`` has a data frame for every model and prompt that was evaluated at several bits.
     """
 
     name: str
     runs: list[Run]
+    baseline: int
     comparison: pd.DataFrame
     summary: pd.DataFrame
     pairs: list[Pair]
@@ -205,7 +206,7 @@ def computed(config: StudyConfig, layout: Layout, runs: list[Run]) -> Part:
                 "table shows the cost of rounding once more, not of the first rounding; for that, start from a model's "
                 "16-bit weights"
             )
-    return Part(layout.name, runs, frame, evaluation_pairs.summary(runs), chosen, bits, notes)
+    return Part(layout.name, runs, layout.baseline, frame, evaluation_pairs.summary(runs), chosen, bits, notes)
 
 
 def weights_of(config: StudyConfig, entry: Entry, made: Run) -> dict[str, Any]:
@@ -255,7 +256,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
     fronts = [page.Front(part.name, *front_of(part), part.scope) for part in parts]
-    page.write([run for part in parts for run in part.runs], config.out, title=config.name, fronts=fronts)
+    runs, baselines = [run for part in parts for run in part.runs], [part.runs[part.baseline] for part in parts]
+    page.write(runs, config.out, title=config.name, fronts=fronts, baselines=baselines)
 
 
 def front_of(part: Part) -> tuple[str, list[str]]:

@@ -86,7 +86,7 @@ def write_all(
     about = {
         **provenance(),
         "config": config,
-        "baseline": frame.loc[frame["diff"].isna(), "run"].iloc[0],
+        "baseline": frame.loc[frame["diff"].isna(), "label"].iloc[0],
         "cluster": (config or {}).get("cluster"),
         "stopped": runs[0].stopped,
         "runs": dict(zip(labels, abouts, strict=True)),
@@ -111,8 +111,8 @@ def write_all(
     return [out / name for name in (*texts, "accuracy.png")]
 
 
-def read(folder: Path) -> tuple[list[comparison.Run], str]:
-    """Read the runs of a comparison as `write_all` compared them, from their run folders; also the baseline's name.
+def read(folder: Path) -> tuple[list[comparison.Run], int]:
+    """Read the runs of a comparison as `write_all` compared them, from their run folders; also the baseline's index.
 
     A run that grew since then has its first problems only.
 
@@ -121,12 +121,14 @@ def read(folder: Path) -> tuple[list[comparison.Run], str]:
     """
     try:
         stored = _Stored.model_validate(read_json(folder / PROVENANCE))
+        field = "" if stored.baseline in stored.runs else "baseline"
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"]))
+    if field:
         raise UserError(
             f"{folder / PROVENANCE}: {clean(field)} is missing or wrong, perhaps as an older version wrote it; repeat "
             "the comparison with --out, or name its run folders"
-        ) from None
+        )
     runs = []
     for label, one in stored.runs.items():
         if absent := next((path for path in one.folders if not Path(path).is_dir()), None):
@@ -140,4 +142,4 @@ def read(folder: Path) -> tuple[list[comparison.Run], str]:
         first = set(list(comparison.outcomes_of(run))[: one.problems])
         samples = [row for row in run.samples if row["id"] in first]
         runs.append(replace(run, result=one.result, samples=samples, stopped=stored.stopped))
-    return comparison.clustered(runs, stored.cluster), stored.baseline
+    return comparison.clustered(runs, stored.cluster), list(stored.runs).index(stored.baseline)

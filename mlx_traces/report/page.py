@@ -59,6 +59,7 @@ def write(
     quality: pd.DataFrame | None = None,
     title: str | None = None,
     fronts: Sequence[Front] = (),
+    baselines: Sequence[comparison.Run] = (),
 ) -> list[Path]:
     """Write runs as a page, and their figures as PNG.
 
@@ -69,11 +70,12 @@ def write(
         runs: run folders of evaluations and trainings, folders of comparisons, or evaluations already read, in any mix.
         out: the HTML file, or a folder that gets ``report.html``; an existing page is replaced.
         png: a folder for the figures as PNG files.
-        baseline: name of the run that others are compared with; default: that of the comparison's folder, or the first
-            run of each set of problems.
+        baseline: name of the run that others are compared with; default: one of ``baselines``, that of the
+            comparison's folder, or the first run of each set of problems.
         quality: from `pipelines.quality.compare_quality`; shown with the evaluations of those runs.
         title: title of the page; default: the number of runs and their tasks.
         fronts: what to show before everything else.
+        baselines: those of the ``runs`` that others of the same problems are compared with.
 
     Returns:
         The files: the page first.
@@ -83,12 +85,12 @@ def write(
     """
     if not runs:
         raise UserError("there are no runs to report; name at least one run folder")
-    given, baselines = [], []
+    given, baselines = [], list(baselines)
     for run in (Path(run) if isinstance(run, str) else run for run in runs):
         if isinstance(run, Path) and (run / export.PROVENANCE).exists():
             compared, base = export.read(run)
             given += compared
-            baselines.append(base)
+            baselines.append(compared[base])
         else:
             given.append(run)
     records = [
@@ -184,11 +186,11 @@ class Page:
         return {"title": title, "svg": figures.svg(draw(""), label), "note": note, "last": ""}
 
     def comparisons(
-        self, records: Sequence[Record], baseline: str | None = None, others: Sequence[str] = ()
+        self, records: Sequence[Record], baseline: str | None = None, others: Sequence[comparison.Run] = ()
     ) -> list[dict[str, Any]]:
         """Return a section for the evaluations of each set of problems; unfinished ones have one each.
 
-        The baseline of a set is the run named ``baseline``, else the first run that is named in ``others``, else the
+        The baseline of a set is the run named ``baseline``, else the first run that is one of ``others``, else the
         first run.
 
         Raises:
@@ -216,8 +218,9 @@ class Page:
             raise unknown("baseline", baseline, names) if names else UserError("there is no evaluation to compare with")
         sections = []
         for key, group in groups.items():
-            names = [run.name for run in group]
-            first = next((names.index(name) for name in (baseline, *others) if name in names), 0)
+            chosen = [i for i, run in enumerate(group) if run.name == baseline]
+            chosen += [i for i, run in enumerate(group) if run in others]
+            first = next(iter(chosen), 0)
             sections.append(self.comparison(group, first, states[key]))
         return [*sections, *empty]
 
@@ -418,8 +421,9 @@ def _rows(frame: pd.DataFrame, runs: Sequence[comparison.Run], baseline: int) ->
 
 def _summary(rows: Sequence[dict[str, Any]], baseline: int) -> str:
     """Return a sentence: which run is highest, and how it differs from the baseline."""
-    best = max(rows, key=lambda row: row["accuracy"])
-    base, share = rows[baseline], f"{percent(best['accuracy'])} %"
+    base = rows[baseline]
+    best = max(rows, key=lambda row: (row["accuracy"], row is base))
+    share = f"{percent(best['accuracy'])} %"
     names = [f"{row['name']} ({row['notes']})" for row in (best, base)]
     if best is base:
         return f"No run is above the baseline, {names[1]}, at {share} of {best['n']}."

@@ -159,7 +159,7 @@ def test_the_abstract_and_the_key_points_say_what_the_tests_allow():
             "one model answering several times, greedily or from one seed: it says nothing",
         ),
     ):
-        part = study.Part("x", shown, comparison.compare_runs(shown), None, [], [], [])
+        part = study.Part("x", shown, 0, comparison.compare_runs(shown), None, [], [], [])
         assert part.scope.startswith(f"Each row is {said}")
     two_things = [make_run(name, clear[0], adapter=name, prompt=name) for name in "abc"]
     assert pairs.key_points(two_things, pairs.pairs(two_things), most=1)[1:] == [
@@ -604,6 +604,8 @@ def test_the_baseline_of_the_tables_is_the_one_that_was_named(tiny_folder, tmp_p
     parts = study.run(config_of(tmp_path, questions, *rows, tasks=[task, {**task, "max_tokens": 3}], baseline="b"))
     for part in parts:
         assert part.comparison["diff"].isna().tolist() == [False, True]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No run is above the baseline, b" in page
 
 
 def test_a_baseline_that_one_task_lacks_is_refused_with_its_place(tiny_folder, tmp_path, questions):

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from factories import BASE, BETTER, make_run, write_evaluation, write_training
 
+import mlx_traces
 from mlx_traces import text
 from mlx_traces.cli import main
 from mlx_traces.errors import UserError
@@ -135,6 +136,20 @@ def test_hostile_completions_stay_data(tmp_path):
     assert len(texts[7]) < 20_100 and "[… 30,000 characters left out …]" in texts[7]
     assert not set("\x1b\x07\x00\u202e\x9b") & set(html)
     assert "<script>$a$" in page.text
+
+
+def test_the_baseline_is_a_row_and_not_a_name(tmp_path):
+    """Of two run folders with one name, in a comparison, on its page, and on the page of its folder."""
+    asked = {"task": "countdown", "limit": 2, "max_tokens": 2}
+    for prompt in ("direct", "thinking"):
+        mlx_traces.evaluate(out=tmp_path / prompt / "run", prompt=prompt, **asked)
+    folders, out = [tmp_path / prompt / "run" for prompt in ("direct", "thinking")], tmp_path / "out"
+    for prompt in ("direct", "thinking"):
+        frame = mlx_traces.compare(*folders, baseline=f"nano_{prompt}", out=out)
+        assert frame["prompt"][frame["diff"].isna()].item() == prompt
+        again = write([out], tmp_path / "again.html")[0]
+        for page in (out / "report.html", again):
+            assert f"No run is above the baseline, nano ({prompt})" in Page(page.read_text()).text
 
 
 def test_what_a_study_says_first_is_text(tmp_path):
