@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 LEVEL = 0.05  # of Holm-adjusted p-values: the chance of any false "more often" in a table is at most this
 _CHUNK = 1 << 20  # bootstrap draws held at once: 8 MB of indices and 8 MB of values
-_UNITS = 1 << 15  # units that `sign_flip_of_reals` rounds to; they bound its time and memory
+_UNITS = 1 << 15  # least units that `sign_flip_of_reals` rounds to; they bound its time and memory
 
 
 def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -144,7 +144,8 @@ def sign_flip_of_reals(differences: ArrayLike) -> float:
     """Exact two-sided p-value of the paired sign-flip permutation test on real differences, rounded to integers.
 
     The unit of rounding is a 32,768th of the sum of their sizes, so the sum that is tested is off by at most P / 65,536
-    of that. Rounding is symmetric about 0, so the p-value is as valid as that of `sign_flip`.
+    of that; with more than 16,384 differences it is half of their mean size. Rounding is symmetric about 0, so the
+    p-value is as valid as that of `sign_flip`.
 
     Args:
         differences: (P,) one model's mean minus the other's, for each problem.
@@ -154,7 +155,7 @@ def sign_flip_of_reals(differences: ArrayLike) -> float:
     """
     values = np.round(np.asarray(differences, dtype=float), 12)
     total = np.abs(values).sum()
-    return sign_flip(np.rint(values / (total / _UNITS))) if total else 1.0
+    return sign_flip(np.rint(values / (total / max(_UNITS, 2 * values.size)))) if total else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_traces.config import RLConfig, ScoreConfig
 from mlx_traces.errors import UserError
-from mlx_traces.evaluation import comparison, stats
+from mlx_traces.evaluation import comparison, stats, variance
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.evaluation.completion import Completion
 from mlx_traces.pipelines import verify
@@ -46,7 +46,8 @@ def compare_quality(
     Every figure is a mean over problems, of all answers and of the correct ones alone; the value of a problem is the
     mean of its answers. The interval is the paired bootstrap's with 2,000 resamples, the p-value that of the exact
     sign-flip test (`stats.sign_flip_of_reals`), Holm's adjustment covers all differences of one kind of
-    ``answers``.
+    ``answers``. With clusters of problems the interval is that of `variance.estimate`, and the test is on the clusters'
+    sums. The answers of several trainings of a recipe are pooled, and nothing allows for the variance between these.
 
     Args:
         runs: runs over the same problems.
@@ -58,7 +59,8 @@ def compare_quality(
         One row for each run or pair, kind of ``answers`` (``all`` or ``correct``) and ``measure``: ``run``, ``label``,
         ``against`` (the earlier run's label, or None), ``mean`` of the run over ``problems`` with its interval from
         ``mean_low`` to ``mean_high``; ``diff``, ``diff_low``, ``diff_high``, ``p_value`` and ``p_holm`` over ``paired``
-        problems. NaN where there is no value.
+        problems. NaN where there is no value, and no differences where all values are in one cluster.
+        ``attrs["clusters"]`` and ``attrs["pooled"]`` say whether there are clusters and pooled trainings.
 
     Raises:
         UserError: if a model cannot be loaded, or too many of the judge's replies cannot be read; as `rewards_of`.
@@ -71,6 +73,7 @@ def compare_quality(
         scores = [
             [{**one, "reward": r} for one, r in zip(*own, strict=True)] for own in zip(scores, rewarded, strict=True)
         ]
+    clusters = runs[0].clusters
     alone = [(place, None) for place in range(len(runs)) if place not in {later for later, _ in pairs}]
     rows: list[dict[str, Any]] = []
     for answers in ("all", "correct"):
@@ -85,9 +88,9 @@ def compare_quality(
                 "against": None if base is None else names[base],
                 "answers": answers,
                 "measure": name,
-                **averaged(own := found[place][name]),
+                **averaged(own := found[place][name], clusters),
                 "problems": len(own),
-                **tested(own, {} if base is None else found[base][name]),
+                **tested(own, {} if base is None else found[base][name], clusters),
             }
             for place, base in sorted([*alone, *pairs], key=lambda pair: pair[0])
             for name in measures
@@ -96,26 +99,45 @@ def compare_quality(
         for row, adjusted in zip(known, stats.holm([row["p_value"] for row in known]), strict=True):
             row["p_holm"] = adjusted
         rows += block
-    return comparison.frame(rows)
+    table = comparison.frame(rows)
+    table.attrs |= {"clusters": bool(clusters), "pooled": any(run.trainings > 1 for run in runs)}
+    return table
 
 
-def averaged(values: Mapping[str, float]) -> dict[str, float]:
+def averaged(values: Mapping[str, float], clusters: Mapping[str, str]) -> dict[str, float]:
     """Return the mean of a run's values with its interval; NaN without any."""
-    own = np.array(list(values.values()))
-    figures = stats.paired_bootstrap(own, np.zeros(own.size), resamples=RESAMPLES) if own.size else [math.nan] * 3
+    figures = change_of(values, dict.fromkeys(values, 0.0), clusters)
     return dict(zip(("mean", "mean_low", "mean_high"), figures, strict=True))
 
 
-def tested(own: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float | int]:
-    """Compare two runs' values on the problems where both have one."""
+def tested(own: Mapping[str, float], other: Mapping[str, float], clusters: Mapping[str, str]) -> dict[str, float | int]:
+    """Compare two runs' values on the problems where both have one; ``clusters`` may be empty."""
     shared = [name for name in own if name in other]
-    figures = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan) | {"paired": len(shared)}
-    if not shared:
+    figures = dict.fromkeys(("diff", "diff_low", "diff_high", "p_value", "p_holm"), math.nan) | {"paired": 0}
+    low = (change := change_of({name: own[name] for name in shared}, other, clusters))[1]
+    if math.isnan(low):
         return figures
-    a, b = (np.array([values[name] for name in shared]) for values in (own, other))
-    change = stats.paired_bootstrap(a, b, resamples=RESAMPLES)
+    sums: dict[str, float] = defaultdict(float)
+    for name in shared:
+        sums[clusters.get(name, name)] += own[name] - other[name]
     figures |= zip(("diff", "diff_low", "diff_high"), change, strict=True)
-    return figures | {"p_value": stats.sign_flip_of_reals(a - b)}
+    return figures | {"p_value": stats.sign_flip_of_reals([*sums.values()]), "paired": len(shared)}
+
+
+def change_of(
+    own: Mapping[str, float], other: Mapping[str, float], clusters: Mapping[str, str]
+) -> tuple[float, float, float]:
+    """Return the mean difference on the problems of ``own`` with its interval; NaN without problems."""
+    if not own:
+        return (math.nan,) * 3
+    a, b = np.array([*own.values()]), np.array([other[name] for name in own])
+    if not clusters:
+        return stats.paired_bootstrap(a, b, resamples=RESAMPLES)
+    groups = [clusters[name] for name in own]
+    if len(set(groups)) < 2:
+        return float((a - b).mean()), math.nan, math.nan
+    found = variance.estimate(a[None], b[None], groups)
+    return found.mean, *found.interval()
 
 
 def by_problem(run: Run, scores: Sequence[Scores], measure: str, correct_only: bool) -> dict[str, float]:

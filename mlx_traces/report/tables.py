@@ -436,12 +436,17 @@ def quality_caption(frame: pd.DataFrame) -> str:
     )
     if "reward" in set(frame["measure"]):
         text += " reward: that of a rollout by the training's configuration."
+    if frame.attrs.get("pooled"):
+        text += " Trainings of a recipe are pooled: no interval or p here allows for how they vary."
     tests = [str(int((part["paired"] > 0).sum())) for _, part in frame.groupby("answers", sort=False)]
     if set(tests) == {"0"}:
         return text
+    ends, p = "paired bootstrap", "exact sign-flip test"
+    if frame.attrs.get("clusters"):
+        ends, p = "jackknife over clusters", "exact sign-flip test of the clusters' sums"
     return (
         f"{text} Differences are over the problems where both runs have a value (for correct answers: both are right), "
-        f"95 % paired bootstrap; p: exact sign-flip test, Holm-adjusted over {' and '.join(tests)} tests."
+        f"95 % {ends}; p: {p}, Holm-adjusted over {' and '.join(tests)} tests."
     )
 
 

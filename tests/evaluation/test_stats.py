@@ -143,6 +143,9 @@ def test_sign_flip_of_reals_is_scipys_permutation_test_and_sign_flip_on_integers
     values = rng.integers(-3, 4, 60)
     assert stats.sign_flip_of_reals(values / 128) == pytest.approx(stats.sign_flip(values), rel=0.02)
     assert stats.sign_flip_of_reals([0.0, 1e-17, -1e-16]) == 1.0  # what rounding leaves is no difference
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "_UNITS", 8)  # fewer than differences: none is lost in rounding
+        assert stats.sign_flip_of_reals(np.ones(20)) == 2 * 0.5**20
     one_sided = stats.sign_flip_of_reals(rng.random(40) + 0.1)
     assert one_sided == pytest.approx(2 * 0.5**40, rel=1e-9)
 

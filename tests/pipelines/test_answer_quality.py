@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from factories import rendered, write_evaluation
+from scipy.stats import t as student_t
 
 from mlx_traces.cli import main
 from mlx_traces.config import CompareConfig, EvalConfig, ScoreConfig, build
@@ -66,6 +68,26 @@ def test_means_and_pairs_by_hand(tmp_path):
         tested = [row for row in frame.to_dict("records") if row["answers"] == answers and row["paired"]]
         assert [row["p_holm"] for row in tested] == stats.holm([row["p_value"] for row in tested])
         assert len(tested) == 5 or answers == "correct"
+
+
+def test_clusters_of_problems_are_what_varies(tmp_path):
+    """12 problems in 3 clusters, in two of which the later run is longer: 3 signs have no p-value below 1/4."""
+    one = stored(tmp_path / "one", [1] * 12, completion=TRUE)
+    two = stored(tmp_path / "two", [1] * 12, completion=TRUE, adapter="a")
+    for place, row in enumerate(two.samples):
+        row["tokens"] += 3 * (place < 8)
+    apart = figures(quality.compare_quality([one, two], ScoreConfig(), [(1, 0)]), "all", "tokens")[1]
+    assert (apart["diff"], apart["p_value"]) == (2.0, 2 * 0.5**8) and apart["diff_low"] > 1
+    place = {f"p{i}": str(i // 4) for i in range(12)}
+    runs = [replace(run, clusters=place) for run in (one, two)]
+    frame = quality.compare_quality(runs, ScoreConfig(), [(1, 0)])
+    found = figures(frame, "all", "tokens")[1]
+    reach = student_t.ppf(0.975, 2)  # of cluster means 3, 3 and 0, whose standard error is 1
+    assert (found["diff"], found["p_value"]) == (2.0, 0.5)
+    assert (found["diff_low"], found["diff_high"]) == pytest.approx((2 - reach, 2 + reach))
+    assert "jackknife over clusters; p: exact sign-flip test of the clusters' sums" in tables.quality_caption(frame)
+    together = [replace(run, clusters=dict.fromkeys(place, "x")) for run in (one, two)]
+    assert not quality.compare_quality(together, ScoreConfig(), [(1, 0)])["paired"].any()
 
 
 def test_several_samples_of_a_problem_are_one_value(tmp_path):
