@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from mlx_traces.evaluation import comparison, stats
 from mlx_traces.evaluation.comparison import Run
@@ -49,20 +51,27 @@ class Curve:
 def curves(runs: Sequence[Run]) -> list[Curve]:
     """Return a curve for each model and prompt that has runs with different budgets.
 
+    Of several runs with one budget the first is on the first curve, the second on a second one, and so on.
+
     Raises:
         UserError: if the problems differ, or a run has no or uneven samples.
     """
-    groups: dict[tuple[str, str], dict[int | None, Run]] = {}
+    groups: dict[tuple[Any, ...], dict[int | None, Run]] = {}
     for run in runs:
-        unbounded = {**run.result, "think_tokens": None}
-        name = comparison.model_name(unbounded["model"], unbounded.get("adapter"))
-        group = groups.setdefault((name, clean(comparison.prompt_of(unbounded))), {})
-        group.setdefault(run.result.get("think_tokens"), run)
+        unbounded, budget = {**run.result, "think_tokens": None}, run.result.get("think_tokens")
+        key = (unbounded["model"], unbounded.get("adapter"), comparison.prompt_of(unbounded))
+        number = next(n for n in count(1) if budget not in groups.get((*key, n), {}))
+        groups.setdefault((*key, number), {})[budget] = run
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    short = Counter((comparison.model_name(model, adapter), *rest) for model, adapter, *rest in groups)
     found = []
-    for names, group in groups.items():
-        if len(group) > 1:
-            ordered = [group[budget] for budget in sorted(group, key=lambda budget: (budget is None, budget))]
-            found.append(Curve("_".join(names), [_point(run) for run in ordered], pairs(ordered)))
+    for (model, adapter, prompt, number), group in groups.items():
+        name = comparison.model_name(model, adapter)
+        if short[name, prompt, number] > 1:
+            name = clean("+".join(filter(None, (model, adapter))))
+        ordered = [group[budget] for budget in sorted(group, key=lambda budget: (budget is None, budget))]
+        name = f"{name}_{clean(prompt)}" + (f" ({number})" if number > 1 else "")
+        found.append(Curve(name, [_point(run) for run in ordered], pairs(ordered)))
     return found
 
 

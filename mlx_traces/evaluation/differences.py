@@ -49,7 +49,9 @@ def differences(abouts: Mapping[str, Any]) -> list[str]:
     drawn = {name: each for name, each in settings.items() if each.get("temperature")}
     for key in SAMPLING:
         lines += line_of(f"{key} differs", {name: text(each.get(key)) for name, each in drawn.items()})
-    lines += line_of("thinking switch differs", {name: text(each.get("thinking")) for name, each in settings.items()})
+    switches = {name: each["thinking"] for name, each in settings.items() if "thinking" in each}
+    switches = {name: "the template's own" if switch is None else text(switch) for name, switch in switches.items()}
+    lines += line_of("thinking switch differs", switches)
     for key, what in OPTIONAL.items():
         if any(each.get(key) for each in settings.values()):
             lines += line_of(what, {name: text(each.get(key) or "unset") for name, each in settings.items()})

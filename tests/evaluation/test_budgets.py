@@ -127,6 +127,15 @@ def test_curves_are_of_runs_that_differ_in_the_budget():
     assert rows[0][1:3] == ["25.0 %", "[19.5, 31.4]"] and max(len("  ".join(row)) for row in rows) < 80
 
 
+def test_models_with_one_short_name_and_runs_with_one_budget_have_curves_of_their_own():
+    models = ("qwen/4bit", "llama/4bit")
+    runs = [made(budget, 50 + budget, model=model) for model in models for budget in (0, 16)]
+    again = [made(budget, 30, model="qwen/4bit", temperature=0.5) for budget in (0, 16)]
+    found = budgets.curves([*runs, *again])
+    assert [curve.name for curve in found] == ["qwen/4bit_plain", "llama/4bit_plain", "4bit_plain (2)"]
+    assert [[point.accuracy for point in curve.points] for curve in found] == [[0.25, 0.33], [0.25, 0.33], [0.15, 0.15]]
+
+
 def points(*rows):
     return [budgets.Point(budget, share, low, high, tokens, 0.0) for budget, share, low, high, tokens in rows]
 

@@ -51,6 +51,7 @@ def changed(*path, to):
         (("identity", "dtype"), "bfloat16", "weights differ: dense float32 in a; dense bfloat16 in b"),
         (("identity", "top_p"), 0.9, "top_p differs: 1.0 in a; 0.9 in b"),
         (("identity", "thinking"), False, "thinking switch differs: True in a; False in b"),
+        (("identity", "thinking"), None, "thinking switch differs: True in a; the template's own in b"),
         (
             ("identity", "template_args"),
             {"effort": "high"},
