@@ -270,27 +270,26 @@ def front_of(part: Part) -> tuple[str, list[str]]:
 def to_markdown(name: str, part: Part) -> str:
     """Return a part as a Markdown page: abstract, key points, tables, a sentence on each pair, notes."""
     abstract, points = front_of(part)
-    sections = [("Abstract", f"{abstract}\n")]
+    sections = [("Abstract", f"{tables.escape_markdown(abstract)}\n")]
     if points:
-        sections.append(("Key points", "".join(f"* {point}\n" for point in points) + f"\n{part.scope}\n"))
+        sections.append(("Key points", f"{tables.bullets(points)}\n{part.scope}\n"))
     sections.append(("Summary", cells_to_markdown(summary_cells(part.summary))))
     sections.append(("Comparison", tables.to_markdown(part.comparison)))
     if (strata := comparison.strata(part.runs)) is not None:
         sections.append(("By stratum", cells_to_markdown(tables.parts_cells(strata))))
     if part.pairs:
-        sentences = "".join(f"* {line}\n" for line in said(part))
         pairs = cells_to_markdown(pairs_cells(part.pairs))
-        sections.append(("Pairs", f"{pairs}\n{sentences}\n{part.scope}\n"))
+        sections.append(("Pairs", f"{pairs}\n{tables.bullets(said(part))}\n{part.scope}\n"))
     for curve in part.curves:
-        lines = f"{cells_to_markdown(budgets_cells(curve))}\n{budgets.sentence(curve)}\n"
-        sections.append((f"Budgets: {curve.name}", lines))
+        lines = f"{cells_to_markdown(budgets_cells(curve))}\n{tables.escape_markdown(budgets.sentence(curve))}\n"
+        sections.append((f"Budgets: {tables.escape_markdown(curve.name)}", lines))
     if part.curves:
         pictures = [f"![Accuracy by {by}](accuracy-by-{by}.png)\n" for by in ("budget", "tokens")]
         sections.append(("Budgets: curves", "".join(pictures)))
     for frame in part.bits:
-        sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{ran_as(frame)}\n"))
+        sections.append(("Bits", f"{cells_to_markdown(bits_cells(frame))}\n{tables.escape_markdown(ran_as(frame))}\n"))
     if part.notes:
-        sections.append(("Notes", "".join(f"* {note}\n" for note in part.notes)))
+        sections.append(("Notes", tables.bullets(part.notes)))
     return f"# {name}: {part.name}\n" + "".join(f"\n## {title}\n\n{text}" for title, text in sections)
 
 
@@ -345,7 +344,14 @@ def as_json(name: str, part: Part) -> dict[str, Any]:
         "stopped": part.runs[0].stopped or None,
         "strata": [] if strata is None else tables.records(strata),
         "pairs": tables.records(pairs_frame(part.pairs)) if part.pairs else [],
-        "budgets": [{**asdict(curve), "sentence": budgets.sentence(curve)} for curve in part.curves],
+        "budgets": [
+            {
+                **asdict(curve),
+                "pairs": tables.records(pairs_frame(curve.pairs)),
+                "sentence": budgets.sentence(curve),
+            }
+            for curve in part.curves
+        ],
         "bits": [tables.records(frame) for frame in part.bits],
         "notes": part.notes,
     }

@@ -71,7 +71,7 @@ def write_all(
     if quality is not None:
         markdown += f"\n{tables.quality_markdown(quality)}"
     if warnings := comparison.differences(runs):
-        markdown += "\n" + "".join(f"* {warning}\n" for warning in warnings)
+        markdown += f"\n{tables.bullets(warnings)}"
     labels = comparison.labels(runs)
     abouts = [
         {

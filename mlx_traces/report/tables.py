@@ -153,7 +153,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         ]
         lines.append(cells)
     table = markdown([*headings, *recipes, *extra], lines, left=2)
-    return f"{_escape_markdown(protocol_line(frame))}\n\n{table}\n{_escape_markdown(caption(frame))}\n"
+    return f"{escape_markdown(protocol_line(frame))}\n\n{table}\n{escape_markdown(caption(frame))}\n"
 
 
 def has_equations(frame: pd.DataFrame) -> bool:
@@ -268,14 +268,15 @@ def how_to_read(frame: pd.DataFrame) -> str:
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
     """Lay out a Markdown table whose first ``left`` columns are text and whose other columns are numbers."""
     lines = [
-        [_escape_markdown(clean(heading)) for heading in headings],
+        [escape_markdown(clean(heading)) for heading in headings],
         [":--" if i < left else "--:" for i in range(len(headings))],
     ]
-    lines += [[*(_escape_markdown(cell) for cell in row[:left]), *row[left:]] for row in rows]
+    lines += [[*(escape_markdown(cell) for cell in row[:left]), *row[left:]] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is."""
     return text.translate(_MARKDOWN_SYNTAX)
 
 
@@ -466,7 +467,12 @@ def quality_table(frame: pd.DataFrame) -> Table:
 
 def quality_markdown(frame: pd.DataFrame) -> str:
     """Return the quality of answers as Markdown."""
-    return f"{cells_to_markdown(quality_cells(frame))}\n{_escape_markdown(quality_caption(frame))}\n"
+    return f"{cells_to_markdown(quality_cells(frame))}\n{escape_markdown(quality_caption(frame))}\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return lines of text as a Markdown list."""
+    return "".join(f"* {escape_markdown(line)}\n" for line in lines)
 
 
 def cells_to_markdown(cells: Cells) -> str:

@@ -229,6 +229,12 @@ def test_another_extractor_counts_its_own_pass_at_k():
 HOSTILE = "org/[red]x[bold] |$a$ <b>\x1b[31m\u202e\n=1+1"
 
 
+def test_hostile_warnings_stay_text(tmp_path):
+    runs = [make_run("a", [1, 0], split="<img src=x>`|"), make_run("b", [1, 0])]
+    export.write_all(runs, comparison.compare_runs(runs), tmp_path)
+    assert (tmp_path / "table.md").read_text().endswith("* split differs: \\<img src=x\\>\\`\\| in a; test in b\n")
+
+
 def test_hostile_names_stay_text(tmp_path):
     runs = [make_run("r\x1b]0;t\x07", [1, 0], model=HOSTILE), make_run("s", [0, 1], prompt="=cmd|x\n\x00")]
     frame = comparison.compare_runs(runs)
