@@ -105,9 +105,9 @@ def _place_of_not_finite(text: str) -> int:
     return 0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; UserError if it is missing or broken."""
-    content = parse_json(text_of(path), str(path), several_lines=True, finite=False)
+def read_json(path: Path, finite: bool = False) -> dict[str, Any]:
+    """Read a JSON object; UserError if it is missing or broken, with ``finite`` also at a NaN or Infinity."""
+    content = parse_json(text_of(path), str(path), several_lines=True, finite=finite)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

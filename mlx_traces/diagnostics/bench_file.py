@@ -123,7 +123,7 @@ class BenchFile(Part):
 def read(path: Path) -> BenchFile:
     """Read a file of ``bench all``; UserError if it is not one."""
     try:
-        return BenchFile.model_validate(read_json(path))
+        return BenchFile.model_validate(read_json(path, finite=True))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))

@@ -253,7 +253,7 @@ def clusters_of(runs: Sequence[Run], column: str, ids: Sequence[str]) -> list[st
     """
     found: dict[str, str] = {}
     for row in (row for run in runs for row in run.samples):
-        value = (row.get("columns") or {}).get(column, row.get(column))
+        value = part_of(row, "columns").get(column, row.get(column))
         if value is not None:
             found[row["id"]] = str(value)
     names: set[str] = set()

@@ -61,7 +61,7 @@ def rehead(row: Sample, extractor: str) -> Sample:
     if extractor not in row["verdicts"]:
         raise unknown("extractor of this run", extractor, row["verdicts"])
     verdict = row["verdicts"][extractor]
-    return row | {"extracted": row["extractions"][extractor], "correct": verdict == "correct", "verdict": verdict}
+    return row | {"extracted": row["extractions"].get(extractor), "correct": verdict == "correct", "verdict": verdict}
 
 
 def at_k(

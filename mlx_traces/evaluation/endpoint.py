@@ -53,6 +53,7 @@ def normalized(address: str) -> str:
     try:
         parts = urlsplit(address.strip())
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError as error:
         raise UserError(f"--endpoint: not an address ({first_line(error)}); give http://HOST:PORT") from None
     if parts.username is not None or parts.password is not None:

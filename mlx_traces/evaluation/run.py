@@ -1,5 +1,6 @@
 """Evaluate: carry out a plan, with completions from the engine or a server, in a run folder."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 from mlx_traces.config import EvalConfig, given
 from mlx_traces.errors import UserError
 from mlx_traces.evaluation import endpoint, server
+from mlx_traces.evaluation.comparison import check_samples
 from mlx_traces.evaluation.completion import Sample, rehead
 from mlx_traces.evaluation.evaluator import Plan, grade_sample, plan, summarize
 from mlx_traces.records import EvalResult
@@ -79,11 +81,18 @@ def run(
         opened = partial(local.opened, kept={} if kept is None else kept)
     with opened(planned, path, resume) as (planned, folder, source):
         identity = planned.identity() | source.identity
-        samples = [rehead(row, planned.extractor) for row in folder.recover(identity, planned.idle)]
-        done = {(row["id"], row["sample"]) for row in samples}
-        wanted = planned.wanted
+        samples, place = folder.recover(identity, planned.idle), str(folder.samples_path)
+        check_samples(samples, place)
+        samples = [rehead(row, planned.extractor) for row in samples]
+        counts = Counter((row["id"], row["sample"]) for row in samples)
+        done, wanted = counts.keys(), planned.wanted
         if planned.config.growing and (more := len({name for name, _ in done}) - len(planned.problems)) > 0:
             raise UserError(f"{path} has {more:,} more problems than --limit names; pass a larger --limit")
+        own = {(problem.id, sample) for problem, sample in wanted}
+        for (name, sample), count in counts.items():
+            if count > 1 or (name, sample) not in own:
+                fault = f"occurs {count} times" if count > 1 else "is not one of this run's"
+                raise UserError(f"{place}: sample {sample} of problem {clean(name)} {fault}; remove its surplus lines")
         todo = [(problem, sample) for problem, sample in wanted if (problem.id, sample) not in done]
         notes = []
         if todo and samples and (rules := folder.about.get("grader", 1)) != GRADER:

@@ -317,7 +317,12 @@ def test_damaged_run_folders_are_named(batched, tmp_path):
     folder = tmp_path / "run"
     mlx_traces.evaluate(out=folder, **SMALL | {"limit": 4})
     whole = {path.name: path.read_text() for path in folder.iterdir()}
+    lines = whole["samples.jsonl"].splitlines(keepends=True)
+    other, empty = (json.dumps(json.loads(lines[0]) | change) + "\n" for change in ({"id": "zzz"}, {"verdicts": None}))
     for name, content, action, message in (
+        ("samples.jsonl", other + lines[1], "resume", "sample 0 of problem zzz is not one of this run's"),
+        ("samples.jsonl", lines[1] * 2, "resume", "sample 0 of problem .* occurs 2 times"),
+        ("samples.jsonl", empty, "resume", "sample 1: 'verdicts' must be an object of texts, not NoneType"),
         ("samples.jsonl", whole["samples.jsonl"] + "garbage\n", "resume", "samples.jsonl:5: not JSON"),
         ("samples.jsonl", '{"id": "x"}\n', "resume", "samples.jsonl:1: 'sample' is missing"),
         ("run.json", '{"identity": [1]}', "resume", "'identity' is missing; the file is damaged"),
