@@ -26,17 +26,34 @@ class Cache:
         self.path, self.option = path, option
         self.replies: dict[str, str] = {}
         if path.exists():
-            try:  # remove an incomplete last line, which an interrupted writer left
-                content = path.read_bytes()
-                if not content.endswith(b"\n") and content:
-                    with path.open("r+b") as file:
-                        file.truncate(content.rfind(b"\n") + 1)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror}); choose another {option}") from None
-            for where, row in read_jsonl(path, ("key", "reply")):
-                if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
-                    raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to begin a new one")
-                self.replies[row["key"]] = row["reply"]
+            self._read()
+
+    def _read(self) -> None:
+        """Read the file; end its last line, or remove one that an interrupted writer left incomplete after whole ones.
+
+        Nothing else is changed: a file that is no cache is refused and stays as it is.
+        """
+        try:
+            content = self.path.read_bytes()
+            *lines, last = content.split(b"\n")
+            whole, read, end = sum(bool(line.strip()) for line in lines), 0, b"\n"
+            try:
+                for where, row in read_jsonl(self.path, ("key", "reply")):
+                    if not isinstance(row["key"], str) or not isinstance(row["reply"], str):
+                        raise UserError(f"{where}: 'key' and 'reply' must be texts; remove the file to begin a new one")
+                    self.replies[row["key"]] = row["reply"]
+                    read += 1
+            except UserError:
+                if not last or not read or read < whole:
+                    raise
+                content, end = content[: -len(last)], b""
+            if last:
+                with self.path.open("r+b") as file:
+                    file.truncate(len(content))
+                    file.seek(len(content))
+                    file.write(end)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); choose another {self.option}") from None
 
     def add(self, key: str, reply: str) -> None:
         """Add a reply, also to the file."""

@@ -238,9 +238,23 @@ def test_the_cache_survives_a_cut_line_and_refuses_a_broken_one(tmp_path):
     assert cache.replies == {"k": "Score: 1"}
     cache.add("l", "é\n")
     assert Cache(file).replies == {"k": "Score: 1", "l": "é\n"}
+    file.write_text(file.read_text().removesuffix("\n"))
+    Cache(file).add("m", "z")
+    assert Cache(file).replies == {"k": "Score: 1", "l": "é\n", "m": "z"}
     file.write_text('{"key": 1, "reply": "x"}\n')
     with pytest.raises(UserError, match="judge.jsonl:1: 'key' and 'reply' must be texts"):
         Cache(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["a thesis in one line", "one\ntwo", '{"key": "k", "reply": "x"}\n{"id": 1}\ntorn', "{"]
+)
+def test_a_file_that_is_no_cache_is_refused_and_stays_as_it_is(tmp_path, text):
+    file = tmp_path / "thesis.txt"
+    file.write_text(text)
+    with pytest.raises(UserError, match="^.*thesis.txt:[12]: "):
+        Cache(file)
+    assert file.read_text() == text
 
 
 # ---------------------------------------------------------------------------------------------- commands
