@@ -170,6 +170,7 @@ x=5 | y=5            10^{-20} | 10^{-21}         \frac13 | 0.333333           10
 x > 5 | 5            1234 | (1,234)              \text{even} | neve           36\% | 3600\%
 36 | 0.36            1 1/2 | 11/2                90^\circ | \frac{\pi}{2}     (2,12) \cup (12,102) | (2,102)
 (-2,1) | 1,-2        5x+4=0 | 5x=4               x+1 | x+1=0                  1 \pm \sqrt{19} | 1+\sqrt{19}
+5 | 5 m              x | x \text{ dollars}      25\pi | 24\pi \text{ cm}^2   4\pi \text{ cm} | 4\pi x
 \pi | 3.141593       9.5 | 9.5,9.6               x^2+1 | 1                    \begin{pmatrix}1\\2\end{pmatrix} | (2,1)
 """  # of these math-verify takes a dozen for equal
 
@@ -193,6 +194,8 @@ def test_near_misses_are_not_equal():
         ("0.36", "36\\%"),
         ("36\\%", "36"),
         ("0", "\\sqrt{4}-2"),
+        ("25\\pi", "25 \\pi \\text{ cm}^2"),
+        ("12\\pi\\mathrm{cm}^2", "12π"),
         ("(4,-9)", "4,-9"),
         ("137 \\frac{1}{2}", "137.5"),
         ("6-5i", "-5\\,i+6"),
