@@ -22,7 +22,7 @@ from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 MAX_EXPRESSION = 256  # characters; no honest answer with a handful of numbers is longer
-MAX_RESPONSE = 20_000  # characters searched for an answer, from the end
+MAX_RESPONSE = 20_000  # characters after the thought that are searched for an answer, from the end
 MAX_LOOSE = 2_000  # characters searched for an expression without tags or box, from the end
 MAX_BOXED = 1_000  # characters searched for the brace that closes a \boxed{
 MAX_FRACTIONS = 10  # nesting depth of LaTeX fractions
@@ -159,7 +159,7 @@ def loose(response: str) -> str | None:
     r"""Find an answer, with or without tags: last <answer>, else last \boxed{}, else the last arithmetic expression."""
     if (found := tagged(response)) is not None:
         return found
-    part = answer_part(response)
+    part = answer_part(response)[-MAX_RESPONSE:]
     if (boxed := last_boxed(part, MAX_BOXED)) is not None:
         return boxed
     for run in reversed(_RUN.findall(_plain(part[-MAX_LOOSE:]))):
@@ -172,7 +172,7 @@ def loose(response: str) -> str | None:
 
 def tagged(response: str) -> str | None:
     """Find the last closed <answer>; one inside a finished thought is a draft and does not count."""
-    return last_answer_tag(after_thought(response)[0])
+    return last_answer_tag(after_thought(response)[0][-MAX_RESPONSE:])
 
 
 EXTRACTORS = {"answer": tagged, "tolerant": loose}
@@ -181,7 +181,7 @@ EXTRACTORS = {"answer": tagged, "tolerant": loose}
 def grade(problem: Problem, response: str) -> dict[str, Score]:
     """Judge a response by every extractor; the verdicts are those of ``check``, and ``"no_answer"``."""
     nums, target = problem.columns["nums"], problem.columns["target"]
-    extracted = {name: extract(response[-MAX_RESPONSE:]) for name, extract in EXTRACTORS.items()}
+    extracted = {name: extract(response) for name, extract in EXTRACTORS.items()}
     verdicts = {text: check(text, nums, target) for text in {*extracted.values()} if text and text.strip()}
     return {
         name: Score(verdicts.get(text, "no_answer"), text and text.strip()[:MAX_EXPRESSION])
