@@ -33,7 +33,7 @@ _PART = re.compile(
       (?P<more> \.{3} | … )? (?P<percent> [ ]?% )? (?P<glued> [A-Za-z_^²³°'] [A-Za-z_0-9]* )?
     | (?P<operator> \*\* | [-+*/^] | (?: times | plus | minus | divided[ ]by | of | x | X )(?=[ ]+[-(.0-9]) )
     | (?P<open> \( ) | (?P<close> \) )
-    | (?P<word> [^\W\d_] [\w']* )
+    | (?P<word> [^\W\d_] [\w']* (?: (?<=_)\{\w+\} )? | [√∛∜] )
     | (?P<other> [^ \t] ) )
     """,
     re.VERBOSE | re.DOTALL,
@@ -41,8 +41,11 @@ _PART = re.compile(
 _WORDY = {"times": "*", "plus": "+", "minus": "-", "divided by": "/", "of": "*", "x": "*", "X": "*"}
 _SPOILERS = frozenset(  # after one of these words, a number does not begin an expression
     ("of", "half", "twice", "double", "triple", "square", "squared", "cube", "cubed", "root", "sqrt", "log", "ln")
+    + ("sin", "cos", "tan", "exp", "gcd", "lcm", "choose", "√", "∛", "∜")
     + ("mod", "modulo", "power", "times", "plus", "minus", "by", "over", "per", "than")
 )
+_OPERATIONS = frozenset(("squared", "cubed", "power", "factorial", "choose", "mod", "modulo"))  # words, but no units
+_SUBSCRIPT = re.compile(r"_.*|[0-9₀-₉]+$")
 _RELATION = re.compile(r"(?<![<>!≠:=])=+(?!>)")
 
 
@@ -67,8 +70,9 @@ def checked(text: str) -> Iterator[tuple[int, int, bool]]:
     A percentage may mean hundredths or the plain number. A decimal or percentage alone on its side may be rounded: it
     must be the value to the digits shown (10/3 = 3.33), or its first digits if ``...`` follows. Arithmetic is exact.
 
-    Not equations: those with a variable, a function or a power, with a number of more than 40 digits, with more than 32
-    numbers, or across a line's end. An equation with a division by zero is false.
+    Not equations: those with a variable, a function, a root, a power or a factorial, also in words, with a number of
+    more than 40 digits, with more than 32 numbers, or across a line's end. An equation with a division by zero is
+    false.
     """
     marks = [mark.span() for mark in islice(_RELATION.finditer(text), MAX_EQUATIONS)]
     budget, first, left, last_end = MAX_PARTS, None, None, 0
@@ -241,13 +245,13 @@ def _runs(text: str, budget: int, begin: int) -> _Runs:
         elif kind == "word":
             if run is not None:
                 run.units += 1
-                if last in ("operator", "open") or len(value) == 1:
+                if last in ("operator", "open") or len(value) == 1 or value.lower() in _OPERATIONS:
                     run.sound = False
                 if last in ("operator", "open") or run.units > MAX_UNIT:
                     close()
         else:
             close()
-        before = value.lower() if kind == "word" else ""
+        before = _SUBSCRIPT.sub("", value.lower()) if kind == "word" else ""
         first = False
     close(ends=read < budget)
     return _Runs(found, read)
