@@ -49,10 +49,10 @@ def parse(row: dict[str, Any], where: str) -> Problem:
     A row without a ``question`` can be graded but not become a prompt.
     """
     question, answer = text_column(row, "question", where, default=""), text_column(row, "answer", where)
-    gold = answer.rpartition("####")[2].strip().replace(",", "")
-    if parse_number(gold) is None:
+    gold = answer.rpartition("####")[2].strip()
+    if parse_number(gold) is None:  # with its commas, as 12,50 is no number
         raise UserError(f"{where}: 'answer' has no number, alone or after ####: {answer[-60:]!r}")
-    return Problem(content_id("gsm8k", question or answer), dict(row), gold)
+    return Problem(content_id("gsm8k", question or answer), dict(row), gold.replace(",", ""))
 
 
 def _parse_asked(row: dict[str, Any], where: str) -> Problem:

@@ -60,6 +60,7 @@ def questions(problems):
     [
         ("Half of 36 is <<36/2=18>>18.\n#### 18", "18"),
         ("#### 1,234", "1234"),
+        ("#### 1,20,000", "120000"),
         ("#### 3 was a slip\n#### -5 ", "-5"),
         ("18", "18"),
         ("1,234.5", "1234.5"),
@@ -79,6 +80,9 @@ def test_gold(answer, gold):
         ({"answer": "no idea"}, "x:7: 'answer' has no number, alone or after ####: 'no idea'"),
         ({"answer": "18\n####"}, "x:7: 'answer' has no number"),
         ({"answer": "2 and 3"}, "x:7: 'answer' has no number"),
+        ({"answer": "#### 3,5"}, "x:7: 'answer' has no number"),
+        ({"answer": "12,50"}, "x:7: 'answer' has no number"),
+        ({"answer": "1.234,56"}, "x:7: 'answer' has no number"),
         ({"answer": "  "}, "x:7: 'answer' must be text or a number"),
         ({"answer": None}, "x:7: 'answer' must be text or a number, not 'None'"),
         ({"answer": True}, "x:7: 'answer' must be text or a number, not 'True'"),
