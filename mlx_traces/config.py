@@ -1,5 +1,6 @@
 """Every setting, defined once: one pydantic model per command, for the command line, YAML files and Python calls."""
 
+import json
 import types
 from collections.abc import Iterator, Mapping
 from datetime import date as Date
@@ -77,6 +78,18 @@ class LoadConfig(Config):
         exclude_if=_is_none,
         description="Date that the chat template prints, if it prints one; default: the day of the run.",
     )
+
+    @field_validator("template_args")
+    @classmethod
+    def _as_json(cls, value: dict[str, Any] | None) -> Any:
+        """Return the variables as files store them; a date becomes text."""
+        try:
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda date: date.isoformat())
+            return json.loads(text.encode())
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            raise ValueError(
+                f"{str(value)[:60]} is not JSON; give texts, finite numbers, true, false, null, lists or mappings"
+            ) from None
 
     def load_arguments(self) -> dict[str, Any]:
         """Return these settings as arguments of `loading.load`."""

@@ -231,6 +231,8 @@ def test_settings_say_where_and_what_is_wrong(tmp_path):
         ("stop: [a]\nsystem: [a]\n", r"eval.yaml: system: must be a text"),
         ("thinking: perhaps\n", r"eval.yaml: thinking: must be true or false"),
         ("top_p: 0\n", r"eval.yaml: top_p: must be above 0, not '0'"),
+        ("template_args: {x: .nan}\n", r"eval.yaml: template_args: {'x': nan} is not JSON; give texts, finite numb"),
+        ("template_args: {x: [!!binary aaaa]}\n", r"eval.yaml: template_args: .* is not JSON"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -505,3 +507,13 @@ def test_variables_of_the_template_are_given_by_name():
     }
     assert json.loads(CliRunner().invoke(command, []).output) == {}
     assert "give NAME=VALUE" in str(CliRunner().invoke(command, ["--template-arg", "effort"]).exception)
+    for value, shown in (("NaN", "nan"), ('"\\ud800"', "'\\ud800'")):
+        result = call("generate", "--template-arg", f"x={value}")
+        assert result.exit_code == 1 and f"template_args: {{'x': {shown}}} is not JSON" in result.output
+
+
+def test_a_date_among_the_variables_of_the_template_becomes_text(tmp_path):
+    file = tmp_path / "eval.yaml"
+    file.write_text("template_args: {day: 2026-01-31, days: [2026-01-31 10:00:00], n: {a: 1.5, b: null}}\n")
+    given = {"day": "2026-01-31", "days": ["2026-01-31T10:00:00"], "n": {"a": 1.5, "b": None}}
+    assert read_config(EvalConfig, file, {}).template_args == given
