@@ -38,6 +38,18 @@ class Config(BaseModel):
     )
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # settings that may change when a run is continued
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false, which YAML makes of on and off, where pydantic would read them as 1 and 0."""
+        kinds = list(_kinds_in(cls.model_fields[info.field_name].annotation))
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        switch = next((item for item in items if isinstance(item, bool)), None)
+        if switch is not None and bool not in kinds and (int in kinds or float in kinds):
+            wanted, given = _NUMBER if float in kinds else _WHOLE, "true (yes, on)" if switch else "false (no, off)"
+            raise ValueError(f"{wanted}, not {given}{'; null leaves it out' if type(None) in kinds else ''}")
+        return value
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide a run's result, as JSON values: all but those in ``MAY_CHANGE``.
 
@@ -911,6 +923,12 @@ def _model_at(kind: type[Config], location: tuple[str | int, ...]) -> type[Confi
         if part in kind.model_fields:
             kind = next((k for k in _models_in(kind.model_fields[part].annotation)), kind)
     return kind
+
+
+def _kinds_in(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    yield from (kind for part in parts for kind in _kinds_in(part)) if parts else (annotation,)
 
 
 def _models_in(annotation: Any) -> list[type[Config]]:

@@ -244,6 +244,30 @@ def test_settings_say_where_and_what_is_wrong(tmp_path):
     assert read_config(EvalConfig, file, {"seed": 3}) == EvalConfig(limit=7, seed=3)
 
 
+STUDY = "name: x\ntasks: [{}]\nmodels: [{model: nano}]\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "told"),
+    [
+        (EvalConfig, "limit: yes", "limit: must be a whole number, not true (yes, on); null leaves it out"),
+        (EvalConfig, "think_tokens: off", "think_tokens: must be a whole number, not false (no, off); null.*"),
+        (EvalConfig, "top_k: no", "top_k: must be a whole number, not false (no, off)"),
+        (GRPOConfig, "learning_rate: on", "learning_rate: must be a number, not true (yes, on)"),
+        (GRPOConfig, "rewards: {correct: yes}", "rewards: must be a number, not true (yes, on)"),
+        (GRPOConfig, "betas: [0.9, on]", "betas: must be a number, not true (yes, on)"),
+        (StudyConfig, STUDY + "budgets: [off, 64]", "budgets: must be a whole number, not false (no, off); null.*"),
+        (CompareConfig, "tasks: [{rows: on}]", "tasks.0.rows: must be a whole number, not true (yes, on)"),
+    ],
+)
+def test_a_switch_is_no_number(kind, content, told, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=told.replace("(", r"\(").replace(")", r"\)") + "$"):
+        read_config(kind, file, {})
+    assert EvalConfig(thinking=False, template_args={"a": True}).template_args == {"a": True}
+
+
 def test_a_required_field_that_is_missing_is_named_with_what_it_is_and_where_to_give_it(tmp_path):
     result = call("sft")
     assert result.output == (
