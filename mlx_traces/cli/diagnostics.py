@@ -117,7 +117,7 @@ def bench_generate_command(
 
     Prints tokens per second, milliseconds per step, memory, and the ratio to a peer.
     """
-    if not all(part.strip().isdigit() and int(part) for part in rows.split(",")):
+    if not all(part.strip().isdecimal() and int(part) for part in rows.split(",")):
         raise UserError(f"--rows {rows}: give numbers from 1 up, as in 32,128")
     from mlx_traces.diagnostics import bench_generate
     from mlx_traces.models import loading

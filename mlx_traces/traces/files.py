@@ -97,11 +97,12 @@ def write_traces(path: Path, traces: Iterable[Trace], manifest: dict[str, Any]) 
 
 
 def refuse_written(path: Path) -> None:
-    """Raise UserError if a file of traces or its manifest exists.
+    """Raise UserError if a file of traces or its manifest exists, or the path has no name.
 
     A writer that was killed after it renamed the file leaves the manifest as a temporary file; if that has the file's
     hash, it is renamed here.
     """
+    refuse_nameless(path)
     try:
         if path.exists() and not manifest_path(path).exists():
             for left in leftovers(manifest_path(path)):
@@ -114,6 +115,12 @@ def refuse_written(path: Path) -> None:
                 raise UserError(f"{file} exists; remove it, or choose another --out")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def refuse_nameless(path: Path) -> None:
+    """Raise UserError for the path of a folder that names no file: an empty text, ``.`` and ``/``."""
+    if not path.name:
+        raise UserError(f"{path} is a folder; name a file with --out, as in data/traces.jsonl")
 
 
 def discard_unfinished(path: Path) -> None:

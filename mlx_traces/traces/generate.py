@@ -19,7 +19,14 @@ from mlx_traces.runtime import distributed
 from mlx_traces.runtime.files import held, on_the_way, to_json, write_atomic
 from mlx_traces.runtime.interrupts import Stopped, listening
 from mlx_traces.runtime.run_folder import doubts, whole_lines
-from mlx_traces.traces.files import discard_unfinished, manifest_of, manifest_path, refuse_written, write_traces
+from mlx_traces.traces.files import (
+    discard_unfinished,
+    manifest_of,
+    manifest_path,
+    refuse_nameless,
+    refuse_written,
+    write_traces,
+)
 
 
 def generate(
@@ -43,6 +50,7 @@ def generate(
         Stopped: after Ctrl-C; finished completions are kept.
     """
     out = Path(out)
+    refuse_nameless(out)
     with ExitStack() as stack:
         if distributed.first():
             stack.enter_context(held(out.with_name(f".{out.stem}.lock")))

@@ -51,7 +51,7 @@ def test_bench_generate_beside_busy_processes(monkeypatch):
 
 
 def test_bench_generate_refuses_bad_rows():
-    for rows in ("0", "4,x", ""):
+    for rows in ("0", "4,x", "", "²"):
         result = CliRunner().invoke(main, ["bench", "generate", "--rows", rows])
         assert result.exit_code == 1 and "give numbers from 1 up" in result.output
 

@@ -362,6 +362,14 @@ def test_errors_of_the_commands_are_one_line(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize("command", ["filter IN", "score IN", "reformat IN", "data countdown-traces", "generate"])
+def test_a_folder_is_refused_where_a_file_is_written(command, tmp_path):
+    file = write_lines(tmp_path / "in.jsonl", trace().to_row())
+    for folder in ("", ".", "/"):
+        result = call(*command.replace("IN", file).split(), "--out", folder)
+        assert result.exit_code == 1 and re.search(r"Error: [./] is a folder; name a file with --out", result.output)
+
+
 def test_help_names_every_format_and_style():
     text = call("data", "import", "--help").output
     assert all(name in text for name in (*importing.FORMATS, *thoughts.STYLES, "keep"))
