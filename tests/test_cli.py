@@ -517,6 +517,16 @@ def test_help_is_in_sections_with_every_option_once(command):
     assert sorted(listed) == sorted([*options, "--help"])
 
 
+def test_a_pair_of_numbers_is_given_as_the_setting_has_it():
+    @click.command()
+    @settings_options(NanoConfig)
+    def command(settings):
+        click.echo(json.dumps(settings))
+
+    result = CliRunner().invoke(command, ["--betas", "0.9", "0.98", "--operands", "3", "4"])
+    assert result.exit_code == 0 and json.loads(result.output) == {"betas": [0.9, 0.98], "operands": [3, 4]}
+
+
 def test_variables_of_the_template_are_given_by_name():
     @click.command()
     @settings_options(EvalConfig)

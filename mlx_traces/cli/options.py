@@ -217,7 +217,8 @@ def _option(name: str, kind: type[Config], defaults: dict[str, Any]) -> Callable
     if any(get_origin(part) is list for part in types):
         return click.option(flag, name, multiple=True, help=text + "  Repeat for more.")
     if get_origin(field.annotation) is tuple:
-        return click.option(flag, name, type=int, nargs=2, default=None, metavar="LOW HIGH", help=text)
+        pair = "LOW HIGH" if types[0] is int else "FIRST SECOND"
+        return click.option(flag, name, type=types[0], nargs=2, default=None, metavar=pair, help=text)
     simple = next((part for part in (int, float) if part in types), str)
     return click.option(flag, name, type=simple, default=None, help=text)
 
