@@ -152,6 +152,7 @@ def _value(node: ast.expr) -> Fraction | None:
 
 
 _RUN = re.compile(r"[0-9+\-*/() =]+")  # maximal, so the search is linear; it is trimmed afterwards
+_BEFORE = re.compile(r"^(?:[+*/) ]|-(?![0-9(]))+")  # bullets and bold; a minus that touches its operand is a sign
 _HAS_OPERATION = re.compile(r"[0-9)] ?[-+*/]")
 
 
@@ -163,7 +164,7 @@ def loose(response: str) -> str | None:
     if (boxed := last_boxed(part, MAX_BOXED)) is not None:
         return boxed
     for run in reversed(_RUN.findall(_plain(part[-MAX_LOOSE:]))):
-        sides = [side.lstrip("+-*/) ").rstrip("+-*/( ") for side in run.split("=")]
+        sides = [_BEFORE.sub("", side).rstrip("+-*/( ") for side in run.split("=")]
         if found := next((side for side in sides if _HAS_OPERATION.search(side)), None):
             stated = re.fullmatch("[-0-9]+", run.rpartition("=")[2].strip("* ")) if len(sides) > 1 else None
             return f"{found} = {stated[0]}" if stated else found
