@@ -7,6 +7,7 @@ from mlx_traces.config import (
     AnswerConfig,
     Config,
     FilterConfig,
+    LoadConfig,
     ReformatConfig,
     RLConfig,
     RoundsConfig,
@@ -61,6 +62,17 @@ _NO = (  # classes of settings (empty: all), fields, whether they change nothing
     ((), ("importance_cap",), lambda c: c.importance == "none", "without importance"),
     ((), ("rank", "scale", "dropout"), lambda c: c.kind == "full", "where all weights are trained"),
     ((), ("valid_share",), lambda c: getattr(c, "valid", None) is not None, "beside valid"),
+    ((), ("eval_seed",), lambda c: c.eval_task is not None and c.eval_limit is None, "without eval_limit"),
+    ((), ("bins",), lambda c: c.balance is not None and c.difficulty == "stratum", "where difficulty is the stratum"),
+    (
+        (FilterConfig,),
+        ("seed",),
+        lambda c: c.balance is None and (c.per_problem is None or c.prefer != "random"),
+        "without balance, or per_problem and prefer random",
+    ),
+    ((ScoreConfig,), ("rows", "memory_limit"), lambda c: c.judge is None, "without judge"),
+    ((ScoreConfig,), tuple(LoadConfig.model_fields), lambda c: (c.model or c.judge) is None, "without model or judge"),
+    ((ReformatConfig,), tuple(LoadConfig.model_fields), lambda c: c.model is None, "without model"),
 )
 
 
