@@ -128,21 +128,21 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (``file:line``, row) of a .csv whose header has the task's columns.
 
     Raises:
-        UserError: if it cannot be read, or a column is missing from the header or a row.
+        UserError: if it cannot be read, or a column is missing from the header or a row, or twice in the header.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MOST_FIELD))
     with opened(path, newline="") as lines:
         reader = csv.DictReader(lines)
         try:
+            header = list(reader.fieldnames or ())
             for column in TASK.columns:
-                if column not in (reader.fieldnames or ()):
-                    raise UserError(
-                        f"{path}:1: {column!r} is missing; the header has {listed(reader.fieldnames or ())}"
-                    )
+                if header.count(column) != 1:
+                    fault = "is there twice; rename one" if column in header else "is missing"
+                    raise UserError(f"{path}:1: {column!r} {fault}; the header has {listed(header)}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: this row does not have the header's {len(reader.fieldnames)} columns")
+                    raise UserError(f"{where}: this row does not have the header's {len(header)} columns")
                 yield where, plain(row)
         except csv.Error as error:
             long = f"a field of more than {MOST_FIELD:,} characters; perhaps a quotation mark is not closed"

@@ -51,6 +51,11 @@ def test_further_columns_are_kept(tmp_path):
     [
         ("q.csv", "question,reply\nWhich?,Elbe\n", ":1: 'answer' is missing; the header has question, reply"),
         ("q.csv", '"que\nstion",answer\n', r":1: 'question' is missing; the header has 'que\nstion', answer"),
+        (
+            "q.csv",
+            "answer,question,answer\n1,Which?,Elbe\n",
+            ":1: 'answer' is there twice; rename one; the header has an",
+        ),
         ("q.csv", "", ":1: 'question' is missing; the header has no columns"),
         ("q.csv", "question,answer\nWhich?,Elbe\nWhy?\n", ":3: this row does not have the header's 2 columns"),
         ("q.csv", "question,answer\nWhich?,Elbe,Oder\n", ":2: this row does not have the header's 2 columns"),
