@@ -4,8 +4,8 @@ A run of digits and separators is one number or none: ``1,234``, ``1,20,000``, `
 numbers; ``12,50``, ``3:45``, ``1.234.567`` and ``2024-05-06`` are not, and neither are their parts. In a range or
 difference in running text the last number counts. A sign belongs to the number or currency that it touches. With a
 space after it, it is a sign only at the start of an answer and after ``=`` (``- $18``, ``x = - 18``), and a dash in
-running text: ``Total - $18`` is 18. Texts are bounded, nothing is executed, exponents are not read, and a number has at
-most 40 digits.
+running text: ``Total - $18`` is 18. A dot that touches the word before it belongs to that word: ``Rs.18`` is 18. Texts
+are bounded, nothing is executed, exponents are not read, and a number has at most 40 digits.
 """
 
 import re
@@ -23,7 +23,7 @@ _POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "bi
 _SPACED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?>(?:[ ][0-9]{3}(?![0-9]))+)(?>(?:\.[0-9]+)?)(?![.,'’_:]?[0-9]|[ ]?/)"
 _LETTER = "[A-Za-zα-ωΑ-Ω]|[xyz]{2,}|[abc]{2,}|pi|sqrt|sin|cos|tan|log|ln"
 _DATE = r"[12][0-9]{3}-[01][0-9]-[0-3][0-9](?![0-9])"
-_RUN = r"\.?[0-9]++(?>(?:[.,'’_:][0-9]+)*)"
+_RUN = r"(?:(?<![A-Za-z])\.)?[0-9]++(?>(?:[.,'’_:][0-9]+)*)"
 NUMBER = re.compile(
     rf"""
     (?=[-+.0-9$€£¥₹√∛∜\\]|(?i:neg|minu))
