@@ -312,7 +312,7 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="Stop after this many validations without improvement; 0: never."
     )
-    save_every: Positive = Field(50, description="Steps between checkpoints.")
+    save_every: Positive = Field(50, description="Steps between checkpoints; a new best adapter has one too.")
     seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
 
 
@@ -413,7 +413,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="Stop after this many validations without improvement; 0: never."
     )
-    save_every: Positive = Field(5, description="Steps between checkpoints.")
+    save_every: Positive = Field(5, description="Steps between checkpoints; a new best adapter has one too.")
 
     @field_validator("reference", "unbiased_kl", check_fields=False)
     @classmethod

@@ -63,13 +63,12 @@ class Progress:
     waited: int = 0
     seconds: float = 0.0
 
-    def better(self, value: float) -> bool:
-        """Record a validation's value (higher is better); return whether it is the best so far."""
+    def record(self, value: float) -> None:
+        """Record a validation's value; higher is better."""
         if self.best is not None and value <= self.best:
             self.waited += 1
-            return False
-        self.best, self.best_step, self.waited = value, self.step, 0
-        return True
+        else:
+            self.best, self.best_step, self.waited = value, self.step, 0
 
 
 class Training:
@@ -130,11 +129,16 @@ class Training:
         self.began = perf_counter() - self.progress.seconds
         if not self.progress.step and (row := self._validated()):
             self._log(row)
+        if self.progress.best_step == self.progress.step and not self.folder.finished:
+            self._keep()  # the start, or what a run that was cut off had saved, but not kept
         while self.progress.step < self.last and not 0 < self.config.patience <= self.progress.waited:
             yield self.progress.step + 1
 
     def end_step(self, step: int, metrics: Mapping[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
-        """Log a step; validate, keep the best adapter and save a checkpoint when they are due.
+        """Log a step; validate, save a checkpoint and keep the best adapter when they are due.
+
+        A new best has a checkpoint, written before the adapter: a resumed run then goes on from the adapter that is
+        there, or writes it from the checkpoint, whatever its later steps find.
 
         Raises:
             Stopped: if the user asked to stop; the checkpoint is written.
@@ -146,16 +150,18 @@ class Training:
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
         self._log(row)
-        stopping = self.stop() and step < self.last
-        if step % self.config.save_every == 0 or step == self.last or stopping:
+        best, stopping = self.progress.best_step == step, self.stop() and step < self.last
+        if best or step % self.config.save_every == 0 or step == self.last or stopping:
             checkpoints.save(self.checkpoint, self.module, self.optimizer, asdict(self.progress))
+        if best:
+            self._keep()
         if stopping:
             raise Stopped(f"stopped after step {step} of {self.last}")
 
     def end(self) -> list[dict[str, Any]]:
         """Keep the last adapter if no validation chose one; return the lines of metrics."""
         if self.progress.best is None:
-            keep(self.loaded, self.folder, self.adapter, self.about)
+            self._keep()
         return self.folder.metrics
 
     @property
@@ -169,17 +175,20 @@ class Training:
         return [note] if self.progress.best_step == 0 else []
 
     def _validated(self) -> dict[str, Any]:
-        """Validate, and keep the adapter if it is the best so far; return the metrics."""
+        """Validate, and record whether it is the best so far; return the metrics."""
         row, shown = self.validate()
         if not math.isfinite(loss := row.get("valid/loss", 0.0)):
             raise UserError(
                 f"step {self.progress.step}: the validation loss is {loss}; nothing was overwritten. "
                 f"Lower learning_rate ({self.config.learning_rate:g})"
             )
-        if row and self.progress.better(judged(row)):
-            keep(self.loaded, self.folder, self.adapter, self.about, {"step": self.progress.step, **row})
+        if row:
+            self.progress.record(judged(row))
         self.folder.log("samples.jsonl", *({"step": self.progress.step, **sample} for sample in shown))
         return row
+
+    def _keep(self) -> None:
+        keep(self.loaded, self.folder, self.adapter, self.about)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         row = {"step": self.progress.step, **row}
@@ -248,24 +257,17 @@ def answer(loaded: LoadedModel, held_out: evaluator.Plan) -> tuple[dict[str, Any
     return row, [{key: sample[key] for key in keys} for sample in samples[:SHOWN]]
 
 
-def keep(
-    loaded: LoadedModel,
-    folder: RunFolder,
-    settings: dict[str, Any],
-    about: dict[str, Any],
-    row: Mapping[str, Any] | None = None,
-) -> None:
-    """Save a run's current adapter with its model card.
+def keep(loaded: LoadedModel, folder: RunFolder, settings: dict[str, Any], about: dict[str, Any]) -> None:
+    """Save a run's current adapter with its model card, which has the metrics of the best validation, else the last.
 
     Args:
         loaded: the model, its adapter on.
         folder: the run's; the adapter is in ``adapter/``.
         settings: as `adapters.start` returned them.
         about: further entries of the adapter's settings file.
-        row: the metrics of the validation that chose it; default: those of the run's last line.
     """
     adapters.save(loaded.model, folder.path / "adapter", settings, about)
-    model_card.write(folder.path / "adapter", row, model_card.base_of(loaded.name, loaded.path))
+    model_card.write(folder.path / "adapter", base=model_card.base_of(loaded.name, loaded.path))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -129,17 +129,15 @@ def _front_matter_of(hub_id: str, revision: str | None) -> dict[str, Any]:
 
 def write(
     adapter: Path,
-    row: Mapping[str, Any] | None = None,
     base: Base | None = None,
     runs: Sequence[Path] = (),
     fused: tuple[Path, str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write the card of an adapter, or of a model that it was fused into.
+    """Write the card of an adapter, or of a model that it was fused into. The metrics are those of its run folder.
 
     Args:
         adapter: its folder, complete except for the card.
-        row: the line of metrics of the validation that chose it; default: from its run folder.
         base: the base model; default: from its name and the hub.
         runs: finished evaluations with the adapter, and of the base model alone.
         fused: the folder of the fused model, which gets the card, and its kind of weights.
@@ -157,7 +155,7 @@ def write(
     title = title or title_of(adapter)
     method = str(config.get("trained_by", "")).rpartition(" ")[2]
     results = [_evaluation(Path(run), adapter, config) for run in runs]
-    row, chosen = (row, True) if row else _kept(adapter.parent)
+    row, chosen = _kept(adapter.parent)
     settings = yaml.safe_dump(shown(training), sort_keys=False, allow_unicode=True, width=100).strip()
     measured = [*(result for result in results if result["adapter"]), *_validation(row, training)]
     content = {

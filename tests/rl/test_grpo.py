@@ -632,6 +632,39 @@ def test_the_best_adapter_is_kept_and_training_stops_early(settings, tmp_path, m
     assert len(saved) == 2
 
 
+@pytest.mark.parametrize("recipe", [(grpo, GRPOConfig), (ppo, PPOConfig)], ids=["grpo", "ppo"])
+@pytest.mark.parametrize("cut_off_in", ["the next step", "keeping it"])
+def test_a_best_adapter_that_is_found_between_checkpoints_outlives_a_cut(
+    settings, tmp_path, monkeypatch, recipe, cut_off_in
+):
+    """What comes after a resume may be worse than what the discarded steps found, if a reward is not exact."""
+    (module, kind), out = recipe, tmp_path / "run"
+    config, calls = kind(**{**settings, "eval_every": 1}), []
+    values = iter((0.1, 0.2, 0.3, 0.9, 0.0, 0.0))
+    monkeypatch.setattr(loop, "answer", lambda *_: ({"valid/accuracy": next(values)}, []))
+    owner, name = (module, "learn") if cut_off_in == "the next step" else (loop, "keep")
+    whole = getattr(owner, name)
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return whole(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, cut)
+        module.train(config, out)
+    weights = {
+        name.removeprefix(checkpoints.WEIGHTS).removeprefix("policy."): array
+        for name, array in mx.load(str(out / "checkpoint.safetensors")).items()
+    }
+    result = module.train(config, out, resume=True)
+    assert (result.steps, result.best_step, result.accuracy) == (4, 3, 0.9)
+    assert "at step 3, the one that was kept" in (out / "adapter" / "README.md").read_text()
+    kept = mx.load(str(out / "adapter" / "adapters.safetensors"))
+    assert all(mx.array_equal(array, weights[name]) for name, array in kept.items())
+
+
 @pytest.mark.parametrize(("prompt", "strict"), [("boxed", 0.25), ("plain", None)])
 def test_a_validation_tells_of_the_form_beside_the_accuracy(tiny, monkeypatch, prompt, strict):
     texts = [r"So \boxed{4}.", "It isboxed{4}.", "4", r"\boxed{5}"]

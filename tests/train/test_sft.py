@@ -250,6 +250,28 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     assert again.stopped == "patience"
 
 
+def test_the_adapter_is_that_of_the_best_step_after_a_cut_though_later_losses_differ(settings, tmp_path, monkeypatch):
+    losses, saved, calls = iter((5.0, 4.0, 3.0, 9.0, 9.0)), adapters.save, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        saved(*args)
+
+    monkeypatch.setattr(sft, "mean_loss", lambda *_: next(losses))
+    config = SFTConfig(**{**settings, "eval_every": 1, "epochs": 1, "save_every": 50})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(adapters, "save", cut)
+        sft.train(config, tmp_path / "run")
+    weights = mx.load(str(tmp_path / "run" / "checkpoint.safetensors"))
+    result = sft.train(config, tmp_path / "run", resume=True)
+    assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 3.0)
+    assert "at step 2, the one that was kept" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    kept = mx.load(str(tmp_path / "run" / "adapter" / "adapters.safetensors"))
+    assert all(mx.array_equal(array, weights[checkpoints.WEIGHTS + name]) for name, array in kept.items())
+
+
 def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
     config = SFTConfig(**{**settings, "warmup": 0.5})
     result = sft.train(config, tmp_path / "run")
@@ -320,7 +342,7 @@ def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_pat
     assert str(error.value).startswith("step 4: the loss is nan")
     assert str(error.value).endswith(": " + ", ".join(calls[3]))
     state = json.loads(mx.load(str(out / "checkpoint.safetensors"), return_metadata=True)[1]["state"])
-    assert state["step"] == 2 and not (out / "result.json").exists()
+    assert state["step"] == state["best_step"] == 3 and not (out / "result.json").exists()
     monkeypatch.setattr(sft, "step_gradient", whole)
     sft.train(SFTConfig(**settings), out, resume=True)
     sft.train(SFTConfig(**settings), tmp_path / "whole")
