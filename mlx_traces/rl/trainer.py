@@ -16,7 +16,6 @@ import mlx.nn as nn
 
 from mlx_traces.config import RLConfig
 from mlx_traces.engine import logprobs
-from mlx_traces.errors import UserError
 from mlx_traces.evaluation.evaluator import Plan
 from mlx_traces.models import adapters, loading, names
 from mlx_traces.models.loading import LoadedModel
@@ -103,12 +102,7 @@ class Run(loop.Training):
         return groups, kept
 
     def end_step(self, step: int, groups: Sequence[Group], learned: Mapping[str, Any]) -> None:
-        """Log, validate and save as `Training.end_step` does, with the metrics and samples of the step's rollouts.
-
-        Raises:
-            UserError: if the model's outputs are no longer finite numbers; nothing is saved.
-        """
-        _refuse_broken(self.loaded, step, self.config)
+        """Log, validate and save as `Training.end_step` does, with the metrics and samples of the step's rollouts."""
         seconds = {**self.seconds, "time/update": perf_counter() - self.collected}
         shown = rollouts.shown_of(groups, self.planned.task, step, self.config.seed)
         metrics = rollouts.figures(groups, self.config.bounded)
@@ -224,15 +218,6 @@ def opened(name: str, config: RLConfig, out: str | Path, resume: bool, show: Cal
             notes,
             stop,
             show,
-        )
-
-
-def _refuse_broken(loaded: LoadedModel, step: int, config: RLConfig) -> None:
-    """Raise UserError, before anything is saved, if the model's outputs are not finite, even if the loss is."""
-    if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
-        raise UserError(
-            f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
-            f"Lower learning_rate ({config.learning_rate:g})"
         )
 
 

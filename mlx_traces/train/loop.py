@@ -15,9 +15,9 @@ Each has a function ``train(config, out, resume, show)``:
     resume: continue a run that was cut off; the result is that of an uninterrupted one.
     show: called with each line of metrics and the number of steps.
 
-It returns the content of ``result.json``. It raises UserError if the input is wrong, a reward fails, or the loss or the
-gradient is not finite; the checkpoint then stays as it was. It raises Stopped after Ctrl-C, once the current step is
-done and its checkpoint is written.
+It returns the content of ``result.json``. It raises UserError if the input is wrong, a reward fails, or a loss, a
+gradient or the model's outputs are not finite; the checkpoint then stays as it was. It raises Stopped after Ctrl-C,
+once the current step is done and its checkpoint is written.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_traces.config import (
@@ -141,8 +142,10 @@ class Training:
         there, or writes it from the checkpoint, whatever its later steps find.
 
         Raises:
+            UserError: if the model's outputs are no longer finite numbers; nothing is saved.
             Stopped: if the user asked to stop; the checkpoint is written.
         """
+        _refuse_broken(self.loaded, step, self.config)
         self.progress.step, self.progress.seconds = step, perf_counter() - self.began
         row = {**metrics, "memory/peak_gb": device.peak_memory_gb(), "time/total": self.progress.seconds}
         row |= memory_budget.metrics_of(self.room, self.loaded.row_budget)
@@ -283,6 +286,16 @@ def refuse_nonfinite(loss: float, norm: float, step: int, config: OptimizerConfi
         f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was overwritten. "
         f"Lower learning_rate ({config.learning_rate:g}) or {advice}"
     )
+
+
+def _refuse_broken(loaded: LoadedModel, step: int, config: OptimizerConfig) -> None:
+    """Raise UserError, before anything is saved, if the model's outputs are not finite, even if the loss is."""
+    loaded.model.eval()
+    if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
+        raise UserError(
+            f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
+            f"Lower learning_rate ({config.learning_rate:g})"
+        )
 
 
 def digest(file: str | Path) -> str:

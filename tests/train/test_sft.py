@@ -368,6 +368,16 @@ def test_gradients_and_validations_that_are_no_numbers(settings, tmp_path, monke
     assert not any(array.any() for name, array in kept.items() if name.endswith("lora_b"))  # still that of the start
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "float16", "learning_rate": 1.0}, {"learning_rate": 1e300}])
+def test_a_model_that_breaks_is_noticed_before_anything_is_saved(settings, tmp_path, changes):
+    changes |= {"warmup": 0, "final_rate": 1, "save_every": 1, "valid_share": 0}
+    with pytest.raises(UserError, match=r"step \d: the model's outputs are no longer finite numbers; nothing was over"):
+        sft.train(SFTConfig(**{**settings, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    if (checkpoint := tmp_path / "run" / "checkpoint.safetensors").exists():  # of the step before
+        assert all(mx.isfinite(array).all() for array in mx.load(str(checkpoint)).values())
+
+
 # ---------------------------------------------------------------------------------- data and wrong input
 
 
