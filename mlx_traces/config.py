@@ -393,7 +393,9 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
         "with a lower reward near the limit (penalty).",
     )
     overlong_tokens: Annotated[int, Field(ge=0)] = Field(
-        32, description="With overlong penalty: the last tokens before the limit, over which it grows from 0 to 1."
+        32,
+        description="With overlong penalty: the last tokens before the limit, over which it grows from 0 to 1; "
+        "completions that were cut off have all of it.",
     )
     pass_rate_low: Fraction01 = Field(0.0, description="Leave out problems with a lower pass rate.")
     pass_rate_high: Fraction01 = Field(1.0, description="Leave out problems with a higher pass rate.")

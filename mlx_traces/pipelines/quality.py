@@ -161,7 +161,7 @@ def scores_of(runs: Sequence[Run], config: ScoreConfig) -> list[list[Scores]]:
 def rewards_of(runs: Sequence[Run], recipe: RLConfig) -> list[list[float | None]]:
     """Return the reward that a training would give each sample of each run; None where none applies.
 
-    A penalty for length uses the training's limit, not the evaluation's.
+    A penalty for length uses the training's limit, not the evaluation's; an answer that was cut off has all of it.
 
     Raises:
         UserError: if a reward needs what samples do not have (ids of tokens, a column), or cannot be loaded; if a
@@ -192,7 +192,7 @@ def rewards_of(runs: Sequence[Run], recipe: RLConfig) -> list[list[float | None]
                 if name != "judge" and "completion_ids" in signature(function).parameters:
                     raise UserError(f"reward {name}: takes completion_ids, which samples do not have; leave it out")
         parts = [rewards.apart(one)[0] for one in rewards.score(planned, pairs, functions, recipe.rewards, recipe.tags)]
-        found.append(rollouts.totals_of(parts, [one.tokens for _, one in pairs], recipe))
+        found.append(rollouts.totals_of(parts, [one for _, one in pairs], recipe))
     return found
 
 

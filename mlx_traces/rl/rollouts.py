@@ -137,18 +137,25 @@ def scored(
     apart = distributed.gather([rewards.apart(one) for one in first])
     parts, spans = [part for part, _ in apart], [rows for _, rows in apart]
     places = steps.located(loaded, [completion for _, completion in pairs], spans)
-    totals = totals_of(parts, [len(one.rollout.completion_ids) for _, one in pairs], config)
+    totals = totals_of(parts, [one for _, one in pairs], config)
     found = zip(pairs, parts, totals, places, strict=True)
     rollouts = [ScoredCompletion(*pair, part, value, own) for pair, part, value, own in found]
     return [rollouts[at : at + config.group_size] for at in range(0, len(rollouts), config.group_size)]
 
 
-def totals_of(parts: Sequence[dict[str, float | None]], lengths: Sequence[int], config: RLConfig) -> list[float | None]:
-    """Return each completion's reward, None where none applies. A penalty for length is added to its parts too."""
+def totals_of(
+    parts: Sequence[dict[str, float | None]], completions: Sequence[Completion], config: RLConfig
+) -> list[float | None]:
+    """Return each completion's reward, None where none applies. A penalty for length is added to its parts too.
+
+    A completion that was cut off has the whole penalty: with a budget of thought it can be shorter than the limit.
+    """
     totals = [rewards.total(part, config.rewards) for part in parts]
     if config.overlong == "penalty":
         slope = min(config.overlong_tokens, config.longest)
-        penalties = losses.overlong_penalty(mx.array(lengths), config.longest, slope).tolist()
+        lengths = mx.array([one.tokens for one in completions])
+        cut_off = mx.array([one.finish_reason == "length" for one in completions])
+        penalties = mx.where(cut_off, -1, losses.overlong_penalty(lengths, config.longest, slope)).tolist()
         for part, penalty in zip(parts, penalties, strict=True):
             part["overlong"] = penalty
         totals = [None if value is None else value + penalty for value, penalty in zip(totals, penalties, strict=True)]

@@ -724,6 +724,15 @@ def test_difficulty_is_measured_once(settings, tmp_path, monkeypatch):
         rollouts.by_difficulty(loaded, planned, narrow, tmp_path / "rates.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "finished"), [({"overlong_tokens": 2}, -1), ({"overlong_tokens": 0}, 0), ({"think_tokens": 200}, 0)]
+)
+def test_a_completion_that_was_cut_off_has_the_whole_penalty(changes, finished):
+    config = settings_of(overlong="penalty", rewards={"correct": 1.0}, **changes)
+    ended = [made(1.0, range(12), finish).completion for finish in ("length", "stop")]
+    assert rollouts.totals_of([{"correct": 1.0}, {"correct": 1.0}], ended, config) == [0, 1 + finished]
+
+
 def test_overlong_completions_cost():
     config = settings_of(overlong="penalty", overlong_tokens=4, max_tokens=12, group_size=2, rewards={"correct": 1.0})
     task = evaluator.get_task("countdown")
