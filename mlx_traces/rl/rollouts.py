@@ -207,8 +207,9 @@ def prepare(config: RLConfig) -> tuple[Plan, Plan | None, list[str]]:
 
 
 def _training_plan(settings: EvalConfig, config: RLConfig, more: int = 0) -> Plan:
-    """Load as many problems as will be drawn, and ``more``; all problems if there are fewer and no limit was set."""
-    wanted = config.limit or config.num_steps * config.prompts_per_step + more
+    """Load as many problems as may be drawn, and ``more``; all problems if there are fewer and no limit was set."""
+    rounds = 1 + getattr(config, "max_resamples", 0)
+    wanted = config.limit or config.num_steps * config.prompts_per_step * rounds + more
     try:
         return evaluator.plan(settings.model_copy(update={"limit": wanted}))
     except UserError:

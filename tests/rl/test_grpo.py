@@ -859,8 +859,9 @@ def test_fewer_problems_than_draws(settings):
     planned, _, _ = rollouts.prepare(GRPOConfig(**{**settings, "limit": None, "num_steps": 50}))
     assert len(planned.problems) == 7
     countdown = {"task": "countdown", "data": None, "limit": None, "num_steps": 50, "evaluate": None}
-    planned, _, _ = rollouts.prepare(GRPOConfig(**{**settings, **countdown}))
-    assert len({p.id for p in planned.problems}) == 150
+    for kind, changes, count in ((GRPOConfig, {}, 150), (GRPOConfig, {"max_resamples": 2}, 450), (PPOConfig, {}, 150)):
+        planned, _, _ = rollouts.prepare(kind(**{**settings, **countdown, **changes}))
+        assert len({p.id for p in planned.problems}) == count  # no problem is drawn twice
 
 
 def test_an_adapter_of_another_model(settings, tmp_path):
