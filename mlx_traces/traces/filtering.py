@@ -197,6 +197,29 @@ def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Probl
     return same
 
 
+def problems_of(traces: Iterable[Trace]) -> Callable[[str], str]:
+    """Return a function from a trace's id to the id that all traces of its problem share.
+
+    They have the same id, question, or only turn of a user; case and white space are ignored.
+    """
+    parent: dict[Hashable, Hashable] = {}  # of ids and texts; the smallest id of a problem is its own parent
+
+    def root(key: Hashable) -> Hashable:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for trace in traces:
+        name = root(problem_id(trace.id))
+        turns = [turn["content"] for turn in trace.messages if turn["role"] == "user"]
+        asked = [str(trace.columns.get("question", "")), *(turns if len(turns) == 1 else ())]
+        for text in {tuple(words(text.casefold())) for text in asked} - {()}:
+            other = root(text) if text in parent else name
+            parent[name] = parent[other] = parent[text] = min(name, other)
+            name = min(name, other)
+    return lambda identity: root(problem_id(identity))
+
+
 def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return a function that says whether the trace at an index is free of these problems.
 

@@ -66,12 +66,16 @@ def mean_loss(halves: Split, rows: Sequence[Example], config: SFTConfig) -> floa
 
 @dataclass(frozen=True)
 class Data:
-    """Training rows, validation rows, held-out problems, and notes on what was left out."""
+    """Training rows, validation rows, held-out problems, and notes on what was left out.
+
+    ``by_content`` says whether a problem in one of the first two may have several ids.
+    """
 
     train: list[Example]
     valid: list[Example]
     held_out: evaluator.Plan | None
     notes: list[str]
+    by_content: bool = False
 
 
 def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
@@ -83,7 +87,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     how = config.max_length, config.over_long, config.thinking
     plan = loop.held_out_plan(config.model, config)
     same = filtering.same_problem(plan.problems, plan.prompt) if plan else lambda _: False
-    left_out, switches = 0, set()
+    left_out, switches, asked = 0, set(), []
 
     def learned() -> Iterator[tuple[str, Trace]]:
         nonlocal left_out
@@ -92,6 +96,7 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
                 left_out += 1
             else:
                 switches.add(trace.thinking)
+                asked.append(replace(trace, completion="", completion_ids=None, logprobs=None))
                 yield where, trace
 
     encoded = encoding.encode_all(loaded, learned(), *how)
@@ -103,19 +108,22 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
     if left_out:
         notes.append(f"{left_out} traces of validation problems are left out")
     if config.valid is not None:
-        kept = encoding.encode_all(loaded, read_traces(Path(config.valid)), *how)
+        read = list(read_traces(Path(config.valid)))
+        kept = encoding.encode_all(loaded, read, *how)
         notes += [f"{config.valid}: {line}" for line in encoding.describe(kept, config.max_length)]
         if not kept.examples:
             raise UserError(f"{config.valid}: no traces to validate with{_brackets(notes)}")
-        ids, valid = {problem_id(example.id) for example in kept.examples}, kept.examples
-        train = [row for row in rows if problem_id(row.id) not in ids]
+        name_of = filtering.problems_of([*asked, *(trace for _, trace in read)])
+        ids, valid = {name_of(example.id) for example in kept.examples}, kept.examples
+        train = [row for row in rows if name_of(row.id) not in ids]
         if len(train) < len(rows):
             notes.append(f"{len(rows) - len(train)} traces of problems in {config.valid} are left out")
     else:
-        apart = [_draw(f"{config.seed} {problem_id(row.id)}") < config.valid_share for row in rows]
+        name_of = filtering.problems_of(asked)
+        apart = [_draw(f"{config.seed} {name_of(row.id)}") < config.valid_share for row in rows]
         train, valid = ([row for row, held in zip(rows, apart, strict=True) if held is kind] for kind in (False, True))
     if train and not valid and config.valid_share:
-        problems = len({problem_id(row.id) for row in rows})
+        problems = len({name_of(row.id) for row in rows})
         notes.append(
             f"no validation loss: valid_share {config.valid_share:g} keeps none of {problems:,} problems apart"
         )
@@ -125,7 +133,9 @@ def prepare(loaded: LoadedModel, config: SFTConfig) -> Data:
         notes.append(
             f"{full} validation traces have no room for an answer; their loss counts, but they are not completed"
         )
-    return Data(train, valid, plan, notes)
+    split_up = config.valid is not None or config.valid_share > 0
+    by_content = split_up and any(name_of(row.id) != problem_id(row.id) for row in (*rows, *valid))
+    return Data(train, valid, plan, notes, by_content)
 
 
 def _brackets(notes: list[str]) -> str:
@@ -319,8 +329,9 @@ def identity_of(config: SFTConfig, loaded: LoadedModel, data: Data) -> dict[str,
         for name, file in (("data_files", config.data), ("valid_files", config.valid))
         if file is not None
     }
-    # In earlier versions a problem that a file has twice could be in both training and validation.
+    # In earlier versions a problem that a file has twice, or under two ids, could be in both training and validation.
     apart = {"apart": "by problem"} if any("#" in row.id for row in (*data.train, *data.valid)) else {}
+    apart |= {"apart": "by content"} if data.by_content else {}
     identity = loop.identity_of(config, loaded, {**apart, **digests})
     if data.held_out and data.held_out.config.thinking is not None:  # perhaps that of the traces
         identity["evaluate"]["thinking"] = data.held_out.config.thinking

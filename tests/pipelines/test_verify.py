@@ -224,8 +224,8 @@ def test_what_is_no_finished_run_is_refused(countdown, tmp_path):
 @pytest.fixture(scope="module")
 def _trained(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("trained")
-    turns = ({"role": "user", "content": "1+1"},)
-    rows = [Trace(f"t{number}", turns, f"It is {number}").to_row() for number in range(8)]
+    asked = [({"role": "user", "content": f"1+{number}"},) for number in range(8)]
+    rows = [Trace(f"t{number}", turns, f"It is {number}").to_row() for number, turns in enumerate(asked)]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = SFTConfig(
         model=str(tiny_folder), data=str(folder / "traces.jsonl"), batch_size=2, rank=2, eval_every=1, valid_share=0.3

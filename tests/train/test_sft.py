@@ -98,7 +98,8 @@ def write_traces(path, count=24, per_problem=2, twins=False):
     for i in range(count):
         text = "".join(chr(c) for c in draw.integers(97, 110, draw.integers(2, 20)))
         name = f"p{i // per_problem}" + (f"#{i % per_problem + 1}" if twins and i % per_problem else "")
-        lines.append({"id": name, "messages": ONE, "completion": text, "sample": i % per_problem})
+        asked = [{"role": "user", "content": f"1+{i // per_problem}"}]
+        lines.append({"id": name, "messages": asked, "completion": text, "sample": i % per_problem})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -513,6 +514,31 @@ def test_a_trace_of_a_validation_problem_is_known_by_what_it_was_asked(settings,
     data = sft.prepare(loaded, SFTConfig(**{**settings, **own, "evaluate": evaluate}))
     assert [row.id for row in data.train] == ["trace-1"]
     assert data.notes == ["1 traces of validation problems are left out"]
+
+
+def test_a_problem_under_several_ids_is_on_one_side_of_the_split(settings, tmp_path):
+    """The question under two ids, with other spaces and case; and a chat of it, without its question."""
+    loaded = wrap(make_tokenizer(), make_model())
+    rows = [
+        {"id": f"{kind}-{i}", "messages": [{"role": "user", "content": text}], "completion": "4", "columns": columns}
+        for i in range(9)
+        for kind, text, columns in (
+            ("a", f"What is 1+{i}?", {"question": f"1 + {i}"}),
+            ("b", f"Think. 1+{i}", {"question": f" 1 +  {i}"}),
+            ("c", f"what is\n1+{i}?", {}),
+        )
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SFTConfig(**{**settings, "data": str(tmp_path / "traces.jsonl")})
+    data = sft.prepare(loaded, config)
+    sides = [{row.id[2:] for row in part} for part in (data.train, data.valid)]
+    assert all(sides) and not sides[0] & sides[1] and len(data.train) + len(data.valid) == 27
+    assert sft.identity_of(config, loaded, data)["apart"] == "by content"
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[1], rows[5])))
+    valid = str(tmp_path / "valid.jsonl")
+    data = sft.prepare(loaded, config.model_copy(update={"valid": valid}))
+    assert len(data.valid) == 2 and {row.id[2:] for row in data.train} == set("2345678")
+    assert data.notes == [f"6 traces of problems in {valid} are left out"]
 
 
 @pytest.mark.parametrize(
