@@ -466,6 +466,23 @@ def test_settings_that_change_nothing_are_noted(tmp_path):
             ["patience 3 changes nothing without a"],
         ),
         (build(SFTConfig, {"data": "x", "valid_share": 0, "valid": "y", "patience": 3}), ["valid_share 0.0 "]),
+        (
+            build(SFTConfig, {"data": "x", "kind": "full", "dropout": 0.1, "targets": ["self_attn.q_proj"]}),
+            ["dropout 0.1 changes nothing where all", "targets ['self_attn.q_proj'] changes nothing where all"],
+        ),
+        (build(SFTConfig, {"data": "x", "dropout": 0.1, "targets": ["self_attn.q_proj"]}), []),
+        (build(GRPOConfig, {"dropout": 0.1}), ["dropout 0.1 changes nothing in grpo and ppo, where"]),
+        (build(PPOConfig, {"dropout": 0.1, "kind": "full"}), ["dropout 0.1 changes nothing where all"]),
+        (
+            build(GRPOConfig, {"loss": "reinforce", "clip_eps": 0.1, "clip_eps_high": 0.3}),
+            ["clip_eps 0.1 changes nothing for loss reinforce", "clip_eps_high 0.3"],
+        ),
+        (
+            build(GRPOConfig, {"loss": "cispo", "clip_eps": 0.1, "clip_eps_high": 0.3}),
+            ["clip_eps 0.1 changes nothing for loss cispo beside"],
+        ),
+        (build(GRPOConfig, {"loss": "cispo", "clip_eps": 0.1}), []),
+        (build(GRPOConfig, {"clip_eps": 0.1, "clip_eps_high": 0.3}), []),
         (build(GRPOConfig, {"tags": "r1"}), ["tags r1 changes nothing without a reward that reads them"]),
         (build(GRPOConfig, {"tags": "r1", "rewards": {"correct": 1, "format": 0.1}}), []),
         (build(FilterConfig, {"prefer": "best", "bins": 3}), ["prefer best", "bins 3"]),
