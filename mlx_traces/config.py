@@ -365,7 +365,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     thinking: bool | None = Field(None, description="Set the template's thinking switch, if it has one.")
     rows: Positive = Field(256, description=f"Batch size of decoding, in completions; {_MORE}.")
     memory_limit: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Memory limit for sampling, in GB; lowers rows if needed."
+        None, description="Memory limit for sampling, validations included, in GB; lowers rows if needed."
     )
 
     rewards: dict[str, float] = Field(

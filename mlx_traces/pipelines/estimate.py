@@ -169,16 +169,16 @@ class Outlook:
 
     def _sampling(self, config: GenerateConfig | EvalConfig, times: int, before: str) -> Forecast:
         planned = evaluator.plan(config.model_copy(update={"adapter": None}))  # it may not exist yet
-        tokens, memory_gb = self._answering(planned, config.samples, config.memory_limit)
+        tokens, memory_gb = self._answering(planned, config.samples)
         told = f"{before}{_problems(len(planned.problems), config.samples)}, {_each(config.longest)}"
         return Forecast(times * tokens, memory_gb, told)
 
-    def _answering(self, planned: Plan, samples: int, limit: float | None = None) -> tuple[int, float]:
+    def _answering(self, planned: Plan, samples: int) -> tuple[int, float]:
         """Return the maximum tokens and the memory of ``samples`` answers to each problem of a plan."""
         config, completions = planned.config, samples * len(planned.problems)
         sizes = self._prompt(planned), config.longest, config.rows, completions
         return completions * config.longest, memory.of_sampling(
-            self.loaded, *sizes, limit, memory.buffers_of_a_draw(config)
+            self.loaded, *sizes, config.memory_limit, memory.buffers_of_a_draw(config)
         )
 
     def _prompt(self, planned: Plan) -> int:

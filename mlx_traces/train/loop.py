@@ -213,14 +213,15 @@ def validation_of(config: RLConfig | SFTSettings) -> ValidationConfig | None:
 
 
 def held_out_plan(model: str, config: RLConfig | SFTSettings) -> evaluator.Plan | None:
-    """Return the plan of the validations, with its problems; None without ``evaluate``.
+    """Return the plan of the validations, with its problems and the training's memory limit; None without ``evaluate``.
 
     Raises:
         UserError: if its bounds on thoughts and those of the training contradict each other.
     """
     if (settings := validation_of(config)) is None:
         return None
-    return evaluator.plan(build(EvalConfig, {"model": model, **settings.model_dump()}, "evaluate"))
+    own = {"model": model, "memory_limit": getattr(config, "memory_limit", None)}
+    return evaluator.plan(build(EvalConfig, own | settings.model_dump(), "evaluate"))
 
 
 def identity_of(config: RLConfig | SFTSettings, loaded: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -820,6 +820,13 @@ def test_validation_asks_as_the_training_does(settings, tmp_path, monkeypatch):
         grpo.train(GRPOConfig(**{**own, "thinking": False}), tmp_path / "False None", resume=True)
 
 
+def test_the_memory_limit_holds_in_validations_too(settings):
+    for kind in (GRPOConfig, PPOConfig):
+        planned, held_out, _ = rollouts.prepare(kind(**settings, memory_limit=0.5))
+        assert planned.config.memory_limit == held_out.config.memory_limit == 0.5
+    assert rollouts.prepare(GRPOConfig(**settings))[1].config.memory_limit is None
+
+
 def test_a_validation_problem_is_left_out_by_its_twin_too(settings, monkeypatch):
     config = GRPOConfig(**settings)
     planned, held_out, _ = rollouts.prepare(config)
