@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, given
+from mlx_traces.config import AnswerConfig, GRPOConfig, PPOConfig, SFTConfig, build, given
 from mlx_traces.engine.generation import generate as complete
 from mlx_traces.engine.sampling import Request, SamplingParams
+from mlx_traces.errors import UserError
 from mlx_traces.models.adapters import merged
 from mlx_traces.models.loading import LoadedModel, load
 from mlx_traces.records import Rollout
@@ -68,22 +69,47 @@ def generate(
     Returns:
         A rollout for each prompt, in order: ``text``, ``completion_ids``, ``finish_reason``, ``logprobs``.
     """
+    for name, value in (("prompts", prompts), ("stop", stop)):
+        if isinstance(value, str):
+            raise UserError(f"{name}: must be a list of texts, not the text {value[:60]!r}; put it in a list")
+    turns = [_turns(index, prompt) for index, prompt in enumerate(prompts)]
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "stop_in_thoughts": stop_in_thoughts,
+        "think_tokens": think_tokens,
+        "think_at_least": think_at_least,
+        "think_more": think_more,
+        "think_then": think_then,
+    }
+    own = {"thinking": thinking, "seed": seed} | ({} if rows is None else {"rows": rows})
+    config = build(AnswerConfig, sampling | own)
+    if config.seed < 0:
+        raise UserError(f"seed: must be at least 0, not '{seed}'")
     loaded = load(model) if isinstance(model, str) else model
-    turns = [[{"role": "user", "content": p}] if isinstance(p, str) else [dict(turn) for turn in p] for p in prompts]
-    rendered = [loaded.chat.prompt(messages, thinking=thinking) for messages in turns]
-    requests = [Request.of(prompt, seed + i) for i, prompt in enumerate(rendered)]
-    params = SamplingParams(
-        *(max_tokens, temperature, top_p, top_k, min_p, tuple(stop)),
-        stop_in_thoughts=stop_in_thoughts,
-        think_tokens=think_tokens,
-        think_at_least=think_at_least,
-        think_more=think_more,
-        think_then=think_then,
-    )
+    rendered = [loaded.chat.prompt(messages, thinking=config.thinking) for messages in turns]
+    requests = [Request.of(prompt, config.seed + i) for i, prompt in enumerate(rendered)]
+    params = SamplingParams(stop=tuple(stop), **{name: getattr(config, name) for name in sampling})
     with merged(loaded.model, loaded.backend):
-        rows = rows or AnswerConfig().sized(loaded.backend.sizes).rows
+        rows = config.sized(loaded.backend.sizes).rows
         done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
     return [done[i] for i in range(len(requests))]
+
+
+def _turns(index: int, prompt: str | Sequence[Message]) -> list[Message]:
+    """Return a prompt as the turns of a conversation; UserError for anything else."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        turns = [dict(turn) for turn in turns]
+    except (TypeError, ValueError):
+        turns = []
+    if not turns or not all(isinstance(turn.get(name), str) for turn in turns for name in ("role", "content")):
+        example = [{"role": "user", "content": "Hi"}]
+        raise UserError(f"prompts: number {index} must be a text, or turns as in {example}, not {str(prompt)[:60]!r}")
+    return turns
 
 
 def train_sft(

@@ -15,6 +15,8 @@ from mlx_traces.errors import MOST_NAME, UserError, did_you_mean
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]  # each is defined in rl/losses.py
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]  # of MLX's random numbers
+LogitsMB = Annotated[float, Field(gt=0, le=2**19)]
 MOST_WHOLE = 10**18  # bound of whole numbers; Python refuses to print one of thousands of digits
 
 
@@ -238,7 +240,7 @@ class AdapterConfig(Config):
     kind: Literal["lora", "dora", "full"] = Field(
         "lora", description="What is trained: LoRA, DoRA, or all weights of the layers."
     )
-    rank: Positive = Field(16, description="Rank of the adapter's matrices.")
+    rank: Annotated[int, Field(ge=1, le=2**16)] = Field(16, description="Rank of the adapter's matrices.")
     scale: Annotated[float, Field(gt=0)] = Field(2.0, description="Factor on the adapter's output (alpha / rank).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout rate of the adapter's inputs.")
     layers: Annotated[int, Field(ge=-1)] = Field(-1, description="Train only the last N layers; -1: all.")
@@ -254,7 +256,9 @@ class OptimizerConfig(Config):
     warmup: Fraction01 = Field(0.05, description="Fraction of the steps over which the learning rate rises from 0.")
     final_rate: Fraction01 = Field(0.0, description="Final learning rate, as a fraction of the peak.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
-    betas: tuple[Fraction01, Fraction01] = Field((0.9, 0.98), description="Decay rates of AdamW's two moving averages.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.98), description="Decay rates of AdamW's two moving averages."
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
 
 
@@ -304,16 +308,14 @@ class SFTSettings(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig):
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(
-        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
-    )
+    logits_mb: LogitsMB = Field(128, description=f"Maximum size of logits in memory, in MiB; {_MORE}.")
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0: once an epoch.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="Stop after this many validations without improvement; 0: never."
     )
     save_every: Positive = Field(50, description="Steps between checkpoints; a new best adapter has one too.")
-    seed: int = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
+    seed: Seed = Field(0, description="Seed of the new adapter, the order of the data, and dropout.")
 
 
 class SFTConfig(SFTSettings):
@@ -348,7 +350,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     limit: Positive | None = Field(
         None, description="Number of training problems, drawn at random by --seed; default: as many as the steps need."
     )
-    seed: int = Field(0, description="Seed of the new adapter, the order of the problems, and the rollouts.")
+    seed: Seed = Field(0, description="Seed of the new adapter, the order of the problems, and the rollouts.")
 
     num_steps: Positive = Field(100, description="Steps: each draws problems, samples rollouts, and updates.")
     prompts_per_step: Positive = Field(16, description="Problems per step.")
@@ -407,9 +409,7 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     checkpoint_layers: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    logits_mb: Annotated[float, Field(gt=0)] = Field(
-        128, description=f"Maximum size of logits in memory, in MiB; {_MORE}."
-    )
+    logits_mb: LogitsMB = Field(128, description=f"Maximum size of logits in memory, in MiB; {_MORE}.")
     eval_every: Positive = Field(10, description="Steps between validations.")
     evaluate: ValidationConfig | None = Field(None, description="Held-out problems to answer at each validation.")
     patience: Annotated[int, Field(ge=0)] = Field(
@@ -797,7 +797,7 @@ class NanoConfig(OptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's decoupled weight decay.")
     bits: Literal[2, 3, 4, 6, 8] = Field(4, description="Bits of a quantized weight.")
     quant_group_size: Literal[32, 64, 128] = Field(64, description="Weights that share a scale.")
-    seed: int = Field(0, description="Seed of the weights, the problems and their order.")
+    seed: Seed = Field(0, description="Seed of the weights, the problems and their order.")
     out: str = Field("runs/nano", description="Folder of the finished model.")
 
 

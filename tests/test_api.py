@@ -28,8 +28,30 @@ def test_prompts_are_completed_in_order_whatever_is_beside_them():
     assert all(len(one.logprobs) == len(one.completion_ids) for one in both)
     (alone,) = mlx_traces.generate("nano", questions[1:], max_tokens=8, temperature=1.0, seed=1)
     assert alone.completion_ids == both[1].completion_ids
-    with pytest.raises(UserError, match="max_tokens must be at least 1"):
-        mlx_traces.generate(loaded, questions, max_tokens=0)
+    (by_text,) = mlx_traces.generate(loaded, questions[1:], max_tokens="8", temperature="1", seed=1)
+    assert by_text.completion_ids == alone.completion_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        (["Hi"], {"max_tokens": 0}, "max_tokens: must be at least 1, not '0'"),
+        (["Hi"], {"max_tokens": 2.5}, "max_tokens: must be a whole number, not '2.5'"),
+        (["Hi"], {"temperature": "hot"}, "temperature: must be a number, not 'hot'"),
+        (["Hi"], {"temperature": 1.0, "seed": -1}, "seed: must be at least 0, not '-1'"),
+        (["Hi"], {"rows": 0}, "rows: must be at least 1, not '0'"),
+        (["Hi"], {"think_tokens": 1, "think_at_least": 2}, "think_at_least: 2 is above think_tokens .1."),
+        (["Hi"], {"stop": "so"}, "stop: must be a list of texts, not the text 'so'; put it in a list"),
+        ("Make", {}, "prompts: must be a list of texts, not the text 'Make'; put it in a list"),
+        (["Hi", [{"role": "user"}]], {}, "prompts: number 1 must be a text, or turns as in .*'content': 'Hi'.*, not"),
+        ([{"role": "user", "content": "Hi"}], {}, "prompts: number 0 must be a text, or turns"),
+        ([3], {}, "prompts: number 0 must be a text, or turns as in .*, not '3'"),
+        ([[]], {}, "prompts: number 0 must be a text"),
+    ],
+)
+def test_wrong_input_of_a_completion_is_one_line(prompts, settings, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        mlx_traces.generate("nano", prompts, **settings)
 
 
 def test_trainings_take_the_names_of_the_flags(tmp_path):

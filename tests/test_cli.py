@@ -509,6 +509,22 @@ def test_which_settings_change_nothing(config, told):
     assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True))
 
 
+@pytest.mark.parametrize("kind", [SFTConfig, GRPOConfig, PPOConfig, NanoConfig])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", -1, "seed: must be at least 0, not '-1'"),
+        ("betas", [0.9, 1.0], "betas.1: must be below 1, not '1.0'"),
+        ("rank", 10**10, "rank: must be at most 65536, not '10000000000'"),
+        ("logits_mb", 1e305, "logits_mb: must be at most 524288, not '1e[+]305'"),
+    ],
+)
+def test_training_settings_out_of_range(kind, name, value, said):
+    if name in kind.model_fields:
+        with pytest.raises(UserError, match=f"^{said}$"):
+            build(kind, {"data": "x", name: value} if kind is SFTConfig else {name: value})
+
+
 @pytest.mark.parametrize("given", ["eval_limit", "eval_split"])
 def test_a_filter_for_no_evaluation_is_refused(tmp_path, given):
     flag, value = f"--{given.replace('_', '-')}", {"eval_limit": 9, "eval_split": "valid"}[given]
