@@ -417,6 +417,13 @@ class RLConfig(LoadConfig, AdapterConfig, OptimizerConfig, TrackingConfig, Judge
     )
     save_every: Positive = Field(5, description="Steps between checkpoints; a new best adapter has one too.")
 
+    @field_validator("pass_rate_high")
+    @classmethod
+    def _above_low(cls, value: float, info: ValidationInfo) -> float:
+        if value < (low := info.data.get("pass_rate_low", 0)):
+            raise ValueError(f"{value:g} is below pass_rate_low ({low:g}), so no problem would be left; raise it")
+        return value
+
     @field_validator("reference", "unbiased_kl", check_fields=False)
     @classmethod
     def _read_by_kl(cls, value: Any, info: ValidationInfo) -> Any:

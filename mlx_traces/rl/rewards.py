@@ -52,6 +52,7 @@ from mlx_traces.traces.quality import text_scores, thought_span
 
 TEXT = ("format", "structure", "faithfulness", "length", "repetition")
 RIGHT = ("correct", "correct_strict", "gated")  # say whether a completion is right; the last one that is used decides
+LARGEST = 1e18  # of a reward and of their sum; advantages square it in float32
 FEWEST_JUDGED = 20  # completions; with fewer a judge's failures do not stop the run
 STEPPED = ("equations", "steps")  # also give values to single steps
 MAX_KINDS = 20  # kinds of a reward's steps in one batch of rollouts; each kind has metrics
@@ -261,10 +262,19 @@ def _judge_of(config: RLConfig) -> Callable[[Plan, Sequence[Sample]], list[float
 
 
 def total(parts: Parts, weights: Mapping[str, float]) -> float | None:
-    """Return the weighted sum of the rewards that apply; None where none with a weight does."""
-    if not any(weights[name] for name, value in parts.items() if value is not None):
+    """Return the weighted sum of the rewards that apply; None where none with a weight does.
+
+    Raises:
+        UserError: naming the greatest part, if the sum is beyond `LARGEST`.
+    """
+    products = {name: weights[name] * value for name, value in parts.items() if value is not None}
+    if not any(weights[name] for name in products):
         return None
-    return sum(weights[name] * value for name, value in parts.items() if value is not None)
+    found = sum(products.values())
+    if not abs(found) <= LARGEST:
+        name = max(products, key=lambda name: abs(products[name]))
+        raise UserError(f"the weighted rewards add up to {found:g}, beyond {LARGEST:g}; lower the weight of {name}")
+    return found
 
 
 def _text_scores(planned: Plan, problem: Problem, completion: Completion, settings: ScoreConfig) -> Parts:
@@ -316,8 +326,8 @@ def _in_order(name: str, stepped: Stepped, length: int) -> Stepped:
 
     Raises:
         UserError: naming the reward, for a span that is not (start, end, value), is empty, is not within the
-            completion or overlaps another one of its kind; for a value that is not a finite number; for a kind's name
-            of more than 40 characters, or with others than letters, digits, ``_`` and ``-``.
+            completion or overlaps another one of its kind; for a value that is not a number up to `LARGEST`; for a
+            kind's name of more than 40 characters, or with others than letters, digits, ``_`` and ``-``.
     """
     if not isinstance(stepped.steps, Mapping):
         raise UserError(f"reward {name}: its steps are a {type(stepped.steps).__name__}, not a dict of spans by kind")
@@ -356,6 +366,8 @@ def _number(name: str, value: Any) -> float:
         number = math.nan
     if isinstance(value, str) or not math.isfinite(number):
         raise UserError(f"reward {name} returned {str(value)[:40]!r}, not a finite number or None")
+    if abs(number) > LARGEST:
+        raise UserError(f"reward {name} returned {number:g}, beyond {LARGEST:g}; scale it down")
     return number
 
 

@@ -779,6 +779,10 @@ def test_a_group_needs_two():
         ({"reference": "base"}, "reference: has no effect without kl_coef; set that too, or leave this out$"),
         ({"reference": "x", "kl_coef": 0}, "reference: has no effect without kl_coef"),
         ({"unbiased_kl": True}, "unbiased_kl: has no effect without kl_coef"),
+        (
+            {"pass_rate_low": 0.9, "pass_rate_high": 0.1},
+            r"pass_rate_high: 0.1 is below pass_rate_low \(0.9\), so no problem would be left; raise it$",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(changes, message):

@@ -279,6 +279,8 @@ def test_the_weighted_sum_is_of_those_that_apply():
     assert rewards.total({"correct": 0.0, "length": 1.0, "my:own": 0.25}, weights) == 0
     for parts in ({"my:own": None}, {"my:own": None, "seen": 1.0}):  # none with a weight applies
         assert rewards.total(parts, weights | {"seen": 0.0}) is None
+    with pytest.raises(UserError, match=r"add up to 1e\+30, beyond 1e\+18; lower the weight of length"):
+        rewards.total({"correct": 1.0, "length": 1.0}, {"correct": 1.0, "length": 1e30})
 
 
 def test_a_function_gets_the_columns_that_it_asks_for():
@@ -317,6 +319,7 @@ def text(completions): return ["1", "2"]
 def raises(completions): return [{}[text] for text in completions]
 def asks(completions, colour): return [1.0, 1.0]
 def nothing(): return [1.0]
+def huge(completions): return [1e39] * len(completions)
 """
 
 
@@ -340,6 +343,7 @@ def test_a_module_of_the_working_folder(own):
         ("own_rewards:none", "returned None, not a list of a number or None for each completion"),
         ("own_rewards:nan", "returned 'nan', not a finite number or None"),
         ("own_rewards:text", "returned '1', not a finite number or None"),
+        ("own_rewards:huge", r"returned 1e\+39, beyond 1e\+18; scale it down"),
         ("own_rewards:raises", r"failed \(KeyError: '<think>.*x'\)"),
         ("own_rewards:asks", ": there is no column 'colour'; there are nums, target, level, prompts"),
         ("own_rewards:nothing", ": takes no argument"),
