@@ -198,10 +198,10 @@ def train(config: SFTConfig, out: str | Path, resume: bool = False, show: Callab
             stop=stop,
             show=show,
         )
-        batches = islice(_batches(data.train, lengths, config), run.progress.step, None)
+        batches = islice(_batches(lengths, config), run.progress.step, None)
         with checkpointed(model.layers, config.checkpoint_layers):
             for step in run.steps():
-                batch, began = next(batches), perf_counter()
+                batch, began = [data.train[index] for index in next(batches)], perf_counter()
                 mx.random.seed(loop.step_seed(config.seed, step))  # dropout
                 model.train()
                 loss, grads = step_gradient(model, halves, batch, config)
@@ -257,19 +257,17 @@ def _begin(
     return config, adapter
 
 
-def _batches(rows: list[Example], lengths: list[int], config: SFTConfig) -> Iterator[list[Example]]:
-    """Yield the examples of every step of the whole training; their order depends on the seed alone."""
+def _batches(lengths: list[int], config: SFTConfig) -> Iterator[list[int]]:
+    """Yield the indices of the examples of every step of the whole training; their order depends on the seed alone."""
     for epoch in range(config.epochs):
-        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch):
-            yield [rows[index] for index in indices]
+        yield from batching.epoch_batches(lengths, config.batch_size, config.seed, epoch)
 
 
-def _padding(lengths: list[int], config: SFTConfig, backend: str) -> float:
-    """Return the share of padding in all micro-batches of the training."""
+def _padding(lengths: list[int], config: SFTConfig, steps: int, backend: str) -> float:
+    """Return the share of padding in the micro-batches of the training's first ``steps``."""
     micro = [
         batch
-        for epoch in range(config.epochs)
-        for indices in batching.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+        for indices in islice(_batches(lengths, config), steps)
         for batch in batching.micro_batches(indices, lengths, config.micro_tokens, backend)
     ]
     return batching.padding_share(micro, lengths, backend)
@@ -358,7 +356,7 @@ def _result(run: loop.Training, data: Data, lengths: list[int]) -> SFTResult:
         seconds=progress.seconds,
         tokens_per_second=sum(row["tokens"] for row in rows) / seconds if seconds else 0.0,
         peak_memory_gb=max((row["memory/peak_gb"] for row in rows), default=0.0),
-        padding=_padding(lengths, run.config, run.loaded.backend.name),
+        padding=_padding(lengths, run.config, progress.step, run.loaded.backend.name),
         notes=[*run.loaded.notes, *run.room.notes, *data.notes, *run.unmoved()],
         stopped=run.stopped,
     )

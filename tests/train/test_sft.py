@@ -251,6 +251,13 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     assert again.stopped == "patience"
 
 
+def test_padding_is_that_of_the_steps_that_were_run():
+    one, many = (SFTConfig(data="x", batch_size=2, epochs=epochs) for epochs in (1, 10**9))
+    lengths = [3, 9, 4, 20]
+    assert sft._padding(lengths, many, 2, "cpu") == sft._padding(lengths, one, 99, "cpu") > 0
+    assert sft._padding(lengths, many, 3, "cpu") != sft._padding(lengths, one, 99, "cpu")
+
+
 def test_the_adapter_is_that_of_the_best_step_after_a_cut_though_later_losses_differ(settings, tmp_path, monkeypatch):
     losses, saved, calls = iter((5.0, 4.0, 3.0, 9.0, 9.0)), adapters.save, []
 
