@@ -213,9 +213,10 @@ def problems_of(traces: Iterable[Trace]) -> Callable[[str], str]:
         name = root(problem_id(trace.id))
         turns = [turn["content"] for turn in trace.messages if turn["role"] == "user"]
         asked = [str(trace.columns.get("question", "")), *(turns if len(turns) == 1 else ())]
-        for text in {tuple(words(text.casefold())) for text in asked} - {()}:
-            other = root(text) if text in parent else name
-            parent[name] = parent[other] = parent[text] = min(name, other)
+        for text in {" ".join(words(text.casefold())) for text in asked} - {""}:
+            key = (text,)  # no id is equal to it
+            other = root(key) if key in parent else name
+            parent[name] = parent[other] = parent[key] = min(name, other)
             name = min(name, other)
     return lambda identity: root(problem_id(identity))
 
