@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, create_attention_mask, make_prompt_cache
 
 from mlx_traces.engine import batching, cpu_trunk, logprobs
 from mlx_traces.engine.batching import Example
@@ -215,8 +215,8 @@ class _Read:
 
     offset = 0
 
-    def make_mask(self, N: int, **_: Any) -> str | None:
-        return "causal" if N > 1 else None
+    def make_mask(self, N: int, window_size: int | None = None, **_: Any) -> mx.array | str | None:
+        return create_attention_mask(N, self.offset, False, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = keys, values
@@ -231,13 +231,15 @@ class _Continued:
         self.uniform = (lengths == keys.shape[2]).all()
         self.offset = int(lengths[0]) if self.uniform else mx.array(lengths)
 
-    def make_mask(self, N: int, **_: Any) -> mx.array | str | None:
+    def make_mask(self, N: int, window_size: int | None = None, **_: Any) -> mx.array | str | None:
         if self.uniform:
-            return "causal" if N > 1 else None
-        before = np.arange(self.keys.shape[2])[None] < self.lengths[:, None]  # (R, L)
-        own = np.tril(np.ones((N, N), bool))
-        rows = len(self.lengths)
-        mask = [np.broadcast_to(before[:, None], (rows, N, before.shape[1])), np.broadcast_to(own, (rows, N, N))]
+            return create_attention_mask(N, self.offset, False, window_size)
+        lengths, places = self.lengths[:, None, None], np.arange(self.keys.shape[2])
+        before, own = places < lengths, np.tril(np.ones((N, N), bool))  # (R, 1, L) and (N, N)
+        if window_size is not None:
+            lost = lengths + np.arange(N)[:, None] - window_size  # (R, N, 1), the last position out of the window
+            before, own = before & (places > lost), np.triu(own, 1 - window_size)
+        mask = [np.broadcast_to(part, (len(lengths), N, part.shape[-1])) for part in (before, own)]
         return mx.array(np.concatenate(mask, axis=2)[:, None])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -53,11 +53,15 @@ class Window:
         self.write += by
         self.offset = self.offset + by
 
-    def mask(self) -> mx.array | None:
-        """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are."""
-        if self.uniform:
+    def mask(self, size: int | None = None) -> mx.array | None:
+        """Return (R, 1, 1, K), or (R, 1, 1, 1, K): true where a key of the window is the row's own; None if all are.
+
+        With a ``size``, that of a layer with a sliding window, only the row's last ``size`` keys count.
+        """
+        lost = 0 if size is None else max(0, self.write + 1 - size)
+        if self.uniform and not lost:
             return None
-        return mx.arange(self.low, self.write + 1) >= self._starts
+        return mx.arange(self.low, self.write + 1) >= (mx.maximum(self._starts, lost) if lost else self._starts)
 
 
 class SlotCache:
@@ -73,9 +77,9 @@ class SlotCache:
         """(R,) positions of the token that is being computed."""
         return self.window.offset
 
-    def make_mask(self, N: int, return_array: bool = False, **_: Any) -> mx.array | None:
-        """Return the window's mask; mlx_lm's models ask the first layer's cache for it."""
-        return self.window.mask()
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:
+        """Return the window's mask; mlx_lm's models ask the cache of the first layer of a kind for it."""
+        return self.window.mask(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write one token of every row, (R, heads, 1, size), and return the window."""

@@ -29,6 +29,7 @@ HALVED = (
     *("minicpm", "glm4", "starcoder2", "mixtral", "nemotron"),
 )
 OTHER = ("phi", "gemma2", "cohere", "granite", "internlm2", "gpt2")  # their heads do more, or have other names
+WINDOWED = ("mistral3",)  # plain caches, and layers that see a window of them
 WHOLE = ("gpt_neox", "gpt_bigcode")  # the trunk of one ends with the logits, that of the other is called otherwise
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 # Padding disturbs the states of these in mlx_lm, so their prompts are read one at a time; caches that it cannot batch.
@@ -51,6 +52,11 @@ SETTINGS = {
 OWN = {
     "gpt_bigcode": {"n_inner": 128, "attn_pdrop": 0, "multi_query": True, "attention_bias": True, "mlp_bias": True},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mistral3": {
+        "text_config": make_config(
+            **{"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "rope_theta": 10_000.0}
+        )
+    },
     "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
     "lfm2": {
         **{"conv_bias": False, "conv_L_cache": 3, "full_attn_idxs": [1], "layer_types": None, "block_dim": 64},
@@ -110,7 +116,7 @@ def greedy(model, ids, count, stop_ids):
     return tuple(found[len(ids) :])
 
 
-@pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WHOLE, *SPECIAL])
+@pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WINDOWED, *WHOLE, *SPECIAL])
 def test_sampled_as_one_by_one(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     prompts = [tuple(range(at, at + length)) for at, length in enumerate((5, 21, 3, 12))]
@@ -124,7 +130,7 @@ def test_sampled_as_one_by_one(architecture):
     assert any(alone in note for note in loaded.notes) == (architecture == "gpt_bigcode")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", *SPECIAL, *UNPADDED, *UNBATCHED])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", *WINDOWED, *SPECIAL, *UNPADDED, *UNBATCHED])
 def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     loaded = replace(wrap(make_tokenizer(), tiny(architecture)), notes=[])
     each = [generation.SamplingParams(max_tokens=9, temperature=t) for t in (0.7, 0.0, 1.0)]
@@ -145,6 +151,17 @@ def test_logprobs_are_those_of_a_full_forward_pass(architecture):
     }
     for words, those in told.items():
         assert any(words in note for note in loaded.notes) == (architecture in those), words
+
+
+def test_rows_that_begin_together_keep_to_a_layers_window():
+    loaded, prompt = wrap(make_tokenizer(), tiny("mistral3")), tuple(range(20))
+    found = dict(generation.generate(loaded, [generation.Request(prompt)], generation.SamplingParams(max_tokens=9)))
+    assert found[0].completion_ids == greedy(loaded.model, prompt, 9, loaded.stop_ids)
+    rows = [Example(str(n), prompt + (n, 5, 3, n, 8, 2, n, 6, 1), (False,) * 20 + (True,) * 9) for n in (1, 2, 3)]
+    halves = forward.split(loaded.model)
+    prompts, everything = forward.Prompts(halves, rows), [0, 1, 2]
+    shared, _ = prompts.states(halves, prompts.read(halves, 64, forward.Queue()), everything)
+    np.testing.assert_allclose(shared, forward.whole(halves, rows, everything)[0], atol=1e-4)
 
 
 def ignoring_masks(monkeypatch, module):
@@ -209,7 +226,7 @@ def test_outputs_that_are_no_numbers_are_told_on_mlx_lms_ways_too(architecture, 
         list(generation.generate(loaded, [generation.Request((1, 2))], generation.SamplingParams(3, temperature)))
 
 
-@pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WHOLE, *SPECIAL])
+@pytest.mark.parametrize("architecture", [*HALVED, *OTHER, *WINDOWED, *WHOLE, *SPECIAL])
 def test_the_gradient_is_the_plain_one(architecture):
     """Of a weighted sum of log-probabilities, prompts shared where that can be, against cross-entropy of all logits."""
     model, draw = tiny(architecture), np.random.default_rng(0)
