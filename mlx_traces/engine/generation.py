@@ -157,16 +157,14 @@ def rows_that_fit(
     the memory that is left beside the weights and a batch of prompt tokens (``PREFILL_TOKENS``, each with 16 hidden and
     4 feed-forward activations).
     """
-    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
-    heads = config.get("num_attention_heads") or 1
-    hidden = config.get("hidden_size") or 0
-    size = config.get("head_dim") or hidden // heads
+    heads, hidden = loaded.size("num_attention_heads") or 1, loaded.size("hidden_size")
+    size = loaded.size("head_dim") or hidden // heads
     itemsize = adapters.activation_bytes(loaded.model)
     length = max(len(r.prompt_ids) + p.longest for r, p in zip(requests, params, strict=True)) + STEP
     layers = len(loaded.model.layers)
-    row = 2 * layers * (config.get("num_key_value_heads") or heads) * size * itemsize * length
-    row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * (config.get("vocab_size") or 0))
-    activations = 16 * hidden + 4 * (config.get("intermediate_size") or 0)
+    row = 2 * layers * (loaded.size("num_key_value_heads") or heads) * size * itemsize * length
+    row += int(max(3.0, *map(buffers_of_a_draw, params)) * 4 * loaded.size("vocab_size"))
+    activations = 16 * hidden + 4 * loaded.size("intermediate_size")
     prefill = PREFILL_TOKENS[loaded.backend.name] * itemsize * activations
     limit = 1e9 * (memory_gb or MEMORY_SHARE * loaded.backend.memory_gb)
     weights = adapters.sampling_bytes(loaded.model, loaded.backend) + fused.extra_bytes(loaded.model)

@@ -58,6 +58,11 @@ class LoadedModel:
         """The number of rows that fit in the memory while they are decoded together."""
         return MemoryBudget("rows", "rows", self.backend.name)
 
+    def size(self, key: str) -> int:
+        """Return a size from ``config.json``, the largest if it names one for each layer, 0 if it names none."""
+        found = {**self.config, **(self.config.get("text_config") or {})}.get(key) or 0
+        return max(found) if isinstance(found, list) else found
+
     @property
     def own_tags(self) -> Pair | None:
         """The tags that its tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""

@@ -104,16 +104,15 @@ class Estimate:
 
 def shape_of(loaded: "LoadedModel") -> Shape:
     """Return the sizes of a model that is ready to train: its adapter is on it, the rest is frozen."""
-    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
-    heads, hidden = config.get("num_attention_heads") or 1, config.get("hidden_size") or 0
+    heads, hidden = loaded.size("num_attention_heads") or 1, loaded.size("hidden_size")
     return Shape(
         layers=len(loaded.model.layers),
         hidden=hidden,
-        intermediate=config.get("intermediate_size") or 4 * hidden,
+        intermediate=loaded.size("intermediate_size") or 4 * hidden,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or hidden // heads,
-        vocabulary=config.get("vocab_size") or 0,
+        kv_heads=loaded.size("num_key_value_heads") or heads,
+        head_size=loaded.size("head_dim") or hidden // heads,
+        vocabulary=loaded.size("vocab_size"),
         itemsize=adapters.activation_bytes(loaded.model),
         weights=sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters())),
         trained=sum(array.nbytes for _, array in tree_flatten(loaded.model.trainable_parameters())),

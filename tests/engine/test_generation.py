@@ -714,6 +714,8 @@ def test_rows_follow_from_the_memory(tiny):
     assert rows_that_fit(tiny, requests, filtered, (base + 64 * (row + 4 * 128 * 7.5) + 1) / 1e9) == 64
     assert rows_that_fit(tiny, requests, filtered, (base + 64 * row + 1) / 1e9) < 64
     assert rows_that_fit(tiny, requests, params, 1e-6) == 1
+    by_layer = replace(tiny, config=tiny.config | {"intermediate_size": [64, 128]})  # as Gemma 3n's are
+    assert rows_that_fit(by_layer, requests, params, (base + 7 * row + 1) / 1e9) == 7
     loaded = replace(tiny, notes=[])
     rollouts = list(generate(loaded, requests[:5], params[:5], 4, memory_gb=(base + 2 * row + 1) / 1e9))
     assert len(rollouts) == 5 and loaded.notes == ["2 rows at once instead of 4: more do not fit in the memory"]
