@@ -20,6 +20,7 @@ from mlx_traces.records import Rollout
 
 PREFILL_ROWS = 8  # prompts read at once, padded to the longest of them
 PREFILL_TOKENS = 2048  # of one prompt read at once, where rows are decoded one at a time
+PROBED = 12  # tokens that each row of a probe draws: enough for rows that join one by one to be decoded together
 KEPT = "_prompts_together"  # the attribute of a model that keeps what `prompts_together` found
 UNFIT = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)  # of a model it cannot run
 
@@ -57,7 +58,8 @@ def prompts_together(model: Any) -> int:
     token = 3
     try:
         prompts = [probe(model, length) for length in (3, 24, 9)]
-        whole = [model(mx.array([[*prompt, token]]), cache=make_prompt_cache(model))[:, -2:] for prompt in prompts]
+        rows = [mx.array([[*prompt, *[token] * (PROBED - 1)]]) for prompt in prompts]
+        whole = [model(row, cache=make_prompt_cache(model))[:, -PROBED:] for row in rows]
         if not all(mx.isfinite(logits).all().item() for logits in whole):
             return 0  # with broken weights the probe says nothing; drawing the first token reports them
         found = 0
@@ -78,7 +80,7 @@ def prompts_together(model: Any) -> int:
 
 
 def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together: int) -> list[Any]:
-    """Return the log-probabilities, (1, 2, V), of each prompt's first two draws by mlx_lm; the first is ``token``."""
+    """Return the log-probabilities, (1, PROBED, V), of each prompt's draws by mlx_lm; all draw ``token``."""
     seen: list[list[Any]] = [[] for _ in prompts]
 
     def sampler(kept: list[Any]) -> Any:
@@ -90,12 +92,13 @@ def _draws(model: Any, prompts: Sequence[tuple[int, ...]], token: int, together:
 
     batch = _generator(model, [], len(prompts), together)
     try:
-        batch.insert([list(prompt) for prompt in prompts], [2] * len(prompts), samplers=[sampler(own) for own in seen])
+        most = [PROBED] * len(prompts)
+        batch.insert([list(prompt) for prompt in prompts], most, samplers=[sampler(own) for own in seen])
         while batch.next_generated():
             pass
     finally:
         batch.close()
-    return [mx.stack(own[:2], axis=1) for own in seen]
+    return [mx.stack(own[:PROBED], axis=1) for own in seen]
 
 
 def _generator(model: Any, stops: list[list[int]], rows: int, together: int) -> Any:

@@ -33,7 +33,7 @@ WINDOWED = ("mistral3",)  # plain caches, and layers that see a window of them
 WHOLE = ("gpt_neox", "gpt_bigcode")  # the trunk of one ends with the logits, that of the other is called otherwise
 SPECIAL = ("gemma3_text", "cohere2", "gpt_oss", "exaone4", "lfm2")  # caches of a sliding window, or of a convolution
 # Padding disturbs the states of these in mlx_lm, so their prompts are read one at a time; caches that it cannot batch.
-UNPADDED, UNBATCHED = ("mamba", "jamba", "rwkv7"), ("llama4", "deepseek_v41")
+UNPADDED, UNBATCHED = ("mamba", "jamba", "rwkv7"), ("llama4", "deepseek_v41", "afm7")
 SETTINGS = {
     **{"head_dim": 16, "rope_theta": 10_000.0, "original_max_position_embeddings": 512, "partial_rotary_factor": 0.5},
     **{"layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "norm_eps": 1e-5},
@@ -78,6 +78,7 @@ OWN = {
         **{"head_dim": 32, "a_low_rank_dim": 16, "v_low_rank_dim": 16, "gate_low_rank_dim": 16},
         **{"decay_low_rank_dim": 16},
     },
+    "afm7": {"hidden_dim": 128, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
     "llama4": {
         "text_config": make_config(
             **{"model_type": "llama4_text", "attention_bias": False, "attention_chunk_size": 16, "head_dim": 16},
