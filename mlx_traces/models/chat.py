@@ -76,10 +76,11 @@ class Chat:
         try:
             if self._in_python:
                 return self.tokenizer.apply_chat_template(turns, **given)
-            if self.day and "strftime_now" in (template := self.tokenizer._tokenizer.get_chat_template()):
-                given["chat_template"] = _dated(template, self.day)
+            tokenizer = self.tokenizer._tokenizer  # without a template if its class renders conversations itself
+            if self.day and tokenizer.chat_template and "strftime_now" in (own := tokenizer.get_chat_template()):
+                given["chat_template"] = _dated(own, self.day)
             # mlx_lm's wrapper sets the switch itself; the tokenizer's own method leaves the template its default.
-            return self.tokenizer._tokenizer.apply_chat_template(turns, **given)
+            return tokenizer.apply_chat_template(turns, **given)
         except Exception as error:  # a template is a program and may raise anything
             told = clean(first_line(error))
             raise UserError(f"{self.name}: its chat template refuses this conversation ({told})") from None

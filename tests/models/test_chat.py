@@ -6,6 +6,7 @@ from datetime import date
 import pytest
 from factories import CHATML, R1, make_tokenizer, wrap
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError
@@ -208,6 +209,17 @@ def test_a_think_tag_in_the_question_is_not_the_templates():
     problem = Problem("1", {"question": "Use <think> tags."}, "")
     rendered = wrap(make_tokenizer(CHATML)).render(PLAIN, problem)
     assert rendered.opened == ""
+
+
+def test_a_tokenizer_that_renders_conversations_itself():
+    class Renders(PreTrainedTokenizerFast):
+        def apply_chat_template(self, conversation, tokenize=True, add_generation_prompt=False, thinking=False, **_):
+            return "".join(turn["content"] for turn in conversation) + " =>" * add_generation_prompt
+
+    tokenizer = Renders(tokenizer_object=make_tokenizer(None)._tokenizer, eos_token="<|endoftext|>")
+    loaded = replace(wrap(tokenizer), day=date(2024, 7, 26))
+    assert loaded.render(PLAIN, PROBLEM).text == "2 + 2? =>"
+    assert loaded.shown() == {} and loaded.notes == []
 
 
 def test_without_chat_template():
