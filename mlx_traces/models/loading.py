@@ -237,8 +237,12 @@ def _stop_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _context(config: dict[str, Any]) -> int | None:
+    """Return the longest sequence in tokens; YaRN may stretch it past the one that the configuration names."""
     for settings in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
             if isinstance(settings.get(key), int):
-                return settings[key]
+                rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+                yarn = "yarn" in (rope.get("rope_type"), rope.get("type"))
+                stretched = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0) if yarn else 0
+                return max(settings[key], int(stretched))
     return None

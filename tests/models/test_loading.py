@@ -91,6 +91,22 @@ def test_load(tiny_folder):
     assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}}, 131_072),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32_768}}, 131_072),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 32_768),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}}, 32_768),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 32_768),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": None}, 32_768),
+    ],
+)
+def test_yarn_may_stretch_the_context(rope, context):
+    config = {"max_position_embeddings": 32_768, **rope}
+    assert loading._context(config) == loading._context({"text_config": config}) == context
+
+
 def test_model_without_chat_template_ends_at_the_next_turn(tiny_folder, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny_folder, folder)
