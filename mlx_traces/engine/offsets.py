@@ -11,7 +11,9 @@ from mlx_traces.engine.thinking import Pieces
 from mlx_traces.models.loading import LoadedModel
 
 
-def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pieces | None = None) -> np.ndarray:
+def token_offsets(
+    loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pieces | None = None, *, begun: bool = False
+) -> np.ndarray:
     """Return (T, 2) int64: where each token's characters begin and end in ``text``, the end exclusive.
 
     The ids are decoded, never encoded again. Each token that holds a part of a character has the whole character. A
@@ -23,17 +25,18 @@ def token_offsets(loaded: LoadedModel, ids: Sequence[int], text: str, pieces: Pi
         ids: of the completion, its stop token included.
         text: as in `Rollout`.
         pieces: of the tokenizer, to share between completions; default: made here.
+        begun: whether the prompt holds the beginning of the assistant's turn, as for the text (`decode`).
     """
     ids, pieces = list(ids), Pieces(loaded.tokenizer) if pieces is None else pieces
-    whole = decode(loaded.tokenizer, ids)
-    return np.minimum(_kept_places(loaded, ids, whole)[exact_offsets(ids, whole, pieces)], len(text))
+    whole = decode(loaded.tokenizer, ids, begun)
+    return np.minimum(_kept_places(loaded, ids, whole)[exact_offsets(ids, whole, pieces, begun)], len(text))
 
 
-def exact_offsets(ids: Sequence[int], whole: str, pieces: Pieces) -> np.ndarray:
-    """Return (T, 2) int64 as `token_offsets`, in the exact text of the ids, ``decode(tokenizer, ids)``."""
+def exact_offsets(ids: Sequence[int], whole: str, pieces: Pieces, begun: bool = False) -> np.ndarray:
+    """Return (T, 2) int64 as `token_offsets`, in the exact text of the ids, ``decode(tokenizer, ids, begun)``."""
     data = [pieces[token] for token in ids]
     found = _by_bytes(data, whole)
-    return _by_bisection(pieces.tokenizer, list(ids), data, whole) if found is None else found
+    return _by_bisection(pieces.tokenizer, list(ids), data, whole, begun) if found is None else found
 
 
 def _by_bytes(data: Sequence[bytes], whole: str) -> np.ndarray | None:
@@ -60,12 +63,12 @@ def _by_bytes(data: Sequence[bytes], whole: str) -> np.ndarray | None:
     return np.stack([character[starts], stops], axis=1)
 
 
-def _by_bisection(tokenizer: Any, ids: list[int], data: Sequence[bytes], whole: str) -> np.ndarray:
+def _by_bisection(tokenizer: Any, ids: list[int], data: Sequence[bytes], whole: str, begun: bool = False) -> np.ndarray:
     """Return (T, 2) for a decoder that looks at the neighbours of a token.
 
     Where the tokens' texts do not add up to the whole one, the tokens up to there are decoded and compared with it.
     """
-    parts = [decode(tokenizer, ids[:1]), *(piece.decode("utf-8", "replace") for piece in data[1:])]
+    parts = [decode(tokenizer, ids[:1], begun), *(piece.decode("utf-8", "replace") for piece in data[1:])]
     starts, ends = np.zeros(len(ids) + 1, np.int64), np.zeros(len(ids) + 1, np.int64)
     starts[-1] = ends[-1] = len(whole)
 
@@ -80,10 +83,10 @@ def _by_bisection(tokenizer: Any, ids: list[int], data: Sequence[bytes], whole: 
             starts[low:high] = ends[low:high] = starts[low] + np.cumsum([0, *map(len, own[:-1])])
         elif high - low > 1:
             middle = (low + high) // 2
-            same, written = common(decode(tokenizer, ids[:middle]))
+            same, written = common(decode(tokenizer, ids[:middle], begun))
             for place in range(middle - 1, max(low, middle - 4), -1) if same < written else ():
                 # A part of a character may spoil those before it (SentencePiece's bytes); it has at most three tokens.
-                same = max(same, common(decode(tokenizer, ids[:place]))[0])
+                same = max(same, common(decode(tokenizer, ids[:place], begun))[0])
             same = min(max(same, starts[low]), starts[high])
             starts[middle], ends[middle] = same, same + (same < min(written, len(whole)))
             fill(low, middle)

@@ -136,6 +136,7 @@ class Ending:
 
     def __init__(self, loaded: LoadedModel, request: Request, params: SamplingParams):
         self.loaded, self.request, self.params = loaded, request, params
+        self.begun = bool(request.opened)
         self.stop_ids = stop_ids(loaded, params)
         self.stops = (*params.stop, *loaded.stop_strings)
         # A model's own stop strings stand for the token that ends its turn, so they count in thoughts too.
@@ -163,7 +164,7 @@ class Ending:
         cut, stop = (None, None) if at_stop else self._find_stop(ids)
         if not (at_stop or at_limit) and stop is None:
             return None
-        text = text_of(self.loaded, ids[:-1] if at_stop else ids, cut)
+        text = text_of(self.loaded, ids[:-1] if at_stop else ids, cut, begun=self.begun)
         reason = "length" if stop is None and not at_stop else "stop"
         forced = [place for place in self.thought.forced if place < len(ids)] if self.thought else []
         columns = [None, None] if logprobs is None else logprobs.T.tolist()
@@ -185,7 +186,8 @@ class Ending:
                 before = max(0, at - CONTEXT)
                 while before and "\ufffd" in decode(self.loaded.tokenizer, ids[before : before + 1]):
                     before -= 1  # not within a character
-                found += len(text_of(self.loaded, ids[before:place])) - len(text_of(self.loaded, ids[before:at]))
+                until = [len(text_of(self.loaded, ids[before:end], begun=self.begun)) for end in (at, place)]
+                found += until[1] - until[0]
                 at = place
                 spans.append(min(found, length))
         return tuple(zip(spans[::2], spans[1::2], strict=True))
@@ -198,11 +200,12 @@ class Ending:
         """
         if not self.stops:
             return None, None
-        tail = decode(self.loaded.tokenizer, ids[-max(len(stop.encode()) for stop in self.stops) - 8 :])
+        span = max(len(stop.encode()) for stop in self.stops) + 8
+        tail = decode(self.loaded.tokenizer, ids[-span:], self.begun)
         found = [stop for stop in self.stops if stop in tail]
         if not found or (self.always.isdisjoint(found) and self._in_thought(ids)):
             return None, None
-        text = decode(self.loaded.tokenizer, ids)
+        text = decode(self.loaded.tokenizer, ids, self.begun)
         answer, thinking = after_last(usual(self.request.opened + text, self.loaded.own_tags))
         start = len(text) if thinking else max(0, len(text) - len(answer))
         places = ((text.find(stop, 0 if stop in self.always else start), stop) for stop in self.stops)
@@ -210,7 +213,7 @@ class Ending:
 
     def _in_thought(self, ids: list[int]) -> bool:
         """Whether a thought is open now; reads the tokens since the last call and as many before as a tag can span."""
-        text = decode(self.loaded.tokenizer, ids[max(0, self.seen - LONGEST_TAG) :])
+        text = decode(self.loaded.tokenizer, ids[max(0, self.seen - LONGEST_TAG) :], self.begun)
         text = text if self.seen > LONGEST_TAG else self.request.opened + text
         self.seen, self.thinking = len(ids), still_open(usual(text, self.loaded.own_tags), self.thinking)
         return self.thinking
@@ -464,14 +467,22 @@ def _pick(array: mx.array, tokens: mx.array) -> mx.array:
     return mx.take_along_axis(array, tokens[:, None], axis=-1)[:, 0]
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Return the ids' exact text, special tokens such as ``<think>`` included."""
+def decode(tokenizer: Any, ids: list[int], begun: bool = False) -> str:
+    """Return the ids' exact text, special tokens such as ``<think>`` included.
+
+    SentencePiece drops a text's first space. If ``begun``, the ids go on with one, so theirs is kept.
+    """
+    if begun and ids and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(("▁", "<0x20>")):
+        return decode(tokenizer, [ids[0], *ids])[len(decode(tokenizer, ids[:1])) :]
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None) -> str:
-    """Return a completion's text, up to ``cut`` characters of its exact text, without the model's ``signs``."""
-    text = decode(loaded.tokenizer, ids)[:cut]
+def text_of(loaded: LoadedModel, ids: list[int], cut: int | None = None, *, begun: bool = False) -> str:
+    """Return a completion's text, up to ``cut`` characters of its exact text, without the model's ``signs``.
+
+    ``begun``: the prompt holds the beginning of the assistant's turn, see `decode`.
+    """
+    text = decode(loaded.tokenizer, ids, begun)[:cut]
     for token in {*ids} & loaded.signs.keys():
         text = text.replace(loaded.signs[token], "")
     return text

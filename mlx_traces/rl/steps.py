@@ -56,7 +56,8 @@ def located(loaded: LoadedModel, completions: Sequence[Completion], steps: Seque
         places = []
         if own:
             rollout, before = completion.rollout, len(completion.opened)
-            starts, ends = token_offsets(loaded, rollout.completion_ids, rollout.text, pieces).T
+            offsets = token_offsets(loaded, rollout.completion_ids, rollout.text, pieces, begun=bool(completion.opened))
+            starts, ends = offsets.T
             for kind, start, end, value in own:
                 start, end = max(0, start - before), end - before
                 first, stop = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))

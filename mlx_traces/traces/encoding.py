@@ -135,8 +135,8 @@ def encode(
     if not all(isinstance(token, int) and 0 <= token < size for token in own):
         own = []  # another model's tokens
     body = own[:-1] if own and own[-1] in loaded.stop_ids else own
-    said = usual(text_of(loaded, body), loaded.own_tags)
-    if said and completion.endswith(said):
+    ways = (usual(text_of(loaded, body, begun=begun), loaded.own_tags) for begun in (True, False))
+    if said := next((text for text in ways if text and completion.endswith(text)), ""):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
         own = own if stop is not None or trace.finish_reason == "length" else body

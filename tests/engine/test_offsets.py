@@ -12,9 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_traces.engine import offsets
 from mlx_traces.engine.offsets import token_offsets
-from mlx_traces.engine.sampling import decode, text_of
+from mlx_traces.engine.sampling import Ending, Request, SamplingParams, decode, text_of
 from mlx_traces.engine.thinking import Pieces
+from mlx_traces.evaluation.completion import Completion
 from mlx_traces.models import loading
+from mlx_traces.records import Trace
+from mlx_traces.rl import steps
+from mlx_traces.traces import encoding
 
 WORDS = ("hello", " 49", " - 25", " = 24", "é", "語", "🙂", "\n<", " yes", "think")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<think>", "</think>")
@@ -95,12 +99,35 @@ def test_any_cut_of_a_text_into_tokens(data, words):
     st.data(), st.lists(st.sampled_from(["hello", " 49", " = 24", "é", "語🙂", " ", "a", "1"]), min_size=1, max_size=8)
 )
 def test_a_tokenizer_that_drops_the_first_space(data, words):
-    ids = cut(" " + "".join(words), OF_LLAMA, data.draw)
+    ids, begun = cut(" " + "".join(words), OF_LLAMA, data.draw), data.draw(st.booleans())
     loaded = wrap(LLAMA)
-    text = decode(loaded.tokenizer, ids)
+    text = decode(loaded.tokenizer, ids, begun)
     written = b"".join(OF_LLAMA[token] for token in ids).decode()
-    assert text == written.removeprefix(" ")
-    assert token_offsets(loaded, ids, text).tolist() == of_pieces(OF_LLAMA, ids, len(written) - len(text)).tolist()
+    assert text == (written if begun else written.removeprefix(" "))
+    found = token_offsets(loaded, ids, text, begun=begun)
+    assert found.tolist() == of_pieces(OF_LLAMA, ids, len(written) - len(text)).tolist()
+
+
+def test_a_completion_that_goes_on_with_a_turn_keeps_its_first_space():
+    """Its text, the places of stop strings, forced tokens and steps in it, and its tokens when it is learned."""
+    loaded, opened = wrap(LLAMA), "<think>a"
+    ids = [OF_LLAMA.index(piece) for piece in (b" 4", b"1", b" ", b" yes")]
+    params, asked = SamplingParams(max_tokens=4, think_at_least=1), Request((7,), opened=opened)
+    ending = Ending(loaded, asked, params)
+    ending.thought.forced = [0, 3]
+    rollout = ending.rollout(ids)
+    assert rollout.text == " 41  yes" and rollout.forced_text == ((0, 2), (4, 8))
+    assert Ending(loaded, Request((7,)), SamplingParams(max_tokens=4)).rollout(ids).text == "41  yes"
+    for stop, text in (("  ", " 41"), (" 4", "")):
+        stopped = Ending(loaded, asked, replace(params, stop=(stop,), stop_in_thoughts=True))
+        found = next(filter(None, (stopped.rollout(ids[:count]) for count in range(1, 5))))
+        assert (found.text, found.stop_string) == (text, stop)
+    completion = Completion.sampled("", opened, rollout)
+    (step,) = steps.located(loaded, [completion], [[("step", len(opened) + 1, len(opened) + 3, 1.0)]])[0]
+    assert (rollout.text[step.start : step.end], step.first, step.stop) == ("41", 0, 2)
+    trace = Trace("t", ({"role": "user", "content": "1"},), completion.whole, completion_ids=tuple(ids))
+    example = encoding.encode(loaded, trace, OF_LLAMA.index(b"a"))
+    assert list(example.ids[-4:]) == ids and decode(loaded.tokenizer, list(example.ids[:-4])).endswith(opened)
 
 
 @given(st.lists(st.integers(0, len(OF_BYTES) + len(SPECIAL) - 1), max_size=24))
@@ -155,7 +182,7 @@ def test_a_decoder_that_looks_at_the_neighbours(monkeypatch):
     """Its first letter is a capital one, and so is that of each token after a point."""
     loaded = wrap(BYTES)
 
-    def capitals(tokenizer, ids):
+    def capitals(tokenizer, ids, begun):
         text = decode(tokenizer, ids)
         return "".join(a.upper() if before in ("", ".") else a for before, a in zip(["", *text], text, strict=False))
 

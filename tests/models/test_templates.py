@@ -121,7 +121,7 @@ def test_the_zoo_sees_what_is_wrong(monkeypatch):
         ("channels", encoding, "FINAL", "?"),
         ("untagged_thought", encoding, "CLOSED", {}),
         ("switch_named_thinking", Chat, "switch", None),
-        ("switch_named_thinking", encoding, "text_of", lambda *_: ""),
+        ("switch_named_thinking", encoding, "text_of", lambda *_, **__: ""),
         ("system_dropped", Chat, "_settled", lambda self, turns, thinking: (turns, self.text(turns, thinking))),
     )
     for name, place, attribute, fault in faults:
