@@ -141,7 +141,7 @@ def reference(model: nn.Module, folder: str | Path | None, used: bool = True) ->
     """
     trained = dict(tree_flatten(model.trainable_parameters()))
     if folder in (None, BASE):
-        if used and not any(name.endswith("lora_a") for name in trained):
+        if used and _kind_of(trained) == "full":
             raise UserError("kl_coef: fully trained layers have no adapter to leave out; pass reference, or kl_coef 0")
         return lambda: switched_off(model)
     folder = Path(folder).expanduser()
@@ -175,8 +175,13 @@ def reference(model: nn.Module, folder: str | Path | None, used: bool = True) ->
 
 def _kind_of(trained: Iterable[str]) -> str:
     """Return the kind of adapter that parameters of these names belong to."""
-    last = {name.rpartition(".")[2] for name in trained}
+    last = {_part_of(name) for name in trained}
     return "full" if "lora_a" not in last else "dora" if "m" in last else "lora"
+
+
+def _part_of(name: str) -> str:
+    """Return which array of its layer a parameter is; AFM 7B's layers have lists of them (``lora_a.0``)."""
+    return name.rstrip(".0123456789").rpartition(".")[2]
 
 
 # The class of each kind of layer once its weights are dense.
@@ -264,7 +269,7 @@ def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[s
 
 def activation_bytes(model: nn.Module) -> int:
     """Return the bytes of a number in the activations: that of the widest weights, an adapter's own left out."""
-    weights = [(name.rpartition(".")[2], array.dtype) for name, array in tree_flatten(model.parameters())]
+    weights = [(_part_of(name), array.dtype) for name, array in tree_flatten(model.parameters())]
     sizes = [dtype.size for last, dtype in weights if last not in ADDED and mx.issubdtype(dtype, mx.floating)]
     return max(sizes, default=4)
 
@@ -402,7 +407,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
             message = f"does not describe an adapter for this model ({first_line(error)})"
             raise UserError(f"{folder / CONFIG}: {message}") from None
     places = dict(tree_flatten(model.parameters()))
-    needed = set() if kind == "full" else {name for name in places if name.endswith((".lora_a", ".lora_b", ".m"))}
+    needed = set() if kind == "full" else {name for name in places if _part_of(name) in ADDED}
     faults = {
         "not in the model": [name for name in weights if name not in (needed or places)],
         "missing from the file": [name for name in sorted(needed) if name not in weights],

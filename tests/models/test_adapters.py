@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from factories import call, make_config, make_model, make_tokenizer
+from factories import call, make_config, make_model, make_tokenizer, randomized
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import qwen2_moe
+from mlx_lm.models import afm7, qwen2_moe
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
@@ -101,6 +101,24 @@ def test_mlx_lm_reads_what_was_saved(tmp_path, kind, bits):
     assert further == settings
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
     assert [name for name, _ in tree_flatten(again.trainable_parameters())] == names
+
+
+def test_layers_with_lists_of_low_rank_pairs(tmp_path):
+    def make():
+        sizes = {"num_layers": 2, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 64}
+        return randomized(afm7.Model(afm7.ModelArgs("afm7", vocab_size=128, **sizes, hidden_dim_scale_factor=2)), 3)
+
+    model, half = make(), make()
+    half.set_dtype(mx.bfloat16)
+    started(half, targets=["self_attn.qkv_proj"])
+    assert adapters.activation_bytes(half) == 2
+    settings = started(model, targets=["self_attn.qkv_proj"])
+    shake(model)
+    assert not mx.allclose(model(IDS), make()(IDS), atol=0.1)
+    adapters.save(model, tmp_path, settings)
+    assert mx.array_equal(adapters.attach(make(), tmp_path)(IDS), model(IDS))
+    with adapters.reference(model, "base")():
+        assert mx.array_equal(model(IDS), make()(IDS))
 
 
 def test_an_adapter_of_mlx_lm_is_trained_on(tmp_path):
