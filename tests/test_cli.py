@@ -204,6 +204,13 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
         assert result.exit_code == 1 and result.output.startswith("Error: ") and result.output.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["eval", "--out", "x\udcff"], ["report", "x\udcff"], ["data", "show", "x\udcff"]])
+def test_words_that_are_not_utf_8_are_refused(words):
+    result = call(*words)
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert r"Error: 'x\udcff': not UTF-8, as files of a run are; rename it, or choose another" in result.output
+
+
 def test_options_show_true_defaults_and_lists_are_repeated(tmp_path):
     for command in ("eval", "generate", "sft", "grpo", "ppo", "score", "filter", "reformat", "bench sft"):
         assert "Undefined" not in call(*command.split(), "--help").output

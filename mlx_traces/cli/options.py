@@ -61,8 +61,11 @@ class Commands(click.Group):
             raise click.ClickException(message) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
-        """Find the command; refuse one that cannot run on several ranks."""
+        """Find the command; refuse one that cannot run on several ranks, and a word that no file of a run can hold."""
         name, command, rest = super().resolve_command(ctx, args)
+        for word in rest:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python reads bytes that are not UTF-8
+                raise UserError(f"{word!r}: not UTF-8, as files of a run are; rename it, or choose another")
         if "MLX_RANK" in os.environ and ctx.parent is None and name not in SHARED and "--help" not in rest:
             raise UserError(f"{name} runs in one process; mlx.launch can start {choices(SHARED)}")
         return name, command, rest

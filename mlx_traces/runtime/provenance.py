@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "git_revision": git_revision(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode(),
         "started": now(),
     }
 

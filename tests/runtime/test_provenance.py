@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from mlx_traces.runtime import provenance
@@ -27,3 +28,8 @@ def test_a_package_below_another_projects_checkout_has_no_revision(tmp_path, mon
     assert provenance.git_revision() == git("rev-parse", "--short=12", "HEAD").stdout.strip()
     copy.write_text("changed")
     assert provenance.git_revision().endswith("+")
+
+
+def test_a_command_of_any_bytes_is_text(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/script.py", "x\udcff", "é"])
+    assert provenance.provenance()["command"] == "script.py x\\udcff é"
