@@ -35,12 +35,16 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
         The adapter's settings, as `save` writes them. The adapter of ``folder`` keeps its own.
 
     Raises:
-        UserError: for a target that no layer has, quantized layers that ``full`` cannot train, or a setting that
-            was given and differs from that of the adapter in ``folder``.
+        UserError: for a target that no layer has, quantized layers that ``full`` cannot train, a setting that was given
+            and differs from that of the adapter in ``folder``, or a model that does not run with the adapter.
     """
     if not -1 <= config.layers <= len(model.layers) or config.layers == 0:
         raise UserError(f"layers: this model has {len(model.layers)}, not {config.layers}; -1 stands for all")
-    model.freeze()
+    try:
+        model.freeze()
+    except AttributeError as error:  # mlx_lm's RecurrentGemma is not a complete module
+        told = f"mlx_lm's class of this model cannot be trained ({first_line(error)}); take another model"
+        raise UserError(told) from None
     settings: dict[str, Any] = {"fine_tune_type": config.kind, "num_layers": config.layers}
     if folder is not None:
         stored = read_config(Path(folder))
@@ -75,7 +79,24 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
         in_activations_type(model)
     if not tree_flatten(model.trainable_parameters()):
         raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
+    _refuse_unfit(model)
     return settings
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raise UserError if the model does not run with an adapter on its layers; nothing is computed.
+
+    Gemma 3n reads the weights of some of its linear layers itself.
+    """
+    training = model.training
+    model.eval()
+    try:
+        model(mx.array([[0]]))
+    except (AttributeError, TypeError, ValueError) as error:
+        told = f"mlx_lm's class of this model does not run with the adapter ({first_line(error)})"
+        raise UserError(f"{told}; set other targets, or --kind full") from None
+    finally:
+        model.train(training)
 
 
 def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str | Path) -> None:
@@ -90,14 +111,16 @@ def _refuse_changes(config: AdapterConfig, settings: dict[str, Any], folder: str
 
 
 def _check_targets(model: nn.Module, config: AdapterConfig) -> None:
-    """Raise UserError for a target that is no linear or embedding module of the layers or of the model."""
+    """Raise UserError for a target that is no linear or embedding module, or takes no adapter of this kind."""
     experts = (SwitchLinear, QuantizedSwitchLinear)
     linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *experts)
-    inside = {name for layer in model.layers for name, module in layer.named_modules() if isinstance(module, linear)}
-    known = inside | {name for name, module in model.named_modules() if isinstance(module, linear)}
+    inside = {name: part for layer in model.layers for name, part in layer.named_modules() if isinstance(part, linear)}
+    known = inside | {name: part for name, part in model.named_modules() if isinstance(part, linear)}
     for target in config.targets or ():
         if target not in known and not any(hasattr(layer, "to_lora") for layer in model.layers):
             raise UserError(f"targets: no module {target!r}; the layers have {', '.join(sorted(inside))}")
+        if config.kind == "dora" and isinstance(known.get(target), nn.QuantizedEmbedding):
+            raise UserError(f"targets: {target!r} is quantized and takes no DoRA; pass --weights dense, or --kind lora")
 
 
 def save(model: nn.Module, folder: Path, settings: dict[str, Any], about: dict[str, Any] | None = None) -> None:

@@ -103,22 +103,23 @@ def test_mlx_lm_reads_what_was_saved(tmp_path, kind, bits):
     assert [name for name, _ in tree_flatten(again.trainable_parameters())] == names
 
 
-def test_layers_with_lists_of_low_rank_pairs(tmp_path):
-    def make():
-        sizes = {"num_layers": 2, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 64}
-        return randomized(afm7.Model(afm7.ModelArgs("afm7", vocab_size=128, **sizes, hidden_dim_scale_factor=2)), 3)
+def fused_projections():
+    sizes = {"num_layers": 2, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 64}
+    return randomized(afm7.Model(afm7.ModelArgs("afm7", vocab_size=128, **sizes, hidden_dim_scale_factor=2)), 3)
 
-    model, half = make(), make()
+
+def test_layers_with_lists_of_low_rank_pairs(tmp_path):
+    model, half = fused_projections(), fused_projections()
     half.set_dtype(mx.bfloat16)
     started(half, targets=["self_attn.qkv_proj"])
     assert adapters.activation_bytes(half) == 2
     settings = started(model, targets=["self_attn.qkv_proj"])
     shake(model)
-    assert not mx.allclose(model(IDS), make()(IDS), atol=0.1)
+    assert not mx.allclose(model(IDS), fused_projections()(IDS), atol=0.1)
     adapters.save(model, tmp_path, settings)
-    assert mx.array_equal(adapters.attach(make(), tmp_path)(IDS), model(IDS))
+    assert mx.array_equal(adapters.attach(fused_projections(), tmp_path)(IDS), model(IDS))
     with adapters.reference(model, "base")():
-        assert mx.array_equal(model(IDS), make()(IDS))
+        assert mx.array_equal(model(IDS), fused_projections()(IDS))
 
 
 def test_an_adapter_of_mlx_lm_is_trained_on(tmp_path):
@@ -511,12 +512,30 @@ def test_targets_among_experts():
         started(experts(), kind="dora")
 
 
+def incomplete():
+    """Return a model as mlx_lm's RecurrentGemma, whose constructor is not its base class's."""
+    model = make_model()
+    del model._no_grad
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
         (quantized, {"kind": "full"}, "full fine-tuning cannot train quantized weights; pass --weights dense"),
         (make_model, {"targets": ["self_attn.q"]}, "no module 'self_attn.q'; the layers have mlp.down_proj, "),
         (make_model, {"targets": ["mlp"]}, "no module 'mlp'"),
+        (
+            quantized,
+            {"kind": "dora", "targets": ["model.embed_tokens"]},
+            "^targets: 'model.embed_tokens' is quantized and takes no DoRA; pass --weights dense, or --kind lora$",
+        ),
+        (
+            fused_projections,
+            {"kind": "dora"},
+            "^mlx_lm's class of this model does not run with the adapter .*; set other targets, or --kind full$",
+        ),
+        (incomplete, {}, "^mlx_lm's class of this model cannot be trained .*'_no_grad'.; take another model$"),
     ],
 )
 def test_what_cannot_be_trained(make, settings, message):
