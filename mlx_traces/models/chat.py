@@ -20,6 +20,12 @@ SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")  # n
 PROBE = ({"role": "user", "content": "Hello."},)
 _DIRECTIVES = (f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ" for flag in ("-", ""))
 DIRECTIVES = tuple(_DIRECTIVES)  # of strftime
+# Of transformers' renderer, beside tools and documents: not variables of a template.
+RESERVED = (
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class Chat:
 
     ``arguments`` are the template's other variables (``reasoning_effort``), ``day`` is the date that it prints, None
     for today's. ``notes`` gets lines that the user should see, each once.
+
+    Raises:
+        UserError: for an argument that is not a variable of templates but a setting of what renders them.
     """
 
     tokenizer: Any
@@ -56,6 +65,10 @@ class Chat:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     day: date | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if name := next((name for name in self.arguments if name in RESERVED), None):
+            raise UserError(f"template_args: {name} is a setting of the renderer, no template's variable; leave it out")
 
     # ------------------------------------------------------------------------------------------ text
 

@@ -121,6 +121,13 @@ def test_a_variable_of_the_template():
     assert "no thinking switch; it reads reasoning_effort, which --template-arg NAME=VALUE sets" in notes[0]
 
 
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "chat_template", "messages"])
+def test_a_setting_of_the_renderer_is_no_variable(name):
+    loaded = replace(wrap(make_tokenizer()), template_args={"effort": 2, name: False})
+    with pytest.raises(UserError, match=f"^template_args: {name} is a setting of the renderer, no template's variable"):
+        loaded.render(PLAIN, PROBLEM)
+
+
 def test_the_day_is_the_runs():
     template = "{{ strftime_now('%d %b %Y, %A') }}\n" + CHATML
     loaded = wrap(make_tokenizer(template))
