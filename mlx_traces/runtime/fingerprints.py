@@ -23,7 +23,8 @@ def fingerprint(folder: Path) -> str:
     size, the date and 512 blocks of 1 MiB are read.
     """
     digest, dates, large = hashlib.sha256(), "", False
-    for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+    found = (path for pattern in MODEL_FILES for path in folder.glob(pattern))
+    for path in sorted(path for path in found if path.is_file()):
         about = path.stat()
         digest.update(f"{path.name} {about.st_size} ".encode())
         large |= about.st_size > SMALL

@@ -192,6 +192,9 @@ def test_small_files_have_the_fingerprints_they_had(tmp_path):
     first, last = content[: 1 << 20], content[-(1 << 20) :]
     former = hashlib.sha256(b"config.json 2 {}{}" + b"model.safetensors 1500000 " + first + last)
     assert fingerprint(folder) == former.hexdigest()[:12]
+    (folder / "extra.json").mkdir()
+    (folder / "dangling.json").symlink_to("/nonexistent")
+    assert fingerprint(folder) == former.hexdigest()[:12]
 
 
 def test_of_a_giant_file_blocks_size_and_date_count(tmp_path, monkeypatch):
