@@ -104,7 +104,7 @@ def _locate(spec: str) -> tuple[Path | None, str, str | None]:
     from huggingface_hub.utils import validate_repo_id
 
     shown = _short(spec)
-    if is_folder(spec):
+    if is_folder(spec) and (spec != NANO or _is(f"{spec}/config.json", Path.is_file)):
         return _checked(Path(spec).expanduser(), shown), spec, None
     if _is(spec, Path.is_file):
         raise UserError(f"{shown}: a file; a model is a folder with config.json, model*.safetensors and a tokenizer")

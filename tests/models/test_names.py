@@ -64,6 +64,17 @@ def test_names_that_are_no_model(name, message, monkeypatch, tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_a_folder_named_nano_is_the_model_only_if_it_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert (resolve("nano")[0] / "tokenizer.json").is_file() and is_here("nano") and load("nano").name == "nano"
+    with pytest.raises(UserError, match=r"^\./nano: not a model folder, config.json is missing$"):
+        check("./nano")
+    (tmp_path / "nano" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^nano: not a model folder, model\*.safetensors is missing$"):
+        check("nano")
+
+
 def test_names_too_long_for_a_folder():
     assert not is_folder("x" * 400) and not is_folder("") and not is_folder("~nosuchuser/x") and is_folder(".")
     assert split_adapter("x" * 400 + "+" + "y" * 400) == ("x" * 400, "y" * 400)
