@@ -1,6 +1,7 @@
 """bench, nano and doctor: measure and check this machine, build the embedded model."""
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -205,7 +206,12 @@ def bench_all_command(out: Path, model: str | None, quick: bool, data: str | Non
     """
     from mlx_traces.diagnostics import bench_all, bench_file
 
-    file = bench_all.bench_all(out, model, quick, data, minutes, lambda line: click.echo(line, err=True))
+    try:
+        file = bench_all.bench_all(out, model, quick, data, minutes, lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        again = "the command would begin anew and replace it"
+        click.echo(f"\nstopped; {out} has the benches that ended, for bench show; {again}", err=True)
+        click.get_current_context().exit(128 + signal.SIGINT)
     bench_file.show([file])
     click.echo(f"written to {out}")
 

@@ -679,7 +679,7 @@ def tested(
         test = "anytime"
     elif one.trainings > 1 or two.trainings > 1 or clusters is not None:
         found = variance.estimate(shares(one, ids), shares(two, ids), clusters)
-        change = (found.mean, *found.interval())
+        change = (found.mean, *np.clip(found.interval(), -1, 1).tolist())
         if one.trainings == two.trainings == 1:
             sums = np.bincount(np.unique(clusters, return_inverse=True)[1], changes)
             p_value, test = stats.sign_flip(sums), "clusters"

@@ -201,7 +201,10 @@ def detectable(problems: int, discordant: float, target: float = 0.8, alpha: flo
     def seen(step: int) -> bool:
         return power(problems, step / 1e5, max(discordant, step / 1e5), alpha) >= target
 
-    return smallest(seen, 1, 100_000) / 1e5 if seen(100_000) else None
+    # A larger share of discordant problems cannot be computed, and shows smaller differences than that share.
+    most = max(discordant, min(1.0, MOST_DISCORDANT / max(problems, 1)))
+    top = int(1e5 * most)
+    return smallest(seen, 1, top) / 1e5 if seen(top) else None
 
 
 def smallest(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -125,12 +125,13 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
     """Estimate the mean of one recipe over trainings and problems, or the mean difference of two.
 
     The variance between trainings is that of the two-way crossed analysis of variance (Searle, Casella and McCulloch
-    1992): the mean square of the trainings' levels, pooled over the recipes, which are taken to vary alike. The one
-    between problems is that of the problems' means over the trainings, minus the residual that the former already
-    contains; with clusters both are the delete-one-cluster jackknife's (CR3 of MacKinnon and White 1985), which
-    for clusters of one size is the robust variance (Liang and Zeger 1986) times G / (G - 1). Clusters of several sizes
-    have the degrees of freedom of as many of one size as weigh alike (Kish 1965). Of a recipe with one
-    training nothing shows how much its trainings vary: the result is about that training, not about its recipe.
+    1992): the mean square of the trainings' levels, pooled over the recipes, which are taken to vary alike; at least
+    that of rounding to whole answers, as levels may tie on few problems. The one between problems is that of the
+    problems' means over the trainings, minus the residual that the former already contains; with clusters both are the
+    delete-one-cluster jackknife's (CR3 of MacKinnon and White 1985), which for clusters of one size is the robust
+    variance (Liang and Zeger 1986) times G / (G - 1). Clusters of several sizes have the degrees of freedom of as many
+    of one size as weigh alike (Kish 1965), at least one. Of a recipe with one training nothing shows how much its
+    trainings vary: the result is about that training, not about its recipe.
 
     Args:
         one: (S, P) for each training and problem the share of correct completions.
@@ -151,9 +152,8 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
         raise ValueError("estimate needs two clusters or more")
 
     sizes = np.bincount(place)
-    alike = problems**2 / float(
-        np.square(sizes).sum()
-    )  # number of clusters of one size that would weigh as much (Kish)
+    alike = problems**2 / float(np.square(sizes).sum())  # clusters of one size that would weigh as much (Kish)
+    alike = max(2.0, alike)  # Student's t needs a degree of freedom
 
     def robust(rows: np.ndarray) -> float:
         """Return the jackknife variance of a mean over problems; of several rows, the sum of theirs."""
@@ -170,6 +170,7 @@ def estimate(one: ArrayLike, other: ArrayLike | None = None, clusters: Sequence[
     freedom = sum(len(rows) - 1 for rows in several)
     share = sum(1 / len(rows) for rows in several)
     levels = sum(float(np.square(rows.mean(axis=1) - rows.mean()).sum()) for rows in several) / freedom
+    levels = max(levels, 1 / (12 * problems**2))  # that of rounding to whole answers (Sheppard 1898): levels may tie
     rest = [rows - rows.mean(axis=1, keepdims=True) - rows.mean(axis=0) + rows.mean() for rows in several]
     residual = sum(map(robust, rest)) / freedom
     return Estimate(mean, (max(0.0, variance - residual * share), alike - 1), (levels * share, freedom))

@@ -183,6 +183,7 @@ def outlines(found: Sequence[Entry], plans: Sequence[Plan]) -> list[Run]:
     for first, *_ in rows(found):
         entry, planned = found[first], plans[first]
         about = {**planned.config.model_dump(), "model": planned.model, "prompt": planned.prompt.name}
+        about["extractor"] = planned.extractor
         name = planned.label if entry.ready else ""  # a converted model's run is new
         outlined.append(entry.named(Run(name, about, [])))
     return outlined
@@ -301,7 +302,12 @@ def collect(
     plans = plans_of(found)
     comparison.baseline_index([*collected, *outlines(found, plans)], config.baseline or 0)
     made = joined(found, make(found, plans, config.runs_dir, say, progress))
-    return collected + list({(one.name, one.result["model"]): one for one in made}.values())
+    return collected + list({_shown(one): one for one in made}.values())
+
+
+def _shown(one: Run) -> tuple[str, ...]:
+    """Return what is the same in two rows of a table that are one evaluation."""
+    return one.name, one.result["model"], one.result["extractor"]
 
 
 def collect_until_decided(
@@ -320,7 +326,7 @@ def collect_until_decided(
     _, found = runs_and_entries(config, say)
     check_stopping(config, found)
     plans = plans_of(found)
-    keys = [(planned.label, row.result["model"]) for planned, row in zip(plans, outlines(found, plans), strict=True)]
+    keys = [_shown(row) for row in outlines(found, plans)]
     distinct = [keys.index(key) for key in dict.fromkeys(keys)]  # two equal rows would never be decided
     found, plans = [found[i] for i in distinct], [plans[i] for i in distinct]
     baseline = comparison.baseline_index(outlines(found, plans), config.baseline or 0)
@@ -412,7 +418,8 @@ def obtain(
     if planned.source:
         have = {row["id"] for row in lines_so_far(RunFolder(path).samples_path, ("id",))}
         count = count or len(planned.problems)
-        missing, wanted = missing or len(have) < count, planned.first(max(count, len(have)))
+        places = [i for i, problem in enumerate(planned.problems, 1) if problem.id in have]  # a cut left gaps
+        missing, wanted = missing or len(have) < count, planned.first(max([count, len(have), *places]))
     if missing and apart:
         settings = wanted.config.model_dump(exclude_unset=True)
         try:

@@ -11,7 +11,7 @@ repeated, an interrupted one is continued, and changed settings make new files b
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -49,6 +49,7 @@ from mlx_traces.text import p_relation, percent
 from mlx_traces.traces import files, filtering, generate, score, solutions
 from mlx_traces.train import loop, sft, tracking
 
+INPUTS = ("file", "data", "eval_data", "shots_data", "judge_prompt")  # settings that may name a file
 NOT_IN_NAMES = {"rows", "device", "memory_limit", "save_every", "report_to"}  # settings that do not change an output
 RAW_PROBLEMS = 1000  # of Countdown, unless raw.count says otherwise
 SOLVED = ("countdown", "gsm8k", "math")  # tasks whose problems come with worked solutions
@@ -83,11 +84,12 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
     before: list[Any] = [config.model, config.task, config.prompt]
     before += [fingerprint(Path(folder)) for folder in (names.local_folder(spec), adapter) if folder]
     before += list(get_task(config.task).identity.values())
+    before += _digests([config.prompt])
 
     def add(name: str, folder: Path, settings: Config, recipe: Config, make: Callable[[Any, Path], Any]) -> Path:
         content = settings.model_dump(mode="json", exclude=NOT_IN_NAMES)
-        inputs = [str(content[key]) for key in ("file", "data", "eval_data") if content.get(key)]
-        before.append([name, content, *(loop.digest(file) for file in inputs if Path(file).is_file())])
+        inputs = [content.get(key) for key in INPUTS] + (content.get("prompts") or [])
+        before.append([name, content, *_digests(inputs)])
         before[-1] += digests_of(settings) if isinstance(settings, RLConfig) else []
         digest = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:8]
         out = folder / f"{config.name}-{name}-{digest}{'' if folder == runs else '.jsonl'}"
@@ -121,6 +123,11 @@ def stages(config: RoundsConfig, show: Show) -> list[Stage]:
 def arms_of(config: RoundsConfig) -> dict[str, RLConfig]:
     """Return the settings of the third round by algorithm; two algorithms are two arms from the same start."""
     return {name: own for name in ("grpo", "ppo") if (own := getattr(config.round3, name, None))}
+
+
+def _digests(inputs: Iterable[str | None]) -> list[str]:
+    """Hash those of some settings that name a file."""
+    return [loop.digest(name) for name in inputs if name and Path(name).is_file()]
 
 
 def digests_of(settings: RLConfig) -> list[str]:
@@ -339,7 +346,7 @@ def problems_of(stage: Stage, task: Task) -> list[Problem] | list[Trace]:
     if stage.finished and stage.out.exists():
         return [trace for _, trace in files.read_traces(stage.out)]
     if isinstance(recipe, GenerateConfig):
-        return task.load(recipe.split, recipe.data, recipe.limit, recipe.seed)
+        return evaluator.plan(recipe.model_copy(update={"adapter": None})).problems
     if recipe.file is not None:
         return [trace for _, trace in files.read_traces(Path(recipe.file))]
     if task.name == "countdown":

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+OPTIONAL = ("strata.csv", "pairs.csv", "bits.csv", "bits-*.csv", "budgets.csv", "accuracy-by-*.png")  # files
+
+
 @dataclass(frozen=True)
 class Layout:
     """The plan of one task of a study: its evaluations, the baseline's row, and notes on models that are left out."""
@@ -118,7 +121,7 @@ def lay_out(config: StudyConfig) -> list[Layout]:
         if config.stop_when_decided:
             compare.check_stopping(config, own)
         plans = compare.plans_of(own)
-        rows = {(planned.label, entry.conversion) for planned, entry in zip(plans, own, strict=True)}
+        rows = {(plan.label, entry.conversion, plan.extractor) for plan, entry in zip(plans, own, strict=True)}
         if config.stop_when_decided and len(rows) < len(plans):
             raise UserError(
                 f"tasks.{place}: two rows are the same evaluation, so their difference is never decided; leave out one "
@@ -229,7 +232,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
     """Write a study's files into ``config.out``, or a folder per task there if it has several.
 
     These are the files of a comparison (`export.write_all`), ``study.md`` and ``study.json`` with everything, and, if
-    they have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with two figures.
+    they have rows, ``summary.csv``, ``strata.csv``, ``pairs.csv``, ``bits.csv`` and ``budgets.csv`` with two figures;
+    those of an earlier study are removed.
     ``report.html`` in ``config.out`` itself shows all runs.
 
     Raises:
@@ -245,6 +249,8 @@ def write(config: StudyConfig, parts: list[Part]) -> None:
         frames |= {"budgets": budgets.frame(part.curves)} if part.curves else {}
         frames |= {f"bits{f'-{i}' if i > 1 else ''}": frame for i, frame in enumerate(part.bits, start=1)}
         try:
+            for old in (path for pattern in OPTIONAL for path in folder.glob(pattern)):
+                old.unlink()
             for name, frame in frames.items():
                 if frame is not None:
                     write_atomic(folder / f"{name}.csv", tables.to_csv(frame))

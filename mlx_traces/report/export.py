@@ -103,6 +103,7 @@ def write_all(
         texts["quality.csv"] = tables.to_csv(quality)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "quality.csv").unlink(missing_ok=True)  # an earlier comparison's
         for name, text in texts.items():
             write_atomic(out / name, text)
         figures.save(figures.accuracy(frame, tables.protocol_line(frame)), out / "accuracy.png")

@@ -31,6 +31,7 @@ _MARKDOWN_SYNTAX = str.maketrans({c: f"\\{c}" for c in "\\`*[]<>|~"})
 
 
 Cells = tuple[list[str], list[list[str]]]  # headings, rows
+MOST_COLUMNS = 5  # parts of a table that stand beside each other
 AT_K = ("pass@", "pass^", "maj@")  # columns of a comparison, each followed by k
 TESTS = {  # of a comparison: the methods of the interval of a difference and of its p-value
     "McNemar": ("paired bootstrap", "exact McNemar test"),
@@ -206,13 +207,18 @@ def extractors_table(runs: Sequence[Run]) -> Table | None:
 
 
 def parts_cells(frame: pd.DataFrame) -> Cells:
-    """Lay out ``strata`` or ``extractors``: a row for each run, a column for each part."""
-    names = list(dict.fromkeys(frame["part"]))
+    """Lay out ``strata`` or ``extractors``: a row for each run, a column for each part; many parts below each other."""
+    names, several = list(dict.fromkeys(frame["part"])), frame["label"].nunique() > 1
     rows: dict[str, dict[str, str]] = {}
+    lines: list[list[str]] = []
     for row in frame.to_dict("records"):
         counts = f"{row['correct_count']:,} of {row['total_questions']:,}"
-        cell = f"{percent(row['accuracy'])} %\n{interval(row['ci_low'], row['ci_high'])}\n{counts}"
-        rows.setdefault(row["label"], {})[row["part"]] = cell
+        figures = [f"{percent(row['accuracy'])} %", interval(row["ci_low"], row["ci_high"]), counts]
+        rows.setdefault(row["label"], {})[row["part"]] = "\n".join(figures)
+        part = clean(row["part"]) or "(none)"
+        lines.append([f"{part}\n{row['label']}" if several else part, *figures])
+    if len(names) > MOST_COLUMNS:
+        return ["part\nmodel" if several else "part", "accuracy", "95 % interval", "correct"], lines
     cells = [[name, *(row.get(part, "–") for part in names)] for name, row in rows.items()]
     return ["model", *(clean(name) or "(none)" for name in names)], cells
 

@@ -282,6 +282,14 @@ def test_bench_show_prints_draws_and_refuses(tmp_path):
     assert result.exit_code == 1 and "none.json" in result.output
 
 
+def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch):
+    from mlx_traces.diagnostics import bench_all
+
+    monkeypatch.setattr(bench_all, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = CliRunner().invoke(main, ["bench", "all", "--quick", "--out", str(tmp_path / "b.json")])
+    assert result.exit_code == 130 and "b.json has the benches that ended" in result.stderr
+
+
 def test_the_readmes_table_of_machines_is_made_of_files():
     folder = ROOT / "mlx_traces" / "diagnostics"
     files = [read(path) for path in sorted(folder.glob("machines/*.json"))]

@@ -69,7 +69,7 @@ def test_plans_of_three_points_are_a_little_above_the_normal_approximation():
 
 
 def test_the_smallest_detectable_difference_has_the_power_wanted():
-    for problems, discordant, target in ((200, 0.3, 0.5), (1319, 0.15, 0.8)):
+    for problems, discordant, target in ((200, 0.3, 0.5), (1319, 0.15, 0.8), (200_000, 0.1, 0.8)):
         found = power.detectable(problems, discordant, target)
         assert power.power(problems, found, discordant) >= target > power.power(problems, found - 2e-5, discordant)
     never = power.detectable(200, 0.0, 0.5)  # two models that agree everywhere: all discordant ones would be wins

@@ -83,13 +83,32 @@ def test_the_interval_covers_whatever_the_trainings_share_of_the_variance(freedo
 
 def test_clusters_of_equal_size_are_as_good_as_their_means():
     rng = np.random.default_rng(4)
-    own = rng.normal(0, 0.3, (3, 12, 1))  # each training is good at some of the clusters
+    own = rng.normal([[[0.0]], [[0.1]], [[0.3]]], 0.3, (3, 12, 1))  # each training is good at some of the clusters
     rows = (0.5 + rng.normal(0, 0.2, (12, 1)) + own + rng.normal(0, 0.3, (3, 12, 5))).reshape(3, 60)
     found = variance.estimate(rows, rows[:1] - 0.1, np.repeat(np.arange(12), 5).tolist())
     means = rows.reshape(3, 12, 5).mean(axis=2)
     expected = variance.estimate(means, means[:1] - 0.1)
     assert found.between_problems == pytest.approx(expected.between_problems) and found.between_problems[0] > 0
     assert found.between_trainings == pytest.approx(expected.between_trainings)
+
+
+@pytest.mark.parametrize("problems", [12, 100])
+def test_trainings_that_tie_are_no_proof(problems):
+    """Of equal recipes few differ by chance at a small level, however well the trainings' accuracies agree."""
+    rng = np.random.default_rng(problems)
+    hardness = rng.uniform(0.15, 0.85, (400, 1, problems))
+    drawn = rng.random((400, 4, problems)) < hardness
+    drawn[:4, 1], drawn[:4, 3] = drawn[:4, 0], drawn[:4, 2]  # two seeds that answer alike, twice
+    ps = np.array([variance.estimate(rows[:2], rows[2:]).p for rows in drawn])
+    assert (ps < 1e-4).sum() == 0 and (ps[4:] < 0.01).mean() < 0.02
+    tied = variance.estimate([[1, 1, 0, 0], [0, 0, 1, 1]], [[1, 0, 0, 0], [0, 0, 0, 1]])
+    assert tied.p > 0.05 and tied.interval()[0] < 0 < tied.mean
+
+
+def test_one_large_cluster_leaves_an_interval():
+    rows = np.random.default_rng(0).random((2, 300)) < 0.5
+    found = variance.estimate(rows[:1], rows[1:], [0] * 299 + [1])
+    assert found.reach(0.95) == pytest.approx(scipy_stats.t.ppf(0.975, 1) * found.error)
 
 
 def test_arrays_that_do_not_pair_up_are_refused():

@@ -38,7 +38,7 @@ def asked(tmp_path, monkeypatch):
         folder.refuse(resume)
 
         def generate(todo):
-            for index, (problem, _) in enumerate(todo):
+            for index, (problem, _) in reversed([*enumerate(todo)]):  # as a batch's short answers end before others
                 number = int(problem.gold)
                 found.append((planned.prompt.name, number))
                 right = planned.prompt.name == "boxed" or number % 2 == 0
@@ -330,6 +330,13 @@ def test_what_cannot_be_compared_is_refused_before_the_first_evaluation(tmp_path
 def test_equal_rows_are_one_and_do_not_keep_it_from_stopping(tmp_path, asked):
     frame = mlx_traces.compare(**settings(tmp_path, prompt=["plain", "boxed", "boxed"]))
     assert list(frame["prompt"]) == ["plain", "boxed"] and frame["total_questions"][0] < 100
+
+
+def test_rows_that_differ_in_the_extractor_alone_are_two(tmp_path, asked):
+    shared = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompt": "boxed", "limit": 8}
+    evals = [EvalConfig(**shared, extractor=extractor) for extractor in ("tolerant", "exact")]
+    frame = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path / "runs"))).frame
+    assert list(frame["extractor"]) == ["tolerant", "exact"] and len(asked) == 8
 
 
 def test_rows_on_different_problems_cannot_stop_together(tmp_path, asked):

@@ -271,6 +271,21 @@ def test_another_content_of_a_file_of_problems_is_another_station(finished, tmp_
     assert name() != first
 
 
+@pytest.mark.parametrize("setting", ["prompt", "judge_prompt"])
+def test_another_content_of_a_prompt_or_rubric_is_another_station(finished, tmp_path, setting):
+    file = tmp_path / "own.yaml"
+    own = {"prompt": str(file)} if setting == "prompt" else {"score": {"judge_prompt": str(file)}}
+
+    def last():
+        return rounds.stages(config_in(finished[0], **own), quiet)[-1].out.name
+
+    file.write_text("user: '{question}'\n")
+    first = last()
+    assert last() == first
+    file.write_text("user: 'Q: {question}'\n")
+    assert last() != first
+
+
 def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch):
     """Killed in the first epoch, then run again: the adapters are those of the uninterrupted rounds."""
     from mlx_traces.train import sft
@@ -545,6 +560,14 @@ def test_what_is_learned_is_not_what_is_compared(tmp_path, stage):
             refused(file, "train")
         assert ("q.jsonl has no splits" in str(caught.value)) == (file == "q.jsonl")
         refused(file, "train[6:]")
+
+
+def test_problems_drawn_by_a_seed_of_their_own_are_looked_at_too(tmp_path):
+    drawn = {"data": "3-numbers", "split": "train", "limit": 10}
+    config = config_in(tmp_path, generate={**drawn, "data_seed": 7}, compare={**drawn, "seed": 7})
+    plan = rounds.stages(config, quiet)
+    with pytest.raises(UserError, match="generated: 10 of its 10 problems are the comparison's"):
+        rounds.check(plan, rounds.comparison_of(config, plan))
 
 
 def test_finished_traces_are_not_compared_on_later(finished, tmp_path):

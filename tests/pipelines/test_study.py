@@ -396,8 +396,11 @@ def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monk
 def test_the_files_of_a_study(tiny_folder, tmp_path, questions, monkeypatch):
     monkeypatch.setattr(study.quality, "true_equations", lambda run: 0.25)
     config = config_of(tmp_path, questions, {"model": str(tiny_folder)}, {"model": str(tiny_folder), "bits": 4})
-    (part,) = study.run(config)
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "budgets.csv").write_text("of an earlier study")
+    (part,) = study.run(config)
+    assert not (out / "budgets.csv").exists()
     names = {path.name for path in out.iterdir()}
     assert {"summary.csv", "pairs.csv", "bits.csv", "bits-2.csv", "study.md", "study.json", "table.csv"} <= names
     assert {"per_question.csv", "results.json", "accuracy.png"} <= names and "strata.csv" not in names

@@ -231,7 +231,9 @@ HOSTILE = "org/[red]x[bold] |$a$ <b>\x1b[31m\u202e\n=1+1"
 
 def test_hostile_warnings_stay_text(tmp_path):
     runs = [make_run("a", [1, 0], split="<img src=x>`|"), make_run("b", [1, 0])]
+    (tmp_path / "quality.csv").write_text("of an earlier comparison")
     export.write_all(runs, comparison.compare_runs(runs), tmp_path)
+    assert not (tmp_path / "quality.csv").exists()
     assert (tmp_path / "table.md").read_text().endswith("* split differs: \\<img src=x\\>\\`\\| in a; test in b\n")
 
 
@@ -447,6 +449,12 @@ def test_accuracy_by_stratum_and_by_extractor():
     assert "100.0 % [51.0, 100.0] 4 of 4" in tables.cells_to_markdown(tables.parts_cells(frame))
     assert "4 of 4" in rendered(tables.strata_table(runs))
     assert tables.strata_table(three_runs()) is None
+    many = [make_run(name, [1, 0] * 4, strata=tuple(f"Part {i} of six" for i in range(6))) for name in "ab"]
+    for shown in (many, many[:1]):  # no word or number is broken in 60 columns
+        text = rendered(tables.strata_table(shown), 60)
+        assert (
+            text.count("Part 5 of six") == len(shown) and text.count("[5.5, 94.5]") + text.count("[20.7, 100.0]") >= 1
+        )
     assert comparison.extractors(three_runs())["correct_count"].tolist() == [2, 0, 6, 0, 2, 0]
     text = rendered(tables.extractors_table(many_runs(2)))
     assert "tolerant" in text

@@ -174,7 +174,7 @@ def recipes(count: int) -> Iterator[Line]:
         for _ in range(count):
             same, own = rng.random(problems) < 0.98, rng.random((trainings, problems)) < 0.98
             one = variance.estimate(np.where(rng.random(problems) < 0.7, same, own))
-            held += covers(one.share_interval() if one.error else stats.wilson(problems, problems), 0.98)
+            held += covers(one.share_interval() if one.mean < 1 else stats.wilson(problems, problems), 0.98)
         yield f"{trainings} trainings, accuracy 98 %, {problems} problems: at least", held / count, 0.94, 1.0
 
 
