@@ -180,7 +180,7 @@ def load(
         config=config,
         backend=backend,
         stop_ids=stop_ids,
-        context=_context(config),
+        context=_context(config, model),
         stop_strings=() if tokenizer.has_chat_template else ("\n\nUser:",),
         notes=notes,
         template_args=template_args or {},
@@ -236,13 +236,17 @@ def _stop_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset({*tokenizer.eos_token_ids, *(vocabulary[end] for end in ends if end in vocabulary)})
 
 
-def _context(config: dict[str, Any]) -> int | None:
-    """Return the longest sequence in tokens; YaRN may stretch it past the one that the configuration names."""
+def _context(config: dict[str, Any], model: Any) -> int | None:
+    """Return the longest sequence in tokens; YaRN may stretch it past the one that the configuration names.
+
+    mlx_lm builds some models without the YaRN of their configuration.
+    """
+    built = any("Yarn" in type(module).__name__ for module in model.modules())
     for settings in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
             if isinstance(settings.get(key), int):
                 rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-                yarn = "yarn" in (rope.get("rope_type"), rope.get("type"))
+                yarn = built and "yarn" in (rope.get("rope_type"), rope.get("type"))
                 stretched = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0) if yarn else 0
                 return max(settings[key], int(stretched))
     return None

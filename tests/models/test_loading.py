@@ -11,8 +11,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import yaml
-from factories import make_config, make_model, make_tokenizer, wrap
+from factories import make_config, make_known, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
+from mlx_lm.models.rope_utils import YarnRoPE
 
 from mlx_traces.errors import UserError
 from mlx_traces.models import loading
@@ -103,8 +104,15 @@ def test_load(tiny_folder):
     ],
 )
 def test_yarn_may_stretch_the_context(rope, context):
-    config = {"max_position_embeddings": 32_768, **rope}
-    assert loading._context(config) == loading._context({"text_config": config}) == context
+    config, model = {"max_position_embeddings": 32_768, **rope}, nn.Sequential(YarnRoPE(8))
+    assert loading._context(config, model) == loading._context({"text_config": config}, model) == context
+
+
+@pytest.mark.parametrize(("kind", "context"), [("qwen3", 4096), ("qwen2", 512), ("llama", 512)])
+def test_yarn_stretches_the_context_of_models_that_mlx_lm_builds_with_it(kind, context):
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    changes = {"rope_parameters": yarn, "rope_scaling": None}
+    assert loading._context(make_config(**changes), make_known(kind, **changes)) == context
 
 
 def test_model_without_chat_template_ends_at_the_next_turn(tiny_folder, tmp_path):
