@@ -311,7 +311,7 @@ def _dated(template: str, day: date) -> str:
 
 
 def _as_plain_chat(messages: Sequence[Message], reply: bool) -> str:
-    """Write turns for a model without a chat template."""
-    labels = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-    turns = [labels[turn["role"]] + turn["content"] for turn in messages]
+    """Write turns for a model without a chat template, each after its role's name; instructions have none."""
+    labels = {"system": "", "developer": ""}
+    turns = [labels.get(turn["role"], f"{turn['role'].capitalize()}: ") + turn["content"] for turn in messages]
     return "\n\n".join([*turns, "Assistant:"] if reply else turns)

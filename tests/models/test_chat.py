@@ -233,6 +233,9 @@ def test_without_chat_template():
     rendered, notes = render(None, Prompt("p", "{question}", system="Be brief.", prefill="It is"))
     assert rendered.text == "Be brief.\n\nUser: 2 + 2?\n\nAssistant: It is" and rendered.opened == "It is"
     assert len(notes) == 1 and "no chat template" in notes[0]
+    turns = [{"role": role, "content": role[0]} for role in ("developer", "user", "assistant", "tool")]
+    text = wrap(make_tokenizer(None)).chat.text(turns)
+    assert text == "d\n\nUser: u\n\nAssistant: a\n\nTool: t\n\nAssistant:"
 
 
 def test_prompt_as_text():
