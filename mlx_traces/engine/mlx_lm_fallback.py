@@ -5,6 +5,7 @@ A probe finds out which models its BatchGenerator computes correctly; the others
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -130,6 +131,7 @@ def _batched(
             samplers=samplers,
         )
         rows_of = dict(zip(uids, zip(order, samplers, strict=True), strict=True))
+        del samplers  # so that a finished row's is freed
         while responses := batch.next_generated():
             finished = []
             for response in responses:
@@ -140,7 +142,8 @@ def _batched(
                     if response.finish_reason is None:
                         batch.remove([response.uid])
                     finished.append((index, rollout))
-            responses = response = None  # each holds a vocabulary of log-probabilities
+                    del rows_of[response.uid]
+            responses = response = sampler = None  # a response holds a vocabulary of log-probabilities
             yield from finished
     finally:
         batch.close()
@@ -176,11 +179,16 @@ class RowSampler:
 
     def __init__(self, loaded: LoadedModel, request: Request, params: SamplingParams, logprobs: bool):
         self.ending = Ending(loaded, request, params)
-        self.uniforms, self.settings = uniforms_of(request, params), settings_of(params)[None]
+        self.settings = settings_of(params)[None]
         self.wanted, self.count = logprobs, 0
         self.ids: list[int] = []  # tokens that `take` has read; one more may be drawn already
         self.logprobs: list[np.ndarray] = []  # (1, 2) each, as ``draw`` returns them
         self.ahead: deque[Any] = deque()  # log-probabilities of draws that were not read yet, on the device
+
+    @cached_property
+    def uniforms(self) -> np.ndarray:
+        """The random numbers of the row; a row that waits has none yet."""
+        return uniforms_of(self.ending.request, self.ending.params)
 
     def __call__(self, logits: Any) -> Any:
         """Draw the next token."""

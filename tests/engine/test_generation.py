@@ -1,6 +1,7 @@
 """Sampling against mlx_lm's single-sequence generation and against closed-form distributions."""
 
 import math
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from scipy.stats import chisquare
 
-from mlx_traces.engine import sampling
+from mlx_traces.engine import mlx_lm_fallback, sampling
 from mlx_traces.engine.generation import Usage, generate, rows_that_fit
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import Ending, Request, SamplingParams, decode, draw
@@ -200,6 +201,16 @@ def test_both_engines_keep_stop_strings_out_of_thoughts(tiny, engine):
     cut = [rollout.text.partition(stop[0])[0] for rollout in whole]
     assert texts(SamplingParams(max_tokens=24, stop=stop), "") == cut
     assert texts(SamplingParams(max_tokens=24, stop=stop, stop_in_thoughts=True), "<think>\n") == cut
+
+
+def test_mlx_lms_engine_keeps_the_numbers_of_the_rows_under_way_alone(tiny, monkeypatch):
+    made, plainly = weakref.WeakSet(), mlx_lm_fallback.RowSampler
+    monkeypatch.setattr(mlx_lm_fallback, "RowSampler", lambda *given: made.add(own := plainly(*given)) or own)
+    each = [SamplingParams(max_tokens=4 + 3 * i, temperature=1.0) for i in range(len(LENGTHS))]
+    held = []
+    for _ in generate_plainly(tiny, [Request(prompt) for prompt in prompts()], each, 3, True):
+        held.append(sum("uniforms" in vars(sampler) for sampler in made))
+    assert len(held) == len(LENGTHS) and max(held) <= 4  # mlx_lm may begin one more
 
 
 def test_a_rows_stream_depends_on_its_seed_alone(tiny):
