@@ -292,11 +292,11 @@ class _Engine:
         )
         longest = max(settings.longest for settings in params)
         self.endings: dict[int, Ending] = {}  # of the requests that are being decoded
+        self.ids: dict[int, list[int]] = {}  # their tokens drawn
         self.request_of = np.full(rows, -1)  # what each slot works on; -1 for nothing
         self.joined = np.zeros(rows, np.int64)  # the first step of each slot's request
         self.age = np.zeros(rows, np.int64)  # tokens drawn
         self.limit = np.zeros(rows, np.int64)  # most tokens to draw
-        self.ids = np.zeros((rows, longest), np.int32)
         self.logprobs = np.zeros((rows, longest, 2), np.float32) if logprobs else None
         self.uniforms = np.zeros((rows, longest), np.float32)
         self.settings = np.tile(np.array([[0, 1, 0, 0]], np.float32), (rows, 1))  # temperature, top_p, min_p, top_k
@@ -452,13 +452,13 @@ class _Engine:
         self.usage.decode_seconds += now - start
         self.usage.first_token_seconds = self.usage.first_token_seconds or now - self.began
         rows = np.flatnonzero((self.request_of >= 0) & (self.joined <= step.number))
-        place = self.age[rows]
         refuse_no_token(self.loaded, drawn[rows])
         if self.bounded:
             self._choose(rows, drawn)
-        self.ids[rows, place] = drawn[rows]
+        for index, token in zip(self.request_of[rows].tolist(), drawn[rows].tolist(), strict=True):
+            self.ids[index].append(token)
         if step.logprobs is not None:
-            self.logprobs[rows, place] = np.array(step.logprobs)[rows]
+            self.logprobs[rows, self.age[rows]] = np.array(step.logprobs)[rows]
         self.age[rows] += 1
         self.usage.completion_tokens += len(rows)
         stopped = np.isin(drawn[rows], self.stop_ids)
@@ -466,12 +466,11 @@ class _Engine:
         watched = rows if self.watch_text else rows[stopped | full]
         for row in watched.tolist():
             index = int(self.request_of[row])
-            ids = self.ids[row, : self.age[row]].tolist()
             kept = None if self.logprobs is None else self.logprobs[row, : self.age[row]]
-            rollout = self.endings[index].rollout(ids, kept)
+            rollout = self.endings[index].rollout(self.ids[index], kept)
             if rollout is not None:
                 self.request_of[row] = -1
-                del self.endings[index]
+                del self.endings[index], self.ids[index]
                 yield index, rollout
 
     def _drop_idle(self, ahead: _Step) -> _Step:
@@ -482,7 +481,7 @@ class _Engine:
         rows = mx.array(keep)
         for cache in self.caches:
             cache.keep(rows)
-        for name in (*("request_of", "joined", "age", "limit", "ids", "uniforms", "settings"), *CHOICES):
+        for name in (*("request_of", "joined", "age", "limit", "uniforms", "settings"), *CHOICES):
             setattr(self, name, getattr(self, name)[keep])
         if self.logprobs is not None:
             self.logprobs = self.logprobs[keep]
@@ -511,6 +510,7 @@ class _Engine:
             self.request_of[slot], self.joined[slot], self.age[slot] = index, self.steps, 0
             self.limit[slot] = settings.longest
             ending = self.endings[index] = Ending(self.loaded, request, settings)
+            self.ids[index] = []
             self.forced[slot], self.guard[slot] = NONE, 0
             if ending.thought is not None:
                 self.more[slot] = (*ending.thought.more, 0)[0]

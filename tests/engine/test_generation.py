@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import mlx.core as mx
@@ -182,6 +182,13 @@ def test_stop_strings_in_thoughts_cost_little_text(tiny, monkeypatch):
     ending = Ending(tiny, Request((1,)), SamplingParams(max_tokens=9999, stop=(";",)))
     assert not any(ending.rollout(ids[: count + 1]) for count in range(len(ids)))
     assert sum(decoded) < 100 * len(ids)
+
+
+def test_stop_strings_copy_no_rows_history_at_each_step(tiny, monkeypatch):
+    seen, plainly = defaultdict(list), Ending.rollout
+    monkeypatch.setattr(Ending, "rollout", lambda own, ids, *more: seen[own].append(ids) or plainly(own, ids, *more))
+    run(tiny, [Request(prompt) for prompt in prompts()], SamplingParams(max_tokens=9, stop=("~~~~",)), rows=5)
+    assert len(seen) == len(LENGTHS) and all(len({*map(id, lists)}) == 1 for lists in seen.values())
 
 
 @pytest.mark.parametrize("engine", ["ours", "mlx-lm's"])
