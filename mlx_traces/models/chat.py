@@ -139,12 +139,16 @@ class Chat:
 
     @cached_property
     def _idle(self) -> list[str]:
-        """The arguments without effect: a prompt is the same with their value, with another value and without."""
+        """The arguments without effect: a prompt is the same with their value, with another value and without.
+
+        transformers refuses any other value of tools and documents.
+        """
         found = []
         for name, value in self.arguments.items():
             rest = {other: given for other, given in self.arguments.items() if other != name}
             bare = Chat(self.tokenizer, self.name, rest, self.day)
-            if len({bare._try(given) for given in ({}, {name: value}, {name: "x"}, {name: True})}) == 1:
+            values = (value,) if name in ("tools", "documents") else (value, "x", True)
+            if len({bare._try(given) for given in ({}, *({name: given} for given in values))}) == 1:
                 found.append(name)
         return found
 

@@ -121,6 +121,14 @@ def test_a_variable_of_the_template():
     assert "no thinking switch; it reads reasoning_effort, which --template-arg NAME=VALUE sets" in notes[0]
 
 
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_tools_and_documents_that_the_template_does_not_use_are_told(name):
+    for template, told in ((CHATML, [f"tiny: its chat template does not use {name}"]), ("{{ " + name + " }}", [])):
+        loaded = replace(wrap(make_tokenizer(template)), template_args={name: [{"title": "a", "text": "b"}]})
+        loaded.render(PLAIN, PROBLEM)
+        assert loaded.notes == told
+
+
 @pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "chat_template", "messages"])
 def test_a_setting_of_the_renderer_is_no_variable(name):
     loaded = replace(wrap(make_tokenizer()), template_args={"effort": 2, name: False})
