@@ -5,7 +5,7 @@ Each is an attribute of ``mlx_traces`` itself. Settings are the fields of the co
 says where, what, and the way out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,13 @@ def generate(
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
             raise UserError(f"{name}: must be a list of texts, not the text {value[:60]!r}; put it in a list")
+        if not isinstance(value, Iterable):
+            raise UserError(f"{name}: must be a list of texts, not {str(value)[:60]!r}; give [] for none")
+    stop = tuple(stop)
+    for text in stop:
+        if not isinstance(text, str):
+            raise UserError(f"stop: must be a list of texts, and {str(text)[:60]!r} in it is none; write it as a text")
+        _check_utf8("stop", text)
     turns = [_turns(index, prompt) for index, prompt in enumerate(prompts)]
     sampling = {
         "max_tokens": max_tokens,
@@ -87,12 +94,14 @@ def generate(
     }
     own = {"thinking": thinking, "seed": seed} | ({} if rows is None else {"rows": rows})
     config = build(AnswerConfig, sampling | own)
+    for name in ("think_more", "think_then"):
+        _check_utf8(name, getattr(config, name))
     if config.seed < 0:
         raise UserError(f"seed: must be at least 0, not '{seed}'")
     loaded = load(model) if isinstance(model, str) else model
     rendered = [loaded.chat.prompt(messages, thinking=config.thinking) for messages in turns]
     requests = [Request.of(prompt, config.seed + i) for i, prompt in enumerate(rendered)]
-    params = SamplingParams(stop=tuple(stop), **{name: getattr(config, name) for name in sampling})
+    params = SamplingParams(stop=stop, **{name: getattr(config, name) for name in sampling})
     with merged(loaded.model, loaded.backend):
         rows = config.sized(loaded.backend.sizes).rows
         done = dict(complete(loaded, requests, params, rows, logprobs=logprobs))
@@ -109,7 +118,14 @@ def _turns(index: int, prompt: str | Sequence[Message]) -> list[Message]:
     if not turns or not all(isinstance(turn.get(name), str) for turn in turns for name in ("role", "content")):
         example = [{"role": "user", "content": "Hi"}]
         raise UserError(f"prompts: number {index} must be a text, or turns as in {example}, not {str(prompt)[:60]!r}")
+    for text in (turn[name] for turn in turns for name in ("role", "content")):
+        _check_utf8(f"prompts: number {index}", text)
     return turns
+
+
+def _check_utf8(where: str, text: str) -> None:
+    if text != text.encode(errors="ignore").decode():
+        raise UserError(f"{where}: {text[:60]!r} is not UTF-8, as tokenizers need; drop its lone surrogates")
 
 
 def train_sft(

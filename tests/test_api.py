@@ -47,6 +47,13 @@ def test_prompts_are_completed_in_order_whatever_is_beside_them():
         ([{"role": "user", "content": "Hi"}], {}, "prompts: number 0 must be a text, or turns"),
         ([3], {}, "prompts: number 0 must be a text, or turns as in .*, not '3'"),
         ([[]], {}, "prompts: number 0 must be a text"),
+        (None, {}, "prompts: must be a list of texts, not 'None'; give .. for none"),
+        (["Hi"], {"stop": None}, "stop: must be a list of texts, not 'None'; give .. for none"),
+        (["Hi"], {"stop": ["so", 5]}, "stop: must be a list of texts, and '5' in it is none; write it as a text"),
+        (["Hi"], {"stop": ["\ud800"]}, r"stop: '\\ud800' is not UTF-8, as tokenizers need; drop its lone surrogates"),
+        (["Hi", "a\udcff"], {}, r"prompts: number 1: 'a\\udcff' is not UTF-8"),
+        ([[{"role": "user", "content": "\ud800"}]], {}, "prompts: number 0: .* is not UTF-8"),
+        (["Hi"], {"think_tokens": 9, "think_then": "\ud800"}, "think_then: .* is not UTF-8"),
     ],
 )
 def test_wrong_input_of_a_completion_is_one_line(prompts, settings, message):
