@@ -113,7 +113,7 @@ def count(loaded: LoadedModel, rows: int, backend: str, config: AdapterConfig) -
         for variant, adapted in zip(("adapter-merged", "adapter-quantized"), rollouts, strict=True):
             found.append(decode(variant, logprobs, _merged, adapted, rows, logprobs))
 
-    learning = GRPOConfig(micro_tokens=2 * GROUP * (PROMPT + COMPLETION), logits_mb=2**20)
+    learning = GRPOConfig(micro_tokens=2 * GROUP * (PROMPT + COMPLETION), logits_mb=2**19)
     with graph.uncomputed():
         learner = grpo.start(trained, learning)
         learner.optimizer.init(learner.module.trainable_parameters())
