@@ -22,15 +22,16 @@ _SPELLINGS = str.maketrans(
     | {"＋": "+", "（": "(", "）": ")"}
 )
 _LATEX = re.compile(r"\\(?:(times|cdot|ast)|(div)|left|right|text|mathrm)(?![a-zA-Z])|\\([$%])|\\[,;:! ()\[\]]")
-_FRACTION = re.compile(r"\\[dtc]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
+_FRACTION = re.compile(r"(?:(?<![0-9.,])([0-9]+ ?))?\\[dtc]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _COMMA = re.compile(r"\{,\}")
 _BULLET = re.compile(r"(?<=\n)[ \t]*[-+*>#]+[ \t]+")
 _STARS = re.compile(r"(?<![0-9)])\*\*|\*\*(?![0-9( ])|(?<= )\*\*(?! )")  # bold, not a power
 _PART = re.compile(
     r"""
     (?P<space> [ \t]+ )? (?:
-      (?P<number> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | \.[0-9]+ )
-      (?P<more> \.{3} | … )? (?P<percent> [ ]?% )? (?P<glued> [A-Za-z_^²³°'] [A-Za-z_0-9]* )?
+      (?P<number> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ )
+          (?: \.[0-9]+ | [ ]+(?P<top>[0-9]{1,9})/(?P<bottom>[0-9]{1,9})(?![0-9/]) )? | \.[0-9]+ )
+      (?P<more> \.{3} | … )? (?P<percent> [ ]?% )? (?P<glued> [A-Za-z_^²³°'] [A-Za-z_0-9]* | :[0-9:]+ )?
     | (?P<operator> \*\* | [-+*/^] | (?: times | plus | minus | divided[ ]by | of | x | X )(?=[ ]+[-(.0-9]) )
     | (?P<open> \( ) | (?P<close> \) )
     | (?P<word> [^\W\d_] [\w']* (?: (?<=_)\{\w+\} )? | [√∛∜] )
@@ -44,7 +45,7 @@ _SPOILERS = frozenset(  # after one of these words, a number does not begin an e
     + ("sin", "cos", "tan", "exp", "gcd", "lcm", "choose", "√", "∛", "∜")
     + ("mod", "modulo", "power", "times", "plus", "minus", "by", "over", "per", "than")
 )
-_OPERATIONS = frozenset(("squared", "cubed", "power", "factorial", "choose", "mod", "modulo"))  # words, but no units
+_OPERATIONS = frozenset(("squared", "cubed", "power", "factorial", "choose", "mod", "modulo", "remainder"))  # no units
 _SUBSCRIPT = re.compile(r"_.*|[0-9₀-₉]+$")
 _RELATION = re.compile(r"(?<![<>!≠:=])=+(?!>)")
 
@@ -65,14 +66,15 @@ def checked(text: str) -> Iterator[tuple[int, int, bool]]:
 
     An equation has an ``=`` between two expressions of numbers with + - * / and parentheses, at least one with an
     operation; in a chain a = b = c every ``=`` is one, and the second equation begins at its ``=``, so that equations
-    do not overlap. Understood: decimals, thousands commas, ``$``, ``×``, ``÷``, ``−``, ``\times``, ``\frac{}{}``,
-    *times* or *of* between numbers, and a unit of up to 3 words (2 before the ``=``), as in ``5 red apples * 2 = 10``.
-    A percentage may mean hundredths or the plain number. A decimal or percentage alone on its side may be rounded: it
-    must be the value to the digits shown (10/3 = 3.33), or its first digits if ``...`` follows. Arithmetic is exact.
+    do not overlap. Understood: decimals, mixed numbers, thousands commas, ``$``, ``×``, ``÷``, ``−``, ``\times``,
+    ``\frac{}{}``, *times* or *of* between numbers, and a unit of up to 3 words (2 before the ``=``), as in
+    ``5 red apples * 2 = 10``. A percentage may mean hundredths or the plain number. A decimal or percentage alone on
+    its side may be rounded: it must be the value to the digits shown (10/3 = 3.33), or its first digits if ``...``
+    follows. Arithmetic is exact.
 
-    Not equations: those with a variable, a function, a root, a power or a factorial, also in words, with a number of
-    more than 40 digits, with more than 32 numbers, or across a line's end. An equation with a division by zero is
-    false.
+    Not equations: those with a variable, a function, a root, a power, a factorial or a remainder, also in words, with a
+    time (``8:00``), with a number of more than 40 digits, with more than 32 numbers, or across a line's end. An
+    equation with a division by zero is false.
     """
     marks = [mark.span() for mark in islice(_RELATION.finditer(text), MAX_EQUATIONS)]
     budget, first, left, last_end = MAX_PARTS, None, None, 0
@@ -162,7 +164,7 @@ def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
     rewrites = [(_COMMA, lambda m: ",")] if "{,}" in text else []
     if "\\" in text:
         rewrites += [(_LATEX, lambda m: "*" if m[1] else "/" if m[2] else (m[3] or " ").replace("$", " "))]
-        rewrites += [(_FRACTION, lambda m: f"(({m[1]})/({m[2]}))")] * 3
+        rewrites += [(_FRACTION, _in_line)] * 3
     for pattern, written in (*rewrites, (_BULLET, lambda m: "\n"), (_STARS, lambda m: "")):
         pieces, kept, at = [], [], 0
         for match in pattern.finditer(text):
@@ -173,6 +175,12 @@ def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
         if at:
             text, places = "".join((*pieces, text[at:])), kept + places[at:]
     return text, places
+
+
+def _in_line(match: re.Match) -> str:
+    r"""Write a LaTeX fraction in one line: ``\frac{1}{2}`` as ``((1)/(2))``, ``3\frac{1}{2}`` as ``3 1/2``."""
+    whole, top, bottom = match[1] or "", match[2], match[3]
+    return f"{whole} {top}/{bottom}" if whole and top.isdigit() and bottom.isdigit() else f"{whole}(({top})/({bottom}))"
 
 
 def _runs(text: str, budget: int, begin: int) -> _Runs:
@@ -212,6 +220,7 @@ def _runs(text: str, budget: int, begin: int) -> _Runs:
             run.parts.append(Part("number", match["number"] + marks, *span))
             glued = match["glued"] or "units"
             run.sound &= len(match["number"]) <= MAX_DIGITS and len(glued) > 1 and glued.isalpha()
+            run.sound &= not match["top"] or int(match["top"]) < int(match["bottom"])
             run.units = 0
         elif kind == "open":
             if run is not None and last in ("number", "close"):
@@ -297,7 +306,7 @@ def _evaluate(parts: list[Part], hundredth: Fraction) -> _Value | None:
     operations, numbers, operand_next = 0, 0, True
     for kind, text, *_ in parts:
         if kind == "number":
-            value = Fraction(text.rstrip("…%").replace(",", ""))
+            value = sum(map(Fraction, text.rstrip("…%").replace(",", "").split()))
             values.append(value * hundredth if text.endswith("%") else value)
             numbers, operand_next = numbers + 1, False
         elif kind == "open":

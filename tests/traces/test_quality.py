@@ -229,6 +229,8 @@ T, F = True, False
         ("3.33 = 10/3", [T]),
         ("2/3 = 67%, 2/3 * 100 = 67%, 2/3 = 66%, 2/3 * 100 = 66.6%", [T, T, F, F]),
         ("1/8 = 0.12 and 1/8 = 0.13", [T, T]),  # half to even, half up
+        ("7 / 2 = 3 1/2 cups, 10/3 = 3 1/3 cups, 10/4 = 2 1/4, 1 1/2 + 1/2 = 2, -2 1/2 * 2 = -5", [T, T, F, T, T]),
+        (r"7/2 = 3\frac{1}{2}, 7/2 = 3 \dfrac{1}{2}, 3\frac{6 + 2}{4} = 6", [T, T, T]),
         ("7/2 = 4", [F]),  # a whole number is not meant to be rounded
         ("5 / 0 = 0", [F]),
         # no equations
@@ -238,6 +240,8 @@ T, F = True, False
         ("√16 + 2 = 18, √(16) + 2 = 6, ∛8 + 1 = 3, 2 √16 = 8, 1 + √16 = 17", []),
         ("3 squared + 1 = 10, 10 = 1 + 3 squared, 2 cubed + 1 = 9, 1 + 7 = 2 to the power 3", []),
         ("5 factorial + 1 = 121, 5 choose 2 + 1 = 11, 7 mod 4 + 1 = 4", []),
+        ("7 / 2 = 3 remainder 1, 7 / 2 = 3 R 1, 7 / 2 = 3 with a remainder of 1, 2 1/2 hours = 150 minutes", []),
+        ("8:00 + 2 = 10:00, 9:30 - 7:00 = 2:30, 2 + 3 = 5 6/2", []),
         (r"log_2 8 + 1 = 4, \log_{2} 8 + 1 = 4, log10 100 + 1 = 3, log₂ 8 + 1 = 4, sin 0 + 1 = 1", []),
         ("3 out of 5 = 0.6", []),
         ("5 = 5, 5 apples = 5, a = b", []),
