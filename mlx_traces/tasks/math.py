@@ -12,7 +12,7 @@ from mlx_traces.tasks import Task, qa
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed, marked
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.equality import compare, normal, number, require, squeezed
-from mlx_traces.tasks.numbers import MAX_ANSWER, last_number
+from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, without_scripts
 from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 HUB = {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}
@@ -37,9 +37,9 @@ def last_formula(part: str) -> str | None:
     r"""Return the last formula in dollars, ``\(…\)`` or ``\[…\]``, or the number after it; else the last number.
 
     A ``\boxed{84`` at the end is skipped, as it may be cut off. For a box that is not closed within its formula, the
-    rest of the formula counts.
+    rest of the formula counts. An exponent or index in dollars of its own, as in ``cm$^2$``, is no formula.
     """
-    text = part.replace(r"\$", " ").replace("$$", "$")
+    text = without_scripts(part.replace(r"\$", " ").replace("$$", "$"))
     box = text.rfind(r"\boxed")
     text = text[:box] if box >= 0 and not any(closing in text[box:] for _, closing in _AROUND_FORMULAS) else text
     found = ""

@@ -121,7 +121,10 @@ _PART = r"([-+]?(?:[0-9][0-9.,]*|\.[0-9]+))"
 _BRACED = rf"\{{\s*{_PART}\s*\}}"
 _FRACTION = re.compile(rf"(?:([-+]) ?)?\\[dtc]?frac\s*(?:{_BRACED}|([0-9]))\s*(?:{_BRACED}|([0-9]))")
 _OVER = re.compile(rf"(?:{_BRACED}|(?<![0-9.,]){_PART})\s*(?:/|\\over(?![A-Za-z]))\s*(?:{_BRACED}|{_PART})")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\}?)\^\{?[0-9](?![0-9])\}?")
+_SCRIPT = re.compile(
+    r"(?:\$|\\\() ?(?:(\^)|_) ?(\{?-?[0-9]+\}?|\\circ|\{\\circ\}) ?(?:\$|\\\))|<su(?:(p)|b)>(-?[0-9]+)</su[pb]>"
+)
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(\}?)\^\{?-?[0-9](?![0-9])\}?")
 _DEGREES = re.compile(r"\^ *\{? *\\(?:circ|degree)(?![A-Za-z])")
 _SPACES = re.compile(r"\s+")
 _NO_SPACE = re.compile(r"(?<=[0-9],)\\! ?(?=[0-9])|\\!")  # 11,\! 111 is 11,111
@@ -140,12 +143,18 @@ def plain(text: str) -> str:
     """Write digits, signs, spaces and LaTeX fractions in ASCII."""
     if not text.isascii():
         text = _VULGAR.sub(_in_ascii, text.translate(_SPELLINGS))
+    text = without_scripts(text)
     if "\\" not in text and "{" not in text and "^" not in text:
         return text
     text = _NO_SPACE.sub("", text.replace("{,}", ",")).replace(r"\$", "$").replace(r"\%", "%").replace(r"\,", " ")
     text = re.sub(r"(?<=[0-9]) ?(?=\\[dtc]?frac)", " ", text)
     text = _OVER.sub(lambda match: "/".join(filter(None, match.groups())), _FRACTION.sub(_in_line, text))
     return _UNIT_POWER.sub(r"\1²", _DEGREES.sub(" ", text))
+
+
+def without_scripts(text: str) -> str:
+    """Join an exponent that is a formula of its own to what it stands at: ``cm$^2$`` is ``cm^2``; remove an index."""
+    return _SCRIPT.sub(lambda match: f"^{match[2] or match[4]}" if match[1] or match[3] else "", text)
 
 
 def with_sign(text: str) -> str:

@@ -116,6 +116,10 @@ def test_prompts(file):
         ("Thus $x=3$ and the area is $12\\pi$ square units.", ("12\\pi", None, None)),
         ("Thus \\(a+b\\) is\n\\[ 2\\sqrt{3} \\]", (" 2\\sqrt{3} ", None, None)),
         ("With $n=5$ the sum is 17.", ("17", None, None)),
+        ("The area is $14$ cm$^2$.", ("14", None, None)),
+        ("The area is \\(14\\) cm\\(^2\\).", ("14", None, None)),
+        ("It takes $14$ g of CO$_2$.", ("14", None, None)),
+        ("It is 90$^\\circ$.", ("90", None, None)),
         ("It costs $5, or $6 with tax: 11", ("11", None, None)),
         ("$$\\frac{a}{b}$$", ("\\frac{a}{b}", None, None)),
         ("so the answer is $\\boxed{\\frac{1}{2}$.", ("\\frac{1}{2}", None, None)),  # a box that never closes
