@@ -74,7 +74,7 @@ _SPELLINGS = str.maketrans(
 )
 _WORD = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf) ?\{([^{}]*)\}")
 _UNIT = re.compile(rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*{_WORD.pattern}(?:\s*\^\s*\{{?[0-9]\}}?)?\s*$")
-_AND = re.compile(r"\\(?:text|mbox|textrm) ?\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+")
+_AND = re.compile(r"(?:,\s*)?\\(?:text|mbox|textrm) ?\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+")
 _IN = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])")
 _ROOT = re.compile(r"√ *([0-9]+|[A-Za-z])")
 _NOTHING = re.compile(

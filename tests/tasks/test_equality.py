@@ -190,6 +190,8 @@ def test_near_misses_are_not_equal():
         ("[-2,7]", "-2 \\le x \\le 7"),
         ("1 \\pm \\sqrt{19}", "1+\\sqrt{19},1-\\sqrt{19}"),
         ("1,-2", "x=-2 \\text{ or } x=1"),
+        ("1,-2", "x=-2, \\text{ or } x=1"),
+        ("1,2,3", "1, 2, \\text{ and } 3"),
         ("\\begin{pmatrix} 1/5 \\\\ -18/5 \\end{pmatrix}", "\\begin{bmatrix} 0.2 \\\\[2pt] -3.6 \\end{bmatrix}"),
         ("0.36", "36\\%"),
         ("36\\%", "36"),
