@@ -108,7 +108,7 @@ def first_number(text: str) -> str | None:
 
 _FRACTIONS = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _DIGITS = "0123456789０１２３４５６７８９" + _FRACTIONS
-_SPELLINGS = str.maketrans(
+SPELLINGS = str.maketrans(
     {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width
     | dict.fromkeys("−–‐‑﹣－", "-")
     | dict.fromkeys("⁄∕", "/")
@@ -142,7 +142,7 @@ _LEADING_SIGN = re.compile(r"^([$({ ]*(?:[-+]|(?:negative|minus)\b))[ ({]+(?=[$�
 def plain(text: str) -> str:
     """Write digits, signs, spaces and LaTeX fractions in ASCII."""
     if not text.isascii():
-        text = _VULGAR.sub(_in_ascii, text.translate(_SPELLINGS))
+        text = _VULGAR.sub(_in_ascii, text.translate(SPELLINGS))
     text = without_scripts(text)
     if "\\" not in text and "{" not in text and "^" not in text:
         return text

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
@@ -19,7 +20,7 @@ from mlx_traces.tasks.answers import (
     tolerant,
 )
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
-from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, parse_number
+from mlx_traces.tasks.numbers import MAX_ANSWER, SPELLINGS, last_number, parse_number
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.tasks.thoughts import answer_part
 
@@ -28,8 +29,10 @@ INSTEAD = 'pass --data FILE with one {"question", "answer"} object per line, or 
 
 _LEAD = re.compile(r"(?:(?:so|thus|therefore),? )?(?:the )?(?:final |correct )?answer(?: is)?(?: ?:|(?<=is)(?!\w)) ?")
 _COMMA = re.compile(r",(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")  # not a thousands separator
-_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]]")
-_AROUND = " \t\"'`“”‘’*_$.,;:!?"
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[!()\[\]]|(?<=[0-9])\\,(?=[0-9])")
+_SPACE = re.compile(r"(?<!\\)\\[,;: ]|(?<=\w)~(?=\w)")
+_ALIKE = SPELLINGS | str.maketrans("‘’—", "''-")
+_AROUND = " \t\"'`“”*_$.,;:!?。、「」『』《》"
 _MATHS = re.compile(r"[0-9\\]")
 _BRACKETS = "()[]"  # not stripped from a tuple or an interval
 
@@ -37,13 +40,15 @@ _BRACKETS = "()[]"  # not stripped from a tuple or an interval
 def same_text(text: str) -> str:
     r"""Return the canonical form of a text answer: answers with equal forms are equal.
 
-    It ignores case, white space, surrounding quotes and punctuation, ``\text{}``, a leading ``####`` and "The answer
-    is", and the space after the commas of a list (``1,-2`` is ``1, -2``, but ``1,234`` is a number and not ``1, 234``).
-    In LaTeX it ignores spaces, the sizes of brackets and fractions, and the dollars or brackets around formulas.
+    It ignores case, white space, surrounding quotes and punctuation, the form of apostrophes, dashes and full-width
+    characters, ``\text{}``, a leading ``####`` and "The answer is", and the space after the commas of a list: ``1,-2``
+    is ``1, -2``, but ``1,234`` is a number and not ``1, 234``. In LaTeX it ignores spaces, the sizes of brackets and
+    fractions, and the dollars or brackets around formulas.
     """
+    text = unicodedata.normalize("NFC", text).translate(_ALIKE)
     text = re.sub(r"\\(?:text|textbf|mathrm) ?\{([^{}]*)\}", r"\1", text)
     text = _SIZES.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")) if "\\" in text else text
-    text = " ".join(_COMMA.sub(", ", text.casefold()).split()).lstrip("# ")
+    text = " ".join(_COMMA.sub(", ", _SPACE.sub(" ", text).casefold()).split()).lstrip("# ")
     for _ in range(2):  # the lead may be in quotes, and so may the answer after it
         text = text.strip(_AROUND if "," in text and _MATHS.search(text) else _AROUND + _BRACKETS) or text
         text = text[match.end() :] or text if (match := _LEAD.match(text)) else text
@@ -58,7 +63,8 @@ def find_text(response: str) -> str | None:
     part = answer_part(response)
     if not part.strip():
         return tolerant(response)
-    return marked(part) or part.rstrip().rpartition("\n")[2].strip()
+    lines = part.strip().split("\n")
+    return marked(part) or next((line for line in reversed(lines) if re.search(r"\w", line)), lines[-1]).strip()
 
 
 def grade(problem: Problem, response: str) -> dict[str, Score]:

@@ -195,6 +195,17 @@ def test_exact_and_last_number():
         (r"\( 70 \sqrt{2} \)", r"70\sqrt{2}"),
         (r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}-1\\2\end{pmatrix}"),
         ("(3,4]", "(3, 4]"),
+        ("巴黎。", "巴黎"),
+        ("「巴黎」", "巴黎"),
+        ("（Ｂ）", "b"),
+        ("Don’t know", "don't know"),
+        ("1914–1918", "1914-1918"),
+        ("cafe\u0301", "café"),
+        ("H₂O or x²", "h₂o or x²"),
+        (r"5\ \text{km}", "5 km"),
+        (r"5\,\text{km}", "5 km"),
+        (r"10\,000 \text{ km}", "10000 km"),
+        ("New~York", "new york"),
         ("?", "?"),
         ("The answer is", "the answer is"),
     ],
@@ -228,6 +239,8 @@ def test_votes_are_counted_as_they_are_graded(gold, extractor, answers, votes):
 def test_last_line():
     """Without a mark the last line with text is the answer."""
     assert find_text("first\nsecond \n\n") == "second"
+    assert find_text("first\n```\nsecond\n```") == "second"
+    assert find_text("?\n") == "?"
     assert find_text(r"\boxed{} second") == r"\boxed{} second"
 
 
