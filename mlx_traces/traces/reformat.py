@@ -2,8 +2,8 @@ r"""The command ``reformat``: rewrite traces as a thought and a solution; keep t
 
 Sky-T1's data was made in this way, from another model's answers. Without a model only tags and the white space around
 them change: the parts are those of `thoughts.parts`; an answer without tags is split before the line of its last
-``<answer>``, ``\boxed{}`` or ``####``. With a model the words change too: it completes ``REWRITING``, and its reply is
-used only if it has exactly the form that the prompt asks for.
+``<answer>``, ``\boxed{}`` or ``####``, or before the formula or code block around that line. With a model the words
+change too: it completes ``REWRITING``, and its reply is used only if it has exactly the form that the prompt asks for.
 """
 
 from collections import Counter
@@ -41,6 +41,7 @@ a short solution that ends with the final answer, written exactly as the answer 
 <|end_of_solution|>""",
 )
 MARKS = ("<answer>", "\\boxed", "####")  # of a final answer
+BLOCKS = (("\\begin{", "\\end{"), ("\\[", "\\]"), ("$$", "$$"), ("```", "```"))  # that are not cut
 
 
 def reformat_file(source: Path, out: Path, config: ReformatConfig) -> tuple[int, Counter]:
@@ -126,9 +127,21 @@ def by_rule(completion: str) -> str:
     thought, solution = parts(completion)
     if thought is None:
         mark = max(solution.rfind(mark) for mark in MARKS)
-        line = solution.rfind("\n", 0, max(0, mark)) + 1
+        line = _before_block(solution, solution.rfind("\n", 0, max(0, mark)) + 1)
         thought, solution = solution[:line].strip(), solution[line:].strip()
     return restyle(f"<think>\n{thought}\n</think>\n{solution}", "sky-t1")
+
+
+def _before_block(text: str, line: int) -> int:
+    """Return the start of the line that opens the block which is open at the start of a line, if text is before it."""
+    for opening, closing in BLOCKS:
+        head = text[:line]
+        start = head.rfind(opening)
+        is_open = head.count(opening) % 2 if opening == closing else start > head.rfind(closing)
+        begin = head.rfind("\n", 0, max(0, start)) + 1
+        if is_open and "\n\n" not in head[start:] and head[:begin].strip():
+            line = begin
+    return line
 
 
 def _by_model(

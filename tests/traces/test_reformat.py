@@ -43,6 +43,16 @@ def reformatted(*traces, prompt=REWRITING, **settings):
         ("One.\nTwo makes 2.\n#### 2", "One.\nTwo makes 2.", "#### 2"),
         ("One is \\boxed{1}.\nNo:\nit is \\boxed{2}.\nDone.", "One is \\boxed{1}.\nNo:", "it is \\boxed{2}.\nDone."),
         ("One.\n<answer>\n2\n</answer>", "One.", "<answer>\n2\n</answer>"),
+        ("It is:\n\\[\n\\boxed{2}\n\\]", "It is:", "\\[\n\\boxed{2}\n\\]"),
+        ("It is\n\n```\n#### 2\n```", "It is", "```\n#### 2\n```"),
+        ("$$\n1\n$$\nis it:\n$$\n\\boxed{2}\n$$", "$$\n1\n$$\nis it:", "$$\n\\boxed{2}\n$$"),
+        ("$$\n1\n$$\n#### 2", "$$\n1\n$$", "#### 2"),
+        (
+            "So\n\\[\n\\begin{aligned}\nx &= 1 + 1 \\\\\n&= \\boxed{2}\n\\end{aligned}\n\\]",
+            "So",
+            "\\[\n\\begin{aligned}\nx &= 1 + 1 \\\\\n&= \\boxed{2}\n\\end{aligned}\n\\]",
+        ),
+        ("```\n1 + 1\n#### 2\n```", "```\n1 + 1", "#### 2\n```"),
     ],
 )
 def test_where_thought_and_solution_are_found(text, thought, solution):
