@@ -39,11 +39,12 @@ TAGS: tuple[Pair, ...] = (  # the first is the usual one
     (UNTAGGED, "[BEGIN FINAL RESPONSE]"),
 )
 OPENERS = tuple(opening for opening, _ in TAGS)
+MARKUP: tuple[Pair, ...] = (("<solution>", "</solution>"), ("<response>", "</response>"), ("<output>", "</output>"))
 AROUND_ANSWERS = (  # tags around what follows a thought
-    *("<solution>", "</solution>", "<|begin_of_solution|>", "<|end_of_solution|>"),
+    *(tag for pair in MARKUP for tag in pair),  # Unsloth's GRPO, ERNIE, Marco-o1
+    *("<|begin_of_solution|>", "<|end_of_solution|>"),
     *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
     *("<|open|>response<|sep|>", "<|close|>response<|sep|>", "[END FINAL RESPONSE]"),
-    *("<response>", "</response>", "<output>", "</output>"),  # ERNIE, Marco-o1
     *("<|begin_of_box|>", "<|end_of_box|>"),  # GLM-V
 )
 ENDS = (  # tokens that end a turn, in text that was decoded with them
@@ -96,6 +97,7 @@ def small(text: str) -> str:
 
 
 _AROUND_SMALL = tuple(tag.lower() for tag in AROUND_ANSWERS)
+_MARKUP_TAGS = frozenset(tag for pair in MARKUP for tag in pair)
 _SMALL = tuple((opening.lower(), closing.lower()) for opening, closing in TAGS)
 
 
@@ -190,15 +192,19 @@ def parts(text: str) -> tuple[str | None, str]:
     The thought goes from the start to the last closing tag. Text before the opening tag belongs to it, and the opening
     tag may be missing. If the thought is still open at the end, the solution is empty.
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
-    The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case; ``ENDS`` at the end of either are dropped.
+    The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case, but ``MARKUP`` only around the solution or the
+    whole text: elsewhere it is the text's own. ``ENDS`` at the end of either part are dropped.
     """
     return tagged_parts(text)[:2]
 
 
 def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     """Return thought, solution, and whether the thought is still open."""
+    text = _unwrapped(text)
     pieces, start, closed, is_open = [], 0, 0, False
     for tag in tags(text):
+        if tag[0] in _MARKUP_TAGS:
+            continue
         pieces.append(text[start : tag.start()].strip())
         start, kind = tag.end(), tag.lastgroup
         if kind:
@@ -207,8 +213,20 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     pieces.append(text[start:].strip())
     closed = len(pieces) if is_open else closed
     both = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
-    thought, solution = map(without_ends, both)
-    return thought if closed else None, solution, is_open
+    thought, solution = next(both), _unwrapped(next(both))
+    return without_ends(thought) if closed else None, solution, is_open
+
+
+def _unwrapped(text: str) -> str:
+    """Remove tags of ``MARKUP`` around a text, of which one may be missing, and ``ENDS`` at its end."""
+    for opening, closing in MARKUP * len(MARKUP):  # in any order
+        text = without_ends(text).strip()
+        lower = small(text)
+        start = len(opening) if lower.startswith(opening) else 0
+        end = len(text) - (len(closing) if lower.endswith(closing) else 0)
+        if opening[:-1] not in lower[start:end] and closing not in lower[start:end]:
+            text = text[start:end]
+    return text.strip()
 
 
 def normalise(text: str) -> str:

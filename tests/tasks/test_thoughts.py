@@ -66,6 +66,34 @@ def test_tags_around_an_answer_are_no_text_of_it(around):
     assert find_text("<think>\nRome\n</think>\n\n" + around.format("Paris")).strip() == "Paris"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<output name="r">5</output>',
+        "```xml\n<response>ok</response>\n```",
+        "print('<solution>x</solution>')",
+        "<output>5</output> and <output>6</output>",
+    ],
+)
+def test_markup_within_an_answer_is_text_of_it(text):
+    assert parts(text) == (None, text)
+    assert normalise(restyle(f"<think>{text} so</think>{text}", "sky-t1")) == f"<think>\n{text} so\n</think>\n{text}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>t</think>\n<SOLUTION>4</SOLUTION><|im_end|>",
+        "<think>t</think><solution>4",
+        "<think>t</think>4</solution>",
+        "<response><think>t</think>4</response>",
+        "<think>t</think><response><output>4</s></output>\n</response></s>",
+    ],
+)
+def test_markup_around_an_answer_is_taken_off(text):
+    assert parts(text) == ("t", "4")
+
+
 def test_a_whole_turn_of_gpt_oss():
     """Several messages are one thought."""
     turn = "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|>"
