@@ -61,7 +61,7 @@ def import_traces(
         format: one of ``FORMATS``.
         task: its columns are taken from every row, so that the traces can be graded; if the row has no ``question``, it
             is the last user's turn.
-        style: the completions' tags, ``think`` or ``sky-t1``; None leaves the completions unchanged.
+        style: the tags of the assistant's turns, ``think`` or ``sky-t1``; None leaves the turns unchanged.
         split: of a hub data set, or a slice such as ``train[:1000]``; for a file only the slice counts.
         skipped: counts the skipped conversations, by reason.
         dropped: counts the turns that lose a field, by the field's name.
@@ -82,6 +82,9 @@ def import_traces(
         if strict:
             raise UserError(f"{where}: {clean(name)[:80]} is not imported; leave --strict out to go without it")
         count_skipped(dropped, clean(name)[:80])
+
+    def styled(text: str, role: str = "assistant") -> str:
+        return text if style is None or role != "assistant" else restyle(text, style)
 
     for where, row in _rows(data, format, split):
         for column in (*FORMATS[format], *(task.graded_columns if task else ())):
@@ -112,8 +115,8 @@ def import_traces(
                 continue
             yield Trace(
                 id=identity,
-                messages=tuple(messages),
-                completion=completion if style is None else restyle(completion, style),
+                messages=tuple({**turn, "content": styled(turn["content"], turn["role"])} for turn in messages),
+                completion=styled(completion),
                 task=task.name if task else "",
                 columns=columns,
                 source=source,

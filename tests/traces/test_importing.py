@@ -24,16 +24,17 @@ def imported(path, form, task=None, **options):
 USER = {"role": "user", "content": "Q?"}
 ASSISTANT = {"role": "assistant", "content": "a</think>b"}
 NORMAL = "<think>\na\n</think>\nb"
+EARLIER = {**ASSISTANT, "content": NORMAL}
 
 
 @pytest.mark.parametrize(
     ("form", "row", "before"),
     [
         ("messages", {"messages": [USER, ASSISTANT]}, [USER]),
-        ("messages", {"messages": [USER, ASSISTANT, USER, ASSISTANT, USER]}, [USER, ASSISTANT, USER]),
+        ("messages", {"messages": [USER, ASSISTANT, USER, ASSISTANT, USER]}, [USER, EARLIER, USER]),
         ("messages", {"messages": [{**USER, "name": "x"}, ASSISTANT], "other": 1}, [USER]),
         ("prompt-completion", {"prompt": "Q?", "completion": "a</think>b"}, [USER]),
-        ("prompt-completion", {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}, [USER, ASSISTANT, USER]),
+        ("prompt-completion", {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}, [USER, EARLIER, USER]),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "a</think>b"}]},
@@ -80,6 +81,14 @@ def test_sky_t1(tmp_path):
     (kept,) = imported(tmp_path / "Sky-T1_data_17k.json", "sharegpt", style=None)
     (again,) = imported(tmp_path / "Sky-T1_data_17k.json", "sharegpt", style="sky-t1")
     assert kept.completion == again.completion == SKY["conversations"][1]["value"]
+
+
+def test_earlier_turns_have_the_style_of_the_completion(tmp_path):
+    asked = {**USER, "content": "<think>?"}
+    path = write_lines(tmp_path / "a.jsonl", {"messages": [asked, ASSISTANT, USER, ASSISTANT]})
+    made = [imported(path, "messages", style=style)[0] for style in ("think", "sky-t1", None)]
+    assert [one.messages[1]["content"] for one in made] == [one.completion for one in made]
+    assert {one.messages[0]["content"] for one in made} == {"<think>?"} and len({one.id for one in made}) == 1
 
 
 def test_open_r1_keeps_what_its_own_checks_found_correct(tmp_path):
