@@ -178,7 +178,7 @@ def _conversations(
         turns = _turns(row["conversations"], "from", "value", where, style, drop)
     elif format == "alpaca":
         asked = [_text(row[name], name, where) for name in ("instruction", "input") if row.get(name)]
-        turns = [_Turn({"role": "user", "content": "\n\n".join(asked)})]
+        turns = [*_history(row, where), _Turn({"role": "user", "content": "\n\n".join(asked)})]
         turns += _column_turns(row, "output", "assistant", where, style, drop)
     else:
         turns = _column_turns(row, "prompt", "user", where, style, drop)
@@ -209,6 +209,16 @@ def _generations(row: Row, where: str) -> Iterator[tuple[list[_Turn], str | None
         finish = finish if finish in ("stop", "length") else None
         turn = {"role": "assistant", "content": _text(text, "generations", where)}
         yield [_Turn(question), _Turn(turn)], finish, wrong or cut
+
+
+def _history(row: Row, where: str) -> Iterator[_Turn]:
+    """Yield the turns of an Alpaca row's ``history``, a list of (question, answer) pairs."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"{where}: 'history' must be a list of [question, answer] pairs")
+    for pair in pairs:
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield _Turn({"role": role, "content": _text(text, "history", where)})
 
 
 def _column_turns(

@@ -51,6 +51,11 @@ EARLIER = {**ASSISTANT, "content": NORMAL}
         ("alpaca", {"instruction": "Q?", "input": "", "output": "a</think>b"}, [USER]),
         ("alpaca", {"instruction": "Add.", "input": "2", "output": "a</think>b"}, [{**USER, "content": "Add.\n\n2"}]),
         (
+            "alpaca",
+            {"history": [["Q?", "a</think>b"]], "instruction": "Q?", "output": "a</think>b", "system": "S"},
+            [{"role": "system", "content": "S"}, USER, EARLIER, USER],
+        ),
+        (
             "messages",
             {"messages": [{"role": "Developer", "content": "S"}, USER, {"role": "model", "content": "a</think>b"}]},
             [{"role": "system", "content": "S"}, USER],
@@ -282,6 +287,8 @@ def test_traces_of_one_question_share_its_id_and_are_numbered(tmp_path):
         ("messages", {"messages": [{"role": "critic", "content": "x"}]}, "a turn is from 'critic'; only human, user"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": None}]}, "'content' must be a text, not NoneType"),
         ("sharegpt", {"conversations": [USER]}, "the turns must be a list of {from, value} objects"),
+        ("alpaca", {"history": [["x"]], "instruction": "Q?", "output": "x"}, "'history' must be a list of [question,"),
+        ("alpaca", {"history": [["x", 1]], "instruction": "Q?", "output": "x"}, "'history' must be a text, not int"),
         ("open-r1", {"problem": "Q?", "generations": "x"}, "'generations' must be a list of texts"),
         ("open-r1", {"problem": "Q?", "generations": [1]}, "'generations' must be a text, not int"),
         ("text", {"text": 5}, "'text' must be a text, not int"),
