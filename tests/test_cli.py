@@ -110,6 +110,10 @@ def test_grade_never_overwrites(tmp_path):
         result = call("grade", "--task", "gsm8k", "--out", out, file)
         assert result.exit_code == 1 and message in result.output
     assert file.read_text() == before
+    for out, message in ((file, "exists; remove it"), (tmp_path / ("x" * 300), "cannot be written (File name")):
+        for command in (("grade", "--task", "gsm8k", tmp_path / "none.jsonl"), ("data", "countdown", "--n", 1)):
+            result = call(*command, "--out", out)
+            assert result.exit_code == 1 and message in result.output  # before anything is read
     assert call("grade", "--task", "gsm8k", "--out", tmp_path / "new" / "out.jsonl", file).exit_code == 0
 
 

@@ -11,7 +11,7 @@ from mlx_traces.config import EvalConfig
 from mlx_traces.errors import UserError, unknown
 from mlx_traces.readers import file_rows
 from mlx_traces.records import EvalResult
-from mlx_traces.runtime.files import write_new
+from mlx_traces.runtime.files import refuse_existing, write_new
 from mlx_traces.tasks import get_task
 from mlx_traces.text import inert
 
@@ -98,6 +98,8 @@ def grade_command(file: str, task: str, extractor: str | None, out: str | None) 
     name = extractor or grader.extractors[0]
     if name not in grader.extractors:
         raise unknown(f"extractor of {task}", name, grader.extractors)
+    if out:
+        refuse_existing(Path(out))
     lines, correct = [], 0
     for where, row in file_rows(Path(file), ("completion", *grader.graded_columns)):
         score = evaluator.regrade(grader, row, where)[name]

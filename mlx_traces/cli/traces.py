@@ -12,9 +12,10 @@ from mlx_traces.cli.options import ConfigFile, Sectioned, configured, console, s
 from mlx_traces.cli.train import training_bar
 from mlx_traces.config import FilterConfig, GenerateConfig, RawConfig, ReformatConfig, ScoreConfig
 from mlx_traces.errors import UserError, choices, unknown
+from mlx_traces.readers import is_file
 from mlx_traces.records import Trace
 from mlx_traces.runtime.device import import_mlx
-from mlx_traces.runtime.files import write_new
+from mlx_traces.runtime.files import refuse_existing, write_new
 from mlx_traces.tasks import Task, get_task
 from mlx_traces.traces import FORMATS, files
 
@@ -77,8 +78,7 @@ def data_countdown(
     """
     from mlx_traces.tasks import countdown, solver
 
-    if Path(out).exists():
-        raise UserError(f"{out} exists; remove it, or choose another --out")
+    refuse_existing(Path(out))
     rows = [
         {"nums": nums, "target": value, "solutions": solver.solutions(nums, value)}
         for nums, value in countdown.generate(split, count, seed, operands, numbers, target)
@@ -223,7 +223,8 @@ def data_import(data: str, form: str, task: str | None, style: str, split: str, 
     skipped, dropped = Counter(), Counter()
     own = None if style == "keep" else style
     made = importing.import_traces(data, form, grader, own, split, skipped, dropped, strict)
-    _write(out or f"data/raw/{Path(data.partition('@')[0]).stem}.jsonl", made, data, config, skipped, None, dropped)
+    name = Path(data).stem if is_file(data) else Path(data.partition("@")[0]).name
+    _write(out or f"data/raw/{name}.jsonl", made, data, config, skipped, None, dropped)
 
 
 def _write(

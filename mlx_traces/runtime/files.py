@@ -89,11 +89,19 @@ def on_the_way(path: Path, again: str = "go on with --resume") -> Iterator[None]
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); {first}, then {again}") from None
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a new file and the folders above it; UserError if it exists or cannot be written."""
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if a file exists, or none can have its name."""
     try:
         if path.exists():
             raise UserError(f"{path} exists; remove it, or choose another --out")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a new file and the folders above it; UserError if it exists or cannot be written."""
+    refuse_existing(path)
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as error:

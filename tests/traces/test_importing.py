@@ -334,6 +334,15 @@ def test_a_part_of_a_hub_data_set(monkeypatch):
     assert [(one.completion, one.source) for one in made] == [("3", "nobody/set"), ("4", "nobody/set")]
 
 
+def test_the_default_output_has_the_name_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importing, "hub_rows", lambda *_: iter([("here", {"text": "a"})]))
+    write_lines(tmp_path / "a@b.jsonl", {"text": "a"})
+    for data, name in (("nobody/set-1.1", "set-1.1"), ("nobody/set@main", "set"), ("a@b.jsonl", "a@b")):
+        result = call("data", "import", data, "--format", "text")
+        assert f"1 traces written to data/raw/{name}.jsonl" in result.stderr, result.output
+
+
 def test_paragraphs_of_a_text_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("<think>one\ntwo</think>\n#### 3\n \n\nfour")
