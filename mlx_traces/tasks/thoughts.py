@@ -200,7 +200,7 @@ def parts(text: str) -> tuple[str | None, str]:
 
 def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     """Return thought, solution, and whether the thought is still open."""
-    text = _unwrapped(text)
+    text = _unwrapped(text, whole=True)
     pieces, start, closed, is_open = [], 0, 0, False
     for tag in tags(text):
         if tag[0] in _MARKUP_TAGS:
@@ -217,14 +217,15 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     return without_ends(thought) if closed else None, solution, is_open
 
 
-def _unwrapped(text: str) -> str:
-    """Remove tags of ``MARKUP`` around a text, of which one may be missing, and ``ENDS`` at its end."""
+def _unwrapped(text: str, whole: bool = False) -> str:
+    """Remove ``MARKUP`` around a text, of which one tag may be missing if not ``whole``, and ``ENDS`` at its end."""
     for opening, closing in MARKUP * len(MARKUP):  # in any order
         text = without_ends(text).strip()
         lower = small(text)
         start = len(opening) if lower.startswith(opening) else 0
         end = len(text) - (len(closing) if lower.endswith(closing) else 0)
-        if opening[:-1] not in lower[start:end] and closing not in lower[start:end]:
+        complete = start and end < len(text)
+        if (complete or not whole) and opening[:-1] not in lower[start:end] and closing not in lower[start:end]:
             text = text[start:end]
     return text.strip()
 
