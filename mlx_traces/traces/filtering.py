@@ -200,19 +200,22 @@ def same_problem(problems: Sequence[Problem], prompt: Prompt) -> Callable[[Probl
 def problems_of(traces: Iterable[Trace]) -> Callable[[str], str]:
     """Return a function from a trace's id to the id that all traces of its problem share.
 
-    They have the same id, question, or only turn of a user; case and white space are ignored.
+    They have the same id or question, or the same only turn of a user after the same system's turns; case and white
+    space are ignored.
     """
     parent: dict[Hashable, Hashable] = {}  # of ids and texts; the smallest id of a problem is its own parent
 
     def root(key: Hashable) -> Hashable:
         while parent.setdefault(key, key) != key:
-            key = parent[key]
+            parent[key] = key = parent[parent[key]]  # halves the path for the next time
         return key
 
     for trace in traces:
         name = root(problem_id(trace.id))
-        turns = [turn["content"] for turn in trace.messages if turn["role"] == "user"]
-        asked = [str(trace.columns.get("question", "")), *(turns if len(turns) == 1 else ())]
+        asked = [str(trace.columns.get("question", ""))]
+        if sum(turn["role"] == "user" for turn in trace.messages) == 1:  # a system's turn may hold the problem
+            turns = [turn["content"] for turn in trace.messages if turn["role"] not in ("assistant", "tool")]
+            asked.append(" ".join(turns))
         for text in {" ".join(words(text.casefold())) for text in asked} - {""}:
             key = (text,)  # no id is equal to it
             other = root(key) if key in parent else name

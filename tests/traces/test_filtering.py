@@ -11,7 +11,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace
 from mlx_traces.tasks import get_task
 from mlx_traces.tasks.prompts import Prompt
-from mlx_traces.traces.filtering import jaccard, same_problem, select, shingles
+from mlx_traces.traces.filtering import jaccard, problems_of, same_problem, select, shingles
 
 OFF = {"correct_only": False, "finished": False, "duplicates": False}
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
@@ -253,3 +253,24 @@ def test_a_problem_is_known_by_its_content():
     assert asked_in(f"Think first. {long} Then answer.") and asked_in("solve this: What is 5 + 3?")
     assert asked_in("What is 5 + 3?")
     assert not asked_in("What is 5 + 3? And 4?") and not asked_in("Something else that is at least eight words long")
+
+
+def test_a_problem_of_several_ids_is_known_by_all_that_it_was_asked():
+    """A system's turn may hold the problem, and may stand before a question that the trace states."""
+
+    def asked(id, system, user, **columns):
+        return Trace(id, ({"role": "system", "content": system}, {"role": "user", "content": user}), "x", **columns)
+
+    traces = [asked("a", "What is 1 + 1?", "Go on."), asked("b", "what is 1 + 2?", "Go on.")]
+    traces += [asked("c", "What is  1 + 2?", "go on."), asked("d", "Be brief.", "1 + 3", columns={"question": "1 + 3"})]
+    traces += [asked("e", "Think.", "1 + 3", columns={"question": "1 + 3"}), asked("f", "Think.", "1 + 3")]
+    assert list(map(problems_of(traces), "abcdef")) == list("abbddd")
+
+
+def test_a_problem_of_very_many_ids_is_found_at_once():
+    """Each id is smaller than those before it, so each is the problem's in its turn."""
+    traces = [Trace(f"{8000 - i:04}", ({"role": "user", "content": "Go on."},), "x") for i in range(8000)]
+    start = process_time()
+    name_of = problems_of(traces)
+    assert {name_of(trace.id) for trace in traces} == {"0001"}
+    assert process_time() - start < 2  # 0.1 s of the processor; without shorter paths 5 s
