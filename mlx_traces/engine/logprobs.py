@@ -189,7 +189,7 @@ def head_logprobs(
             logprob, entropy = _trained_chunk(halves, states, wanted, temperature)
         else:
             both = _frozen_chunk(
-                halves.head, mx.stop_gradient(states), wanted, temperature, slopes, slopes and entropy_slopes
+                halves, mx.stop_gradient(states), wanted, temperature, slopes, slopes and entropy_slopes
             )
             moved = (states - mx.stop_gradient(states)).astype(mx.float32)  # 0, with a gradient of 1
             logprob, entropy = (_with_slope(value, slope, moved) for value, slope in both)
@@ -213,7 +213,7 @@ def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperatu
             module.update(tree_unflatten(list(zip(trained, parameters, strict=True))))
         logits = halves.head(states).astype(mx.float32) / temperature
         normalised = logits - logsumexp(logits)[:, None]
-        entropy = -(mx.exp(normalised) * normalised).sum(axis=-1)
+        entropy = -(mx.exp(normalised) * _finite(halves, normalised)).sum(axis=-1)
         return [mx.take_along_axis(normalised, targets[:, None], axis=-1)[:, 0], entropy]
 
     # Only inputs of a custom function get gradients, so the head's parameters are inputs.
@@ -229,10 +229,10 @@ def _trained_chunk(halves: Split, states: mx.array, targets: mx.array, temperatu
 
 
 def _frozen_chunk(
-    head: Callable, states: mx.array, targets: mx.array, temperature: float, slopes: bool, entropy_slopes: bool
+    halves: Split, states: mx.array, targets: mx.array, temperature: float, slopes: bool, entropy_slopes: bool
 ) -> tuple[tuple[mx.array, mx.array | None], tuple[mx.array, mx.array | None]]:
     """Return log-probabilities and entropies, each with its (n, D) float32 slopes d / d states if those are wanted."""
-    raw = head(states)
+    raw = halves.head(states)
     logits = raw.astype(mx.float32)
     if temperature != 1.0:
         logits = logits / temperature
@@ -240,20 +240,28 @@ def _frozen_chunk(
     sums = sum_wide(probs)  # 1, up to the error of softmax's own sum
     log_total = logits.max(axis=-1) - mx.log(probs.max(axis=-1) / sums)  # the greatest is at least 1 / V, never 0
     logprob = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
-    mean = sum_wide(probs * logits) / sums
+    mean = sum_wide(probs * _finite(halves, logits)) / sums
     entropy = log_total - mean
 
     def slope(descent: mx.array) -> mx.array:
         """Return the gradient with respect to the states; ``descent`` is minus that of the logits, times ``sums``."""
-        (slopes,) = mx.vjp(head, [states], [descent.astype(raw.dtype)])[1]
+        (slopes,) = mx.vjp(halves.head, [states], [descent.astype(raw.dtype)])[1]
         return slopes.astype(mx.float32) * (-1 / (temperature * sums))[:, None]
 
-    slant = slope(probs * (logits - mean[:, None])) if entropy_slopes else None
+    slant = slope(probs * (_finite(halves, logits) - mean[:, None])) if entropy_slopes else None
     if not slopes:
         return (logprob, None), (entropy, slant)
     own = mx.take_along_axis(probs, targets[:, None], axis=-1)
     descent = mx.put_along_axis(probs, targets[:, None], own - sums[:, None], axis=-1)
     return (logprob, slope(descent)), (entropy, slant)
+
+
+def _finite(halves: Split, logits: mx.array) -> mx.array:
+    """Return logits, or log-probabilities, with a number for the -inf that some models give tokens that do not exist.
+
+    Its product with a probability of 0 is 0, and its products with gradients are finite. A linear head gives no -inf.
+    """
+    return logits if halves.head_module() is not None else mx.maximum(logits, -1e30)
 
 
 def logsumexp(logits: mx.array) -> mx.array:

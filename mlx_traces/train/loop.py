@@ -290,9 +290,12 @@ def refuse_nonfinite(loss: float, norm: float, step: int, config: OptimizerConfi
 
 
 def _refuse_broken(loaded: LoadedModel, step: int, config: OptimizerConfig) -> None:
-    """Raise UserError, before anything is saved, if the model's outputs are not finite, even if the loss is."""
+    """Raise UserError, before anything is saved, if the model's outputs are not finite, even if the loss is.
+
+    Some models give tokens that do not exist -inf, which is no fault.
+    """
     loaded.model.eval()
-    if not mx.isfinite(loaded.model(mx.array([[0, 1, 2]]))).all().item():
+    if not mx.isfinite(mx.logsumexp(loaded.model(mx.array([[0, 1, 2]])), axis=-1)).all().item():
         raise UserError(
             f"step {step}: the model's outputs are no longer finite numbers; nothing was overwritten. "
             f"Lower learning_rate ({config.learning_rate:g})"

@@ -195,6 +195,25 @@ def test_mixed_types_of_head_and_states():
     np.testing.assert_allclose(np.array(grad.astype(mx.float32)), np.array(plain.astype(mx.float32)), atol=0.02)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tokens_of_minus_infinity_are_as_if_they_were_not_there(frozen):
+    """Phi-3 small gives those of its vocabulary that do not exist -inf."""
+    own = nn.Linear(64, 99)
+
+    def wider(states):
+        return mx.concatenate([own(states), mx.full((len(states), 7), -mx.inf)], axis=-1)
+
+    def loss(states, head):
+        halves = Split(lambda ids: ids, head, lambda: None, frozen)
+        logprobs, entropies = head_logprobs(halves, states, mx.arange(9), 0.7, SMALL, entropy_slopes=True)
+        return (logprobs + 2 * entropies).sum()
+
+    states = mx.random.normal((9, 64), key=mx.random.key(0))
+    found, expected = (mx.value_and_grad(loss)(states, head) for head in (wider, own))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tied", "trained head"])
 def test_padding_is_never_seen(name):
     model = MODELS[name]()
@@ -260,9 +279,8 @@ def test_a_wide_vocabularys_logprobs_and_slopes_are_exact_ones():
     states, weights = draw.normal(0, 1, (4, 8)), draw.normal(0, 1, (8, 151_936))
     targets = np.array([3, 70_000, 151_935, 0])
     weight = mx.array(weights.astype(np.float32))
-    found, entropy = _frozen_chunk(
-        lambda states: states @ weight, mx.array(states.astype(np.float32)), mx.array(targets), 0.8, True, True
-    )
+    halves = Split(lambda ids: ids, lambda states: states @ weight, lambda: None, True)
+    found, entropy = _frozen_chunk(halves, mx.array(states.astype(np.float32)), mx.array(targets), 0.8, True, True)
     wide = states.astype(np.float32).astype(np.float64) @ weights.astype(np.float32).astype(np.float64) / 0.8
     logs = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
     probs, rows = np.exp(logs), np.arange(4)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from factories import CHATML, ONE, PROMPT, Killed, lora, make_model, make_tokenizer, wrap
@@ -384,6 +386,17 @@ def test_a_model_that_breaks_is_noticed_before_anything_is_saved(settings, tmp_p
     assert not (tmp_path / "run" / "adapter").exists()
     if (checkpoint := tmp_path / "run" / "checkpoint.safetensors").exists():  # of the step before
         assert all(mx.isfinite(array).all() for array in mx.load(str(checkpoint)).values())
+
+
+@pytest.mark.parametrize(
+    ("logits", "fine"),
+    [([0, -mx.inf], True), ([-mx.inf, -mx.inf], False), ([0, mx.inf], False), ([0, -mx.inf, mx.nan], False)],
+)
+def test_a_model_is_broken_if_its_outputs_are_no_distribution(logits, fine):
+    """Tokens that do not exist have -inf in Phi-3 small."""
+    loaded = SimpleNamespace(model=nn.Sequential(lambda ids: mx.array([[[0.0] * len(logits), logits]])))
+    with nullcontext() if fine else pytest.raises(UserError, match="^step 3: the model's outputs are no longer finite"):
+        loop._refuse_broken(loaded, 3, OptimizerConfig())
 
 
 # ---------------------------------------------------------------------------------- data and wrong input
