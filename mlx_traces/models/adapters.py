@@ -423,6 +423,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     config = read_config(folder)
     kind = config.get("fine_tune_type", "lora")
     weights = _read_weights(folder)
+    too_few_bits = is_of_dense_embedding(model, config)
     if kind != "full":
         try:
             linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora")
@@ -444,13 +445,20 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(f"{folder}: no layer of this model takes the adapter; was it made for another one?")
     if any(faults.values()):
         summary = "; ".join(f"{len(names)} tensors {what}, e.g. {names[0]}" for what, names in faults.items() if names)
-        quantized = kind == "full" and any(name.endswith(".scales") for name in places)
-        way_out = "; it has dense weights and the model has quantized ones: pass --weights dense" if quantized else ""
-        raise UserError(f"{folder}: the adapter does not fit this model ({summary}){way_out}")
+        too_few_bits |= kind == "full" and any(name.endswith(".scales") for name in places)
+        way_out = "; it is of dense weights and the model has quantized ones: pass --weights dense"
+        raise UserError(f"{folder}: the adapter does not fit this model ({summary}){way_out if too_few_bits else ''}")
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def is_of_dense_embedding(model: nn.Module, config: dict[str, Any]) -> bool:
+    """Whether an adapter is DoRA on an embedding that is quantized in this model, where it would have to be dense."""
+    keys = (config.get("lora_parameters") or {}).get("keys") or ()
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.QuantizedEmbedding)}
+    return config.get("fine_tune_type") == "dora" and not embeddings.isdisjoint(keys)
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def describe(folder: Path) -> dict[str, Any]:
     ``bits_per_weight`` counts scales, biases and what stays dense (mlx_lm's count); ``file_mb`` is the size of the
     weights on disk in 1e6 bytes. No weights are read.
     """
-    model, config = _lazy(folder, str(folder), False)
+    model, config = lazily(folder, str(folder), False)
     own = config.get("quantization") or {}
     size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     exact = compute_bits_per_weight(model)
@@ -100,7 +100,7 @@ def origin(model: str) -> dict[str, Any] | None:
 
 def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bool) -> dict[str, Any] | None:
     """Write weights, configuration and the source's other files; return the source's own quantization."""
-    model, config = _lazy(source, wanted.model, trust_remote_code)
+    model, config = lazily(source, wanted.model, trust_remote_code)
     own, dtype = _quantization(config), own_dtype(source, config)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
@@ -126,7 +126,7 @@ def _write(folder: Path, source: Path, wanted: Conversion, trust_remote_code: bo
     return own
 
 
-def _lazy(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+def lazily(folder: Path, name: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
     """Load a model without reading its weights."""
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)

@@ -17,7 +17,7 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from mlx_traces.config import SFTConfig
 from mlx_traces.engine import logprobs
 from mlx_traces.errors import UserError, choices, first_line
-from mlx_traces.models import adapters, loading, names
+from mlx_traces.models import adapters, convert, loading, names
 from mlx_traces.models.convert import GROUP, LEFT_BEHIND, add_up, own_dtype, weight_name
 from mlx_traces.runtime.files import put_in_place, scratch_folder, to_json
 from mlx_traces.runtime.fingerprints import fingerprint
@@ -84,21 +84,27 @@ def fuse(
     if bits < 16 and data is None:
         raise UserError(f"{bits} bits can round an adapter away: pass --data FILE, traces to measure the loss on")
     names.check(name, adapter)
-    full = adapters.read_config(Path(adapter).expanduser()).get("fine_tune_type") == "full"
+    settings = adapters.read_config(Path(adapter).expanduser())
+    base = convert.lazily(names.resolve(name)[0], name, trust_remote_code)[0]
+    quantized = {path for path, module in base.named_modules() if "scales" in module}
+    full = settings.get("fine_tune_type") == "full"
+    # What the adapter holds is for dense weights, so the base must be dense before it fits.
+    dense = full or adapters.is_of_dense_embedding(base, settings)
     traces = list(islice(read_traces(Path(data)), count)) if data else []
     scratch = scratch_folder(out)
     try:
         losses: dict[str, Any] = {}
         if traces:
             progress("loss before")
-            loaded = loading.load(name, adapter, trust_remote_code=trust_remote_code)
+            weights = "dense" if dense else None
+            loaded = loading.load(name, adapter, weights=weights, trust_remote_code=trust_remote_code)
             losses["loss_unfused"], losses["tokens"] = mean_loss(loaded, traces)
             if not full:
                 with adapters.switched_off(loaded.model):
                     losses["loss_base"] = mean_loss(loaded, traces)[0]
             del loaded
         progress("fusing")
-        dtype = _write(scratch, name, adapter, full, bits, trust_remote_code)
+        dtype = _write(scratch, name, adapter, quantized, dense, bits, trust_remote_code)
         if traces:
             progress("loss after")
             losses["loss_fused"] = mean_loss(loading.load(str(scratch), trust_remote_code=trust_remote_code), traces)[0]
@@ -127,10 +133,14 @@ def mean_loss(loaded: loading.LoadedModel, traces: Iterable[Any]) -> tuple[float
     return sft.mean_loss(logprobs.split(loaded.model), rows, config), sum(row.count for row in rows)
 
 
-def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_remote_code: bool) -> str:
-    """Fuse, and write weights, configuration and the base's other files; return the 16-bit type."""
-    # A full adapter holds dense weights, so the base must be dense before it fits.
-    kind = {"weights": "dense", "dtype": "float32"} if full else {"weights": "quantized"}
+def _write(
+    folder: Path, name: str, adapter: str, quantized: set[str], dense: bool, bits: int, trust_remote_code: bool
+) -> str:
+    """Fuse, and write weights, configuration and the base's other files; return the 16-bit type.
+
+    ``quantized`` names the base's quantized layers.
+    """
+    kind = {"weights": "dense", "dtype": "float32"} if dense else {"weights": "quantized"}
     loaded = loading.load(name, adapter, **kind, trust_remote_code=trust_remote_code)
     model, config = loaded.model, dict(loaded.config)
     dtype = own_dtype(loaded.path, config)
@@ -138,7 +148,7 @@ def _write(folder: Path, name: str, adapter: str, full: bool, bits: int, trust_r
     config.pop("quantization_config", None)
     same = own.get("bits") == bits and isinstance(own.get("group_size"), int)
     untouched = {name: module for name, module in model.named_modules() if same and "scales" in module}
-    quantized = add_up(model)
+    add_up(model)
     model.set_dtype(dtype)
     for label, array in tree_flatten(model.parameters()):
         mx.eval(array)  # one at a time, so that float32 intermediates do not add up

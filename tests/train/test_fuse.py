@@ -1,9 +1,11 @@
 """Fused models: the same logits up to rounding, loadable by mlx_lm, whole or not there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -137,3 +139,27 @@ def test_layers_without_an_adapter_keep_their_quantized_weights(tiny_folder, tmp
     assert {name for name in after if after[name].dtype == mx.float32} == set()
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed and all("q_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("full", None), ("dora", ["model.embed_tokens"])])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_adapters_of_dense_weights_fit_a_quantized_base(tiny_folder, tmp_path, monkeypatch, kind, targets, bits):
+    """Also where weights stay quantized unless told otherwise, as on Metal; the base's layout stays."""
+    base, choose = tmp_path / "base", loading.choose
+    monkeypatch.setattr(loading, "choose", lambda a, weights, *rest: choose(a, weights or "quantized", *rest))
+    shutil.copytree(tiny_folder, base)
+    model, _ = mlx_lm.utils.load_model(base)
+    model.layers[1].mlp.down_proj = nn.Linear(128, 64, bias=False)  # dense in the base
+    mlx_lm.utils.save_model(base, model)
+    adapter = make_adapter(base, tmp_path / "adapter", kind, targets)
+    with pytest.raises(UserError, match="pass --weights dense"):
+        loading.load(str(base), str(adapter))
+    unfused = loading.load(str(base), str(adapter), weights="dense", dtype="float32").model(IDS)
+    result = fuse.fuse(str(base), str(adapter), tmp_path / "fused", bits, write_traces(tmp_path / "traces.jsonl"))
+    assert result.loss_fused == pytest.approx(result.loss_unfused, abs=0.02 if bits == 16 else 3)
+    assert (result.loss_base is None) == (kind == "full")
+    stored = {name for name in mx.load(str(tmp_path / "fused" / "model.safetensors")) if name.endswith(".scales")}
+    scales = {name for name in mx.load(str(base / "model.safetensors")) if name.endswith(".scales")}
+    assert stored == (scales if bits == 4 else set()) and scales
+    if bits == 16:
+        assert mx.abs(loading.load(str(tmp_path / "fused")).model(IDS) - unfused).max().item() < 0.1
