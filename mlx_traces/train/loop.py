@@ -132,7 +132,7 @@ class Training:
             self._log(row)
         if self.progress.best_step == self.progress.step and not self.folder.finished:
             self._keep()  # the start, or what a run that was cut off had saved, but not kept
-        while self.progress.step < self.last and not 0 < self.config.patience <= self.progress.waited:
+        while not self._done:
             yield self.progress.step + 1
 
     def end_step(self, step: int, metrics: Mapping[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
@@ -153,8 +153,8 @@ class Training:
         if step % self.every == 0 or step == self.last:
             row |= self._validated()
         self._log(row)
-        best, stopping = self.progress.best_step == step, self.stop() and step < self.last
-        if best or step % self.config.save_every == 0 or step == self.last or stopping:
+        best, stopping = self.progress.best_step == step, self.stop() and not self._done
+        if best or step % self.config.save_every == 0 or self._done or stopping:
             checkpoints.save(self.checkpoint, self.module, self.optimizer, asdict(self.progress))
         if best:
             self._keep()
@@ -166,6 +166,10 @@ class Training:
         if self.progress.best is None:
             self._keep()
         return self.folder.metrics
+
+    @property
+    def _done(self) -> bool:
+        return self.progress.step >= self.last or 0 < self.config.patience <= self.progress.waited
 
     @property
     def stopped(self) -> str | None:

@@ -231,7 +231,8 @@ def test_kill_9(settings, tmp_path):
 
 
 def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
-    config = SFTConfig(**{**settings, "learning_rate": 0.1, "warmup": 0, "epochs": 9, "eval_every": 1, "patience": 2})
+    changes = {"learning_rate": 0.1, "warmup": 0, "epochs": 9, "eval_every": 1, "patience": 2, "save_every": 99}
+    config = SFTConfig(**{**settings, **changes})
     result = sft.train(config, tmp_path / "run")
     losses = {
         row["step"]: row["valid/loss"]
@@ -248,7 +249,10 @@ def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
     loaded = loading.load(config.model, str(tmp_path / "run" / "adapter"), device="cpu")
     data = sft.prepare(loaded, config)
     assert sft.mean_loss(logprobs.split(loaded.model), data.valid, config) == pytest.approx(losses[best], abs=1e-5)
-    again = sft.train(config, tmp_path / "run", resume=True)  # finished already: nothing changes
+    before, learned = outcome(tmp_path / "run"), []
+    again = sft.train(config, tmp_path / "run", resume=True, show=lambda *row: learned.append(row))
+    assert not learned  # finished already: nothing changes
+    assert_same_outcome(tmp_path / "run", before)
     assert (again.steps, again.best_step, again.valid_loss) == (result.steps, result.best_step, result.valid_loss)
     assert again.stopped == "patience"
 
