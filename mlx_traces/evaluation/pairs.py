@@ -30,8 +30,8 @@ class Pair:
     ``losses`` the reverse. ``diff`` is a's accuracy minus b's, ``low`` and ``high`` its 95 % interval (paired
     bootstrap), all fractions. ``ratio`` is a's accuracy divided by b's, ``ratio_low`` and ``ratio_high`` its 95 %
     interval (paired bootstrap); NaN if unknown or both are 0. ``clusters``, if problems form clusters, is their number.
-    ``p_holm`` is adjusted over the ``family`` pairs tested
-    together. ``cut_a`` and ``cut_b`` are the shares of answers that were cut off at the token cap.
+    ``p_holm`` is adjusted over the ``family`` pairs tested together. ``cut_a`` and ``cut_b`` are the shares of answers
+    that were cut off at the token cap.
     """
 
     a: str

@@ -224,6 +224,10 @@ class Server:
     def __init__(self, config: EvalConfig) -> None:
         self.config, self.url, self.notes = config, config.endpoint, []
         self.known: list[str] | None = None
+        try:
+            httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:
+            raise UserError(f"--endpoint {self.url}: not an address ({first_line(error)})") from None
         self._key, self._refused = key(config), frozenset()
         self._client = httpx2.Client(
             timeout=config.timeout,
@@ -310,15 +314,10 @@ class Server:
 
         Raises:
             Passing: if the reply is too long, in bytes or in time.
-            UserError: if no server can have such an address.
             httpx2.HTTPError: if the connection fails.
         """
         most, content = REPLY_BYTES + TOKEN_BYTES * self.config.max_tokens, bytearray()
         deadline = monotonic() + timeout
-        try:
-            self._client.build_request(method, self.url)
-        except httpx2.InvalidURL as error:
-            raise UserError(f"--endpoint {self.url}: not an address ({first_line(error)})") from None
         with self._client.stream(method, self.url + path, json=body, auth=self._signed, timeout=timeout) as response:
             for part in response.iter_bytes():
                 content += part
