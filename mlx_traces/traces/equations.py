@@ -46,6 +46,7 @@ _SPOILERS = frozenset(  # after one of these words, a number does not begin an e
     + ("mod", "modulo", "power", "times", "plus", "minus", "by", "over", "per", "than")
 )
 _OPERATIONS = frozenset(("squared", "cubed", "power", "factorial", "choose", "mod", "modulo", "remainder"))  # no units
+_REMAINDER = re.compile(r"(?:[ ,;({~]|\\(?:text|[ ,;])|and |with |a ){0,8}(?:remainder|rem\b|[rR][ },\\]{0,4}[0-9])")
 _SUBSCRIPT = re.compile(r"_.*|[0-9₀-₉]+$")
 _RELATION = re.compile(r"(?<![<>!≠:=])=+(?!>)")
 
@@ -87,7 +88,7 @@ def checked(text: str) -> Iterator[tuple[int, int, bool]]:
             right = first.at_start(whole)
             verdict = _compare(left, right)
             budget -= first.read
-            if verdict is not None:
+            if verdict is not None and not _REMAINDER.match(text, right[-1].end):
                 begin = left[0].start if left[0].start >= last_end else marks[place - 1][0]
                 last_end = right[-1].end
                 yield begin, last_end, verdict

@@ -240,6 +240,14 @@ T, F = True, False
         ("√16 + 2 = 18, √(16) + 2 = 6, ∛8 + 1 = 3, 2 √16 = 8, 1 + √16 = 17", []),
         ("3 squared + 1 = 10, 10 = 1 + 3 squared, 2 cubed + 1 = 9, 1 + 7 = 2 to the power 3", []),
         ("5 factorial + 1 = 121, 5 choose 2 + 1 = 11, 7 mod 4 + 1 = 4", []),
+        (
+            "17/5 = 3, remainder 2; 17/5 = 3 R2; 17/5 = 3 (remainder 2), 17/5 = 3, with a remainder of 2; 1 + 1 = 2",
+            [True],
+        ),
+        (
+            r"$17 \div 5 = 3 \text{ R } 2$, $17 / 5 = 3 \text{, remainder } 2$, $17/5 = 3 \, r \, 2$; 2 + 2 = 5",
+            [False],
+        ),
         ("7 / 2 = 3 remainder 1, 7 / 2 = 3 R 1, 7 / 2 = 3 with a remainder of 1, 2 1/2 hours = 150 minutes", []),
         ("8:00 + 2 = 10:00, 9:30 - 7:00 = 2:30, 2 + 3 = 5 6/2", []),
         (r"log_2 8 + 1 = 4, \log_{2} 8 + 1 = 4, log10 100 + 1 = 3, log₂ 8 + 1 = 4, sin 0 + 1 = 1", []),
