@@ -228,12 +228,14 @@ class Outlook:
             prompt = rollouts.longest_prompt(self.loaded, planned)
         except UserError as error:
             raise UserError(f"round3: {error}") from None
-        completions = config.num_steps * config.prompts_per_step * config.group_size
+        draws = 1 + getattr(config, "max_resamples", 0)
+        completions = config.num_steps * config.prompts_per_step * config.group_size * draws
         answered, answering_gb, words = self._held_out(config, 1 + math.ceil(config.num_steps / config.eval_every))
         if (config.pass_rate_low, config.pass_rate_high) != (0, 1):
             completions += len(planned.problems) * config.probe_samples
             words += f", {_problems(len(planned.problems), config.probe_samples)} for their pass rates"
         steps = f"{config.num_steps} steps of {_problems(config.prompts_per_step, config.group_size)}"
+        steps += f", drawn up to {draws} times where a group's rewards are equal" * (draws > 1)
         backend = self.loaded.backend
         config = memory.fitted(config, backend, lambda one: memory.of_reinforcement(self.loaded, one, prompt))
         found = memory.of_reinforcement(self.loaded, config, prompt)

@@ -504,6 +504,7 @@ def test_a_dry_run_says_what_would_stop_the_rounds(tmp_path):
 def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     held_out = {"task": "countdown", "prompt": "thinking", "limit": 3, "max_tokens": 10}
     grpo = {**STEPS, "group_size": 4, "num_steps": 10, "limit": 2, "pass_rate_low": 0.1, "evaluate": held_out}
+    grpo["max_resamples"] = 2
     config = config_in(tmp_path, round3={"grpo": grpo})
     plan = rounds.stages(config, quiet)
     outlook, by_name = estimate.Outlook(config, plan), {stage.name: stage for stage in plan}
@@ -513,8 +514,9 @@ def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     found = {name: outlook.of(by_name[name]) for name in ("generated", "epoch1", "epoch2", "round3")}
     assert found["generated"].tokens == 16 * 4 * 96
     assert found["epoch2"].tokens == 32 * (prompt + 96)  # two of four are kept
-    assert found["round3"].tokens == (10 * 2 * 4 + 2 * 4) * 64 + 2 * 3 * 10  # steps, pass rates, two validations
+    assert found["round3"].tokens == (10 * 2 * 4 * 3 + 2 * 4) * 64 + 2 * 3 * 10  # steps, pass rates, two validations
     assert "22 traces of at most " in found["epoch1"].told and "2 validations of 3 problems" in found["round3"].told
+    assert "2 problems x 4, drawn up to 3 times where a group's rewards are equal" in found["round3"].told
     longest = max(len(tokens) for tokens in map(loaded.tokenizer.encode, (t.completion for t in outlook.raw)))
     assert found["epoch1"].tokens % 22 == 0 and found["epoch1"].tokens >= 22 * longest
     assert all(one.memory_gb > 0.001 for one in found.values())
