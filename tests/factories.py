@@ -3,12 +3,16 @@
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
@@ -371,6 +375,36 @@ def assert_same_outcome(out, expected):
 
 class Killed(BaseException):
     """Stands for kill -9 within a test's own process."""
+
+
+class Moments:
+    """Counts the moments right before and after each call of some functions; a run can be killed at any of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *functions: tuple[Any, str]):
+        self.count, self.last = 0, None
+        for owner, name in functions:
+            patch.setattr(owner, name, self._watched(getattr(owner, name)))
+
+    def _watched(self, whole: Callable) -> Callable:
+        def watched(*args, **kwargs):
+            self._pass()
+            result = whole(*args, **kwargs)
+            self._pass()
+            return result
+
+        return watched
+
+    def _pass(self) -> None:
+        self.count += 1
+        if self.count == self.last:
+            raise Killed
+
+    def live(self, train: Callable, *lives: int) -> None:
+        """Begin a run, kill it after each number of moments and go on with it, and let it come to its end."""
+        for life, self.last in enumerate((*lives, None)):
+            self.count = 0
+            with pytest.raises(Killed) if self.last else nullcontext():
+                train(resume=life > 0)
 
 
 # ---------------------------------------------------------------------------------- commands

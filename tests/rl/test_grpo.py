@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from factories import (
     Killed,
+    Moments,
     assert_close,
     assert_same_outcome,
     level,
@@ -504,42 +506,17 @@ def settings(model_folder, tmp_path):
 )
 def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch, changes):
     config = GRPOConfig(**{**settings, **changes})
+    moments = Moments(
+        monkeypatch,
+        *((grpo, "learn"), (adapters, "save"), (checkpoints, "save")),
+        *((run_folder.RunFolder, "log"), (run_folder.RunFolder, "conclude")),
+    )
     grpo.train(config, tmp_path / "whole")
-    expected = outcome(tmp_path / "whole")
+    count, expected = moments.count, outcome(tmp_path / "whole")
     assert expected[3]["steps"] == 4 and len(expected[1]) == 5
-    moments, wanted = [], None
-
-    def at_each(owner, name):
-        whole = getattr(owner, name)
-
-        def interrupted(*args, **kwargs):
-            moments.append(name)
-            if len(moments) == wanted:
-                raise Killed
-            result = whole(*args, **kwargs)
-            moments.append(name)
-            if len(moments) == wanted:
-                raise Killed
-            return result
-
-        monkeypatch.setattr(owner, name, interrupted)
-
-    at_each(grpo, "learn")
-    at_each(run_folder.RunFolder, "log")
-    at_each(run_folder.RunFolder, "conclude")
-    at_each(adapters, "save")
-    at_each(checkpoints, "save")
-    grpo.train(config, tmp_path / "counted")
-    assert_same_outcome(tmp_path / "counted", expected)
-    count = len(moments)
-    for place in [1, *range(6, count - 2, 17 if not changes else 29), count - 3, count]:
-        out, wanted = tmp_path / str(place), place
-        moments.clear()
-        with pytest.raises(Killed):
-            grpo.train(config, out)
-        wanted = None
-        grpo.train(config, out, resume=True)
-        assert_same_outcome(out, expected)
+    for name, lives in {"anywhere": (1, 6, 23, 9, 18), "end": (count - 3, 17)}.items():
+        moments.live(partial(grpo.train, config, tmp_path / name), *lives)
+        assert_same_outcome(tmp_path / name, expected)
 
 
 def command_of(settings, folder, rewards):

@@ -3,13 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from factories import (
-    Killed,
+    Moments,
     assert_close,
     assert_same_outcome,
     lora,
@@ -481,28 +482,14 @@ def settings(model_folder, tmp_path):
 @pytest.mark.parametrize("changes", [{"value_warmup_steps": 2}, {"kl_coef": 0.1, "entropy_coef": 0.1, "group_size": 1}])
 def test_a_run_that_is_cut_off_ends_the_same(settings, tmp_path, monkeypatch, changes):
     config = PPOConfig(**{**settings, **changes})
+    moments = Moments(monkeypatch, (ppo, "learn"), (checkpoints, "save"))
     ppo.train(config, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     assert expected[3]["steps"] == 4 and len(expected[1]) == 5
     stored = {name.partition(".")[2] for name in expected[0] if "optimizer" in name}
     assert any("states.0.policy" in name for name in stored) and any("states.1.value" in name for name in stored)
-    moments = ((ppo, "learn", 1), (checkpoints, "save", 1), (ppo, "learn", 4), (checkpoints, "save", 2))
-    for owner, name, at in moments if "kl_coef" not in changes else moments[1:3]:
-        out, whole, calls = tmp_path / f"{name}{at}", getattr(owner, name), []
-
-        def interrupted(*args, whole=whole, calls=calls, at=at, **kwargs):
-            result = whole(*args, **kwargs)
-            calls.append(1)
-            if len(calls) == at:
-                raise Killed
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, interrupted)
-            with pytest.raises(Killed):
-                ppo.train(config, out)
-        ppo.train(config, out, resume=True)
-        assert_same_outcome(out, expected)
+    moments.live(partial(ppo.train, config, tmp_path / "cut"), 2, 6, 4, 6)
+    assert_same_outcome(tmp_path / "cut", expected)
 
 
 def test_it_learns_and_says_what_it_did(settings, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from factories import CHATML, ONE, PROMPT, Killed, lora, make_model, make_tokenizer, wrap
+from factories import CHATML, ONE, PROMPT, Killed, Moments, lora, make_model, make_tokenizer, wrap
 from mlx.utils import tree_flatten
 from stress import killing
 
@@ -98,7 +99,7 @@ def write_traces(path, count=24, per_problem=2, twins=False):
     draw = np.random.default_rng(7)
     lines = []
     for i in range(count):
-        text = "".join(chr(c) for c in draw.integers(97, 110, draw.integers(2, 20)))
+        text = "".join(chr(c) for c in draw.integers(97, 110, draw.integers(2, 9)))
         name = f"p{i // per_problem}" + (f"#{i % per_problem + 1}" if twins and i % per_problem else "")
         asked = [{"role": "user", "content": f"1+{i // per_problem}"}]
         lines.append({"id": name, "messages": asked, "completion": text, "sample": i % per_problem})
@@ -151,40 +152,17 @@ def assert_same_outcome(out, expected):
 
 def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
     config = SFTConfig(**settings)
-    moments, wanted = [], None
-
-    def at_each(owner, name):
-        whole = getattr(owner, name)
-
-        def interrupted(*args, **kwargs):
-            for when in ("before", "after"):
-                moments.append((name, when))
-                if len(moments) == wanted:
-                    raise Killed
-                result = whole(*args, **kwargs) if when == "before" else result  # noqa: F821
-            return result
-
-        monkeypatch.setattr(owner, name, interrupted)
-
+    moments = Moments(
+        monkeypatch,
+        *((sft, "step_gradient"), (adapters, "save"), (checkpoints, "save")),
+        *((run_folder.RunFolder, "log"), (run_folder.RunFolder, "conclude")),
+    )
     sft.train(config, tmp_path / "whole")
-    expected = outcome(tmp_path / "whole")
+    count, expected = moments.count, outcome(tmp_path / "whole")
     assert expected[2]["steps"] == len(expected[1]) - 1 >= 8  # and the validation before the first step
-    at_each(sft, "step_gradient")
-    at_each(run_folder.RunFolder, "log")
-    at_each(run_folder.RunFolder, "conclude")
-    at_each(adapters, "save")
-    at_each(checkpoints, "save")
-    sft.train(config, tmp_path / "counted")
-    assert_same_outcome(tmp_path / "counted", expected)
-    count = len(moments)
-    for place in [2, 5, *range(11, count - 4, 31), count - 3, count]:
-        out, wanted = tmp_path / str(place), place
-        moments.clear()
-        with pytest.raises(Killed):
-            sft.train(config, out)
-        wanted = None
-        sft.train(config, out, resume=True)
-        assert_same_outcome(out, expected)
+    for name, lives in {"anywhere": (2, 5, 23, 11, 26, 7, 22), "end": (count - 3, 3)}.items():
+        moments.live(partial(sft.train, config, tmp_path / name), *lives)
+        assert_same_outcome(tmp_path / name, expected)
 
 
 KILL = """
