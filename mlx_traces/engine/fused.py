@@ -25,6 +25,7 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.rope_utils import Llama3RoPE, YarnRoPE
 
+from mlx_traces.engine.attention import SLICES, Reading
 from mlx_traces.engine.kv_cache import SlotCache, decodes_right
 from mlx_traces.engine.logprobs import probe
 from mlx_traces.models.adapters import LowRank
@@ -116,7 +117,7 @@ class Step:
         return out.reshape(rows, -1)
 
 
-def step_of(model: nn.Module, backend: str) -> Step | None:
+def step_of(model: nn.Module, backend: str, reading: Reading = SLICES) -> Step | None:
     """Return the fused step of a model on a backend (``"cpu"``, ``"metal"``, ``"cuda"``), None to call the modules."""
     way = f"{PROVED}{backend}_low_rank" if any(type(part) is LowRank for part in model.modules()) else PROVED + backend
     proved = getattr(model, way, None)
@@ -124,7 +125,7 @@ def step_of(model: nn.Module, backend: str) -> Step | None:
         return None
     step = Step(model, backend)
     if proved is None:
-        proved = _right(model, step)
+        proved = _right(model, step, reading)
         if proved or mx.isfinite(model(mx.array([[0]]))).all().item():  # broken weights say nothing of the model
             setattr(model, way, proved)
     return step if proved else None
@@ -256,12 +257,12 @@ def _largest(model: nn.Module) -> int:
     return max(sum(_base(module).weight.size for module in _to_join(layer)[1]) for layer in model.layers)
 
 
-def _right(model: nn.Module, step: Step) -> bool:
+def _right(model: nn.Module, step: Step, reading: Reading) -> bool:
     """Whether the step gives the modules' logits, for rows that began at different places and for a single row."""
     training, rows = model.training, [probe(model, 24), probe(model, 3)] * 3
     model.eval()
     try:
-        return all(decodes_right(model, 4, those, step) for those in (rows, rows[:1]))
+        return all(decodes_right(model, 4, those, reading, step) for those in (rows, rows[:1]))
     finally:
         model.train(training)
 

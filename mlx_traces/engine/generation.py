@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_traces.engine import cpu_trunk, fused
-from mlx_traces.engine.attention import SLICES, Reading, reading
+from mlx_traces.engine import attention, cpu_trunk, fused
+from mlx_traces.engine.attention import SLICES, Reading
 from mlx_traces.engine.kv_cache import STEP, SlotCache, Window, align_right, mask_axes
 from mlx_traces.engine.mlx_lm_fallback import generate_plainly
 from mlx_traces.engine.sampling import (
@@ -188,7 +188,8 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that memory did not hold are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    axes = mask_axes(loaded.model) if plain else 0
+    reading = reading_of(loaded) if plain else SLICES
+    axes = mask_axes(loaded.model, reading) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
@@ -199,7 +200,7 @@ def _run(
         threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
         with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
             if axes != 0:
-                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4).run()
+                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4, reading).run()
             else:
                 stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
             for place, rollout in stream:
@@ -219,7 +220,7 @@ def reading_of(loaded: LoadedModel) -> Reading:
     if loaded.backend.name == "cpu":  # there it is computed step by step
         return SLICES
     dtype = loaded.model(mx.array([[0]])).dtype  # of an array that is never computed
-    found = reading(dtype)
+    found = attention.reading(dtype)
     if found != SLICES:
         way = "copied for each step" if found.copied else "read from their buffer's beginning"
         _note(loaded, f"attention misreads slices in {weight_name(dtype)} here, so keys and values are {way}: slower")
@@ -284,6 +285,7 @@ class _Engine:
         logprobs: bool,
         usage: Usage,
         axes: int,
+        reading: Reading,
     ):
         self.loaded, self.requests, self.params, self.usage = loaded, requests, params, usage
         # Groups stay together, and prompts come longest first: later ones then fit where earlier ones were.
@@ -309,8 +311,8 @@ class _Engine:
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.candidates = CANDIDATES
-        self.fused = fused.step_of(loaded.model, loaded.backend.name) if axes == 4 else None
-        self.window = Window(rows, axes, reading_of(loaded))
+        self.fused = fused.step_of(loaded.model, loaded.backend.name, reading) if axes == 4 else None
+        self.window = Window(rows, axes, reading)
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next
         self.shared = common_beginning([request.prompt_ids for request in requests])

@@ -127,7 +127,7 @@ class SlotCache:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def mask_axes(model: nn.Module) -> int | None:
+def mask_axes(model: nn.Module, reading: Reading = SLICES) -> int | None:
     """Find out how many axes a model's mask needs when rows began at different places.
 
     Four, (R, 1, 1, K), for attention by ``mx.fast``. Five for models that split the heads by key-value head
@@ -141,7 +141,7 @@ def mask_axes(model: nn.Module) -> int | None:
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
-        found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked)), 0)
+        found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked, reading)), 0)
         model.train(training)
         if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
             return 4  # with broken weights the probe says nothing; drawing the first token reports them
@@ -150,14 +150,18 @@ def mask_axes(model: nn.Module) -> int | None:
 
 
 def decodes_right(
-    model: nn.Module, axes: int, rows: Sequence[tuple[int, ...]], step: Callable[..., mx.array] | None = None
+    model: nn.Module,
+    axes: int,
+    rows: Sequence[tuple[int, ...]],
+    reading: Reading = SLICES,
+    step: Callable[..., mx.array] | None = None,
 ) -> bool:
     """Return whether rows of two alternating prompts, decoded together, have the logits of each prompt alone.
 
     The first prompt is the longer one. It fills every slot first, so that the other rows' slots hold old keys, as in
     use. ``step`` decodes the rows, from (R,) tokens and the layers' caches; by default the model's modules do.
     """
-    token, window, alone = 3, Window(len(rows), axes), []
+    token, window, alone = 3, Window(len(rows), axes, reading), []
     caches = [SlotCache(window) for _ in model.layers]
     window.write = len(rows[0])
     window.start[:] = [window.write - len(row) for row in rows]

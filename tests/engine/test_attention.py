@@ -113,26 +113,30 @@ def test_attention_that_is_wrong_in_any_case_is_refused(monkeypatch):
     attention.misread.cache_clear()
 
 
-@pytest.mark.parametrize("by", ["modules", "fused step"])
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_misreading_device_samples_the_same_tokens(kind, by, monkeypatch):
-    """One row at once; rows that begin together, again and again; rows that begin apart; a window that moves."""
+def sampled(backend):
+    """Sample one row at once; rows that begin together, again and again; rows that begin apart; a window that moves."""
     random, loaded = np.random.default_rng(0), wrap(make_tokenizer(), make_model())
     alike = [tuple(row) for row in random.integers(0, 98, (8, 20)).tolist()]
     apart = [tuple(random.integers(0, 98, size).tolist()) for size in (3, 41, 7, 1, 29, 12, 5, 33)]
+    own = replace(loaded, backend=replace(loaded.backend, name=backend), notes=[])
+    each = [SamplingParams(max_tokens=9 + 4 * (i % 5)) for i in range(8)]
+    found = [
+        sorted(generate(own, [Request(p) for p in prompts], each, rows), key=lambda pair: pair[0])
+        for prompts, rows in ((apart, 1), (alike, 4), (apart, 3))
+    ]
+    return [rollout.completion_ids for pairs in found for _, rollout in pairs], own.notes
 
-    def sampled(backend):
-        own = replace(loaded, backend=replace(loaded.backend, name=backend), notes=[])
-        found = [
-            sorted(generate(own, [Request(p) for p in prompts], each, rows), key=lambda pair: pair[0])
-            for prompts, rows in ((apart, 1), (alike, 4), (apart, 3))
-            for each in [[SamplingParams(max_tokens=9 + 4 * (i % 5)) for i in range(8)]]
-        ]
-        return [rollout.completion_ids for pairs in found for _, rollout in pairs], own.notes
 
+@pytest.fixture(scope="module")
+def expected():
+    return sampled("cpu")[0]
+
+
+@pytest.mark.parametrize("by", ["modules", "fused step"])
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_misreading_device_samples_the_same_tokens(expected, kind, by, monkeypatch):
     if by == "modules":
         monkeypatch.setattr(fused, "step_of", lambda *_: None)
-    expected, _ = sampled("cpu")
     device = kind(monkeypatch)
     found, notes = sampled("metal")
     assert found == expected

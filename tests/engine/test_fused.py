@@ -30,7 +30,7 @@ def sampled(loaded, rows=5):
     """Return the rollouts of prompts of uneven length, greedy ones and others, rows joining and leaving."""
     random = np.random.default_rng(2)
     asked = [Request(tuple(random.integers(0, 98, size).tolist()), size) for size in (3, 19, 7, 19, 1, 12, 30, 5)]
-    each = [SamplingParams(max_tokens=6 + 3 * i, temperature=float(i % 2)) for i in range(len(asked))]
+    each = [SamplingParams(max_tokens=5 + 2 * i, temperature=float(i % 2)) for i in range(len(asked))]
     return [rollout for _, rollout in sorted(generate(loaded, asked, each, rows, logprobs=True), key=lambda p: p[0])]
 
 
