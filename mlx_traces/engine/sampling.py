@@ -24,6 +24,7 @@ LONGEST_TAG = 64  # tokens that a tag of a thought may take
 CONTEXT = 8  # number of earlier tokens on which a token's text may depend
 NO_TOKEN = -1  # in place of a token where the logits are not finite numbers
 UNSURE = -2  # in place of a token where the filters may keep tokens outside the candidates
+MOST = 1 - 2**-23  # of a share: one that rounds to 1 would point behind the last token
 FINE = 32  # tokens of a block of candidates
 CANDIDATES = 256  # blocks that filters search at first: 8,192 tokens, or 256 that lie far apart
 
@@ -367,20 +368,28 @@ def _invert(scaled: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array, m
 
     A token of probability 0 is not drawn.
     """
-    parts, most = blocks(scaled, -mx.inf), 1 - 2**-23  # a share that rounds to 1 would point behind the last block
+    parts = blocks(scaled, -mx.inf)
     sums = mx.logsumexp(parts, axis=-1)
     top = sums.max(axis=-1, keepdims=True)
     weights = mx.exp(sums - top)
-    mass = mx.cumsum(weights, axis=-1)
-    target = mx.minimum(uniforms[:, None], most) * mass[:, -1:]
-    block = (mass <= target).sum(axis=-1, keepdims=True)
+    block, mass, target = _passing(weights, uniforms[:, None])
     own = mx.take_along_axis(weights, block, axis=-1)
-    share = mx.clip((target - mx.take_along_axis(mass, block, axis=-1) + own) / own, 0, most)
+    share = mx.clip((target - mx.take_along_axis(mass, block, axis=-1) + own) / own, 0, MOST)
     inside = mx.take_along_axis(parts, block[:, :, None], axis=1)[:, 0]
-    heights = mx.cumsum(mx.exp(inside - inside.max(axis=-1, keepdims=True)), axis=-1)
-    place = (heights <= share * heights[:, -1:]).sum(axis=-1, keepdims=True)
+    place, *_ = _passing(mx.exp(inside - inside.max(axis=-1, keepdims=True)), share)
     tokens = (block * parts.shape[-1] + place)[:, 0].astype(mx.int32)
     return tokens, mx.take_along_axis(inside, place, axis=-1)[:, 0], mx.logsumexp(sums, axis=-1)
+
+
+def _passing(weights: mx.array, shares: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return where the cumulative (R, n) weights pass (R, 1) shares of their sum: (R, 1) places, the sums, the targets.
+
+    A GPU adds in parallel and rounds each sum in its own way, so a sum may grow where a weight is 0, or even fall. The
+    place is the first of positive weight at which the sum is above the target.
+    """
+    mass = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
+    target = mx.minimum(shares, MOST) * mass.max(axis=-1, keepdims=True)
+    return mx.argmax(mass > target, axis=-1, keepdims=True), mass, target
 
 
 def _total(logits: mx.array) -> mx.array:

@@ -356,6 +356,26 @@ def test_a_wide_vocabularys_frequencies():
     assert chisquare(observed, expected, sum_check=False).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_no_dropped_token_is_drawn_where_sums_are_rounded_in_parallel(monkeypatch, logprobs):
+    """As a GPU may: every other sum is larger by a rounding, also where nothing was added."""
+    whole, random = mx.cumsum, np.random.default_rng(0)
+
+    def in_parallel(array, axis):
+        sums = whole(array, axis=axis)
+        return sums * (1 + mx.arange(array.shape[-1]) % 2 * 2**-22) if array.dtype == mx.float32 else sums
+
+    monkeypatch.setattr(mx, "cumsum", in_parallel)
+    logits = random.normal(0, 3, (400, 700)).astype(np.float32)
+    uniforms = np.append(random.random(200), 1 - random.random(200) * 2**-22).clip(0, 1 - 2**-24).astype(np.float32)
+    for top_k in (1, 3):
+        settings = np.tile(np.array([[1, 1, 0, top_k]], np.float32), (400, 1))
+        tokens, values = draw(mx.array(logits), uniforms, settings, logprobs)
+        kept = np.sort(logits)[:, -top_k]
+        assert (np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0] >= kept).all()
+        assert values is None or mx.isfinite(values).all()
+
+
 @pytest.mark.parametrize("width", [1, 2, 7, 103, 1009, 4096])  # primes have no blocks of their own
 def test_no_token_without_weight_is_drawn(width):
     random = np.random.default_rng(width)
