@@ -250,7 +250,8 @@ def condition() -> Condition:
         if not shutil.which(command[0]) or (command[0] == "powermetrics" and os.geteuid()):
             continue
         with suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+            english = {**os.environ, "LC_ALL": "C"}  # with decimal points
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, env=english)
             said[" ".join(command)] = done.stdout[:MOST_SAID]
     with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -274,7 +275,7 @@ def swap_gb(said: dict[str, str]) -> float | None:
 def low_power(said: dict[str, str]) -> bool | None:
     """Whether a Mac is in low-power mode; None if no tool reports it."""
     for line in said.get("pmset -g", "").splitlines():
-        if line.split()[:1] == ["lowpowermode"]:
+        if line.split()[:1] in (["lowpowermode"], ["powermode"]):  # the second on newer systems; 2 is high power
             return line.split()[1:] == ["1"]
     return None
 

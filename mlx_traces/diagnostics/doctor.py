@@ -26,14 +26,14 @@ TESTED = {
     "python": ("3.11", "3.13"),
     "mlx": ("0.32.2", "0.32.4"),
     "mlx-lm": ("0.32.2", "0.32.2"),
-    "transformers": ("5.7", "5.23.0"),
+    "transformers": ("5.7", "5.24.0"),
     "tokenizers": ("0.22", "0.23.3"),
     "safetensors": ("0.4.3", "0.8.0"),
     "huggingface-hub": ("1.5", "2.4.0"),
     "datasets": ("4.0", "5.2.0"),
     "numpy": ("2.0", "2.5.5"),
     "pandas": ("2.2.2", "3.1.1"),
-    "pydantic": ("2.12", "2.14.3"),
+    "pydantic": ("2.12", "2.14.4"),
 }
 BACKENDS = ("mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13")  # wheels that have to be of mlx's own version
 LEAST_DISK_GB = 1  # for run folders
@@ -168,7 +168,7 @@ def memory(backend: device.Backend) -> Line:
     if free is not None:
         parts.append(f"{free:.1f} GB free")
     if backend.name == "metal":
-        parts[0] += f" for the GPU, of {device.import_mlx().device_info().get('memory_size', 0) / _GB:.1f} GB"
+        parts[0] += f" for the GPU, of {device.device_info().get('memory_size', 0) / _GB:.1f} GB"
     limits = dict(_limits_gb())
     if limits and (least := min(limits, key=limits.__getitem__)) and limits[least] < 0.95 * backend.memory_gb:
         room = limits[least]

@@ -81,6 +81,7 @@ def import_mlx() -> Any:
         import mlx.core as mx
     except ImportError as error:
         # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
+        _refuse_no_gpu(error)
         if not isinstance(error, ModuleNotFoundError) and "libmlx" not in str(error):
             raise UserError(f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help") from None
         raise UserError(
@@ -142,7 +143,7 @@ def choose(
         weights = "dense" if best and size < share * memory else "quantized"
     if dtype is None and (weights == "dense" or name == "cpu"):
         dtype = best
-    info = import_mlx().device_info()
+    info = device_info()
     own = str(info.get("device_name") or info.get("architecture") or "unknown device")
     title = f"{own} ({'CPU' if name == 'cpu' else name.upper() if name == 'cuda' else 'Metal'})"
     kept = "weights as in the folder" if weights == "quantized" else "dense weights"
@@ -150,11 +151,33 @@ def choose(
     return Backend(name, weights, dtype, round(memory / _GB, 1), description)
 
 
+def device_info() -> dict[str, Any]:
+    """Return what MLX knows of its default device.
+
+    Raises:
+        UserError: if macOS shows no GPU to this process.
+    """
+    try:
+        return import_mlx().device_info()
+    except RuntimeError as error:
+        _refuse_no_gpu(error)
+        raise
+
+
+def _refuse_no_gpu(error: Exception) -> None:
+    """Raise UserError if an error of MLX says that it found no GPU on a Mac."""
+    if "No Metal device" in str(error):
+        raise UserError(
+            "macOS shows no GPU to this process, as in a sandbox, a virtual machine or a session without a screen: "
+            "run the command in Terminal"
+        ) from None
+
+
 def memory_bytes() -> int:
     """Return the bytes that MLX's default device can use; on Metal, the recommended working set."""
     mx = import_mlx()
     if mx.default_device() == mx.Device(mx.gpu):
-        info = mx.device_info()
+        info = device_info()
         for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
             if info.get(key):
                 return int(info[key])
@@ -212,7 +235,7 @@ def limits() -> Iterator[None]:
     try:
         if outermost:
             if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
-                wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+                wired = mx.set_wired_limit(int(device_info()["max_recommended_working_set_size"]))
             cached = mx.set_cache_limit(0)
             mx.set_cache_limit(min(cached, int(CACHE_SHARE * memory_bytes())))
         yield

@@ -6,8 +6,11 @@ import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,17 @@ from mlx_traces.errors import UserError
 from mlx_traces.runtime.provenance import now
 
 TRIES = 100  # to make a lock's folder, which another process may remove at that moment
+
+
+@cache
+def machine() -> str:
+    """Return this machine's name; a Mac's local one, as the other one changes with the network."""
+    name = ""
+    if sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = ["scutil", "--get", "LocalHostName"]
+            name = subprocess.run(asked, capture_output=True, text=True, timeout=5).stdout.strip()
+    return name or platform.node()
 
 
 @contextmanager
@@ -27,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     for left in leftovers(path):
         with suppress(OSError):
             left.unlink()
-    scratch = path.with_name(f".{os.getpid()}-{platform.node()}.tmp-{path.name}")
+    scratch = path.with_name(f".{os.getpid()}-{machine()}.tmp-{path.name}")
     try:
         yield scratch
         sync(scratch)
@@ -40,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def leftovers(path: Path) -> list[Path]:
     """Return the temporary files for ``path`` that processes of this machine left when they were killed."""
-    mark = f"-{platform.node()}.tmp-{path.name}"
+    mark = f"-{machine()}.tmp-{path.name}"
     temporary = [file for file in path.parent.glob(".*") if file.name.endswith(mark)]
     return [file for file in temporary if not is_alive(file.name.removesuffix(mark)[1:])]
 
@@ -177,7 +191,7 @@ def _take(lock: Path) -> int:
                 os.close(descriptor)  # its owner finished and removed it after we opened it
                 continue
             _refuse_owner(lock, free)
-            owner = to_json({"pid": os.getpid(), "host": platform.node(), "since": now()})
+            owner = to_json({"pid": os.getpid(), "host": machine(), "since": now()})
             try:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, owner.encode(), 0)
@@ -229,10 +243,10 @@ def _refuse_owner(lock: Path, free: bool) -> None:
         owner = json.loads(lock.read_text())
         host, holder = owner["host"], f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # a new file, or one whose owner was killed while writing it
-        host, holder = platform.node(), "another process"
+        host, holder = machine(), "another process"
     if not free:
         raise UserError(f"{lock.parent} is in use by {holder}; wait until that has ended, or choose another --out")
-    if host != platform.node():
+    if host != machine():
         raise UserError(f"{lock.parent} is in use by {holder}; if that has ended, remove {lock}")
 
 

@@ -203,13 +203,26 @@ def test_a_step_that_is_interrupted_is_ended(command, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------ the machine
 
 
+def test_tools_are_asked_in_english(monkeypatch):
+    """A German Mac says `used = 1024,00M` otherwise."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setattr(bench_all, "TOOLS", (("sh", "-c", "echo $LC_ALL"),))
+    assert bench_all.condition().said["sh -c echo $LC_ALL"] == "C\n"
+
+
 def test_power_and_swap_are_read_from_what_the_tools_say():
     mac = {"pmset -g": "Currently in use:\n lowpowermode         1\n sleep  1", "pmset -g batt": "from 'Battery Power'"}
     mac["sysctl vm.swapusage"] = "vm.swapusage: total = 2048.00M  used = 1024.00M  free = 1024.00M  (encrypted)"
     assert bench_all.low_power(mac) is True and abs(bench_all.swap_gb(mac) - 1.073741824) < 1e-9
     linux = {"/proc/meminfo": "MemTotal: 8 kB\nSwapTotal: 3000000 kB\nSwapFree:  2000000 kB"}
     assert bench_all.low_power(linux) is None and bench_all.swap_gb(linux) == 1.024
-    assert bench_all.low_power({"pmset -g": " lowpowermode 0"}) is False
+    for line, low in (
+        ("lowpowermode 0", False),
+        ("powermode     1", True),
+        ("powermode 2", False),
+        ("mode 1", None),
+    ):
+        assert bench_all.low_power({"pmset -g": f" {line}"}) is low
     assert bench_all.swap_gb({}) is None and bench_all.swap_gb({"sysctl vm.swapusage": "used"}) is None
     told = " ".join(bench_all.warnings(Condition(load=6.0, low_power=True, said=mac), 8))
     assert "low-power mode is on" in told and "on battery" in told and "a load of 6.0 on 8 cores" in told

@@ -121,6 +121,17 @@ def test_no_gpu():
         device.choose("gpu")
 
 
+def test_a_mac_that_shows_no_gpu_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("[metal::load_device] No Metal device available. More words.")
+
+    monkeypatch.setattr(mx, "device_info", fail)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for ask in (device.choose, device.memory_bytes):
+        with pytest.raises(UserError, match="^macOS shows no GPU to this process, .*: run the command in Terminal$"):
+            ask()
+
+
 def test_peak_memory_sees_an_array():
     """In a process of its own: on a CPU the peak is the process's, whatever ran in it before."""
     code = "from mlx_traces.runtime import device; import mlx.core as mx; device.reset_peak_memory()\n"

@@ -5,9 +5,10 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import re
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stress import killing, several
@@ -58,7 +59,7 @@ def test_a_second_process_is_refused_and_a_killed_one_is_followed(tmp_path):
     assert lock.read_bytes() == content  # what it left
     with held(lock):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with pytest.raises(UserError, match=f"process {os.getpid()} on {platform.node()}, since 20"), held(lock):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {files.machine()}, since 20"), held(lock):
             pass
     assert not lock.exists()
 
@@ -78,11 +79,28 @@ def test_every_long_command_respects_the_lock(kind, tmp_path):
 def test_a_number_that_was_given_away_again_misleads_nobody(tmp_path):
     """The owner's number is this living process's, but nobody holds the lock."""
     lock = tmp_path / ".lock"
-    for content in ({"pid": os.getpid(), "host": platform.node(), "since": "2020-01-01"}, "", "[]", "{", {"pid": 1}):
+    for content in ({"pid": os.getpid(), "host": files.machine(), "since": "2020-01-01"}, "", "[]", "{", {"pid": 1}):
         lock.write_text(content if isinstance(content, str) else json.dumps(content))
         with held(lock):
             assert json.loads(lock.read_text())["since"] > "2025"
         assert not lock.exists()
+
+
+def test_a_mac_is_known_in_every_network(tmp_path, monkeypatch):
+    """What it is called changes with the network; its local name does not."""
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(files.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=f"{words[-1]}-of-a-Mac\n"))
+    monkeypatch.setattr(files, "machine", cache(files.machine.__wrapped__))
+    lock, seen = tmp_path / ".lock", []
+    for network in ("Mac.fritz.box", "Mac.local"):
+        monkeypatch.setattr(files.platform, "node", lambda network=network: network)
+        with held(lock):
+            seen.append(lock.read_text())
+        lock.write_text(seen[0])  # as a process that was killed leaves it
+        assert json.loads(seen[-1])["host"] == "LocalHostName-of-a-Mac"
+    monkeypatch.setattr(files.subprocess, "run", lambda *_, **more: (_ for _ in ()).throw(OSError))
+    files.machine.cache_clear()
+    assert files.machine() == "Mac.local"
 
 
 def test_another_machines_lock_is_kept(tmp_path):

@@ -321,7 +321,7 @@ def test_a_writer_killed_between_a_file_and_its_manifest(data, tmp_path, monkeyp
     """The manifest is put in its place, by its hash of the file; nobody else's file gets it."""
     out, about = tmp_path / "scored.jsonl", tmp_path / "scored.manifest.json"
     score.score_file(data, out, ScoreConfig())
-    left = tmp_path / f".999999999-{files.platform.node()}.tmp-{about.name}"
+    left = tmp_path / f".999999999-{files.machine()}.tmp-{about.name}"
     content, lines = about.read_bytes(), out.read_bytes()
     about.rename(left)
     out.write_bytes(lines + b"\n")
@@ -335,7 +335,7 @@ def test_a_writer_killed_between_a_file_and_its_manifest(data, tmp_path, monkeyp
 
 
 def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
-    node, file = files.platform.node(), tmp_path / "result.json"
+    node, file = files.machine(), tmp_path / "result.json"
     gone = tmp_path / f".999999999-{node}.tmp-result.json"
     others = [f".{os.getppid()}-{node}.tmp-result.json", ".999999999-elsewhere.tmp-result.json", ".tmp-result.json"]
     others += [f".999999999-{node}.tmp-other.json", f".x-{node}.tmp-result.json"]
@@ -353,7 +353,7 @@ def test_a_clock_that_goes_back(recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "now", lambda: "2020-01-01T00:00:00+00:00")
     cut_off(recipes["sft"], tmp_path / "cut", monkeypatch)
     out = tmp_path / "cut" / "run"
-    (out / ".lock").write_text(json.dumps({"pid": 1, "host": files.platform.node(), "since": "2099-01-01T00:00:00"}))
+    (out / ".lock").write_text(json.dumps({"pid": 1, "host": files.machine(), "since": "2099-01-01T00:00:00"}))
     for path in out.iterdir():
         os.utime(path, (4e9, 4e9))  # files of the future
     monkeypatch.setattr(provenance, "now", lambda: "1970-01-01T00:00:00+00:00")
