@@ -22,16 +22,16 @@ from mlx_traces.train import sft
 ADAPTER = str(Path(__file__).parents[2] / "adapters/nano-epoch1")
 ASKED = {"task": "countdown", "prompt": "thinking", "max_tokens": 12}
 RL = {
-    **{**ASKED, "data": "3-numbers", "max_tokens": 48, "temperature": 1.5},  # so that a group's rewards differ
+    **{**ASKED, "data": "3-numbers", "max_tokens": 32, "temperature": 1.5},  # so that a group's rewards differ
     **{"adapter": ADAPTER, "num_steps": 3, "prompts_per_step": 3, "group_size": 4, "micro_tokens": 512, "warmup": 0},
-    **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 3}},
+    **{"learning_rate": 5e-5, "minibatches": 2, "eval_every": 2, "evaluate": {**ASKED, "limit": 2}},
     **{"rewards": {"correct": 1.0, "equations": 0.0, "steps": 0.0}, "step_weight": 1.0},
 }
 SETTINGS = {
     "grpo": {**RL, "kl_coef": 0.01},
     "ppo": {**RL, "kl_coef": 0.01, "epochs": 1, "value_warmup_steps": 1, "supervision": "cumulative"},
     "sft": {"batch_size": 5, "micro_tokens": 200, "learning_rate": 5e-5, "warmup": 0, "eval_every": 1},
-    "eval": {**ASKED, "adapter": ADAPTER, "limit": 19, "rows": 2},
+    "eval": {**ASKED, "adapter": ADAPTER, "limit": 19, "rows": 2, "max_tokens": 8},
     "generate": {**ASKED, "limit": 5, "samples": 4, "temperature": 1.0, "rows": 2},
 }
 
