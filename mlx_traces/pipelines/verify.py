@@ -58,6 +58,23 @@ def verify(path: str | Path) -> tuple[str, list[str]]:
     return verify_evaluation(folder, identity)
 
 
+def other_folder(path: str | Path) -> str | None:
+    """Say what a folder is that other commands write beside runs, and that has nothing to check; None for the rest."""
+    folder = Path(path)
+    if not folder.is_dir() or RunFolder(folder).begun:
+        return None
+    if (folder / "provenance.json").exists():  # `report.export` writes it; to import that loads matplotlib
+        return "a comparison"
+    if _is_model(folder):
+        return "a model"
+    inner = [part for part in folder.iterdir() if not part.name.startswith(".")]
+    return "a folder of models" if inner and all(map(_is_model, inner)) else None
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
+
+
 def shown(lines: list[str]) -> list[str]:
     """Return at most `SHOWN` lines; of more, the last line counts the rest."""
     if len(lines) <= SHOWN:

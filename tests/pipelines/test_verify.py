@@ -218,6 +218,33 @@ def test_what_is_no_finished_run_is_refused(countdown, tmp_path):
         verify.verify(tmp_path / "none")
 
 
+def test_every_folder_is_told_and_those_after_one_that_cannot_be_checked_are_checked(countdown, qa, tmp_path):
+    model, models, compared = (tmp_path / name for name in ("fused", "models", "compared"))
+    for folder in (model, models / "nano-8bit"):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).touch()
+    compared.mkdir()
+    (compared / "provenance.json").touch()
+    passed = call(model, models, compared, qa)
+    assert passed.exit_code == 0, passed.output
+    assert passed.stdout.splitlines() == [
+        f"{model}: a model, not a run: nothing to check",
+        f"{models}: a folder of models, not a run: nothing to check",
+        f"{compared}: a comparison, not a run: nothing to check",
+        f"{qa}: 8 samples, verdicts and figures agree",
+    ]
+    (countdown / "result.json").unlink()
+    change_json(qa, "result.json", accuracy=0.9)
+    (models / "empty").mkdir()
+    checked = call(countdown, models, qa)
+    assert checked.exit_code == 1 and f"{qa}: 1 difference\n" in checked.stdout
+    assert checked.stderr.splitlines() == [
+        f"{countdown}: not checked: no result.json; finish the run with --resume",
+        f"{models}: not checked: no run.json; name a folder that eval, sft, grpo or ppo wrote",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ trainings
 
 
