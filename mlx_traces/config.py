@@ -163,7 +163,9 @@ class ProblemConfig(Config):
     )
     data: str | None = Field(None, description="File or hub data set; default: the task's own source.")
     split: str = Field("test", description="Split of the data; 'test[:64]' takes its first 64 problems.")
-    limit: Positive | None = Field(None, description="Number of problems, drawn at random by --seed; default: all.")
+    limit: Positive | None = Field(
+        None, description="Number of problems, drawn at random by --seed; default: all; of generated problems 500."
+    )
     seed: int = Field(0, description="Seed of problems, worked examples and sampling.")
 
 
@@ -266,7 +268,7 @@ class ValidationConfig(ProblemConfig, ThinkingConfig):
     """Held-out problems that the model answers greedily at each validation of a training; always the same ones."""
 
     split: str = Field("valid", description="Split of the data; 'train[:200]' takes its first 200 problems.")
-    limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed; default: all.")
+    limit: Positive | None = Field(200, description="Number of problems, drawn at random by --seed.")
     max_tokens: Positive = Field(512, description="Maximum length of a completion, in tokens.")
     rows: Positive = Field(64, description=f"Batch size of decoding, in completions; {_MORE}.")
     thinking: bool | None = Field(
@@ -600,7 +602,9 @@ class FilterConfig(TracesConfig):
     )
     eval_split: str = Field("test", description="Split of the evaluation problems.")
     eval_limit: Positive | None = Field(
-        None, description="Number of evaluation problems, drawn at random by --eval-seed; default: all."
+        None,
+        description="Number of evaluation problems, drawn at random by --eval-seed; default: all. Of generated "
+        "Countdown problems the whole split counts, whatever their number.",
     )
     eval_seed: int = Field(0, description="Seed of that draw.")
     overlap_words: Annotated[int, Field(ge=0)] = Field(

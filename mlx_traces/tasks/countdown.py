@@ -274,6 +274,17 @@ def split_of(nums: list[int]) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
+def in_split(identity: str, split: str, data: str | None) -> bool:
+    """Whether the problem of this id (`parse`) could be generated for a split, in any number and with any operands.
+
+    False if ``data`` names problems that are not generated.
+    """
+    match = re.match(r"countdown-([0-9]+(?:-[0-9]+)*)-to-", identity)
+    if not match or not generated_operands(data):
+        return False
+    return split_of([int(number) for number in match[1].split("-")]) == split_slice(split)[0]
+
+
 def generate(
     split: str,
     count: int,

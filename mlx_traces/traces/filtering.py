@@ -17,6 +17,7 @@ from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task, task_of
+from mlx_traces.tasks.countdown import in_split
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
 from mlx_traces.traces.quality import headline, named, problem_of, words
@@ -86,7 +87,7 @@ def _rules(
         (config.min_score is not None, "score", keep(lambda i: score_of(traces[i]) >= config.min_score)),
         (config.duplicates, "duplicates", partial(without_duplicates, traces)),
         (config.near_duplicates is not None, "near duplicates", partial(without_near, traces, config.near_duplicates)),
-        (eval_problems, "evaluation problems", keep(overlap(eval_problems, config.overlap_words, traces))),
+        (eval_problems, "evaluation problems", keep(overlap(eval_problems, config, traces))),
         (
             config.per_problem is not None,
             f"{config.per_problem} a problem, {config.prefer}",
@@ -224,15 +225,16 @@ def problems_of(traces: Iterable[Trace]) -> Callable[[str], str]:
     return lambda identity: root(problem_id(identity))
 
 
-def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -> Callable[[int], bool]:
+def overlap(problems: Sequence[Problem], config: FilterConfig, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return a function that says whether the trace at an index is free of these problems.
 
-    It is not if it has the id of one, or if its question, last user's turn or completion shares ``shared`` words in a
-    row with one of their questions; case and punctuation are ignored. The default of 13 is that of GPT-3 (arXiv
-    2005.14165, appendix C) and open-r1. A shorter question of 8 words or more must occur as a whole. With 0 only ids
-    count.
+    It is not if it has the id of one, or by its id belongs to the split that Countdown generated them for; nor if its
+    question, last user's turn or completion shares ``config.overlap_words`` words in a row with one of their questions;
+    case and punctuation are ignored. The default of 13 is that of GPT-3 (arXiv 2005.14165, appendix C) and open-r1. A
+    shorter question of 8 words or more must occur as a whole. With 0 only ids count.
     """
-    ids = {problem_id(problem.id) for problem in problems}
+    shared, ids = config.overlap_words, {problem_id(problem.id) for problem in problems}
+    generated = config.eval_task == "countdown"
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     for problem in problems if shared else ():
         asked = _words(str(problem.columns.get("question", "")))
@@ -242,7 +244,7 @@ def overlap(problems: Sequence[Problem], shared: int, traces: Sequence[Trace]) -
 
     def free(index: int) -> bool:
         trace = traces[index]
-        if problem_id(trace.id) in ids:
+        if problem_id(trace.id) in ids or (generated and in_split(trace.id, config.eval_split, config.eval_data)):
             return False
         texts = [str(trace.columns.get("question", "")), trace.completion]
         texts += [turn["content"] for turn in trace.messages[-1:]]

@@ -103,6 +103,17 @@ def test_evaluation_problems_by_id():
     assert rule(traces, problems) == ("evaluation problems", [1])
 
 
+@pytest.mark.parametrize(("split", "data"), [("test", None), ("test[:9]", "3-numbers")])
+def test_generated_countdown_problems_are_known_by_the_numbers_of_their_split(split, data):
+    evaluated = get_task("countdown").load(split, data, 5, 0)
+    others = [problem for n in (3, 6) for problem in get_task("countdown").load("test", f"{n}-numbers", 300, 9)]
+    free = get_task("countdown").load("train", None, 300, 0)
+    traces = [trace(id=problem.id) for problem in [*others, *free]]
+    settings = {"eval_task": "countdown", "eval_split": split, "eval_data": data}
+    assert rule(traces, evaluated, **settings) == ("evaluation problems", list(range(600, 900)))
+    assert len(rule(traces, evaluated, **settings | {"eval_data": "file.jsonl"})[1]) > 890  # not generated: by id
+
+
 def test_evaluation_questions_by_thirteen_words():
     problems = [Problem("gsm8k-1", {"question": QUESTION, "answer": "72"}, "72")]
     words = QUESTION.split()
