@@ -414,11 +414,12 @@ def test_the_readme_names_commands_and_options_that_exist(words):
             assert word.partition("=")[0] in known, f"{word} in {words}"
 
 
-@pytest.mark.parametrize("readme", ["README.md", "mlx_traces/rl/README.md"])
-def test_the_readmes_python_example_runs(readme, tmp_path, monkeypatch):
+@pytest.mark.parametrize("readme", ["README.md", "mlx_traces/evaluation/README.md", "mlx_traces/rl/README.md"])
+def test_the_readmes_python_example_runs_also_again(readme, tmp_path, monkeypatch):
     block = re.search(r"```python\n(import mlx_traces\n.*?)```", (ROOT / readme).read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    for _ in range(2):
+        exec(compile(block, "README.md", "exec"), {})
     assert list((tmp_path / "runs").iterdir())
 
 

@@ -73,7 +73,10 @@ class RunFolder:
         # Hidden files do not count: a killed process leaves a temporary one.
         used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if used and not resume:
-            raise UserError(f"{self.path} exists; pass --resume to continue it, or choose another --out")
+            raise UserError(
+                f"{self.path} exists; pass --resume to continue it, or choose another --out "
+                "(in Python: resume=True, or another out)"
+            )
         if used and not self.begun:
             raise UserError(f"{self.path} is not a run folder, it has no run.json; choose another --out")
 

@@ -80,7 +80,7 @@ def test_the_run_folder_says_everything(batched):
 def test_an_existing_run_is_not_overwritten(batched):
     folder, result = batched
     before, rows = (folder / "samples.jsonl").read_bytes(), without_clock(samples_of(folder))
-    with pytest.raises(UserError, match="exists; pass --resume to continue it, or choose another --out"):
+    with pytest.raises(UserError, match="exists; pass --resume to continue it, or choose another --out .in Python"):
         mlx_traces.evaluate(out=folder, **SMALL)
     with pytest.raises(UserError, match=r"started with other settings \(max_tokens was 128, now 64\)"):
         mlx_traces.evaluate(out=folder, resume=True, **SMALL | {"max_tokens": 64})
