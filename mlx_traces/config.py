@@ -508,7 +508,7 @@ class PPOConfig(RLConfig):
         0.2, description="Clip bound of the ratio, on either side of 1."
     )
     value_clip: Annotated[float, Field(gt=0)] | None = Field(
-        0.2, description="Clip bound of a value, on either side of the old one; null: none."
+        0.2, description="Clip bound of a value, on either side of the old one; null in a YAML file: none."
     )
     value_learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="Peak learning rate of the value head, on the adapter's schedule."

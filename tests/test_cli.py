@@ -380,6 +380,10 @@ def test_every_command_takes_a_configuration_by_name(tmp_path, monkeypatch):
     assert shown.exit_code == 0 and "nano-epoch2" in shown.stdout
 
 
+def test_help_says_where_null_can_be_given():
+    assert "null in a YAML file: none." in " ".join(call("ppo", "--help").output.split())
+
+
 def test_the_package_is_run_as_a_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mlx_traces", "--version"], check=True, capture_output=True, text=True, cwd=tmp_path
