@@ -26,7 +26,7 @@ __all__ = ["generate", "load", "train_grpo", "train_ppo", "train_sft"]
 
 
 def generate(
-    model: LoadedModel | str,
+    model: LoadedModel | str | Path,
     prompts: Sequence[str | Sequence[Message]],
     *,
     max_tokens: int = 512,
@@ -48,7 +48,7 @@ def generate(
     """Complete prompts in the model's chat template, in batches of ``rows``.
 
     Args:
-        model: a model from `load`, or a name for it.
+        model: a model from `load`, or its name or folder.
         prompts: each a user's text, or a conversation of ``{"role", "content"}`` turns.
         max_tokens: maximum length of a completion, in tokens.
         temperature: 0 is greedy.
@@ -98,7 +98,7 @@ def generate(
         _check_utf8(name, getattr(config, name))
     if config.seed < 0:
         raise UserError(f"seed: must be at least 0, not '{seed}'")
-    loaded = load(model) if isinstance(model, str) else model
+    loaded = model if isinstance(model, LoadedModel) else load(model)
     rendered = [loaded.chat.prompt(messages, thinking=config.thinking) for messages in turns]
     requests = [Request.of(prompt, config.seed + i) for i, prompt in enumerate(rendered)]
     params = SamplingParams(stop=stop, **{name: getattr(config, name) for name in sampling})

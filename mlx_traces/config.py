@@ -42,6 +42,12 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _text_of_a_path(cls, value: Any) -> Any:
+        """Return a path, which Python's callers may give for a model or a file, as text."""
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false, which YAML makes of on and off, where pydantic would read them as 1 and 0."""
         kinds = list(_kinds_in(cls.model_fields[info.field_name].annotation))

@@ -61,6 +61,23 @@ def test_wrong_input_of_a_completion_is_one_line(prompts, settings, message):
         mlx_traces.generate("nano", prompts, **settings)
 
 
+def test_a_model_is_a_text_or_a_path(tiny_folder, tmp_path):
+    for model, told in ((5, "'5'"), (None, "'None'"), ([], "'..'")):
+        with pytest.raises(UserError, match=f"^model: must be a text or a path, not {told}; give a name or a folder"):
+            mlx_traces.generate(model, ["Hi"])
+        with pytest.raises(UserError, match=f"^model: must be a text, not {told}"):
+            mlx_traces.evaluate(model=model)
+    with pytest.raises(UserError, match="^model: must be a text, not '5'"):
+        mlx_traces.compare(model=5)
+    with pytest.raises(UserError, match="^adapter: must be a text or a path, not '5'"):
+        mlx_traces.load("nano", 5)
+    (one,) = mlx_traces.generate(tiny_folder, ["Hi"], max_tokens=2)
+    assert len(one.completion_ids) <= 2
+    short = {"limit": 1, "max_tokens": 2, "runs_dir": tmp_path, "prompt": "direct"}
+    assert mlx_traces.evaluate(model=tiny_folder, **short).model == str(tiny_folder)
+    assert len(mlx_traces.compare(model=tiny_folder, **short)) == 1
+
+
 def test_trainings_take_the_names_of_the_flags(tmp_path):
     row = {"id": "a", "messages": [{"role": "user", "content": "1+1"}], "completion": "2"}
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps({**row, "id": f"t{i}"}) + "\n" for i in range(4)))

@@ -128,8 +128,8 @@ def of_its_day(config: Any, begun: Mapping[str, Any]) -> Any:
 
 
 def load(
-    name: str,
-    adapter: str | None = None,
+    name: str | Path,
+    adapter: str | Path | None = None,
     *,
     device: str | None = None,
     weights: str | None = None,
@@ -156,7 +156,10 @@ def load(
         UserError: if there is no such model, it cannot be downloaded or read, or the adapter does not fit.
     """
     choose(device, weights, dtype)  # refuses bad values and sets the device before anything is read
-    spec, adapter = name_parts(name, adapter)
+    for what, value in (("model", name), ("adapter", adapter or "")):
+        if not isinstance(value, str | Path):
+            raise UserError(f"{what}: must be a text or a path, not {str(value)[:60]!r}; give a name or a folder")
+    spec, adapter = name_parts(str(name), str(adapter) if adapter else None)
     path, revision = resolve(spec)
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)

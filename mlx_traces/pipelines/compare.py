@@ -1,6 +1,6 @@
 """Compare runs: make the missing evaluations, then put all runs in one table of paired differences."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -502,7 +502,7 @@ def training_config(name: str) -> RLConfig:
 
 def compare(
     *runs: str | Path,
-    model: str | Sequence[str] = (),
+    model: str | Path | Sequence[str | Path] = (),
     prompt: str | Sequence[str] = (),
     baseline: str | None = None,
     out: str | Path | None = None,
@@ -546,6 +546,9 @@ def compare(
     changes |= {"recipes": {name: [*map(str, paths)] for name, paths in recipes.items()} if recipes else None}
     changes = {name: value for name, value in changes.items() if value is not None}
     config = build(CompareConfig, {**(config.model_dump(exclude_unset=True) if config else {}), **changes})
-    models, prompts = ([names] if isinstance(names, str) else list(names) for names in (model, prompt))
+    models, prompts = (
+        [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+        for names in (model, prompt)
+    )
     config = requested(config, [str(path) for path in runs], models, prompts, settings)
     return compared(config, progress).frame
