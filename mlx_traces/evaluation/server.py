@@ -312,6 +312,9 @@ class Server:
     ) -> tuple[int, float | None, bytes]:
         """Return a reply's status, its ``Retry-After`` in seconds, and its content.
 
+        ``timeout`` bounds the wait for each piece of the headers, since the client shows nothing before they are
+        complete, and the whole time from the request on as soon as there is content.
+
         Raises:
             Passing: if the reply is too long, in bytes or in time.
             httpx2.HTTPError: if the connection fails.
