@@ -19,7 +19,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.models.chat import Chat, Rendered
 from mlx_traces.models.loading import LoadedModel
 from mlx_traces.records import Trace
-from mlx_traces.tasks.thoughts import FINAL, TAGS, after_last, closing_of, move_spans, parts, usual
+from mlx_traces.tasks.thoughts import FINAL, TAGS, closing_of, move_spans, parts, tagged_parts, usual
 
 ANSWER = {"role": "assistant", "content": "x"}  # a placeholder where only the text around an answer matters
 CLOSED = {TAGS[0][1]: f"\n{TAGS[0][1]}\n\n", TAGS[-1][1]: f"\n{TAGS[-1][1]}\n"}  # an empty thought
@@ -93,10 +93,10 @@ def encode(
 ) -> Example:
     """Encode one trace; the completion, its stop token ``end`` and earlier turns of the assistant are learned.
 
-    A completion that was cut off (``finish_reason`` "length") has no stop token to learn. One that this model sampled
-    is learned as its exact tokens. Those that were inserted to close a thought or to keep it open are not learned, and
-    in another model's tokens no token that has a part of their text. A trace without messages is plain text, learned
-    from its first token on.
+    A completion that was cut off (``finish_reason`` "length") has no stop token to learn, nor has one with an open
+    thought that does not say how it ended (None). One that this model sampled is learned as its exact tokens. Those
+    that were inserted to close a thought or to keep it open are not learned, and in another model's tokens no token
+    that has a part of their text. A trace without messages is plain text, learned from its first token on.
 
     An earlier turn is learned, with its end, if the template writes it unchanged. Templates of reasoning models strip
     thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
@@ -113,7 +113,8 @@ def encode(
             it has inserted tokens of another model and does not say where their text is.
     """
     counts = counts if counts is not None else Encoded([])
-    stop = None if trace.finish_reason == "length" else end
+    cut = trace.finish_reason == "length" or (trace.finish_reason is None and tagged_parts(trace.completion)[2])
+    stop = None if cut else end
     if not trace.messages:
         ids = loaded.tokenizer.encode(trace.completion)
         trained = _sampled(loaded, trace, ids, [True] * len(ids), "", trace.completion)
@@ -139,10 +140,10 @@ def encode(
     if said := next((text for text in ways if text and completion.endswith(text)), ""):
         before = completion.removesuffix(said)
         ids, trained = _joined(chat, prompt, before, spans)
-        own = own if stop is not None or trace.finish_reason == "length" else body
+        own = own if stop is not None or cut else body
         forced = {*(trace.forced or ())}
         return Example(trace.id, (*ids, *own), (*trained, *(place not in forced for place in range(len(own)))))
-    answer = _answer(chat, prompt, completion, thinking, frame, stop is not None)
+    answer = _answer(chat, prompt, completion, trace.completion, thinking, frame, stop is not None)
     ids, trained = _joined(chat, prompt, answer + ending, spans)
     if stop is not None and ids[-1] != stop:
         ids, trained = [*ids, stop], [*trained, True]
@@ -223,26 +224,33 @@ def _answer(
     chat: Chat,
     prompt: Rendered,
     completion: str,
+    said: str,
     thinking: bool | None,
     frame: tuple[str, str, str],
     whole: bool,
 ) -> str:
-    """Return the text that is learned after the prompt; if ``whole``, with what the template writes after an answer."""
+    """Return the text that is learned after the prompt; if ``whole``, with what the template writes after an answer.
+
+    ``said`` is the ``completion`` with what the prompt already opens. An open thought has no answer to put a frame
+    around.
+    """
     head, tail, after = frame
     tail = tail if whole else ""
+    thought, answer, is_open = tagged_parts(said)
     closing = closing_of(prompt.opened, chat.own_tags)
     if completion.startswith(TAGS[0][0]):
         if head.strip() == FINAL:  # of gpt-oss, whose thought and answer are messages of their own
-            thought, answer = parts(completion)
-            final = "" if after_last(completion)[1] else f"<|end|><|start|>assistant{FINAL}{answer}"
+            final = "" if is_open else f"<|end|><|start|>assistant{FINAL}{answer}"
             return f"<|channel|>analysis<|message|>{thought}{final}{tail}"
         completion = _in_own_tags(chat, prompt, completion, closing)
-    elif closing and whole and parts(completion)[0] is None:
+    elif closing and whole and thought is None:
         # or the model would learn to end its turn inside the thought
         return CLOSED.get(closing, closing) + head + completion.lstrip() + tail
     if tail.strip() and completion.rstrip().endswith(tail.strip()):  # sampled with the template's own words
         completion = completion.rstrip().removesuffix(tail.strip())
     if head.strip():
+        if is_open:
+            return completion
         if head.strip() in completion:
             return completion + tail
         tags = (*TAGS, *filter(None, [chat.own_tags]))

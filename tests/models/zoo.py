@@ -335,6 +335,10 @@ class Zoo:
             yield f"a thought is learned in tags that the template does not write: {text!r}"
         if squeezed(ANSWER) not in squeezed(answer_part(text)) or self.end not in spans[-1]:
             yield f"the answer does not follow the thought: {text!r}"
+        text, head = self.decode(self.learned(ONE, f"<think>\n{THOUGHT}")[0]).rpartition(Q1)[2], self.frame()[0].strip()
+        closed = any(closing in text for _, closing in TAGS) or (head and head in text)
+        if closed or not squeezed(text).endswith(squeezed(THOUGHT)):
+            yield f"an open thought is learned as {text!r}"
 
     def own_ids(self) -> Iterator[str]:
         """What was generated is learned by its own tokens, in the prompt that it was generated in."""

@@ -79,6 +79,7 @@ def learned(template, messages, completion, **fields):
         (None, CHAT, " 4", "S\n\nUser: 1+1\n\nAssistant:| 2\n\nUser: 2+2\n\nAssistant:| 4<|endoftext|>|"),
         (None, [], "Text 2.", "|Text 2.<|endoftext|>|"),
         (CHATML, [], "Text 2.", "|Text 2.<|im_end|>|"),
+        (CHATML, [], "<think>Text 2.", "|<think>Text 2."),
     ],
 )
 def test_learned_tokens(template, messages, completion, text):
@@ -272,6 +273,25 @@ def test_a_thought_is_learned_as_the_model_writes_it(template, completion, text)
 def test_a_thought_that_was_cut_off_stays_in_its_channel():
     text = learned(CHANNELS, ONE, "<think>\nb", finish_reason="length")
     assert text.endswith("<|start|>assistant|<|channel|>analysis<|message|>b")
+
+
+FRAMED = AROUND["frames"][0]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "text"),
+    [
+        (OPENING, PROMPT + "<think>\n", "b"),
+        (SWITCHED, PROMPT + "<think>", "\nb"),
+        (CHATML, PROMPT, "<think>\nb"),
+        (FRAMED, "[1+1]", "<think>\nb"),
+        (CHANNELS, "[1+1]<|start|>assistant", "<|channel|>analysis<|message|>b"),
+        (UNTAGGED, "[1+1]A:Here are my reasoning steps:\n", "b"),
+    ],
+)
+def test_an_open_thought_is_learned_as_a_thought_without_an_end_unless_it_stopped_there(template, prompt, text):
+    for finish, end in ((None, ""), ("length", ""), ("stop", "<|im_end|>|")):
+        assert learned(template, ONE, "<think>\nb", finish_reason=finish) == f"{prompt}|{text}{end}"
 
 
 WAITED, CLOSED = "<think>\nab yesWait, 5+\n</think>\n\nSo: 4 2", "\n</think>\n\nSo:"
