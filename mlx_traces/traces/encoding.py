@@ -98,8 +98,9 @@ def encode(
     that were inserted to close a thought or to keep it open are not learned, and in another model's tokens no token
     that has a part of their text. A trace without messages is plain text, learned from its first token on.
 
-    An earlier turn is learned, with its end, if the template writes it unchanged. Templates of reasoning models strip
-    thoughts from earlier turns; such a turn is not learned, as the model never wrote it without its thought.
+    An earlier turn is learned, with its end, if the template writes it unchanged, and one with a thought only if it
+    stands there as the model would write it. Templates of reasoning models strip thoughts from earlier turns or write
+    them as an answer; the model never wrote such a turn.
 
     Args:
         loaded: the model; its ``template_args``, if set, override the trace's.
@@ -131,7 +132,7 @@ def encode(
     if end is not None:
         turns = [place for place, turn in enumerate(trace.messages) if turn["role"] == "assistant"]
         learned = [place not in (trace.not_learned or ()) for place in turns]
-        spans = _earlier(loaded, chat, prompt, frame[0], thinking, learned, counts)
+        spans = _earlier(loaded, chat, prompt, frame, thinking, learned, counts)
     own, size = list(trace.completion_ids or ()), len(loaded.tokenizer._tokenizer)
     if not all(isinstance(token, int) and 0 <= token < size for token in own):
         own = []  # another model's tokens
@@ -194,14 +195,17 @@ def _render(chat: Chat, trace: Trace, thinking: bool | None, counts: Encoded) ->
     messages = [dict(turn) for turn in trace.messages]
     for switch in dict.fromkeys((thinking, True if thinking is None else thinking)):
         prompt = chat.prompt(messages, thinking=switch)
-        opened, completion = prompt.opened, trace.completion
-        begun = opened if completion.startswith(opened) else opened.strip()
-        begins = bool(begun) and completion.startswith(begun)
-        if begins or not prompt.closed or parts(completion)[0] is None:
+        completion = _unopened(prompt, trace.completion)
+        if completion != trace.completion or not prompt.closed or parts(completion)[0] is None:
             counts.thinking += switch != thinking
-            return prompt, completion.removeprefix(begun) if begins else completion, switch
+            return prompt, completion, switch
     way = "set thinking (--thinking)" if chat.switch else "its template has no thinking switch; leave such traces out"
     raise UserError(f"the completion has a thought, and the prompt, {prompt.text[-20:]!r}, leaves it no room; {way}")
+
+
+def _unopened(prompt: Rendered, said: str) -> str:
+    """Return a completion without what the prompt already opens."""
+    return said.removeprefix(prompt.opened if said.startswith(prompt.opened) else prompt.opened.strip())
 
 
 def _frame(chat: Chat, prompt: Rendered, thinking: bool | None, ending: str) -> tuple[str, str, str]:
@@ -288,7 +292,7 @@ def _earlier(
     loaded: LoadedModel,
     chat: Chat,
     prompt: Rendered,
-    head: str,
+    frame: tuple[str, str, str],
     thinking: bool | None,
     learned: Sequence[bool],
     counts: Encoded,
@@ -297,7 +301,7 @@ def _earlier(
 
     ``learned`` says for each of these turns whether it may be learned.
     """
-    text, spans, wanted = prompt.text, [], iter(learned)
+    text, head, spans, wanted = prompt.text, frame[0], [], iter(learned)
     for place, turn in enumerate(prompt.messages):
         if turn["role"] != "assistant" or not next(wanted):
             continue
@@ -307,6 +311,11 @@ def _earlier(
         start = len(before)
         if not before or not text.startswith(before):
             contents = ()
+        elif parts(said)[0] is not None:  # a template may write the answer's frame or an empty thought before it
+            asked = chat.around(prompt.messages, place - 1, thinking)[1]
+            own = prompt.turn + _answer(chat, prompt, _unopened(prompt, said), said, thinking, frame, whole=False)
+            same = "".join((asked + said).split()) == "".join(own.split())
+            contents = contents if same and not prompt.closed else ()
         content = next((one for one in contents if one and text.startswith(one + after, start)), None)
         if content is None:
             counts.turns += 1

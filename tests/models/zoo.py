@@ -315,9 +315,12 @@ class Zoo:
         said = f"<think>\n{THOUGHT}\n</think>\n{A1}"
         turns = [*ONE, turn("assistant", said), turn("user", Q3)]
         if self.text(turns) is not None:
-            for span in self.learned(turns, ANSWER)[1][:-1]:
-                if squeezed(said) not in squeezed(span):
-                    yield f"{span!r} is learned of an earlier turn with a thought"
+            ids, spans, _ = self.learned(turns, ANSWER)
+            asked = self.decode(ids).partition(Q1)[2].partition("<think>\n")[0]
+            amiss = [tag for tag in (*(pair[1] for pair in TAGS), self.frame()[0].strip()) if tag]
+            for span in spans[:-1]:
+                if squeezed(said) not in squeezed(span) or any(tag in asked for tag in amiss):
+                    yield f"{span!r} is learned of an earlier turn with a thought, after {asked!r}"
         if self.text(ONE) is None:
             return
         try:

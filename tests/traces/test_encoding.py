@@ -157,11 +157,34 @@ def test_ids_without_the_places_of_tokens_are_the_same(monkeypatch):
     assert example() == known
 
 
-def test_turns_that_are_not_learned_are_counted():
-    loaded = wrap(make_tokenizer(STRIPPING))
-    thought = [*ONE, {"role": "assistant", "content": "<think>a</think>2"}, *ONE]
-    encoded = encoding.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "2"))], 500, "refuse")
-    assert encoded.turns == 1 and "1 earlier turns of the assistant are not learned" in encoding.describe(encoded, 9)[0]
+CHANNELS = EACH + "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>" + END
+CHANNELS += "<|start|>assistant{% endif %}"
+UNTAGGED = PLAINLY.replace("A:{% endif %}", "A:Here are my reasoning steps:\n{% endif %}")
+ELSEWHERE = {  # an earlier turn's thought is missing, in the answer's frame, after an empty one, or in other tags
+    "stripped": STRIPPING,
+    "channels": CHANNELS,
+    "framed": AROUND["frames"][0],
+    "empty thought": AROUND["an empty thought"][0],
+    "other tags": UNTAGGED,
+    "closed": CHATML.replace("assistant\n{% endif %}", "assistant\n</think>{% endif %}").replace(
+        "{{ m['content'] }}", "{{ '</think>' if m.role == 'assistant' }}{{ m['content'] }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*ELSEWHERE, "as written", "opened"])
+def test_an_earlier_thought_is_learned_only_where_the_model_would_write_it_and_else_counted(kind):
+    template = {**ELSEWHERE, "as written": CHATML, "opened": OPENING}[kind]
+    said, loaded = "<think>\na\n</think>\n2", wrap(make_tokenizer(template))
+    thought = [*ONE, {"role": "assistant", "content": said}, *ONE]
+    encoded = encoding.encode_all(loaded, [("f:1", Trace("t", tuple(thought), "4"))], 500, "refuse")
+    (example,) = encoded.examples
+    text = loaded.tokenizer.decode([token for token, own in zip(example.ids, example.trained, strict=True) if own])
+    if kind in ELSEWHERE:
+        assert encoded.turns == 1 and "a" not in text.replace("<|channel|>final<|message|>", "")
+        assert "1 earlier turns of the assistant are not learned" in encoding.describe(encoded, 9)[0]
+    else:
+        assert encoded.turns == 0 and text.startswith(f"{said}<|im_end|>")
 
 
 SWITCHED = CHATML.replace(
@@ -247,9 +270,6 @@ def bounded(text, *words, **fields):
     return Trace("t", fields.pop("messages", tuple(ONE)), text, forced=(1,), forced_text=spans, **fields)
 
 
-CHANNELS = EACH + "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|im_end|>" + END
-CHANNELS += "<|start|>assistant{% endif %}"
-UNTAGGED = PLAINLY.replace("A:{% endif %}", "A:Here are my reasoning steps:\n{% endif %}")
 THOUGHT = "<think>\nb\n</think>\n2"
 
 
