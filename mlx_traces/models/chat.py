@@ -228,21 +228,36 @@ class Chat:
         )
 
     def _settled(self, messages: list[Message], thinking: bool | None) -> tuple[list[Message], str]:
-        """Render; a system message that the template refuses or drops is put before the first question."""
-        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-        try:
-            text = self.text(messages, thinking)
-            if system is None or system.strip() in text:
-                return messages, text
-        except UserError:
-            if system is None:
-                raise
-        if len(messages) < 2:
-            raise UserError(f"{self.name} takes no system message, and there is no question to put it before")
-        messages = [{**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}, *messages[2:]]
-        text = self.text(messages, thinking)
-        self.note(f"{self.name} takes no system message; it is put before the first question")
-        return messages, text
+        """Render; system messages that the template refuses or drops are joined, else put before the next question."""
+        first = next((at for at, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
+        later = any(turn["role"] == "system" for turn in messages[first:])
+        for kept in dict.fromkeys((len(messages), first, 0)):
+            turns = messages if kept == len(messages) else _moved(messages, kept, self.name)
+            last = kept == 0 or not (first or later)
+            try:
+                text = self.text(turns, thinking)
+            except UserError:
+                if last:
+                    raise
+                continue
+            if last or self._has_systems(turns, text, thinking):
+                break
+        if kept < len(messages):
+            if kept < first:
+                self.note(f"{self.name} takes no system message; it is put before the first question")
+            elif first > 1:
+                self.note(f"{self.name} takes one system message; those at the beginning are joined")
+            if later:
+                self.note(f"{self.name} takes no system message within a conversation; it is put before the question")
+        return turns, text
+
+    def _has_systems(self, messages: Sequence[Message], text: str, thinking: bool | None) -> bool:
+        """Whether a rendered text has all system messages; a template may take words out of one (``/no_think``)."""
+        return all(
+            turn["content"].strip() in text or any(self.around(messages, place, thinking))
+            for place, turn in enumerate(messages)
+            if turn["role"] == "system"
+        )
 
     def _opened(self, turn: str) -> str:
         """Return what the template itself writes into the assistant's turn: ``<think>`` and what follows."""
@@ -301,6 +316,23 @@ class Chat:
         except (NotImplementedError, TypeError, ValueError):
             return None
         return [tuple(pair) for pair in found["offset_mapping"]] if found["input_ids"] == list(ids) else None
+
+
+def _moved(messages: Sequence[Message], kept: int, name: str) -> list[Message]:
+    """Join the first ``kept`` turns, which are system messages, and put later ones before the next question."""
+    turns = [{"role": "system", "content": "\n\n".join(turn["content"] for turn in messages[:kept])}] if kept else []
+    waiting: list[str] = []
+    for turn in messages[kept:]:
+        if turn["role"] == "system":
+            waiting.append(turn["content"])
+            continue
+        if turn["role"] == "user":
+            turn = {**turn, "content": "\n\n".join((*waiting, turn["content"]))}
+            waiting = []
+        turns.append(turn)
+    if waiting:
+        raise UserError(f"{name} takes no system message, and there is no question to put it before")
+    return turns
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -191,6 +191,44 @@ def test_system_message_without_a_place(template):
     assert "2 + 2?" in rendered.text and notes == []
 
 
+FIRST_SYSTEM = "{% if messages[0]['role'] == 'system' %}[system]{{ messages[0]['content'] }}{% endif %}" + DROPS_SYSTEM
+JOINED = "tiny takes one system message; those at the beginning are joined"
+WITHIN = "tiny takes no system message within a conversation; it is put before the question"
+BEFORE = "tiny takes no system message; it is put before the first question"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "text", "notes"),
+    [
+        (FIRST_SYSTEM, "ssu", "[system]1\n\n2[user]3", [JOINED]),
+        (FIRST_SYSTEM, "suasu", "[system]1[user]2[assistant]3[user]4\n\n5", [WITHIN]),
+        (FIRST_SYSTEM, "ssusu", "[system]1\n\n2[user]3[user]4\n\n5", [JOINED, WITHIN]),
+        (FIRST_SYSTEM, "uassu", "[user]1[assistant]2[user]3\n\n4\n\n5", [WITHIN]),
+        (DROPS_SYSTEM, "ssau", "[assistant]3[user]1\n\n2\n\n4", [BEFORE]),
+        (DROPS_SYSTEM, "suasu", "[user]1\n\n2[assistant]3[user]4\n\n5", [BEFORE, WITHIN]),
+    ],
+)
+def test_no_system_message_is_lost(template, roles, text, notes):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    turns = [{"role": names[role], "content": str(at)} for at, role in enumerate(roles, 1)]
+    chat = wrap(make_tokenizer(template)).chat
+    rendered = chat.prompt(turns)
+    assert (rendered.text, chat.notes) == (f"{text}[assistant]", notes)
+    with pytest.raises(UserError, match="tiny takes no system message, and there is no question to put it before"):
+        chat.prompt([*turns, {"role": "system", "content": "6"}])
+
+
+@pytest.mark.parametrize("system", ["You are Bob. /no_think", "/no_think"])
+def test_a_switch_that_the_template_takes_out_of_the_system_message_stays_there(system):
+    said = "messages[0]['content']"
+    smollm = (
+        "{% if '/no_think' in " + said + " %}quick{% endif %}[system]{{ " + said + ".replace('/no_think', '') }}"
+        "[user]{{ messages[1]['content'] }}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    rendered, notes = render(smollm, replace(SYSTEM, system=system))
+    assert rendered.text == f"quick[system]{system.removesuffix('/no_think')}[user]2 + 2?[assistant]" and notes == []
+
+
 def test_a_note_is_made_once():
     loaded = wrap(make_tokenizer(GEMMA))
     for _ in range(3):

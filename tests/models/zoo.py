@@ -23,6 +23,7 @@ Q1, A1 = "What is 6 times 7?", "Alpha says forty."
 Q2, A2 = "And what is 2 plus 1?", "Beta says three."
 Q3, ANSWER = "So what is 6 times 7?", "The total is 42."
 SYSTEM, THOUGHT = "Be brief and give numbers.", "Six sevens are asked."
+RULES = "Use no words."
 CORPUS = [
     Q1,
     A1,
@@ -233,6 +234,14 @@ class Zoo:
                     yield f"{what}: the prefill is not in what was opened, {got.opened!r}"
             if wanted and moved and not any("system" in note for note in self.loaded.notes):
                 yield f"{what}: nothing says that the system message was moved"
+        rules = turn("system", RULES)
+        for turns in ([turn("system", SYSTEM), rules, *ONE], [*TALKS["turns"][:2], rules, turn("user", Q3)]):
+            try:
+                text = squeezed(self.loaded.chat.prompt(turns).text)
+            except UserError:
+                continue
+            if not all(squeezed(one["content"]) in text for one in turns if one["role"] == "system"):
+                yield f"a system message is lost in {text!r}"
 
     def thinking(self) -> Iterator[str]:
         if self.text(ONE) is None:
