@@ -99,6 +99,8 @@ def small(text: str) -> str:
 _AROUND_SMALL = tuple(tag.lower() for tag in AROUND_ANSWERS)
 _MARKUP_TAGS = frozenset(tag for pair in MARKUP for tag in pair)
 _SMALL = tuple((opening.lower(), closing.lower()) for opening, closing in TAGS)
+_CLOSINGS = {**dict(_SMALL), None: _SMALL[-1][1]}  # UNTAGGED is in a group of its own
+_STYLED = (TAGS[0][1], SKY[1])
 
 
 _ENDS_BACKWARDS = re.compile(rf"(?>(?:\s|{'|'.join(re.escape(end[::-1]) for end in ENDS)})*)")
@@ -191,6 +193,8 @@ def parts(text: str) -> tuple[str | None, str]:
 
     The thought goes from the start to the last closing tag. Text before the opening tag belongs to it, and the opening
     tag may be missing. If the thought is still open at the end, the solution is empty.
+    If the text begins with an opening tag, or its first tag is a closing one, only tags of that pair and of ``STYLES``
+    count, and any that close a thought which these leave open; others are words of the text, as in ``Vec<Thought>``.
     Tags within either (nested, repeated, around the solution) become line ends. Without tags the thought is None.
     The tags are ``TAGS`` and ``AROUND_ANSWERS``, in upper or lower case, but ``MARKUP`` only around the solution or the
     whole text: elsewhere it is the text's own. ``ENDS`` at the end of either part are dropped.
@@ -198,13 +202,14 @@ def parts(text: str) -> tuple[str | None, str]:
     return tagged_parts(text)[:2]
 
 
-def tagged_parts(text: str) -> tuple[str | None, str, bool]:
-    """Return thought, solution, and whether the thought is still open."""
+def tagged_parts(text: str, opened: bool = False) -> tuple[str | None, str, bool]:
+    """Return thought, solution, and whether the thought is still open.
+
+    If ``opened``, only a thought that the text begins with counts.
+    """
     text = _unwrapped(text, whole=True)
     pieces, start, closed, is_open = [], 0, 0, False
-    for tag in tags(text):
-        if tag[0] in _MARKUP_TAGS:
-            continue
+    for tag in _counted(text, opened):
         pieces.append(text[start : tag.start()].strip())
         start, kind = tag.end(), tag.lastgroup
         if kind:
@@ -215,6 +220,22 @@ def tagged_parts(text: str) -> tuple[str | None, str, bool]:
     both = ("\n".join(filter(None, part)) for part in (pieces[:closed], pieces[closed:]))
     thought, solution = next(both), _unwrapped(next(both))
     return without_ends(thought) if closed else None, solution, is_open
+
+
+def _counted(text: str, opened: bool) -> list[re.Match]:
+    """Return the tags that are not the text's own, by the rules of `parts`."""
+    found = [tag for tag in tags(text) if tag[0] not in _MARKUP_TAGS]
+    first = next((tag for tag in found if tag.lastgroup), None)
+    begins = first is not None and first.lastgroup != "close" and not text[: first.start()].strip()
+    if opened and not begins:
+        return [tag for tag in found if not tag.lastgroup]
+    if not begins and (first is None or first.lastgroup != "close"):
+        return found
+    closings = [tag["close"] or _CLOSINGS[tag["open"]] if tag.lastgroup else None for tag in found]
+    own = {None, closings[found.index(first)], *_STYLED}  # the styles' tags, or restyling would not keep the parts
+    ours = [closing in own for closing in closings]
+    is_open = [tag["close"] is None for tag, one in zip(found, ours, strict=True) if one and tag.lastgroup][-1]
+    return [tag for tag, one in zip(found, ours, strict=True) if one or (is_open and tag["close"])]
 
 
 def _unwrapped(text: str, whole: bool = False) -> str:
@@ -289,13 +310,14 @@ def move_spans(
 def with_thought(thought: str, content: str, style: str) -> str:
     """Join a thought and the content that follows it, with the tags of ``style``.
 
-    A thought in ``content`` is appended to it, or kept alone if it contains it. Tags within a thought become line ends.
+    A thought that ``content`` begins with is appended to it, or kept alone if it contains it. Tags of `parts` within a
+    thought become line ends.
     """
-    inner, rest, _ = tagged_parts(thought)
-    thought = "\n".join(filter(None, (inner, rest)))
-    own, solution, is_open = tagged_parts(content)
+    inner, rest, _ = tagged_parts(thought, opened=True)
+    thought = tagged_parts(_styled("\n".join(filter(None, (inner, rest))), "", False, style))[0] or ""
+    own, solution, is_open = tagged_parts(content, opened=True)
     if own is None:
-        return _styled(thought, content.strip(), False, style)
+        return _styled(thought, solution, False, style)
     kept = own if thought in own else "\n".join(filter(None, (thought, own)))
     return _styled(kept, solution, is_open, style)
 

@@ -83,15 +83,19 @@ def import_traces(
             raise UserError(f"{where}: {clean(name)[:80]} is not imported; leave --strict out to go without it")
         count_skipped(dropped, clean(name)[:80])
 
-    def styled(text: str, role: str = "assistant") -> str:
-        return text if style is None or role != "assistant" else restyle(text, style)
+    def styled(turn: _Turn) -> str:
+        text = turn.message["content"]
+        if style is None or turn.styled or turn.message["role"] != "assistant":
+            return text
+        return restyle(text, style)
 
     for where, row in _rows(data, format, split):
         for column in (*FORMATS[format], *(task.graded_columns if task else ())):
             if row.get(column) is None:
                 raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
         for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
-            messages, completion, unlearned, fault = _split_last(turns, format, where, fault)
+            before, last, unlearned, fault = _split_last(turns, format, where, fault)
+            messages, completion = [turn.message for turn in before], last.message["content"]
             spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
             identity, columns = content_id("trace", *(spoken or [completion])), {}
             if task:
@@ -115,8 +119,8 @@ def import_traces(
                 continue
             yield Trace(
                 id=identity,
-                messages=tuple({**turn, "content": styled(turn["content"], turn["role"])} for turn in messages),
-                completion=styled(completion),
+                messages=tuple({**turn.message, "content": styled(turn)} for turn in before),
+                completion=styled(last),
                 task=task.name if task else "",
                 columns=columns,
                 source=source,
@@ -156,10 +160,14 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn of a conversation, its thought in tags; ``learned`` is False for a weight of 0."""
+    """A turn of a conversation, its thought in tags.
+
+    ``learned`` is False for a weight of 0, ``styled`` True if the thought was put there and has the import's tags.
+    """
 
     message: Message
     learned: bool = True
+    styled: bool = False
 
 
 def _conversations(
@@ -259,14 +267,14 @@ def _turns(
             if thought.strip() != next(iter(thoughts.values())).strip():
                 drop(f"a second thought of a turn, {name!r}", where)
         if thoughts:
-            text = with_thought(next(iter(thoughts.values())), text, style)
+            text = with_thought(next(iter(thoughts.values())), text, style)  # once: its answer may have such tags
         for name, value in turn.items():
             said = value.strip() if isinstance(value, str) else value not in (None, [], {})
             if said and name not in (role, content, "weight", *thoughts):
                 drop(f"a turn's {name!r}", where)
         if turn.get("weight", 1) not in (None, 0, 1):
             raise UserError(f"{where}: 'weight' of a turn must be 0 or 1, not {str(turn['weight'])[:40]!r}")
-        found.append(_Turn({"role": who, "content": text}, turn.get("weight", 1) != 0))
+        found.append(_Turn({"role": who, "content": text}, turn.get("weight", 1) != 0, styled=bool(thoughts)))
     return found
 
 
@@ -302,16 +310,15 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _split_last(
     turns: list[_Turn], format: str, where: str, fault: str | None
-) -> tuple[list[Message], str, list[int], str | None]:
-    """Return the messages before the last learned turn, its text, the places of unlearned turns, and a fault."""
+) -> tuple[list[_Turn], _Turn, list[int], str | None]:
+    """Return the turns before the last learned turn, that turn, the places of unlearned turns, and a fault."""
     roles = [turn.message["role"] for turn in turns]
     own = [at for at, role in enumerate(roles) if role == "assistant"]
     if "tool" in roles and not own:
-        return [turn.message for turn in turns], "", [], "turns of a tool"
+        return turns, _Turn({"role": "assistant", "content": ""}), [], "turns of a tool"
     if not own:
         raise UserError(f"{where}: no turn is the assistant's; {format} needs a completion in every row")
     learned = [at for at in own if turns[at].learned]
     last = max(learned or own)
-    messages = [turn.message for turn in turns[:last]]
     fault = fault or (None if learned else "every turn of the assistant has weight 0")
-    return messages, turns[last].message["content"], [at for at in own if at < last and not turns[at].learned], fault
+    return turns[:last], turns[last], [at for at in own if at < last and not turns[at].learned], fault

@@ -174,6 +174,14 @@ def test_null_is_as_if_left_out(tmp_path):
         ("<think>a</think>", "a", "", "<think>\na\n</think>"),
         ("<think>a", "a", "", "<think>\na"),
         ("<think>a</think>b<think>c", "a\nb\nc", "", "<think>\na\nb\nc"),
+        # Tags of another pair are words, but may close what is open.
+        ("<think>\na Vec<Thought>\n</think>\nVec<Thought> b", "a Vec<Thought>", "Vec<Thought> b", None),
+        ("<think>\n[/THINK]\n</think>\n<reasoning>b</reasoning>", "[/THINK]", "<reasoning>b</reasoning>", None),
+        ("a</think>b Vec<Thought>", "a", "b Vec<Thought>", ...),
+        ("[THINK]a<thinking>[/THINK]b<thinking>", "a<thinking>", "b<thinking>", ...),
+        ("<think>a Vec<Thought> b", "a Vec<Thought> b", "", "<think>\na Vec<Thought> b"),
+        ("<think>a</thinking>b", "a", "b", ...),
+        ("<think>a</think>b</thinking>c<think>d</thinking>e", "a\nb\nc\nd", "e", ...),
         ("a <answer>4</answer> \n", None, "a <answer>4</answer>", "a <answer>4</answer>"),
         ("<solution>a</solution>", None, "a", "a"),
         ("<th<think>ink>a</think>b", "<th\nink>a", "b", ...),
@@ -213,17 +221,19 @@ def test_normalising_twice_is_normalising_once(text):
         styled = restyle(text, style)
         assert normalise(styled) == normal and restyle(styled, style) == styled
         assert parts(styled) == (thought, solution)
-    found = re.compile(r"</?think>|<thinking>|</reasoning>|_of_(thought|solution)\|>|\[/THINK\]")
+    found = re.compile(r"</?think>|_of_(thought|solution)\|>")
     assert not found.search((thought or "") + "\0" + solution)
 
 
 @given(TEXTS)
 @example("<|end|></think><answer>")
 def test_only_tags_ends_of_turns_and_white_space_change(text):
-    found = list(thoughts.tags(text))
-    starts, ends = [0, *(tag.end() for tag in found)], [*(tag.start() for tag in found), len(text)]
-    words = " ".join(text[start:end] for start, end in zip(starts, ends, strict=True))
-    kept = " ".join(part or "" for part in parts(text))
+    def untagged(text):
+        found = list(thoughts.tags(text))
+        starts, ends = [0, *(tag.end() for tag in found)], [*(tag.start() for tag in found), len(text)]
+        return " ".join(text[start:end] for start, end in zip(starts, ends, strict=True))
+
+    words, kept = untagged(text), " ".join(untagged(part or "") for part in parts(text))  # whose words may be tags
     kept = re.sub("</?(?:solution|output)>", " ", kept)  # those within a part are its text
     ends_of_turns = re.compile("|".join(map(re.escape, thoughts.ENDS)))  # each part may lose those at its end
     assert ends_of_turns.sub(" ", kept).split() == ends_of_turns.sub(" ", words).split()

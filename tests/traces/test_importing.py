@@ -159,6 +159,23 @@ def test_a_thought_in_a_field_of_its_own_is_kept(tmp_path, field):
     assert one.messages[1]["content"] == tagged and not dropped
 
 
+@pytest.mark.parametrize(
+    ("thought", "content", "completion"),
+    [
+        ("Seven sixes.", "`<think>` opens and `</think>` closes.", None),
+        ("Use Vec<Thought>.", "let v: Vec<Thought> = vec![];", None),
+        ("Say </think> once.", "Vec<Thought> b", "<think>\nSay\nonce.\n</think>\nVec<Thought> b"),
+        ("Seven sixes.", "<think>More.</think>b", "<think>\nSeven sixes.\nMore.\n</think>\nb"),
+        ("Seven sixes.", "<|begin_of_solution|>b<|end_of_solution|><|im_end|>", "<think>\nSeven sixes.\n</think>\nb"),
+    ],
+)
+def test_tags_are_words_of_a_content_whose_thought_is_in_a_field_of_its_own(tmp_path, thought, content, completion):
+    turn = {"role": "assistant", "reasoning_content": thought, "content": content}
+    (one,) = imported(write_lines(tmp_path / "a.jsonl", {"messages": [USER, turn, USER, turn]}), "messages")
+    assert one.completion == (completion or f"<think>\n{thought}\n</think>\n{content}")
+    assert one.messages[1]["content"] == one.completion
+
+
 def test_a_content_in_parts_is_joined(tmp_path):
     """Its thoughts are the turn's, what is no text is refused."""
     path, dropped = tmp_path / "a.jsonl", Counter()
