@@ -13,7 +13,7 @@ from mlx_traces.records import Trace
 from mlx_traces.tasks import Task
 from mlx_traces.tasks.data import content_id, hub_rows, split_slice
 from mlx_traces.tasks.prompts import Message
-from mlx_traces.tasks.thoughts import STYLES, restyle, tagged_parts, with_thought
+from mlx_traces.tasks.thoughts import STYLES, restyle, tagged_parts, tags, with_thought
 from mlx_traces.text import clean
 from mlx_traces.traces import FORMATS
 
@@ -85,7 +85,7 @@ def import_traces(
 
     def styled(turn: _Turn) -> str:
         text = turn.message["content"]
-        if style is None or turn.styled or turn.message["role"] != "assistant":
+        if style is None or turn.styled or turn.message["role"] != "assistant" or (format == "text" and _led(text)):
             return text
         return restyle(text, style)
 
@@ -322,3 +322,9 @@ def _split_last(
     last = max(learned or own)
     fault = fault or (None if learned else "every turn of the assistant has weight 0")
     return turns[:last], turns[last], [at for at in own if at < last and not turns[at].learned], fault
+
+
+def _led(text: str) -> bool:
+    """Whether something, such as a question, stands before the opening tag of a text's thought."""
+    first = next((tag for tag in tags(text) if tag.lastgroup), None)
+    return first is not None and first.lastgroup == "open" and bool(text[: first.start()].strip())

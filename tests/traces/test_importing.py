@@ -360,6 +360,14 @@ def test_the_default_output_has_the_name_of_the_data(tmp_path, monkeypatch):
         assert f"1 traces written to data/raw/{name}.jsonl" in result.stderr, result.output
 
 
+def test_a_text_with_a_question_before_its_thought_is_left_unchanged(tmp_path):
+    """The question is no part of the thought."""
+    rendered = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n<think>\na</think>b<|im_end|>"
+    for text, completion in ((rendered, rendered), ("Q?\n<think>a", "Q?\n<think>a"), ("\n<think>a</think>b", NORMAL)):
+        (one,) = imported(write_lines(tmp_path / "a.jsonl", {"text": text}), "text")
+        assert one.completion == completion
+
+
 def test_paragraphs_of_a_text_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("<think>one\ntwo</think>\n#### 3\n \n\nfour")
