@@ -54,7 +54,8 @@ def import_traces(
 
     If a turn of the assistant has its thought in a field of `THOUGHTS`, or in a part of its content, the thought is put
     before the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is
-    then the last turn that is, and earlier ones are marked in the trace. Conversations with tool turns are skipped.
+    then the last turn that is, and earlier ones are marked in the trace. Conversations with tool turns are skipped, and
+    those whose completion calls a tool.
 
     Args:
         data: a file or ``owner/name``.
@@ -110,6 +111,8 @@ def import_traces(
             seen[identity] += 1
             if not fault and any(turn["role"] == "tool" for turn in messages):
                 fault = "turns of a tool"
+            elif not fault and last.calls:
+                fault = "a call of a tool"
             elif not fault and not completion.strip():
                 fault = "empty completion"
             elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
@@ -162,12 +165,14 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
 class _Turn:
     """A turn of a conversation, its thought in tags.
 
-    ``learned`` is False for a weight of 0, ``styled`` True if the thought was put there and has the import's tags.
+    ``learned`` is False for a weight of 0, ``styled`` True if the thought was put there and has the import's tags, and
+    ``calls`` True if the turn goes on with a call of a tool.
     """
 
     message: Message
     learned: bool = True
     styled: bool = False
+    calls: bool = False
 
 
 def _conversations(
@@ -274,7 +279,8 @@ def _turns(
                 drop(f"a turn's {name!r}", where)
         if turn.get("weight", 1) not in (None, 0, 1):
             raise UserError(f"{where}: 'weight' of a turn must be 0 or 1, not {str(turn['weight'])[:40]!r}")
-        found.append(_Turn({"role": who, "content": text}, turn.get("weight", 1) != 0, styled=bool(thoughts)))
+        message, calls = {"role": who, "content": text}, bool(turn.get("tool_calls"))
+        found.append(_Turn(message, turn.get("weight", 1) != 0, styled=bool(thoughts), calls=calls))
     return found
 
 

@@ -207,6 +207,11 @@ def test_conversations_with_a_tool_are_left_out(tmp_path):
     rows = [{"messages": [USER, asks, said, APART]}, {"messages": [USER, said]}, {"messages": [USER, APART, said]}]
     (one,) = imported(write_lines(path, *rows), "messages", skipped=skipped)
     assert one.completion == "It is 42." and skipped == {"turns of a tool": 2}
+    for said in ({}, {"reasoning_content": "Seven sixes."}, {"content": "I will look."}):
+        row, skipped = {"messages": [USER, {**asks, **said}]}, Counter()
+        assert imported(write_lines(path, row), "messages", skipped=skipped) == []
+        assert skipped == {"a call of a tool": 1}
+    skipped = Counter()
     turns = [{"from": who, "value": "x"} for who in ("human", "function_call", "observation", "gpt")]
     assert imported(write_lines(path, {"conversations": turns}), "sharegpt", skipped=skipped) == []
     with pytest.raises(UserError, match="a.jsonl:1: a tool's turn is not imported; leave --strict out"):
@@ -233,16 +238,16 @@ def test_a_turn_of_weight_0_is_not_learned(tmp_path):
 
 
 def test_fields_of_a_turn_that_are_not_imported_are_counted_or_refused(tmp_path):
-    turn = {**APART, "tool_calls": [{"name": "f"}], "name": "Ann", "refusal": None}
+    turn, called = {**APART, "name": "Ann", "refusal": None, "tool_calls": []}, {**APART, "tool_calls": [{"name": "f"}]}
     row = {
         "system": "Be brief.",
-        "messages": [{"role": "system", "content": "Be long."}, {**USER, "thought": "x"}, turn],
+        "messages": [{"role": "system", "content": "Be long."}, {**USER, "thought": "x"}, called, USER, turn],
     }
     path, out, dropped = write_lines(tmp_path / "a.jsonl", row), tmp_path / "out.jsonl", Counter()
     (one,) = imported(path, "messages", dropped=dropped)
     wanted = {"a turn's 'thought'": 1, "a turn's 'tool_calls'": 1, "a turn's 'name'": 1}
     assert dropped == {**wanted, "a system column beside a system turn": 1}
-    assert [turn["content"] for turn in one.messages] == ["Be long.", USER["content"]]
+    assert [turn["content"] for turn in one.messages] == ["Be long.", "Q?", "It is 42.", "Q?"]
     result = call("data", "import", path, "--format", "messages", "--out", out)
     assert result.stderr.startswith(
         f"1 traces written to {out}; 1 dropped (a turn's 'thought'), 1 dropped (a turn's 't"
