@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_traces.errors import UserError, unknown
+from mlx_traces.models.chat import RESERVED, SWITCHES
 from mlx_traces.readers import MARK, Row, file_rows, is_file, listed, text_of
 from mlx_traces.records import Trace
 from mlx_traces.tasks import Task
@@ -94,7 +95,8 @@ def import_traces(
         for column in (*FORMATS[format], *(task.graded_columns if task else ())):
             if row.get(column) is None:
                 raise UserError(f"{where}: {column!r} is missing; this row has {listed(row)}")
-        for turns, finish, fault in _conversations(row, format, where, style or "think", drop):
+        thinking, arguments, system = _of_template(row, where, drop)
+        for turns, finish, fault in _conversations(row, format, where, style or "think", system, drop):
             before, last, unlearned, fault = _split_last(turns, format, where, fault)
             messages, completion = [turn.message for turn in before], last.message["content"]
             spoken = [text for turn in messages for text in (turn["role"], turn["content"])]
@@ -130,6 +132,8 @@ def import_traces(
                 sample=seen[identity] - 1,
                 finish_reason=finish,
                 not_learned=tuple(unlearned) or None,
+                thinking=thinking,
+                template_args=arguments,
             )
 
 
@@ -175,10 +179,38 @@ class _Turn:
     calls: bool = False
 
 
+def _of_template(row: Row, where: str, drop: Callable[[str, str], None]) -> tuple[bool | None, Row, str | None]:
+    """Return the thinking switch, other variables and a system message of a row's ``chat_template_kwargs``."""
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        drop("a 'chat_template_kwargs' column that is no object", where)
+        given = {}
+    thinking, system, arguments = None, None, {}
+    for name, value in given.items():
+        if value in (None, "", [], {}):
+            continue
+        if name in SWITCHES and isinstance(value, bool):
+            thinking = value
+        elif name in ("custom_instructions", "system_message") and isinstance(value, str):
+            system = value
+        elif name not in RESERVED and isinstance(value, str | int | float):
+            arguments[name] = value
+        else:
+            drop(f"a template's {name!r}", where)
+    return thinking, arguments, system
+
+
 def _conversations(
-    row: Row, format: str, where: str, style: str, drop: Callable[[str, str], None]
+    row: Row, format: str, where: str, style: str, system: str | None, drop: Callable[[str, str], None]
 ) -> Iterator[tuple[list[_Turn], str | None, str | None]]:
-    """Yield (turns, finish reason, reason to skip it or None) for each of a row's conversations."""
+    """Yield (turns, finish reason, reason to skip it or None) for each of a row's conversations.
+
+    ``system`` is a system message for one that has none.
+    """
+    if row.get("tools") not in (None, "", "[]", [], {}):
+        drop("a 'tools' column", where)
+    if format in ("open-r1", "text") and (system or row.get("system")):
+        drop("a system message", where)
     if format == "open-r1":
         yield from _generations(row, where)
         return
@@ -197,10 +229,12 @@ def _conversations(
         turns = _column_turns(row, "prompt", "user", where, style, drop)
         turns += _column_turns(row, "completion", "assistant", where, style, drop)
     systems = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
-    if row.get("system") and systems and row["system"] not in systems:
-        drop("a system column beside a system turn", where)
-    elif row.get("system") and not systems:
-        turns.insert(0, _Turn({"role": "system", "content": _text(row["system"], "system", where)}))
+    for text, what in ((row.get("system"), "a system column"), (system, "a template's system message")):
+        if text and systems and text not in systems:
+            drop(f"{what} beside a system turn", where)
+        elif text and not systems:
+            systems.append(_text(text, "system", where))
+            turns.insert(0, _Turn({"role": "system", "content": text}))
     yield turns, None, None
 
 

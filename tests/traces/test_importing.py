@@ -261,6 +261,34 @@ def test_fields_of_a_turn_that_are_not_imported_are_counted_or_refused(tmp_path)
     assert one.messages[0] == {"role": "system", "content": "Be brief."}
 
 
+def test_the_templates_variables_of_a_row_are_those_of_its_trace(tmp_path):
+    """Its instructions are a system turn, and what neither is, or has no place, is counted."""
+    path, talk = tmp_path / "a.jsonl", [USER, APART]
+
+    def read(given, form="messages", **row):
+        dropped, row = Counter(), {"messages": talk, "chat_template_kwargs": given, **row}
+        (one,) = imported(write_lines(path, row), form, dropped=dropped)
+        said = [turn["content"] for turn in one.messages if turn["role"] == "system"]
+        return one.thinking, one.template_args, said, list(dropped)
+
+    given = {"custom_instructions": "You are Bob.", "enable_thinking": False, "python_tools": [], "xml_tools": None}
+    assert read(given) == (False, {}, ["You are Bob."], [])
+    assert read({"thinking": True, "reasoning_effort": "high"}) == (True, {"reasoning_effort": "high"}, [], [])
+    assert read({"xml_tools": ["f"], "tokenize": True})[1:] == (
+        {},
+        [],
+        ["a template's 'xml_tools'", "a template's 'tokenize'"],
+    )
+    assert read("x") == (None, {}, [], ["a 'chat_template_kwargs' column that is no object"])
+    beside = "a template's system message beside a system turn"
+    assert read({"system_message": "S"}, messages=[{"role": "system", "content": "T"}, *talk])[2:] == (["T"], [beside])
+    assert read(given, system="S")[2:] == (["S"], [beside]) and read(given, system="You are Bob.")[3] == []
+    assert read(None, tools=[{"name": "f"}])[3] == ["a 'tools' column"] and read(None, tools=[])[3] == []
+    for form, row in (("open-r1", {"problem": "Q?", "generations": ["a"]}), ("text", {"text": "a"})):
+        assert read(None, form, system="S", **row)[2:] == ([], ["a system message"])
+        assert read({"enable_thinking": True}, form, **row) == (True, {}, [], [])
+
+
 def test_tables_are_imported(tmp_path):
     """Turns in one of which a field is missing have it as null in all others of a table."""
     turns = [USER, {**APART, "reasoning_content": "Seven sixes.", "weight": 1}]
