@@ -28,6 +28,7 @@ def count_skipped(skipped: Counter | None, reason: str) -> None:
 # ---------------------------------------------------------------------------------- traces from elsewhere
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")  # fields that hold a turn's thought
+SETTINGS = ("on", "off", "true", "false", "yes", "no", "low", "medium", "high", "none")  # in such a field, no thought
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
@@ -209,6 +210,10 @@ def _conversations(
     """
     if row.get("tools") not in (None, "", "[]", [], {}):
         drop("a 'tools' column", where)
+    said = row[FORMATS[format][-1]] if format in ("prompt-completion", "alpaca") else None
+    for name in () if isinstance(said, str) else THOUGHTS:  # `_column_turns` takes it
+        if _is_thought(row.get(name)):
+            drop(f"a {name!r} column", where)
     if format in ("open-r1", "text") and (system or row.get("system")):
         drop("a system message", where)
     if format == "open-r1":
@@ -273,7 +278,7 @@ def _column_turns(
 ) -> list[_Turn]:
     """Return a column's turns; a text is one turn of ``role``, whose thought may be in another column."""
     if isinstance(row[column], str):
-        apart = {name: row[name] for name in THOUGHTS if role == "assistant" and isinstance(row.get(name), str)}
+        apart = {name: row[name] for name in THOUGHTS if role == "assistant" and _is_thought(row.get(name))}
         row = {column: [{"role": role, "content": row[column], **apart}]}
     return _turns(row[column], "role", "content", where, style, drop)
 
@@ -339,7 +344,11 @@ def _thoughts(turn: Row, role: str) -> dict[str, str]:
     """Return the thoughts that an assistant's turn has in separate fields, by field."""
     if ROLES.get(str(turn[role]).lower()) != "assistant":
         return {}
-    return {name: turn[name] for name in THOUGHTS if isinstance(turn.get(name), str) and turn[name].strip()}
+    return {name: turn[name] for name in THOUGHTS if _is_thought(turn.get(name))}
+
+
+def _is_thought(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower() not in ("", *SETTINGS)
 
 
 def _text(value: Any, column: str, where: str) -> str:

@@ -159,6 +159,28 @@ def test_a_thought_in_a_field_of_its_own_is_kept(tmp_path, field):
     assert one.messages[1]["content"] == tagged and not dropped
 
 
+def test_a_setting_is_no_thought_and_a_thought_of_no_turn_is_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = {
+        "prompt-completion": {"prompt": "Q?", "completion": [APART]},
+        "messages": {"messages": [USER, APART]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "It is 42."}]},
+        "text": {"text": "It is 42."},
+    }
+    for form, row in rows.items():
+        for field, counted in (("Seven sixes.", {"a 'reasoning' column": 1}), ("off", {})):
+            dropped = Counter()
+            (one,) = imported(write_lines(path, {**row, "reasoning": field}), form, dropped=dropped)
+            assert one.completion == "It is 42." and dropped == counted
+    for word in importing.SETTINGS:
+        dropped, row = Counter(), {"prompt": "Q?", "completion": "It is 42.", "reasoning": word.upper()}
+        (one,) = imported(write_lines(path, row), "prompt-completion", dropped=dropped)
+        assert one.completion == "It is 42." and not dropped
+        row = {"messages": [USER, {**APART, "reasoning": word}]}
+        (one,) = imported(write_lines(path, row), "messages", dropped=dropped)
+        assert one.completion == "It is 42." and dropped == {"a turn's 'reasoning'": 1}
+
+
 @pytest.mark.parametrize(
     ("thought", "content", "completion"),
     [
