@@ -181,6 +181,18 @@ class Chat:
         """The tags that the tokenizer names for thoughts, if they are not among ``thoughts.TAGS``."""
         return own_pair(self.tokenizer.think_start, self.tokenizer.think_end)
 
+    @property
+    def tags(self) -> Pair | None:
+        """The tags that the tokenizer names for thoughts; else, if <think> is no token, a pair of ``TAGS`` that are."""
+        if self.tokenizer.think_start and self.tokenizer.think_end:
+            return self.tokenizer.think_start, self.tokenizer.think_end
+        pairs = () if self._is_token(TAGS[0][0]) else TAGS
+        return next((pair for pair in pairs if all(map(self._is_token, pair))), None)
+
+    def _is_token(self, text: str) -> bool:
+        token = self.tokenizer._tokenizer.convert_tokens_to_ids(text)
+        return token is not None and self.tokenizer._tokenizer.convert_ids_to_tokens(token) == text
+
     def note(self, line: str) -> None:
         """Add a note that is not there yet."""
         if line not in self.notes:
@@ -220,7 +232,7 @@ class Chat:
         if closed:
             return "the chat template leaves no thought to bound; pass --thinking"
         asked = text.lower()
-        if self.tokenizer.think_end is not None or any(opening.lower() in asked for opening in OPENERS):
+        if self.tags is not None or any(opening.lower() in asked for opening in OPENERS):
             return ""
         return (
             "neither the model nor the prompt has a tag for thoughts; pass a prompt that asks for one "

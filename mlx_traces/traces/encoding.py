@@ -267,7 +267,7 @@ def _answer(
 
 def _in_own_tags(chat: Chat, prompt: Rendered, completion: str, closing: str | None) -> str:
     """Put a thought into the model's own tags instead of the usual ones; the prompt may hold the opening one."""
-    opening, own = chat.tokenizer.think_start, chat.tokenizer.think_end
+    opening, own = chat.tags or (None, None)
     if closing:
         opening, own = "", closing
         completion = completion.removeprefix(TAGS[0][0] + "\n" if prompt.opened.endswith("\n") else TAGS[0][0])

@@ -342,7 +342,9 @@ class Zoo:
         tags = self.opens[1:] if self.opens else next((pair for pair in TAGS if pair[0] in text), TAGS[0])
         if text.count(tags[0]) != 1 or squeezed(text).count(squeezed(THOUGHT)) != 1:
             yield f"a thought is learned as {text!r}"
-        others = (self.opens and tags[0] != "<think>") or FINAL in self.frame()[0]
+        tokens = self.tokenizer.get_vocab()
+        known = "<think>" not in tokens and any(opening in tokens and closing in tokens for opening, closing in TAGS)
+        others = (self.opens and tags[0] != "<think>") or FINAL in self.frame()[0] or known
         if others and "<think>" in text:
             yield f"a thought is learned in tags that the template does not write: {text!r}"
         if squeezed(ANSWER) not in squeezed(answer_part(text)) or self.end not in spans[-1]:

@@ -395,6 +395,23 @@ def test_a_thought_is_learned_in_the_models_own_tags(tags):
     assert left_out(loaded, bounded(WAITED, "Wait,", CLOSED)) == ["Wait,", f"\n{tags[1]}\n\nSo:"]
 
 
+@pytest.mark.parametrize("pair", [("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")])
+def test_a_thought_is_learned_in_tags_of_the_vocabulary_that_the_tokenizer_does_not_name(pair):
+    tokenizer = make_tokenizer(PLAINLY)
+    tokenizer.add_tokens([*pair])
+    loaded = wrap(tokenizer)
+    loaded.tokenizer._think_start = loaded.tokenizer._think_end = None
+    assert loaded.chat.tags is None  # <think> is a token of it
+    loaded = wrap(pieces("never", PLAINLY))
+    for tag in pair:
+        assert loaded.tokenizer.think_start is loaded.chat.tags is None
+        loaded.tokenizer._tokenizer.add_tokens([tag])
+    assert loaded.chat.tags == pair
+    ids = encoding.encode(loaded, Trace("t", tuple(ONE), THOUGHT), encoding.turn_end(loaded)).ids
+    assert loaded.tokenizer.decode(ids).endswith(f"A:{pair[0]}\nb\n{pair[1]}\n2<|im_end|>")
+    assert not loaded.chat.prompt([dict(turn) for turn in ONE]).thoughtless
+
+
 def test_one_turn_is_learned_where_three_are_refused():
     refuses = "{% if messages | length > 2 %}{{ raise_exception('No more') }}{% endif %}" + CHATML
     assert learned(refuses, ONE, "2") == PROMPT + "|2<|im_end|>|"
