@@ -1,8 +1,9 @@
 """Import traces: chat messages, prompt and completion, ShareGPT, Alpaca, open-r1, plain text."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def import_traces(
 
     If a turn of the assistant has its thought in a field of `THOUGHTS`, or in a part of its content, the thought is put
     before the content, in tags; texts in parts are joined. A turn of ``weight`` 0 is not learned: the completion is
-    then the last turn that is, and earlier ones are marked in the trace. Conversations with tool turns are skipped, and
-    those whose completion calls a tool.
+    then the last turn that is, and earlier ones are marked in the trace, as are the assistant's turns in a ``prompt``.
+    Conversations with tool turns are skipped, and those whose completion calls a tool.
 
     Args:
         data: a file or ``owner/name``.
@@ -90,7 +91,9 @@ def import_traces(
         text = turn.message["content"]
         if style is None or turn.styled or turn.message["role"] != "assistant" or (format == "text" and _led(text)):
             return text
-        return restyle(text, style)
+        bare = style == "think" and tagged_parts(text)[0] is None
+        indent = re.match(r"(?:\s*\n)?(\t+| {2,}|)", text)[1] if bare else ""  # of a line of code
+        return indent + restyle(text, style)
 
     for where, row in _rows(data, format, split):
         for column in (*FORMATS[format], *(task.graded_columns if task else ())):
@@ -118,6 +121,8 @@ def import_traces(
                 fault = "a call of a tool"
             elif not fault and not completion.strip():
                 fault = "empty completion"
+            elif not fault and messages and messages[-1]["role"] == "assistant":
+                fault = "two turns of the assistant in a row"
             elif not fault and format != "text" and (not messages or messages[-1]["role"] != "user"):
                 fault = "no user's turn before the completion"
             if fault:
@@ -170,8 +175,8 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Row]]:
 class _Turn:
     """A turn of a conversation, its thought in tags.
 
-    ``learned`` is False for a weight of 0, ``styled`` True if the thought was put there and has the import's tags, and
-    ``calls`` True if the turn goes on with a call of a tool.
+    ``learned`` is False for a weight of 0 and in a prompt, ``styled`` is True if the thought was put there and has the
+    import's tags, ``calls`` if the turn goes on with a call of a tool.
     """
 
     message: Message
@@ -231,7 +236,8 @@ def _conversations(
         turns = [*_history(row, where), _Turn({"role": "user", "content": "\n\n".join(asked)})]
         turns += _column_turns(row, "output", "assistant", where, style, drop)
     else:
-        turns = _column_turns(row, "prompt", "user", where, style, drop)
+        asked = _column_turns(row, "prompt", "user", where, style, drop)
+        turns = [replace(turn, learned=False) for turn in asked]  # its assistant's turns are examples
         turns += _column_turns(row, "completion", "assistant", where, style, drop)
     systems = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
     for text, what in ((row.get("system"), "a system column"), (system, "a template's system message")):

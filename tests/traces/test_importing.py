@@ -259,6 +259,26 @@ def test_a_turn_of_weight_0_is_not_learned(tmp_path):
         list(read_traces(write_lines(path, row)))
 
 
+def test_the_assistants_turns_in_a_prompt_are_not_learned(tmp_path):
+    row = {"prompt": [USER, APART, USER], "completion": [APART, USER, APART]}
+    (one,) = imported(write_lines(tmp_path / "a.jsonl", row), "prompt-completion")
+    assert (len(one.messages), one.not_learned, one.completion) == (5, (1,), "It is 42.")
+
+
+@pytest.mark.parametrize(
+    ("said", "completion"),
+    [
+        ("    return 1\n", "    return 1"),
+        ("\n\n\treturn 1<|im_end|>", "\treturn 1"),
+        (" It is 42.", "It is 42."),
+        ("  <think>a</think>  b", NORMAL),
+    ],
+)
+def test_the_indentation_of_code_is_kept(tmp_path, said, completion):
+    (one,) = imported(write_lines(tmp_path / "a.jsonl", {"prompt": "Q?", "completion": said}), "prompt-completion")
+    assert one.completion == completion
+
+
 def test_fields_of_a_turn_that_are_not_imported_are_counted_or_refused(tmp_path):
     turn, called = {**APART, "name": "Ann", "refusal": None, "tool_calls": []}, {**APART, "tool_calls": [{"name": "f"}]}
     row = {
@@ -342,10 +362,12 @@ def test_traces_of_one_question_share_its_id_and_are_numbered(tmp_path):
     other = {"messages": [{**USER, "content": "R?"}, ASSISTANT]}
     row, empty = {"messages": [USER, ASSISTANT]}, {"messages": [USER, {**ASSISTANT, "content": " "}]}
     unasked, skipped = {"messages": [ASSISTANT]}, Counter()
-    path = write_lines(tmp_path / "a.jsonl", row, other, empty, row, unasked)
+    channels = {"messages": [USER, {**ASSISTANT, "channel": "analysis"}, {**ASSISTANT, "channel": "final"}]}
+    path = write_lines(tmp_path / "a.jsonl", row, other, empty, row, unasked, channels)
     one, two, three = imported(path, "messages", skipped=skipped)
     assert one.id == three.id != two.id and [one.sample, two.sample, three.sample] == [0, 0, 2]
-    assert skipped == {"empty completion": 1, "no user's turn before the completion": 1}
+    wanted = {"empty completion": 1, "no user's turn before the completion": 1}
+    assert skipped == {**wanted, "two turns of the assistant in a row": 1}
     assert [trace.sample for trace in imported(path, "messages", split="train[1:2]")] == [0]
 
 
