@@ -418,6 +418,17 @@ def test_the_readme_names_commands_and_options_that_exist(words):
             assert word.partition("=")[0] in known, f"{word} in {words}"
 
 
+def test_no_command_of_a_document_has_a_comment():
+    """At its prompt zsh, a Mac's default shell, takes a comment for arguments."""
+    files = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    for name in set(files.stdout.splitlines()):
+        for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE):
+            wrong = [line for line in block.splitlines() if " #" in line or line.startswith("#")]
+            assert not wrong, f"{name}: {wrong}"
+
+
 @pytest.mark.parametrize("readme", ["README.md", "mlx_traces/evaluation/README.md", "mlx_traces/rl/README.md"])
 def test_the_readmes_python_example_runs_also_again(readme, tmp_path, monkeypatch):
     block = re.search(r"```python\n(import mlx_traces\n.*?)```", (ROOT / readme).read_text(), re.DOTALL)[1]
