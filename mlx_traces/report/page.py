@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from mlx_traces.errors import UserError, unknown
@@ -121,13 +121,9 @@ def write(
     return [file, *(Path(png) / name for name in page.pictures)]
 
 
-def render(
-    sections: Sequence[dict[str, Any]],
-    records: Sequence[Record],
-    title: str | None = None,
-    fronts: Sequence[Front] = (),
-) -> str:
-    """Fill in the page's template. The default title is the number of runs and their tasks."""
+@cache
+def _template() -> Template:
+    """Return the page's template, compiled."""
     environment = Environment(
         loader=PackageLoader("mlx_traces.report"),
         autoescape=True,
@@ -142,6 +138,16 @@ def render(
         "interval": lambda row, name="ci": interval(row[f"{name}_low"], row[f"{name}_high"]),
         "p": p_text,
     }
+    return environment.get_template("report.html")
+
+
+def render(
+    sections: Sequence[dict[str, Any]],
+    records: Sequence[Record],
+    title: str | None = None,
+    fronts: Sequence[Front] = (),
+) -> str:
+    """Fill in the page's template. The default title is the number of runs and their tasks."""
     tasks = [record.settings.get("task") or (record.result or {}).get("task") for record in records]
     names = [clean(task) for task in dict.fromkeys(task for task in tasks if isinstance(task, str))]
     title = (
@@ -155,7 +161,7 @@ def render(
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = embedded(records)
-    page = environment.get_template("report.html").render(
+    page = _template().render(
         title=title,
         sections=sections,
         fronts=fronts,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def version_of(package: str) -> str | None:
     """Return an installed package's version, None if it is not installed."""
     try:
@@ -44,10 +46,12 @@ def version_of(package: str) -> str | None:
         return None
 
 
+@cache
 def git_revision() -> str | None:
     """Return the commit of this package's checkout, with ``+`` if files differ from it; None outside a checkout.
 
-    A package that is installed below another project's checkout is not part of it.
+    Git is asked once, since the code that runs was read at the beginning. A package that is installed below another
+    project's checkout is not part of it.
     """
 
     def git(*arguments: str) -> str:

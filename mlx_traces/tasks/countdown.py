@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,12 @@ def generate(
             )
 
 
+@lru_cache(8)
+def _generated(split: str, count: int, seed: int, operands: tuple[int, int]) -> tuple[tuple[list[int], int], ...]:
+    """Return the problems of `generate`, which a comparison loads for every model."""
+    return tuple(generate(split, count, seed, operands))
+
+
 def _random_value(nums: list[int], draw: random.Random) -> int:
     """Combine the numbers in random order by random operations that stay within the non-negative integers."""
     pool = list(nums)
@@ -394,7 +401,7 @@ def load(split: str, data: str | None, limit: int | None, seed: int) -> list[Pro
     name, span = split_slice(split)
     if operands := generated_operands(data):
         stop = span.stop if span.stop is not None else (span.start or 0) + (limit or DEFAULT_COUNT)
-        rows = ({"nums": nums, "target": target} for nums, target in generate(name, stop, seed, operands))
+        rows = ({"nums": nums, "target": target} for nums, target in _generated(name, stop, seed, operands))
         return load_rows((("generated", row) for row in islice(rows, span.start, None)), parse, limit, seed, split)
     if is_file(data):
         rows = islice(file_rows(Path(data), TASK.columns), span.start, span.stop)

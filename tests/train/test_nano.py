@@ -222,7 +222,7 @@ def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path)
     from mlx_traces.pipelines import compare
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
-    evals = [settings.model_copy(update={"limit": 100}) for settings in compare.default_evals()]
+    evals = [settings.model_copy(update={"limit": 80}) for settings in compare.default_evals()]
     shown = [(settings.adapter and Path(settings.adapter).name, settings.prompt) for settings in evals]
     assert shown == [(None, "direct"), (None, "thinking"), *((name, "thinking") for name in compare.TRAINED)]
     frame, *_ = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path)))
