@@ -30,12 +30,13 @@ def split(model: nn.Module) -> Split:
 
     The trunk is `cpu_trunk.trunk` where that computes the same.
     """
-    halves, caches = logprobs.split(model), make_prompt_cache(model)
-    if not all(type(cache) is KVCache for cache in caches):
-        return halves
-    fast = [cpu_trunk.trunk(model)] if cpu_trunk.serves(model) else []
-    able = [replace(halves, trunk=trunk, caches=len(caches)) for trunk in (*fast, halves.trunk)]
-    return next((each for each in able if _right(model, each, halves)), halves)
+    with blas.threads_for(model, 64):
+        halves, caches = logprobs.split(model), make_prompt_cache(model)
+        if not all(type(cache) is KVCache for cache in caches):
+            return halves
+        fast = [cpu_trunk.trunk(model)] if cpu_trunk.serves(model) else []
+        able = [replace(halves, trunk=trunk, caches=len(caches)) for trunk in (*fast, halves.trunk)]
+        return next((each for each in able if _right(model, each, halves)), halves)
 
 
 def _right(model: nn.Module, able: Split, halves: Split) -> bool:

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_traces.engine import logprobs
 from mlx_traces.engine.attention import SLICES, Reading
+from mlx_traces.runtime import blas
 
 STEP = 256  # positions by which the buffers grow
 KEPT = "_mask_axes"  # the attribute of a model that keeps what `mask_axes` found
@@ -141,7 +142,8 @@ def mask_axes(model: nn.Module, reading: Reading = SLICES) -> int | None:
         training = model.training
         model.eval()
         tries = ((4, rows, 4), (5, rows, 5), (4, rows[:1], None))
-        found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked, reading)), 0)
+        with blas.threads_for(model, len(rows)):
+            found = next((answer for axes, asked, answer in tries if decodes_right(model, axes, asked, reading)), 0)
         model.train(training)
         if not (found or mx.isfinite(model(mx.array([rows[0]]))).all().item()):
             return 4  # with broken weights the probe says nothing; drawing the first token reports them

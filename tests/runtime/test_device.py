@@ -13,7 +13,7 @@ from factories import make_model, make_tokenizer, wrap
 
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
-from mlx_traces.engine import forward, fused
+from mlx_traces.engine import forward, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
@@ -315,12 +315,15 @@ def test_training_uses_one_thread_for_products_as_small_as_nanos(library, hidden
     assert set(used) == {expected} and library.threads == 4
 
 
-def test_sampling_a_small_model_uses_one_thread(library, monkeypatch):
-    loaded, probed, step_of = wrap(make_tokenizer(), make_model()), [], fused.step_of
-    monkeypatch.setattr(fused, "step_of", lambda *given: probed.append(library.threads) or step_of(*given))
+def test_sampling_a_small_model_and_its_probes_use_one_thread(library, monkeypatch):
+    loaded, probed, alike = wrap(make_tokenizer(), make_model()), [], logprobs.alike
+    seen = lambda *given: probed.append(library.threads) or alike(*given)  # noqa: E731
+    monkeypatch.setattr(logprobs, "alike", seen)
+    forward.split(loaded.model)
+    assert probed == [1] and library.threads == 4
     stream = generate(loaded, [Request((1, 2)), Request((3,))], SamplingParams(3))
     next(stream)
-    assert library.threads == 1 and probed == [1]
+    assert library.threads == 1 and probed == [1] * 4
     stream.close()
     assert library.threads == 4
 
