@@ -12,7 +12,7 @@ from mlx_traces.tasks import Task, qa
 from mlx_traces.tasks.answers import last_answer_tag, last_boxed, marked
 from mlx_traces.tasks.data import content_id, hub_rows, load_rows, split_slice, text_column
 from mlx_traces.tasks.equality import compare, normal, number, require, squeezed
-from mlx_traces.tasks.numbers import MAX_ANSWER, last_number, without_scripts
+from mlx_traces.tasks.numbers import MAX_ANSWER, WINDOW, last_number, parse_number, without_scripts
 from mlx_traces.tasks.thoughts import after_thought, answer_part
 
 HUB = {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}
@@ -22,6 +22,14 @@ INSTEAD = 'pass --data FILE with one {"problem", "answer"} object per line'
 _BOX = re.compile(r"\\boxed\s*\{")
 _BARE_BOX = re.compile(r"\\boxed ([^$\s{}]+)\$")  # in two solutions of MATH's train split
 _AROUND_FORMULAS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_COMMAND = re.compile(r"(?<!\\)\\[A-Za-z]")
+_BREAK = re.compile(  # between two formulas
+    r"=|\\(?:approx|implies|iff|to|n|therefore|item|newline|q?quad|[A-Za-z]*(?:arrow|square))(?![A-Za-z])"
+    r"|\\(?:begin|end) ?\{[a-z]*\*?\}"
+)
+_BARE = re.compile(  # spaces belong to a formula in braces, and next to a command or sign after a number
+    r"(?:\\(?:cdot|times) |[^\s{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|(?<=[0-9)}]) (?:(?=\\)|[-+*/] (?=\S)))+"
+)
 
 
 def tolerant(response: str) -> str | None:
@@ -35,6 +43,8 @@ def tolerant(response: str) -> str | None:
 
 def last_formula(part: str) -> str | None:
     r"""Return the last formula in dollars, ``\(…\)`` or ``\[…\]``, or the number after it; else the last number.
+
+    If that number is part of a bare formula, as in ``2\pi`` and ``\frac{\sqrt{3}}{2}``, the whole formula counts.
 
     A ``\boxed{84`` at the end is skipped, as it may be cut off. For a box that is not closed within its formula, the
     rest of the formula counts. An exponent or index in dollars of its own, as in ``cm$^2$``, is no formula.
@@ -50,7 +60,17 @@ def last_formula(part: str) -> str | None:
         formula = text[start:stop]
         if start >= len(opening) and stop > end and re.search(r"\w", formula) and "\n\n" not in formula:
             found, end = formula, stop
-    return last_number(text[end:]) or (_BOX.split(found)[-1] if found else None)
+    return _bare_formula(text[end:]) or last_number(text[end:]) or (_BOX.split(found)[-1] if found else None)
+
+
+def _bare_formula(text: str) -> str | None:
+    """Return the formula around the last digit that has a LaTeX command and is not just a number; None without one."""
+    end = max(map(text.rfind, "0123456789")) + 1
+    start = _BREAK.split(text[max(0, end - WINDOW) : end])[-1]
+    near = start + _BREAK.split(text[end : end + WINDOW])[0]
+    formula = next((run[0] for run in _BARE.finditer(near) if run.start() < len(start) <= run.end()), "")
+    formula = formula.strip("*`'\".,;:!?")
+    return formula if _COMMAND.search(formula) and parse_number(formula) is None else None
 
 
 def strict(response: str) -> str | None:

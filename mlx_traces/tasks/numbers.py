@@ -36,7 +36,8 @@ NUMBER = re.compile(
     (?P<over> (?: [ ]?/[ ]?-?{_RUN} )+ )?
     (?P<power> [eE][-+]?[0-9]+ | [ ]?(?:\^|\*\*(?=[0-9]))[ ]?[-+({{]*[0-9]* | [⁺⁻]?[⁰¹²³⁴-⁹ⁿ]
         | !(?=[0-9A-Za-z/^({{]|\*[0-9A-Za-z({{]) )?
-    (?: (?P<kilo>[kK])(?![^\W_]) | (?P<letter> π | (?:{_LETTER})(?![A-Za-z]) ) )?
+    (?: (?P<kilo>[kK])(?![^\W_]) | (?P<letter> (?:{_LETTER})(?![A-Za-z]) | [ ]?(?:π|\\pi(?![A-Za-z]))
+        | [ ]?\\sqrt[ ]?(?:\[[0-9]\])?\{{?[0-9]* ) )?
     (?P<words> (?: [ -]+(?i:{"|".join(_POWERS)})s?(?![A-Za-z]) )+ )?
     """,
     re.VERBOSE,
@@ -52,8 +53,8 @@ def parse_number(text: str, words: bool = True) -> Fraction | None:
     equation the right-hand side counts if the left one is a name or a calculation: ``x = 5``, ``3 + 4 = 7``.
 
     Not one number: two different ones, a range or difference, an exponent, a power, root or factorial (``10³``,
-    ``√16``, ``5!``), a letter next to the number (``2x``, ``3R^2``), another formula (``\sqrt{2}``, ``x + 5``,
-    ``x + y = 0``), a zero denominator, more than 40 digits.
+    ``√16``, ``5!``), a letter next to the number (``2x``, ``3R^2``, ``2\pi``), another formula (``\sqrt{2}``,
+    ``x + 5``, ``x + y = 0``), a zero denominator, more than 40 digits.
 
     Args:
         text: the answer alone, not a whole response.

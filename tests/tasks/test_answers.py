@@ -198,6 +198,10 @@ def test_tolerant(response, found):
         ("2 -5", "-5"),
         ("10-5", "5"),
         ("1e5", "1e5"),
+        (r"an area of 36\pi square units", r"36\pi"),
+        ("an area of 36 π", "36 π"),
+        (r"a side of 3\sqrt{2} cm", r"3\sqrt{2"),
+        (r"2\pitch", "2"),
         ("none", None),
     ],
 )

@@ -122,6 +122,22 @@ def test_prompts(file):
         ("It is 90$^\\circ$.", ("90", None, None)),
         ("It costs $5, or $6 with tax: 11", ("11", None, None)),
         ("$$\\frac{a}{b}$$", ("\\frac{a}{b}", None, None)),
+        *(  # a formula without dollars, and a number near LaTeX that is no part of it
+            (f"{before}{formula}{after}", (found, None, None))
+            for before, formula, after, found in (
+                ("The answer is ", "2\\pi", ".", "2\\pi"),
+                ("The area is ", "36 \\pi", " square units.", "36 \\pi"),
+                ("", "\\frac{\\sqrt{3}}{2}", "", "\\frac{\\sqrt{3}}{2}"),
+                ("so the sum is **", "\\binom{10}{5}", "**", "\\binom{10}{5}"),
+                ("x = ", "1 + 3 \\cdot \\sqrt{x - 2}", ", then", "1 + 3 \\cdot \\sqrt{x - 2}"),
+                ("- ", "3\\sqrt{2", "", "3\\sqrt{2"),
+                ("Thus ", "-\\frac{3}{4}", ".", "-3/4"),
+                ("", "\\text{The area is }5 \\text{ cm}^2", "", "5"),
+                ("", "\\sqrt{324} = 18", "", "18"),
+                ("", "3\\sqrt{4}\\approx6", "", "6"),
+                ("&= 7", "\\end{align*}", "", "7"),
+            )
+        ),
         ("so the answer is $\\boxed{\\frac{1}{2}$.", ("\\frac{1}{2}", None, None)),  # a box that never closes
         ("We get 12, so \\boxed{84", ("12", None, None)),  # 84 may be cut off
         ("\\boxed{\\boxed{5}}", ("5", "5", "5")),
@@ -135,7 +151,8 @@ def test_extractors(response, found):
 
 
 def test_extractors_are_linear():
-    for text in ("\\boxed{" * 30_000, "$" * 200_000, "\\(" * 100_000, "<answer>" * 30_000, "$x" * 100_000):
+    pieces = ("\\boxed{", "$", "\\(", "<answer>", "$x", "1 + {", "{{{ 1", "{x}1 \\", "\\cdot 1 ", "=1\\pi")
+    for text in (piece * (200_000 // len(piece)) for piece in pieces):
         start = time.process_time()
         for find in (tolerant, strict, first_box):
             find(text)
