@@ -49,6 +49,8 @@ def compare(gold: str, answer: str) -> str:
     require()
     if len(answer) > MAX_ANSWER:
         return "too_complex"
+    if _other_half_of_day(gold, answer):
+        return "wrong_value"
     wanted, found = normal(gold), normal(answer)
     if squeezed(wanted) == squeezed(found):
         return "correct"
@@ -140,6 +142,15 @@ def _value(based: re.Match) -> int | None:
         return int(based[1], int(based[2]))
     except ValueError:
         return None
+
+
+_HALF_OF_DAY = re.compile(r"[0-9]\W*([ap])\.? ?m(?![^\W_])")
+
+
+def _other_half_of_day(gold: str, answer: str) -> bool:
+    """Whether one is a time a.m. and the other one p.m., which are no units."""
+    one, other = (sorted(_HALF_OF_DAY.findall(_WORD.sub(r"\1", text).lower())) for text in (gold, answer))
+    return bool(one and other and one != other)
 
 
 _NAME = re.compile(r"^ ?\\?[A-Za-z]\w*'*(?: ?\([^()=]*\))? ?=")

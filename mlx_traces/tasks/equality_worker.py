@@ -35,7 +35,18 @@ def verdict(gold: str, answer: str) -> str:
         return "not_an_expression"
     wanted = parsed(gold)
     equal = verify(wanted, found, float_rounding=DECIMALS, allow_set_relation_comp=True, timeout_seconds=None)
-    return "correct" if equal else "wrong_value"
+    return "correct" if equal and not apart(wanted[0], found[0]) else "wrong_value"
+
+
+def apart(one: Any, other: Any) -> bool:
+    """Whether two numbers differ by more than 1e-10, relative to the larger; False for all else.
+
+    For verify, which rounds to decimal places, all small numbers are equal.
+    """
+    if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
+        return False
+    gap = abs(one - other)  # not comparable: without a digit that is surely not zero
+    return bool(gap.is_comparable and gap.n() > 1e-10 * max(abs(one.n()), abs(other.n())))
 
 
 def answer_requests() -> None:

@@ -172,6 +172,10 @@ x > 5 | 5            1234 | (1,234)              \text{even} | neve           36
 (-2,1) | 1,-2        5x+4=0 | 5x=4               x+1 | x+1=0                  1 \pm \sqrt{19} | 1+\sqrt{19}
 5 | 5 m              x | x \text{ dollars}      25\pi | 24\pi \text{ cm}^2   4\pi \text{ cm} | 4\pi x
 \pi | 3.141593       9.5 | 9.5,9.6               x^2+1 | 1                    \begin{pmatrix}1\\2\end{pmatrix} | (2,1)
+\frac{1}{20!} | \frac{1}{21!}                   \frac{1}{2^{2005}} | \frac{1}{3^{2005}}
+\frac{13!}{52!} | \frac{12!}{52!}               \frac{i}{20!} | \frac{i}{21!}
+\frac{2^{2005}+1}{3 \cdot 2^{2006}} | \frac{1}{3 \cdot 2^{2006}}
+9 \text{ p.m.} | 9 \text{ a.m.}                6:00 \text{ p.m.} | 6:00 \text{ AM}
 """  # of these math-verify takes a dozen for equal
 
 
@@ -202,6 +206,10 @@ def test_near_misses_are_not_equal():
         ("137 \\frac{1}{2}", "137.5"),
         ("6-5i", "-5\\,i+6"),
         ("1 \\pm \\sqrt{19}", "1 ± √19"),
+        ("\\frac{1}{20!}", "\\frac{21}{21!}"),
+        ("1", "\\sin^2 3 + \\cos^2 3"),
+        ("9 \\text{ a.m.}", "9"),
+        ("9 \\text{ a.m.}", "9 \\text{ AM}"),
     ],
 )
 def test_equal_in_another_form(gold, answer):
