@@ -222,8 +222,7 @@ class Chat:
 
     def plain(self, text: str, prefill: str = "") -> Rendered:
         """Encode a text without the template; ``prefill`` is the end of the text."""
-        ids = tuple(self.tokenizer.encode(text))
-        return Rendered(ids, text, prefill, thoughtless=self._thoughtless(text, prefill, closed=False))
+        return Rendered(self.encode(text), text, prefill, thoughtless=self._thoughtless(text, prefill, closed=False))
 
     def _thoughtless(self, text: str, opened: str, closed: bool) -> str:
         """Say why a completion will have no thought: none is open or requested, or the template closes it."""
@@ -299,7 +298,21 @@ class Chat:
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Encode a rendered text. A template writes all special tokens itself, so the tokenizer adds none."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template))
+        if self.tokenizer.has_chat_template:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.encode(text)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Encode a text without a template, as one that goes on: without the end (EOS) that some tokenizers append."""
+        ids = self.tokenizer.encode(text)
+        return tuple(ids[: len(ids) - self._appended])
+
+    @cached_property
+    def _appended(self) -> int:
+        """The number of special tokens that the tokenizer appends to a text."""
+        own, ids = self.tokenizer.encode("x", add_special_tokens=False), self.tokenizer.encode("x")
+        more = len(ids) - len(own)
+        return next((more - at for at in range(more) if ids[at : at + len(own)] == own), 0)
 
     def flags(self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[bool]:
         """Return for each token whether a part of it lies in one of the spans, each a range of the text's characters.
@@ -327,7 +340,8 @@ class Chat:
             found = self.tokenizer._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         except (NotImplementedError, TypeError, ValueError):
             return None
-        return [tuple(pair) for pair in found["offset_mapping"]] if found["input_ids"] == list(ids) else None
+        same = found["input_ids"][: len(ids)] == list(ids)  # an end that the tokenizer appends is not among the ids
+        return [tuple(pair) for pair in found["offset_mapping"][: len(ids)]] if same else None
 
 
 def _moved(messages: Sequence[Message], kept: int, name: str) -> list[Message]:

@@ -117,7 +117,7 @@ def encode(
     cut = trace.finish_reason == "length" or (trace.finish_reason is None and tagged_parts(trace.completion)[2])
     stop = None if cut else end
     if not trace.messages:
-        ids = loaded.tokenizer.encode(trace.completion)
+        ids = list(loaded.chat.encode(trace.completion))
         trained = _sampled(loaded, trace, ids, [True] * len(ids), "", trace.completion)
         ending = () if stop is None else (stop,)
         return Example(trace.id, (*ids, *ending), (*trained, *[True] * len(ending)))

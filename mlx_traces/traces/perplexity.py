@@ -39,7 +39,7 @@ def mean_probabilities(
         except UserError as error:
             raise UserError(f"trace {trace.id}: {error}") from None
         if not trace.messages:
-            ids = example.ids if loaded.tokenizer.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
+            ids = example.ids if loaded.chat.encode("") else (*sorted(loaded.stop_ids)[:1], *example.ids)
             example = Example(trace.id, ids, (False, *example.trained[len(example.ids) + 1 - len(ids) :]))
         if example.count and (loaded.context is None or len(example.ids) <= loaded.context):
             examples[index] = example

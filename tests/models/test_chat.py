@@ -304,3 +304,21 @@ def test_first_token_of_the_text_once():
     for prompt in (PLAIN, Prompt("p", "{question}", chat=False)):
         ids = loaded.render(prompt, PROBLEM).ids
         assert ids[0] == first and ids.count(first) == 1
+
+
+@pytest.mark.parametrize(("template", "chat"), [(None, True), (None, False), (CHATML, True), (CHATML, False)])
+@pytest.mark.parametrize("first", ["", "<|im_start|> "])
+def test_no_prompt_ends_with_the_token_that_the_tokenizer_appends(template, chat, first):
+    tokenizer = make_tokenizer(template)
+    special = [(token, tokenizer.get_vocab()[token]) for token in ("<|im_start|>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first}$A <|endoftext|>", special_tokens=special
+    )
+    loaded = wrap(tokenizer)
+    rendered = loaded.render(Prompt("p", "{question}", chat=chat), PROBLEM)
+    before = first.strip() if not (template and chat) else ""
+    assert loaded.tokenizer.decode(rendered.ids) == before + rendered.text
+    if template is None:
+        at = rendered.text.rindex("2")
+        flags = loaded.chat.flags(rendered.text, rendered.ids, [(at, at + 1)])
+        assert flags.index(True) == len(rendered.ids) - len(rendered.text[at:]) and flags.count(True) == 1

@@ -7,6 +7,7 @@ from itertools import groupby
 
 import pytest
 from factories import CHATML, ONE, PROMPT, make_tokenizer, wrap
+from tokenizers.processors import TemplateProcessing
 
 from mlx_traces.errors import UserError
 from mlx_traces.records import Trace
@@ -84,6 +85,19 @@ def learned(template, messages, completion, **fields):
 )
 def test_learned_tokens(template, messages, completion, text):
     assert learned(template, messages, completion) == text
+
+
+@pytest.mark.parametrize("messages", [[], ONE])
+def test_an_end_that_the_tokenizer_appends_is_learned_once(messages):
+    tokenizer = make_tokenizer(None)
+    end = tokenizer.get_vocab()["<|endoftext|>"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    loaded = wrap(tokenizer)
+    example = encoding.encode(loaded, Trace("t", tuple(messages), "Text 2."), encoding.turn_end(loaded))
+    assert example.ids.index(end) == len(example.ids) - 1
+    assert all(example.trained[-len("Text 2.") - 1 :])
 
 
 THREE = [*ONE, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2"}]
