@@ -254,6 +254,11 @@ def question_of(task: Task, problem: Problem) -> str:
     return ", ".join(f"{column} {problem.columns[column]}" for column in task.columns)
 
 
+def _ended_early(row: Sample, max_tokens: int) -> bool:
+    """Whether a limit of the server's own ended a completion; counts of servers differ by a few tokens."""
+    return row["finish_reason"] == "length" and row["tokens"] is not None and row["tokens"] < 0.9 * max_tokens
+
+
 def summarize(
     planned: Plan, samples: list[Sample], run_name: str, memory_gb: float | None, notes: list[str]
 ) -> EvalResult:
@@ -266,6 +271,9 @@ def summarize(
         notes = [*notes, f"the server gave no count of tokens for {uncounted:,} of {len(counts):,} completions"]
     if unexplained:
         notes = [*notes, f"the server did not say why {unexplained:,} of {len(counts):,} completions ended"]
+    if config.endpoint and (early := [row["tokens"] for row in samples if _ended_early(row, config.max_tokens)]):
+        cut = f"the server cut off {len(early):,} of {len(counts):,} completions before --max-tokens"
+        notes = [*notes, f"{cut}, one after {min(early):,} tokens; raise its context length"]
     seconds = max(row["elapsed"] for row in samples)
     overall = accuracy_of(samples, lambda row: row["correct"])
     strata = sorted({name for row in samples for name in strata_of(row["stratum"])})

@@ -530,3 +530,14 @@ def test_a_server_that_names_the_stop_string_is_counted(fake, tmp_path):
     result = evaluated(fake, tmp_path / "run", prompt=str(tmp_path / "own.yaml"), limit=2)
     assert (result.stopped, result.stopped_in_thoughts) == (2, 2)
     assert "a server applies stop strings within thoughts too" in result.notes
+
+
+def test_a_server_that_cuts_off_before_max_tokens_is_told(fake, tmp_path):
+    def respond(number, path, body):
+        choice = {"message": {"content": "<think>a"}, "finish_reason": "stop" if number == 0 else "length"}
+        return 200, {}, {"choices": [choice], "usage": {"completion_tokens": (5, 19, 15, 20)[number]}}
+
+    fake.respond = respond
+    result = evaluated(fake, tmp_path / "run", limit=4, max_tokens=20)
+    cut = "the server cut off 1 of 4 completions before --max-tokens, one after 15 tokens; raise its context length"
+    assert result.truncated == 0.75 and result.notes == [cut]
