@@ -61,9 +61,8 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
             "dropout": config.dropout,
             **({"keys": list(config.targets)} if config.targets else {}),
         }
-        dora = config.kind == "dora"
         try:
-            linear_to_lora_layers(model, config.layers, settings["lora_parameters"], use_dora=dora)
+            _add(model, settings)
         except ValueError as error:  # experts take no DoRA
             raise UserError(f"{first_line(error)} Set targets, or --kind lora") from None
     if settings["fine_tune_type"] == "full":
@@ -81,6 +80,18 @@ def start(model: nn.Module, config: AdapterConfig, folder: str | Path | None = N
         raise UserError("nothing to train: no layer takes the adapter; set layers or targets")
     _refuse_unfit(model)
     return settings
+
+
+def _add(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Add a new adapter; mlx_lm counts the inputs of DoRA on 3-, 5- and 6-bit weights wrongly."""
+    dora = settings.get("fine_tune_type") == "dora"
+    linear_to_lora_layers(model, settings["num_layers"], settings["lora_parameters"], use_dora=dora)
+    for layer in model.modules():
+        if isinstance(layer, DoRALinear) and "scales" in layer.linear:
+            inputs = layer.linear.scales.shape[1] * layer.linear.group_size
+            if inputs != layer.lora_a.shape[0]:
+                bound = inputs**-0.5
+                layer.lora_a = mx.random.uniform(-bound, bound, (inputs, layer.lora_a.shape[1]))
 
 
 def _refuse_unfit(model: nn.Module) -> None:
@@ -426,7 +437,7 @@ def attach(model: nn.Module, folder: str | Path) -> nn.Module:
     too_few_bits = is_of_dense_embedding(model, config)
     if kind != "full":
         try:
-            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=kind == "dora")
+            _add(model, config)
         except Exception as error:  # mlx_lm raises many kinds of errors for a wrong setting
             message = f"does not describe an adapter for this model ({first_line(error)})"
             raise UserError(f"{folder / CONFIG}: {message}") from None

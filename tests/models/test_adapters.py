@@ -29,9 +29,9 @@ from mlx_traces.traces.solutions import countdown_traces
 IDS = mx.array([[5, 9, 17, 40, 3], [88, 2, 2, 61, 30]])
 
 
-def quantized(**changes):
+def quantized(bits=4, **changes):
     model = make_model(**changes)
-    nn.quantize(model, group_size=32, bits=4)
+    nn.quantize(model, group_size=32, bits=bits)
     return model
 
 
@@ -101,6 +101,23 @@ def test_mlx_lm_reads_what_was_saved(tmp_path, kind, bits):
     assert further == settings
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
     assert [name for name, _ in tree_flatten(again.trainable_parameters())] == names
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_dora_on_weights_of_which_a_word_holds_no_whole_number(tmp_path, bits):
+    """mlx_lm computes the number of inputs as if it did."""
+    model = quantized(bits)
+    plain = model(IDS)
+    settings = started(model, kind="dora")
+    model.eval()
+    assert mx.allclose(model(IDS), plain, atol=1e-4)
+    assert float(mx.abs(model.layers[0].mlp.down_proj.lora_a).max()) <= 128**-0.5
+    shake(model)
+    adapters.save(model, tmp_path / "adapter", settings)
+    again = adapters.attach(quantized(bits), tmp_path / "adapter")
+    assert mx.array_equal(again(IDS), model(IDS)) and mx.abs(again(IDS) - plain).max() > 0.1
+    with adapters.merged(again):
+        assert mx.allclose(again(IDS), model(IDS), atol=1e-3)
 
 
 def fused_projections():
