@@ -237,7 +237,7 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
       once to the weights' type, so log-probabilities are as near to float32's as with the adapter apart. On a GPU all
       layers' sums are one compiled function.
     * On CUDA, where products with 4-bit weights take several times as long as dense ones, quantized layers become dense
-      too, with an adapter or without, in the type of their scales.
+      too, with an adapter or without, in the type of their scales (the activations' if those are integers).
     * A linear layer that is not made dense keeps its weights, and one more product adds its adapter (`LowRank`):
       quantized layers on other backends, and all if the copies do not fit in ``WEIGHTS_SHARE`` of the memory.
 
@@ -250,8 +250,9 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
     """
     dense, low_rank = _layers_to_change(model, backend)
     on_gpu = backend is not None and backend.name != "cpu"
-    changed = dict(zip(dense, _dense([*dense.values()], compiled=on_gpu), strict=True))
-    changed |= {name: LowRank(layer) for name, layer in low_rank.items()}
+    dtype = _activations(model)
+    changed = dict(zip(dense, _dense([*dense.values()], dtype, compiled=on_gpu), strict=True))
+    changed |= {name: LowRank(layer, dtype) for name, layer in low_rank.items()}
     before, outer = [*dense.items(), *low_rank.items()], getattr(model, _WEIGHED, None)
     weighed = sampling_bytes(model, backend)
     device.clear_grown_cache()
@@ -277,9 +278,9 @@ def sampling_bytes(model: nn.Module, backend: Backend | None = None) -> int:
 
 def copied_bytes(model: nn.Module, backend: Backend | None = None) -> int:
     """Return the bytes of the copies that `merged` makes."""
-    dense, low_rank = _layers_to_change(model, backend)
-    pairs = [(layer.lora_a.size + layer.lora_b.size, _type_of(layer.linear).size) for layer in low_rank.values()]
-    return sum(_dense_bytes(layer) for layer in dense.values()) + sum(count * size for count, size in pairs)
+    (dense, low_rank), dtype = _layers_to_change(model, backend), _activations(model)
+    pairs = [(layer.lora_a.size + layer.lora_b.size, _type_of(layer.linear, dtype).size) for layer in low_rank.values()]
+    return sum(_dense_bytes(layer, dtype) for layer in dense.values()) + sum(count * size for count, size in pairs)
 
 
 def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -294,7 +295,8 @@ def _layers_to_change(model: nn.Module, backend: Backend | None) -> tuple[dict[s
     # Layers of unknown classes stay as they are, as do experts with a second scale.
     bases = {name: _base(layer) for name, layer in dense.items()}
     dense = {n: dense[n] for n, base in bases.items() if type(base) in DENSE and base.get("global_scale") is None}
-    size = _bytes(model) + sum(map(_dense_bytes, dense.values()))
+    dtype = _activations(model)
+    size = _bytes(model) + sum(_dense_bytes(layer, dtype) for layer in dense.values())
     if backend and size > WEIGHTS_SHARE * 1e9 * backend.memory_gb:
         dense = {}
     low_rank = {n: m for n, m in adapted.items() if n not in dense and isinstance(m, LoRALinear | DoRALinear)}
@@ -317,21 +319,32 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.get("linear", layer.get("embedding", layer)) if isinstance(layer, ADAPTED) else layer
 
 
-def _type_of(base: dict[str, Any]) -> mx.Dtype:
-    """Return the type of a layer's weights; of quantized ones, that of their scales, or bfloat16 for whole numbers."""
+def _activations(model: nn.Module) -> mx.Dtype:
+    """Return the type of a model's activations, which its norms have; bfloat16 for a model without any."""
+    norms = (array.dtype for name, array in tree_flatten(model.parameters()) if "norm" in name)
+    return next((dtype for dtype in norms if mx.issubdtype(dtype, mx.floating)), mx.bfloat16)
+
+
+def _type_of(base: nn.Module, activations: mx.Dtype) -> mx.Dtype:
+    """Return the type of a layer's weights; of quantized ones, that of their scales, or for integers the activations'.
+
+    The scales of mxfp4, mxfp8 and nvfp4 are integers.
+    """
     dtype = base.get("scales", base["weight"]).dtype
-    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+    return dtype if mx.issubdtype(dtype, mx.floating) else activations
 
 
-def _dense_bytes(layer: nn.Module) -> int:
+def _dense_bytes(layer: nn.Module, activations: mx.Dtype) -> int:
     base = _base(layer)
     numbers = base.weight.size * 32 // base.bits if "scales" in base else base.weight.size
-    return numbers * _type_of(base).size
+    return numbers * _type_of(base, activations).size
 
 
-def _dense(layers: Sequence[nn.Module], compiled: bool) -> list[nn.Module]:
+def _dense(layers: Sequence[nn.Module], activations: mx.Dtype, compiled: bool) -> list[nn.Module]:
     """Return frozen dense layers with the layers' weights and biases; MLX's constructors would draw random ones."""
-    weights = (_compiled if compiled else _dense_weights)([_parts(layer) for layer in layers])
+    types = [mx.array(0, _type_of(_base(layer), activations)) for layer in layers]  # compiled functions take arrays
+    parts = [{**_parts(layer), "like": like} for layer, like in zip(layers, types, strict=True)]
+    weights = (_compiled if compiled else _dense_weights)(parts)
     made = []
     for base, weight in zip(map(_base, layers), weights, strict=True):
         dense = DENSE[type(base)].__new__(DENSE[type(base)])
@@ -361,7 +374,10 @@ def _parts(layer: nn.Module) -> dict[str, Any]:
 
 
 def _dense_weights(layers: list[dict[str, Any]]) -> list[mx.array]:
-    """Return the dense weights of layers given by their `_parts`, one layer's float32 sums held at a time."""
+    """Return the dense weights, of the type of ``like``, of layers given by their `_parts`.
+
+    One layer's float32 sums are held at a time.
+    """
     weights: list[mx.array] = []
     for parts in layers:
         if weights:  # compute one layer after the other, not the sums of many first
@@ -369,7 +385,7 @@ def _dense_weights(layers: list[dict[str, Any]]) -> list[mx.array]:
         weight = _summed(parts)
         if "m" in parts:
             weight = weight * _gain(parts["m"], weight)[:, None]
-        weights.append(weight.astype(_type_of(parts)))
+        weights.append(weight.astype(parts["like"].dtype))
     return weights
 
 
@@ -402,9 +418,9 @@ class LowRank(nn.Module):
     DoRA's factor of each output. It must not scale the bias, so ``rest`` adds back the part that it takes.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, activations: mx.Dtype = mx.bfloat16):
         super().__init__()
-        self.linear, dtype = layer.linear, _type_of(layer.linear)
+        self.linear, dtype = layer.linear, _type_of(layer.linear, activations)
         self.a, b = layer.lora_a.astype(dtype), layer.scale * layer.lora_b
         if "m" in layer:
             gain = _gain(layer.m, _summed(_parts(layer)))

@@ -294,6 +294,19 @@ def test_quantized_layers_are_made_dense_on_cuda(kind):
     assert modules_of(model) == before and mx.array_equal(model(IDS), logits)
 
 
+@pytest.mark.parametrize(("mode", "group_size", "bits"), [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)])
+@pytest.mark.parametrize("backend", [METAL, CUDA], ids=["metal", "cuda"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_weights_whose_scales_are_integers_are_merged_in_the_activations_type(kind, backend, mode, group_size, bits):
+    model = make_model()
+    nn.quantize(model, group_size, bits, mode=mode)
+    started(model, kind=kind)
+    shake(model)
+    logits = model(IDS)
+    with adapters.merged(model, backend):
+        np.testing.assert_allclose(np.array(model(IDS)), np.array(logits), atol=2e-3)
+
+
 @pytest.mark.parametrize("backend", [METAL, replace(CUDA, memory_gb=1e-4), None], ids=["metal", "small cuda", "none"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "last layer", "head"])
 def test_quantized_layers_keep_their_weights_where_dense_ones_do_not_pay_or_fit(kind, backend):
