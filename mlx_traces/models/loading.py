@@ -12,15 +12,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, get_total_parameters, load_model, load_tokenizer
 
 from mlx_traces.errors import UserError, first_line
+from mlx_traces.models.adapter_config import read_config
 from mlx_traces.models.adapters import attach
 from mlx_traces.models.chat import Chat, Rendered
-from mlx_traces.models.names import GET_ANEW, name_parts, resolve
+from mlx_traces.models.names import GET_ANEW, base_name, name_parts, resolve
 from mlx_traces.records import Problem
 from mlx_traces.runtime.device import Backend, choose
 from mlx_traces.runtime.fingerprints import fingerprint
 from mlx_traces.runtime.memory_budget import MemoryBudget
 from mlx_traces.tasks.prompts import Prompt, as_text
 from mlx_traces.tasks.thoughts import TAGS, Pair, own_pair
+from mlx_traces.text import clean
 
 # Tokens with which chat templates end a turn; a base model's configuration may name only the end of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
@@ -170,6 +172,10 @@ def load(
     notes = place(model, backend)
     if adapter is not None:
         attach(model, adapter)
+        trained_on = read_config(Path(adapter)).get("model")
+        same = ("", base_name(spec), base_name(str(path.absolute())))
+        if isinstance(trained_on, str) and base_name(trained_on) not in same:
+            notes.append(f"the adapter {adapter} was trained on {clean(trained_on)[:200]}")
     stop_ids = _stop_ids(tokenizer)
     if not stop_ids:
         notes.append(f"{spec} names no token that ends a text; completions run to the token limit")

@@ -143,6 +143,25 @@ def adapter(folder: Path, kind: str = "lora", seed: int = 0, hidden: int = 64) -
     return folder
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "told"),
+    [
+        ("mlx-community/Other-0.5B-4bit", "mlx-community/Other-0.5B-4bit"),
+        ("runs/a\nfused", "runs/a fused"),
+        *((same, None) for same in ("me/Base-4bit@main", "elsewhere/base", "", 3, None)),
+    ],
+)
+def test_an_adapter_of_another_base_is_told(tiny_folder, tmp_path, monkeypatch, trained_on, told):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    folder = adapter(tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "model": trained_on}))
+    notes = [f"the adapter {folder} was trained on {told}"] if told else []
+    assert load(str(base), str(folder)).notes == notes
+    monkeypatch.chdir(base)
+    assert load(".", str(folder)).notes == notes
+
+
 @pytest.mark.parametrize("weights", ["dense", "quantized"])
 def test_adapter_is_applied_unfused(tiny_folder, tmp_path, weights):
     folder = adapter(tmp_path / "a")

@@ -4,7 +4,20 @@ import pytest
 
 from mlx_traces.errors import UserError
 from mlx_traces.models.loading import load
-from mlx_traces.models.names import check, is_folder, is_here, local_folder, resolve, split_adapter
+from mlx_traces.models.names import base_name, check, is_folder, is_here, local_folder, resolve, split_adapter
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("Qwen/Qwen2.5-0.5B-Instruct", "mlx-community/Qwen2.5-0.5B-Instruct-4bit", "me/qwen2.5-0.5b-instruct-mlx@v1"),
+        "~/.cache/models--mlx-community--Qwen2.5-0.5B-Instruct-8bit/snapshots/0123abcd",
+        *("/models/Qwen2.5-0.5B-Instruct/", "runs/models/Qwen2.5-0.5B-Instruct-4bit-g32-89abcdef"),
+        *("Qwen2.5-0.5B-Instruct-mxfp4", "Qwen2.5-0.5B-Instruct-16bit-89abcdef"),
+    ],
+)
+def test_conversions_and_downloads_have_one_base_name(spec):
+    assert base_name(spec) == "qwen2.5-0.5b-instruct"
 
 
 def test_split_adapter(tmp_path):
