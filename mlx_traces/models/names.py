@@ -24,7 +24,8 @@ WELL_KNOWN = (
 WHAT_A_NAME_IS = f"give {NANO}, a folder, or a hub id such as {WELL_KNOWN[0]}"
 GET_ANEW = "copy or download it anew, or pass another model"
 _QUANTIZED = re.compile(  # 8 hexadecimal digits end the name of an own conversion
-    r"(?:[-_.](?:[0-9]+-?bits?|bf16|fp?(?:16|32)|float(?:16|32)|mxfp[48]|nvfp4|g[0-9]+|q[0-9]|dwq|mlx|[0-9a-f]{8}))+$"
+    r"(?:[-_.](?:[0-9]+-?bits?|bf16|fp?(?:16|32)|float(?:16|32)|mxfp[48]|nvfp4|g[0-9]+|q[0-9]|[ad]wq|gptq|mlx"
+    r"|[0-9a-f]{8}))+$"
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model", "*.tiktoken")
 
@@ -103,9 +104,9 @@ def resolve(spec: str) -> tuple[Path, str | None]:
 
 def base_name(spec: str) -> str:
     """Return a model's name without owner, revision and quantization: the same for its conversions and downloads."""
-    cached = re.search(r"models--[^/]+?--([^/]+)/snapshots/", spec)
-    path = spec if spec.startswith((".", "/", "~")) else spec.partition("@")[0]
-    return _QUANTIZED.sub("", (cached[1] if cached else Path(path).name).lower())
+    path = Path(spec if spec.startswith((".", "/", "~")) else spec.partition("@")[0])
+    cached = next((part for part in path.parts if part.startswith("models--")), "")  # in the hub's cache
+    return _QUANTIZED.sub("", (cached.split("--", 2)[-1] or path.name)[-255:].lower())
 
 
 def _locate(spec: str) -> tuple[Path | None, str, str | None]:
