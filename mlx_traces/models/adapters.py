@@ -17,7 +17,7 @@ from mlx_traces.config import AdapterConfig
 from mlx_traces.errors import UserError, first_line
 from mlx_traces.models.adapter_config import CONFIG, WEIGHTS, own_settings, read_config
 from mlx_traces.models.lora import in_activations_type
-from mlx_traces.runtime import device
+from mlx_traces.runtime import blas, device
 from mlx_traces.runtime.device import Backend
 from mlx_traces.runtime.files import on_the_way, replacing, to_json, write_atomic
 
@@ -256,9 +256,10 @@ def merged(model: nn.Module, backend: Backend | None = None) -> Iterator[None]:
     before, outer = [*dense.items(), *low_rank.items()], getattr(model, _WEIGHED, None)
     weighed = sampling_bytes(model, backend)
     device.clear_grown_cache()
-    mx.eval([changed[name].weight for name in dense])
-    for name in low_rank:  # one after the other, to hold one layer's float32 sums of DoRA at a time
-        mx.eval(changed[name].parameters())
+    with blas.threads_for(model, 1):
+        mx.eval([changed[name].weight for name in dense])
+        for name in low_rank:  # one after the other, to hold one layer's float32 sums of DoRA at a time
+            mx.eval(changed[name].parameters())
     model.update_modules(tree_unflatten(list(changed.items())))
     setattr(model, _WEIGHED, weighed)
     try:
