@@ -394,7 +394,7 @@ def test_the_values_become_the_exact_ones(gamma, lam):
         **{"num_steps": steps + 1, "value_warmup_steps": steps, "value_learning_rate": 0.02, "gamma": gamma},
         **{"gae_lambda": lam, "epochs": 4, "minibatches": 1, "value_clip": None},
     )
-    counts = np.round(200 * game.odds())  # each text as often as the policy would draw it
+    counts = np.round(120 * game.odds())  # each text as often as the policy would draw it
     group = [game.text(place) for place in range(16) for _ in range(int(counts.flat[place]))]
     before = game.odds()
     for step in range(1, steps + 1):
