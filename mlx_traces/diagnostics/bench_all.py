@@ -245,12 +245,11 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 def condition() -> Condition:
     """Return the state of the machine from its own tools; missing tools are left out."""
-    said = {}
+    said, english = {}, {**os.environ, "LC_ALL": "C"}  # with decimal points
     for command in TOOLS:
         if not shutil.which(command[0]) or (command[0] == "powermetrics" and os.geteuid()):
             continue
         with suppress(OSError, subprocess.TimeoutExpired):
-            english = {**os.environ, "LC_ALL": "C"}  # with decimal points
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, env=english)
             said[" ".join(command)] = done.stdout[:MOST_SAID]
     with suppress(OSError):

@@ -80,8 +80,8 @@ def import_mlx() -> Any:
     try:
         import mlx.core as mx
     except ImportError as error:
-        # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
         _refuse_no_gpu(error)
+        # Without an extra there is no `mlx` at all; with the bare `mlx` wheel its libmlx.so is missing.
         if not isinstance(error, ModuleNotFoundError) and "libmlx" not in str(error):
             raise UserError(f"MLX does not load here: {error}; `pip install --force-reinstall mlx` may help") from None
         raise UserError(

@@ -317,8 +317,7 @@ def test_training_uses_one_thread_for_products_as_small_as_nanos(library, hidden
 
 def test_sampling_a_small_model_and_its_probes_use_one_thread(library, monkeypatch):
     loaded, probed, alike = wrap(make_tokenizer(), make_model()), [], logprobs.alike
-    seen = lambda *given: probed.append(library.threads) or alike(*given)  # noqa: E731
-    monkeypatch.setattr(logprobs, "alike", seen)
+    monkeypatch.setattr(logprobs, "alike", lambda *given: probed.append(library.threads) or alike(*given))
     forward.split(loaded.model)
     assert probed == [1] and library.threads == 4
     stream = generate(loaded, [Request((1, 2)), Request((3,))], SamplingParams(3))
