@@ -26,6 +26,8 @@ class Task:
     An evaluation stores the ``sample_columns`` with each sample, beside question and gold answer, so that it can be
     graded again. ``steps(problem, thought)``, if the task has it, checks single steps of a thought. It returns, by
     kind, spans (first character, one after the last, value); the value is 1 for a step that holds, else 0.
+    ``in_split(id, split, data)``, of a task that generates problems, says whether the problem of an id belongs to a
+    split, whichever of its problems are generated; the filter of traces asks it.
     ``source`` is a plug-in's file and the file's hash, filled in when it is loaded; else empty.
     """
 
@@ -43,6 +45,7 @@ class Task:
     few_shot: dict[str, Callable[[int, int, str | None, frozenset[str]], Prompt]] = field(default_factory=dict)
     sample_columns: tuple[str, ...] = ()
     steps: Callable[[Problem, str], dict[str, list[Span]]] | None = None
+    in_split: Callable[[str, str, str | None], bool] | None = None
     source: str = ""
 
     def votes(self, answers: Iterable[str | None], gold: str, extractor: str) -> list[str | None]:

@@ -463,4 +463,5 @@ TASK = Task(
     grade=grade,
     same=same,
     steps=steps,
+    in_split=in_split,
 )

@@ -28,7 +28,7 @@ _KINDS = {  # the type that a field of a task must have, and its name in message
     "prompts": (dict, "a dict of prompts by name"),
     "default_prompt": (str, "the name of a prompt"),
     **dict.fromkeys(("parse", "load", "grade", "same"), (Callable, "a function")),
-    "steps": (Callable | None, "a function"),
+    **dict.fromkeys(("steps", "in_split"), (Callable | None, "a function")),
     "few_shot": (dict, "a dict of functions by name"),
     "sample_columns": (tuple, "a tuple of names"),
 }
@@ -148,6 +148,12 @@ def _guarded(task: Task, file: str) -> Task:
             raise wrong("steps", f" for {problem.id}", "a dict with a list of (start, end, value) for each kind", found)
         return found
 
+    def in_split(identity: str, split: str, data: str | None) -> bool:
+        found = call(task.in_split, "in_split", f" on {identity}", identity, split, data)
+        if not isinstance(found, bool):
+            raise wrong("in_split", f" for {identity}", "True or False", found)
+        return found
+
     def examples(style: str, function: Callable) -> Callable[..., Prompt]:
         def prompt(*arguments: Any) -> Prompt:
             made = call(function, "few_shot", f" for {style}", *arguments)
@@ -159,7 +165,7 @@ def _guarded(task: Task, file: str) -> Task:
 
     few_shot = {style: examples(style, function) for style, function in task.few_shot.items()}
     guarded = {"parse": parse, "load": load, "grade": grade, "same": same, "few_shot": few_shot}
-    return replace(task, **guarded, steps=task.steps and steps)
+    return replace(task, **guarded, steps=task.steps and steps, in_split=task.in_split and in_split)
 
 
 def _is_problem(value: Any) -> bool:

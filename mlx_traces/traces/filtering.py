@@ -17,7 +17,6 @@ from mlx_traces.config import FilterConfig
 from mlx_traces.errors import UserError
 from mlx_traces.records import Problem, Trace, problem_id
 from mlx_traces.tasks import get_task, task_of
-from mlx_traces.tasks.countdown import in_split
 from mlx_traces.tasks.prompts import Prompt
 from mlx_traces.traces.files import read_traces, refuse_written, source_of, write_traces
 from mlx_traces.traces.quality import headline, named, problem_of, words
@@ -228,13 +227,13 @@ def problems_of(traces: Iterable[Trace]) -> Callable[[str], str]:
 def overlap(problems: Sequence[Problem], config: FilterConfig, traces: Sequence[Trace]) -> Callable[[int], bool]:
     """Return a function that says whether the trace at an index is free of these problems.
 
-    It is not if it has the id of one, or by its id belongs to the split that Countdown generated them for; nor if its
-    question, last user's turn or completion shares ``config.overlap_words`` words in a row with one of their questions;
-    case and punctuation are ignored. The default of 13 is that of GPT-3 (arXiv 2005.14165, appendix C) and open-r1. A
-    shorter question of 8 words or more must occur as a whole. With 0 only ids count.
+    It is not if it has the id of one, or an id that belongs to their split (``Task.in_split``), or if its question,
+    last user's turn or completion shares ``config.overlap_words`` words in a row with one of their questions; case and
+    punctuation are ignored. The default of 13 is that of GPT-3 (arXiv 2005.14165, appendix C) and open-r1. A shorter
+    question of 8 words or more must occur as a whole. With 0 only ids count.
     """
     shared, ids = config.overlap_words, {problem_id(problem.id) for problem in problems}
-    generated = config.eval_task == "countdown"
+    in_split = get_task(config.eval_task).in_split if config.eval_task else None
     known: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     for problem in problems if shared else ():
         asked = _words(str(problem.columns.get("question", "")))
@@ -244,7 +243,7 @@ def overlap(problems: Sequence[Problem], config: FilterConfig, traces: Sequence[
 
     def free(index: int) -> bool:
         trace = traces[index]
-        if problem_id(trace.id) in ids or (generated and in_split(trace.id, config.eval_split, config.eval_data)):
+        if problem_id(trace.id) in ids or (in_split and in_split(trace.id, config.eval_split, config.eval_data)):
             return False
         texts = [str(trace.columns.get("question", "")), trace.completion]
         texts += [turn["content"] for turn in trace.messages[-1:]]

@@ -272,7 +272,18 @@ def test_steps_of_a_plug_in(here):
     ):
         load("list:TASK").steps(problem, "x")
     write(here, EXAMPLE, "none.py")
-    assert load("none:TASK").steps is None
+    assert load("none:TASK").steps is None and load("none:TASK").in_split is None
+
+
+def test_the_split_of_an_id_of_a_plug_in(here):
+    own = 'in_split=lambda name, split, data: {"in": True, "out": False, "odd": 1}[name]'
+    write(here, EXAMPLE.replace("    grade=grade,\n", f"    grade=grade,\n    {own},\n"))
+    in_split = load("mine:TASK").in_split
+    assert in_split("in", "test", None) is True and in_split("out", "test", None) is False
+    with pytest.raises(UserError, match="mine.py: in_split returned '1' for odd; it must return True or False"):
+        in_split("odd", "test", None)
+    with pytest.raises(UserError, match=r"mine.py: in_split failed on none \(KeyError: "):
+        in_split("none", "test", None)
 
 
 def test_a_user_error_of_a_plug_in_is_its_own_line(here):
