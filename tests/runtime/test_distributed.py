@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +16,6 @@ from mlx_traces.cli import main
 from mlx_traces.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
-MAIN = ("-c", "from mlx_traces.cli import main; main()")
 BAD = """
 import os
 
@@ -29,25 +27,6 @@ def reward(completions):
     return [0.0] * len(completions)
 """
 GRPO = ("grpo", "--model", "nano", "--max-tokens", "4", "--prompts-per-step", "2", "--group-size", "2")
-
-
-def launch(*arguments, cwd, count=2):
-    """Start Python with some arguments as several ranks; output and errors go to one pipe."""
-    command = Path(sys.executable).with_name("mlx.launch")
-    if not command.exists():
-        pytest.skip("mlx.launch is not beside this Python")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    return subprocess.Popen(
-        [command, "-n", str(count), "-p", str(port), "--", sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def ring(folder):
@@ -129,45 +108,39 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_is_killed_is_named_and_ends_the_others_in_time(tmp_path):
-    out = tmp_path / "run"
-    process = launch(*MAIN, *GRPO, "--num-steps", "400", "--save-every", "1", "--out", out, cwd=tmp_path)
-    deadline = time.time() + 120
-    while not (out / "checkpoint.safetensors").exists():
-        assert time.time() < deadline and process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    began = time.time()
-    os.kill(rank_of(process, 1), 9)
-    said, _ = process.communicate(timeout=60)
-    assert time.time() - began < 30 and "rank 1 " in said
-    assert "Traceback" not in said
+    words = (*GRPO, "--num-steps", "400", "--save-every", "1", "--out", tmp_path / "run")
+    first, second = (killing.start(*words, cwd=tmp_path, **each) for each in ring(tmp_path))
+    assert killing.kill_when(second, (tmp_path / "run/checkpoint.safetensors").exists)
+    _, said = first.communicate(timeout=30)
+    assert first.returncode == 1 and "Error: rank 1 is gone (" in said and "Traceback" not in said, said
+    assert said.rstrip().endswith("go on with --resume")
 
 
-def rank_of(launched, rank):
-    """Return the process number of one of the ranks that a process launched, which start in order."""
-    told = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in told.splitlines()]
-    return sorted(pid for pid, parent in pairs if parent == launched.pid)[rank]
-
-
-def test_a_lost_rank_is_named_without_a_launcher_too(tmp_path):
-    """What MLX raises becomes one line; nobody but the ranks themselves is there to end them."""
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_lost_rank_is_named_with_a_launcher_and_without(launched, tmp_path):
+    """What MLX raises becomes one line."""
     code = (
-        "import os, time\nfrom mlx_traces.runtime import distributed as ranks\n"
+        "import os\nfrom mlx_traces.runtime import distributed as ranks\n"
         "try:\n    for turn in range(10**6):\n        ranks.gather([turn])\n"
         "        turn == 3 and ranks.world().rank() == 1 and os._exit(9)\n"
         "except ranks.Lost as lost:\n    print('lost:', lost)\n"
     )
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **each},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for each in ring(tmp_path)
-    ]
-    said = [process.communicate(timeout=60)[0] for process in started]
-    assert said[0].startswith("lost: rank 1 is gone ([ring] ") and said[0].rstrip().endswith("go on with --resume")
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def started(*command, **own):
+        return subprocess.Popen(command, env={**environment, **own}, stdout=subprocess.PIPE, text=True)
+
+    python = (sys.executable, "-c", code)
+    if launched:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = str(one.getsockname()[1])
+        processes = [started(Path(sys.executable).with_name("mlx.launch"), "-n", "2", "-p", port, "--", *python)]
+    else:
+        processes = [started(*python, **each) for each in ring(tmp_path)]
+    said, *_ = (process.communicate(timeout=60)[0] for process in processes)
+    assert said.startswith("lost: rank 1 is gone ([ring] "), said
+    assert said.splitlines()[0].endswith("go on with --resume")
 
 
 def test_what_ranks_do_not_share_is_refused(monkeypatch):
