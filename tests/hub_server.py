@@ -94,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
     timeout = 20
+    wbufsize = -1  # one packet an answer: its second would wait 40 ms for the first's acknowledgement
 
     def log_message(self, *_) -> None:
         pass

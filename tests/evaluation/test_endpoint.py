@@ -52,6 +52,8 @@ class Fake(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    wbufsize = -1  # one packet an answer
+
     def do_GET(self):
         self.answer(None)
 

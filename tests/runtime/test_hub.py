@@ -26,7 +26,8 @@ GOES_ON = Version(version("huggingface_hub")) >= Version("1.20")  # by itself, w
 # The clients read their settings as they are imported, which takes seconds: a process that has imported them, with the
 # test hub's address, forks for each command, so that no command knows anything of the one before.
 PROGRAM = """
-import json, os, sys, traceback
+import json, os, sys, time, traceback
+wait, time.sleep = time.sleep, lambda seconds: wait(min(seconds, 0.02))  # the clients' between two tries
 import datasets, huggingface_hub, mlx_traces, mlx_lm.utils, mlx_lm.models.qwen2
 from huggingface_hub import constants
 import mlx_traces.evaluation.run, mlx_traces.train.push, mlx_traces.train.sft
