@@ -225,8 +225,11 @@ def fuses_attention(backend: str, q: mx.array, k: mx.array, mask: Any, training:
 def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
     """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
-    gc.unfreeze()  # a program may have frozen its functions
+    frozen = gc.get_freeze_count()  # a program may have frozen its functions
+    gc.unfreeze()
     compiled = [each for each in gc.get_objects() if type(each) is kind]
+    if frozen:
+        gc.freeze()
     codes = {code_of(part) for each in compiled for part in gc.get_referents(each)} - {None}
     running: list[tuple[Any, list[mx.array]]] = []
 

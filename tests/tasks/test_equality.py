@@ -218,19 +218,16 @@ def test_equal_in_another_form(gold, answer):
 
 # ---------------------------------------------------------------------------------------------- bounds
 
-HOSTILE = ("9^{9^{9^9}}", "1000000!")
 
-
-@pytest.mark.parametrize("answer", HOSTILE)
-def test_a_hostile_answer_ends_after_a_second(answer):
+def test_a_hostile_answer_ends_after_a_second():
     text = Path(equality.__file__).with_name("equality_worker.py").read_text()  # a script, which nothing here imports
     assert "\nSECONDS = 1.0  # of CPU time" in text and "\nMEMORY = 2 << 30  # bytes" in text
     compare("x+1", "1+x")  # the worker has started
     worker, start = equality._worker(os.getpid()), time.process_time()
-    assert compare("x^2+1", answer) == "too_complex"
+    assert compare("x^2+1", "9^{9^{9^9}}") == "too_complex"
     assert time.process_time() - start < 0.2  # the work is not done here
     assert equality._worker(os.getpid()) is worker  # which ended its child, not the clock it
-    assert compare("x^2+1", f"1+x^2+0{'0' * HOSTILE.index(answer)}") == "correct"  # and the worker goes on
+    assert compare("x^2+1", "1+x^2+0") == "correct"  # and the worker goes on
 
 
 @pytest.mark.parametrize(
