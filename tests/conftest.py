@@ -11,18 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mlx_traces  # before mlx: it loads the fast BLAS
-
-import mlx.core as mx  # isort: skip
-from factories import make_config, make_model, make_tokenizer, save_model, wrap  # isort: skip
-import mlx.nn as nn
 import pytest
 from hypothesis import settings
-from mlx.utils import tree_flatten
 
-from mlx_traces.models.loading import LoadedModel
-
-assert mlx_traces
 os.fsync = os.fstat  # tests kill processes, which keeps what was written; none cuts the power
 SLOW = (  # files in which tests take the longest: they begin first, so that no worker is left alone with one
     "test_distributed", "test_grpo", "test_rounds", "test_ppo", "test_memory", "test_thinking", "test_evaluator",
@@ -30,6 +21,14 @@ SLOW = (  # files in which tests take the longest: they begin first, so that no 
 )  # fmt: skip
 settings.register_profile("suite", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import what the tests do, where they run: the process that hands them out would begin seconds later."""
+    if not config.getoption("numprocesses", None):
+        import mlx_traces  # before mlx: it loads the fast BLAS
+
+        assert mlx_traces
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,16 +43,20 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
+    from factories import save_model
+
     return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
-def _tiny() -> LoadedModel:
+def _tiny():
+    from factories import make_model, make_tokenizer, wrap
+
     return wrap(make_tokenizer(), make_model())
 
 
 @pytest.fixture
-def tiny(_tiny: LoadedModel) -> LoadedModel:
+def tiny(_tiny):
     """A tiny random model, float32, with a ChatML tokenizer."""
     return replace(_tiny, notes=[])
 
@@ -61,6 +64,8 @@ def tiny(_tiny: LoadedModel) -> LoadedModel:
 @pytest.fixture
 def exact_memory() -> Iterator[None]:
     """MLX's count of active memory is that of the arrays: no array lies in a larger buffer that another has left."""
+    import mlx.core as mx
+
     limit = mx.set_cache_limit(0)
     mx.clear_cache()
     yield
@@ -70,6 +75,11 @@ def exact_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random model with 4-bit weights and float16 scales."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from factories import make_config, make_model, make_tokenizer
+    from mlx.utils import tree_flatten
+
     folder = tmp_path_factory.mktemp("models") / "tiny-4bit"
     folder.mkdir()
     model = make_model(seed=1)
