@@ -15,7 +15,7 @@ from mlx_traces.errors import UserError
 from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
-from mlx_traces.pipelines import estimate, rounds
+from mlx_traces.pipelines import compare, estimate, rounds
 from mlx_traces.rl import trainer
 from mlx_traces.traces.files import manifest_path, read_traces
 
@@ -23,12 +23,12 @@ TINY = {
     "name": "try",
     "raw": {"count": 24},  # 22 traces: two searches are too long
     "epoch1": {"rank": 4, "learning_rate": 1e-3, "batch_size": 8, "valid_share": 0},
-    "generate": {"limit": 16, "samples": 4, "max_tokens": 96, "rows": 32},
+    "generate": {"limit": 8, "samples": 4, "max_tokens": 80, "rows": 32},
     "filter": {"per_problem": 2, "eval_task": "countdown", "eval_limit": 8},
     "epoch2": {"learning_rate": 1e-4, "valid_share": 0},
-    "compare": {"limit": 8, "max_tokens": 96, "rows": 8},
+    "compare": {"limit": 4, "max_tokens": 64, "rows": 4},
 }
-STEPS = {"num_steps": 2, "prompts_per_step": 2, "max_tokens": 64, "rows": 8, "micro_tokens": 512, "save_every": 1}
+STEPS = {"num_steps": 2, "prompts_per_step": 2, "max_tokens": 48, "rows": 8, "micro_tokens": 512, "save_every": 1}
 GRPO = {"grpo": {**STEPS, "group_size": 4, "advantage": "none", "rewards": {"length": 1}}}
 PPO = {"ppo": {**STEPS, "group_size": 2, "epochs": 1, "minibatches": 1, "rewards": {"length": 1}}}
 NAMES = ["raw", "epoch1", "generated", "scored", "filtered", "epoch2"]
@@ -41,6 +41,17 @@ def quiet(name):
 def config_in(folder, **changes):
     folders = {"data_dir": str(folder / "data"), "runs_dir": str(folder / "runs")}
     return build(RoundsConfig, {**TINY, **folders, **changes})
+
+
+def stations(config, say=lambda line: None):
+    """Make the stations as `rounds.run` does, interrupted when they are to be compared."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(compare, "compared", interrupted)
+        rounds.run(config, say, quiet)
 
 
 def made(said):
@@ -73,6 +84,7 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     about = json.loads((plan["epoch2"].out / "run.json").read_text())
     assert about["steps"] == json.loads((plan["epoch2"].out / "result.json").read_text())["steps"]
     settings = about["identity"]
+    assert plan["epoch2"].recipe.data == str(plan["filtered"].out)
     assert settings["adapter"] == str(plan["epoch1"].out / "adapter")  # the second epoch goes on from the first
     assert json.loads(manifest_path(plan["filtered"].out).read_text())["source"] == str(plan["scored"].out)
     told = json.loads((folder / "runs" / "try-comparison" / "rounds.json").read_text())
@@ -117,7 +129,7 @@ def test_the_third_round_goes_on_from_the_second_and_is_not_made_twice(finished,
     assert len(rounds.gains(outcome.runs, outcome.pairs)) == 3 and outcome.pairs == [(1, 0), (2, 1), (3, 2)]
     page = outcome.page.read_text()
     assert all(name in page for name in ("epoch1", "epoch2", "round3", "reinforcement learning"))
-    rounds.run(config, again.append, quiet)
+    stations(config, again.append)
     assert made(again) == []
     longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}}
     left = [s.name for s in rounds.stages(config_in(folder, round3=longer), quiet) if not s.finished]
@@ -162,10 +174,10 @@ def test_the_shipped_rounds_with_scores_after_sky_t1(model, tmp_path, tiny_folde
     sizes = [arm["num_steps"] * arm["prompts_per_step"] * arm["group_size"] for arm in arms.values()]
     assert sizes[0] == sizes[1]  # as many rollouts
     for arm in arms.values():
-        arm |= {"num_steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 48, "rows": 4, "limit": 4}
-        arm |= {"evaluate": {**arm["evaluate"], "limit": 2, "max_tokens": 16}}
+        arm |= {"num_steps": 1, "prompts_per_step": 2, "group_size": 2, "max_tokens": 24, "rows": 4, "limit": 4}
+        arm |= {"evaluate": {**arm["evaluate"], "limit": 2, "max_tokens": 8}}
     shipped |= {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "epoch2": None}
-    shipped["compare"] |= {"limit": 4, "max_tokens": 48}
+    shipped["compare"] |= {"limit": 2, "max_tokens": 24}
     if model == "nano":
         shipped["raw"]["count"] = 24
     else:
@@ -209,7 +221,7 @@ def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatc
     with pytest.raises(RuntimeError):
         rounds.run(config, said.append, quiet)
     monkeypatch.setattr(grpo, "learn", real)
-    rounds.run(config, said.append, quiet)
+    stations(config, said.append)
     assert made(said) == ["round3", "round3"] and len(steps) == 2
     files = [
         rounds.stages(c, quiet)[-1].out / "adapter" / "adapters.safetensors"
@@ -302,7 +314,7 @@ def test_a_station_that_was_cut_off_is_continued(finished, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         rounds.run(config, lambda line: None, quiet)
     monkeypatch.setattr(sft, "step_gradient", real)
-    rounds.run(config, lambda line: None, quiet)
+    stations(config)
     for ours, theirs in zip(rounds.stages(config, quiet), rounds.stages(config_in(finished[0]), quiet), strict=True):
         if ours.name.startswith("epoch"):
             weights = [s.out / "adapter" / "adapters.safetensors" for s in (ours, theirs)]
@@ -315,7 +327,7 @@ def test_a_station_cut_off_before_its_manifest_is_made_again(finished):
     before = {name: plan[name].read_bytes() for name in ("raw", "filtered")}
     for name in before:
         manifest_path(plan[name]).unlink()
-    rounds.run(config, said.append, quiet)
+    stations(config, said.append)
     assert made(said) == ["raw", "filtered"]
     assert {name: plan[name].read_bytes() for name in before} == before
 
@@ -474,9 +486,9 @@ def test_a_dry_run_names_what_is_there_and_what_is_left_and_writes_nothing(finis
     said = result.output.splitlines()
     assert column(said, 1) == {**dict.fromkeys(NAMES, "finished"), "round3": "to make", "comparison": "to make"}
     assert column(said, 3)["round3"].endswith(" GB") and column(said, 3)["epoch1"] == "–"
-    assert column(said, 2)["round3"] == f"{3 * 2 * 4 * 64:,}" and column(said, 2)["comparison"] == f"{8 * 96}"
-    assert "round3: 3 steps of 2 problems x 4, at most 64 tokens each" in said
-    assert "comparison: 1 of 4 evaluations, each of 8 problems, at most 96 tokens each" in said
+    assert column(said, 2)["round3"] == f"{3 * 2 * 4 * 48:,}" and column(said, 2)["comparison"] == f"{4 * 64}"
+    assert "round3: 3 steps of 2 problems x 4, at most 48 tokens each" in said
+    assert "comparison: 1 of 4 evaluations, each of 4 problems, at most 64 tokens each" in said
     assert (
         re.search(r"in all [\d.]+ GB at most; ", result.output) and "about" not in result.output
     )  # no time is guessed
@@ -509,12 +521,12 @@ def test_tokens_at_most_are_those_of_the_settings(tmp_path):
     plan = rounds.stages(config, quiet)
     outlook, by_name = estimate.Outlook(config, plan), {stage.name: stage for stage in plan}
     loaded = loading.load("nano")
-    planned = evaluator.plan(EvalConfig(prompt="thinking", split="train", limit=16))
+    planned = evaluator.plan(EvalConfig(prompt="thinking", split="train", limit=8))
     prompt = max(len(loaded.render(planned.prompt, problem).ids) for problem in planned.problems)
     found = {name: outlook.of(by_name[name]) for name in ("generated", "epoch1", "epoch2", "round3")}
-    assert found["generated"].tokens == 16 * 4 * 96
-    assert found["epoch2"].tokens == 32 * (prompt + 96)  # two of four are kept
-    assert found["round3"].tokens == (10 * 2 * 4 * 3 + 2 * 4) * 64 + 2 * 3 * 10  # steps, pass rates, two validations
+    assert found["generated"].tokens == 8 * 4 * 80
+    assert found["epoch2"].tokens == 16 * (prompt + 80)  # two of four are kept
+    assert found["round3"].tokens == (10 * 2 * 4 * 3 + 2 * 4) * 48 + 2 * 3 * 10  # steps, pass rates, two validations
     assert "22 traces of at most " in found["epoch1"].told and "2 validations of 3 problems" in found["round3"].told
     assert "2 problems x 4, drawn up to 3 times where a group's rewards are equal" in found["round3"].told
     longest = max(len(tokens) for tokens in map(loaded.tokenizer.encode, (t.completion for t in outlook.raw)))
