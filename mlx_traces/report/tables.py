@@ -413,12 +413,14 @@ def quality_cells(frame: pd.DataFrame) -> Cells:
     headings = [""]
     for kind in frame["answers"].unique():
         headings += [f"mean,\n{kind}", *["difference", "p\nHolm"] * tested]
+    blocks: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in frame.assign(against=frame["against"].fillna("")).to_dict("records"):
+        cells = blocks.setdefault((row["label"], row["against"]), {}).setdefault(row["measure"], [])
+        cells += _quality(row)[: 3 if tested else 1]
     rows: list[list[str]] = []
-    for (name, against), block in frame.groupby([frame["label"], frame["against"].fillna("")], sort=False):
+    for (name, against), measures in blocks.items():
         rows.append([f"{name}\nagainst {against}" if against else name, *[""] * (len(headings) - 1)])
-        for measure, kinds in block.groupby("measure", sort=False):
-            cells = [cell for row in kinds.to_dict("records") for cell in _quality(row)[: 3 if tested else 1]]
-            rows.append([measure, *cells])
+        rows += [[measure, *cells] for measure, cells in measures.items()]
     return headings, rows
 
 
