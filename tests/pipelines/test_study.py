@@ -551,12 +551,12 @@ def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, ch
     folder = make_folder(tmp_path / "tiny", template, seed=4, **changes)
     rows = [{"model": str(folder)}, {"model": str(folder), "bits": 4, "group_size": 32}]
     tasks = [
-        {"task": "countdown", "prompts": ["direct", "thinking"], "limit": 6, "max_tokens": 16},
-        {"task": "qa", "data": str(questions), "prompts": ["boxed"], "max_tokens": 16},
+        {"task": "countdown", "prompts": ["thinking"], "limit": 4, "max_tokens": 12},
+        {"task": "qa", "data": str(questions), "prompts": ["boxed"], "limit": 4, "max_tokens": 12},
     ]
     config = config_of(tmp_path, questions, *rows, tasks=tasks)
     parts = study.run(config)
-    assert [len(part.runs) for part in parts] == [4, 2] and [len(part.bits) for part in parts] == [2, 1]
+    assert [len(part.runs) for part in parts] == [2, 2] and [len(part.bits) for part in parts] == [1, 1]
     loaded, plan = loading.load(str(folder)), compare.entries(config, config.tasks[0])[0][1].plan()
     assert loaded.render(plan.prompt, plan.problems[0]).opened == opened
     for part in parts:
