@@ -80,6 +80,7 @@ class Estimate:
         return high
 
 
+@lru_cache(maxsize=1024)
 def _height(freedom: float) -> float:
     """Return Student's density at 0."""
     if freedom < 100:

@@ -260,6 +260,8 @@ def test_paired_bootstrap_covers_by_problem_and_not_by_sample():
         b = rng.random((100, 8)) < other[:, None]
         _, low, high = stats.paired_bootstrap(a.mean(axis=1), b.mean(axis=1), resamples=1000, seed=i)
         covered += low <= 0 <= high
+        if i % 4:  # what the others show takes fewer tables
+            continue
         paired_width += high - low
         _, low, high = stats.paired_bootstrap(a.ravel(), b.ravel(), resamples=1000, seed=i)
         naive += low <= 0 <= high
@@ -267,7 +269,7 @@ def test_paired_bootstrap_covers_by_problem_and_not_by_sample():
         _, low, high = stats.paired_bootstrap(a.mean(axis=1), shuffled, resamples=1000, seed=i)
         unpaired_width += high - low
     assert 0.91 < covered / runs < 0.98
-    assert naive / runs < 0.85
+    assert naive / (runs / 4) < 0.85
     assert unpaired_width > 1.2 * paired_width
 
 
