@@ -54,10 +54,10 @@ def batched(tmp_path_factory):
 
 def test_batched_and_one_by_one_agree(batched, tmp_path):
     folder, result = batched
-    single = mlx_traces.evaluate(out=tmp_path / "single", rows=1, **SMALL | {"limit": 8})
-    assert without_clock(samples_of(folder))[:8] == without_clock(samples_of(tmp_path / "single"))
-    assert (single.total_questions, result.total_questions) == (8, 24)
-    assert single.correct_count == sum(row["correct"] for row in samples_of(folder)[:8])
+    single = mlx_traces.evaluate(out=tmp_path / "single", rows=1, **SMALL | {"limit": 5})
+    assert without_clock(samples_of(folder))[:5] == without_clock(samples_of(tmp_path / "single"))
+    assert (single.total_questions, result.total_questions) == (5, 24)
+    assert single.correct_count == sum(row["correct"] for row in samples_of(folder)[:5])
     assert len({row["completion"] for row in samples_of(folder)}) > 12
 
 
@@ -124,8 +124,12 @@ def test_a_plan_and_a_model_read_their_files_once(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
-def test_kill_and_resume_equals_an_uninterrupted_run(settings, tmp_path):
-    settings = {**SMALL, "rows": 4, **settings}
+def test_kill_and_resume_equals_an_uninterrupted_run(settings, batched, tmp_path):
+    """Greedily it is the batched run, since the rows of a batch do not matter."""
+    settings, whole = {**SMALL, "rows": 4, **settings}, batched[0]
+    if "temperature" in settings:
+        settings["max_tokens"], whole = 64, tmp_path / "whole"
+        mlx_traces.evaluate(out=whole, **settings)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     folder = tmp_path / "killed"
     process = killing.start("eval", *flags, "--out", folder)
@@ -136,9 +140,8 @@ def test_kill_and_resume_equals_an_uninterrupted_run(settings, tmp_path):
     with (folder / "samples.jsonl").open("a") as file:
         file.write('{"id": "cut off while being wri')
     resumed = mlx_traces.evaluate(out=folder, resume=True, **settings)
-    whole = mlx_traces.evaluate(out=tmp_path / "whole", **settings)
-    assert without_clock(samples_of(folder)) == without_clock(samples_of(tmp_path / "whole"))
-    assert resumed.accuracy == whole.accuracy
+    assert without_clock(samples_of(folder)) == without_clock(samples_of(whole))
+    assert resumed.accuracy == json.loads((whole / "result.json").read_text())["accuracy"]
     finished = {(row["id"], row["sample"]): row for row in samples_of(folder)}
     assert all(finished[row["id"], row["sample"]] == row for row in kept)
 
@@ -150,16 +153,16 @@ def samples_of_partial(folder):
 
 def test_several_samples_give_pass_and_majority_at_k(tmp_path):
     result = mlx_traces.evaluate(
-        out=tmp_path / "run", task="countdown", limit=10, samples=4, temperature=1.0, max_tokens=128
+        out=tmp_path / "run", task="countdown", limit=6, samples=4, temperature=1.0, max_tokens=128
     )
     rows = samples_of(tmp_path / "run")
     solved = {row["id"] for row in rows if row["correct"]}
-    assert result.total_questions == 40 and set(result.pass_at_k) == {"1", "2", "4"}
+    assert result.total_questions == 24 and set(result.pass_at_k) == {"1", "2", "4"}
     assert result.pass_at_k["1"] == pytest.approx(result.accuracy)
-    assert result.pass_at_k["4"] == pytest.approx(len(solved) / 10)
+    assert result.pass_at_k["4"] == pytest.approx(len(solved) / 6)
     assert result.pass_at_k["1"] <= result.pass_at_k["2"] <= result.pass_at_k["4"]
-    assert result.maj_at_k["1"] == pytest.approx(sum(r["correct"] for r in rows if r["sample"] == 0) / 10)
-    assert len({row["completion"] for row in rows}) > 20
+    assert result.maj_at_k["1"] == pytest.approx(sum(r["correct"] for r in rows if r["sample"] == 0) / 6)
+    assert len({row["completion"] for row in rows}) > 12
     assert sample_seed(0, "a", 1) != sample_seed(0, "a", 0) != sample_seed(1, "a", 0)
 
 
@@ -255,11 +258,11 @@ def test_a_question_is_never_its_own_worked_example(tmp_path):
 def test_stop_strings_end_answers_and_are_counted(tmp_path):
     prompt = tmp_path / "mine.yaml"
     prompt.write_text(f"user: '{get_task('countdown').prompts['thinking'].user}'\nstop: [' no', </answer>]\n")
-    result = mlx_traces.evaluate(out=tmp_path / "run", prompt=str(prompt), **SMALL)
+    result = mlx_traces.evaluate(out=tmp_path / "run", prompt=str(prompt), **SMALL | {"limit": 12})
     rows = samples_of(tmp_path / "run")
     ended = [row for row in rows if "stop_string" in row]
     assert (result.stopped, result.stopped_in_thoughts) == (len(ended), 0)
-    assert len(ended) > 12 and {row["stop_string"] for row in ended} == {"</answer>"}
+    assert len(ended) > 6 and {row["stop_string"] for row in ended} == {"</answer>"}
     assert any(" no" in row["completion"] and not row["in_thought"] for row in ended)
     assert verify(tmp_path / "run")[1] == []
 
@@ -407,12 +410,13 @@ def test_the_label_follows_the_settings_that_decide_the_result():
 
 
 def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
-    settings = {"model": "nano", "prompt": ["direct", "thinking"], "runs_dir": tmp_path, **SMALL}
+    settings = {"model": "nano", "prompt": ["direct", "thinking"], "runs_dir": tmp_path, "data": "3-numbers"}
+    settings |= {"limit": 16, "max_tokens": 24}  # too few for a thought
     frame = mlx_traces.compare(out=tmp_path / "table", **settings)
-    assert list(frame["prompt"]) == ["direct", "thinking"] and list(frame["total_questions"]) == [24, 24]
+    assert list(frame["prompt"]) == ["direct", "thinking"] and list(frame["total_questions"]) == [16, 16]
     direct, thinking = (read_run(tmp_path / name) for name in frame["run"])
     wins = [b["correct"] - a["correct"] for a, b in zip(direct.samples, thinking.samples, strict=True)]
-    assert frame["diff"][1] == pytest.approx(sum(wins) / 24)
+    assert any(wins) and frame["diff"][1] == pytest.approx(sum(wins) / 16)
     written = {path.name for path in (tmp_path / "table").iterdir()}
     assert {
         "table.md",
