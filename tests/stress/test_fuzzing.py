@@ -94,13 +94,14 @@ def test_honest_inputs_are_read():
 
 
 def test_faults_are_found(monkeypatch):
-    monkeypatch.setattr(fuzzing, "SECONDS", 0.02)
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.002)
+    monkeypatch.setattr(fuzzing, "MEMORY", 2**20)
 
     def broken(text):
         return {"a": 1}[text]
 
     def slow(text):
-        return re.match(r"(a+)+$", "a" * 20 + "b")
+        return re.match(r"(a+)+$", "a" * 17 + "b")
 
     def large(text):
         return bytearray(2 * fuzzing.MEMORY)
@@ -267,12 +268,19 @@ IMPORTERS = {  # by a table, or what the user names: a reward, a task
 }
 
 
-def faults(source):
+def nodes_of(source):
+    return list(ast.walk(ast.parse(source)))
+
+
+def name_of(function):
+    return function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+
+
+def faults(nodes):
     """Yield what in a source could run code that came as data, and where a flag would be on by itself."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Call):
-            function = node.func
-            name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+            function, name = node.func, name_of(node.func)
             owner = getattr(getattr(function, "value", None), "id", "")
             if isinstance(function, ast.Name) and name in RUNS_CODE:
                 yield name
@@ -303,14 +311,10 @@ def faults(source):
 def test_nothing_runs_code_that_came_as_data():
     seen = 0
     for path in sorted(PACKAGE.rglob("*.py")):
-        source, name = path.read_text(), str(path.relative_to(PACKAGE))
-        assert not list(faults(source)), name
-        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-        imports = [
-            call
-            for call in calls
-            if ast.unparse(call.func).rpartition(".")[2] in ("import_module", "spec_from_file_location")
-        ]
+        nodes, name = nodes_of(path.read_text()), str(path.relative_to(PACKAGE))
+        assert not list(faults(nodes)), name
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        imports = [call for call in calls if name_of(call.func) in ("import_module", "spec_from_file_location")]
         assert len(imports) <= IMPORTERS.get(name, 0), f"{name} imports by name"
         seen += len(imports)
     assert seen == sum(IMPORTERS.values())
@@ -325,13 +329,13 @@ def test_nothing_runs_code_that_came_as_data():
     ],
 )
 def test_the_look_at_the_source_sees(source):
-    assert list(faults(source))
+    assert list(faults(nodes_of(source)))
 
 
 def test_the_flag_is_off_by_itself():
     assert EvalConfig().trust_remote_code is False
     assert "model.eval()" in (PACKAGE / "models/loading.py").read_text() and not list(
-        faults("model.eval(); mx.eval(x); re.compile(y)")
+        faults(nodes_of("model.eval(); mx.eval(x); re.compile(y)"))
     )
 
 
