@@ -437,8 +437,8 @@ def test_compare_evaluates_what_is_missing_and_pairs_by_problem(tmp_path):
 
 def test_compare_refuses_other_problems_and_unfinished_runs(batched, tmp_path):
     folder, _ = batched
-    mlx_traces.evaluate(out=tmp_path / "other", **SMALL | {"limit": 12})
-    with pytest.raises(UserError, match="different problems.*12 only in"):
+    mlx_traces.evaluate(out=tmp_path / "other", **SMALL | {"limit": 4, "max_tokens": 4})
+    with pytest.raises(UserError, match="different problems.*20 only in"):
         mlx_traces.compare(folder, tmp_path / "other")
     (tmp_path / "other" / "result.json").unlink()
     with pytest.raises(UserError, match="no result.json"):

@@ -174,7 +174,7 @@ def without_times(page):
     return re.sub(r"written [^<]* UTC|\d\d:\d\d:\d\d", "", page)
 
 
-def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked):
+def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked, monkeypatch):
     task = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompts": ["plain", "boxed"]}
     given = {"name": "early", "tasks": [task], "models": [{"model": "nano"}], "out": str(tmp_path / "out")}
     given |= {"runs_dir": str(tmp_path / "runs"), "stop_when_decided": True, "block": 10}
@@ -195,6 +195,7 @@ def test_a_study_stops_when_all_its_pairs_are_decided(tmp_path, asked):
     assert "times as often" not in study.said(part)[0]  # the bootstrap of a ratio does not allow for stopping
     assert all(line.startswith("begun") for line in study.preview(config))
 
+    monkeypatch.setattr(study, "write", lambda config, parts: None)
     asked.clear()
     three = given | {
         "block": 50,
@@ -233,6 +234,7 @@ def test_blocks_are_evaluated_in_processes_of_their_own_if_asked(tmp_path, asked
             return type("Done", (), {"result": lambda self: result})()
 
     monkeypatch.setattr(compare, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(study, "write", lambda config, parts: None)
     task = {"task": "qa", "data": str(tmp_path / "qa.jsonl"), "prompts": ["plain", "thinking"], "limit": 50}
     given = {"name": "apart", "tasks": [task], "models": [{"model": "nano"}], "runs_dir": str(tmp_path / "runs")}
     (part,) = study.run(build(StudyConfig, given | {"apart": True, "stop_when_decided": True, "block": 20}))

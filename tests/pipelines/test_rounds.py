@@ -16,6 +16,7 @@ from mlx_traces.evaluation import evaluator
 from mlx_traces.evaluation.comparison import Run
 from mlx_traces.models import loading
 from mlx_traces.pipelines import compare, estimate, rounds
+from mlx_traces.report import page
 from mlx_traces.rl import trainer
 from mlx_traces.traces.files import manifest_path, read_traces
 
@@ -52,6 +53,12 @@ def stations(config, say=lambda line: None):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(compare, "compared", interrupted)
         rounds.run(config, say, quiet)
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Leave out the page of the comparison."""
+    monkeypatch.setattr(page, "write", lambda *_, **__: [])
 
 
 def made(said):
@@ -94,7 +101,7 @@ def test_all_stations_are_made_in_order_and_compared_on_the_same_problems(finish
     assert told["gains"] == rounds.gains(runs, [(1, 0), (2, 1)]) and "after Holm over 2 pairs" in told["gains"][0]
 
 
-def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished):
+def test_nothing_is_made_twice_and_a_change_remakes_what_follows(finished, unwritten):
     folder = finished[0]
     said = []
     rounds.run(config_in(folder), said.append, quiet)
@@ -161,8 +168,10 @@ def test_two_arms_of_the_third_round_start_alike_and_are_compared_with_each_othe
 
 
 @pytest.mark.parametrize("model", ["nano", "tiny"])
-def test_the_shipped_rounds_with_scores_after_sky_t1(model, tmp_path, tiny_folder):
-    """Both arms run on tiny budgets, with every reward and one start."""
+def test_the_shipped_rounds_with_scores_after_sky_t1(model, tmp_path, tiny_folder, request):
+    """Both arms run on tiny budgets, with every reward and one start; one of the two has a page."""
+    if model == "tiny":
+        request.getfixturevalue("unwritten")
     file = {"nano": "rounds_countdown_nano_sky", "tiny": "rounds_gsm8k_qwen_sky"}[model]
     shipped = read_config(RoundsConfig, find_config(file), {}).model_dump(exclude_unset=True)
     arms = shipped["round3"]
@@ -230,7 +239,7 @@ def test_a_third_round_that_was_cut_off_is_continued(finished, third, monkeypatc
     assert files[0] != files[1] and files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_round_of_ppo_alone_starts_from_the_model_itself(tmp_path):
+def test_a_round_of_ppo_alone_starts_from_the_model_itself(tmp_path, unwritten):
     config, said = config_in(tmp_path, epoch1=None, epoch2=None, round3=PPO), []
     outcome = rounds.run(config, said.append, quiet)
     assert made(said) == ["round3"] and [run.about["identity"]["adapter"] is None for run in outcome.runs] == [

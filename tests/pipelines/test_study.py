@@ -59,6 +59,12 @@ def questions(tmp_path):
     return file
 
 
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Leave out a study's files, where its runs and tables are looked at."""
+    monkeypatch.setattr(study, "write", lambda config, parts: None)
+
+
 def config_of(tmp_path, questions, *rows, **changes):
     task = {"task": "qa", "data": str(questions), "prompts": ["plain", "boxed"], "max_tokens": 12, "rows": 4}
     settings = {"name": "tiny", "tasks": [task], "models": list(rows), "runs_dir": str(tmp_path / "runs")}
@@ -358,7 +364,7 @@ def test_conversions_that_cannot_be(dense, tmp_path):
 # ------------------------------------------------------------------------------------------ the study
 
 
-def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monkeypatch):
+def test_a_study_is_made_once_and_resumed(tiny_folder, tmp_path, questions, monkeypatch, unwritten):
     config = config_of(tmp_path, questions, {"model": str(tiny_folder)}, {"model": str(tiny_folder), "bits": 8})
     lines = list(study.preview(config))
     assert [line[:10].strip() for line in lines] == ["to make", "to make", "to convert", "to make", "to make"]
@@ -481,7 +487,7 @@ def test_several_tasks_have_a_folder_each_and_strata(tiny_folder, tmp_path, ques
     assert "By stratum" in (tmp_path / "out" / "countdown" / "study.md").read_text()
 
 
-def test_labels_settings_and_adapters_that_are_not_there_yet(tiny_folder, tmp_path, questions):
+def test_labels_settings_and_adapters_that_are_not_there_yet(tiny_folder, tmp_path, questions, unwritten):
     rows = (
         {"model": str(tiny_folder), "label": "short"},
         {"model": str(tiny_folder), "label": "long", "settings": {"max_tokens": 20}, "prompts": ["boxed"]},
@@ -508,7 +514,7 @@ def test_apart_is_the_same_evaluation_with_its_own_memory(tiny_folder, tmp_path,
         compare.obtain(broken, tmp_path / "broken", apart=True)
 
 
-def test_compare_and_study_read_one_shape_and_make_the_same_runs(tiny_folder, tmp_path, questions):
+def test_compare_and_study_read_one_shape_and_make_the_same_runs(tiny_folder, tmp_path, questions, unwritten):
     rows = {"model": str(tiny_folder), "label": "own"}, {"model": str(tiny_folder), "bits": 8, "prompts": ["plain"]}
     config = config_of(tmp_path, questions, *rows)
     asked = config.model_dump(include={"tasks", "models", "runs_dir"}, exclude_unset=True)
@@ -547,7 +553,7 @@ def test_settings_of_the_command_win_over_those_of_tasks(questions):
     ],
     ids=["phi-4", "deepscaler", "qwen2.5"],
 )
-def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, changes, tmp_path, questions):
+def test_the_shipped_studies_models_run_as_tiny_random_ones(template, opened, changes, tmp_path, questions, unwritten):
     folder = make_folder(tmp_path / "tiny", template, seed=4, **changes)
     rows = [{"model": str(folder)}, {"model": str(folder), "bits": 4, "group_size": 32}]
     tasks = [
