@@ -165,6 +165,9 @@ def test_two_arms_of_the_third_round_start_alike_and_are_compared_with_each_othe
     slower = {**GRPO, "ppo": {**PPO["ppo"], "learning_rate": 1e-6}}
     changed = rounds.stages(config_in(finished[0], round3=slower), quiet)[-2:]
     assert changed[0].out == arms[0].out and changed[1].out != arms[1].out  # an arm's name is its own
+    longer = {"grpo": {**GRPO["grpo"], "num_steps": 3}, **PPO}
+    changed = rounds.stages(config_in(finished[0], round3=longer), quiet)[-2:]
+    assert changed[0].out != arms[0].out and changed[1].out == arms[1].out
 
 
 @pytest.mark.parametrize("model", ["nano", "tiny"])
