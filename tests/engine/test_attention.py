@@ -119,10 +119,10 @@ def sampled(backend):
     alike = [tuple(row) for row in random.integers(0, 98, (8, 20)).tolist()]
     apart = [tuple(random.integers(0, 98, size).tolist()) for size in (3, 41, 7, 1, 29, 12, 5, 33)]
     own = replace(loaded, backend=replace(loaded.backend, name=backend), notes=[])
-    each = [SamplingParams(max_tokens=9 + 4 * (i % 5)) for i in range(8)]
+    each = [SamplingParams(max_tokens=7 + 3 * (i % 5)) for i in range(8)]
     found = [
-        sorted(generate(own, [Request(p) for p in prompts], each, rows), key=lambda pair: pair[0])
-        for prompts, rows in ((apart, 1), (alike, 4), (apart, 3))
+        sorted(generate(own, [Request(p) for p in prompts], each[: len(prompts)], rows), key=lambda pair: pair[0])
+        for prompts, rows in ((apart[:3], 1), (alike, 4), (apart, 3))
     ]
     return [rollout.completion_ids for pairs in found for _, rollout in pairs], own.notes
 
