@@ -166,11 +166,11 @@ def test_a_row_that_is_drawn_again_keeps_its_bounds(thinker, monkeypatch):
 
 def test_rows_with_and_without_bounds_share_a_batch(thinker):
     asked = requests()[:7]
-    each = [SamplingParams(24) if index % 2 else SamplingParams(18, think_tokens=3) for index in range(len(asked))]
-    each[2] = SamplingParams(2, think_tokens=0)  # it ends within the closing tag
+    each = [SamplingParams(18, think_tokens=3) if index % 2 else SamplingParams(24) for index in range(len(asked))]
+    each[2] = SamplingParams(2, think_tokens=0)  # it ends within the closing tag; a row without bounds takes its slot
     found = run(thinker, asked, each, 4)
     alone = [run(thinker, [request], params)[0] for request, params in zip(asked, each, strict=True)]
-    assert found == alone and found[1] == run(thinker, asked[1:2], SamplingParams(24))[0]
+    assert found == alone and found[4] == run(thinker, asked[4:5], SamplingParams(24))[0]
 
 
 def test_forced_tokens_have_no_logprobs_and_the_others_have_theirs(thinker):
