@@ -125,12 +125,12 @@ def plain_gradient(model, temperature, weights):
 
 
 def in_float64(model, temperature=1.0):
-    """Return what `sums` does by a softmax in float64 over one unpadded row and one token at a time."""
+    """Return what `sums` does by a softmax in float64 over one unpadded row at a time."""
     logprobs, entropies = [], []
     for row in rows():
-        for at in range(1, len(row.ids)):
+        every = np.array(model(mx.array([row.ids[:-1]]))[0].astype(mx.float32)).astype(np.float64)
+        for at, logits in enumerate(every, 1):
             if row.trained[at]:
-                logits = np.array(model(mx.array([row.ids[:at]]))[0, -1].astype(mx.float32)).astype(np.float64)
                 scaled = logits / temperature
                 normalised = scaled - scaled.max() - math.log(np.exp(scaled - scaled.max()).sum())
                 logprobs.append(normalised[row.ids[at]])

@@ -84,7 +84,7 @@ BOUNDS = [
     {"think_tokens": 0},
     {"think_tokens": 1},
     {"think_tokens": 7},
-    {"think_tokens": 20, "think_at_least": 9},
+    {"think_tokens": 12, "think_at_least": 9},
     {"think_tokens": 6, "think_at_least": 6, "think_more": "Wait, wait"},
     {"think_at_least": 12},
     {"think_tokens": 7, "think_then": "So:"},
