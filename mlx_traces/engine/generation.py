@@ -188,8 +188,12 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that memory did not hold are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    reading = reading_of(loaded) if plain else SLICES
-    axes = mask_axes(loaded.model, reading) if plain else 0
+    reading, step = reading_of(loaded) if plain else SLICES, None
+    if plain:
+        with limits(), blas.threads_for(loaded.model, rows, distributed.world().size()):
+            step = fused.step_of(loaded.model, loaded.backend.name, reading)
+    # A step that was found right needs no probe of the mask: it decodes rows of different lengths.
+    axes = 4 if step else mask_axes(loaded.model, reading) if plain else 0
     if axes is None:
         _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
         rows = 1
@@ -200,7 +204,7 @@ def _run(
         threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
         with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
             if axes != 0:
-                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4, reading).run()
+                stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4, reading, step).run()
             else:
                 stream = generate_plainly(loaded, asked, settings, at_once, logprobs)
             for place, rollout in stream:
@@ -286,6 +290,7 @@ class _Engine:
         usage: Usage,
         axes: int,
         reading: Reading,
+        step: fused.Step | None,
     ):
         self.loaded, self.requests, self.params, self.usage = loaded, requests, params, usage
         # Groups stay together, and prompts come longest first: later ones then fit where earlier ones were.
@@ -311,7 +316,7 @@ class _Engine:
         self.watch_text = bool(loaded.stop_strings) or any(settings.stop for settings in params)
         self.steps = 0  # steps begun
         self.candidates = CANDIDATES
-        self.fused = fused.step_of(loaded.model, loaded.backend.name, reading) if axes == 4 else None
+        self.fused = step
         self.window = Window(rows, axes, reading)
         self.caches = [SlotCache(self.window) for _ in loaded.model.layers]
         self.tokens = mx.zeros((rows,), mx.int32)  # what each row reads next

@@ -203,7 +203,7 @@ def test_a_model_that_ignores_the_mask_is_decoded_one_row_at_once(monkeypatch):
 
 
 def test_a_model_that_reads_its_cache_in_its_own_way_is_sampled_by_mlx_lm(monkeypatch):
-    module = import_module("mlx_lm.models.llama")
+    module = import_module("mlx_lm.models.phi3")
     whole = module.Model.__call__
 
     def asks(self, inputs, cache=None, **more):
@@ -211,7 +211,7 @@ def test_a_model_that_reads_its_cache_in_its_own_way_is_sampled_by_mlx_lm(monkey
         return whole(self, inputs, cache=cache, **more)
 
     monkeypatch.setattr(module.Model, "__call__", asks)
-    loaded = replace(wrap(make_tokenizer(), tiny("llama")), notes=[])
+    loaded = replace(wrap(make_tokenizer(), tiny("phi3")), notes=[])
     requests = [generation.Request((3, 4, 5, 6)), generation.Request((7,))]
     found = dict(generation.generate(loaded, requests, generation.SamplingParams(max_tokens=8), 2))
     assert all(is_greedy(loaded, found[at], 8) for at in range(2))

@@ -14,7 +14,7 @@ from mlx_lm.models import llama, qwen2
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 from mlx_traces.config import AdapterConfig
-from mlx_traces.engine import cpu_trunk, fused
+from mlx_traces.engine import cpu_trunk, fused, kv_cache
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
 from mlx_traces.models import adapters
@@ -44,6 +44,7 @@ def test_the_fused_step_samples_what_the_modules_do(kind, monkeypatch):
         loaded = loaded_as(model, backend)
         found[backend] = sampled(loaded) + sampled(loaded, 1, slice(3))
         assert getattr(model, fused.PROVED + backend)
+    assert not hasattr(model, kv_cache.KEPT)  # the modules' masks need no probe
     after = dict(tree_flatten(model.parameters()))
     assert before.keys() == after.keys() and all((before[name] == np.array(after[name])).all() for name in before)
     monkeypatch.setattr(fused, "step_of", lambda *_: None)
