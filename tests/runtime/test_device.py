@@ -13,7 +13,7 @@ from factories import make_model, make_tokenizer, wrap
 
 from mlx_traces.config import AdapterConfig, EvalConfig, GRPOConfig, ValidationConfig
 from mlx_traces.diagnostics import doctor
-from mlx_traces.engine import forward, logprobs
+from mlx_traces.engine import forward, kv_cache, logprobs
 from mlx_traces.engine.batching import Example
 from mlx_traces.engine.generation import generate
 from mlx_traces.engine.sampling import Request, SamplingParams
@@ -322,8 +322,9 @@ def test_sampling_a_small_model_and_its_probes_use_one_thread(library, monkeypat
     assert probed == [1] and library.threads == 4
     stream = generate(loaded, [Request((1, 2)), Request((3,))], SamplingParams(3))
     next(stream)
-    assert library.threads == 1 and probed == [1] * 4
+    assert library.threads == 1 and probed == [1] * 3
     stream.close()
+    assert kv_cache.mask_axes(loaded.model) == 4 and probed == [1] * 4  # asked for a model without a step of ours
     assert library.threads == 4
 
 
