@@ -58,18 +58,22 @@ def close(measured, estimated):
     return abs(estimated / measured - 1) < TOLERANCE
 
 
-@pytest.mark.parametrize("way", ["trunk", "modules", "checkpointed"])
+WAYS = ("trunk", "modules", "checkpointed")
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+
+
 @pytest.mark.parametrize(
-    ("rows", "length", "rank", "changes"),
+    ("rows", "length", "rank", "changes", "way"),
     [
-        (16, 128, 16, {}),
-        (8, 128, 16, {"dtype": mx.bfloat16}),
-        (12, 64, 16, {"dtype": mx.bfloat16, "vocab_size": 4096}),
-        (4, 256, 16, {}),
-        (8, 128, 64, {}),
-        (4, 128, 4, {"num_hidden_layers": 8, "intermediate_size": 512}),
-        (8, 96, 16, {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}),
-        (8, 128, 16, {"vocab_size": 4096}),
+        *((8, 128, 16, {}, way) for way in WAYS),
+        *((4, 96, 16, {"dtype": mx.bfloat16}, way) for way in WAYS),
+        *((2, 256, 16, {}, way) for way in WAYS),
+        *((4, 128, 64, {}, way) for way in WAYS),
+        *((4, 128, 4, {"num_hidden_layers": 6, "intermediate_size": 512}, way) for way in WAYS),
+        *((8, 96, 16, WIDE, way) for way in WAYS),
+        # How the layers are computed changes nothing about the logits.
+        *((8, 128, 16, {"vocab_size": 4096}, way) for way in WAYS[1:]),
+        (12, 64, 16, {"dtype": mx.bfloat16, "vocab_size": 4096}, "trunk"),
     ],
 )
 def test_an_update_takes_what_was_estimated(rows, length, rank, changes, way, monkeypatch):
@@ -107,15 +111,15 @@ def test_an_update_takes_what_was_estimated(rows, length, rank, changes, way, mo
 @pytest.mark.parametrize(
     ("completions", "rows", "prompt", "most", "changes", "draw"),
     [
-        (32, 32, 64, 64, {"num_hidden_layers": 8}, {}),
-        (32, 32, 64, 150, {"num_hidden_layers": 4}, {}),
-        (64, 64, 64, 100, {}, {}),
-        (32, 32, 200, 20, {}, {}),
-        (64, 32, 200, 60, {"num_hidden_layers": 4}, {}),
-        (32, 32, 64, 30, {"vocab_size": 20_000}, {}),
-        (32, 32, 64, 4, {"vocab_size": 20_000}, {"temperature": 0.7}),
-        (32, 32, 64, 4, {"vocab_size": 20_000}, {"temperature": 0.7, "top_p": 0.9}),
-        (32, 32, 64, 4, {"vocab_size": 20_000}, {"top_p": 0.9}),
+        (32, 32, 64, 20, {"num_hidden_layers": 8}, {}),
+        (32, 32, 64, 40, {"num_hidden_layers": 4}, {}),
+        (64, 64, 64, 30, {}, {}),
+        (32, 32, 200, 8, {}, {}),
+        (64, 32, 240, 20, {"num_hidden_layers": 4}, {}),
+        (32, 32, 64, 10, {"vocab_size": 20_000}, {}),
+        (32, 32, 64, 3, {"vocab_size": 20_000}, {"temperature": 0.7}),
+        (32, 32, 64, 3, {"vocab_size": 20_000}, {"temperature": 0.7, "top_p": 0.9}),
+        (32, 32, 64, 3, {"vocab_size": 20_000}, {"top_p": 0.9}),
     ],
 )
 def test_sampling_takes_what_was_estimated(completions, rows, prompt, most, changes, draw):
@@ -188,17 +192,17 @@ def test_what_does_not_fit_names_the_setting_to_lower():
 
 
 STEPS = {"num_steps": 2, "prompts_per_step": 2, "group_size": 4, "max_tokens": 8, "warmup": 0}
-SHORT = {"task": "countdown", "prompt": "direct", **STEPS, "rank": 4, "rewards": {"uneven:reward": 1.0}}
+SHORT = {"task": "countdown", "prompt": "direct", **STEPS, "rank": 4, "rewards": {f"{__name__}:uneven": 1.0}}
+
+
+def uneven(completions):
+    return [i % 4 for i in range(len(completions))]
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo", "ppo"])
 def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind, tmp_path, monkeypatch):
     made = solutions.countdown_traces(8, "train", 3, prompts=[countdown.TASK.prompt("direct")])
     files.write_traces(tmp_path / "data.jsonl", made, {"source": "solver", "config": {}, "counts": {}, "seed": 3})
-    (tmp_path / "uneven.py").write_text(
-        "def reward(completions):\n    return [i % 4 for i in range(len(completions))]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
     settings = {
         "sft": SFTConfig(data=str(tmp_path / "data.jsonl"), batch_size=4, rank=4, valid_share=0.3, warmup=0),
         "grpo": GRPOConfig(**SHORT, kl_coef=0.01),
@@ -233,14 +237,15 @@ def test_a_training_goes_on_in_smaller_micro_batches_where_memory_runs_out(kind,
     assert max(mx.abs(array).max().item() for name, array in one.items() if name.endswith("lora_b")) > 5e-5
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The adapter of a run that is not cut off."""
+    return grpo.train(GRPOConfig(**SHORT, save_every=1), tmp_path_factory.mktemp("whole") / "run").adapter
+
+
 @pytest.mark.parametrize(("kind", "call"), [("rows", 12), ("micro_tokens", 2)])  # both are in the second step
-def test_a_run_that_cuda_cannot_go_on_with_is_resumed_with_less(kind, call, tmp_path, monkeypatch):
-    (tmp_path / "uneven.py").write_text(
-        "def reward(completions):\n    return [i % 4 for i in range(len(completions))]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_run_that_cuda_cannot_go_on_with_is_resumed_with_less(kind, call, whole, tmp_path, monkeypatch):
     config = GRPOConfig(**SHORT, save_every=1)
-    grpo.train(config, tmp_path / "whole")
     cuda = SimpleNamespace(out_of_memory=device.out_of_memory, select=lambda: "cuda")
     monkeypatch.setattr(memory_budget, "device", cuda)  # which has no cache to clear
     real, calls = loading.load, []
@@ -252,13 +257,13 @@ def test_a_run_that_cuda_cannot_go_on_with_is_resumed_with_less(kind, call, tmp_
 
     monkeypatch.setattr(loading, "load", on_cuda)
     where, name = (grpo, "head_logprobs") if kind == "micro_tokens" else (generation._Engine, "_begin_step")
-    whole = getattr(where, name)
+    working = getattr(where, name)
 
     def failing(*given, **named):
         calls.append(1)
         if len(calls) == call:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return whole(*given, **named)
+        return working(*given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(where, name, failing)
@@ -266,7 +271,7 @@ def test_a_run_that_cuda_cannot_go_on_with_is_resumed_with_less(kind, call, tmp_
             grpo.train(config, tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # the first step is there
     grpo.train(config.model_copy(update={"micro_tokens": 32, "rows": 2}), tmp_path / "run", resume=True)
-    one, other = (mx.load(str(tmp_path / folder / "adapter" / "adapters.safetensors")) for folder in ("whole", "run"))
+    one, other = (mx.load(f"{folder}/adapters.safetensors") for folder in (whole, tmp_path / "run" / "adapter"))
     assert all(mx.allclose(array, other[name], rtol=0, atol=2e-5).item() for name, array in one.items())
 
 
