@@ -18,7 +18,7 @@ from mlx_traces.traces.equations import equations
 from mlx_traces.train import nano
 
 TINY = {"hidden_size": 64, "layers": 1, "heads": 1, "intermediate_size": 64}
-TINY |= {"problems": 200, "sequences": 640, "policy_sequences": 32}
+TINY |= {"problems": 200, "sequences": 320, "policy_sequences": 32}
 SMALL = NanoConfig(problems=300, sequences=900, policy_sequences=300)
 ARITHMETIC, POLICY = nano.stages(SMALL)
 
@@ -31,6 +31,21 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def pool():
     return nano.problems(SMALL)
+
+
+def shorten(patch):
+    """Let a build have several chunks and checkpoints; the last one is not in their rhythm."""
+    patch.setattr(nano, "CHUNK", 64)
+    patch.setattr(nano, "SAVE_EVERY", 2)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the folder of a build that is not cut off, and its losses."""
+    losses, out = [], str(tmp_path_factory.mktemp("built") / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return nano.build(NanoConfig(out=out, **TINY), progress=lambda *step: losses.append(step[-1])), losses
 
 
 def test_the_embedded_tokenizer_is_the_one_we_build(tokenizer, pool):
@@ -90,27 +105,21 @@ def test_only_completion_tokens_are_trained(tokenizer, pool):
             assert counted == [float(start <= i + 1 <= end) for i in range(len(counted))]
 
 
-def test_build_is_seeded_and_loads_with_mlx_lm(tmp_path):
+def test_a_build_learns_and_loads_with_mlx_lm(built):
     import mlx.core as mx
     from mlx_lm import load
 
-    losses = []
-    first = nano.build(
-        NanoConfig(out=str(tmp_path / "a"), **TINY), progress=lambda stage, step, steps, loss: losses.append(loss)
-    )
-    nano.build(NanoConfig(out=str(tmp_path / "b"), **TINY))
-    assert 41 <= len(losses) <= 42 and losses[-1] < losses[0] - 1
-    one, two = (mx.load(str(tmp_path / name / "model.safetensors")) for name in "ab")
-    assert all(mx.array_equal(one[key], two[key]) for key in one)
-    model, tokenizer = load(str(first))
-    assert json.loads((first / "config.json").read_text())["quantization"] == {
+    folder, losses = built
+    assert 21 <= len(losses) <= 22 and losses[-1] < losses[0] - 1
+    model, tokenizer = load(str(folder))
+    assert json.loads((folder / "config.json").read_text())["quantization"] == {
         "group_size": 64,
         "bits": 4,
         "mode": "affine",
     }
     assert model(mx.array([tokenizer.encode("Make 12")])).shape[-1] == len(nano.build_tokenizer())
     with pytest.raises(UserError, match="exists; remove it, or choose another --out"):
-        nano.build(NanoConfig(out=str(first), **TINY))
+        nano.build(NanoConfig(out=str(folder), **TINY))
 
 
 def test_the_defaults_of_a_build_are_the_settings_that_made_nano():
@@ -165,19 +174,17 @@ def test_the_output_folder_is_checked_before_training(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_a_build_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
+def test_a_build_is_seeded_and_one_that_is_cut_off_goes_on_to_the_same_model(built, tmp_path, monkeypatch):
     """Cut off in either stage, and between a stage's last checkpoint and the next."""
     import mlx.core as mx
 
-    monkeypatch.setattr(nano, "CHUNK", 64)
-    monkeypatch.setattr(nano, "SAVE_EVERY", 4)
-    whole = nano.build(NanoConfig(out=str(tmp_path / "whole"), **TINY))
+    shorten(monkeypatch)
     settings = NanoConfig(out=str(tmp_path / "deep" / "a"), **TINY)
     seen = []
 
     def stop(stage, step, steps, loss):
         seen.append((stage, step))
-        if seen.count(seen[-1]) == 1 and seen[-1] in [("arithmetic", 2), ("arithmetic", 30), ("policy", 1)]:
+        if seen.count(seen[-1]) == 1 and seen[-1] in [("arithmetic", 2), ("arithmetic", 14), ("policy", 1)]:
             raise KeyboardInterrupt
 
     for resume, left in ((False, []), (False, ["arithmetic"]), (True, ["arithmetic"])):
@@ -191,7 +198,7 @@ def test_a_build_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch
         nano.build(settings.model_copy(update={"give_up": 0.5}), True)
     resumed = nano.build(settings, True, stop)
     assert [path.name for path in resumed.parent.iterdir()] == ["a"]
-    one, two = (mx.load(str(folder / "model.safetensors")) for folder in (whole, resumed))
+    one, two = (mx.load(str(folder / "model.safetensors")) for folder in (built[0], resumed))
     assert all(mx.array_equal(one[key], two[key]) for key in one)
 
 
@@ -204,7 +211,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mlx_lm.utils.save_model", fail)
     with pytest.raises(UserError, match=r"a cannot be written \(No space left on device\)"):
-        nano.build(NanoConfig(out=str(out), **TINY))
+        nano.build(NanoConfig(out=str(out), **TINY | {"sequences": 32}))
     assert [path.name for path in out.parent.iterdir()] == ["a.unfinished"]  # what it learned is kept
 
 
@@ -222,7 +229,7 @@ def test_the_comparison_without_arguments_tells_the_story(monkeypatch, tmp_path)
     from mlx_traces.pipelines import compare
 
     monkeypatch.chdir(tmp_path)  # found beside the package, wherever the command runs
-    evals = [settings.model_copy(update={"limit": 80}) for settings in compare.default_evals()]
+    evals = [settings.model_copy(update={"limit": 40, "seed": 1}) for settings in compare.default_evals()]
     shown = [(settings.adapter and Path(settings.adapter).name, settings.prompt) for settings in evals]
     assert shown == [(None, "direct"), (None, "thinking"), *((name, "thinking") for name in compare.TRAINED)]
     frame, *_ = compare.compared(CompareConfig(evals=evals, runs_dir=str(tmp_path)))
