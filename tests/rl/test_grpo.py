@@ -133,7 +133,7 @@ def test_gradient_is_that_of_the_formulas_on_full_logits(kind, off_policy, kl_co
     if by_token and kind == "gspo":
         kind = "dapo"  # gspo has one advantage a row
     config = settings_of(loss=kind, kl_coef=kl_coef, unbiased_kl=unbiased, clip_eps_high=0.28, micro_tokens=40)
-    rows = some_rows(config, off_policy=off_policy, by_token=by_token)
+    rows = some_rows(config, count=6, off_policy=off_policy, by_token=by_token)
     model = lora()
     loss, grads, sums = grpo.gradient(model, logprobs.split(model), rows, config)
     expected, expected_grads = plainly(model, rows, config)

@@ -28,7 +28,7 @@ STOP = 3
 TEMPERATURE = 0.6
 PROMPTS = ((0, 1), (2, 2, 1))
 OUTCOMES = ((STOP,), *product(range(STOP), range(STOP + 1)))
-STEPS, SIZE = 100, 16
+STEPS, GROUPS, SIZE = 50, 4, 16  # a step's groups are of either prompt in turn
 LIMIT = 4.5  # standard errors
 
 
@@ -75,14 +75,15 @@ class Bandit:
         return total
 
     def steps(self, **changes):
-        """Return groups of rollouts, one for each prompt, for every step; ``changes`` go to the sampling."""
-        requests = [Request(PROMPTS[i % 2], seed=1000 + i) for i in range(STEPS * SIZE * len(PROMPTS))]
+        """Return every step's groups of rollouts; ``changes`` go to the sampling."""
+        requests = [Request(PROMPTS[i % 2], seed=1000 + i) for i in range(STEPS * GROUPS * SIZE)]
         params = SamplingParams(**{"max_tokens": 2, "temperature": TEMPERATURE, **changes})
         with adapters.merged(self.model):
             made = dict(generation.generate(self.loaded, requests, params, 1024, logprobs=True))
         found = [self.rollout(i % 2, made[i]) for i in range(len(requests))]
         by_prompt = [found[i :: len(PROMPTS)] for i in range(len(PROMPTS))]
-        return [[group[at : at + SIZE] for group in by_prompt] for at in range(0, STEPS * SIZE, SIZE)]
+        groups = [own[at : at + SIZE] for at in range(0, len(by_prompt[0]), SIZE) for own in by_prompt]
+        return [groups[at : at + GROUPS] for at in range(0, len(groups), GROUPS)]
 
     def rollout(self, prompt, sampled):
         reward = float(self.rewards[prompt, OUTCOMES.index(sampled.completion_ids)])
@@ -94,6 +95,11 @@ class Bandit:
 @pytest.fixture(scope="module")
 def bandit():
     return Bandit()
+
+
+@pytest.fixture(scope="module")
+def exact(bandit):
+    return bandit.exact()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +147,7 @@ def test_outcomes_and_probabilities(bandit, steps):
     assert bandit.probabilities.sum(axis=1) == pytest.approx([1, 1], abs=1e-12)
     assert bandit.probabilities.min() > 0.001 and bandit.probabilities.max() < 0.6  # all can be seen, none alone
     for i, counted in enumerate(np.zeros((2, 13))):
-        drawn = [rollout for groups in steps for rollout in groups[i]]
+        drawn = [rollout for groups in steps for group in groups[i::2] for rollout in group]
         for rollout in drawn:
             counted[OUTCOMES.index(rollout.ids)] += 1
         expected = len(drawn) * bandit.probabilities[i]
@@ -158,15 +164,15 @@ def test_outcomes_and_probabilities(bandit, steps):
     [
         ("reinforce", "rloo", 1),
         ("reinforce", "none", 1 - 1 / SIZE),  # the mean taken away includes a rollout's own reward
-        ("reinforce", "mean", 1 - 1 / (SIZE * len(PROMPTS))),
+        ("reinforce", "mean", 1 - 1 / (SIZE * GROUPS)),
         ("dapo", "rloo", 1),
-        ("dapo", "mean", 1 - 1 / (SIZE * len(PROMPTS))),
+        ("dapo", "mean", 1 - 1 / (SIZE * GROUPS)),
         ("dr_grpo", "none", 1 - 1 / SIZE),
     ],
 )
-def test_the_mean_sampled_gradient_is_the_exact_one(bandit, steps, loss, advantage, factor):
+def test_the_mean_sampled_gradient_is_the_exact_one(bandit, steps, exact, loss, advantage, factor):
     config = settings_of(loss=loss, advantage=advantage)
-    assert farthest(sampled_gradients(bandit, steps, config), bandit.exact(), factor) < LIMIT
+    assert farthest(sampled_gradients(bandit, steps, config), exact, factor) < LIMIT
 
 
 # ---------------------------------------------------------------------------------- values of steps
@@ -194,13 +200,13 @@ def with_steps(steps, shift=0):
     return [[[stepped(rollout) for rollout in group] for group in groups] for groups in steps]
 
 
-def exact_with_steps(bandit, supervision):
+def exact_with_steps(bandit, exact, supervision):
     """Return the gradient by enumeration: of the reward, plus that of each step's value at the tokens it counts for.
 
     A step's value is compared with the mean of its kind's. ``cumulative`` is the gradient of the expected sum of reward
     and weighed values; ``local`` counts a value for the step's own tokens only.
     """
-    total = bandit.exact()
+    total = dict(exact)
     for i, prompt in enumerate(PROMPTS):
         found = [steps_of(i, outcome) for outcome in OUTCOMES]
         means = [sum(bandit.probabilities[i, j] * own[k].value for j, own in enumerate(found)) for k in range(2)]
@@ -220,13 +226,14 @@ def exact_with_steps(bandit, supervision):
 
 
 @pytest.mark.parametrize("supervision", ["local", "cumulative"])
-def test_the_mean_gradient_with_values_of_steps_is_the_exact_one(bandit, steps, supervision):
+def test_the_mean_gradient_with_values_of_steps_is_the_exact_one(bandit, steps, exact, supervision):
     config = settings_of(advantage="none", step_weight=WEIGHT, supervision=supervision)
-    exact, factor = exact_with_steps(bandit, supervision), 1 - 1 / SIZE  # a mean includes a completion's own value
+    exact = exact_with_steps(bandit, exact, supervision)
+    factor = 1 - 1 / SIZE  # a mean includes a completion's own value
     assert farthest(sampled_gradients(bandit, with_steps(steps), config), exact, factor) < LIMIT
     # Steps a token too early are seen, and too late: except in a cumulative sum, to which that only adds noise.
     for shift in (-1, 1) if supervision == "local" else (-1,):
-        shifted = sampled_gradients(bandit, with_steps(steps[:60], shift), config)
+        shifted = sampled_gradients(bandit, with_steps(steps[:30], shift), config)
         assert farthest(shifted, exact, factor) > 2 * LIMIT, shift
 
 
@@ -249,8 +256,7 @@ def cut(rollout):
     return replace(rollout, completion=replace(rollout.completion, rollout=sampled))
 
 
-def test_faults_are_seen(bandit, steps):
-    exact = bandit.exact()
+def test_faults_are_seen(bandit, steps, exact):
     other = settings_of(temperature=1.0)  # not the one that was sampled at
     assert farthest(sampled_gradients(bandit, steps, other), exact) > 2 * LIMIT
     stopless = [[[cut(rollout) for rollout in group] for group in groups] for groups in steps]
