@@ -109,10 +109,22 @@ def write_traces(path, count=24, per_problem=2, twins=False):
 
 @pytest.fixture
 def settings(model_folder, tmp_path):
+    return settings_in(tmp_path, model_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder, tmp_path_factory):
+    """The outcome of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    sft.train(SFTConfig(**settings_in(folder, model_folder)), folder / "run")
+    return outcome(folder / "run")
+
+
+def settings_in(folder, model_folder):
     """Settings of a run of 8 steps, with dropout, a validation every 3 and a checkpoint every 2."""
     return {
         "model": str(model_folder),
-        "data": write_traces(tmp_path / "traces.jsonl"),
+        "data": write_traces(folder / "traces.jsonl"),
         "valid_share": 0.3,
         "dropout": 0.2,
         "rank": 4,
@@ -150,19 +162,17 @@ def assert_same_outcome(out, expected):
     assert all(np.array_equal(weights[name], expected[0][name]) for name in weights)
 
 
-def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, whole, tmp_path, monkeypatch):
     config = SFTConfig(**settings)
     moments = Moments(
         monkeypatch,
         *((sft, "step_gradient"), (adapters, "save"), (checkpoints, "save")),
         *((run_folder.RunFolder, "log"), (run_folder.RunFolder, "conclude")),
     )
-    sft.train(config, tmp_path / "whole")
-    count, expected = moments.count, outcome(tmp_path / "whole")
-    assert expected[2]["steps"] == len(expected[1]) - 1 >= 8  # and the validation before the first step
-    for name, lives in {"anywhere": (2, 5, 23, 11, 26, 7, 22), "end": (count - 3, 3)}.items():
-        moments.live(partial(sft.train, config, tmp_path / name), *lives)
-        assert_same_outcome(tmp_path / name, expected)
+    # The last three: before the last checkpoint's adapter, before the end is written, and after it.
+    moments.live(partial(sft.train, config, tmp_path / "cut"), 2, 5, 23, 11, 26, 7, 19, 3, 4)
+    assert whole[2]["steps"] == len(whole[1]) - 1 >= 8  # and the validation before the first step
+    assert_same_outcome(tmp_path / "cut", whole)
 
 
 KILL = """
@@ -191,10 +201,8 @@ sft.train(SFTConfig.model_validate_json(sys.argv[3]), sys.argv[4])
 """
 
 
-def test_kill_9(settings, tmp_path):
+def test_kill_9(settings, whole, tmp_path):
     config = SFTConfig(**settings)
-    sft.train(config, tmp_path / "whole")
-    expected = outcome(tmp_path / "whole")
     moments = [("replace", 1), ("write", 3)]  # before run.json is there; in the middle of the second checkpoint
     started = [
         killing.start(name, count, config.model_dump_json(), tmp_path / name, code=KILL) for name, count in moments
@@ -205,11 +213,11 @@ def test_kill_9(settings, tmp_path):
         out = tmp_path / name
         assert any(path.name.startswith(".") for path in out.rglob("*"))  # what a killed process leaves
         sft.train(config, out, resume=True)
-        assert_same_outcome(out, expected)
+        assert_same_outcome(out, whole)
 
 
 def test_the_best_is_kept_and_training_stops_early(settings, tmp_path):
-    changes = {"learning_rate": 0.1, "warmup": 0, "epochs": 9, "eval_every": 1, "patience": 2, "save_every": 99}
+    changes = {"learning_rate": 0.2, "warmup": 0, "epochs": 9, "eval_every": 1, "patience": 2, "save_every": 99}
     config = SFTConfig(**{**settings, **changes})
     result = sft.train(config, tmp_path / "run")
     losses = {
@@ -265,7 +273,7 @@ def test_the_adapter_is_that_of_the_best_step_after_a_cut_though_later_losses_di
 
 
 def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
-    config = SFTConfig(**{**settings, "warmup": 0.5})
+    config = SFTConfig(**{**settings, "warmup": 0.5, "valid_share": 0})
     result = sft.train(config, tmp_path / "run")
     assert result.stopped is None and terminal.state(run_view.read(tmp_path / "run")).startswith("finished, ")
     steps = result.steps
@@ -278,7 +286,7 @@ def test_logged_rates_are_those_of_the_steps(settings, tmp_path):
 def test_training_learns_and_checkpointed_layers_change_nothing(settings, tmp_path):
     losses = []
     for wanted in (False, True):
-        config = SFTConfig(**{**settings, "dropout": 0, "checkpoint_layers": wanted, "epochs": 4})
+        config = SFTConfig(**{**settings, "dropout": 0, "checkpoint_layers": wanted, "epochs": 4, "eval_every": 99})
         result = sft.train(config, tmp_path / str(wanted))
         rows = outcome(tmp_path / str(wanted))[1]
         losses.append([row["loss"] for row in rows if "loss" in row])
@@ -299,7 +307,7 @@ def test_problems_are_answered_at_validation(settings, tmp_path, layers):
 
 
 def test_without_a_task_some_validation_traces_are_continued(settings, tmp_path):
-    config = SFTConfig(**{**settings, "epochs": 1})
+    config = SFTConfig(**{**settings, "epochs": 1, "batch_size": 24})
     sft.train(config, tmp_path / "run")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     first = [sample for sample in samples if sample["step"] == 0]
@@ -310,7 +318,7 @@ def test_without_a_task_some_validation_traces_are_continued(settings, tmp_path)
 
 def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):
     for kind in ("full", "dora"):
-        config = SFTConfig(**{**settings, "kind": kind, "epochs": 1, "learning_rate": 0.001})
+        config = SFTConfig(**{**settings, "kind": kind, "epochs": 1, "learning_rate": 0.001, "eval_every": 99})
         result = sft.train(config, tmp_path / kind)
         loaded = loading.load(config.model, result.adapter, device="cpu")
         data = sft.prepare(loaded, config)
@@ -319,12 +327,12 @@ def test_full_and_dora_runs_are_loaded_again(settings, tmp_path):
         )
 
 
-def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_path, monkeypatch):
-    whole, calls = sft.step_gradient, []
+def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, whole, tmp_path, monkeypatch):
+    sound, calls = sft.step_gradient, []
 
     def broken(model, halves, batch, config):
         calls.append(sorted({example.id for example in batch}))
-        loss, grads = whole(model, halves, batch, config)
+        loss, grads = sound(model, halves, batch, config)
         return (float("nan"), grads) if len(calls) == 4 else (loss, grads)
 
     monkeypatch.setattr(sft, "step_gradient", broken)
@@ -335,10 +343,9 @@ def test_a_loss_that_is_no_number_stops_and_overwrites_nothing(settings, tmp_pat
     assert str(error.value).endswith(": " + ", ".join(calls[3]))
     state = json.loads(mx.load(str(out / "checkpoint.safetensors"), return_metadata=True)[1]["state"])
     assert state["step"] == state["best_step"] == 3 and not (out / "result.json").exists()
-    monkeypatch.setattr(sft, "step_gradient", whole)
+    monkeypatch.setattr(sft, "step_gradient", sound)
     sft.train(SFTConfig(**settings), out, resume=True)
-    sft.train(SFTConfig(**settings), tmp_path / "whole")
-    assert_same_outcome(out, outcome(tmp_path / "whole"))
+    assert_same_outcome(out, whole)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -470,7 +477,8 @@ def test_a_problem_is_held_out_with_its_twins(settings, tmp_path, monkeypatch):
 
 
 def test_a_run_whose_twins_were_parted_otherwise_is_not_continued(settings, tmp_path):
-    config = SFTConfig(**{**settings, "data": write_traces(tmp_path / "twins.jsonl", twins=True), "epochs": 1})
+    short = {"epochs": 1, "batch_size": 24}
+    config = SFTConfig(**{**settings, **short, "data": write_traces(tmp_path / "twins.jsonl", twins=True)})
     sft.train(config, tmp_path / "run")
     file = tmp_path / "run" / "run.json"
     begun = json.loads(file.read_text())
@@ -478,7 +486,7 @@ def test_a_run_whose_twins_were_parted_otherwise_is_not_continued(settings, tmp_
     file.write_text(json.dumps(begun))
     with pytest.raises(UserError, match="other settings .apart was None, now by problem"):
         sft.train(config, tmp_path / "run", resume=True)
-    sft.train(SFTConfig(**{**settings, "epochs": 1}), tmp_path / "plain")
+    sft.train(SFTConfig(**{**settings, **short}), tmp_path / "plain")
     assert "apart" not in json.loads((tmp_path / "plain" / "run.json").read_text())["identity"]
 
 
@@ -492,7 +500,7 @@ def test_validation_traces_without_room_are_not_continued(settings, tmp_path):
     valid = tmp_path / "valid.jsonl"
     for max_length, names, count in ((120, ("cut", "fits"), 1), (700, ("long", "fits"), 1), (700, ("fits",), 0)):
         valid.write_text("".join(json.dumps(row) + "\n" for row in traces if row["id"] in names))
-        changes = {"valid": str(valid), "max_length": max_length, "over_long": "cut", "epochs": 1}
+        changes = {"valid": str(valid), "max_length": max_length, "over_long": "cut", "epochs": 1, "batch_size": 24}
         result = sft.train(SFTConfig(**{**settings, **changes}), tmp_path / f"{count} {names[0]}")
         told = [note for note in result.notes if "no room" in note]
         said = f"{count} validation traces have no room for an answer; their loss counts, but they are not completed"
@@ -564,7 +572,7 @@ def test_bad_traces(settings, tmp_path, content, message):
 
 def test_bad_runs(settings, tmp_path):
     out = tmp_path / "run"
-    config = SFTConfig(**{**settings, "epochs": 1})
+    config = SFTConfig(**{**settings, "epochs": 1, "batch_size": 24})
     sft.train(config, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="exists; pass --resume"):
@@ -595,6 +603,7 @@ def test_an_adapter_of_another_model(settings, tmp_path):
 
 
 def test_training_goes_on_from_an_adapter(settings, tmp_path):
+    settings["eval_every"] = 99
     first = sft.train(SFTConfig(**{**settings, "dropout": 0.2}), tmp_path / "first")
     further = {name: value for name, value in settings.items() if name not in ("dropout", "rank")}
     second = sft.train(SFTConfig(**{**further, "adapter": first.adapter}), tmp_path / "second")
@@ -622,7 +631,7 @@ def test_a_run_keeps_its_day(settings, model_folder, tmp_path, monkeypatch):
         return loaded
 
     monkeypatch.setattr(loading, "load", today)
-    config = SFTConfig(**settings | {"model": str(folder), "epochs": 1})
+    config = SFTConfig(**settings | {"model": str(folder), "epochs": 1, "batch_size": 24, "valid_share": 0})
     sft.train(config.model_copy(update={"date": date(2025, 3, 1)}), tmp_path / "run")
     sft.train(config, tmp_path / "run", resume=True)
     assert shown == ["01.03."] * 2
