@@ -175,9 +175,15 @@ def on(monkeypatch, backend):
     monkeypatch.setattr(device, "select", lambda *_: backend)
 
 
-@pytest.mark.parametrize("lengths", [(12, 9, 14, 7), (128, 128), (1, 30)], ids=str)
-@pytest.mark.parametrize("budget", [16, 200, 4096])
-@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "budget", "shares"),
+    [
+        *(((12, 9, 14, 7), budget, shares) for budget in (16, 200, 4096) for shares in (False, True)),
+        *(((128, 128), budget, budget != 200) for budget in (16, 200, 4096)),
+        *(((1, 30), budget, budget == 200) for budget in (16, 200, 4096)),
+    ],
+    ids=str,
+)
 def test_padding_to_a_few_shapes_changes_nothing(lengths, budget, shares, monkeypatch):
     """Rows, queries and prompts are padded for CUDA; a row by itself is not padded at all."""
     model, rows = lora(tie_word_embeddings=False), groups(lengths)
@@ -225,10 +231,9 @@ def test_steps_have_few_shapes_on_cuda(monkeypatch):
     shapes, padding = steps_of_grpo()
     assert len(set(shapes)) > 200 and padding < 0.2
     on(monkeypatch, "cuda")
-    for seed in (0, 1):
-        shapes, padding = steps_of_grpo(seed=seed)
-        assert len(set(shapes)) <= 40 and padding <= 0.25, (len(set(shapes)), padding)
-    assert len(set(steps_of_grpo(micro_tokens=16_384)[0])) <= 40
+    shapes, padding = steps_of_grpo()
+    assert len(set(shapes)) <= 40 and padding <= 0.25, (len(set(shapes)), padding)
+    assert len(set(steps_of_grpo(seed=1, micro_tokens=16_384)[0])) <= 40
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -277,9 +282,9 @@ def test_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(monke
     model, rows = lora(), groups((12, 9, 14, 7))
     loss, grads, sums = measured(model, rows, 4096, shares)
     before = dict(tree_flatten(model.trainable_parameters()))
-    asked = failing(monkeypatch, above=12)
+    asked = failing(monkeypatch, above=20)
     again_loss, again, again_sums = measured(model, rows, 4096, shares)
-    assert max(asked) > 12 and asked[-1] <= 12 and len(asked) > 4
+    assert max(asked) > 20 and asked[-1] <= 20 and len(asked) > 4
     assert again_loss == pytest.approx(loss, rel=1e-5) and distance(grads, again) < 2e-5
     assert again_sums["entropy"] == pytest.approx(sums["entropy"], rel=1e-5)
     after = dict(tree_flatten(model.trainable_parameters()))
