@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -24,7 +25,7 @@ from mlx_traces.traces.filtering import select
 from mlx_traces.traces.quality import format_score
 from mlx_traces.traces.solutions import math_traces
 
-pytest.importorskip("math_verify")
+pytestmark = pytest.mark.skipif(not find_spec("math_verify"), reason="the extra `math` is not installed")
 ROWS = [
     {
         "problem": "A square has a diagonal of length $2\\sqrt{6}$. What is the length of its side in simplest form?",

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 
-import datasets
 import pytest
 
 from mlx_traces.config import EvalConfig
@@ -378,6 +377,8 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
 
 def test_tables_are_read(tmp_path):
     """Parquet and Arrow files are rows like others; NaN is a missing value there, and a broken file ends in a line."""
+    import datasets
+
     columns = {"question": ["Q?", "R?"], "answer": ["4", "5"], "note": [math.nan, 1.0]}
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "q.parquet"))
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))

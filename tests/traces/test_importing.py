@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 from factories import MANIFEST, NATALIA, SKY, SKY_NORMAL, call, write_lines
 
@@ -333,6 +332,8 @@ def test_the_templates_variables_of_a_row_are_those_of_its_trace(tmp_path):
 
 def test_tables_are_imported(tmp_path):
     """Turns in one of which a field is missing have it as null in all others of a table."""
+    import datasets
+
     turns = [USER, {**APART, "reasoning_content": "Seven sixes.", "weight": 1}]
     datasets.Dataset.from_list([{"messages": turns}]).to_parquet(str(tmp_path / "a.parquet"))
     dropped = Counter()
