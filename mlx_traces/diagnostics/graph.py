@@ -186,11 +186,14 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
 @contextmanager
 def frozen() -> Iterator[None]:
     """Let ``gc.get_objects`` return only the objects that are made from here on, which takes no time."""
+    before = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        if before:
+            gc.freeze()
 
 
 @contextmanager
@@ -225,10 +228,10 @@ def fuses_attention(backend: str, q: mx.array, k: mx.array, mask: Any, training:
 def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
     """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
-    frozen = gc.get_freeze_count()  # a program may have frozen its functions
+    before = gc.get_freeze_count()  # a program may have frozen its functions
     gc.unfreeze()
     compiled = [each for each in gc.get_objects() if type(each) is kind]
-    if frozen:
+    if before:
         gc.freeze()
     codes = {code_of(part) for each in compiled for part in gc.get_referents(each)} - {None}
     running: list[tuple[Any, list[mx.array]]] = []

@@ -188,21 +188,20 @@ def _run(
 ) -> Iterator[tuple[int, Rollout]]:
     """Run the engine, or mlx_lm's for a model with a special cache; rows that memory did not hold are decoded again."""
     plain = all(type(cache) is KVCache for cache in make_prompt_cache(loaded.model))
-    reading, step = reading_of(loaded) if plain else SLICES, None
-    if plain:
-        with limits(), blas.threads_for(loaded.model, rows, distributed.world().size()):
-            step = fused.step_of(loaded.model, loaded.backend.name, reading)
-    # A step that was found right needs no probe of the mask: it decodes rows of different lengths.
-    axes = 4 if step else mask_axes(loaded.model, reading) if plain else 0
-    if axes is None:
-        _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
-        rows = 1
+    reading = reading_of(loaded) if plain else SLICES
     left, budget = list(range(len(requests))), loaded.row_budget
     while left:
         at_once = min(budget.size(rows), len(left))
         asked, settings, done = [requests[i] for i in left], [params[i] for i in left], set()
         threads = blas.threads_for(loaded.model, at_once, distributed.world().size())
         with budget.trying(at_once, advice=ONE_ROW), limits(), threads:
+            step = fused.step_of(loaded.model, loaded.backend.name, reading) if plain else None
+            # A step that was found right needs no probe of the mask: it decodes rows of different lengths.
+            axes = 4 if step else mask_axes(loaded.model, reading) if plain else 0
+            if axes is None and rows > 1:
+                _note(loaded, f"{loaded.name} cannot decode rows of different lengths together: one row at once")
+                rows = 1
+                continue
             if axes != 0:
                 stream = _Engine(loaded, asked, settings, at_once, logprobs, usage, axes or 4, reading, step).run()
             else:

@@ -1,5 +1,6 @@
 """Counting graphs: against counts by hand, against MLX's own fusion, and what our steps may cost."""
 
+import gc
 import io
 import json
 import re
@@ -166,9 +167,11 @@ def test_nothing_is_computed_and_all_is_put_back():
     functions = {name: getattr(mx, name) for name in ("eval", "async_eval", "compile", "vjp", "default_device")}
     fast, key, kept = mx.fast.rope, np.array(mx.random.state[0]), mx.full(3, 7.0)
     mx.eval(kept)
+    gc.freeze()
     counts(lambda: mx.eval(array(1), mx.random.state[0], mx.random.uniform(shape=(10**6, 10**6))))  # 4 TB
     assert {name: getattr(mx, name) for name in functions} == functions and mx.fast.rope is fast
     assert np.array_equal(np.array(mx.random.state[0]), key) and kept.tolist() == [7.0] * 3
+    assert gc.get_freeze_count() > 0
     x, text = array(3), io.StringIO()
     mx.export_to_dot(text, swiglu(x, x))
     assert "Compiled" in text.getvalue()
