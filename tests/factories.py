@@ -378,25 +378,29 @@ class Killed(BaseException):
 
 
 class Moments:
-    """Counts the moments right before and after each call of some functions; a run can be killed at any of them."""
+    """Counts the moments right before and after each call of some functions; a run can be killed at any of them.
+
+    ``killed`` has the name of the function for each kill.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch, *functions: tuple[Any, str]):
-        self.count, self.last = 0, None
+        self.count, self.last, self.killed = 0, None, []
         for owner, name in functions:
-            patch.setattr(owner, name, self._watched(getattr(owner, name)))
+            patch.setattr(owner, name, self._watched(getattr(owner, name), name))
 
-    def _watched(self, whole: Callable) -> Callable:
+    def _watched(self, whole: Callable, name: str) -> Callable:
         def watched(*args, **kwargs):
-            self._pass()
+            self._pass(name)
             result = whole(*args, **kwargs)
-            self._pass()
+            self._pass(name)
             return result
 
         return watched
 
-    def _pass(self) -> None:
+    def _pass(self, name: str) -> None:
         self.count += 1
         if self.count == self.last:
+            self.killed.append(name)
             raise Killed
 
     def live(self, train: Callable, *lives: int) -> None:

@@ -177,15 +177,18 @@ def traced(backend: str, take: Callable[[Count], None], vocabulary: int = 0, by:
         patched(mx, default_device=lambda: mx.Device(mx.gpu), dequantize=dequantize, **transforms),
         patched(device, select=lambda *_: backend),
         patched(mx.fast, **norms, **rope, scaled_dot_product_attention=attend),
-        compiled_calls(lambda call: None if slopes[0] else calls.append(call)),
         frozen(),
+        compiled_calls(lambda call: None if slopes[0] else calls.append(call)),
     ):
         yield
 
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Let ``gc.get_objects`` return only the objects that are made from here on, which takes no time."""
+    """Let ``gc.get_objects`` return only the objects that are made from here on, which takes no time.
+
+    Afterwards objects are frozen if some were before.
+    """
     before = gc.get_freeze_count()
     gc.freeze()
     try:
@@ -226,13 +229,11 @@ def fuses_attention(backend: str, q: mx.array, k: mx.array, mask: Any, training:
 
 @contextmanager
 def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
-    """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls."""
+    """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls. Within `frozen`."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
-    before = gc.get_freeze_count()  # a program may have frozen its functions
-    gc.unfreeze()
+    gc.unfreeze()  # the compiled functions are among the frozen objects
     compiled = [each for each in gc.get_objects() if type(each) is kind]
-    if before:
-        gc.freeze()
+    gc.freeze()
     codes = {code_of(part) for each in compiled for part in gc.get_referents(each)} - {None}
     running: list[tuple[Any, list[mx.array]]] = []
 

@@ -121,7 +121,7 @@ def test_what_hangs_is_cut_with_all_that_it_started(command, tmp_path):
 
 def ended(pid):
     """Whether a process ends within five seconds; one that does not is killed."""
-    stat = Path(f"/proc/{pid}/stat")  # where there is none, nothing tells one that waits to be reaped
+    stat = Path(f"/proc/{pid}/stat")  # on Linux: its state, Z for one that has ended and whose parent has not asked
     for _ in range(100):  # the kernel takes a moment
         try:
             os.kill(pid, 0)

@@ -125,7 +125,7 @@ def test_a_plan_and_a_model_read_their_files_once(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "samples": 2, "limit": 12}], ids=["greedy", "sampled"])
 def test_kill_and_resume_equals_an_uninterrupted_run(settings, batched, tmp_path):
-    """Greedily it is the batched run, since the rows of a batch do not matter."""
+    """The greedy run is compared with the batched one: the number of rows changes nothing."""
     settings, whole = {**SMALL, "rows": 4, **settings}, batched[0]
     if "temperature" in settings:
         settings["max_tokens"], whole = 64, tmp_path / "whole"

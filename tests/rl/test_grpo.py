@@ -527,6 +527,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, tmp_path, monkey
     assert expected[3]["steps"] == 4 and len(expected[1]) == 5
     # The last three: before the last checkpoint, before the end is written, and after it.
     moments.live(partial(grpo.train, config, tmp_path / "cut"), 1, 6, 23, 9, 15, 17, 2)
+    assert moments.killed[-3:] == ["save", "conclude", "conclude"]
     assert_same_outcome(tmp_path / "cut", expected)
 
 

@@ -27,7 +27,7 @@ GOES_ON = Version(version("huggingface_hub")) >= Version("1.20")  # by itself, w
 # test hub's address, forks for each command, so that no command knows anything of the one before.
 PROGRAM = """
 import json, os, sys, time, traceback
-wait, time.sleep = time.sleep, lambda seconds: wait(min(seconds, 0.02))  # the clients' between two tries
+wait, time.sleep = time.sleep, lambda seconds: wait(min(seconds, 0.02))  # the clients wait between two tries
 import datasets, huggingface_hub, mlx_traces, mlx_lm.utils, mlx_lm.models.qwen2
 from huggingface_hub import constants
 import mlx_traces.evaluation.run, mlx_traces.train.push, mlx_traces.train.sft

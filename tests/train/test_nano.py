@@ -34,7 +34,7 @@ def pool():
 
 
 def shorten(patch):
-    """Let a build have several chunks and checkpoints; the last one is not in their rhythm."""
+    """Let a build have several chunks and checkpoints, the last one out of step with the others."""
     patch.setattr(nano, "CHUNK", 64)
     patch.setattr(nano, "SAVE_EVERY", 2)
 

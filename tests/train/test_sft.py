@@ -171,6 +171,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_the_same(settings, whole, tmp_path,
     )
     # The last three: before the last checkpoint's adapter, before the end is written, and after it.
     moments.live(partial(sft.train, config, tmp_path / "cut"), 2, 5, 23, 11, 26, 7, 19, 3, 4)
+    assert moments.killed[-3:] == ["save", "conclude", "conclude"]
     assert whole[2]["steps"] == len(whole[1]) - 1 >= 8  # and the validation before the first step
     assert_same_outcome(tmp_path / "cut", whole)
 
