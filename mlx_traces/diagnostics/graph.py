@@ -229,7 +229,7 @@ def fuses_attention(backend: str, q: mx.array, k: mx.array, mask: Any, training:
 
 @contextmanager
 def compiled_calls(take: Callable[[Call], None]) -> Iterator[None]:
-    """Run compiled functions as plain ones while the context lasts; ``take`` gets the outermost calls. Within `frozen`."""
+    """Run compiled functions as plain ones within this context and `frozen`; ``take`` gets the outermost calls."""
     kind, compile_ = type(mx.compile(lambda: None)), mx.compile
     gc.unfreeze()  # the compiled functions are among the frozen objects
     compiled = [each for each in gc.get_objects() if type(each) is kind]
